@@ -1,0 +1,37 @@
+"""The glossary: every axis letter used in array names and einsums, and every logical axis name of a parameter.
+
+An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width]. The letters:
+
+| letter | axis                                                                                   |
+|--------|----------------------------------------------------------------------------------------|
+| A      | gradient-accumulation micro-batches                                                    |
+| B      | batch rows                                                                             |
+| C      | tokens of one chunk of the loss                                                        |
+| D      | model width                                                                            |
+| F      | feed-forward width                                                                     |
+| G      | query heads per key/value head, N = K G                                                |
+| H      | width of one attention head                                                            |
+| K      | key/value heads                                                                        |
+| L      | layers of the next-token path, where parameters are stacked                            |
+| M      | prediction heads; head m predicts token t+1+m, so head 0 is the ordinary language model |
+| N      | query heads                                                                            |
+| P      | drafted tokens of one round, P <= M-1                                                  |
+| Q      | query positions of one decoding forward: P+1 in a round, the prompt bucket in prefill  |
+| S      | key positions, or slots of a cache                                                     |
+| T      | positions of a training row                                                            |
+| V      | vocabulary                                                                             |
+| X      | all tokens of a loss call: heads, rows and positions flattened                         |
+"""
+
+# Logical axes of parameters. The model speaks these names only; `sharding.py` maps them to a mesh.
+LAYERS = "layers"
+EMBED = "embed"
+VOCAB = "vocab"
+HEADS = "heads"
+KV_HEADS = "kv_heads"
+HEAD_DIM = "head_dim"
+MLP = "mlp"
+
+# Logical axes of activations and batches.
+BATCH = "batch"
+LENGTH = "length"

@@ -1,0 +1,431 @@
+"""Checkpoints of a run: saved in the background by Orbax, checked byte for byte before they are loaded.
+
+A run's directory holds `config.json` and, for every checkpoint, `checkpoints/<step>/{state,data,meta,manifest.json}`.
+Orbax makes a save atomic, by renaming a finished temporary directory, and restores onto any mesh. What it does not do
+is notice damage: a flipped bit in the array data of a committed checkpoint is restored without a word. So every save
+lists the size and CRC-32 of its files in a manifest that is committed together with them, and a restore reads the
+manifest first. The newest whole checkpoint is used; a broken one is reported and moved aside, never deleted, and a run
+whose checkpoints are all broken does not silently begin again.
+"""
+
+import itertools
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from mtp_jax.config import Config, differences, from_json, to_json
+from mtp_jax.errors import UserError
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+VERSION = 1
+"""Layout of a checkpoint, stored in its `meta`."""
+
+RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data")
+"""Names that a run's directory may hold before its config.json is written."""
+
+FREE_FIELDS = re.compile(
+    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows)|loss\.chunk_bytes|model\.remat"
+    r"|decode\..*|mesh\..*"
+)
+"""Config fields that may change between a run and its continuation: none of them changes what is learned."""
+
+WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
+"""Files that Orbax writes after the manifest; a restore does not depend on them."""
+
+Notify = Callable[[str], None]
+
+
+class Resumable(Protocol):
+    """The two methods of a Grain dataset iterator that a checkpoint needs; the state must be JSON."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the iterator stands."""
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to where `get_state` was called."""
+
+
+def open_run(workdir: pathlib.Path | str, config: Config) -> bool:
+    """Creates a run's directory, or checks that an existing run has the same settings.
+
+    Args:
+      workdir: the run's directory; created when it is missing, and accepted when it is empty.
+      config: the settings of this run, written to `config.json`.
+
+    Returns:
+      True when the directory holds a run that is to be continued.
+
+    Raises:
+      UserError: a setting that changes the result differs, or the directory belongs to something else.
+    """
+    workdir, existing, refusal = pathlib.Path(workdir), False, None
+    if jax.process_index() == 0:
+        try:
+            existing = _open_run(workdir, config)
+        except UserError as error:
+            refusal = error
+    verdict = _from_first_process(2 if refusal else int(existing))
+    if verdict == 2:
+        raise refusal or UserError(f"process 0 refused --workdir {workdir}; its message says why")
+    return bool(verdict)
+
+
+def _open_run(workdir: pathlib.Path, config: Config) -> bool:
+    path = workdir / CONFIG
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = path.read_text(encoding="utf-8") if path.exists() else None
+        if text is None:
+            _check_new(workdir)
+        else:
+            _check_same(workdir, from_json(text, str(path)), config)
+        write_atomically(path, to_json(config) + "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--workdir {workdir} cannot be used: {_reason(error)}; use another directory") from error
+    return text is not None
+
+
+def _check_new(workdir: pathlib.Path) -> None:
+    foreign = sorted({entry.name for entry in workdir.iterdir()}.difference(RUN_FILES))
+    if foreign:
+        names = ", ".join(foreign[:3]) + (" and more" if foreign[3:] else "")
+        reason, remedy = f"{names} but no {CONFIG}: it is not a run", "use another --workdir, or an empty directory"
+    elif _steps(workdir / CHECKPOINTS):
+        reason, remedy = f"checkpoints but no {CONFIG} with their settings", "put it back, or use another --workdir"
+    else:
+        return
+    raise UserError(f"--workdir {workdir} holds {reason}; {remedy}")
+
+
+def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
+    changed = "; ".join(d for d in differences(old, new) if not FREE_FIELDS.fullmatch(d.split(":")[0]))
+    if changed:
+        remedy = "use another --workdir, or the old values"
+        raise UserError(f"--workdir {workdir} holds a run with other settings ({changed}); {remedy}")
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replaces a file so that a reader, or a kill at any moment, sees the old text or the new one and nothing else."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Checkpoints:
+    """The checkpoints of one run, as a context manager.
+
+    Args:
+      workdir: the run's directory.
+      keep: newest checkpoints kept on disk.
+      notify: receives one line whenever a broken checkpoint was passed over.
+    """
+
+    def __init__(self, workdir: pathlib.Path | str, keep: int, notify: Notify) -> None:
+        self._root = pathlib.Path(workdir).absolute() / CHECKPOINTS
+        self._notify = notify
+        self._saving: int | None = None
+        logging.getLogger("absl").addFilter(_not_orbax)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(n=keep),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
+            cleanup_tmp_directories=True,
+            save_root_metadata=False,
+            create=False,
+        )
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._root, options=options)
+        except OSError as error:
+            raise UserError(f"{self._root} cannot be used: {_reason(error)}; use another --workdir") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def latest_step(self) -> int | None:
+        """The newest step on disk or being saved; None before the first save."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, iterator: Resumable) -> None:
+        """Starts saving and returns once the arrays are copied, so `state` may be donated at once.
+
+        Args:
+          step: number of finished steps; saving the newest step once more does nothing.
+          state: a tree of arrays.
+          iterator: the data iterator, whose position is saved with the state.
+
+        Raises:
+          UserError: this save cannot start, or the one before it failed.
+        """
+        self.wait()
+        if step == self.latest_step():
+            return
+        # The writer thread must not see the iterator move on, hence the copy through JSON.
+        position = json.loads(json.dumps(iterator.get_state()))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(position),
+            meta=ocp.args.JsonSave({"step": step, "version": VERSION}),
+        )
+        self._saving = step
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._save_failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved; raises UserError when the save in the background failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._save_failed(error) from error
+        self._saving = None
+
+    def _save_failed(self, error: Exception) -> UserError:
+        step, self._saving = self._saving, None
+        if jax.process_index() == 0:
+            # What was written so far may be what filled the disk.
+            for part in self._root.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
+        self._manager.reload()
+        last = self.latest_step()
+        kept = "there is no earlier checkpoint" if last is None else f"the last good checkpoint is step {last}"
+        return UserError(
+            f"saving step {step} to {self._root} failed ({_reason(error)}); {kept}; make room or fix the permissions, "
+            "and run the same command again"
+        )
+
+    def _before_commit(self) -> None:
+        """Runs on process 0 between the last write of every process and the rename that makes the save visible."""
+        for directory in self._root.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            _write_manifest(directory)
+
+    def restore_latest(self, abstract_state: Any, iterator: Resumable) -> tuple[Any, int] | None:
+        """Loads the newest whole checkpoint, bit for bit, and moves the iterator to where it was saved.
+
+        Args:
+          abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings wanted, on any mesh.
+          iterator: the data iterator to move.
+
+        Returns:
+          The state and its step, or None when nothing was ever saved.
+
+        Raises:
+          UserError: there are checkpoints, but none is whole, or they hold another model.
+        """
+        self.wait()
+        steps = _steps(self._root)
+        if not steps and not any(self._root.glob("broken-*")):
+            return None
+        restored, step, broken = _newest_whole(self._root, steps, lambda path: self._restore(path, abstract_state))
+        iterator.set_state(restored.data)
+        self._move_aside(broken, step)
+        return restored.state, step
+
+    def _restore(self, path: pathlib.Path, abstract_state: Any) -> ocp.args.Composite:
+        version = json.loads((path / "meta" / "metadata").read_text())["version"]
+        if version != VERSION:
+            raise UserError(f"{path} has layout {version}, not {VERSION}; use the mtp_jax that wrote it")
+        _check_tree(path, abstract_state, partial=False)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        return self._manager.restore(int(path.name), args=items)
+
+    def _move_aside(self, broken: dict[int, str], used: int) -> None:
+        for step, reason in broken.items():
+            path = self._root / str(step)
+            names = (self._root / f"broken-{step}-{n}" for n in itertools.count())
+            aside = next(name for name in names if not name.exists())
+            if jax.process_index() == 0:
+                path.rename(aside)
+            self._notify(f"checkpoint {path} is broken ({reason}); moved to {aside.name}, going on from step {used}")
+        if broken:
+            _from_first_process(0)  # Every process lists the directory after the renames.
+            self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for the save in the background, as `wait` does, and stops the threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def restore_params(
+    workdir: pathlib.Path | str, abstract_params: Any, step: int | None = None, *, notify: Notify
+) -> tuple[Any, int]:
+    """Loads the parameters of a checkpoint and leaves its optimizer state and the directory alone.
+
+    Args:
+      workdir: the run's directory.
+      abstract_params: a tree of `jax.ShapeDtypeStruct` with the shardings wanted; parameters it leaves out are not
+        read, and its dtypes may differ from the saved ones.
+      step: the step to load; None is the newest whole one.
+      notify: receives one line for every broken checkpoint that was passed over.
+
+    Returns:
+      The parameters and their step.
+
+    Raises:
+      UserError: no such checkpoint, none that is whole, or a parameter that is missing or has another shape.
+    """
+    root = pathlib.Path(workdir).absolute() / CHECKPOINTS
+    steps = _steps(root)
+    if not steps or step not in (None, *steps):
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        have = f"it has {', '.join(map(str, steps))}" if steps else "train first, or name another directory"
+        raise UserError(f"{root} holds {wanted}; {have}")
+    tried = steps if step is None else [step]
+    params, used, broken = _newest_whole(root, tried, lambda path: _restore_params(path, abstract_params))
+    for other, reason in broken.items():
+        notify(f"checkpoint {root / str(other)} is broken ({reason}); using step {used}")
+    return params, used
+
+
+def _restore_params(path: pathlib.Path, abstract_params: Any) -> Any:
+    wanted = {"params": abstract_params}
+    _check_tree(path, wanted, partial=True)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path / "state", args=args)["params"]
+
+
+def _newest_whole(
+    root: pathlib.Path, steps: list[int], restore: Callable[[pathlib.Path], Any]
+) -> tuple[Any, int, dict[int, str]]:
+    """What `restore` makes of the newest whole checkpoint, its step, and why each newer one is broken."""
+    broken = {}
+    for step in reversed(steps):
+        restored, broken_because = _attempt(root / str(step), restore)
+        if not broken_because:
+            return restored, step, broken
+        broken[step] = broken_because
+    each = "; ".join(f"step {step}: {reason}" for step, reason in broken.items()) or "all were moved aside as broken"
+    remedy = "put back a copy, or use another --workdir to start from scratch"
+    raise UserError(f"{root} holds no whole checkpoint ({each}); {remedy}")
+
+
+def _attempt(path: pathlib.Path, restore: Callable[[pathlib.Path], Any]) -> tuple[Any, str]:
+    """The restored value and "", or None and why the checkpoint is broken.
+
+    Bytes that match their manifest are not broken, so what fails on them is somebody else's fault and is raised. A
+    checkpoint without a manifest can only be tried.
+    """
+    damage = _damage(path) if jax.process_index() == 0 else ""
+    if _from_first_process(int(bool(damage))):
+        return None, damage or "see process 0"
+    unlisted = not (path / MANIFEST).exists()
+    try:
+        return restore(path), ""
+    except Exception as error:
+        if not unlisted:
+            raise
+        return None, _reason(error)
+
+
+def _write_manifest(directory: pathlib.Path) -> None:
+    """Lists size and CRC-32 of every file below a directory, once they are on the disk."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name not in WRITTEN_AT_COMMIT:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[str(path.relative_to(directory))] = [path.stat().st_size, _crc32(path)]
+    write_atomically(directory / MANIFEST, json.dumps({"files": files}))
+
+
+def _damage(directory: pathlib.Path) -> str:
+    """How a checkpoint differs from its manifest; "" when it does not, or has none."""
+    manifest = directory / MANIFEST
+    if not manifest.exists():
+        return ""
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        for name, (size, crc) in files.items():
+            path = directory / name
+            if not path.exists():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes of {size}"
+            if _crc32(path) != crc:
+                return f"{name} fails its checksum"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{MANIFEST} cannot be checked: {_reason(error)}"
+    return ""
+
+
+def _crc32(path: pathlib.Path, block: int = 2**20) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while data := file.read(block):
+            crc = zlib.crc32(data, crc)
+    return crc
+
+
+def _check_tree(path: pathlib.Path, abstract: Any, *, partial: bool) -> None:
+    """Raises unless the checkpoint holds the arrays of `abstract` and, if not partial, no others nor other dtypes."""
+    saved = _by_name(ocp.PyTreeCheckpointHandler().metadata(path / "state").tree)
+    remedy = "use the config beside it"
+    for name, leaf in _by_name(abstract).items():
+        if name not in saved:
+            raise UserError(f"{path} has no {name}, it was saved by another model; {remedy}")
+        array = saved.pop(name)
+        if tuple(array.shape) != leaf.shape or (array.dtype != leaf.dtype and not partial):
+            here, there = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaf, array))
+            raise UserError(f"{name} is {there} in {path} but {here} in this model; {remedy}")
+    if saved and not partial:
+        raise UserError(f"{path} also holds {next(iter(saved))}, which this model lacks; {remedy}")
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by path. Orbax's metadata has a dict for a named tuple and a list for a tuple: key types are ignored."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _steps(root: pathlib.Path) -> list[int]:
+    """Steps that were committed, oldest first. Unfinished saves and broken ones have other names."""
+    if not root.is_dir():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
+
+
+def _reason(error: BaseException, limit: int = 160) -> str:
+    """An error as part of one line; TensorStore hides the operating system's own reason in a paragraph."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    """Keeps Orbax's traces off the terminal: whatever it logs as an error it raises as well, and we report that."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _from_first_process(value: int) -> int:
+    """Process 0's value on every process, so that all take the same branch."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

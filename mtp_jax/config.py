@@ -1,0 +1,418 @@
+"""Every setting of a run, as frozen dataclasses: all defaults live here, and a value that cannot work is refused here.
+
+A run is one `Config`. Config files are Python files that define `config = Config(...)`; the command line overrides any
+field by its dotted path (`--model.d_model 512`). `to_json` and `from_json` keep a run's config beside its checkpoints.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from typing import Any, Literal
+
+from mtp_jax.errors import UserError
+
+
+def equal_parameter_layers(total_layers: int, num_future: int) -> int:
+    """Layers of the next-token path that leave the parameter count of a plain `total_layers` model unchanged.
+
+    Each extra parallel head owns one block, so `num_future - 1` blocks move from the trunk into the heads
+    (Gloeckle et al. 2024, section 2): 32 layers with 4 heads are a 29-layer LM and 3 one-block heads.
+
+    Args:
+      total_layers: layers of the plain model that sets the parameter budget.
+      num_future: M, prediction heads including the next-token head.
+
+    Returns:
+      `model.num_layers` for the model with heads.
+    """
+    layers = total_layers - (num_future - 1)
+    if layers < 1:
+        raise UserError(
+            f"equal_parameter_layers: {total_layers} layers cannot give one block to each of {num_future - 1} extra "
+            f"heads and keep one; use num_future <= {total_layers}"
+        )
+    return layers
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _positive(section: str, obj: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        _require(value >= 1, f"{section}.{name} is {value}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder language model: the whole next-token path, which is complete without any extra head."""
+
+    vocab_size: int = 2048
+    """Rows of the embedding and of the unembedding (V); at least the tokenizer's size."""
+    num_layers: int = 4
+    """Blocks of the next-token path, head 0's block included (L)."""
+    d_model: int = 256
+    """Width of the residual stream (D)."""
+    num_heads: int = 4
+    """Query heads (N)."""
+    num_kv_heads: int = 4
+    """Key/value heads (K); num_heads must be a multiple of it."""
+    head_dim: int = 64
+    """Width of one attention head (H), independent of d_model / num_heads; even, for the rotary halves."""
+    d_ff: int = 704
+    """Inner width of the SwiGLU feed-forward layer (F)."""
+    max_seq_len: int = 2048
+    """Most positions of a row, prompt and generated tokens together."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: float = 1e-6
+    """Added to the mean square inside RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on every query and key head before the rotary embedding."""
+    tie_embeddings: bool = True
+    """Use the embedding as the unembedding."""
+    logit_softcap: float = 0.0
+    """c in `c * tanh(logits / c)`; 0 leaves the logits as they are."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of activations and matrix products. Norm statistics, softmax and losses are float32 in any case."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the parameters at rest."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            "model",
+            self,
+            *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"),
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
+            "every key/value head serves the same number of query heads",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"model.head_dim={self.head_dim} is odd; rotary positions turn pairs of dimensions, so use an even number",
+        )
+        _require(self.logit_softcap >= 0, f"model.logit_softcap={self.logit_softcap} is negative; 0 switches it off")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsConfig:
+    """The extra prediction heads."""
+
+    kind: Literal["parallel"] = "parallel"
+    """Head family."""
+    num_future: int = 4
+    """M, prediction heads including the next-token head; 1 is a plain language model."""
+    tap: int = -1
+    """Blocks of the next-token path below the state that the heads read. Negative counts from the end: -1 is the input
+    of the last block (L-1, Gloeckle et al. 2024). `num_layers` is the state after the last block."""
+    tap_norm: bool = False
+    """Apply the final norm to the tapped state before the heads read it."""
+
+    def __post_init__(self) -> None:
+        _positive("heads", self, "num_future")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Sum over heads of the masked mean cross-entropy of each head, times the head's weight."""
+
+    impl: Literal["fused", "remat"] = "fused"
+    """fused: gradients formed in the forward scan over chunks. remat: a checkpoint around each head's chunk of logits."""
+    head_weights: tuple[float, ...] = ()
+    """One weight per head; empty means 1 for every head (Gloeckle et al. 2024)."""
+    z_loss: float = 0.0
+    """Coefficient of logsumexp(logits)^2, weighted like the cross-entropy."""
+    chunk_bytes: int = 8 * 2**20
+    """Most bytes of float32 logits alive at once on one device."""
+
+    def __post_init__(self) -> None:
+        _positive("loss", self, "chunk_bytes")
+        _require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} is negative; 0 switches it off")
+        negative = [w for w in self.head_weights if w < 0]
+        _require(not negative, f"loss.head_weights={self.head_weights} holds a negative weight; use 0 to silence a head")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows."""
+
+    source: str = "stdlib"
+    """`stdlib` (the running Python's standard library), a directory, a glob, a `.jsonl` file, or a `.npy` of token ids."""
+    text_field: str = "text"
+    """Field of a JSONL record that holds the text."""
+    tokenizer: str = "bpe"
+    """`bpe` trains a byte-pair tokenizer of model.vocab_size on the corpus, `bytes` is one token per byte, anything else
+    is the path of a `tokenizer.json`."""
+    seq_len: int = 256
+    """Tokens of a row (T)."""
+    eval_fraction: float = 0.05
+    """Share of the documents held out, whole documents at a time."""
+    seed: int = 0
+    """Seed of the held-out choice and of the row order."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_len >= 2, f"data.seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
+        _require(
+            0 < self.eval_fraction < 1,
+            f"data.eval_fraction={self.eval_fraction}; it must lie between 0 and 1, for example 0.05",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: orthogonalised momentum for the matrices inside blocks and AdamW for everything else."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices under muon."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after warm-up."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    final_fraction: float = 0.1
+    """Learning rate of the last step as a share of the peak."""
+    decay_start: float = 0.0
+    """Share of the steps after warm-up that stay at the peak before the decay begins."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the parameters that `no_decay` does not match."""
+    no_decay: tuple[str, ...] = ("norm", "embed")
+    """Regular expressions over parameter paths such as `blocks/mlp_norm/scale`; a match means no weight decay."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            value = getattr(self, name)
+            _require(value > 0, f"optim.{name}={value}; it must be above 0")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optim.{name}={value} is negative; 0 switches it off")
+        for name in ("b1", "b2", "final_fraction", "decay_start"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optim.{name}={value}; it must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one axis may be -1 for all devices that are left."""
+
+    data: int = 1
+    """Rows are split, parameters are copied."""
+    fsdp: int = 1
+    """Rows and parameters are split."""
+    tensor: int = 1
+    """Attention heads, feed-forward width and vocabulary are split."""
+    context: int = 1
+    """Positions are split; only 1 is implemented."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        _require(self.context == 1, f"mesh.context={self.context}: splitting positions is not implemented; use 1")
+        for name, size in sizes.items():
+            _require(size >= 1 or size == -1, f"mesh.{name}={size}; use a size of at least 1, or -1 for the rest")
+        _require(
+            list(sizes.values()).count(-1) <= 1, f"mesh has more than one -1 ({sizes}); only one axis can take the rest"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training run."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows per optimizer step, over all devices and micro-batches (B)."""
+    grad_accum: int = 1
+    """Micro-batches per optimizer step; changes memory, not the result."""
+    seed: int = 0
+    """Seed of the initial parameters."""
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
+    eval_rows: int = 0
+    """Held-out rows of an evaluation during training; 0 is all of them."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept on disk."""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "batch_size", "grad_accum", "log_every", "checkpoint_every", "keep_checkpoints")
+        _positive("train", self, *names)
+        for name in ("eval_every", "eval_rows"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}={value} is negative")
+        _require(
+            self.batch_size % self.grad_accum == 0,
+            f"train.batch_size={self.batch_size} is not a multiple of train.grad_accum={self.grad_accum}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Defaults of generation, and the prompts that an evaluation decodes."""
+
+    num_draft: int = -1
+    """P, tokens drafted per round, at most M-1; -1 drafts with every head."""
+    max_new_tokens: int = 128
+    """Tokens generated per prompt."""
+    num_prompts: int = 16
+    """Held-out prompts that an evaluation decodes."""
+    prompt_tokens: int = 64
+    """Tokens of each of those prompts."""
+
+    def __post_init__(self) -> None:
+        _positive("decode", self, "max_new_tokens", "num_prompts", "prompt_tokens")
+        _require(self.num_draft >= -1, f"decode.num_draft={self.num_draft}; use -1 for all heads, or 0 and above")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = ModelConfig()
+    heads: HeadsConfig = HeadsConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+    def __post_init__(self) -> None:
+        model, heads, loss, data = self.model, self.heads, self.loss, self.data
+        train, decode = self.train, self.decode
+        _require(
+            heads.num_future < data.seq_len,
+            f"heads.num_future={heads.num_future} needs rows longer than that, but data.seq_len={data.seq_len}; "
+            "head m predicts m+1 tokens ahead within a row",
+        )
+        _require(
+            data.seq_len <= model.max_seq_len,
+            f"data.seq_len={data.seq_len} is above model.max_seq_len={model.max_seq_len}",
+        )
+        _require(
+            -model.num_layers < heads.tap <= model.num_layers,
+            f"heads.tap={heads.tap} is no layer of a model with model.num_layers={model.num_layers}; "
+            f"use -{max(model.num_layers - 1, 1)}..{model.num_layers} (-1 is the input of the last block)",
+        )
+        _require(
+            len(loss.head_weights) in (0, heads.num_future),
+            f"loss.head_weights has {len(loss.head_weights)} values for heads.num_future={heads.num_future} heads; "
+            "give one per head, or none",
+        )
+        _require(
+            decode.num_draft < heads.num_future,
+            f"decode.num_draft={decode.num_draft}, but heads.num_future={heads.num_future} heads draft at most "
+            f"{heads.num_future - 1} tokens",
+        )
+        micro = train.batch_size // train.grad_accum
+        rows = max(self.mesh.data, 1) * max(self.mesh.fsdp, 1)
+        _require(
+            micro % rows == 0,
+            f"a micro-batch of {micro} rows (train.batch_size / train.grad_accum) does not divide over "
+            f"mesh.data * mesh.fsdp = {rows} devices",
+        )
+        tensor = max(self.mesh.tensor, 1)
+        for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
+            value = getattr(model, name)
+            _require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
+        fsdp = max(self.mesh.fsdp, 1)
+        _require(model.d_model % fsdp == 0, f"model.d_model={model.d_model} does not divide over mesh.fsdp={fsdp}")
+
+    @property
+    def tap(self) -> int:
+        """Blocks below the tapped state, counted from the bottom: 0..L."""
+        return self.heads.tap if self.heads.tap >= 0 else self.model.num_layers + self.heads.tap
+
+    @property
+    def head_weights(self) -> tuple[float, ...]:
+        """Weight of every head, length M."""
+        return self.loss.head_weights or (1.0,) * self.heads.num_future
+
+    @property
+    def num_draft(self) -> int:
+        """P, tokens drafted per round by default."""
+        return self.heads.num_future - 1 if self.decode.num_draft < 0 else self.decode.num_draft
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON, which `from_json` reads back."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str, origin: str = "config") -> Config:
+    """Reads `to_json`'s text.
+
+    Args:
+      text: the JSON.
+      origin: what to call it in an error, usually its path.
+
+    Raises:
+      UserError: not JSON, an unknown key (with the nearest known one), or a value that the schema refuses.
+    """
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{origin} is not JSON: {error}") from error
+    return _build(Config, tree, origin)
+
+
+def _build(cls: type, tree: Any, origin: str) -> Any:
+    _require(isinstance(tree, dict), f"{origin} holds {tree!r} where an object with fields is needed")
+    types = typing.get_type_hints(cls)
+    for key in tree:
+        near = difflib.get_close_matches(key, types, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(types)}"
+        _require(key in types, f"{origin}: unknown key {key!r}{hint}")
+    values = {}
+    for key, value in tree.items():
+        if dataclasses.is_dataclass(types[key]):
+            value = _build(types[key], value, f"{origin}.{key}")
+        else:
+            _check_type(value, types[key], f"{origin}.{key}")
+            value = tuple(value) if isinstance(value, list) else value
+        values[key] = value
+    return cls(**values)
+
+
+def _check_type(value: Any, kind: Any, origin: str) -> None:
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        _require(value in choices, f"{origin} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+        return
+    if typing.get_origin(kind) is tuple:
+        _require(isinstance(value, list), f"{origin} is {value!r}; a list is needed")
+        for item in value:
+            _check_type(item, typing.get_args(kind)[0], origin)
+        return
+    accepted = (int, float) if kind is float else (kind,)
+    well_typed = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    _require(well_typed, f"{origin} is {value!r}; a {kind.__name__} is needed")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The config as `{'model.d_model': 256, ...}`, in schema order."""
+    tree = dataclasses.asdict(config)
+    return {f"{section}.{field}": value for section, fields in tree.items() for field, value in fields.items()}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One `path: old -> new` for every field in which two configs differ."""
+    old_fields, new_fields = flatten(old), flatten(new)
+    return [f"{path}: {old_fields[path]} -> {new_fields[path]}" for path in old_fields if old_fields[path] != new_fields[path]]

@@ -1,0 +1,1 @@
+"""Text to batches: sources of documents, a tokenizer, packed rows and the loader that trains read from."""

@@ -1,0 +1,400 @@
+"""From a config to batches: prepare the corpus once, then read shuffled training rows, held-out rows and prompts.
+
+`prepare` leaves these files in its directory and memory-maps them; `meta.json` is written last and says what they were
+made from, so that a second call either reuses all of them or makes them anew:
+
+    tokenizer.json    train.npy  train_starts.npy    heldout.npy  heldout_starts.npy    meta.json
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+
+import grain
+import numpy as np
+
+from mtp_jax.config import Config
+from mtp_jax.data import sources
+from mtp_jax.data.pack import PackedRows, TokenisedDocuments, concatenate
+from mtp_jax.data.sources import Document
+from mtp_jax.data.tokenize import Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
+from mtp_jax.errors import UserError
+
+FORMAT = 1  # raise it when the files, or the way to choose or tokenise them, change
+_BPE_BYTES = 64 * 2**20  # text that BPE trains on: its merges settle long before, and its time does not
+_BATCH_BYTES = 4 * 2**20  # text that is tokenised at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """What a run reads: the tokenizer and both sides of the split."""
+
+    tokenizer: Tokenizer | None
+    """None for token ids that came with no tokenizer."""
+    train: PackedRows
+    heldout: PackedRows
+    heldout_documents: tuple[str, ...]
+    """Names of the held-out documents, in the order of their rows."""
+    reused: bool
+    """Whether the files of an earlier call were taken as they are."""
+    description: str
+    """One line: documents, size, tokens, bytes per token."""
+
+    @property
+    def heldout_bytes(self) -> int:
+        """UTF-8 bytes of the held-out text; 0 if unknown."""
+        return self.heldout.bytes_
+
+
+_Split = tuple[np.ndarray, np.ndarray]  # indices of the training and of the held-out documents, in shuffled order
+
+
+def prepare(config: Config, directory: pathlib.Path | None) -> Corpus:
+    """Reads, splits and tokenises the corpus, or reuses what an earlier call left in the directory.
+
+    A `.npy` source needs a tokenizer only to find the documents of flat ids and to turn them into text:
+    `data.tokenizer` is then the path of a `tokenizer.json`, `bytes`, or `none`, which needs [documents, tokens].
+
+    Args:
+      config: its `data` section and `model.vocab_size` are read.
+      directory: where the files go, made if missing; None keeps everything in memory.
+
+    Raises:
+      UserError: any input that cannot become a corpus, with the setting to change.
+    """
+    if config.data.seed not in range(2**32):
+        raise UserError(f"data.seed={config.data.seed}; use a seed from 0 to {2**32 - 1}")
+    corpus = _prepare(config, directory)
+    if len(corpus.train.tokens) < config.data.seq_len:
+        raise UserError(
+            f"the training text of {config.data.source!r} has {len(corpus.train.tokens)} tokens, fewer than one row of "
+            f"data.seq_len={config.data.seq_len}; lower data.seq_len or give more text"
+        )
+    return corpus
+
+
+def load_heldout(
+    source: str, text_field: str, tokenizer: Tokenizer | None, seq_len: int, split: tuple[int, float] | None = None
+) -> PackedRows:
+    """A source to evaluate on, packed in memory.
+
+    Args:
+      source: as in `data.source`.
+      text_field: as in `data.text_field`.
+      tokenizer: the model's; None only for a `.npy` of [documents, tokens].
+      seq_len: T.
+      split: (data.seed, data.eval_fraction) of the run that trained on this very source, to take only the documents
+        that it held out, in the same order. None takes everything; the standard library, which runs train on by
+        default, needs one.
+
+    Raises:
+      UserError: as `prepare`, or the standard library without a split.
+    """
+    if source == sources.STDLIB and split is None:
+        raise UserError("data source 'stdlib' needs the split (data.seed, data.eval_fraction) of the model's run")
+    if sources.is_token_file(source):
+        flat = _read_flat(source, tokenizer, tokenizer and tokenizer.vocab_size, "the tokenizer's size")
+        chosen = _choose(flat.names, np.diff(flat.offsets), split, source)
+        return _with_bytes(concatenate(flat, chosen, seq_len, None), tokenizer)
+    if tokenizer is None:
+        raise UserError(f"data source {source!r} is text, and the model has no tokenizer; give a .npy of token ids")
+    chosen = _choose(*sources.scan_documents(source, text_field), split, source)
+    wanted = set(chosen.tolist())
+    documents = enumerate(sources.read_documents(source, text_field))
+    flat = _tokenise((one for index, one in documents if index in wanted), tokenizer, None)
+    return concatenate(flat, np.searchsorted(np.sort(chosen), chosen), seq_len, None)
+
+
+def train_batches(
+    rows: PackedRows, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches of shuffled rows; each epoch has an order of its own, and no row is dropped at its end.
+
+    The order is that of the global batches. Process p takes the p-th share of each, so that the shares side by side are
+    the same batch for every number of processes, and `get_state()` is one position that any number of them continues.
+
+    Args:
+      rows: N rows of T tokens.
+      batch_size: B, rows of the global batch.
+      seed: of the order, 0 to 2**32 - 1.
+      process_index: p of this process.
+      process_count: processes that share a batch; divides B.
+
+    Returns:
+      An iterator of dicts of int32 [B / process_count, T], with `get_state` and `set_state`.
+    """
+    if process_count < 1 or batch_size % process_count:
+        raise UserError(f"train.batch_size={batch_size} does not divide over {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index={process_index} is not below process_count={process_count}")
+    endless = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    # Nothing remains of an endless sequence; grain's other way to count its batches overflows for batches of one row.
+    shares = endless.batch(batch_size // process_count, drop_remainder=True)
+    mine = shares.slice(slice(process_index, None, process_count))
+    return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def heldout_batches(rows: PackedRows, batch_size: int, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of the first `limit` rows (0: all), in order; the last is filled up with rows of padding.
+
+    Yields:
+      Dicts of int32 [B, T].
+    """
+    count = min(limit, len(rows)) if limit else len(rows)
+    for start in range(0, count, batch_size):
+        items = [rows[row] for row in range(start, min(start + batch_size, count))]
+        missing = batch_size - len(items)
+        yield {name: np.pad(np.stack([item[name] for item in items]), [(0, missing), (0, 0)]) for name in items[0]}
+
+
+def heldout_prompts(
+    rows: PackedRows | Corpus, num_prompts: int, prompt_tokens: int, reference_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """Prompts from the held-out text with the text that really follows, evenly spread over it.
+
+    Each document is cut into windows of prompt_tokens + reference_tokens from its start on; a window never leaves its
+    document, and a rest that fills none is passed over. Prompt i is the window in the middle of the i-th of
+    `num_prompts` equal parts of the list of windows: no two overlap, and long documents give more of them.
+
+    Returns:
+      Pairs (prompt ids, reference ids) of the lengths asked for.
+
+    Raises:
+      UserError: fewer windows than prompts.
+    """
+    rows = rows.heldout if isinstance(rows, Corpus) else rows
+    width = prompt_tokens + reference_tokens
+    per_document = np.diff(rows.doc_starts, append=len(rows.tokens)) // width
+    total = int(per_document.sum())
+    if total < num_prompts:
+        raise UserError(
+            f"the held-out text has room for {total} prompts of {prompt_tokens} tokens followed by {reference_tokens}, "
+            f"not for {num_prompts}; lower decode.num_prompts, decode.prompt_tokens or decode.max_new_tokens, or raise "
+            "data.eval_fraction"
+        )
+    ends = np.cumsum(per_document)
+    prompts = []
+    for i in range(num_prompts):
+        window = (2 * i + 1) * total // (2 * num_prompts)
+        document = int(np.searchsorted(ends, window, side="right"))
+        nth = window - int(ends[document] - per_document[document])
+        start = int(rows.doc_starts[document]) + nth * width
+        ids = rows.tokens[start : start + width].tolist()
+        prompts.append((ids[:prompt_tokens], ids[prompt_tokens:]))
+    return prompts
+
+
+def _prepare(config: Config, directory: pathlib.Path | None) -> Corpus:
+    seq_len = config.data.seq_len
+    fingerprint = _fingerprint(config)
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        reused = _reuse(directory, fingerprint, seq_len)
+        if reused is not None:
+            return reused
+    if sources.is_token_file(config.data.source):
+        tokenizer, flat, (train, heldout) = _from_token_file(config)
+    else:
+        tokenizer, flat, (train, heldout) = _from_text(config, directory)
+    if directory is not None:
+        (directory / "meta.json").unlink(missing_ok=True)
+    corpus = Corpus(
+        tokenizer=tokenizer,
+        train=concatenate(flat, train, seq_len, directory and directory / "train.npy"),
+        heldout=_with_bytes(concatenate(flat, heldout, seq_len, directory and directory / "heldout.npy"), tokenizer),
+        heldout_documents=tuple(flat.names[document] for document in heldout),
+        reused=False,
+        description=_describe(config.data.source, flat, len(heldout)),
+    )
+    if directory is not None:
+        _save(directory, fingerprint, corpus)
+    return corpus
+
+
+def _from_text(config: Config, directory: pathlib.Path | None) -> tuple[Tokenizer, TokenisedDocuments, _Split]:
+    data = config.data
+    names, sizes = sources.scan_documents(data.source, data.text_field)
+    split = sources.split_documents(names, sizes, data.seed, data.eval_fraction, data.source)
+    if data.tokenizer == "bpe":
+        # A prefix of the shuffled training documents, so that the cap leaves a fair sample.
+        train = split[0]
+        sample = set(train[np.cumsum(sizes[train]) - sizes[train] < _BPE_BYTES].tolist())
+        documents = enumerate(sources.read_documents(data.source, data.text_field))
+        tokenizer = train_bpe((one.text for index, one in documents if index in sample), config.model.vocab_size)
+    else:
+        tokenizer = _given_tokenizer(data.tokenizer)
+    _check_vocab(tokenizer, config)
+    flat = _tokenise(sources.read_documents(data.source, data.text_field), tokenizer, directory)
+    if flat.names != names or not np.array_equal(flat.sizes, sizes):
+        raise UserError(f"data source {data.source!r} changed while it was read; start again when it is at rest")
+    return tokenizer, flat, split
+
+
+def _from_token_file(config: Config) -> tuple[Tokenizer | None, TokenisedDocuments, _Split]:
+    data = config.data
+    if data.tokenizer == "bpe":
+        raise UserError(
+            f"data.tokenizer='bpe' trains on text, but data.source={data.source!r} holds token ids; give the path of "
+            "their tokenizer.json, or none"
+        )
+    tokenizer = None if data.tokenizer == "none" else _given_tokenizer(data.tokenizer)
+    if tokenizer is not None:
+        _check_vocab(tokenizer, config)
+    flat = _read_flat(data.source, tokenizer, config.model.vocab_size, "model.vocab_size")
+    lengths = np.diff(flat.offsets)
+    return tokenizer, flat, sources.split_documents(flat.names, lengths, data.seed, data.eval_fraction, data.source)
+
+
+def _given_tokenizer(name: str) -> Tokenizer:
+    return bytes_tokenizer() if name == "bytes" else load_tokenizer(name)
+
+
+def _check_vocab(tokenizer: Tokenizer, config: Config) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size={config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+
+
+def _choose(names: list[str], sizes: np.ndarray, split: tuple[int, float] | None, source: str) -> np.ndarray:
+    if split is None:
+        return np.arange(len(names))
+    return sources.split_documents(names, sizes, *split, source)[1]
+
+
+def _tokenise(
+    documents: Iterable[Document], tokenizer: Tokenizer, directory: pathlib.Path | None
+) -> TokenisedDocuments:
+    """Encodes documents as they come, into an unnamed file of the directory or into memory."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
+    names, sizes, lengths = [], [], []
+    with tempfile.TemporaryFile(dir=directory) if directory else io.BytesIO() as sink:
+        for batch in _in_batches(documents):
+            names += [one.name for one in batch]
+            sizes += [len(one.text.encode()) for one in batch]
+            for ids in tokenizer.encode_documents([one.text for one in batch]):
+                lengths.append(len(ids))
+                sink.write(np.array(ids, dtype).tobytes())
+        sink.flush()
+        tokens = np.memmap(sink, dtype, mode="r") if directory else np.frombuffer(sink.getvalue(), dtype)
+    return TokenisedDocuments(tokens, np.cumsum([0, *lengths], dtype=np.int64), names, np.array(sizes, np.int64))
+
+
+def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _read_flat(path: str, tokenizer: Tokenizer | None, limit: int | None, what: str) -> TokenisedDocuments:
+    tokens = sources.read_token_file(path)
+    largest = int(tokens.max())
+    if limit is not None and largest >= limit:
+        raise UserError(f"token file {path!r} holds the id {largest}, but {what} is {limit}; use one above {largest}")
+    if tokens.ndim == 2:
+        offsets = np.arange(len(tokens) + 1, dtype=np.int64) * tokens.shape[1]
+        names = [f"row {row}" for row in range(len(tokens))]
+    elif tokenizer is None:
+        raise UserError(
+            f"token file {path!r} is flat, and without a tokenizer its end-of-text id is unknown; set data.tokenizer "
+            "to a tokenizer.json, or save one document per row"
+        )
+    else:
+        ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
+        offsets = np.unique(np.concatenate([[0], ends, [len(tokens)]]))
+        names = [f"document {document}" for document in range(len(offsets) - 1)]
+    return TokenisedDocuments(tokens.reshape(-1), offsets, names, np.zeros(len(names), np.int64))
+
+
+def _with_bytes(rows: PackedRows, tokenizer: Tokenizer | None) -> PackedRows:
+    """Rows with their unknown size in bytes found by decoding, where there is a tokenizer."""
+    if rows.bytes_ or tokenizer is None:
+        return rows
+    stops = [*rows.doc_starts[1:], len(rows.tokens)]
+    texts = (tokenizer.decode(rows.tokens[start:stop]) for start, stop in zip(rows.doc_starts, stops, strict=True))
+    return dataclasses.replace(rows, bytes_=sum(len(text.encode()) for text in texts))
+
+
+def _describe(source: str, flat: TokenisedDocuments, heldout: int) -> str:
+    documents, tokens, size = len(flat.names), len(flat.tokens), int(flat.sizes.sum())
+    text = f"{source}: {documents:,} documents ({heldout:,} held out), {tokens:,} tokens"
+    return f"{text}, {size / 1e6:.2f} MB, {size / tokens:.2f} bytes per token" if size else text
+
+
+def _fingerprint(config: Config) -> dict[str, object]:
+    """Everything that the files depend on. The row length does not count: rows are cut on access."""
+    data = dataclasses.asdict(config.data)
+    del data["seq_len"]
+    if data["source"] == sources.STDLIB:
+        content = f"Python {sys.version}"
+    else:
+        stats = [(file.name, file.path.stat()) for file in sources.list_files(data["source"])]
+        content = _digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+    tokenizer = pathlib.Path(data["tokenizer"]).expanduser()
+    tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    given = _digest(tokenizer.read_bytes()) if tokenizer.is_file() else ""
+    return {"format": FORMAT, **data, "vocab_size": config.model.vocab_size, "content": content, "given": given}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _save(directory: pathlib.Path, fingerprint: dict[str, object], corpus: Corpus) -> None:
+    """Writes what `concatenate` has not: the tokenizer, the document starts and, last of all, meta.json."""
+    if corpus.tokenizer is not None:
+        corpus.tokenizer.save(directory / "tokenizer.json")
+    for side, rows in (("train", corpus.train), ("heldout", corpus.heldout)):
+        with sources.replacing(directory / f"{side}_starts.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, rows.doc_starts)
+    meta = {
+        "fingerprint": fingerprint,
+        "tokenizer": corpus.tokenizer is not None,
+        "tokens": [len(corpus.train.tokens), len(corpus.heldout.tokens)],
+        "bytes": [corpus.train.bytes_, corpus.heldout.bytes_],
+        "heldout_documents": corpus.heldout_documents,
+        "description": corpus.description,
+    }
+    with sources.replacing(directory / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _reuse(directory: pathlib.Path, fingerprint: dict[str, object], seq_len: int) -> Corpus | None:
+    """The corpus that the directory holds, or None where it was made from something else or is damaged."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta["fingerprint"] != fingerprint:
+            return None
+        train, heldout = (
+            PackedRows(
+                np.load(directory / f"{side}.npy", mmap_mode="r"),
+                np.load(directory / f"{side}_starts.npy"),
+                seq_len,
+                size,
+            )
+            for side, size in zip(("train", "heldout"), meta["bytes"], strict=True)
+        )
+        if meta["tokens"] != [len(train.tokens), len(heldout.tokens)]:
+            return None
+        return Corpus(
+            tokenizer=load_tokenizer(directory / "tokenizer.json") if meta["tokenizer"] else None,
+            train=train,
+            heldout=heldout,
+            heldout_documents=tuple(meta["heldout_documents"]),
+            reused=True,
+            description=meta["description"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return None

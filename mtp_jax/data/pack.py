@@ -1,0 +1,104 @@
+"""Packing: documents laid end to end and cut into rows of equal length, computed on access from a flat token stream.
+
+Nothing is stored per row and nothing is dropped, so packing costs no time, no memory and no text.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from mtp_jax.data.sources import replacing
+from mtp_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Rows of T tokens over a flat stream; row r covers the tokens [r (T-1), r (T-1) + T).
+
+    Three documents (a: 5 tokens, b: 4, c: 3) in rows of T = 6; a row begins with the token that ended the one before:
+
+        stream         a0 a1 a2 a3 a4 b0 b1 b2 b3 c0 c1 c2
+        row 0          a0 a1 a2 a3 a4 b0
+        row 1                         b0 b1 b2 b3 c0 c1
+        row 2                                        c1 c2 -- -- -- --
+
+                       row 0           row 1           row 2
+        tokens         a a a a a b     b b b b c c     c c 0 0 0 0
+        segment_ids    1 1 1 1 1 2     1 1 1 1 2 2     1 1 0 0 0 0
+        positions      0 1 2 3 4 0     0 1 2 3 0 1     0 1 0 0 0 0
+
+    With targets one to the right, the shared token is an input of one row and a target of the other, so every token but
+    the stream's first is a next-token target exactly once (b0 in row 0, where the segment changes and the loss masks
+    it). A document that a cut divides starts over in the next row at position 0 of segment 1. Segment 0 is padding.
+    """
+
+    tokens: np.ndarray
+    """Flat token ids, [tokens]; may be memory-mapped."""
+    doc_starts: np.ndarray
+    """Index of each document's first token, int64 [documents], strictly increasing from 0."""
+    seq_len: int
+    """T, tokens of a row."""
+    bytes_: int
+    """UTF-8 bytes of the documents' text; 0 if unknown."""
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or len(self.tokens) < 2:
+            raise UserError(f"packing needs at least 2 tokens in one dimension, got shape {self.tokens.shape}")
+        starts = self.doc_starts
+        if starts.size == 0 or starts[0] != 0 or starts[-1] >= len(self.tokens) or np.any(np.diff(starts) < 1):
+            raise UserError("doc_starts must rise strictly from 0 and stay below the number of tokens")
+        if self.seq_len < 2:
+            raise UserError(f"seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
+
+    def __len__(self) -> int:
+        stride = self.seq_len - 1
+        return (len(self.tokens) - 1 + stride - 1) // stride
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """The row as `tokens`, `segment_ids` and `positions`, each int32 [T]."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        start = row * (self.seq_len - 1)
+        stop = min(start + self.seq_len, len(self.tokens))
+        size = stop - start
+        first, last = np.searchsorted(self.doc_starts, [start + 1, stop])
+        begins = np.concatenate([[0], self.doc_starts[first:last] - start])
+        lengths = np.diff(begins, append=size)
+        batch = {name: np.zeros(self.seq_len, np.int32) for name in ("tokens", "segment_ids", "positions")}
+        batch["tokens"][:size] = self.tokens[start:stop]
+        batch["segment_ids"][:size] = np.repeat(np.arange(1, len(begins) + 1), lengths)
+        batch["positions"][:size] = np.arange(size) - np.repeat(begins, lengths)
+        return batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenisedDocuments:
+    """Documents as ids, in the order of their source."""
+
+    tokens: np.ndarray
+    """Flat ids, [tokens]; may be memory-mapped."""
+    offsets: np.ndarray
+    """Document d is tokens[offsets[d] : offsets[d + 1]]; int64 [documents + 1]."""
+    names: list[str]
+    sizes: np.ndarray
+    """UTF-8 bytes of each document's text, 0 where unknown; int64 [documents]."""
+
+
+def concatenate(
+    documents: TokenisedDocuments, order: np.ndarray, seq_len: int, path: pathlib.Path | None = None
+) -> PackedRows:
+    """Lays the documents `order` end to end, in memory or in a new memory-mapped `.npy` file."""
+    lengths = np.diff(documents.offsets)[order]
+    ends = np.cumsum(lengths)
+    shape, dtype = (int(ends[-1]),), documents.tokens.dtype
+    with replacing(path) if path else contextlib.nullcontext() as file:
+        tokens = np.lib.format.open_memmap(file, "w+", dtype, shape) if file else np.empty(shape, dtype)
+        for document, length, end in zip(order, lengths, ends, strict=True):
+            start = documents.offsets[document]
+            tokens[end - length : end] = documents.tokens[start : start + length]
+        if file:
+            tokens.flush()
+    tokens = np.load(path, mmap_mode="r") if path else tokens
+    return PackedRows(tokens, ends - lengths, seq_len, int(documents.sizes[order].sum()))

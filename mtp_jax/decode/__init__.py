@@ -1,0 +1,1 @@
+"""Draft with the heads, verify with the model: one jitted program with fixed shapes."""

@@ -1,0 +1,1 @@
+"""Functions with fast paths; each has one signature and a slow obvious version that it must match."""

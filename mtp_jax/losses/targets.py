@@ -1,0 +1,47 @@
+"""What each head has to predict, and where it has nothing to predict.
+
+Head m at position t predicts token t+1+m. The target counts only if it lies in the row and in the same document as
+position t. For M = 3 and a row that holds document `a b c d`, document `x y` and two tokens of padding:
+
+    token      a  b  c  d  x  y  .  .
+    segment    1  1  1  1  2  2  0  0
+    head 0     b  c  d  -  y  -  -  -
+    head 1     c  d  -  -  -  -  -  -
+    head 2     d  -  -  -  -  -  -  -
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def make_targets(
+    tokens_BT: jax.Array, segment_ids_BT: jax.Array, num_future: int, learn_BT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Targets and weights of every head at every position.
+
+    Args:
+      tokens_BT: token ids.
+      segment_ids_BT: document of each token, in contiguous runs; 0 is padding.
+      num_future: M, prediction heads including the next-token head.
+      learn_BT: 1 for tokens that are to be learned, 0 for those that are context only (the prompt in fine-tuning).
+
+    Returns:
+      targets_MBT (int32, 0 where the weight is 0) and weights_MBT (float32, 0 or 1).
+    """
+    learned_BT = segment_ids_BT != 0
+    if learn_BT is not None:
+        learned_BT &= learn_BT.astype(bool)
+
+    def one_head(m: int) -> tuple[jax.Array, jax.Array]:
+        same_document_BT = _ahead(segment_ids_BT, m + 1) == segment_ids_BT
+        keep_BT = same_document_BT & _ahead(learned_BT, m + 1)
+        return jnp.where(keep_BT, _ahead(tokens_BT, m + 1), 0), keep_BT
+
+    targets, keeps = zip(*(one_head(m) for m in range(num_future)), strict=True)
+    return jnp.stack(targets).astype(jnp.int32), jnp.stack(keeps).astype(jnp.float32)
+
+
+def _ahead(x_BT: jax.Array, offset: int) -> jax.Array:
+    """x[b, t + offset] at [b, t]; zeros beyond the row."""
+    offset = min(offset, x_BT.shape[1])
+    return jnp.pad(x_BT[:, offset:], ((0, 0), (0, offset)))

@@ -1,0 +1,143 @@
+"""What a run measures over time: one JSON line per record and TensorBoard scalars, and the numbers derived from sums.
+
+`metrics.jsonl` is the record of the run and TensorBoard a view of it. A continued run first drops what was recorded
+after its checkpoint, so that every step stands once.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import jax
+import tensorboardX
+
+from mtp_jax.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes a run's scalars, on process 0 only; a context manager.
+
+    Args:
+      workdir: the run's directory.
+      resume_step: the step whose checkpoint the run goes on from; records after it are dropped. None starts the record
+        anew.
+    """
+
+    def __init__(self, workdir: pathlib.Path | str, *, resume_step: int | None) -> None:
+        self._file = self._board = None
+        if jax.process_index() != 0:
+            return
+        workdir, last = pathlib.Path(workdir), -1 if resume_step is None else resume_step
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _drop_after(workdir / METRICS, last)
+            self._file = (workdir / METRICS).open("a", encoding="utf-8")
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1)
+        except OSError as error:
+            raise UserError(f"{workdir} cannot be written: {error.strerror}; use another --workdir") from error
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def write(self, step: int, scalars: Mapping[str, float | Sequence[float]]) -> None:
+        """Appends one record.
+
+        Args:
+          step: number of finished steps.
+          scalars: numbers by name. A list becomes `name/0`, `name/1`, ... in TensorBoard.
+        """
+        if self._file is None:
+            return
+        values = {name: _plain(value) for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, list):
+                for i, item in enumerate(value):
+                    self._board.add_scalar(f"{name}/{i}", item, step)
+            else:
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes both files; a second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._file = None
+
+
+def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
+    """The records of a run in the order written; none when there is no file.
+
+    Raises:
+      UserError: a line that is no record. A last line without its end is one that was being written, and is left out.
+    """
+    path = pathlib.Path(workdir) / METRICS
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_record(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        int(record["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is no record of metrics: {line[:60]!r}; remove that line") from error
+    return record
+
+
+def _drop_after(path: pathlib.Path, last: int) -> None:
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= last]
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> float | int | list:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def bits_per_byte(nll_sum_nats: float, num_bytes: int) -> float:
+    """Code length of a text per byte, which compares models with different tokenizers.
+
+    bits per byte = (sum of -ln p(token)) / (ln 2 * bytes of the text).
+
+    Args:
+      nll_sum_nats: sum of the negative log likelihoods of the text's tokens, natural logarithm.
+      num_bytes: bytes of the text in UTF-8.
+    """
+    if num_bytes < 1:
+        raise UserError(f"bits_per_byte: num_bytes is {num_bytes}; the text must have at least one byte")
+    return nll_sum_nats / (math.log(2) * num_bytes)
+
+
+def distinct_ratio(token_lists: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Share of distinct n-grams: near 1 for text, near 0 for a model that repeats itself.
+
+    |union over sequences of {x[i:i+n]}| / sum over sequences of max(len(x) - n + 1, 0).
+
+    Args:
+      token_lists: sequences of tokens; no n-gram spans two of them, and one that occurs in two counts as one distinct.
+      n: tokens of an n-gram.
+
+    Returns:
+      The share, or nan when every sequence is shorter than n.
+    """
+    grams = [tuple(tokens[i : i + n]) for tokens in token_lists for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan

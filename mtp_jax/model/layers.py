@@ -1,0 +1,159 @@
+"""The Linen modules of a decoder block. Each holds its parameters, with logical axis names, and nothing else."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.axes import EMBED, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
+from mtp_jax.config import ModelConfig
+from mtp_jax.kernels.attention import attention
+from mtp_jax.model.cache import LayerCache, write_cache
+from mtp_jax.model.rope import rotary
+
+Init = jax.nn.initializers.Initializer
+
+
+def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init) -> jax.Array:
+    """A parameter in the compute dtype; at rest it has `param_dtype`."""
+    config = module.config
+    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(config.param_dtype))
+    return value.astype(config.dtype)
+
+
+def _fan_in(fan_in: int, gain: float = 1.0) -> Init:
+    return nn.initializers.normal(gain * fan_in**-0.5)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019) with statistics in float32."""
+
+    config: ModelConfig
+    axis: str = EMBED
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis of x, of any rank."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.config.norm_eps)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * scale).astype(self.config.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward layer (Shazeer 2020)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        c = self.config
+        gate_DF = _weight(self, "gate", (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model))
+        up_DF = _weight(self, "up", (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model))
+        down_FD = _weight(self, "down", (c.d_ff, c.d_model), (MLP, EMBED), _residual(c, c.d_ff))
+        return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+
+
+def _residual(config: ModelConfig, fan_in: int) -> Init:
+    """Writes into the residual stream start small, so that its variance does not grow with depth (Radford et al. 2019)."""
+    return _fan_in(fan_in, (2 * config.num_layers) ** -0.5)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; keys and queries are separate calls, because decoding needs so."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        query, key = (c.d_model, c.num_heads, c.head_dim), (c.d_model, c.num_kv_heads, c.head_dim)
+        self.q_DNH = _weight(self, "q", query, (EMBED, HEADS, HEAD_DIM), _fan_in(c.d_model))
+        self.k_DKH = _weight(self, "k", key, (EMBED, KV_HEADS, HEAD_DIM), _fan_in(c.d_model))
+        self.v_DKH = _weight(self, "v", key, (EMBED, KV_HEADS, HEAD_DIM), _fan_in(c.d_model))
+        out = (c.num_heads, c.head_dim, c.d_model)
+        self.o_NHD = _weight(self, "o", out, (HEADS, HEAD_DIM, EMBED), _residual(c, c.num_heads * c.head_dim))
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c, HEAD_DIM), RMSNorm(c, HEAD_DIM)
+
+    def keys_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rotated keys and values, [B, T, K, H] each."""
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH)
+        if self.config.qk_norm:
+            k_BTKH = self.k_norm(k_BTKH)
+        return rotary(k_BTKH, positions_BT, self.config.rope_theta), jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH)
+
+    def attend(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKH: jax.Array,
+        query_slots_BT: jax.Array,
+        segment_ids_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Queries of x over the given slots, projected back to [B, T, D]."""
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH)
+        if self.config.qk_norm:
+            q_BTNH = self.q_norm(q_BTNH)
+        q_BTNH = rotary(q_BTNH, positions_BT, self.config.rope_theta)
+        mixed_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, query_slots_BT, segment_ids_BS)
+        return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.o_NHD)
+
+
+class Block(nn.Module):
+    """Pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.attn_norm, self.attn = RMSNorm(self.config), Attention(self.config)
+        self.mlp_norm, self.mlp = RMSNorm(self.config), FeedForward(self.config)
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """A whole row at once; token t stands in slot t."""
+        h_BTD = self.attn_norm(x_BTD)
+        k_BTKH, v_BTKH = self.attn.keys_values(h_BTD, positions_BT)
+        slots_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None, :], x_BTD.shape[:2])
+        x_BTD += self.attn.attend(h_BTD, positions_BT, k_BTKH, v_BTKH, slots_BT, segment_ids_BT)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+    def write(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
+        """Enters Q positions into the cache, row b's from slot start_B[b] on."""
+        return self._write(self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), start_B, cache)
+
+    def read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> jax.Array:
+        """The block's output at Q positions that stand in the cache, row b's from slot start_B[b] on."""
+        return self._read(x_BQD, self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), cache)
+
+    def write_read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        """`write`, then `read` at the same positions."""
+        h_BQD, slots_BQ = self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1])
+        cache = self._write(h_BQD, slots_BQ, start_B, cache)
+        return self._read(x_BQD, h_BQD, slots_BQ, cache), cache
+
+    def _write(self, h_BQD: jax.Array, slots_BQ: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
+        return write_cache(cache, *self.attn.keys_values(h_BQD, slots_BQ), start_B)
+
+    def _read(self, x_BQD: jax.Array, h_BQD: jax.Array, slots_BQ: jax.Array, cache: LayerCache) -> jax.Array:
+        x_BQD += self.attn.attend(h_BQD, slots_BQ, cache.k_BSKH, cache.v_BSKH, slots_BQ)
+        return x_BQD + self.mlp(self.mlp_norm(x_BQD))
+
+
+def _slots(start_B: jax.Array, count: int) -> jax.Array:
+    """Slots of `count` consecutive positions per row; in a cache the slot is the position."""
+    return start_B[:, None] + jnp.arange(count)[None, :]
+
+
+class Embed(nn.Module):
+    """A [V, D] table: the embedding, or the unembedding of an untied model."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """The table, at rest dtype: the caller gathers rows or multiplies by it."""
+        c = self.config
+        init = nn.with_logical_partitioning(_fan_in(c.d_model), (VOCAB, EMBED))
+        return self.param("table", init, (c.vocab_size, c.d_model), jnp.dtype(c.param_dtype))

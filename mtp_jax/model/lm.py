@@ -1,0 +1,124 @@
+"""The next-token path: embed, L blocks, final norm, unembed. Complete without any extra head.
+
+Parameters are stacked over layers at rest and scanned in training:
+
+    embed/table [V, D]   blocks/... [L, ...]   final_norm/scale [D]   (unembed/table [V, D], if untied)
+
+Decoding works on `unstack`ed blocks, one tree per layer, because a scan would copy every layer's cache in every step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.axes import BATCH, LAYERS, LENGTH
+from mtp_jax.config import ModelConfig
+from mtp_jax.model.cache import LayerCache
+from mtp_jax.model.layers import Block, Embed, RMSNorm
+
+Params = dict[str, Any]
+
+
+def init_blocks(config: ModelConfig, key: jax.Array, count: int) -> Params:
+    """`count` blocks stacked along a leading axis, boxed with their logical axis names."""
+    x_BTD = jnp.zeros((1, 1, config.d_model), config.dtype)
+    ids_BT = jnp.zeros((1, 1), jnp.int32)
+
+    def init_one(key: jax.Array) -> Params:
+        return Block(config).init(key, x_BTD, ids_BT, ids_BT)["params"]
+
+    boxed = jax.vmap(init_one)(jax.random.split(key, count))
+    return jax.tree.map(lambda box: box.replace(names=(LAYERS, *box.names)), boxed, is_leaf=_is_box)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+    """Parameters of the next-token path, boxed with their logical axis names."""
+    embed_key, blocks_key, unembed_key = jax.random.split(key, 3)
+    params = {
+        "embed": Embed(config).init(embed_key)["params"],
+        "blocks": init_blocks(config, blocks_key, config.num_layers),
+        "final_norm": RMSNorm(config).init(key, jnp.zeros((1, config.d_model)))["params"],
+    }
+    if not config.tie_embeddings:
+        params["unembed"] = Embed(config).init(unembed_key)["params"]
+    return params
+
+
+def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """Token ids to the first residual state [B, T, D]."""
+    x_BTD = params["embed"]["table"][tokens_BT].astype(config.dtype)
+    return _constrain(x_BTD)
+
+
+def unembedding(params: Params) -> jax.Array:
+    """The [V, D] table that turns final-normed states into logits."""
+    return params["unembed" if "unembed" in params else "embed"]["table"]
+
+
+def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """The norm before the unembedding, shared by every head; x may have any rank."""
+    return RMSNorm(config).apply({"params": params["final_norm"]}, x)
+
+
+def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of final-normed states [..., D]. Training never calls this: see `losses/xent.py`."""
+    table_VD = unembedding(params).astype(config.dtype)
+    z = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
+    return config.logit_softcap * jnp.tanh(z / config.logit_softcap) if config.logit_softcap else z
+
+
+def run_block(config: ModelConfig) -> Callable[..., jax.Array]:
+    """`(block_params, x_BTD, positions_BT, segment_ids_BT) -> x_BTD`, under the configured remat policy."""
+
+    def run(block: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        return _constrain(Block(config).apply({"params": block}, x_BTD, positions_BT, segment_ids_BT))
+
+    if config.remat == "none":
+        return run
+    keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(run, policy=keep_dots if config.remat == "dots" else None)
+
+
+def run_blocks(
+    config: ModelConfig, blocks: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """Runs stacked blocks in order over whole rows."""
+    run = run_block(config)
+
+    def step(x_BTD: jax.Array, block: Params) -> tuple[jax.Array, None]:
+        return run(block, x_BTD, positions_BT, segment_ids_BT), None
+
+    return jax.lax.scan(step, x_BTD, blocks)[0]
+
+
+def _constrain(x_BTD: jax.Array) -> jax.Array:
+    """Rows stay on their devices, whatever the sharding of the parameters that touch them."""
+    return nn.with_logical_constraint(x_BTD, (BATCH, LENGTH, None))
+
+
+def unstack(blocks: Params) -> tuple[Params, ...]:
+    """Stacked blocks as one tree per layer, for decoding."""
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return tuple(jax.tree.map(lambda leaf: leaf[i], blocks) for i in range(count))
+
+
+def decode_blocks(
+    config: ModelConfig,
+    blocks: tuple[Params, ...],
+    x_BQD: jax.Array,
+    start_B: jax.Array,
+    caches: tuple[LayerCache, ...],
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """Runs unstacked blocks over Q new positions per row, entering them into the caches from slot start_B[b] on."""
+    written = []
+    for block, cache in zip(blocks, caches, strict=True):
+        x_BQD, cache = Block(config).apply({"params": block}, x_BQD, start_B, cache, method="write_read")
+        written.append(cache)
+    return x_BQD, tuple(written)

@@ -1,0 +1,97 @@
+"""The optimizer of a run: schedule, clipping, decay by parameter path, AdamW or Muon, all from optax."""
+
+import re
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from mtp_jax.config import OptimConfig
+from mtp_jax.errors import UserError
+
+
+def param_path(path: tuple) -> str:
+    """A key path as `blocks/attn/q`, the form that patterns in a config are matched against."""
+    return "/".join(str(entry.key) for entry in path)
+
+
+def match_paths(params: Any, patterns: tuple[str, ...]) -> Any:
+    """A tree of bools: True where a regular expression is found in the parameter's path.
+
+    Raises:
+      UserError: a pattern that is not a regular expression, or that matches no parameter.
+    """
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise UserError(f"optim.no_decay={patterns}: {error.pattern!r} is not a regular expression: {error}") from error
+    paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in compiled:
+        if not any(pattern.search(path) for path in paths):
+            raise UserError(f"pattern {pattern.pattern!r} matches no parameter; paths look like {paths[0]!r}")
+    return jax.tree_util.tree_map_with_path(lambda path, _: any(p.search(param_path(path)) for p in compiled), params)
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Factor on the peak learning rate at each step: linear warm-up, then the decay that the config names."""
+    decay_steps = max(steps - config.warmup_steps, 1)
+    plateau = int(decay_steps * config.decay_start)
+    tail = max(decay_steps - plateau, 1)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(1.0, tail, alpha=config.final_fraction),
+        "linear": optax.linear_schedule(1.0, config.final_fraction, tail),
+        "constant": optax.constant_schedule(1.0),
+    }[config.schedule]
+    pieces = [optax.linear_schedule(0.0, 1.0, max(config.warmup_steps, 1)), optax.constant_schedule(1.0), decay]
+    # Step 0 of a run without warm-up is at the peak; with warm-up it would be a wasted step at 0, so it counts from 1.
+    joined = optax.join_schedules(pieces, [config.warmup_steps, config.warmup_steps + plateau])
+    return (lambda step: joined(step + 1)) if config.warmup_steps else joined
+
+
+def _scaled(peak: float, config: OptimConfig, steps: int) -> optax.Schedule:
+    factor = schedule(config, steps)
+    return lambda step: peak * factor(step)
+
+
+def make_optimizer(config: OptimConfig, steps: int, params: Any) -> optax.GradientTransformation:
+    """The optax transformation of a run.
+
+    Args:
+      config: the optim section.
+      steps: length of the run, which the schedule needs.
+      params: parameters, or their abstract shapes; only paths and ranks are read.
+    """
+    skip = match_paths(params, config.no_decay)
+    decay = jax.tree.map(lambda no_decay: not no_decay, skip)
+    rate = _scaled(config.learning_rate, config, steps)
+    if config.name == "adamw":
+        rule = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay)
+    else:
+        rule = muon(
+            _scaled(config.muon_learning_rate, config, steps),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=_matrix_axes(params),
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Input and output axes of every matrix inside a block, with layers as a batch; None for what AdamW updates.
+
+    Embeddings, unembeddings and norm scales stay with AdamW (Jordan 2024, "Muon").
+    """
+
+    def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+        name = param_path(path)
+        if "blocks/" not in name or leaf.ndim < 3:
+            return None
+        inputs = 2 if name.endswith("attn/o") else 1
+        return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)

@@ -1,0 +1,1 @@
+"""The train step as a pure function, and the loop around it."""

@@ -1,0 +1,56 @@
+"""What a person sees of a run, on standard error: a progress bar in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunConsole:
+    """Progress of a training run. Use as a context manager."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._total, self._first, self._began = 0, 0, 0.0
+
+    def note(self, text: str) -> None:
+        """One line that stays above the bar."""
+        self._console.print(text, markup=False)
+
+    def start(self, total: int, done: int) -> None:
+        """Opens the bar for steps done..total."""
+        self._total, self._first, self._began = total, done, time.monotonic()
+        if self._console.is_terminal:
+            columns = (
+                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+                *(TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("train", total=total, completed=done, status="")
+            self._progress.start()
+
+    def update(self, step: int, head_losses: list[float], tokens_per_second: float) -> None:
+        """Moves the bar, or prints a line where there is no terminal."""
+        shown = " ".join(f"{loss:.3f}" for loss in head_losses)
+        status = f"loss by head {shown}  {tokens_per_second:,.0f} tokens/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, status=status)
+            return
+        elapsed = time.monotonic() - self._began
+        left = elapsed / max(step - self._first, 1) * (self._total - step)
+        self.note(f"step {step}/{self._total}  {status}  {left:.0f} s left")
+
+    def stop(self) -> None:
+        """Closes the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def __enter__(self) -> "RunConsole":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()

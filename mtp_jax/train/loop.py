@@ -1,0 +1,228 @@
+"""The loop around the step: data in, metrics and checkpoints out, stoppable at any moment.
+
+A run lives in a workdir and is defined by its config. Started again, it continues from its newest whole checkpoint with
+the state and the position in the data of that moment, so that every later loss is the one an uninterrupted run has.
+The loop waits for the device at log steps only; nothing is saved before every step up to it is known to be finite.
+"""
+
+import collections
+import math
+import pathlib
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mtp_jax import sharding
+from mtp_jax.checkpoint import Checkpoints, open_run
+from mtp_jax.config import Config
+from mtp_jax.data.loader import Corpus, heldout_batches, prepare, train_batches
+from mtp_jax.data.pack import PackedRows
+from mtp_jax.errors import UserError
+from mtp_jax.losses.mtp import HeadSums
+from mtp_jax.metrics import MetricsWriter, bits_per_byte
+from mtp_jax.optim import schedule
+from mtp_jax.train.console import RunConsole
+from mtp_jax.train.state import TrainState
+from mtp_jax.train.step import StepMetrics, Steps, compile_steps
+
+
+class TrainResult(NamedTuple):
+    """A run as it stands when the loop returns."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    """False where a signal stopped it; started again it continues."""
+    corpus: Corpus
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a flag for the time of a `with` block, so that a step is never cut in two."""
+
+    def __init__(self) -> None:
+        self.signal_name = ""
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainResult:
+    """Trains, or continues where the workdir stopped.
+
+    Args:
+      config: the run.
+      workdir: its directory; made if it does not exist.
+      console: where progress is shown.
+
+    Raises:
+      UserError: bad input, a workdir of another run, a failed save, or a loss or gradient that is not finite.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    _check_rows(config, mesh)
+    resumed = open_run(workdir, config)
+    corpus = prepare(config, workdir / "data")
+    console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
+    steps = compile_steps(config, mesh)
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, **processes)
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints, console.note) as checkpoints:
+        restored = checkpoints.restore_latest(steps.abstract_state, batches)
+        state, step = restored or (steps.init(jax.random.key(config.train.seed)), 0)
+        if resumed:
+            done = step == config.train.steps
+            console.note(f"{workdir}: " + (f"trained already, {step} steps" if done else f"continuing from step {step}"))
+        with MetricsWriter(workdir, resume_step=step if resumed else None) as writer, StopRequest() as stop:
+            run = _Run(config, steps, corpus, checkpoints, writer, console, stop)
+            state, step = run.advance(state, step, batches)
+    if stop.signal_name:
+        console.note(f"{stop.signal_name}: saved step {step} and stopped; the same command continues from there")
+    return TrainResult(state, step, step == config.train.steps, corpus)
+
+
+def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
+    micro = config.train.batch_size // config.train.grad_accum
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro % shards:
+        raise UserError(
+            f"a micro-batch of {micro} rows (train.batch_size={config.train.batch_size} / train.grad_accum="
+            f"{config.train.grad_accum}) does not divide over {shards} devices; change train.batch_size or mesh.data"
+        )
+
+
+class _Run:
+    """The parts of a run that its loop needs in one place."""
+
+    def __init__(
+        self,
+        config: Config,
+        steps: Steps,
+        corpus: Corpus,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        console: RunConsole,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.steps, self.corpus = config, steps, corpus
+        self.checkpoints, self.writer, self.console, self.stop = checkpoints, writer, console, stop
+        self.learning_rate = schedule(config.optim, config.train.steps)
+        self.pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+        self.since, self.since_step = 0.0, 0
+
+    def advance(self, state: TrainState, step: int, batches: Any) -> tuple[TrainState, int]:
+        """Steps until the end or a stop request; the newest state is on disk when this returns."""
+        settings = self.config.train
+        saved = step if step else None
+        self.since, self.since_step = time.monotonic(), step
+        if step < settings.steps:
+            self.console.start(settings.steps, step)
+        while step < settings.steps and not self.stop.signal_name:
+            batch = place(next(batches), self.steps)
+            state, metrics = self.steps.train(state, batch)
+            step += 1
+            self.pending.append((step, metrics))
+            last = step == settings.steps
+            if step % settings.log_every == 0 or last:
+                self.drain(last_step=step)
+            if step % settings.checkpoint_every == 0 or last:
+                saved = self.save(state, step, batches)
+            if last or (settings.eval_every and step % settings.eval_every == 0):
+                self.evaluate(state, step)
+        if saved != step:
+            self.save(state, step, batches)
+        self.checkpoints.wait()
+        self.console.stop()
+        return state, step
+
+    def save(self, state: TrainState, step: int, batches: Any) -> int:
+        """Saves, after making sure that what is saved is finite."""
+        self.drain(last_step=None)
+        self.checkpoints.save(step, state, batches)
+        return step
+
+    def drain(self, last_step: int | None) -> None:
+        """Waits for all steps so far, checks and writes their metrics; shows them if `last_step` is a log step."""
+        head_losses: list[float] = []
+        while self.pending:
+            step, metrics = self.pending.popleft()
+            metrics = jax.device_get(metrics)
+            head_losses = self.check_finite(step, metrics)
+            record = {
+                "loss": float(metrics.loss),
+                "head_loss": head_losses,
+                "head_top1": metrics.sums.means()["top1"].tolist(),
+                "grad_norm": float(metrics.grad_norm),
+                "learning_rate": float(self.config.optim.learning_rate * self.learning_rate(step - 1)),
+            }
+            if step == last_step:
+                record["tokens_per_second"] = self.tokens_per_second(step)
+                self.console.update(step, head_losses, record["tokens_per_second"])
+            self.writer.write(step, record)
+
+    def tokens_per_second(self, step: int) -> float:
+        """Speed since the last call, evaluation and saving included."""
+        now = time.monotonic()
+        tokens = (step - self.since_step) * self.config.train.batch_size * self.config.data.seq_len
+        speed = tokens / (now - self.since)
+        self.since, self.since_step = now, step
+        return speed
+
+    def check_finite(self, step: int, metrics: StepMetrics) -> list[float]:
+        """Mean loss of every head; a loss or gradient that is not finite ends the run."""
+        losses = [s / w if w else 0.0 for s, w in zip(metrics.sums.ce_M, metrics.sums.weight_M, strict=True)]
+        bad = [m for m, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad and math.isfinite(metrics.grad_norm):
+            return [float(loss) for loss in losses]
+        what = f"the loss of head {', '.join(map(str, bad))}" if bad else "the gradient"
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_step()
+        kept = f"the last good checkpoint is step {good}" if good is not None else "no checkpoint was saved before it"
+        raise UserError(
+            f"step {step}: {what} is not finite; {kept}. Lower optim.learning_rate={self.config.optim.learning_rate}, "
+            f"raise optim.warmup_steps={self.config.optim.warmup_steps}, or set optim.clip_norm"
+        )
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Held-out loss and accuracy of every head."""
+        sums = evaluate(self.steps, state.params, self.corpus.heldout, self.config, self.config.train.eval_rows)
+        means = {f"heldout_{name}": np.asarray(value).tolist() for name, value in sums.means().items()}
+        if self.corpus.heldout_bytes and not self.config.train.eval_rows:
+            means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), self.corpus.heldout_bytes)
+        self.writer.write(step, means)
+
+
+def place(batch: dict[str, np.ndarray], steps: Steps) -> dict[str, jax.Array]:
+    """This process's rows as part of the global batch on the mesh."""
+    return {
+        name: jax.make_array_from_process_local_data(steps.batch_sharding, rows_BT) for name, rows_BT in batch.items()
+    }
+
+
+def evaluate(steps: Steps, params: Any, rows: PackedRows, config: Config, limit: int = 0) -> HeadSums:
+    """Sums over held-out rows, accumulated in float64.
+
+    Args:
+      steps: compiled functions.
+      params: parameters.
+      rows: held-out rows.
+      config: the run; its batch size is used.
+      limit: most rows to read; 0 is all.
+    """
+    total = HeadSums(*(np.zeros(config.heads.num_future) for _ in HeadSums._fields))
+    batch_size = config.train.batch_size // config.train.grad_accum
+    for batch in heldout_batches(rows, batch_size, limit):
+        # Every process reads all held-out rows, so each can hand over the whole batch.
+        sums = jax.device_get(steps.evaluate(params, jax.device_put(batch, steps.batch_sharding)))
+        total = HeadSums(*(a + b for a, b in zip(total, sums, strict=True)))
+    return total
