@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 VERSION = 1
 """Layout of a checkpoint, stored in its `meta`."""
 
-RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data")
+RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data", "compiled")
 """Names that a run's directory may hold before its config.json is written."""
 
 FREE_FIELDS = re.compile(

@@ -124,19 +124,21 @@ class LossConfig:
     """Sum over heads of the masked mean cross-entropy of each head, times the head's weight."""
 
     impl: Literal["fused", "remat"] = "fused"
-    """fused: gradients formed in the forward scan over chunks. remat: a checkpoint around each head's chunk of logits."""
+    """fused: gradients formed in the forward scan over chunks. remat: a checkpoint around each chunk of logits."""
     head_weights: tuple[float, ...] = ()
     """One weight per head; empty means 1 for every head (Gloeckle et al. 2024)."""
     z_loss: float = 0.0
     """Coefficient of logsumexp(logits)^2, weighted like the cross-entropy."""
-    chunk_bytes: int = 8 * 2**20
+    chunk_bytes: int = 4 * 2**20
     """Most bytes of float32 logits alive at once on one device."""
 
     def __post_init__(self) -> None:
         _positive("loss", self, "chunk_bytes")
         _require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} is negative; 0 switches it off")
         negative = [w for w in self.head_weights if w < 0]
-        _require(not negative, f"loss.head_weights={self.head_weights} holds a negative weight; use 0 to silence a head")
+        _require(
+            not negative, f"loss.head_weights={self.head_weights} holds a negative weight; use 0 to silence a head"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +146,12 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     source: str = "stdlib"
-    """`stdlib` (the running Python's standard library), a directory, a glob, a `.jsonl` file, or a `.npy` of token ids."""
+    """`stdlib` (the running Python's standard library), a directory, glob, `.jsonl` file, or `.npy` of token ids."""
     text_field: str = "text"
     """Field of a JSONL record that holds the text."""
     tokenizer: str = "bpe"
-    """`bpe` trains a byte-pair tokenizer of model.vocab_size on the corpus, `bytes` is one token per byte, anything else
-    is the path of a `tokenizer.json`."""
+    """`bpe` trains a byte-pair tokenizer of model.vocab_size on the corpus, `bytes` is one token per byte, `none` takes
+    a `.npy` as it is, anything else is the path of a `tokenizer.json`."""
     seq_len: int = 256
     """Tokens of a row (T)."""
     eval_fraction: float = 0.05
@@ -415,4 +417,8 @@ def flatten(config: Config) -> dict[str, Any]:
 def differences(old: Config, new: Config) -> list[str]:
     """One `path: old -> new` for every field in which two configs differ."""
     old_fields, new_fields = flatten(old), flatten(new)
-    return [f"{path}: {old_fields[path]} -> {new_fields[path]}" for path in old_fields if old_fields[path] != new_fields[path]]
+    return [
+        f"{path}: {old_fields[path]} -> {new_fields[path]}"
+        for path in old_fields
+        if old_fields[path] != new_fields[path]
+    ]

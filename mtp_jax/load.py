@@ -27,6 +27,8 @@ class LoadedModel:
     """Parameters stacked over layers, in the dtype they were loaded as."""
     tokenizer: Any
     """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`; None where the model was trained on token files."""
+    mesh: Mesh
+    """Where the parameters lie."""
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """Float32 logits of every head at every position, [M, B, T, V], for inspection.
@@ -89,9 +91,10 @@ def load(
         model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
         config = dataclasses.replace(config, model=model)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
-    shardings = sharding.param_shardings(mesh or sharding.make_mesh(MeshConfig()), boxed)
+    mesh = mesh or sharding.make_mesh(MeshConfig())
+    shardings = sharding.param_shardings(mesh, boxed)
     abstract = sharding.place_abstract(nn.meta.unbox(boxed), shardings)
     params, _ = restore_params(workdir, abstract, notify=notify)
     tokenizer_path = workdir / "data" / "tokenizer.json"
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
-    return LoadedModel(config, params, tokenizer)
+    return LoadedModel(config, params, tokenizer, mesh)

@@ -1,4 +1,7 @@
-"""The one table from logical axes to mesh axes, and what follows from it. Mesh names appear here and in configs only."""
+"""The one table from logical axes to mesh axes, and what follows from it.
+
+Mesh names appear here and in configs only.
+"""
 
 import math
 from typing import Any
@@ -47,7 +50,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if needed > len(devices):
         raise UserError(f"{shown} needs {needed} devices, but {len(devices)} are here; lower the sizes")
     if needed < len(devices) and jax.process_count() > 1:
-        raise UserError(f"{shown} uses {needed} of {len(devices)} devices; with several processes every device takes part")
+        raise UserError(
+            f"{shown} uses {needed} of {len(devices)} devices; with several processes every device takes part"
+        )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices[:needed])
 
@@ -87,7 +92,9 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 def place_abstract(tree: Any, shardings: Any) -> Any:
     """A tree of shapes with a sharding on every leaf, the form in which restoring and compiling want it."""
-    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,52 @@
+"""The command `mtp`: one file per command, argument parsing and printing only."""
+
+import importlib
+import sys
+
+from mtp_jax.errors import UserError
+
+COMMANDS = {
+    "quickstart": "train a small model on Python's standard library, decode with it, write a report",
+    "train": "train a config, or continue where its workdir stopped",
+    "generate": "generate text from a trained model",
+    "eval": "loss by head, bits per byte, acceptance by depth",
+    "bench": "measure decoding against its memory floor",
+}
+
+
+def main() -> None:
+    """Entry point. Exits 0 on success, 2 with one line on bad input, 130 on an interrupt."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command line and returns the exit status."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from mtp_jax import __version__
+
+        print(f"mtp_jax {__version__}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"{argv[0]!r} is no command; choose one of {', '.join(COMMANDS)} (mtp --help)")
+        importlib.import_module(f"mtp_jax.cli.{argv[0]}").main(argv[1:])
+    except UserError as error:
+        print(f"mtp: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mtp: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone (`mtp ... | head`); nothing is left to say, and closing must not say it.
+        sys.stdout = None
+        return 141
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return f"usage: mtp COMMAND ...\n\n{rows}\n\nmtp COMMAND --help shows a command's options."

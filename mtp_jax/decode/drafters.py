@@ -94,5 +94,7 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Dra
         raise UserError("draft='heads', but this model has no extra heads (heads.num_future=1); use draft='none'")
     num_draft = extra if num_draft is None else num_draft
     if not 1 <= num_draft <= extra:
-        raise UserError(f"num_draft={num_draft}, but this model has {extra} extra heads; use 1..{extra}, or draft='none'")
+        raise UserError(
+            f"num_draft={num_draft}, but this model has {extra} extra heads; use 1..{extra}, or draft='none'"
+        )
     return Drafter("heads", num_draft, _heads_cache, _heads_draft)

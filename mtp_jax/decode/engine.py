@@ -137,7 +137,7 @@ def _choose(config: Config, params: Any, state_BQD: jax.Array) -> jax.Array:
 
 
 def _emit(state: DecodeState, choices_BQ: jax.Array, drafts_BP: jax.Array) -> tuple[DecodeState, Any]:
-    """Accepts, and appends the emitted tokens to every row; what is appended beyond them is covered by the next round."""
+    """Accepts, and appends to every row; what is appended beyond the emitted tokens is covered by the next round."""
     accepted = accept(choices_BQ, drafts_BP, state.limit_B - state.total_B, state.done_B, state.end_ids_E)
     write = jax.vmap(lambda row_S, new_Q, at: jax.lax.dynamic_update_slice(row_S, new_Q, (at,)))
     tokens_BS = write(state.tokens_BS, choices_BQ, state.total_B)

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -44,6 +45,8 @@ class DecodeStats:
 
     histogram: tuple[int, ...]
     """h_0..h_P, over all rows."""
+    batch_rounds: int
+    """Forward passes after the prefill; a batch takes as many as its slowest row."""
     emitted: int
     """Tokens returned."""
     emitted_in_rounds: int
@@ -71,7 +74,7 @@ class DecodeStats:
     def accept_at_given_prev(self) -> list[float]:
         """Share of rounds that accept draft k among those that accepted all before it; nan where there are none."""
         rates = [1.0, *self.accept_at]
-        return [now / before if before else float("nan") for before, now in zip(rates, rates[1:], strict=False)]
+        return [now / before if before else float("nan") for before, now in itertools.pairwise(rates)]
 
     @property
     def draft_accept_rate(self) -> float:
@@ -285,8 +288,10 @@ class _Request:
         rows = range(len(self.cut_B))
         tokens = [self._new_tokens(row) for row in rows]
         emitted = sum(map(len, tokens))
+        histogram_BQ = np.asarray(self.state.histogram_BQ)
         stats = DecodeStats(
-            histogram=tuple(np.asarray(self.state.histogram_BQ).sum(axis=0).tolist()),
+            histogram=tuple(histogram_BQ.sum(axis=0).tolist()),
+            batch_rounds=int(histogram_BQ.sum(axis=1).max()),
             emitted=emitted,
             emitted_in_rounds=emitted - len(tokens),
             prefill_seconds=self.prefill_seconds,
@@ -314,7 +319,7 @@ def _prompt_ids(lm: Model, prompt: Prompt, row: int) -> list[int]:
         raise UserError(f"prompt {row} holds token id {outside[0]}; the vocabulary is 0..{vocab - 1}")
     if len(ids) >= longest:
         raise UserError(
-            f"prompt {row} has {len(ids)} tokens; the model's limit is {longest} (model.max_seq_len), new tokens included"
+            f"prompt {row} has {len(ids)} tokens; the limit, new tokens included, is model.max_seq_len={longest}"
         )
     return ids
 

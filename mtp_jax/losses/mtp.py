@@ -72,5 +72,7 @@ def mtp_loss(
     def total(x_MBT: jax.Array) -> jax.Array:
         return jnp.sum(weights_MBT * x_MBT, axis=(1, 2))
 
-    sums = HeadSums(total(xent.ce_MBT), total(xent.rank_MBT == 1), total(xent.rank_MBT <= 5), jnp.sum(weights_MBT, (1, 2)))
+    sums = HeadSums(
+        total(xent.ce_MBT), total(xent.rank_MBT == 1), total(xent.rank_MBT <= 5), jnp.sum(weights_MBT, (1, 2))
+    )
     return xent.loss, sums

@@ -3,7 +3,7 @@
 All heads share the unembedding, so heads, rows and positions flatten to X tokens that are cut into chunks. One scan
 walks over the chunks. In the fused form it does all the work while a chunk's logits [C, V] are alive:
 
-    logits = h W^T      loss += sum_c weight_c ce_c      dh = dlogits W      dW += dlogits^T h
+    logits = h W^T      loss += sum_c weight_c ce_c      dh = dlogits W      dW^T += h^T dlogits
 
 The loss is linear in its cotangent, so the backward pass only multiplies the stored dh and dW by it: three matrix
 products per chunk, nothing recomputed, and one float32 dW however many heads there are. Without a gradient the scan
@@ -48,7 +48,7 @@ class XentSpec:
       embed_axis: mesh axis that splits the width of W at rest; W's gradient comes back split the same way.
     """
 
-    chunk_bytes: int = 8 * 2**20
+    chunk_bytes: int = 4 * 2**20
     softcap: float = 0.0
     z_loss: float = 0.0
     mesh: Mesh | None = None
@@ -153,18 +153,17 @@ def _scan_chunks(
     M, B, T, D = hidden_MBTD.shape
     V = table_VD.shape[0]
     offset = jax.lax.axis_index(spec.vocab_axis) * V if spec.vocab_axis else 0
-    column_CV = jnp.arange(V, dtype=jnp.int32)[None, :]
+    column_V = jnp.arange(V, dtype=jnp.int32)
 
     def step(carry: tuple, xs: tuple) -> tuple:
-        loss, dtable_VD = carry
+        loss, dtable_DV = carry
         h_CD, target_C, weight_C = xs
-        label_CV = column_CV == (target_C - offset)[:, None]
-        raw_CV = _products(h_CD, table_VD)
-        z_CV = _cap(raw_CV, spec.softcap)
+        column_C = target_C - offset
+        z_CV = _cap(_products(h_CD, table_VD), spec.softcap)
         max_C = _across(jax.lax.pmax, jnp.max(z_CV, axis=-1), spec.vocab_axis)
         exp_CV = jnp.exp(z_CV - max_C[:, None])
         sum_C = _across(jax.lax.psum, jnp.sum(exp_CV, axis=-1), spec.vocab_axis)
-        label_C = _across(jax.lax.psum, jnp.sum(jnp.where(label_CV, z_CV, 0), axis=-1), spec.vocab_axis)
+        label_C = _across(jax.lax.psum, _pick(z_CV, column_C), spec.vocab_axis)
         rank_C = jnp.sum(z_CV >= label_C[:, None], axis=-1, dtype=jnp.int32)
         rank_C = _across(jax.lax.psum, rank_C, spec.vocab_axis)
         lse_C = max_C + jnp.log(sum_C)
@@ -172,26 +171,28 @@ def _scan_chunks(
         term_C = ce_C + spec.z_loss * lse_C**2
         loss += jnp.sum(weight_C * term_C)
         if not with_grads:
-            return (loss, dtable_VD), (ce_C, rank_C)
+            return (loss, dtable_DV), (ce_C, rank_C)
         softmax_scale_C = (1 + 2 * spec.z_loss * lse_C) / sum_C
-        dz_CV = weight_C[:, None] * (exp_CV * softmax_scale_C[:, None] - label_CV)
+        is_label_CV = column_V[None, :] == column_C[:, None]
+        dz_CV = weight_C[:, None] * (exp_CV * softmax_scale_C[:, None] - is_label_CV)
         if spec.softcap:
             dz_CV *= 1 - (z_CV / spec.softcap) ** 2
         dz_CV = dz_CV.astype(h_CD.dtype)
         dh_CD = jnp.einsum("CV,VD->CD", dz_CV, table_VD, preferred_element_type=jnp.float32)
         dh_CD = _across(jax.lax.psum, dh_CD, spec.vocab_axis).astype(h_CD.dtype)
-        dtable_VD += jnp.einsum("CV,CD->VD", dz_CV, h_CD, preferred_element_type=jnp.float32)
-        return (loss, dtable_VD), (ce_C, rank_C, dh_CD, term_C)
+        # [D, V], not [V, D]: a CPU would write a transposed copy of the chunk's logits for the latter.
+        dtable_DV += jnp.einsum("CD,CV->DV", h_CD, dz_CV, preferred_element_type=jnp.float32)
+        return (loss, dtable_DV), (ce_C, rank_C, dh_CD, term_C)
 
-    dtable_VD = jnp.zeros((V, D) if with_grads else (0,), jnp.float32)
+    dtable_DV = jnp.zeros((D, V) if with_grads else (0,), jnp.float32)
     chunks = _to_chunks((hidden_MBTD, targets_MBT, weights_MBT), _chunk_size(M * B * T, V, spec))
-    (loss, dtable_VD), ys = jax.lax.scan(step, (jnp.float32(0), dtable_VD), chunks)
+    (loss, dtable_DV), ys = jax.lax.scan(step, (jnp.float32(0), dtable_DV), chunks)
     ce_MBT, rank_MBT, *gradients = (_from_chunks(y, (M, B, T, *y.shape[2:])) for y in ys)
     outputs = _across(jax.lax.psum, loss, spec.batch_axes), ce_MBT, rank_MBT
     if not with_grads:
         return outputs, ()
     dhidden_MBTD, dweights_MBT = gradients
-    return outputs, (dhidden_MBTD, _reduce_table(dtable_VD, spec), dweights_MBT)
+    return outputs, (dhidden_MBTD, _reduce_table(dtable_DV, spec).T, dweights_MBT)
 
 
 def _products(h_CD: jax.Array, table_VD: jax.Array) -> jax.Array:
@@ -207,12 +208,19 @@ def _across(reduce: Any, x: jax.Array, axes: str | tuple[str, ...] | None) -> ja
     return reduce(x, axes) if axes else x
 
 
-def _reduce_table(dtable_VD: jax.Array, spec: XentSpec) -> jax.Array:
+def _pick(z_CV: jax.Array, column_C: jax.Array) -> jax.Array:
+    """Each token's logit at its column; 0 where the column lies in another shard of the vocabulary."""
+    V = z_CV.shape[1]
+    picked_C = jnp.take_along_axis(z_CV, jnp.clip(column_C, 0, V - 1)[:, None], axis=1)[:, 0]
+    return jnp.where((column_C >= 0) & (column_C < V), picked_C, 0)
+
+
+def _reduce_table(dtable_DV: jax.Array, spec: XentSpec) -> jax.Array:
     """Sums W's gradient over the shards of the rows, leaving it split like W at rest."""
     if spec.embed_axis:
-        dtable_VD = jax.lax.psum_scatter(dtable_VD, spec.embed_axis, scatter_dimension=1, tiled=True)
+        dtable_DV = jax.lax.psum_scatter(dtable_DV, spec.embed_axis, scatter_dimension=0, tiled=True)
     rest = tuple(axis for axis in spec.batch_axes if axis != spec.embed_axis)
-    return _across(jax.lax.psum, dtable_VD, rest)
+    return _across(jax.lax.psum, dtable_DV, rest)
 
 
 def _chunk_size(tokens: int, vocab: int, spec: XentSpec) -> int:

@@ -7,17 +7,18 @@ import jax.numpy as jnp
 from mtp_jax.axes import EMBED, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.attention import attention
+from mtp_jax.kernels.linear import linear
 from mtp_jax.model.cache import LayerCache, write_cache
 from mtp_jax.model.rope import rotary
 
 Init = jax.nn.initializers.Initializer
 
 
-def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init) -> jax.Array:
-    """A parameter in the compute dtype; at rest it has `param_dtype`."""
-    config = module.config
-    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(config.param_dtype))
-    return value.astype(config.dtype)
+def _weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init
+) -> jax.Array:
+    """A parameter at rest; `linear` casts it to the compute dtype."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(module.config.param_dtype))
 
 
 def _fan_in(fan_in: int, gain: float = 1.0) -> Init:
@@ -53,11 +54,11 @@ class FeedForward(nn.Module):
         gate_DF = _weight(self, "gate", (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model))
         up_DF = _weight(self, "up", (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model))
         down_FD = _weight(self, "down", (c.d_ff, c.d_model), (MLP, EMBED), _residual(c, c.d_ff))
-        return (jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)) @ down_FD
+        return linear(jax.nn.silu(linear(x_BTD, gate_DF)) * linear(x_BTD, up_DF), down_FD)
 
 
 def _residual(config: ModelConfig, fan_in: int) -> Init:
-    """Writes into the residual stream start small, so that its variance does not grow with depth (Radford et al. 2019)."""
+    """Small writes into the residual stream keep its variance from growing with depth (Radford et al. 2019)."""
     return _fan_in(fan_in, (2 * config.num_layers) ** -0.5)
 
 
@@ -79,10 +80,10 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and values, [B, T, K, H] each."""
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.k_DKH)
+        k_BTKH, v_BTKH = _to_heads(x_BTD, self.k_DKH), _to_heads(x_BTD, self.v_DKH)
         if self.config.qk_norm:
             k_BTKH = self.k_norm(k_BTKH)
-        return rotary(k_BTKH, positions_BT, self.config.rope_theta), jnp.einsum("BTD,DKH->BTKH", x_BTD, self.v_DKH)
+        return rotary(k_BTKH, positions_BT, self.config.rope_theta), v_BTKH
 
     def attend(
         self,
@@ -94,12 +95,18 @@ class Attention(nn.Module):
         segment_ids_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Queries of x over the given slots, projected back to [B, T, D]."""
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.q_DNH)
+        q_BTNH = _to_heads(x_BTD, self.q_DNH)
         if self.config.qk_norm:
             q_BTNH = self.q_norm(q_BTNH)
         q_BTNH = rotary(q_BTNH, positions_BT, self.config.rope_theta)
         mixed_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, query_slots_BT, segment_ids_BS)
-        return jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, self.o_NHD)
+        N, H, D = self.o_NHD.shape
+        return linear(mixed_BTNH.reshape(*x_BTD.shape[:2], N * H), self.o_NHD.reshape(N * H, D))
+
+
+def _to_heads(x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+    D, N, H = w_DNH.shape
+    return linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
 
 
 class Block(nn.Module):

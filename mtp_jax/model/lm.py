@@ -7,6 +7,7 @@ Parameters are stacked over layers at rest and scanned in training:
 Decoding works on `unstack`ed blocks, one tree per layer, because a scan would copy every layer's cache in every step.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,7 @@ def _constrain(x_BTD: jax.Array) -> jax.Array:
 def unstack(blocks: Params) -> tuple[Params, ...]:
     """Stacked blocks as one tree per layer, for decoding."""
     count = jax.tree.leaves(blocks)[0].shape[0]
-    return tuple(jax.tree.map(lambda leaf: leaf[i], blocks) for i in range(count))
+    return tuple(jax.tree.map(operator.itemgetter(i), blocks) for i in range(count))
 
 
 def decode_blocks(

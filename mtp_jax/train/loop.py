@@ -20,14 +20,12 @@ from mtp_jax import sharding
 from mtp_jax.checkpoint import Checkpoints, open_run
 from mtp_jax.config import Config
 from mtp_jax.data.loader import Corpus, heldout_batches, prepare, train_batches
-from mtp_jax.data.pack import PackedRows
 from mtp_jax.errors import UserError
-from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.optim import schedule
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.state import TrainState
-from mtp_jax.train.step import StepMetrics, Steps, compile_steps
+from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
 
 
 class TrainResult(NamedTuple):
@@ -82,7 +80,9 @@ def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainRe
         state, step = restored or (steps.init(jax.random.key(config.train.seed)), 0)
         if resumed:
             done = step == config.train.steps
-            console.note(f"{workdir}: " + (f"trained already, {step} steps" if done else f"continuing from step {step}"))
+            console.note(
+                f"{workdir}: " + (f"trained already, {step} steps" if done else f"continuing from step {step}")
+            )
         with MetricsWriter(workdir, resume_step=step if resumed else None) as writer, StopRequest() as stop:
             run = _Run(config, steps, corpus, checkpoints, writer, console, stop)
             state, step = run.advance(state, step, batches)
@@ -195,9 +195,11 @@ class _Run:
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Held-out loss and accuracy of every head."""
-        sums = evaluate(self.steps, state.params, self.corpus.heldout, self.config, self.config.train.eval_rows)
+        settings, rows = self.config.train, self.corpus.heldout
+        batches = heldout_batches(rows, settings.batch_size // settings.grad_accum, settings.eval_rows)
+        sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)
         means = {f"heldout_{name}": np.asarray(value).tolist() for name, value in sums.means().items()}
-        if self.corpus.heldout_bytes and not self.config.train.eval_rows:
+        if self.corpus.heldout_bytes and not settings.eval_rows:
             means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), self.corpus.heldout_bytes)
         self.writer.write(step, means)
 
@@ -207,22 +209,3 @@ def place(batch: dict[str, np.ndarray], steps: Steps) -> dict[str, jax.Array]:
     return {
         name: jax.make_array_from_process_local_data(steps.batch_sharding, rows_BT) for name, rows_BT in batch.items()
     }
-
-
-def evaluate(steps: Steps, params: Any, rows: PackedRows, config: Config, limit: int = 0) -> HeadSums:
-    """Sums over held-out rows, accumulated in float64.
-
-    Args:
-      steps: compiled functions.
-      params: parameters.
-      rows: held-out rows.
-      config: the run; its batch size is used.
-      limit: most rows to read; 0 is all.
-    """
-    total = HeadSums(*(np.zeros(config.heads.num_future) for _ in HeadSums._fields))
-    batch_size = config.train.batch_size // config.train.grad_accum
-    for batch in heldout_batches(rows, batch_size, limit):
-        # Every process reads all held-out rows, so each can hand over the whole batch.
-        sums = jax.device_get(steps.evaluate(params, jax.device_put(batch, steps.batch_sharding)))
-        total = HeadSums(*(a + b for a, b in zip(total, sums, strict=True)))
-    return total

