@@ -7,9 +7,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtp_jax.config import (
-        Config as Config,
-    )
+    from mtp_jax.config import Config as Config
+    from mtp_jax.config import DataConfig as DataConfig
+    from mtp_jax.config import DecodeConfig as DecodeConfig
+    from mtp_jax.config import HeadsConfig as HeadsConfig
+    from mtp_jax.config import LossConfig as LossConfig
+    from mtp_jax.config import MeshConfig as MeshConfig
+    from mtp_jax.config import ModelConfig as ModelConfig
+    from mtp_jax.config import OptimConfig as OptimConfig
+    from mtp_jax.config import TrainConfig as TrainConfig
+    from mtp_jax.config import equal_parameter_layers as equal_parameter_layers
+    from mtp_jax.config import override as override
+    from mtp_jax.decode.drafters import Drafter as Drafter
+    from mtp_jax.decode.generate import generate as generate
+    from mtp_jax.decode.generate import stream as stream
+    from mtp_jax.errors import UserError as UserError
+    from mtp_jax.eval.report import evaluate as evaluate
+    from mtp_jax.load import LoadedModel as LoadedModel
+    from mtp_jax.load import load as load
+    from mtp_jax.train.loop import train as train
 
 __version__ = "0.1.0"
 
@@ -24,6 +40,7 @@ _HOMES = {
     "TrainConfig": "config",
     "DecodeConfig": "config",
     "equal_parameter_layers": "config",
+    "override": "config",
     "UserError": "errors",
     "load": "load",
     "LoadedModel": "load",

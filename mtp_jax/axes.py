@@ -20,7 +20,6 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | S      | key positions, or slots of a cache                                                     |
 | T      | positions of a training row                                                            |
 | V      | vocabulary                                                                             |
-| X      | all tokens of a loss call: heads, rows and positions flattened                         |
 """
 
 # Logical axes of parameters. The model speaks these names only; `sharding.py` maps them to a mesh.

@@ -408,6 +408,23 @@ def _check_type(value: Any, kind: Any, origin: str) -> None:
     _require(well_typed, f"{origin} is {value!r}; a {kind.__name__} is needed")
 
 
+def override(config: Config, changes: dict[str, Any]) -> Config:
+    """The config with some fields replaced.
+
+    Args:
+      config: where to start from.
+      changes: values by dotted path, as `{"train.steps": 100, "optim.name": "muon"}`.
+
+    Raises:
+      UserError: an unknown path (with the nearest known one), or a value that the schema refuses.
+    """
+    tree = json.loads(to_json(config))
+    for path, value in changes.items():
+        section, _, field = path.partition(".")
+        tree.setdefault(section, {})[field] = list(value) if isinstance(value, tuple) else value
+    return _build(Config, tree, "config")
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """The config as `{'model.d_model': 256, ...}`, in schema order."""
     tree = dataclasses.asdict(config)

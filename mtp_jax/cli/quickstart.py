@@ -38,7 +38,7 @@ CONFIG = Config(
     ),
     heads=HeadsConfig(kind="parallel", num_future=4),
     data=DataConfig(source="stdlib", tokenizer="bpe", seq_len=128),
-    optim=OptimConfig(name="muon"),
+    optim=OptimConfig(name="muon", muon_learning_rate=0.01),
     train=TrainConfig(steps=1000, batch_size=16),
     decode=DecodeConfig(num_prompts=16, prompt_tokens=64, max_new_tokens=128),
 )

@@ -2,9 +2,9 @@
 
 Autodiff forms dW with the incoming gradient as the left operand. XLA's CPU backend then writes a transposed copy of
 that gradient, which can take longer than the product itself: a SwiGLU layer of width 192 trains 3.3 times faster
-without it (16 rows of 128 tokens on two cores). Here the narrower of input and gradient is the left operand. The weight keeps its
-dtype at rest, so that its gradient is accumulated in float32 even where the product is bfloat16. The reference is
-`x @ w`.
+without it (16 rows of 128 tokens on two cores). Here the narrower of input and gradient is the left operand. The weight
+keeps its dtype at rest, so that its gradient is accumulated in float32 even where the product is bfloat16. The
+reference is `x @ w`.
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Cross-entropy of a linear unembedding, without ever holding more than one chunk of logits.
 
-All heads share the unembedding, so heads, rows and positions flatten to X tokens that are cut into chunks. One scan
-walks over the chunks. In the fused form it does all the work while a chunk's logits [C, V] are alive:
+All heads share the unembedding, so one scan walks over the chunks of all heads, head after head. In the fused form it
+does all the work while a chunk's logits [C, V] are alive:
 
     logits = h W^T      loss += sum_c weight_c ce_c      dh = dlogits W      dW^T += h^T dlogits
 
@@ -99,7 +99,7 @@ def remat_xent(
 
     M, B, T, _ = hidden_MBTD.shape
     arrays = (hidden_MBTD, targets_MBT, weights_MBT)
-    loss, aux = jax.lax.scan(step, jnp.float32(0), _to_chunks(arrays, _chunk_size(M * B * T, table_VD.shape[0], spec)))
+    loss, aux = jax.lax.scan(step, jnp.float32(0), _to_chunks(arrays, _chunk_size(B * T, table_VD.shape[0], spec)))
     ce_MBT, rank_MBT = (_from_chunks(x, (M, B, T)) for x in aux)
     return Xent(loss, jax.lax.stop_gradient(ce_MBT), rank_MBT)
 
@@ -185,7 +185,7 @@ def _scan_chunks(
         return (loss, dtable_DV), (ce_C, rank_C, dh_CD, term_C)
 
     dtable_DV = jnp.zeros((D, V) if with_grads else (0,), jnp.float32)
-    chunks = _to_chunks((hidden_MBTD, targets_MBT, weights_MBT), _chunk_size(M * B * T, V, spec))
+    chunks = _to_chunks((hidden_MBTD, targets_MBT, weights_MBT), _chunk_size(B * T, V, spec))
     (loss, dtable_DV), ys = jax.lax.scan(step, (jnp.float32(0), dtable_DV), chunks)
     ce_MBT, rank_MBT, *gradients = (_from_chunks(y, (M, B, T, *y.shape[2:])) for y in ys)
     outputs = _across(jax.lax.psum, loss, spec.batch_axes), ce_MBT, rank_MBT
@@ -231,18 +231,21 @@ def _chunk_size(tokens: int, vocab: int, spec: XentSpec) -> int:
 
 
 def _to_chunks(arrays: tuple[jax.Array, ...], size: int) -> tuple[jax.Array, ...]:
-    """[M, B, T, ...] to [chunks, C, ...]; a ragged tail is filled with zeros, which weigh nothing."""
+    """[M, B, T, ...] to [chunks, C, ...], head after head: a head's sums do not depend on how many follow it.
+
+    The ragged tail of every head is filled with zeros, which weigh nothing.
+    """
 
     def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(-1, *x.shape[3:])
-        padding = -x.shape[0] % size
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])
+        padding = -x.shape[1] % size
         if padding:
-            x = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
-        return x.reshape(-1, size, *x.shape[1:])
+            x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(-1, size, *x.shape[2:])
 
     return tuple(split(x) for x in arrays)
 
 
 def _from_chunks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    tokens = shape[0] * shape[1] * shape[2]
-    return x.reshape(-1, *x.shape[2:])[:tokens].reshape(shape)
+    M, B, T = shape[:3]
+    return x.reshape(M, -1, *x.shape[2:])[:, : B * T].reshape(shape)

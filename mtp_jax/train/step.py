@@ -98,7 +98,7 @@ def train_step(
         ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, micros)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, sums, optax.global_norm(grads))
+    return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, sums, optax.tree.norm(grads))
 
 
 def _split(whole: tuple, count: int) -> tuple:

@@ -1,0 +1,233 @@
+"""The commands as a person or a program meets them."""
+
+import json
+import pathlib
+
+import matplotlib.image
+import pytest
+from reference.tiny import tiny_config, write_text
+
+from mtp_jax.cli import COMMANDS, run
+from mtp_jax.config import to_json
+from mtp_jax.metrics import read_metrics
+
+OVERRIDES = {
+    "model.vocab_size": 264,
+    "model.num_layers": 2,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 2,
+    "model.head_dim": 8,
+    "model.d_ff": 24,
+    "data.seq_len": 32,
+    "data.tokenizer": "bytes",
+    "data.eval_fraction": 0.2,
+    "train.steps": 8,
+    "train.batch_size": 8,
+    "decode.num_prompts": 2,
+    "decode.prompt_tokens": 8,
+    "decode.max_new_tokens": 16,
+}
+
+
+def flags(**changes):
+    return [word for name, value in (OVERRIDES | changes).items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def quickstart(text, tmp_path_factory):
+    """A finished quickstart at tiny settings: its workdir and arguments."""
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    arguments = ["quickstart", "--workdir", str(workdir), *flags(**{"data.source": text}), "--json"]
+    assert run(arguments) == 0
+    return workdir, arguments
+
+
+@pytest.fixture
+def config_file(text, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(f"from mtp_jax.config import from_json\nconfig = from_json('''{to_json(tiny_config(text))}''')\n")
+    return path
+
+
+def only_json(capsys):
+    """Standard output as exactly one JSON object, strictly read."""
+    out = capsys.readouterr().out
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    assert out.count("\n") == 1
+    return json.loads(out, parse_constant=refuse)
+
+
+def error_line(capsys, arguments):
+    """The one line on standard error of a command that must fail with 2 and print nothing else."""
+    assert run([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("mtp: error: ")
+    assert "Traceback" not in captured.err
+    return lines[-1]
+
+
+def test_quickstart_again_reuses_the_model(quickstart, capsys):
+    """Keys of the interface are there, drafted = plain, and the second call trains nothing."""
+    workdir, arguments = quickstart
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert run(arguments) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    keys = "identical bits_per_byte speedup tokens_per_round accept_at distinct_ratio train_seconds seconds workdir"
+    assert set(keys.split()) <= set(result)
+    assert result["identical"] is True
+    assert len(result["accept_at"]) == 3
+    assert "trained already, 8 steps" in captured.err
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_quickstart_leaves_a_workdir(quickstart):
+    """Checkpoint, config, tokenizer, metrics, TensorBoard, and a report whose plots have ink on them."""
+    workdir, _ = quickstart
+    for name in ("config.json", "data/tokenizer.json", "metrics.jsonl", "checkpoints/8", "tensorboard", "report/report.md"):
+        assert (workdir / name).exists(), name
+    page = (workdir / "report" / "report.md").read_text()
+    for name in ("loss_by_head.png", "acceptance.png", "speed.png"):
+        assert f"({name})" in page
+        pixels = matplotlib.image.imread(workdir / "report" / name)
+        assert pixels.shape[1] > 800
+        assert 0.002 < (pixels[..., :3].min(axis=-1) < 0.9).mean() < 0.6
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name, capsys):
+    """Every command explains its options and exits with 0."""
+    with pytest.raises(SystemExit) as end:
+        run([name, "--help"])
+    assert not end.value.code
+    assert "usage: mtp" in capsys.readouterr().out
+
+
+def test_train_prints_and_resumes(config_file, tmp_path, capsys):
+    """mtp train = Config file + overrides; the second call continues where the first stopped."""
+    arguments = ["train", str(config_file), "--workdir", str(tmp_path / "run"), "--train.steps", "2", "--json"]
+    assert run(arguments) == 0
+    result = only_json(capsys)
+    assert (result["step"], result["finished"]) == (2, True)
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 2]
+    assert run(arguments) == 0
+    assert "trained already, 2 steps" in capsys.readouterr().err
+
+
+def test_generate_json_is_the_same_with_and_without_drafts(quickstart, capsys):
+    """--draft heads = --draft none, token for token, under the keys of the interface."""
+    base = ["generate", str(quickstart[0]), "--prompt", "def ", "--max-new-tokens", "24", "--json", "--draft"]
+    results = []
+    for draft in ("heads", "none"):
+        assert run([*base, draft]) == 0
+        results.append(only_json(capsys))
+    assert results[0]["completions"] == results[1]["completions"]
+    assert set(results[0]["completions"][0]) == {"prompt", "text", "tokens", "finish_reason"}
+    keys = {"rounds", "emitted", "tokens_per_round", "accept_at", "seconds", "tokens_per_second"}
+    assert keys <= set(results[0]["stats"])
+    assert results[1]["stats"]["tokens_per_round"] == 1.0
+
+
+def test_generate_streams_every_prompt(quickstart, tmp_path, capsys):
+    """Text of --prompt, --prompt-file and --prompt-tokens on stdout, statistics on stderr."""
+    file = tmp_path / "prompt.txt"
+    file.write_text("value ")
+    prompts = ["--prompt", "def ", "--prompt", "for ", "--prompt-file", str(file), "--prompt-tokens", "105,102"]
+    assert run(["generate", str(quickstart[0]), *prompts, "--max-new-tokens", "8"]) == 0
+    captured = capsys.readouterr()
+    assert [part[:3] for part in captured.out.split("---\n")] == ["def", "for", "val", "if" + captured.out.split("---\n")[3][2]]
+    assert "rounds" in captured.err
+
+
+def test_eval_equals_quickstart(quickstart, text, tmp_path, capsys):
+    """mtp eval on the run's own held-out files gives the figures that quickstart printed."""
+    workdir, arguments = quickstart
+    run(arguments)
+    expected = json.loads(capsys.readouterr().out)
+    held_out = tmp_path / "heldout"
+    held_out.mkdir()
+    for name in json.loads((workdir / "data" / "meta.json").read_text())["heldout_documents"]:
+        (held_out / pathlib.Path(name).name).write_bytes((text / name).read_bytes())
+    assert run(["eval", str(workdir), "--data", str(held_out), "--json", "--output", str(tmp_path / "out")]) == 0
+    result = only_json(capsys)
+    assert result["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=0.02)
+    assert {"loss", "top1", "top5"} == set(result["heads"][0])
+    assert {"tokens_per_round", "accept_at", "distinct_ratio"} <= set(result)
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+def test_bench_decode(quickstart, capsys):
+    """Both sides and the floor, with the keys of the interface; a step cannot beat twice its floor's bandwidth."""
+    arguments = ["bench", "decode", str(quickstart[0]), "--max-new-tokens", "16", "--prompt-tokens", "8", "--runs", "1"]
+    assert run([*arguments, "--json"]) == 0
+    result = only_json(capsys)
+    assert {"ms_per_step", "floor_ms", "tokens_per_second"} <= set(result["plain"])
+    assert {"ms_per_round", "tokens_per_round", "tokens_per_second"} <= set(result["draft"])
+    assert result["identical"] is True
+    assert result["plain"]["ms_per_step"] * result["plain"]["tokens_per_second"] == pytest.approx(1e3)
+
+
+BAD = {
+    "no command": (["dance"], r"'dance' is no command; choose one of quickstart, train"),
+    "unknown key": (["train", "CONFIG", "--model.d_modl", 3], r"--model.d_modl.* Perhaps you meant.*--model.d.model"),
+    "wrong type": (["train", "CONFIG", "--train.steps", "many"], r"--train.steps.*'many'"),
+    "indivisible": (["train", "CONFIG", "--model.num_heads", 3], r"model.num_heads=3 .* model.num_kv_heads=2"),
+    "M above the row": (["train", "CONFIG", "--heads.num_future", 40], r"heads.num_future=40 .* data.seq_len=32"),
+    "no config": (["train", "nowhere.py"], r"config file nowhere.py does not exist"),
+    "no config given": (["train"], r"needs a config file"),
+    "missing corpus": (["train", "CONFIG", "--data.source", "/nowhere"], r"/nowhere"),
+    "small vocabulary": (["train", "CONFIG", "--model.vocab_size", 100], r"258.*100|100.*258"),
+    "not a run": (["generate", "/nowhere", "--prompt", "x"], r"/nowhere is not a directory"),
+    "nothing to continue": (["generate", "RUN"], r"nothing to continue"),
+    "empty prompt": (["generate", "RUN", "--prompt", ""], r"prompt 0 is empty"),
+    "bad ids": (["generate", "RUN", "--prompt-tokens", "1,x"], r"'1,x' is not a list of ids"),
+    "id outside": (["generate", "RUN", "--prompt-tokens", "1,999"], r"token id 999; the vocabulary is 0..263"),
+    "long prompt": (["generate", "RUN", "--prompt", "x" * 4000], r"has 4001 tokens; .*max_seq_len"),
+    "too many drafts": (["generate", "RUN", "--prompt", "x", "--num-draft", 9], r"num_draft=9.* 3 extra heads"),
+    "no tokens": (["generate", "RUN", "--prompt", "x", "--max-new-tokens", 0], r"max_new_tokens=0"),
+    "no data": (["eval", "RUN", "--data", "/nowhere"], r"/nowhere"),
+    "no benchmark": (["bench", "coffee"], r"what to measure is 'decode'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, quickstart, config_file, tmp_path, capsys):
+    """Bad input ends with status 2 and one line that names the thing and the value."""
+    arguments, message = BAD[case]
+    names = {"CONFIG": str(config_file), "RUN": str(quickstart[0])}
+    arguments = [names.get(argument, argument) for argument in arguments]
+    if arguments[0] == "train" and len(arguments) > 2:
+        arguments += ["--workdir", str(tmp_path / "run")]
+    import re
+
+    assert re.search(message, error_line(capsys, arguments))
+
+
+def test_bad_corpora(config_file, tmp_path, capsys):
+    """Empty and non-UTF-8 corpora are named, with the file and the byte."""
+    empty, latin = tmp_path / "empty", tmp_path / "latin"
+    empty.mkdir()
+    latin.mkdir()
+    (latin / "a.txt").write_bytes(b"caf\xe9 " * 50)
+    for source, message in ((empty, "empty"), (latin, "a.txt")):
+        line = error_line(capsys, ["train", config_file, "--workdir", tmp_path / "run", "--data.source", source])
+        assert message in line
+
+
+def test_config_file_errors_are_one_line(tmp_path, capsys):
+    """A config that fails, or defines no config, is named with the reason."""
+    for code, message in (("1/0", "ZeroDivisionError"), ("x = 1", "defines no `config"), ("import nope_nope", "nope_nope")):
+        path = tmp_path / "bad.py"
+        path.write_text(code)
+        assert message in error_line(capsys, ["train", path])

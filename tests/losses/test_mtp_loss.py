@@ -1,0 +1,164 @@
+"""Equations of the multi-token loss: loss = sum_m w_m S_m / W_m, with S and W taken over the whole batch.
+
+Each docstring names the line whose deletion breaks the test.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.xent_problems import problem
+
+from mtp_jax.losses.mtp import XENT, HeadSums, head_scale, mtp_loss
+from mtp_jax.losses.xent import XentSpec
+
+IMPLS = sorted(XENT)
+SPEC = XentSpec(chunk_bytes=4 * 37 * 11)
+
+
+@functools.partial(jax.jit, static_argnames=("impl", "spec"))
+def loss_and_grads(hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_M, spec=SPEC, impl="fused"):
+    def loss(hidden_MBTD, table_VD):
+        return mtp_loss(hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_M, spec, impl)
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_MBTD, table_VD)
+
+
+def scale_of(weights_MBT, head_weights=None):
+    head_weights = head_weights or (1.0,) * len(weights_MBT)
+    return head_scale(jnp.sum(jnp.asarray(weights_MBT), (1, 2)), head_weights)
+
+
+def mean_ce(hidden_BTD, table_VD, targets_BT, weights_BT):
+    """A plain language model's loss: mean over counted tokens of -log softmax(h W^T)[y]."""
+    log_probs_BTV = jax.nn.log_softmax(hidden_BTD @ table_VD.T)
+    picked_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return -jnp.sum(weights_BT * picked_BT) / jnp.sum(weights_BT)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_head_is_the_language_model(impl):
+    """M = 1: loss and gradients = those of the masked mean cross-entropy.
+
+    Breaks without `* scale_M` in `mtp_loss`, or if the scale is not w_m / W_m.
+    """
+    hidden_MBTD, table_VD, targets_MBT, weights_MBT = problem(M=1, B=2)
+    (loss, _), grads = loss_and_grads(
+        hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_of(weights_MBT), SPEC, impl
+    )
+    plain = jax.value_and_grad(lambda h, w: mean_ce(h[0], w, targets_MBT[0], weights_MBT[0]), argnums=(0, 1))
+    expected, expected_grads = plain(hidden_MBTD, table_VD)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_is_the_weighted_sum_of_the_heads(impl):
+    """mtp(h_1..h_M) = sum_m w_m * LM(h_m) with unequal numbers of targets; `sums` give each LM loss back.
+
+    Breaks if one total weight divides all heads, or if `scale_M` meets the wrong axis.
+    """
+    hidden_MBTD, table_VD, targets_MBT, weights_MBT = problem(M=3, B=2)
+    weights_MBT[2, :, 4:] = 0
+    head_weights = (1.0, 0.5, 0.25)
+    (loss, sums), _ = loss_and_grads(
+        hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_of(weights_MBT, head_weights), SPEC, impl
+    )
+    each = [mean_ce(hidden_MBTD[m], table_VD, targets_MBT[m], weights_MBT[m]) for m in range(3)]
+    np.testing.assert_allclose(loss, sum(w * ce for w, ce in zip(head_weights, each, strict=True)), rtol=1e-5)
+    np.testing.assert_allclose(sums.means()["loss"], each, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_silent_heads_change_nothing(impl):
+    """w_m = 0 for m >= 1: loss, dh_0 and dW are those of M = 1 bit for bit, and dh_m = 0 exactly.
+
+    The chunk divides a head's tokens, so that both cut them alike; otherwise sums differ in their order only. Breaks
+    if head weights are dropped from `head_scale`.
+    """
+    hidden_MBTD, table_VD, targets_MBT, weights_MBT = problem(M=4, B=2)
+    one = weights_MBT[:1]
+    (plain, _), (dplain, dtable) = loss_and_grads(
+        hidden_MBTD[:1], table_VD, targets_MBT[:1], one, scale_of(one), SPEC, impl
+    )
+    scale_M = scale_of(weights_MBT, (1.0, 0.0, 0.0, 0.0))
+    (loss, _), (dhidden, dtable_all) = loss_and_grads(
+        hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_M, SPEC, impl
+    )
+    assert loss == plain
+    np.testing.assert_array_equal(dhidden[:1], dplain)
+    np.testing.assert_array_equal(dhidden[1:], 0)
+    np.testing.assert_array_equal(dtable_all, dtable)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_parts_add_up_to_the_whole(impl):
+    """loss, sums and dW of a batch = the sums of those of its halves, with the scale of the whole, although the halves
+    have unequal weights. The mean of the halves' own means would be another number.
+
+    Breaks if `mtp_loss` takes the scale from its own weights.
+    """
+    inputs = problem(M=3, B=4)
+    inputs[3][0, :2, 3:] = 0
+    scale_M = scale_of(inputs[3])
+    halves = [
+        (inputs[0][:, rows], inputs[1], inputs[2][:, rows], inputs[3][:, rows]) for rows in (slice(2), slice(2, 4))
+    ]
+    (loss, sums), (dhidden, dtable) = loss_and_grads(*inputs, scale_M, SPEC, impl)
+    parts = [loss_and_grads(*half, scale_M, SPEC, impl) for half in halves]
+    np.testing.assert_allclose(loss, sum(part[0][0] for part in parts), rtol=1e-6)
+    np.testing.assert_allclose(dtable, sum(part[1][1] for part in parts), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dhidden, np.concatenate([part[1][0] for part in parts], 1), rtol=1e-5, atol=1e-7)
+    for whole, first, second in zip(sums, parts[0][0][1], parts[1][0][1], strict=True):
+        np.testing.assert_allclose(whole, first + second, rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_head_without_targets_adds_nothing(impl):
+    """W_m = 0: scale 0, the loss is that of the other heads, its states get a gradient of exactly 0; its mean is nan.
+
+    Breaks without the `where` in `head_scale` (0 / 0 poisons every gradient).
+    """
+    hidden_MBTD, table_VD, targets_MBT, weights_MBT = problem(M=2, B=2)
+    weights_MBT[1] = 0
+    scale_M = scale_of(weights_MBT)
+    np.testing.assert_array_equal(scale_M[1], 0)
+    (loss, sums), (dhidden, dtable) = loss_and_grads(
+        hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_M, SPEC, impl
+    )
+    (alone, _), (_, dtable_alone) = loss_and_grads(
+        hidden_MBTD[:1], table_VD, targets_MBT[:1], weights_MBT[:1], scale_M[:1], SPEC, impl
+    )
+    assert loss == alone
+    np.testing.assert_array_equal(dhidden[1], 0)
+    np.testing.assert_array_equal(dtable, dtable_alone)
+    means = sums.means()
+    assert {name: bool(np.isnan(mean_M[1])) for name, mean_M in means.items()} == dict.fromkeys(means, True)
+    np.testing.assert_array_equal(np.isnan(means["loss"]), [False, True])
+
+
+def test_head_scale_table():
+    """w_m / W_m in literals."""
+    np.testing.assert_array_equal(head_scale(jnp.array([4.0, 2.0, 0.0]), (1.0, 0.5, 3.0)), [0.25, 0.25, 0.0])
+
+
+def test_sums_and_means_by_hand():
+    """Three tokens, four words, logits written out: ranks 1, 3 and 4, weights 1, 2 and 0; top-5 takes every rank of 4.
+
+    Breaks if `correct_M` counts ranks above 1, if a sum leaves out `weights_MBT`, or if `means` divides by a count.
+    """
+    table_VD = jnp.eye(6)
+    logits = [[3.0, 0, 0, 0, 0, 0], [3.0, 2, 1, 0, 0, 0], [9.0, 8, 7, 6, 5, 4]]
+    hidden_MBTD = jnp.array(logits)[None, None]
+    targets_MBT, weights_MBT = jnp.array([[[0, 2, 5]]]), jnp.array([[[1.0, 2.0, 4.0]]])
+    _, sums = mtp_loss(hidden_MBTD, table_VD, targets_MBT, weights_MBT, jnp.ones(1), SPEC)
+    ce = [np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, (0, 2, 5), strict=True)]
+    ce_sum = ce[0] + 2 * ce[1] + 4 * ce[2]
+    expected = HeadSums(*([value] for value in (ce_sum, 1.0, 3.0, 7.0)))
+    for actual, wanted in zip(sums, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-6)
+    means = sums.means()
+    np.testing.assert_allclose([means["loss"], means["top1"], means["top5"]], np.array([[ce_sum], [1], [3]]) / 7, 1e-6)

@@ -1,0 +1,96 @@
+"""Equations of the cross-entropy on a mesh: any split of rows, width and vocabulary = one device.
+
+Each docstring names the line whose deletion breaks the test.
+"""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from reference import naive
+from reference.jaxprs import equations
+from reference.xent_problems import problem, xent_and_grads
+
+from mtp_jax.config import MeshConfig
+from mtp_jax.losses.xent import XentSpec, fused_xent
+from mtp_jax.sharding import loss_placement, make_mesh
+
+SHAPE = {"M": 2, "B": 8, "T": 17, "D": 8, "V": 40}
+# Tokens of a chunk at most. Where rows are split, nothing in (most / 2, most] divides a shard's tokens: a ragged tail.
+CHUNKS = {"data": 7, "fsdp": 7, "tensor": 20, "all": 9, "data-tensor": 9, "fsdp-tensor": 16}
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "data-tensor": {"data": 4, "tensor": 2},
+    "fsdp-tensor": {"fsdp": 2, "tensor": 4},
+}
+
+
+def spread(mesh, inputs):
+    """Rows over data and fsdp, the table over tensor and fsdp, as training holds them."""
+    rows = ("data", "fsdp")
+    specs = [(None, rows, None, None), ("tensor", "fsdp"), (None, rows, None), (None, rows, None)]
+    shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
+    return jax.device_put(inputs, tuple(shardings)), shardings[1]
+
+
+def assert_equals_one_device(impl, name, flags, chunk_tokens):
+    mesh = make_mesh(MeshConfig(**MESHES[name]))
+    inputs = problem(**SHAPE)
+    sharded, table_sharding = spread(mesh, inputs)
+    local_vocab = SHAPE["V"] // mesh.shape["tensor"]
+    spec = XentSpec(4 * local_vocab * chunk_tokens, *flags, **loss_placement(mesh))
+    plain, xent, grads = xent_and_grads(impl, spec, *sharded, -2.5)
+    loss, ce_MBT, *expected = naive.xent_grads(*inputs, *flags)
+    rank_MBT = naive.rank(np.einsum("MBTD,VD->MBTV", *inputs[:2]), inputs[2])
+    for one in (plain, xent):
+        np.testing.assert_allclose(one.loss, loss, rtol=1e-5)
+        np.testing.assert_allclose(one.ce_MBT, ce_MBT, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(one.rank_MBT, rank_MBT)
+    for actual, wanted in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(actual, -2.5 * wanted, rtol=1e-5, atol=1e-5)
+    return grads, table_sharding
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_fused_on_a_mesh_equals_one_device(name):
+    """xent on a mesh = float64 naive: loss, ce, rank and all gradients, with soft cap and z-loss, shards ragged.
+
+    dW comes back split like W at rest. Breaks without any one `_across(...)` of `_scan_chunks` (maximum, sum, label,
+    rank, dh, loss), without `- offset`, without the `where` in `_pick`, or without either reduction of `_reduce_table`.
+    """
+    grads, table_sharding = assert_equals_one_device("fused", name, (2.0, 0.03), CHUNKS[name])
+    assert grads[1].sharding.is_equivalent_to(table_sharding, 2)
+
+
+@pytest.mark.parametrize("impl", ["fused", "remat"])
+def test_plain_flags_on_a_mesh(impl):
+    """The same equation with both flags off, and for the form whose placement the partitioner chooses."""
+    assert_equals_one_device(impl, "all", (0.0, 0.0), 9)
+
+
+COLLECTIVES = {"psum", "psum2", "psum_invariant", "pmax", "all_gather", "reduce_scatter", "all_to_all", "ppermute"}
+
+
+@pytest.mark.parametrize(("name", "most"), [("data", 0), ("fsdp", 0), ("all", 9 * SHAPE["D"])])
+def test_only_a_chunk_travels_inside_the_scan(name, most):
+    """Inside the scan no collective without a split vocabulary, and at most [C, D] (dh) with one: dW never travels.
+
+    Breaks if `_reduce_table` moves into `step`.
+    """
+    mesh = make_mesh(MeshConfig(**MESHES[name]))
+    spec = XentSpec(4 * SHAPE["V"] // mesh.shape["tensor"] * 9, 2.0, 0.03, **loss_placement(mesh))
+    _, _, targets_MBT, weights_MBT = inputs = problem(**SHAPE)
+
+    def loss(hidden_MBTD, table_VD):
+        return fused_xent(hidden_MBTD, table_VD, targets_MBT, weights_MBT, spec).loss
+
+    traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(*inputs[:2])
+    scans = [equation for equation in equations(traced) if equation.primitive.name == "scan"]
+    assert len(scans) == 1
+    inside = [e for e in equations(scans[0].params["jaxpr"]) if e.primitive.name in COLLECTIVES]
+    outside = [e for e in equations(traced) if e.primitive.name in COLLECTIVES]
+    assert len(outside) > len(inside)  # The names above are those of this version of jax.
+    assert max((e.invars[0].aval.size for e in inside), default=0) == most

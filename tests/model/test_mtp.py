@@ -1,0 +1,190 @@
+"""Equations of the training forward: no leakage, packed = unpacked, the LM without its heads, remat = no remat.
+
+Each docstring names the line whose deletion breaks the test.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.jaxprs import equations
+from reference.models import random_params, rows, small_config
+
+from mtp_jax.model import lm, mtp
+
+apply = jax.jit(mtp.apply, static_argnums=0)
+
+VARIANTS = {
+    "tap-last": small_config(),
+    "tap-0": small_config(heads={"tap": 0}, model={"tie_embeddings": False}),
+    "tap-top-normed": small_config(heads={"tap": 2, "tap_norm": True}, model={"qk_norm": True, "num_kv_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_leakage(name):
+    """d logits[m, t] / d embedding of the token at u is exactly 0 for u > t and for u in another document, and not 0 for
+    every other u, for every head m. (A random mix of the logits stands for all of them.)
+
+    Breaks without `segment_ids_BS` or `<= query_slots` in `attention`, or if a family's `train` drops `segment_ids_BT`.
+    """
+    config, T = VARIANTS[name], 9
+    params = random_params(config)
+    tokens_BT, positions_BT, segments_BT = rows([0, 1, 2, 3], [4, 5, 6], length=T)
+    tokens_BT = np.arange(T)[None, :]  # Every position has an embedding of its own, padding included.
+    mix_V = np.random.default_rng(1).standard_normal(config.model.vocab_size).astype(np.float32)
+
+    def mixed_MT(table_VD):
+        hidden_MBTD = mtp.apply(config, params | {"embed": {"table": table_VD}}, tokens_BT, positions_BT, segments_BT)
+        return (lm.logits(config.model, params, hidden_MBTD) @ mix_V)[:, 0]
+
+    grads_MTVD = jax.jit(jax.jacrev(mixed_MT))(params["embed"]["table"])
+    reached_MTU = np.abs(grads_MTVD).max(-1)[:, :, :T] > 0
+    expected_TU = np.tril(segments_BT[0][:, None] == segments_BT[0][None, :])
+    for reached_TU in reached_MTU:
+        np.testing.assert_array_equal(reached_TU, expected_TU)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_equals_unpacked(name):
+    """Two documents in one row, in either order, give every head the states that each document has alone.
+
+    (Positions restart in each document, but rotary scores depend on distances alone: what this needs is the mask.)
+    Breaks without the segment mask, or if a head is handed another's states.
+    """
+    config = VARIANTS[name]
+    params, first, second = random_params(config), [3, 1, 4, 1, 5], [9, 2, 6]
+    layouts = [(first, second), (second, first), (first,), (second,)]
+    batch = (np.concatenate(parts) for parts in zip(*(rows(*docs, length=10) for docs in layouts), strict=True))
+    hidden_MBTD = np.asarray(apply(config, params, *batch))
+    for one, other in (
+        (hidden_MBTD[:, 0, :5], hidden_MBTD[:, 2, :5]),
+        (hidden_MBTD[:, 0, 5:8], hidden_MBTD[:, 3, :3]),
+        (hidden_MBTD[:, 1, :3], hidden_MBTD[:, 3, :3]),
+        (hidden_MBTD[:, 1, 3:8], hidden_MBTD[:, 2, :5]),
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_dropping_the_heads_leaves_the_language_model(name):
+    """apply(params without heads) = apply(params)[:1], bit for bit. Heads differ from it and from each other.
+
+    Breaks if anything that a head does reaches the next-token path, or if heads share their parameters.
+    """
+    config = VARIANTS[name]
+    params, batch = random_params(config), rows([3, 1, 4, 1, 5], [9, 2, 6], length=10)
+    whole_MBTD = apply(config, params, *batch)
+    trunk = {key: value for key, value in params.items() if key != "heads"}
+    np.testing.assert_array_equal(apply(config, trunk, *batch), whole_MBTD[:1])
+    gaps = [np.abs(whole_MBTD[i] - whole_MBTD[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert min(gaps) > 0.1
+
+
+def test_a_head_that_copies_the_last_block_is_the_language_model():
+    """With tap = L-1 and head m's parameters those of block L, head m's states are head 0's: Gloeckle's symmetry.
+
+    Breaks if heads read another state than the last block's input, or miss the final norm.
+    """
+    config = small_config(heads={"num_future": 2, "tap": -1})
+    params, batch = random_params(config), rows([3, 1, 4, 1, 5], [9, 2, 6], length=10)
+    params["heads"] = {"blocks": jax.tree.map(lambda leaf: leaf[-1:], params["blocks"])}
+    hidden_MBTD = apply(config, params, *batch)
+    np.testing.assert_allclose(hidden_MBTD[1], hidden_MBTD[0], rtol=1e-5, atol=1e-5)
+
+
+def test_tap_norm_is_the_final_norm():
+    """With tap = 0 and a table that the final norm leaves alone, tap_norm changes nothing; with another scale, it does.
+
+    Breaks if `tap_norm` applies a norm of its own or is ignored.
+    """
+    config = small_config(heads={"tap": 0})
+    normed = small_config(heads={"tap": 0, "tap_norm": True})
+    params, batch = random_params(config), rows([3, 1, 4, 1, 5], length=5)
+    scale_D = params["final_norm"]["scale"]
+    table_VD = params["embed"]["table"] / jnp.sqrt(jnp.mean(params["embed"]["table"] ** 2, -1, keepdims=True))
+    unit = params | {"embed": {"table": table_VD}}
+    scaled = params | {"embed": {"table": table_VD * scale_D[None, :]}}
+    heads_of_normed = apply(normed, unit, *batch)[1:]
+    np.testing.assert_allclose(heads_of_normed, apply(config, scaled, *batch)[1:], rtol=1e-4, atol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_grad(config, params, batch):
+    """A scalar of all heads' states and its gradient."""
+    return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(mtp.apply(config, params, *batch))))(params)
+
+
+def test_remat_changes_no_number():
+    """Value and gradient under remat = dots and block equal those without.
+
+    Breaks if the rematerialised function reads anything that changes between its two runs.
+    """
+    batch = rows([3, 1, 4, 1, 5], [9, 2, 6], length=10)
+    params = random_params(small_config())
+    plain = value_and_grad(small_config(), params, batch)
+    for remat in ("dots", "block"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+            value_and_grad(small_config(model={"remat": remat}), params, batch),
+            plain,
+        )
+
+
+def test_remat_recomputes_what_it_says():
+    """Matrix products in the gradient's trace, per block: a block has 7 with parameters and 2 of attention.
+
+    none: 9 forward, 18 backward. dots: attention's 2 again, because its result is not kept. block: all but the last one
+    again, whose result only the next block needs. Breaks without the policy in `run_block`, and if `linear` hides its
+    product from the policy.
+    """
+    batch, blocks = rows([3, 1, 4, 1, 5], length=5), 3  # Below the tap, above it, heads: one scanned body each.
+
+    def products(remat):
+        config = small_config(model={"remat": remat})
+        params = random_params(config)
+        traced = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(mtp.apply(config, params, *batch))))(params)
+        return sum(equation.primitive.name == "dot_general" for equation in equations(traced))
+
+    assert {remat: products(remat) for remat in ("none", "dots", "block")} == {
+        "none": blocks * 27,
+        "dots": blocks * (27 + 2),
+        "block": blocks * (27 + 8),
+    }
+
+
+def test_softcap_and_unembedding():
+    """logits = c tanh(h W^T / c) in float32, with W the embedding if tied and the unembedding if not.
+
+    Breaks without the soft cap in `lm.logits`, or if an untied model multiplies by its embedding.
+    """
+    for model, name in (({"logit_softcap": 2.0}, "embed"), ({"tie_embeddings": False}, "unembed")):
+        config = small_config(model=model | {"dtype": "bfloat16"})
+        params = random_params(config)
+        hidden_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 16)), jnp.bfloat16)
+        table_VD = np.asarray(params[name]["table"].astype(jnp.bfloat16), np.float64)
+        expected_BTV = np.asarray(hidden_BTD, np.float64) @ table_VD.T
+        if config.model.logit_softcap:
+            expected_BTV = 2 * np.tanh(expected_BTV / 2)
+        actual_BTV = lm.logits(config.model, params, hidden_BTD)
+        assert actual_BTV.dtype == jnp.float32
+        np.testing.assert_allclose(actual_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
+
+
+def test_norm_statistics_are_float32():
+    """RMSNorm(x) = scale x / sqrt(mean(x^2) + eps), rounded once: a bfloat16 x of size 1e3 in width 16 loses nothing more.
+
+    Breaks without `astype(jnp.float32)` of x or of the scale, or without eps (x = 0).
+    """
+    config = small_config(model={"dtype": "bfloat16", "norm_eps": 1e-2})
+    params = random_params(config)
+    x_BTD = np.random.default_rng(0).standard_normal((2, 3, 16)) * np.array([1e3, 1e-3])[:, None, None]
+    x_BTD = jnp.asarray(x_BTD, jnp.bfloat16).at[0, 0].set(0)
+    x64 = np.asarray(x_BTD, np.float64)
+    scale_D = np.asarray(params["final_norm"]["scale"], np.float64)
+    expected_BTD = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-2) * scale_D
+    actual_BTD = lm.final_norm(config.model, params, x_BTD)
+    assert actual_BTD.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(actual_BTD, np.float64), expected_BTD, rtol=2**-8, atol=1e-9)

@@ -1,0 +1,196 @@
+"""Equations of the parameters: their shapes, their number, their randomness and the decoding view.
+
+Each docstring names the line whose deletion breaks the test.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.models import small_config
+
+from mtp_jax.config import equal_parameter_layers
+from mtp_jax.model import lm, mtp
+from mtp_jax.optim import param_path
+
+def shapes(tree):
+    return {param_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def abstract(config):
+    return jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+
+
+BLOCK = {
+    "attn/q": (16, 4, 4),
+    "attn/k": (16, 2, 4),
+    "attn/v": (16, 2, 4),
+    "attn/o": (4, 4, 16),
+    "attn_norm/scale": (16,),
+    "mlp/gate": (16, 24),
+    "mlp/up": (16, 24),
+    "mlp/down": (24, 16),
+    "mlp_norm/scale": (16,),
+}
+
+
+def test_shapes_are_literal():
+    """blocks lead with L, heads/blocks with M-1; the rest is embedding and final norm.
+
+    Breaks if heads get num_future blocks, or if blocks are not stacked.
+    """
+    config = small_config({"num_layers": 5}, {"num_future": 4})
+    expected = {"embed/table": (24, 16), "final_norm/scale": (16,)}
+    expected |= {f"blocks/{name}": (5, *shape) for name, shape in BLOCK.items()}
+    expected |= {f"heads/blocks/{name}": (3, *shape) for name, shape in BLOCK.items()}
+    assert shapes(abstract(config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "heads", "extra"),
+    [
+        ({"tie_embeddings": False}, {}, {"unembed/table": (24, 16)}),
+        (
+            {"qk_norm": True},
+            {},
+            {f"{stack}attn/{norm}/scale": (2, 4) for stack in ("blocks/", "heads/blocks/") for norm in ("q_norm", "k_norm")},
+        ),
+        ({}, {"num_future": 1}, {}),
+    ],
+    ids=["untied", "qk-norm", "one-head"],
+)
+def test_options_add_exactly_their_parameters(model, heads, extra):
+    """params(option) - params(base) = what the option names; M = 1 has no `heads` at all.
+
+    Breaks if an option makes a parameter that another config has not, such as an unembedding beside tied embeddings.
+    """
+    base = shapes(abstract(small_config()))
+    if heads:
+        base = {name: shape for name, shape in base.items() if not name.startswith("heads/")}
+    assert shapes(abstract(small_config(model, heads))) == base | extra
+
+
+def test_count_params_by_hand():
+    """V D (embedding) + (L + M - 1) (D H (2 N + 2 K) + 3 D F + 2 D) + D, in literals.
+
+    Breaks if `count_params` leaves out the heads.
+    """
+    block = 16 * 4 * (2 * 4 + 2 * 2) + 3 * 16 * 24 + 2 * 16
+    assert block == 1952
+    assert mtp.count_params(small_config({"num_layers": 5}, {"num_future": 4})) == 384 + 8 * 1952 + 16
+    assert mtp.count_params(small_config({"num_layers": 8}, {"num_future": 1})) == 384 + 8 * 1952 + 16
+
+
+@pytest.mark.parametrize("num_future", [1, 2, 4, 6])
+def test_equal_parameter_layers(num_future):
+    """count(L = equal_parameter_layers(6, M), M) is the same for every M.
+
+    Breaks if `num_future` is taken for `num_future - 1`, or if a head owns more than one block.
+    """
+    layers = equal_parameter_layers(total_layers=6, num_future=num_future)
+    tap = {"tap": 0} if layers == 1 else {}
+    config = small_config({"num_layers": layers}, {"num_future": num_future, **tap})
+    assert mtp.count_params(config) == 384 + 6 * 1952 + 16
+
+
+def test_equal_parameter_layers_refuses():
+    """More heads than layers is an error with the numbers."""
+    with pytest.raises(ValueError, match=r"3 layers cannot give one block to each of 3 extra heads .* num_future <= 3"):
+        equal_parameter_layers(3, 4)
+
+
+WIDE = {"num_layers": 3, "tie_embeddings": False, "d_model": 64, "num_heads": 2, "head_dim": 64, "d_ff": 96}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return small_config(WIDE)
+
+
+@pytest.fixture(scope="module")
+def init(config):
+    return jax.jit(functools.partial(mtp.init, config))
+
+
+@pytest.fixture(scope="module")
+def params(init):
+    return init(jax.random.key(0))
+
+
+def test_init_is_a_function_of_the_key(config, init, params):
+    """init(key) twice is the same bit for bit and the same program; another key changes every entry of every matrix.
+
+    Breaks if a parameter's key is a constant, or if `init` draws from anything but its key.
+    """
+    jax.tree.map(np.testing.assert_array_equal, params, init(jax.random.key(0)))
+    again = jax.jit(functools.partial(mtp.init, config)).lower(jax.random.key(0))
+    assert again.as_text() == init.lower(jax.random.key(0)).as_text()
+    same = flat(jax.tree.map(lambda x, y: bool((x == y).any()), params, init(jax.random.key(1))))
+    assert {name for name, any_same in same.items() if any_same} == {name for name in same if "norm" in name}
+
+
+def flat(tree):
+    return {param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_every_matrix_is_drawn_once(params):
+    """All layers, heads and tables of equal shape differ from each other: no key is used twice.
+
+    Breaks with one key for `embed` and `unembed`, for the LM and the heads, or for all layers of a stack.
+    """
+    drawn = {}
+    for name, leaf in flat(params).items():
+        if "norm" not in name:
+            for i, matrix in enumerate(leaf if "blocks" in name else [leaf]):
+                drawn[f"{name}[{i}]"] = np.asarray(matrix).ravel()[:8].tobytes()
+    assert len(drawn) == (3 + 2) * 7 + 2
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def test_initial_sizes(params):
+    """Weights into a layer have standard deviation fan_in^-0.5, writes into the residual stream (2 L)^-0.5 of that.
+
+    Breaks without the gain in `_residual`, or with the wrong axis as fan-in (o's is N H, not D). 5 % is 3 standard
+    errors of the smallest matrix.
+    """
+    drawn = flat(params)
+    for stack in ("blocks/", "heads/blocks/"):
+        for name in ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up"):
+            np.testing.assert_allclose(np.std(drawn[stack + name]), 64**-0.5, rtol=0.05)
+        for name, fan_in in {"attn/o": 128, "mlp/down": 96}.items():
+            np.testing.assert_allclose(np.std(drawn[stack + name]), (fan_in * 2 * 3) ** -0.5, rtol=0.05)
+    for name in ("embed/table", "unembed/table"):
+        np.testing.assert_allclose(np.std(drawn[name]), 64**-0.5, rtol=0.05)
+    np.testing.assert_array_equal(drawn["final_norm/scale"], 1)
+
+
+def test_param_dtype():
+    """param_dtype is the dtype of every parameter at rest. Breaks if a norm scale ignores it."""
+    tree = abstract(small_config({"param_dtype": "bfloat16", "tie_embeddings": False, "qk_norm": True}))
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("bfloat16")}
+
+
+def test_decode_view_round_trip(config, params):
+    """stack(decode_view(params)) = params, bit for bit: one tree per layer and per head, in order.
+
+    Breaks if `unstack` takes the wrong index or drops the last layer, or if `decode_view` leaves the heads stacked.
+    """
+    view = mtp.decode_view(config, params)
+    assert (len(view["blocks"]), len(view["heads"]["blocks"])) == (3, 2)
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+    stacked = view | {"blocks": stack(view["blocks"]), "heads": {"blocks": stack(view["heads"]["blocks"])}}
+    jax.tree.map(np.testing.assert_array_equal, stacked, params)
+
+
+def test_decode_view_is_in_the_compute_dtype(params):
+    """decode_view casts every leaf to `model.dtype`, and leaves a model without heads without them.
+
+    Breaks without the `astype`: every decode step would read float32 weights to multiply in bfloat16.
+    """
+    config = small_config(WIDE | {"dtype": "bfloat16"})
+    view = mtp.decode_view(config, {name: tree for name, tree in params.items() if name != "heads"})
+    assert {leaf.dtype for leaf in jax.tree.leaves(view)} == {jnp.dtype("bfloat16")}
+    assert "heads" not in view
+    np.testing.assert_array_equal(lm.unembedding(view), params["unembed"]["table"].astype(jnp.bfloat16))

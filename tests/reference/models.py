@@ -1,0 +1,39 @@
+"""Parameters and rows for the equations of the model, made without compiling anything."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from reference.tiny import tiny_config
+
+from mtp_jax.model import mtp
+
+SMALL = {"vocab_size": 24, "num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "d_ff": 24}
+
+
+def small_config(model=None, heads=None):
+    """Three heads over two layers; `model` and `heads` override fields."""
+    return tiny_config(model=SMALL | (model or {}), heads=heads or {})
+
+
+def random_params(config, seed=0):
+    """Normal matrices of about unit gain and norm scales away from 1, so that leaving out any of them shows."""
+    rng = np.random.default_rng(seed)
+    abstract = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+
+    def draw(leaf):
+        scale = 0.5 * leaf.shape[-2] ** -0.5 if leaf.shape[-1] > 1 and len(leaf.shape) > 2 else 0.3
+        return jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    params = jax.tree.map(draw, abstract)
+    return jax.tree_util.tree_map_with_path(lambda path, x: x + ("norm" in str(path)), params)
+
+
+def rows(*documents, length):
+    """One packed row as (tokens, positions, segment_ids), [1, length] each; `documents` are lists of token ids."""
+    tokens, positions, segments = np.zeros((3, 1, length), np.int32)
+    at = 0
+    for number, document in enumerate(documents, start=1):
+        where = slice(at, at + len(document))
+        tokens[0, where], positions[0, where], segments[0, where] = document, range(len(document)), number
+        at += len(document)
+    return tokens, positions, segments

@@ -1,0 +1,55 @@
+"""Small text, small configs: what the tests of training and of the commands share."""
+
+import dataclasses
+import pathlib
+import random
+from typing import Any
+
+from mtp_jax.config import (
+    Config,
+    DataConfig,
+    DecodeConfig,
+    HeadsConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+WORDS = "def return self value list of the and if else for in range print open close read write".split()
+
+
+def write_text(directory: pathlib.Path, files: int = 12, words: int = 400) -> pathlib.Path:
+    """Text files of random words, the same in every run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for i in range(files):
+        rng = random.Random(i)
+        text = " ".join(rng.choice(WORDS) for _ in range(words))
+        (directory / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    return directory
+
+
+def tiny_config(source: str | pathlib.Path = "stdlib", **sections: dict[str, Any]) -> Config:
+    """A config that trains a step in milliseconds; `sections` override fields, as `train={"steps": 3}`."""
+    config = Config(
+        model=ModelConfig(
+            vocab_size=264,
+            num_layers=2,
+            d_model=16,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=4,
+            d_ff=24,
+            max_seq_len=128,
+        ),
+        heads=HeadsConfig(num_future=3),
+        loss=LossConfig(chunk_bytes=2**16),
+        data=DataConfig(source=str(source), tokenizer="bytes", seq_len=32, eval_fraction=0.2),
+        optim=OptimConfig(learning_rate=5e-3, warmup_steps=2),
+        mesh=MeshConfig(),
+        train=TrainConfig(steps=12, batch_size=8, log_every=4, checkpoint_every=4, eval_rows=16),
+        decode=DecodeConfig(num_prompts=2, prompt_tokens=8, max_new_tokens=8),
+    )
+    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **changed)

@@ -1,0 +1,32 @@
+"""Every file in configs/ builds, abstractly, and has the parameters it should have."""
+
+import pathlib
+
+import jax
+import pytest
+
+from mtp_jax import sharding
+from mtp_jax.cli.common import read_config
+from mtp_jax.config import MeshConfig, equal_parameter_layers
+from mtp_jax.model import mtp
+from mtp_jax.train.step import compile_steps
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+PARAMETERS = {"tiny": 62_816, "quickstart": 2_607_168, "bench_30m": 34_087_424}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
+def test_config_builds(name):
+    """The abstract state of every config has the known number of parameters; a new config needs a line above."""
+    config = read_config(str(CONFIGS / f"{name}.py"))
+    steps = compile_steps(config, sharding.make_mesh(MeshConfig()))
+    count = sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_state.params))
+    assert count == mtp.count_params(config) == PARAMETERS[name]
+
+
+def test_equal_parameter_rule():
+    """29 layers and 3 one-block heads are 32 layers (Gloeckle et al. 2024)."""
+    assert equal_parameter_layers(32, 4) == 29
+    assert equal_parameter_layers(32, 1) == 32
+    with pytest.raises(ValueError, match="2 layers cannot give one block to each of 2 extra heads"):
+        equal_parameter_layers(2, 3)

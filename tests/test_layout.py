@@ -1,0 +1,77 @@
+"""Who may import whom, and what `import mtp_jax` must not cost."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "mtp_jax"
+
+# Package-internal imports that each part may make; `errors` is open to all. An edge that is not here needs a reason in
+# the commit that adds it.
+ALLOWED = {
+    "__init__": {"config"},
+    "errors": set(),
+    "axes": set(),
+    "config": set(),
+    "kernels": {"axes"},
+    "model": {"axes", "config", "kernels"},
+    "losses": {"axes"},
+    "sharding": {"axes", "config"},
+    "data": {"axes", "config"},
+    "optim": {"axes", "config"},
+    "checkpoint": {"axes", "config"},
+    "metrics": {"axes", "config"},
+    "train": {"config", "model", "losses", "sharding", "optim", "data", "checkpoint", "metrics"},
+    "decode": {"config", "model", "sharding"},
+    "load": {"config", "model", "sharding", "checkpoint", "data"},
+    "eval": {"config", "model", "losses", "data", "decode", "load", "metrics", "sharding", "train"},
+    "cli": {"config", "data", "decode", "eval", "load", "metrics", "model", "sharding", "train"},
+}
+
+
+def part_of(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: pathlib.Path) -> set[str]:
+    """Parts of mtp_jax that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("mtp_jax.")} - {"errors", "__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_table(path):
+    """imports(file) is a subset of ALLOWED[part] plus the part itself. Fails on any new cross-edge."""
+    part = part_of(path)
+    assert imported_parts(path) <= ALLOWED[part] | {part}
+
+
+@pytest.mark.parametrize("part", ["sampling", "verify"])
+def test_accept_rule_and_sampling_are_arrays_in_arrays_out(part):
+    """decode/sampling and decode/verify import nothing of the package."""
+    assert imported_parts(ROOT / "decode" / f"{part}.py") == set()
+
+
+def test_import_is_light():
+    """import mtp_jax loads none of the slow packages; delete the lazy `__getattr__` and it does."""
+    heavy = ["torch", "transformers", "grain", "orbax", "tokenizers", "matplotlib", "tyro", "optax"]
+    code = f"import sys, mtp_jax; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_public_names_resolve():
+    """Every name in __all__ is importable and documented."""
+    import mtp_jax
+
+    undocumented = [name for name in mtp_jax.__all__ if not getattr(mtp_jax, name).__doc__]
+    assert undocumented == []
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = mtp_jax.nonsense

@@ -1,0 +1,207 @@
+"""The train step: one function, whatever the devices and the number of micro-batches."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.tiny import tiny_config
+
+from mtp_jax import sharding
+from mtp_jax.config import MeshConfig, OptimConfig
+from mtp_jax.model import mtp
+from mtp_jax.optim import make_optimizer, match_paths, schedule
+from mtp_jax.train.step import compile_steps
+
+STEPS = 3
+
+
+def batch_of(config, seed=0):
+    """Random tokens; rows differ in how they are packed, so that heads and rows have unequal weights."""
+    B, T = config.train.batch_size, config.data.seq_len
+    rng = np.random.default_rng(seed)
+    segments_BT = np.ones((B, T), np.int32)
+    segments_BT[::3, T // 2 :] = 2
+    segments_BT[1::3, T // 4 :] = 0
+    tokens_BT = rng.integers(0, config.model.vocab_size, (B, T)).astype(np.int32)
+    return {"tokens": tokens_BT, "segment_ids": segments_BT, "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1))}
+
+
+def run(config, steps=STEPS):
+    """State and metrics after a few steps on the config's mesh."""
+    mesh = sharding.make_mesh(config.mesh)
+    compiled = compile_steps(config, mesh)
+    with jax.set_mesh(mesh):
+        state = compiled.init(jax.random.key(0))
+        history = []
+        for step in range(steps):
+            state, metrics = compiled.train(state, jax.device_put(batch_of(config, step), compiled.batch_sharding))
+            history.append(jax.device_get(metrics))
+    return state, history, compiled
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(tiny_config())
+
+
+MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "tensor": {"tensor": 2}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("impl", ["fused", "remat"])
+def test_sharded_equals_unsharded(one_device, mesh, impl):
+    """step_mesh(state, batch) = step_1(state, batch), parameters and sums, and shardings are kept.
+
+    Breaks without the psum over `batch_axes` in xent._reduce_table, or with a wrong table in sharding.RULES.
+    """
+    config = tiny_config(mesh=mesh, loss={"impl": impl})
+    state, history, compiled = run(config)
+    expected_state, expected_history, _ = one_device
+    chex.assert_trees_all_close(history, expected_history, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(expected_state.params), atol=2e-5)
+    kept = jax.tree.map(lambda leaf, abstract: leaf.sharding == abstract.sharding, state, compiled.abstract_state)
+    assert all(jax.tree.leaves(kept))
+
+
+def test_fsdp_splits_parameters_and_moments():
+    """With fsdp = 8 a device holds an eighth of every matrix and of its moments. Breaks with (EMBED, None) in RULES."""
+    config = tiny_config(mesh={"fsdp": 8})
+    abstract = compile_steps(config, sharding.make_mesh(config.mesh)).abstract_state
+    gate = abstract.params["blocks"]["mlp"]["gate"]
+    assert gate.sharding.shard_shape(gate.shape) == (2, 2, 24)
+    moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.shape == gate.shape]
+    assert len(moments) >= 2
+    assert all(leaf.sharding == gate.sharding for leaf in moments)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"data": 2}], ids=["one", "data2"])
+@pytest.mark.parametrize("accum", [2, 4])
+def test_accumulated_equals_whole(one_device, accum, mesh):
+    """step(A micro-batches) = step(whole batch) although micro-batches have unequal weights.
+
+    Breaks if `scale_M` is taken per micro-batch instead of over the whole batch.
+    """
+    config = tiny_config(train={"grad_accum": accum}, mesh=mesh)
+    state, history, _ = run(config)
+    chex.assert_trees_all_close(history, one_device[1], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(one_device[0].params), atol=2e-5)
+
+
+def test_zero_weight_heads_train_the_plain_model():
+    """Loss and gradient of the LM with w_m = 0 for m >= 1 are those of M = 1, bit for bit in the loss.
+
+    Breaks if head weights are dropped from `head_scale`.
+    """
+    plain = run(tiny_config(heads={"num_future": 1}, optim={"clip_norm": 0.0}), steps=1)
+    config = tiny_config(loss={"head_weights": (1.0, 0.0, 0.0)}, optim={"clip_norm": 0.0})
+    mesh = sharding.make_mesh(config.mesh)
+    compiled = compile_steps(config, mesh)
+    plain_params = compile_steps(tiny_config(heads={"num_future": 1}), mesh).init(jax.random.key(0)).params
+    state = compiled.init(jax.random.key(0))
+    state = state._replace(params={**plain_params, "heads": state.params["heads"]})
+    state, metrics = compiled.train(state, batch_of(config))
+    assert float(metrics.loss) == float(plain[1][0].loss)
+    shared = {name: value for name, value in jax.device_get(state.params).items() if name != "heads"}
+    chex.assert_trees_all_close(shared, jax.device_get(plain[0].params), atol=1e-7)
+
+
+def test_one_trace_and_donated_state():
+    """A second step compiles nothing and consumes its state. Breaks without `donate_argnums` in compile_steps."""
+    config = tiny_config()
+    mesh = sharding.make_mesh(config.mesh)
+    compiled = compile_steps(config, mesh)
+    with jax.set_mesh(mesh):
+        first = compiled.init(jax.random.key(0))
+        second, _ = compiled.train(first, batch_of(config))
+        compiled.train(second, batch_of(config, 1))
+    assert compiled.train._cache_size() == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+
+
+def test_loss_falls_on_a_repeated_batch():
+    """20 steps on one batch at least halve head 0's loss: gradients point the right way through every part."""
+    config = tiny_config(optim={"learning_rate": 2e-2}, train={"steps": 40})
+    mesh = sharding.make_mesh(config.mesh)
+    compiled = compile_steps(config, mesh)
+    batch = batch_of(config)
+    state, losses = compiled.init(jax.random.key(0)), []
+    for _ in range(40):
+        state, metrics = compiled.train(state, batch)
+        losses.append(metrics.sums.means()["loss"])
+    assert np.all(losses[-1] < 0.5 * losses[0])
+
+
+def test_bfloat16_step_keeps_float32_parameters():
+    """With dtype bfloat16 the state stays float32 and the loss is within bf16 rounding of the float32 step."""
+    state, history, _ = run(tiny_config(model={"dtype": "bfloat16"}), steps=1)
+    exact = run(tiny_config(), steps=1)[1][0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(history[0].loss, exact.loss, rtol=5e-3)
+    np.testing.assert_allclose(history[0].grad_norm, exact.grad_norm, rtol=5e-2)
+
+
+def test_muon_shards_like_adamw(one_device):
+    """The muon step on data 2 x fsdp 2 x tensor 2 equals the one on one device."""
+    optim = {"name": "muon"}
+    expected = run(tiny_config(optim=optim))[1]
+    history = run(tiny_config(optim=optim, mesh=MESHES["all"]))[1]
+    chex.assert_trees_all_close(history, expected, rtol=1e-4, atol=1e-5)
+    assert abs(float(expected[-1].loss) - float(one_device[1][-1].loss)) > 1e-4
+
+
+def test_weight_decay_by_path():
+    """With zero gradients and no warm-up, a step scales decayed parameters by 1 - lr * decay and leaves the others.
+
+    Breaks without the mask in make_optimizer.
+    """
+    optim = OptimConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
+    params = {"blocks": {"mlp": {"gate": jnp.ones(3)}, "mlp_norm": {"scale": jnp.ones(3)}}, "embed": {"table": jnp.ones(3)}}
+    optimizer = make_optimizer(optim, 10, params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["blocks"]["mlp_norm"]["scale"], 0)
+    np.testing.assert_array_equal(updates["embed"]["table"], 0)
+
+
+def test_pattern_that_matches_nothing_is_an_error():
+    """A misspelt pattern would silently decay everything."""
+    with pytest.raises(ValueError, match="pattern 'nrom' matches no parameter"):
+        match_paths({"norm": {"scale": jnp.ones(1)}}, ("nrom",))
+    with pytest.raises(ValueError, match="not a regular expression"):
+        match_paths({"norm": {"scale": jnp.ones(1)}}, ("(",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "linear", "final_fraction": 0.0}, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ({"schedule": "linear", "final_fraction": 0.0, "decay_start": 0.5}, [0.5, 1.0, 1.0, 1.0, 1.0, 0.5]),
+        ({"schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"schedule": "cosine", "final_fraction": 0.2, "warmup_steps": 0}, [1.0, 0.9464102, 0.8, 0.6, 0.4, 0.2535898]),
+    ],
+)
+def test_schedule_table(changes, expected):
+    """Literal factors of six steps; step 0 is not wasted at a learning rate of 0."""
+    config = dataclasses.replace(OptimConfig(warmup_steps=2), **changes)
+    factors = [float(schedule(config, 6)(step)) for step in range(6)]
+    np.testing.assert_allclose(factors, expected, rtol=1e-6)
+
+
+
+def test_mesh_errors():
+    """Sizes that do not fit the devices are refused with the numbers."""
+    with pytest.raises(ValueError, match=r"needs 16 devices, but 8 are here"):
+        sharding.make_mesh(MeshConfig(data=16))
+    with pytest.raises(ValueError, match=r"8 devices are not a multiple of 3"):
+        sharding.make_mesh(MeshConfig(data=-1, tensor=3))
+    assert sharding.make_mesh(MeshConfig(data=-1, tensor=2)).shape == {"data": 4, "fsdp": 1, "tensor": 2}
+
+
+def test_parameter_count():
+    """count_params = embedding + blocks + heads + norms, written out."""
+    config = tiny_config()
+    block = 16 * 4 * (4 + 2 + 2 + 4) + 3 * 16 * 24 + 2 * 16
+    assert mtp.count_params(config) == 264 * 16 + 2 * block + 2 * block + 16
