@@ -19,6 +19,7 @@ from mtp_jax.cli.quickstart import CONFIG
 from mtp_jax.data.loader import prepare, train_batches
 from mtp_jax.model.mtp import count_params
 from mtp_jax.train.console import RunConsole
+from mtp_jax.train.loop import train
 from mtp_jax.train.step import compile_steps
 
 WIDE = {"model.d_model": 256, "model.num_heads": 4, "model.num_kv_heads": 4, "model.d_ff": 704}
@@ -56,15 +57,16 @@ def measure(name: str, changes: dict[str, object], seconds: float) -> str:
     config = mtp_jax.override(config, {"train.steps": steps, "train.checkpoint_every": steps})
     with tempfile.TemporaryDirectory() as workdir, RunConsole() as console:
         began = time.perf_counter()
-        result = mtp_jax.train(config, pathlib.Path(workdir), console)
+        result = train(config, pathlib.Path(workdir), console)
         took = time.perf_counter() - began
         evaluation = mtp_jax.evaluate(mtp_jax.load(workdir), result.corpus.heldout)
     decoding, heads = evaluation.decoding, evaluation.as_json()["heads"]
     accepted = " / ".join(f"{rate:.0%}" for rate in decoding.drafted.stats.accept_at)
+    losses = f"{heads[0]['loss']:.2f} / {heads[1]['loss']:.2f}"
     cells = (
         *(name, f"{count_params(config) / 1e6:.2f}M", f"{steps}", f"{took:.0f}", f"{evaluation.bits_per_byte:.3f}"),
-        *(f"{heads[0]['loss']:.2f} / {heads[1]['loss']:.2f}", f"{decoding.drafted.stats.tokens_per_round:.2f}", accepted),
-        *(f"{evaluation.distinct:.0%}", f"{decoding.speedup:.2f}x"),
+        *(losses, f"{decoding.drafted.stats.tokens_per_round:.2f}", accepted, f"{evaluation.distinct:.0%}"),
+        f"{decoding.speedup:.2f}x",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -76,7 +78,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="names of settings")
     options = parser.parse_args()
     print(
-        "| setting | parameters | steps | s | bits/byte | loss head 0 / 1 | tokens/round | accepted | distinct | speed |\n"
+        "| setting | parameters | steps | s | bits/byte | loss, heads 0 / 1 | tokens/round | accepted | distinct "
+        "| drafted/plain |\n"
         "|---|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mtp_jax.eval.report import evaluate as evaluate
     from mtp_jax.load import LoadedModel as LoadedModel
     from mtp_jax.load import load as load
-    from mtp_jax.train.loop import train as train
 
 __version__ = "0.1.0"
 
@@ -47,7 +46,6 @@ _HOMES = {
     "generate": "decode.generate",
     "stream": "decode.generate",
     "Drafter": "decode.drafters",
-    "train": "train.loop",
     "evaluate": "eval.report",
 }
 __all__ = sorted(_HOMES)

@@ -113,7 +113,8 @@ def _check_new(workdir: pathlib.Path) -> None:
 
 def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
     changed = "; ".join(d for d in differences(old, new) if not FREE_FIELDS.fullmatch(d.split(":")[0]))
-    if changed:
+    # Before the first checkpoint there is nothing to lose: a run that failed on its settings may start with others.
+    if changed and (workdir / CHECKPOINTS).exists() and any((workdir / CHECKPOINTS).iterdir()):
         remedy = "use another --workdir, or the old values"
         raise UserError(f"--workdir {workdir} holds a run with other settings ({changed}); {remedy}")
 

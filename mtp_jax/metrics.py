@@ -53,7 +53,8 @@ class MetricsWriter:
 
         Args:
           step: number of finished steps.
-          scalars: numbers by name. A list becomes `name/0`, `name/1`, ... in TensorBoard.
+          scalars: numbers by name. A list becomes `name/0`, `name/1`, ... in TensorBoard. What is not finite, such as
+            the mean over no tokens, is null in the file and left out of TensorBoard.
         """
         if self._file is None:
             return
@@ -61,11 +62,10 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if isinstance(value, list):
-                for i, item in enumerate(value):
-                    self._board.add_scalar(f"{name}/{i}", item, step)
-            else:
-                self._board.add_scalar(name, value, step)
+            parts = {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
+            for label, number in parts.items():
+                if number is not None:
+                    self._board.add_scalar(label, number, step)
 
     def close(self) -> None:
         """Closes both files; a second call does nothing."""
@@ -107,10 +107,12 @@ def _drop_after(path: pathlib.Path, last: int) -> None:
     os.replace(temporary, path)
 
 
-def _plain(value: Any) -> float | int | list:
+def _plain(value: Any) -> float | int | list | None:
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bits_per_byte(nll_sum_nats: float, num_bytes: int) -> float:

@@ -34,8 +34,13 @@ def match_paths(params: Any, patterns: tuple[str, ...]) -> Any:
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Factor on the peak learning rate at each step: linear warm-up, then the decay that the config names."""
-    decay_steps = max(steps - config.warmup_steps, 1)
+    """Factor on the peak learning rate at each step: linear warm-up, then the decay that the config names.
+
+    Step k is the (k+1)-th: no step is wasted at 0, the last of the warm-up is at the peak, and the last of all at
+    `final_fraction`.
+    """
+    warmup = max(config.warmup_steps, 1)
+    decay_steps = max(steps - warmup, 1)
     plateau = int(decay_steps * config.decay_start)
     tail = max(decay_steps - plateau, 1)
     decay = {
@@ -43,10 +48,9 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(1.0, config.final_fraction, tail),
         "constant": optax.constant_schedule(1.0),
     }[config.schedule]
-    pieces = [optax.linear_schedule(0.0, 1.0, max(config.warmup_steps, 1)), optax.constant_schedule(1.0), decay]
-    # Step 0 of a run without warm-up is at the peak; with warm-up it would be a wasted step at 0, so it counts from 1.
-    joined = optax.join_schedules(pieces, [config.warmup_steps, config.warmup_steps + plateau])
-    return (lambda step: joined(step + 1)) if config.warmup_steps else joined
+    pieces = [optax.linear_schedule(0.0, 1.0, warmup), optax.constant_schedule(1.0), decay]
+    joined = optax.join_schedules(pieces, [warmup, warmup + plateau])
+    return lambda step: joined(step + 1)
 
 
 def _scaled(peak: float, config: OptimConfig, steps: int) -> optax.Schedule:

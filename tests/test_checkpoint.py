@@ -391,6 +391,7 @@ def test_open_run_continues_with_the_same_settings_only(tmp_path):
     assert open_run(workdir, free) is True
     assert (workdir / "config.json").read_text() == to_json(free) + "\n"
     other = change(free, optim={"learning_rate": 0.001}, train={"steps": 2000, "log_every": 7})
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(UserError) as error:
         open_run(workdir, other)
     assert str(error.value) == (
@@ -398,7 +399,16 @@ def test_open_run_continues_with_the_same_settings_only(tmp_path):
         "1000 -> 2000); use another --workdir, or the old values"
     )
     assert (workdir / "config.json").read_text() == to_json(free) + "\n"
-    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    assert {path.name for path in workdir.iterdir()} == {"config.json", "checkpoints"}
+
+
+def test_settings_may_change_before_the_first_checkpoint(tmp_path):
+    """A run that failed before it saved anything starts again with other settings. Breaks without the `any(...)`."""
+    other = change(Config(), optim={"learning_rate": 0.001})
+    open_run(tmp_path, Config())
+    (tmp_path / "checkpoints").mkdir()
+    assert open_run(tmp_path, other) is True
+    assert (tmp_path / "config.json").read_text() == to_json(other) + "\n"
 
 
 @pytest.mark.parametrize(

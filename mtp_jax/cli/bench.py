@@ -1,6 +1,7 @@
 """`mtp bench decode SOURCE|CONFIG.py`: plain and drafted decoding side by side, each against its memory floor."""
 
 import dataclasses
+import pathlib
 import sys
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from mtp_jax import sharding
 from mtp_jax.cli.common import parse, print_json, read_config, say
 from mtp_jax.config import Config, MeshConfig
+from mtp_jax.data.loader import heldout_prompts, prepare
 from mtp_jax.errors import UserError
 from mtp_jax.eval.acceptance import Comparison, compare
 from mtp_jax.load import LoadedModel, load
@@ -30,7 +32,7 @@ class Args:
     batch_size: int = 1
     """Prompts decoded together."""
     prompt_tokens: int = 64
-    """Tokens of each prompt, drawn at random."""
+    """Tokens of each prompt: held-out text of a trained model's run, random ids for random weights."""
     max_new_tokens: int = 128
     """Tokens decoded per prompt."""
     num_draft: int = -1
@@ -49,11 +51,11 @@ def main(argv: list[str]) -> None:
     lm = _model(args.source)
     if lm.config.heads.num_future == 1:
         raise UserError(f"{args.source} has no extra heads (heads.num_future=1), so there is nothing to draft with")
-    prompts = np.random.default_rng(0).integers(0, lm.config.model.vocab_size, (args.batch_size, args.prompt_tokens))
+    prompts = _prompts(lm, args)
     num_draft = lm.config.num_draft if args.num_draft < 0 else args.num_draft
     comparison = compare(
         lm,
-        prompts.tolist(),
+        prompts,
         max_new_tokens=args.max_new_tokens,
         num_draft=num_draft,
         batch_size=args.batch_size,
@@ -70,6 +72,15 @@ def _model(source: str) -> LoadedModel:
     config = read_config(source)
     mesh = sharding.make_mesh(MeshConfig())
     return LoadedModel(config, jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0)), None, mesh)
+
+
+def _prompts(lm: LoadedModel, args: Args) -> list[list[int]]:
+    """Acceptance means something on text that the model was made for, and nothing at all with random weights."""
+    if args.source.endswith(".py"):
+        shape = (args.batch_size, args.prompt_tokens)
+        return np.random.default_rng(0).integers(0, lm.config.model.vocab_size, shape).tolist()
+    rows = prepare(lm.config, pathlib.Path(args.source) / "data").heldout
+    return [prompt for prompt, _ in heldout_prompts(rows, args.batch_size, args.prompt_tokens, args.max_new_tokens)]
 
 
 def measure(lm: LoadedModel, comparison: Comparison, args: Args, num_draft: int) -> dict[str, Any]:

@@ -84,9 +84,9 @@ def _prompts(args: Args) -> list[Prompt]:
 
 def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> None:
     """Prints the first prompt's output while it is made, then the others."""
-    later = [""] * len(prompts)
+    later, items = [""] * len(prompts), stream(lm, prompts, **options)
     print(_shown(lm, prompts[0]), end="", flush=True)
-    for item in stream(lm, prompts, **options):
+    for item in items:
         if isinstance(item, Generation):
             result = item
         elif item[0] == 0:

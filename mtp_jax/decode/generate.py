@@ -170,12 +170,15 @@ def stream(
     """Like `generate`, yielding `(prompt index, text)` as text is decided and the `Generation` as the last item.
 
     A piece never ends inside a character, nor inside what may become a stop string. Raises like `generate`, at the
-    first item.
+    call; the prompts are processed by then.
     """
-    request = _Request(lm, prompts, max_new_tokens, draft, num_draft, tuple(stop), ignore_eos=False)
     if lm.tokenizer is None:
         raise UserError("streaming needs a tokenizer, and this model was trained on token ids; use generate")
-    shown = [""] * len(prompts)
+    return _pieces(_Request(lm, prompts, max_new_tokens, draft, num_draft, tuple(stop), ignore_eos=False))
+
+
+def _pieces(request: "_Request") -> Iterator[tuple[int, str] | Generation]:
+    shown = [""] * len(request.settled_text())
     while True:
         for row, text in enumerate(request.settled_text()):
             if piece := text[len(shown[row]) :]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.losses.xent import XentSpec, fused_xent, remat_xent
 
@@ -31,11 +32,12 @@ class HeadSums(NamedTuple):
 
     def means(self) -> dict[str, jax.Array]:
         """`loss`, `top1` and `top5` of every head; 0 / 0 (a head without targets) is nan, not a made-up number."""
-        return {
-            "loss": self.ce_M / self.weight_M,
-            "top1": self.correct_M / self.weight_M,
-            "top5": self.top5_M / self.weight_M,
-        }
+        with np.errstate(invalid="ignore"):
+            return {
+                "loss": self.ce_M / self.weight_M,
+                "top1": self.correct_M / self.weight_M,
+                "top5": self.top5_M / self.weight_M,
+            }
 
 
 def head_scale(weight_sum_M: jax.Array, head_weights: tuple[float, ...]) -> jax.Array:

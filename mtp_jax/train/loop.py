@@ -135,10 +135,11 @@ class _Run:
             last = step == settings.steps
             if step % settings.log_every == 0 or last:
                 self.drain(last_step=step)
-            if step % settings.checkpoint_every == 0 or last:
-                saved = self.save(state, step, batches)
+            # Before the checkpoint: whoever continues from it finds the evaluation in the record.
             if last or (settings.eval_every and step % settings.eval_every == 0):
                 self.evaluate(state, step)
+            if step % settings.checkpoint_every == 0 or last:
+                saved = self.save(state, step, batches)
         if saved != step:
             self.save(state, step, batches)
         self.checkpoints.wait()
@@ -180,10 +181,9 @@ class _Run:
 
     def check_finite(self, step: int, metrics: StepMetrics) -> list[float]:
         """Mean loss of every head; a loss or gradient that is not finite ends the run."""
-        losses = [s / w if w else 0.0 for s, w in zip(metrics.sums.ce_M, metrics.sums.weight_M, strict=True)]
-        bad = [m for m, loss in enumerate(losses) if not math.isfinite(loss)]
+        bad = [m for m, loss_sum in enumerate(metrics.sums.ce_M) if not math.isfinite(loss_sum)]
         if not bad and math.isfinite(metrics.grad_norm):
-            return [float(loss) for loss in losses]
+            return metrics.sums.means()["loss"].tolist()
         what = f"the loss of head {', '.join(map(str, bad))}" if bad else "the gradient"
         self.checkpoints.wait()
         good = self.checkpoints.latest_step()
@@ -195,6 +195,7 @@ class _Run:
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Held-out loss and accuracy of every head."""
+        self.drain(last_step=None)
         settings, rows = self.config.train, self.corpus.heldout
         batches = heldout_batches(rows, settings.batch_size // settings.grad_accum, settings.eval_rows)
         sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)

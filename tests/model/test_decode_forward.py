@@ -19,6 +19,7 @@ VARIANTS = {
     "untied-qk-norm-tap-top": {"model": {"tie_embeddings": False, "qk_norm": True}, "heads": {"tap": 2}},
     "multi-head-tap-normed": {"model": {"num_kv_heads": 4}, "heads": {"tap": 2, "tap_norm": True}},
     "one-kv-head-tap-0": {"model": {"num_kv_heads": 1}, "heads": {"tap": 0}},
+    "bfloat16": {"model": {"dtype": "bfloat16"}},
 }
 
 
@@ -45,7 +46,10 @@ def empty_caches(config, batch, slots):
 
 
 def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    """To 1e-5; bfloat16 to 2 % of the largest value, 5 roundings, because the two programs round at other places."""
+    tolerance = 1e-5 if expected.dtype == np.float32 else 0.02
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def test_every_split_point():
@@ -54,7 +58,7 @@ def test_every_split_point():
     Breaks if positions restart at 0 in a piece, if `read` runs before `write`, if a head skips the cache for all but the
     last position, or if the tap is taken on the wrong side of a block.
     """
-    config, T = small_config(), 5
+    config, T = small_config(), 4
     params = random_params(config)
     view = mtp.decode_view(config, params)
     tokens_BT = np.random.default_rng(0).integers(0, 24, (2, T))
@@ -64,9 +68,7 @@ def test_every_split_point():
         for size in sizes:
             end = start + size
             starts_B, index_B = np.full(2, start), np.full(2, size - 1)
-            hidden_BQD, draft_PBD, *caches = forward(
-                config, view, tokens_BT[:, start:end], starts_B, index_B, *caches
-            )
+            hidden_BQD, draft_PBD, *caches = forward(config, view, tokens_BT[:, start:end], starts_B, index_B, *caches)
             assert_close(hidden_BQD, expected_MBTD[0, :, start:end])
             assert_close(draft_PBD, expected_MBTD[1:, :, end - 1])
             start = end
@@ -82,52 +84,33 @@ def test_ragged_rounds_with_rejected_tokens(name):
     """
     config = small_config(**VARIANTS[name])
     params, rng = random_params(config), np.random.default_rng(0)
-    view, rows = mtp.decode_view(config, params), np.arange(3)
-    tokens_BT = rng.integers(0, 24, (3, 14))
+    view, rows, Q = mtp.decode_view(config, params), np.arange(3), 3
+    tokens_BT = rng.integers(0, 24, (3, 12))
     expected_MBTD = np.asarray(full(config, params, tokens_BT))
-    rounds = [[1, 3, 5], [1, 3, 2], [2, 1, 1], [3, 2, 1], [1, 3, 3]]  # Kept tokens per row; the first is the prompt.
-    caches, start_B = empty_caches(config, 3, 14 + 3), np.zeros(3, int)
-    for kept_B in np.array(rounds):
-        width = 5 if start_B.sum() == 0 else 3
-        right_BQ = start_B[:, None] + np.arange(width)[None, :]
-        fed_BQ = np.take_along_axis(tokens_BT, np.minimum(right_BQ, 13), axis=1)
-        wrong_BQ = np.arange(width)[None, :] >= kept_B[:, None]
-        fed_BQ = np.where(wrong_BQ, (fed_BQ + 1 + rng.integers(0, 23, fed_BQ.shape)) % 24, fed_BQ)
+    kept_RB = np.array([[1, 3, 2], [1, 3, 2], [2, 1, 1], [3, 2, 1], [1, 3, 3]])  # By round and row; first the prompts.
+    caches, start_B = empty_caches(config, 3, 12 + Q), np.zeros(3, int)
+    for kept_B in kept_RB:
+        at_BQ = start_B[:, None] + np.arange(Q)[None, :]
+        fed_BQ = np.take_along_axis(tokens_BT, np.minimum(at_BQ, 11), axis=1)
+        wrong_BQ = at_BQ >= (start_B + kept_B)[:, None]
+        fed_BQ = np.where(wrong_BQ, (fed_BQ + rng.integers(1, 24, fed_BQ.shape)) % 24, fed_BQ)
         hidden_BQD, draft_PBD, *caches = forward(config, view, fed_BQ, start_B, kept_B - 1, *caches)
         for b in rows:
             assert_close(hidden_BQD[b, : kept_B[b]], expected_MBTD[0, b, start_B[b] : start_B[b] + kept_B[b]])
         start_B = start_B + kept_B
         assert_close(draft_PBD, expected_MBTD[1:, rows, start_B - 1])
-    assert start_B.min() >= 8
+    assert start_B.tolist() == [8, 12, 9]
+    assert {leaf.dtype for leaf in jax.tree.leaves(caches)} == {jnp.dtype(config.model.dtype)}
 
 
 def test_fewer_drafts_are_the_first_heads():
     """P caches give the drafts of heads 1..P. Breaks if `draft` runs heads that have no cache, or counts from the end."""
-    config = small_config(heads={"num_future": 4})
+    config, T = small_config(), 4
     params = random_params(config)
     view = mtp.decode_view(config, params)
-    tokens_BT, zeros_B = np.random.default_rng(0).integers(0, 24, (2, 5)), np.zeros(2, int)
-    caches = mtp.init_caches(config, 2, 5)
-    head_caches = FAMILIES[config.heads.kind].init_cache(config, 2, 5, 2)
-    _, draft_PBD, _, written = forward(config, view, tokens_BT, zeros_B, zeros_B + 4, caches, head_caches)
-    assert len(written) == 2
-    assert_close(draft_PBD, full(config, params, tokens_BT)[1:3, :, 4])
-
-
-def test_bfloat16_decoding_stays_close():
-    """In bfloat16 the cached forward = the full bfloat16 forward to 4 roundings (2^-8 each of the largest state), and
-    caches are bfloat16.
-
-    Breaks if one of the two paths keeps a matrix product or the cache in another dtype by more than rounding.
-    """
-    config = small_config(model={"dtype": "bfloat16"})
-    params = random_params(config)
-    view = mtp.decode_view(config, params)
-    tokens_BT, zeros_B = np.random.default_rng(0).integers(0, 24, (2, 5)), np.zeros(2, int)
-    caches = empty_caches(config, 2, 5)
-    hidden_BQD, draft_PBD, *caches = forward(config, view, tokens_BT, zeros_B, zeros_B + 4, *caches)
-    expected_MBTD = np.asarray(full(config, params, tokens_BT), np.float64)
-    assert {leaf.dtype for leaf in jax.tree.leaves(caches)} == {jnp.dtype("bfloat16")}
-    for actual, expected in ((hidden_BQD, expected_MBTD[0]), (draft_PBD, expected_MBTD[1:, :, 4])):
-        error = np.abs(np.asarray(actual, np.float64) - expected).max()
-        assert error <= 4 * 2**-8 * np.abs(expected).max()
+    tokens_BT, zeros_B = np.random.default_rng(0).integers(0, 24, (2, T)), np.zeros(2, int)
+    caches = mtp.init_caches(config, 2, T)
+    head_caches = FAMILIES[config.heads.kind].init_cache(config, 2, T, 1)
+    _, draft_PBD, _, written = forward(config, view, tokens_BT, zeros_B, zeros_B + T - 1, caches, head_caches)
+    assert len(written) == 1
+    assert_close(draft_PBD, np.asarray(full(config, params, tokens_BT))[1:2, :, T - 1])

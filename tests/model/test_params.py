@@ -15,6 +15,7 @@ from mtp_jax.config import equal_parameter_layers
 from mtp_jax.model import lm, mtp
 from mtp_jax.optim import param_path
 
+
 def shapes(tree):
     return {param_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -55,7 +56,11 @@ def test_shapes_are_literal():
         (
             {"qk_norm": True},
             {},
-            {f"{stack}attn/{norm}/scale": (2, 4) for stack in ("blocks/", "heads/blocks/") for norm in ("q_norm", "k_norm")},
+            {
+                f"{stack}attn/{norm}/scale": (2, 4)
+                for stack in ("blocks/", "heads/blocks/")
+                for norm in ("q_norm", "k_norm")
+            },
         ),
         ({}, {"num_future": 1}, {}),
     ],

@@ -17,7 +17,8 @@ from mtp_jax.config import (
     TrainConfig,
 )
 
-WORDS = "def return self value list of the and if else for in range print open close read write".split()
+TEXT = "def return self value list of the and if else for in range print open close read write"
+WORDS = TEXT.split()
 
 
 def write_text(directory: pathlib.Path, files: int = 12, words: int = 400) -> pathlib.Path:

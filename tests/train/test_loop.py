@@ -58,7 +58,7 @@ def test_every_step_is_recorded_once(uninterrupted):
 
 @pytest.mark.parametrize("stop_after", [1, 4, 7])
 def test_sigterm_then_again_equals_uninterrupted(text, tmp_path, monkeypatch, uninterrupted, stop_after):
-    """stop at any step + run again = one run. Breaks if the iterator's state is not restored, or not saved on a stop."""
+    """stop at any step + run again = one run. Breaks if the data position is not restored, or a stop does not save."""
     batches, original = iter(range(100)), loop.place
 
     def place_and_stop(batch, steps):
@@ -152,13 +152,16 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_path,
         def step(state, batch):
             state, metrics = steps.train(state, batch)
             if next(calls) == 5:
-                metrics = metrics._replace(sums=metrics.sums._replace(ce_M=metrics.sums.ce_M.at[2].set(float("nan"))))
+                poisoned_M = metrics.sums.ce_M.at[2].set(float("nan"))
+                metrics = metrics._replace(sums=metrics.sums._replace(ce_M=poisoned_M))
             return state, metrics
 
         return steps._replace(train=step)
 
     monkeypatch.setattr(loop, "compile_steps", poisoned)
-    message = r"step 6: the loss of head 2 is not finite; the last good checkpoint is step 4\. Lower optim.learning_rate"
+    message = (
+        r"step 6: the loss of head 2 is not finite; the last good checkpoint is step 4\. Lower optim.learning_rate"
+    )
     with pytest.raises(UserError, match=message):
         run(tiny_config(text), tmp_path)
     monkeypatch.undo()

@@ -158,7 +158,10 @@ def test_weight_decay_by_path():
     Breaks without the mask in make_optimizer.
     """
     optim = OptimConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
-    params = {"blocks": {"mlp": {"gate": jnp.ones(3)}, "mlp_norm": {"scale": jnp.ones(3)}}, "embed": {"table": jnp.ones(3)}}
+    params = {
+        "blocks": {"mlp": {"gate": jnp.ones(3)}, "mlp_norm": {"scale": jnp.ones(3)}},
+        "embed": {"table": jnp.ones(3)},
+    }
     optimizer = make_optimizer(optim, 10, params)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.05, rtol=1e-6)
@@ -177,18 +180,20 @@ def test_pattern_that_matches_nothing_is_an_error():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"schedule": "linear", "final_fraction": 0.0}, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
-        ({"schedule": "linear", "final_fraction": 0.0, "decay_start": 0.5}, [0.5, 1.0, 1.0, 1.0, 1.0, 0.5]),
+        ({"schedule": "linear", "final_fraction": 0.0}, [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ({"schedule": "linear", "final_fraction": 0.0, "decay_start": 0.5}, [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]),
         ({"schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ({"schedule": "cosine", "final_fraction": 0.2, "warmup_steps": 0}, [1.0, 0.9464102, 0.8, 0.6, 0.4, 0.2535898]),
+        (
+            {"schedule": "cosine", "final_fraction": 0.2, "warmup_steps": 0},
+            [1.0, 0.9236068, 0.7236068, 0.4763932, 0.2763932, 0.2],
+        ),
     ],
 )
 def test_schedule_table(changes, expected):
-    """Literal factors of six steps; step 0 is not wasted at a learning rate of 0."""
+    """Literal factors of six steps; no step is wasted at 0 before the last."""
     config = dataclasses.replace(OptimConfig(warmup_steps=2), **changes)
     factors = [float(schedule(config, 6)(step)) for step in range(6)]
-    np.testing.assert_allclose(factors, expected, rtol=1e-6)
-
+    np.testing.assert_allclose(factors, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_mesh_errors():

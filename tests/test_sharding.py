@@ -1,0 +1,177 @@
+"""Equations of the sharding table: every parameter of every config has a place, and no place is taken twice.
+
+Each docstring names the line whose deletion breaks the test.
+"""
+
+import math
+import pathlib
+import runpy
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from reference.models import small_config
+
+from mtp_jax import axes, sharding
+from mtp_jax.config import MeshConfig
+from mtp_jax.errors import UserError
+from mtp_jax.model import mtp
+from mtp_jax.optim import param_path
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+# A new file in configs/ adds its number here, worked out by hand:
+# V D (twice if untied) + (L + M - 1) (2 D H (N + K) + 3 D F + 2 D) + D.
+COUNTS = {
+    "bench_30m": 2 * 8192 * 512 + (5 + 3) * (2 * 512 * 64 * 16 + 3 * 512 * 1408 + 2 * 512) + 512,
+    "quickstart": 2048 * 192 + (2 + 3) * (2 * 192 * 64 * 6 + 3 * 192 * 512 + 2 * 192) + 192,
+    "tiny": 512 * 32 + (2 + 3) * (2 * 32 * 8 * 6 + 3 * 32 * 64 + 2 * 32) + 32,
+}
+
+
+def boxed(config):
+    return jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_parameter_of_every_config_has_a_place(path):
+    """Every matrix is split by fsdp into equal parts, every norm scale over the width too, and the number of parameters
+    is the literal one.
+
+    Breaks with a parameter without `with_logical_partitioning`, or without (EMBED, "fsdp") in RULES.
+    """
+    config = runpy.run_path(str(path))["config"]
+    assert mtp.count_params(config) == COUNTS[path.stem]
+    tree = boxed(config)
+    shardings = sharding.param_shardings(sharding.make_mesh(MeshConfig(fsdp=8)), tree)
+    split = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), nn.meta.unbox(tree), shardings)
+    assert 8 * sum(jax.tree.leaves(split)) == COUNTS[path.stem]
+
+
+def test_specs_are_literal():
+    """The whole table as specs of a model with every kind of parameter.
+
+    Breaks if two axes of `axes.py` change places in `layers.py` or in RULES.
+    """
+    config = small_config(model={"tie_embeddings": False, "qk_norm": True})
+    shardings = sharding.param_shardings(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), boxed(config))
+    block = {
+        "attn/q": (None, "fsdp", "tensor", None),
+        "attn/k": (None, "fsdp", "tensor", None),
+        "attn/v": (None, "fsdp", "tensor", None),
+        "attn/o": (None, "tensor", None, "fsdp"),
+        "attn/q_norm/scale": (None, None),
+        "attn/k_norm/scale": (None, None),
+        "attn_norm/scale": (None, "fsdp"),
+        "mlp/gate": (None, "fsdp", "tensor"),
+        "mlp/up": (None, "fsdp", "tensor"),
+        "mlp/down": (None, "tensor", "fsdp"),
+        "mlp_norm/scale": (None, "fsdp"),
+    }
+    expected = {f"{stack}{name}": spec for stack in ("blocks/", "heads/blocks/") for name, spec in block.items()}
+    expected |= {"embed/table": ("tensor", "fsdp"), "unembed/table": ("tensor", "fsdp"), "final_norm/scale": ("fsdp",)}
+    leaves = jax.tree_util.tree_leaves_with_path(shardings)
+    assert {param_path(path): tuple(where.spec) for path, where in leaves} == expected
+
+
+def test_parameter_without_names_is_refused():
+    """A parameter that nobody named is an error with its path. Breaks without the isinstance check."""
+    tree = boxed(small_config()) | {"extra": {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}}
+    with pytest.raises(ValueError, match=r"parameter \['extra'\]\['w'\] has no logical axis names"):
+        sharding.param_shardings(sharding.make_mesh(MeshConfig()), tree)
+
+
+def test_logical_spec():
+    """Names become mesh axes in order; None stays whole. Breaks if a name is looked up in another order."""
+    assert sharding.logical_spec((axes.BATCH, axes.LENGTH)) == PartitionSpec(("data", "fsdp"), None)
+    assert sharding.logical_spec((axes.VOCAB, None, axes.EMBED)) == PartitionSpec("tensor", None, "fsdp")
+    assert sharding.logical_spec(()) == PartitionSpec()
+
+
+def test_logical_spec_refuses():
+    """Unknown names and collisions are errors, inside a tuple of mesh axes too. Breaks without either check."""
+    with pytest.raises(ValueError, match="logical axis 'vocabulary' has no rule in sharding.RULES"):
+        sharding.logical_spec((axes.EMBED, "vocabulary"))
+    for names in ((axes.HEADS, axes.KV_HEADS), (axes.BATCH, axes.EMBED), (axes.EMBED, None, axes.EMBED)):
+        with pytest.raises(ValueError, match="put one mesh axis on two dimensions"):
+            sharding.logical_spec(names)
+
+
+def test_every_logical_axis_has_one_rule():
+    """RULES has each name of `axes.py` once, and no mesh axis that `make_mesh` does not make."""
+    names = [name for name, _ in sharding.RULES]
+    assert sorted(names) == sorted(value for key, value in vars(axes).items() if key.isupper())
+    used = {axis for _, entry in sharding.RULES if entry for axis in ([entry] if isinstance(entry, str) else entry)}
+    assert used == set(sharding.MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (1, 1, 1)),
+        ({"data": -1}, (8, 1, 1)),
+        ({"fsdp": -1, "tensor": 2}, (1, 4, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
+        ({"data": 3, "tensor": 2}, (3, 1, 2)),
+        ({"data": 8, "fsdp": -1}, (8, 1, 1)),
+    ],
+)
+def test_make_mesh(sizes, shape):
+    """Sizes in the order data, fsdp, tensor; -1 takes what is left; fewer take the first devices; axes are Auto.
+
+    Breaks without `sizes.index(-1)`, without `devices[:needed]`, or without `axis_types`.
+    """
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == shape
+    assert set(mesh.devices.ravel()) == set(jax.devices()[: math.prod(shape)])
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+def test_make_mesh_refuses():
+    """Messages hold all sizes and the number of devices. Breaks without either check."""
+    with pytest.raises(UserError) as caught:
+        sharding.make_mesh(MeshConfig(data=4, fsdp=2, tensor=2))
+    assert str(caught.value) == (
+        "mesh.data=4 * mesh.fsdp=2 * mesh.tensor=2 needs 16 devices, but 8 are here; lower the sizes"
+    )
+    with pytest.raises(UserError) as caught:
+        sharding.make_mesh(MeshConfig(data=-1, tensor=3))
+    assert str(caught.value) == (
+        "mesh.data=-1 * mesh.fsdp=1 * mesh.tensor=3: 8 devices are not a multiple of 3, so -1 has no value"
+    )
+    with pytest.raises(UserError, match="needs 4 devices, but 2 are here"):
+        sharding.make_mesh(MeshConfig(data=4), jax.devices()[:2])
+
+
+def test_several_processes_use_every_device(monkeypatch):
+    """With more than one process a mesh that leaves devices out is refused. Breaks without `process_count() > 1`."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="mesh.data=4 .* uses 4 of 8 devices; with several processes"):
+        sharding.make_mesh(MeshConfig(data=4))
+
+
+def test_loss_placement():
+    """The loss splits its vocabulary and W's width only over axes longer than 1, and needs no mesh on one device.
+
+    Breaks without `mesh.size == 1` or without the test of the axis's length.
+    """
+    place = lambda **sizes: sharding.loss_placement(sharding.make_mesh(MeshConfig(**sizes)))  # noqa: E731
+    assert place() == {}
+    rows = ("data", "fsdp")
+    mesh = sharding.make_mesh(MeshConfig(data=8))
+    assert place(data=8) == {"mesh": mesh, "batch_axes": rows, "vocab_axis": None, "embed_axis": None}
+    for sizes, vocab_axis, embed_axis in (({"fsdp": 8}, None, "fsdp"), ({"tensor": 2}, "tensor", None)):
+        placed = place(**sizes)
+        assert (placed["vocab_axis"], placed["embed_axis"]) == (vocab_axis, embed_axis)
+
+
+def test_place_abstract():
+    """Shapes, dtypes and shardings of a tree in one. Breaks if one of the three is lost."""
+    mesh = sharding.make_mesh(MeshConfig(data=8))
+    tree = {"x": jnp.zeros((8, 2), jnp.bfloat16)}
+    (leaf,) = jax.tree.leaves(sharding.place_abstract(tree, {"x": sharding.batch_sharding(mesh)}))
+    assert (leaf.shape, leaf.dtype, leaf.sharding) == ((8, 2), jnp.bfloat16, sharding.batch_sharding(mesh))
+    assert leaf.sharding.shard_shape(leaf.shape) == (1, 2)
+    assert sharding.replicated(mesh).shard_shape((8, 2)) == (8, 2)
