@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mtp_jax.decode.generate import stream as stream
     from mtp_jax.errors import UserError as UserError
     from mtp_jax.eval.report import evaluate as evaluate
-    from mtp_jax.load import LoadedModel as LoadedModel
-    from mtp_jax.load import load as load
+    from mtp_jax.loading import LoadedModel as LoadedModel
+    from mtp_jax.loading import load as load
 
 __version__ = "0.1.0"
 
@@ -41,8 +41,8 @@ _HOMES = {
     "equal_parameter_layers": "config",
     "override": "config",
     "UserError": "errors",
-    "load": "load",
-    "LoadedModel": "load",
+    "load": "loading",
+    "LoadedModel": "loading",
     "generate": "decode.generate",
     "stream": "decode.generate",
     "Drafter": "decode.drafters",

@@ -19,7 +19,7 @@ from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.loader import heldout_prompts, prepare
 from mtp_jax.errors import UserError
 from mtp_jax.eval.acceptance import Comparison, compare
-from mtp_jax.load import LoadedModel, load
+from mtp_jax.loading import LoadedModel, load
 from mtp_jax.model import mtp
 
 

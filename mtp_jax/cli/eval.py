@@ -9,7 +9,7 @@ from mtp_jax.cli.common import keep_compiled, parse, print_evaluation, print_jso
 from mtp_jax.data.loader import load_heldout
 from mtp_jax.eval.page import write_page
 from mtp_jax.eval.report import evaluate
-from mtp_jax.load import load
+from mtp_jax.loading import load
 
 
 @dataclasses.dataclass(frozen=True)

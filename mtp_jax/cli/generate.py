@@ -10,7 +10,7 @@ import tyro
 from mtp_jax.cli.common import keep_compiled, parse, print_json, say
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
 from mtp_jax.errors import UserError
-from mtp_jax.load import LoadedModel, load
+from mtp_jax.loading import LoadedModel, load
 
 
 @dataclasses.dataclass(frozen=True)

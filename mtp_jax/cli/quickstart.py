@@ -18,7 +18,7 @@ from mtp_jax.config import (
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import speed_remark, write_page
 from mtp_jax.eval.report import evaluate
-from mtp_jax.load import load
+from mtp_jax.loading import load
 from mtp_jax.metrics import read_metrics
 from mtp_jax.model.mtp import count_params
 from mtp_jax.train.console import RunConsole

@@ -13,7 +13,7 @@ from mtp_jax.data.loader import heldout_batches, heldout_prompts
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.decode.generate import generate
 from mtp_jax.eval.acceptance import Comparison, compare
-from mtp_jax.load import LoadedModel
+from mtp_jax.loading import LoadedModel
 from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.metrics import bits_per_byte, distinct_ratio
 from mtp_jax.train.step import eval_step, heldout_sums, xent_spec

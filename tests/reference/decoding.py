@@ -15,7 +15,7 @@ from mtp_jax import sharding
 from mtp_jax.config import MeshConfig
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.decode.drafters import Drafter
-from mtp_jax.load import LoadedModel
+from mtp_jax.loading import LoadedModel
 from mtp_jax.model import lm, mtp
 from mtp_jax.train.step import compile_steps
 
