@@ -10,6 +10,7 @@ import json
 import typing
 from typing import Any, Literal
 
+from mtp_jax.checks import check_fields, check_type, positive, require
 from mtp_jax.errors import UserError
 
 
@@ -33,17 +34,6 @@ def equal_parameter_layers(total_layers: int, num_future: int) -> int:
             f"heads and keep one; use num_future <= {total_layers}"
         )
     return layers
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _positive(section: str, obj: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(obj, name)
-        _require(value >= 1, f"{section}.{name} is {value}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +74,22 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks."""
 
     def __post_init__(self) -> None:
-        _positive(
+        check_fields("model", self)
+        positive(
             "model",
             self,
             *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"),
         )
-        _require(
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
             "every key/value head serves the same number of query heads",
         )
-        _require(
+        require(
             self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim} is odd; rotary positions turn pairs of dimensions, so use an even number",
         )
-        _require(self.logit_softcap >= 0, f"model.logit_softcap={self.logit_softcap} is negative; 0 switches it off")
+        require(self.logit_softcap >= 0, f"model.logit_softcap={self.logit_softcap} is negative; 0 switches it off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +107,8 @@ class HeadsConfig:
     """Apply the final norm to the tapped state before the heads read it."""
 
     def __post_init__(self) -> None:
-        _positive("heads", self, "num_future")
+        check_fields("heads", self)
+        positive("heads", self, "num_future")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +125,11 @@ class LossConfig:
     """Most bytes of float32 logits alive at once on one device."""
 
     def __post_init__(self) -> None:
-        _positive("loss", self, "chunk_bytes")
-        _require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} is negative; 0 switches it off")
+        check_fields("loss", self)
+        positive("loss", self, "chunk_bytes")
+        require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} is negative; 0 switches it off")
         negative = [w for w in self.head_weights if w < 0]
-        _require(
-            not negative, f"loss.head_weights={self.head_weights} holds a negative weight; use 0 to silence a head"
-        )
+        require(not negative, f"loss.head_weights={self.head_weights} holds a negative weight; use 0 to silence a head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +151,9 @@ class DataConfig:
     """Seed of the held-out choice and of the row order."""
 
     def __post_init__(self) -> None:
-        _require(self.seq_len >= 2, f"data.seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
-        _require(
+        check_fields("data", self)
+        require(self.seq_len >= 2, f"data.seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
+        require(
             0 < self.eval_fraction < 1,
             f"data.eval_fraction={self.eval_fraction}; it must lie between 0 and 1, for example 0.05",
         )
@@ -196,15 +188,16 @@ class OptimConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
+        check_fields("optim", self)
         for name in ("learning_rate", "muon_learning_rate", "eps"):
             value = getattr(self, name)
-            _require(value > 0, f"optim.{name}={value}; it must be above 0")
+            require(value > 0, f"optim.{name}={value}; it must be above 0")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             value = getattr(self, name)
-            _require(value >= 0, f"optim.{name}={value} is negative; 0 switches it off")
+            require(value >= 0, f"optim.{name}={value} is negative; 0 switches it off")
         for name in ("b1", "b2", "final_fraction", "decay_start"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name}={value}; it must lie in [0, 1]")
+            require(0 <= value <= 1, f"optim.{name}={value}; it must lie in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,11 +214,12 @@ class MeshConfig:
     """Positions are split; only 1 is implemented."""
 
     def __post_init__(self) -> None:
+        check_fields("mesh", self)
         sizes = dataclasses.asdict(self)
-        _require(self.context == 1, f"mesh.context={self.context}: splitting positions is not implemented; use 1")
+        require(self.context == 1, f"mesh.context={self.context}: splitting positions is not implemented; use 1")
         for name, size in sizes.items():
-            _require(size >= 1 or size == -1, f"mesh.{name}={size}; use a size of at least 1, or -1 for the rest")
-        _require(
+            require(size >= 1 or size == -1, f"mesh.{name}={size}; use a size of at least 1, or -1 for the rest")
+        require(
             list(sizes.values()).count(-1) <= 1, f"mesh has more than one -1 ({sizes}); only one axis can take the rest"
         )
 
@@ -254,12 +248,13 @@ class TrainConfig:
     """Newest checkpoints kept on disk."""
 
     def __post_init__(self) -> None:
+        check_fields("train", self)
         names = ("steps", "batch_size", "grad_accum", "log_every", "checkpoint_every", "keep_checkpoints")
-        _positive("train", self, *names)
+        positive("train", self, *names)
         for name in ("eval_every", "eval_rows"):
             value = getattr(self, name)
-            _require(value >= 0, f"train.{name}={value} is negative")
-        _require(
+            require(value >= 0, f"train.{name}={value} is negative")
+        require(
             self.batch_size % self.grad_accum == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.grad_accum={self.grad_accum}",
         )
@@ -279,8 +274,9 @@ class DecodeConfig:
     """Tokens of each of those prompts."""
 
     def __post_init__(self) -> None:
-        _positive("decode", self, "max_new_tokens", "num_prompts", "prompt_tokens")
-        _require(self.num_draft >= -1, f"decode.num_draft={self.num_draft}; use -1 for all heads, or 0 and above")
+        check_fields("decode", self)
+        positive("decode", self, "max_new_tokens", "num_prompts", "prompt_tokens")
+        require(self.num_draft >= -1, f"decode.num_draft={self.num_draft}; use -1 for all heads, or 0 and above")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,33 +295,33 @@ class Config:
     def __post_init__(self) -> None:
         model, heads, loss, data = self.model, self.heads, self.loss, self.data
         train, decode = self.train, self.decode
-        _require(
+        require(
             heads.num_future < data.seq_len,
             f"heads.num_future={heads.num_future} needs rows longer than that, but data.seq_len={data.seq_len}; "
             "head m predicts m+1 tokens ahead within a row",
         )
-        _require(
+        require(
             data.seq_len <= model.max_seq_len,
             f"data.seq_len={data.seq_len} is above model.max_seq_len={model.max_seq_len}",
         )
-        _require(
-            -model.num_layers < heads.tap <= model.num_layers,
+        require(
+            -model.num_layers <= heads.tap <= model.num_layers,
             f"heads.tap={heads.tap} is no layer of a model with model.num_layers={model.num_layers}; "
-            f"use -{max(model.num_layers - 1, 1)}..{model.num_layers} (-1 is the input of the last block)",
+            f"use -{model.num_layers}..{model.num_layers} (-1 is the input of the last block)",
         )
-        _require(
+        require(
             len(loss.head_weights) in (0, heads.num_future),
             f"loss.head_weights has {len(loss.head_weights)} values for heads.num_future={heads.num_future} heads; "
             "give one per head, or none",
         )
-        _require(
+        require(
             decode.num_draft < heads.num_future,
             f"decode.num_draft={decode.num_draft}, but heads.num_future={heads.num_future} heads draft at most "
             f"{heads.num_future - 1} tokens",
         )
         micro = train.batch_size // train.grad_accum
         rows = max(self.mesh.data, 1) * max(self.mesh.fsdp, 1)
-        _require(
+        require(
             micro % rows == 0,
             f"a micro-batch of {micro} rows (train.batch_size / train.grad_accum) does not divide over "
             f"mesh.data * mesh.fsdp = {rows} devices",
@@ -333,9 +329,9 @@ class Config:
         tensor = max(self.mesh.tensor, 1)
         for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
             value = getattr(model, name)
-            _require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
+            require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
         fsdp = max(self.mesh.fsdp, 1)
-        _require(model.d_model % fsdp == 0, f"model.d_model={model.d_model} does not divide over mesh.fsdp={fsdp}")
+        require(model.d_model % fsdp == 0, f"model.d_model={model.d_model} does not divide over mesh.fsdp={fsdp}")
 
     @property
     def tap(self) -> int:
@@ -376,36 +372,21 @@ def from_json(text: str, origin: str = "config") -> Config:
 
 
 def _build(cls: type, tree: Any, origin: str) -> Any:
-    _require(isinstance(tree, dict), f"{origin} holds {tree!r} where an object with fields is needed")
+    require(isinstance(tree, dict), f"{origin} holds {tree!r} where an object with fields is needed")
     types = typing.get_type_hints(cls)
     for key in tree:
         near = difflib.get_close_matches(key, types, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(types)}"
-        _require(key in types, f"{origin}: unknown key {key!r}{hint}")
+        require(key in types, f"{origin}: unknown key {key!r}{hint}")
     values = {}
     for key, value in tree.items():
         if dataclasses.is_dataclass(types[key]):
             value = _build(types[key], value, f"{origin}.{key}")
         else:
-            _check_type(value, types[key], f"{origin}.{key}")
             value = tuple(value) if isinstance(value, list) else value
+            check_type(value, types[key], f"{origin}.{key}")
         values[key] = value
     return cls(**values)
-
-
-def _check_type(value: Any, kind: Any, origin: str) -> None:
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        _require(value in choices, f"{origin} is {value!r}; choose one of {', '.join(map(repr, choices))}")
-        return
-    if typing.get_origin(kind) is tuple:
-        _require(isinstance(value, list), f"{origin} is {value!r}; a list is needed")
-        for item in value:
-            _check_type(item, typing.get_args(kind)[0], origin)
-        return
-    accepted = (int, float) if kind is float else (kind,)
-    well_typed = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    _require(well_typed, f"{origin} is {value!r}; a {kind.__name__} is needed")
 
 
 def override(config: Config, changes: dict[str, Any]) -> Config:

@@ -15,7 +15,8 @@ ALLOWED = {
     "__init__": {"config", "decode", "eval", "loading"},  # names only, imported at first use
     "errors": set(),
     "axes": set(),
-    "config": set(),
+    "checks": set(),
+    "config": {"checks"},
     "kernels": {"axes"},
     "model": {"axes", "config", "kernels"},
     "losses": {"axes"},

@@ -91,7 +91,7 @@ def test_logical_spec():
 
 def test_logical_spec_refuses():
     """Unknown names and collisions are errors, inside a tuple of mesh axes too. Breaks without either check."""
-    with pytest.raises(ValueError, match="logical axis 'vocabulary' has no rule in sharding.RULES"):
+    with pytest.raises(ValueError, match=r"logical axis 'vocabulary' has no rule in sharding\.RULES"):
         sharding.logical_spec((axes.EMBED, "vocabulary"))
     for names in ((axes.HEADS, axes.KV_HEADS), (axes.BATCH, axes.EMBED), (axes.EMBED, None, axes.EMBED)):
         with pytest.raises(ValueError, match="put one mesh axis on two dimensions"):
@@ -148,7 +148,7 @@ def test_make_mesh_refuses():
 def test_several_processes_use_every_device(monkeypatch):
     """With more than one process a mesh that leaves devices out is refused. Breaks without `process_count() > 1`."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="mesh.data=4 .* uses 4 of 8 devices; with several processes"):
+    with pytest.raises(UserError, match=r"mesh\.data=4 .* uses 4 of 8 devices; with several processes"):
         sharding.make_mesh(MeshConfig(data=4))
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mtp_jax.axes import BATCH, LAYERS, LENGTH
 from mtp_jax.config import ModelConfig
+from mtp_jax.kernels.linear import LINEAR
 from mtp_jax.model.cache import LayerCache
 from mtp_jax.model.layers import Block, Embed, RMSNorm
 
@@ -83,8 +84,8 @@ def run_block(config: ModelConfig) -> Callable[..., jax.Array]:
 
     if config.remat == "none":
         return run
-    keep_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(run, policy=keep_dots if config.remat == "dots" else None)
+    keep_products = jax.checkpoint_policies.save_only_these_names(LINEAR)
+    return jax.checkpoint(run, policy=keep_products if config.remat == "dots" else None)
 
 
 def run_blocks(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.models import random_params, small_config
+from reference.quick import quick_jit
 
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.heads import FAMILIES
@@ -23,7 +24,7 @@ VARIANTS = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def forward(config, view, tokens_BQ, start_B, index_B, caches, head_caches):
     """Final-normed states of Q positions, of the heads at index_B ([M-1, B, D]), and the caches."""
     family = FAMILIES[config.heads.kind]
@@ -33,7 +34,7 @@ def forward(config, view, tokens_BQ, start_B, index_B, caches, head_caches):
     return *hidden, caches, head_caches
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def full(config, params, tokens_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
     return mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
@@ -55,8 +56,8 @@ def assert_close(actual, expected):
 def test_every_split_point():
     """forward(tokens[:s]) then forward(tokens[s:]) = full(tokens), for every s, and so does one token at a time.
 
-    Breaks if positions restart at 0 in a piece, if `read` runs before `write`, if a head skips the cache for all but the
-    last position, or if the tap is taken on the wrong side of a block.
+    Breaks if positions restart at 0 in a piece, if `read` runs before `write`, if a head enters only the
+    last position into its cache, or if the tap is taken on the wrong side of a block.
     """
     config, T = small_config(), 4
     params = random_params(config)
@@ -104,7 +105,7 @@ def test_ragged_rounds_with_rejected_tokens(name):
 
 
 def test_fewer_drafts_are_the_first_heads():
-    """P caches give the drafts of heads 1..P. Breaks if `draft` runs heads that have no cache, or counts from the end."""
+    """P caches give the drafts of heads 1..P. Breaks with `strict=True` in `draft`, or if it counts from the end."""
     config, T = small_config(), 4
     params = random_params(config)
     view = mtp.decode_view(config, params)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.models import small_config
+from reference.quick import quick_jit
 
 from mtp_jax.config import equal_parameter_layers
 from mtp_jax.model import lm, mtp
@@ -116,7 +117,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def init(config):
-    return jax.jit(functools.partial(mtp.init, config))
+    return quick_jit(functools.partial(mtp.init, config))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_init_is_a_function_of_the_key(config, init, params):
     Breaks if a parameter's key is a constant, or if `init` draws from anything but its key.
     """
     jax.tree.map(np.testing.assert_array_equal, params, init(jax.random.key(0)))
-    again = jax.jit(functools.partial(mtp.init, config)).lower(jax.random.key(0))
+    again = quick_jit(functools.partial(mtp.init, config)).lower(jax.random.key(0))
     assert again.as_text() == init.lower(jax.random.key(0)).as_text()
     same = flat(jax.tree.map(lambda x, y: bool((x == y).any()), params, init(jax.random.key(1))))
     assert {name for name, any_same in same.items() if any_same} == {name for name in same if "norm" in name}

@@ -43,7 +43,7 @@ def test_scores_depend_on_the_distance():
 
 
 def test_bfloat16_tells_positions_apart():
-    """rotary of bfloat16 x = bfloat16(rotary of the same x in float32), at position 257 too, which bfloat16 cannot hold.
+    """rotary(bfloat16 x) = bfloat16(rotary(float32 x)), at position 257 too, which bfloat16 cannot hold.
 
     Breaks without the `astype(jnp.float32)` of positions or of x.
     """

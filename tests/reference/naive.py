@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from reference.quick import quick_jit
 
 
 def cross_entropy(z_MBTV, targets_MBT):
@@ -14,7 +15,7 @@ def cross_entropy(z_MBTV, targets_MBT):
 
 
 def xent_loss(hidden_MBTD, table_VD, targets_MBT, weights_MBT, softcap=0.0, z_loss=0.0):
-    """sum_x weight_x (ce_x + z_loss lse_x^2) from the whole [M, B, T, V] array of logits, in the dtype of the inputs."""
+    """sum_x weight_x (ce_x + z_loss lse_x^2) from the whole array of logits, in the dtype of the inputs."""
     z_MBTV = jnp.einsum("MBTD,VD->MBTV", hidden_MBTD, table_VD)
     if softcap:
         z_MBTV = softcap * jnp.tanh(z_MBTV / softcap)
@@ -31,7 +32,7 @@ def xent_grads(hidden_MBTD, table_VD, targets_MBT, weights_MBT, softcap=0.0, z_l
         return tuple(np.asarray(x) for x in (loss, ce_MBT, *grads))
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
+@functools.partial(quick_jit, static_argnums=(4, 5))
 def _value_and_grads(hidden_MBTD, table_VD, weights_MBT, targets_MBT, softcap, z_loss):
     def loss(hidden_MBTD, table_VD, weights_MBT):
         return xent_loss(hidden_MBTD, table_VD, targets_MBT, weights_MBT, softcap, z_loss)

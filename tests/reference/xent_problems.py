@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from reference.quick import quick_jit
 
 from mtp_jax.losses.mtp import XENT
 
@@ -18,7 +19,7 @@ def problem(M=2, B=1, T=11, D=8, V=37, seed=0):
     return hidden_MBTD, table_VD, targets_MBT, weights_MBT
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(quick_jit, static_argnums=(0, 1))
 def xent_and_grads(impl, spec, hidden_MBTD, table_VD, targets_MBT, weights_MBT, cotangent=1.0):
     """(Xent without gradients, Xent of the differentiated call, cotangent * gradients of hidden, table, weights)."""
 

@@ -1,0 +1,44 @@
+"""Checks of settings: a value that cannot work is refused with its path, the value and the remedy."""
+
+import typing
+from typing import Any, Literal
+
+from mtp_jax.errors import UserError
+
+
+NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_fields(section: str, obj: Any) -> None:
+    """Config files are Python: a value of the wrong type is refused where it is written, not where it is used."""
+    for name, kind in typing.get_type_hints(type(obj)).items():
+        check_type(getattr(obj, name), kind, f"{section}.{name}")
+
+
+def positive(section: str, obj: Any, *names: str) -> None:
+    """Refuses fields below 1."""
+    for name in names:
+        value = getattr(obj, name)
+        require(value >= 1, f"{section}.{name} is {value}; it must be at least 1")
+
+
+def check_type(value: Any, kind: Any, origin: str) -> None:
+    """Refuses a value that is not of the annotated type; an int is a float, a bool is no int."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        require(value in choices, f"{origin} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+        return
+    if typing.get_origin(kind) is tuple:
+        require(isinstance(value, tuple), f"{origin} is {value!r}; use a tuple (a list in JSON)")
+        for item in value:
+            check_type(item, typing.get_args(kind)[0], origin)
+        return
+    accepted = (int, float) if kind is float else (kind,)
+    well_typed = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    require(well_typed, f"{origin} is {value!r}; {NAMES[kind]} is needed")

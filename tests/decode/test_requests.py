@@ -1,0 +1,177 @@
+"""What a request may be: bad input is one clear UserError, odd but legal input gives what the plain form gives."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.decoding import CONFIG, NEW, PROMPTS, chain_model, loaded, loud_params, model, plain, slow_greedy
+from reference.tiny import tiny_config
+
+from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
+from mtp_jax.decode.generate import generate, stream
+from mtp_jax.errors import UserError
+
+PLAIN_LM = tiny_config(heads={"num_future": 1})
+
+BAD = {
+    "no prompts": ([], {}, "no prompt was given"),
+    "empty text": (["a", ""], {}, "prompt 1 is empty; give at least one token"),
+    "empty ids": ([[]], {}, "prompt 0 is empty"),
+    "negative id": ([[1], [3, -1]], {}, r"prompt 1 holds token id -1; the vocabulary is 0\.\.257"),
+    "id beyond the vocabulary": ([[258]], {}, r"prompt 0 holds token id 258; the vocabulary is 0\.\.257"),
+    "prompt as long as the model": ([[1] * 80], {}, "prompt 0 has 80 tokens; the limit, .* model.max_seq_len=80"),
+    "text as long as the model": (["a" * 79], {}, "prompt 0 has 80 tokens"),
+    "no new tokens": ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0; it must be at least 1"),
+    "negative new tokens": ([[1]], {"max_new_tokens": -3}, "max_new_tokens=-3; it must be at least 1"),
+    "too many drafts": ([[1]], {"num_draft": 4}, r"num_draft=4, but this model has 3 extra heads; use 1\.\.3"),
+    "negative drafts": ([[1]], {"num_draft": -1}, r"num_draft=-1, but .* use 1\.\.3, or draft='none'"),
+    "zero drafts": ([[1]], {"num_draft": 0}, "num_draft=0, but .*draft='none'"),
+    "drafts of nobody": ([[1]], {"draft": "none", "num_draft": 2}, "num_draft=2 with draft='none'"),
+    "unknown drafter": ([[1]], {"draft": "lookup2"}, "draft='lookup2' is no drafter; choose 'heads' or 'none'"),
+    "empty stop": ([[1]], {"stop": ("x", "")}, "a stop string is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    """generate and stream name the thing, its value and the remedy, before they compute anything."""
+    prompts, options, message = BAD[name]
+    options = {"max_new_tokens": 8, **options}
+    with pytest.raises(UserError, match=message):
+        generate(chain_model(), prompts, **options)
+    with pytest.raises(UserError, match=message):
+        stream(chain_model(), prompts, **options)  # at the call, not at the first item
+
+
+def test_bad_input_of_models_that_lack_a_part():
+    """No tokenizer: no text, no stop strings. No extra heads: no heads that draft, and the message says what to do."""
+    with pytest.raises(UserError, match="prompt 1 is text, but this model has no tokenizer; give a list of token ids"):
+        generate(model("random"), [[1], "a"], max_new_tokens=8)
+    with pytest.raises(UserError, match="stop strings need a tokenizer"):
+        generate(model("random"), [[1]], max_new_tokens=8, stop=("x",))
+    for num_draft in (None, 1):
+        with pytest.raises(UserError, match=r"no extra heads \(heads.num_future=1\); use draft='none'"):
+            make_drafter("heads", PLAIN_LM, num_draft)
+
+
+def test_drafters_by_name():
+    """none drafts nothing, with num_draft=0 as well; heads draft with every head unless told otherwise."""
+    assert make_drafter("none", CONFIG) is make_drafter("none", PLAIN_LM, 0) is NONE
+    assert [make_drafter("heads", CONFIG, n).num_draft for n in (None, 1, 2, 3)] == [3, 1, 2, 3]
+
+
+ODD = {
+    "tuples": lambda prompts: tuple(tuple(p) for p in prompts),
+    "numpy arrays": lambda prompts: [np.array(p) for p in prompts],
+    "small numpy integers": lambda prompts: [np.array(p, np.uint8) for p in prompts],
+    "jax arrays": lambda prompts: [jnp.array(p) for p in prompts],
+    "numpy scalars in lists": lambda prompts: [[np.int64(t) for t in p] for p in prompts],
+    "ranges and tuples": lambda prompts: [prompts[0], prompts[1], range(16), prompts[3]],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_ids_in_any_container(name):
+    """generate(any sequence of ids) = generate(lists), and the answer holds Python integers."""
+    result = generate(model("random"), ODD[name](PROMPTS), max_new_tokens=NEW)
+    assert result.tokens == [plain("random", prompt)[:NEW] for prompt in PROMPTS]
+    assert {type(token) for row in result.tokens for token in row} == {int}
+    assert result.text is None
+
+
+def test_prompts_as_one_array():
+    """A [B, T] array is B prompts."""
+    prompts = np.array([[5], [9], [5], [5]])
+    result = generate(model("random"), prompts, max_new_tokens=NEW)
+    assert result.tokens == [plain("random", (p,))[:NEW] for p in (5, 9, 5, 5)]
+
+
+def test_prompts_are_not_changed():
+    """A request leaves its prompts alone."""
+    prompts = [[7, 3, 11], [5], list(range(16)), [1, 2]]
+    generate(model("random"), prompts, max_new_tokens=NEW)
+    assert prompts == [[7, 3, 11], [5], list(range(16)), [1, 2]]
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3])
+def test_the_smallest_vocabularies(vocab):
+    """heads = reference with one, two or three tokens, where drafts are mostly right."""
+    shape = {"vocab_size": vocab, "num_layers": 1, "d_model": 8, "num_heads": 1, "num_kv_heads": 1, "d_ff": 8}
+    config = tiny_config(model=shape, heads={"num_future": 2, "tap": 0})
+    lm = loaded(config, loud_params(config, seed=1))
+    prompt = [0, vocab - 1, 0]
+    result = generate(lm, [prompt], max_new_tokens=9)
+    assert result.tokens == [slow_greedy(config, lm.params, prompt, 9, width=16)]
+    assert sum(result.stats.histogram) == result.stats.rounds
+
+
+def test_a_batch_of_seventeen():
+    """Rows beyond any power of two, lengths 1..17, the longest one beyond the smallest bucket."""
+    prompts = [tuple((3 * i + j) % 40 for j in range(i + 1)) for i in range(17)]
+    result = generate(model("random"), prompts, max_new_tokens=4, draft="none")
+    assert result.tokens == [plain("random", prompt, 4) for prompt in prompts]
+
+
+def test_a_drafter_of_your_own():
+    """A `Drafter` is used as it is: its init gets (config, P, batch, slots) and its draft the tokens so far."""
+    seen = {}
+
+    def init(config, num_draft, batch, slots):
+        seen["init"] = (config, num_draft, batch, slots)
+        return ()
+
+    def repeat_last(config, params, cache, context):
+        seen["shapes"] = (context.tokens_BS.shape, context.tap_BQD.shape[0])
+        last_B1 = jnp.take_along_axis(context.tokens_BS, context.total_B[:, None] - 1, axis=1)
+        return jnp.repeat(last_B1, 2, axis=1), cache
+
+    result = generate(model("random"), PROMPTS, max_new_tokens=NEW, draft=Drafter("repeat", 2, init, repeat_last))
+    assert result.tokens == [plain("random", prompt)[:NEW] for prompt in PROMPTS]
+    config, num_draft, batch, slots = seen["init"]
+    assert (config, num_draft, batch) == (CONFIG, 2, 4) and slots >= 16 + NEW + 3
+    assert seen["shapes"] == ((4, slots), 4)
+
+
+def reported(reason):
+    """A request that should be refused, or served, and today is not."""
+    return pytest.mark.xfail(strict=True, reason=f"reported: {reason}")
+
+
+UNCLEAR = {
+    "one string instead of a list": ("ab", {}, "prompts"),
+    "one list of ids instead of a list of them": ([1, 2, 3], {}, "prompt 0"),
+    "nothing": (None, {}, "prompts"),
+    "no prompt among prompts": ([[1], None], {}, "prompt 1"),
+    "fractions as ids": ([[1.5, 2.0]], {}, "prompt 0"),
+    "text that is no unicode": (["\ud800"], {}, "prompt 0"),
+    "one string as stop": ([[1]], {"stop": "ab"}, "stop"),
+    "stop that is no string": ([[1]], {"stop": [5]}, "stop"),
+    "fractional new tokens": ([[1]], {"max_new_tokens": 8.5}, "max_new_tokens=8.5"),
+    "new tokens as text": ([[1]], {"max_new_tokens": "8"}, "max_new_tokens='8'"),
+    "fractional drafts": ([[1]], {"num_draft": 1.0}, "num_draft=1.0"),
+    "drafts for a drafter that has its own": ([[1]], {"draft": NONE, "num_draft": 2}, "num_draft=2"),
+}
+
+
+@reported("TypeError, AttributeError or silently something else")
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_unclear_input(name):
+    """What cannot be meant is refused in one line, instead of a traceback or an answer to another question."""
+    prompts, options, message = UNCLEAR[name]
+    with pytest.raises(UserError, match=message):
+        generate(chain_model(), prompts, **{"max_new_tokens": 32, **options})
+
+
+@reported("OverflowError; 10**6 allocates a cache of a million slots")
+@pytest.mark.parametrize("new", [2**31, 10**12])
+def test_as_many_tokens_as_the_model_can(new):
+    """A huge max_new_tokens means up to model.max_seq_len, and costs no more than that."""
+    result = generate(model("random"), PROMPTS, max_new_tokens=new)
+    longest = CONFIG.model.max_seq_len
+    assert [len(p) + len(row) for p, row in zip(PROMPTS, result.tokens, strict=True)] == [longest] * 4
+
+
+@reported("the range in Config excludes the value that its message recommends")
+def test_one_layer():
+    """A model of one layer, at the default tap: the input of its only block."""
+    assert tiny_config(model={"num_layers": 1}).tap == 0
+    assert tiny_config(model={"num_layers": 1}, heads={"num_future": 1}).model.num_layers == 1

@@ -1,0 +1,88 @@
+"""compare = two generations of the same prompts; merge = one generation of all of them.
+
+Each docstring names the line of `acceptance.py` whose deletion breaks the test."""
+
+import math
+
+import pytest
+from reference.decoding import NEW, PROMPTS, model, plain
+
+from mtp_jax.decode.generate import DecodeStats, Generation
+from mtp_jax.eval.acceptance import Comparison, compare, merge
+
+
+def generation(tokens, histogram, text=None, seconds=1.0, prefill=0.25):
+    emitted = sum(map(len, tokens))
+    stats = DecodeStats(histogram, sum(histogram), emitted, emitted - len(tokens), prefill, seconds)
+    return Generation(tokens, text, ["length"] * len(tokens), stats)
+
+
+def test_merge():
+    """Lists are joined in order; every count and time is a sum. Breaks when a field of DecodeStats is left out."""
+    one = generation([[1, 2, 3], [4]], (1, 0, 1), ["abc", "d"], seconds=2.0)
+    two = generation([[5, 6]], (0, 1, 0), ["ef"], seconds=0.5)
+    both = merge([one, two])
+    assert (both.tokens, both.text, both.finish_reason) == (
+        [[1, 2, 3], [4], [5, 6]],
+        ["abc", "d", "ef"],
+        ["length"] * 3,
+    )
+    assert both.stats == DecodeStats((1, 1, 1), 3, 6, 3, 0.5, 2.5)
+    assert merge([one, generation([[7]], (0, 0, 0))]).text is None
+    assert merge([one]) == one
+
+
+def test_rates():
+    """speedup = (tokens / seconds) drafted over the same plain; identical = all tokens equal."""
+    drafted, other = generation([[1, 2, 3, 4, 5]], (0, 2)), generation([[1, 2, 3, 4, 6]], (4,))
+    fast = Comparison(drafted=drafted, plain=drafted, drafted_seconds=0.5, plain_seconds=2.0)
+    assert (fast.drafted_tokens_per_second, fast.plain_tokens_per_second, fast.speedup) == (8, 2, 4)
+    assert fast.identical
+    assert not Comparison(drafted=drafted, plain=other, drafted_seconds=1, plain_seconds=1).identical
+
+
+@pytest.mark.parametrize("name", ["random", "trained"])
+def test_compare(name):
+    """Both sides hold what the slow reference writes, end tokens ignored, in batches of any size. Breaks without
+    `ignore_eos` or when the last, smaller batch is lost."""
+    said = []
+    result = compare(model(name), PROMPTS, max_new_tokens=NEW, batch_size=1, timed_runs=1, progress=said.append)
+    expected = [plain(name, prompt)[:NEW] for prompt in PROMPTS]
+    assert result.identical and result.drafted.tokens == result.plain.tokens == expected
+    assert result.plain.stats.histogram == (4 * (NEW - 1),)
+    assert result.drafted.stats.emitted == result.plain.stats.emitted == 4 * NEW
+    assert result.drafted.stats.rounds < result.plain.stats.rounds
+    assert said == [
+        f"decoding 4 prompts, {side}{run}" for run in ("", ", timed run 1") for side in ("plain", "drafted")
+    ]
+    uneven = compare(model(name), PROMPTS, max_new_tokens=NEW, batch_size=3, timed_runs=1)
+    assert uneven.identical and uneven.drafted.tokens == expected
+    assert uneven.drafted.stats.histogram == result.drafted.stats.histogram
+
+
+def test_number_of_drafts():
+    """num_draft reaches the drafted side, and that side only: the plain one has no drafts at all."""
+    result = compare(model("random"), PROMPTS, max_new_tokens=NEW, num_draft=2, batch_size=4, timed_runs=1)
+    assert [len(side.stats.histogram) for side in (result.plain, result.drafted)] == [1, 3]
+
+
+def test_seconds_are_the_median_of_the_timed_runs(monkeypatch):
+    """The first run of each side compiles and is not timed; of the others the median counts. Breaks without `if run`."""
+    import mtp_jax.eval.acceptance as acceptance
+
+    times = {"none": iter((100.0, 3.0, 9.0, 4.0)), "heads": iter((200.0, 1.0, 2.0, 8.0))}
+
+    def fake(lm, batch, draft, **options):
+        return generation([[1, 2]], (1,), seconds=next(times[draft]))
+
+    monkeypatch.setattr(acceptance, "generate", fake)
+    result = compare(model("random"), [[1]], max_new_tokens=2)
+    assert (result.plain_seconds, result.drafted_seconds) == (4.0, 2.0)
+
+
+@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="reported: speedup of a comparison without rounds")
+def test_nothing_to_time():
+    """One new token is the prefill alone: there are no rounds, and the speedup is undefined, not an error."""
+    result = compare(model("random"), PROMPTS, max_new_tokens=1, batch_size=4, timed_runs=1)
+    assert result.identical
+    assert math.isnan(result.speedup)
