@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
@@ -27,10 +26,10 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.config import Config, differences, from_json, to_json
 from mtp_jax.errors import UserError
+from mtp_jax.integrity import MANIFEST, damage, short_reason, write_atomically, write_manifest
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-MANIFEST = "manifest.json"
 VERSION = 1
 """Layout of a checkpoint, stored in its `meta`."""
 
@@ -42,9 +41,6 @@ FREE_FIELDS = re.compile(
     r"|decode\..*|mesh\..*"
 )
 """Config fields that may change between a run and its continuation: none of them changes what is learned."""
-
-WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
-"""Files that Orbax writes after the manifest; a restore does not depend on them."""
 
 Notify = Callable[[str], None]
 
@@ -95,7 +91,7 @@ def _open_run(workdir: pathlib.Path, config: Config) -> bool:
             _check_same(workdir, from_json(text, str(path)), config)
         write_atomically(path, to_json(config) + "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--workdir {workdir} cannot be used: {_reason(error)}; use another directory") from error
+        raise UserError(f"--workdir {workdir} cannot be used: {short_reason(error)}; use another directory") from error
     return text is not None
 
 
@@ -117,16 +113,6 @@ def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
     if changed and (workdir / CHECKPOINTS).exists() and any((workdir / CHECKPOINTS).iterdir()):
         remedy = "use another --workdir, or the old values"
         raise UserError(f"--workdir {workdir} holds a run with other settings ({changed}); {remedy}")
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file so that a reader, or a kill at any moment, sees the old text or the new one and nothing else."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Checkpoints:
@@ -154,7 +140,7 @@ class Checkpoints:
             self._root.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._root, options=options)
         except OSError as error:
-            raise UserError(f"{self._root} cannot be used: {_reason(error)}; use another --workdir") from error
+            raise UserError(f"{self._root} cannot be used: {short_reason(error)}; use another --workdir") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -211,14 +197,14 @@ class Checkpoints:
         last = self.latest_step()
         kept = "there is no earlier checkpoint" if last is None else f"the last good checkpoint is step {last}"
         return UserError(
-            f"saving step {step} to {self._root} failed ({_reason(error)}); {kept}; make room or fix the permissions, "
-            "and run the same command again"
+            f"saving step {step} to {self._root} failed ({short_reason(error)}); {kept}; make room or fix the "
+            "permissions, and run the same command again"
         )
 
     def _before_commit(self) -> None:
         """Runs on process 0 between the last write of every process and the rename that makes the save visible."""
         for directory in self._root.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-            _write_manifest(directory)
+            write_manifest(directory)
 
     def restore_latest(self, abstract_state: Any, iterator: Resumable) -> tuple[Any, int] | None:
         """Loads the newest whole checkpoint, bit for bit, and moves the iterator to where it was saved.
@@ -331,55 +317,16 @@ def _attempt(path: pathlib.Path, restore: Callable[[pathlib.Path], Any]) -> tupl
     Bytes that match their manifest are not broken, so what fails on them is somebody else's fault and is raised. A
     checkpoint without a manifest can only be tried.
     """
-    damage = _damage(path) if jax.process_index() == 0 else ""
-    if _from_first_process(int(bool(damage))):
-        return None, damage or "see process 0"
+    found = damage(path) if jax.process_index() == 0 else ""
+    if _from_first_process(int(bool(found))):
+        return None, found or "see process 0"
     unlisted = not (path / MANIFEST).exists()
     try:
         return restore(path), ""
     except Exception as error:
         if not unlisted:
             raise
-        return None, _reason(error)
-
-
-def _write_manifest(directory: pathlib.Path) -> None:
-    """Lists size and CRC-32 of every file below a directory, once they are on the disk."""
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name not in WRITTEN_AT_COMMIT:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            files[str(path.relative_to(directory))] = [path.stat().st_size, _crc32(path)]
-    write_atomically(directory / MANIFEST, json.dumps({"files": files}))
-
-
-def _damage(directory: pathlib.Path) -> str:
-    """How a checkpoint differs from its manifest; "" when it does not, or has none."""
-    manifest = directory / MANIFEST
-    if not manifest.exists():
-        return ""
-    try:
-        files = json.loads(manifest.read_text())["files"]
-        for name, (size, crc) in files.items():
-            path = directory / name
-            if not path.exists():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes of {size}"
-            if _crc32(path) != crc:
-                return f"{name} fails its checksum"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{MANIFEST} cannot be checked: {_reason(error)}"
-    return ""
-
-
-def _crc32(path: pathlib.Path, block: int = 2**20) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while data := file.read(block):
-            crc = zlib.crc32(data, crc)
-    return crc
+        return None, short_reason(error)
 
 
 def _check_tree(path: pathlib.Path, abstract: Any, *, partial: bool) -> None:
@@ -408,16 +355,6 @@ def _steps(root: pathlib.Path) -> list[int]:
     if not root.is_dir():
         return []
     return sorted(int(path.name) for path in root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
-
-
-def _reason(error: BaseException, limit: int = 160) -> str:
-    """An error as part of one line; TensorStore hides the operating system's own reason in a paragraph."""
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(code[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

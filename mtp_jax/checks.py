@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from mtp_jax.errors import UserError
 
-
 NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 
 

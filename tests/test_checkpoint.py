@@ -187,7 +187,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_broken_checkpoint_is_passed_over_and_moved_aside(tmp_path, damage):
     """restore = the newest whole step, the report is one line, and the broken step can be saved again. Breaks without
-    a comparison in `_damage` (Orbax restores the bit flip silently), or `self._manager.reload()` after the renames."""
+    a comparison in `damage` (Orbax restores the bit flip silently), or `self._manager.reload()` after the renames."""
     save_steps(tmp_path, 1, 2)
     file, root = array_file(tmp_path, 2), tmp_path / CHECKPOINTS
     inflict, reason = DAMAGES[damage]
@@ -258,7 +258,7 @@ def test_save_killed_in_the_middle_is_ignored_and_removed(tmp_path):
         checkpoints = checkpoint.Checkpoints({str(tmp_path)!r}, 1, print)
         checkpoints.save(1, {{"w": jnp.arange(4.0)}}, Position())
         checkpoints.wait()
-        checkpoint._write_manifest = stall
+        checkpoint.write_manifest = stall
         checkpoints.save(2, {{"w": jnp.zeros(4)}}, Position())
         checkpoints.wait()
         """)

@@ -1,0 +1,70 @@
+"""Files that are whole or not there: atomic writes, and manifests that show damage."""
+
+import json
+import os
+import pathlib
+import re
+import zlib
+
+MANIFEST = "manifest.json"
+WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
+"""Files that Orbax writes after the manifest; a restore does not depend on them."""
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replaces a file so that a reader, or a kill at any moment, sees the old text or the new one and nothing else."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_manifest(directory: pathlib.Path) -> None:
+    """Lists size and CRC-32 of every file below a directory, once they are on the disk."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name not in WRITTEN_AT_COMMIT:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            files[str(path.relative_to(directory))] = [path.stat().st_size, _crc32(path)]
+    write_atomically(directory / MANIFEST, json.dumps({"files": files}))
+
+
+def damage(directory: pathlib.Path) -> str:
+    """How a checkpoint differs from its manifest; "" when it does not, or has none."""
+    manifest = directory / MANIFEST
+    if not manifest.exists():
+        return ""
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        for name, (size, crc) in files.items():
+            path = directory / name
+            if not path.exists():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes of {size}"
+            if _crc32(path) != crc:
+                return f"{name} fails its checksum"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{MANIFEST} cannot be checked: {short_reason(error)}"
+    return ""
+
+
+def _crc32(path: pathlib.Path, block: int = 2**20) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while data := file.read(block):
+            crc = zlib.crc32(data, crc)
+    return crc
+
+
+def short_reason(error: BaseException, limit: int = 160) -> str:
+    """An error as part of one line; TensorStore hides the operating system's own reason in a paragraph."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + "..."
