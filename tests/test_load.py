@@ -143,7 +143,7 @@ def test_dtype(run, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "f32", "", jnp.bfloat16], ids=str)
 def test_unknown_dtype(run, dtype):
-    with pytest.raises(UserError, match="dtype=.*; use 'float32', 'bfloat16', or None"):
+    with pytest.raises(UserError, match=r"dtype=.*; use 'float32', 'bfloat16', or None"):
         load(run[0], dtype=dtype)
 
 
@@ -264,7 +264,7 @@ def test_mesh_of_another_kind(run, axis_type):
 def test_config_that_is_no_text(tmp_path):
     """A config.json in another encoding is named like any other broken one."""
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         load(tmp_path)
 
 

@@ -27,7 +27,7 @@ from mtp_jax.train.loop import train
 CONFIG = Config(
     model=ModelConfig(
         vocab_size=2048,
-        num_layers=equal_parameter_layers(total_layers=5, num_future=4),
+        num_layers=equal_parameter_layers(total_layers=6, num_future=4),
         d_model=192,
         num_heads=3,
         num_kv_heads=3,
@@ -38,7 +38,7 @@ CONFIG = Config(
     ),
     heads=HeadsConfig(kind="parallel", num_future=4),
     data=DataConfig(source="stdlib", tokenizer="bpe", seq_len=128),
-    optim=OptimConfig(name="muon", muon_learning_rate=0.01),
+    optim=OptimConfig(name="muon", muon_learning_rate=0.02),
     train=TrainConfig(steps=1000, batch_size=16),
     decode=DecodeConfig(num_prompts=16, prompt_tokens=64, max_new_tokens=128),
 )

@@ -123,6 +123,7 @@ def _axes(title: str, xlabel: str, ylabel: str) -> Any:
     axes.set_ylabel(ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
     return figure, axes
 
 
@@ -140,8 +141,6 @@ def plot_losses(path: pathlib.Path, records: list[dict], smooth: int = 40) -> No
     for m in range(losses.shape[1]):
         mean = np.convolve(losses[:, m], np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], mean, color=COLORS[m % len(COLORS)], label=f"head {m} (t+{m + 1})", linewidth=1.8)
-    low, high = losses.min(), np.quantile(losses, 0.98)
-    axes.set_ylim(low - 0.1, high + 0.2)
     axes.legend(frameon=False)
     _save(figure, path)
 

@@ -14,7 +14,7 @@ class RunConsole:
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
-        self._total, self._first, self._began = 0, 0, 0.0
+        self._total, self._step, self._time = 0, 0, 0.0
 
     def note(self, text: str) -> None:
         """One line that stays above the bar."""
@@ -22,7 +22,7 @@ class RunConsole:
 
     def start(self, total: int, done: int) -> None:
         """Opens the bar for steps done..total."""
-        self._total, self._first, self._began = total, done, time.monotonic()
+        self._total, self._step, self._time = total, done, time.monotonic()
         if self._console.is_terminal:
             columns = (
                 *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
@@ -39,8 +39,10 @@ class RunConsole:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, status=status)
             return
-        elapsed = time.monotonic() - self._began
-        left = elapsed / max(step - self._first, 1) * (self._total - step)
+        now = time.monotonic()
+        # From the newest steps alone: the first ones had to wait for the compiler.
+        left = (now - self._time) / max(step - self._step, 1) * (self._total - step)
+        self._step, self._time = step, now
         self.note(f"step {step}/{self._total}  {status}  {left:.0f} s left")
 
     def stop(self) -> None:

@@ -5,7 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.decoding import CONFIG, NEW, PROMPTS, compilations, model, plain, scripted, with_script
+from reference.decoding import (
+    CONFIG,
+    NEW,
+    PROMPTS,
+    compilations,
+    loaded,
+    loud_params,
+    model,
+    plain,
+    scripted,
+    with_script,
+)
+from reference.tiny import tiny_config
 
 from mtp_jax.decode.drafters import make_drafter
 from mtp_jax.decode.engine import decode_rounds, prefill, slots_needed
@@ -23,11 +35,11 @@ def prefilled(lm, rows, limits, drafter=HEADS, width=16):
         row_T[: len(tokens)] = tokens
     lengths_B, limits_B = (np.asarray(x, np.int32) for x in ([len(row) for row in rows], limits))
     arrays = (prompt_BT, lengths_B, limits_B, np.zeros((0,), np.int32))
-    return prefill(CONFIG, drafter, SLOTS, lm.decode_params, *map(jnp.asarray, arrays))
+    return prefill(lm.config, drafter, SLOTS, lm.decode_params, *map(jnp.asarray, arrays))
 
 
 def advance(lm, state, rounds=ALL, drafter=HEADS):
-    return decode_rounds(CONFIG, drafter, lm.decode_params, state, jnp.int32(rounds))
+    return decode_rounds(lm.config, drafter, lm.decode_params, state, jnp.int32(rounds))
 
 
 def outputs(state, prompts=PROMPTS):
@@ -64,6 +76,35 @@ def test_state_after_rounds_is_that_of_a_prefill(name):
 
 def caches(state):
     return jax.device_get((state.caches, state.drafter_cache))
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+@pytest.mark.parametrize("name", ["random", "trained"])
+def test_drafts_are_what_the_heads_were_trained_to_say(name, rounds):
+    """drafts[k] = arg-max of head k+1 in the training forward over the same tokens, at the position before the newest.
+
+    Wrong drafts cost speed and nothing else, so nothing else shows them. Breaks without `final_norm` in `_heads_draft`,
+    without `index_B` in `parallel.draft`, or when the heads read another tap than in training.
+    """
+    lm = model(name)
+    state = advance(lm, prefilled(lm, PROMPTS, LIMITS), rounds)
+    assert state.drafts_BP.tolist() == trained_to_say(lm, state)
+
+
+def test_drafts_from_a_normed_tap():
+    """The same for `tap_norm`, a tap behind the last layer, QK norm and a soft cap."""
+    shape = {"vocab_size": 40, "num_kv_heads": 1, "qk_norm": True, "logit_softcap": 5.0, "tie_embeddings": False}
+    config = tiny_config(model=shape, heads={"num_future": 3, "tap": 2, "tap_norm": True})
+    lm = loaded(config, loud_params(config, seed=3))
+    state = prefilled(lm, PROMPTS, LIMITS, make_drafter("heads", config, 2))
+    assert state.drafts_BP.tolist() == trained_to_say(lm, state)
+
+
+def trained_to_say(lm, state):
+    """Arg-max of heads 1..P from the whole forward over every row's tokens, the newest one left out."""
+    logits_MBTV = np.asarray(lm.logits(state.tokens_BS[:, :32]))
+    P, last_B = state.drafts_BP.shape[1], np.asarray(state.total_B) - 2
+    return [logits_MBTV[1 : P + 1, b, t].argmax(axis=-1).tolist() for b, t in enumerate(last_B)]
 
 
 def test_one_round_at_a_time_is_all_at_once():

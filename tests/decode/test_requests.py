@@ -170,7 +170,6 @@ def test_as_many_tokens_as_the_model_can(new):
     assert [len(p) + len(row) for p, row in zip(PROMPTS, result.tokens, strict=True)] == [longest] * 4
 
 
-@reported("the range in Config excludes the value that its message recommends")
 def test_one_layer():
     """A model of one layer, at the default tap: the input of its only block."""
     assert tiny_config(model={"num_layers": 1}).tap == 0

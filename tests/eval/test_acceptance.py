@@ -67,7 +67,7 @@ def test_number_of_drafts():
 
 
 def test_seconds_are_the_median_of_the_timed_runs(monkeypatch):
-    """The first run of each side compiles and is not timed; of the others the median counts. Breaks without `if run`."""
+    """Each side's first run compiles and is not timed; of the others the median counts. Breaks without `if run`."""
     import mtp_jax.eval.acceptance as acceptance
 
     times = {"none": iter((100.0, 3.0, 9.0, 4.0)), "heads": iter((200.0, 1.0, 2.0, 8.0))}

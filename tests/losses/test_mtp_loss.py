@@ -15,7 +15,7 @@ from mtp_jax.losses.mtp import XENT, HeadSums, head_scale, mtp_loss
 from mtp_jax.losses.xent import XentSpec
 
 IMPLS = sorted(XENT)
-SPEC = XentSpec(chunk_bytes=4 * 37 * 11)
+SPEC = XentSpec(chunk_bytes=4 * 37 * 5)
 
 
 @functools.partial(jax.jit, static_argnames=("impl", "spec"))
@@ -76,8 +76,8 @@ def test_loss_is_the_weighted_sum_of_the_heads(impl):
 def test_silent_heads_change_nothing(impl):
     """w_m = 0 for m >= 1: loss, dh_0 and dW are those of M = 1 bit for bit, and dh_m = 0 exactly.
 
-    The chunk divides a head's tokens, so that both cut them alike; otherwise sums differ in their order only. Breaks
-    if head weights are dropped from `head_scale`.
+    Breaks if head weights are dropped from `head_scale`, or if a chunk holds tokens of two heads, which would change
+    the order of the sums (22 tokens of a head in chunks of 5).
     """
     hidden_MBTD, table_VD, targets_MBT, weights_MBT = problem(M=4, B=2)
     one = weights_MBT[:1]
@@ -146,19 +146,20 @@ def test_head_scale_table():
 
 
 def test_sums_and_means_by_hand():
-    """Three tokens, four words, logits written out: ranks 1, 3 and 4, weights 1, 2 and 0; top-5 takes every rank of 4.
+    """Logits written out: ranks 1, 2, 5 and 6 with weights 1, 2, 4 and 8, so the first is right and three in the top 5.
 
-    Breaks if `correct_M` counts ranks above 1, if a sum leaves out `weights_MBT`, or if `means` divides by a count.
+    Breaks if `correct_M` or `top5_M` takes another rank, if a sum leaves out `weights_MBT`, or if `means` divides by a
+    count.
     """
     table_VD = jnp.eye(6)
-    logits = [[3.0, 0, 0, 0, 0, 0], [3.0, 2, 1, 0, 0, 0], [9.0, 8, 7, 6, 5, 4]]
+    logits = [[3.0, 0, 0, 0, 0, 0], [3.0, 2, 1, 0, 0, 0], [9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4]]
     hidden_MBTD = jnp.array(logits)[None, None]
-    targets_MBT, weights_MBT = jnp.array([[[0, 2, 5]]]), jnp.array([[[1.0, 2.0, 4.0]]])
+    targets_MBT, weights_MBT = jnp.array([[[0, 1, 4, 5]]]), jnp.array([[[1.0, 2.0, 4.0, 8.0]]])
     _, sums = mtp_loss(hidden_MBTD, table_VD, targets_MBT, weights_MBT, jnp.ones(1), SPEC)
-    ce = [np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, (0, 2, 5), strict=True)]
-    ce_sum = ce[0] + 2 * ce[1] + 4 * ce[2]
-    expected = HeadSums(*([value] for value in (ce_sum, 1.0, 3.0, 7.0)))
+    ce = [np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, (0, 1, 4, 5), strict=True)]
+    ce_sum = ce[0] + 2 * ce[1] + 4 * ce[2] + 8 * ce[3]
+    expected = HeadSums(*([value] for value in (ce_sum, 1.0, 7.0, 15.0)))
     for actual, wanted in zip(sums, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-6)
     means = sums.means()
-    np.testing.assert_allclose([means["loss"], means["top1"], means["top5"]], np.array([[ce_sum], [1], [3]]) / 7, 1e-6)
+    np.testing.assert_allclose([means["loss"], means["top1"], means["top5"]], np.array([[ce_sum], [1], [7]]) / 15, 1e-6)

@@ -16,8 +16,8 @@ from mtp_jax.losses.xent import XentSpec, fused_xent
 from mtp_jax.sharding import loss_placement, make_mesh
 
 SHAPE = {"M": 2, "B": 8, "T": 17, "D": 8, "V": 40}
-# Tokens of a chunk at most. Where rows are split, nothing in (most / 2, most] divides a shard's tokens: a ragged tail.
-CHUNKS = {"data": 7, "fsdp": 7, "tensor": 20, "all": 9, "data-tensor": 9, "fsdp-tensor": 16}
+# Tokens of a chunk at most; no number in (most / 2, most] divides a head's tokens on a shard: every tail is ragged.
+CHUNKS = {"data": 7, "fsdp": 7, "tensor": 16, "all": 9, "data-tensor": 9, "fsdp-tensor": 16}
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},

@@ -29,7 +29,7 @@ def test_equals_complex_rotation(theta):
 def test_scores_depend_on_the_distance():
     """q(i) . k(j) = q(i + 100) . k(j + 100), and not = q(i) . k(j + 1).
 
-    Breaks if the frequencies are added to the angle instead of multiplying the position.
+    Breaks if the angle is not linear in the position, as with positions clipped, or if positions are ignored.
     """
     q_BTNH, k_BTNH = heads()[:1, :1], heads()[1:, 1:2]
 
@@ -45,7 +45,7 @@ def test_scores_depend_on_the_distance():
 def test_bfloat16_tells_positions_apart():
     """rotary(bfloat16 x) = bfloat16(rotary(float32 x)), at position 257 too, which bfloat16 cannot hold.
 
-    Breaks without the `astype(jnp.float32)` of positions or of x.
+    Breaks if positions, sines or products are rounded to x's dtype.
     """
     x_BTNH, positions_BT = heads(dtype=jnp.bfloat16), jnp.array([[256, 257, 1000, 1001]] * 2)
     turned_BTNH = rotary(x_BTNH, positions_BT, 10_000.0)
