@@ -136,7 +136,7 @@ def plot_losses(path: pathlib.Path, records: list[dict], smooth: int = 40) -> No
     """Training loss of every head over steps, as a running mean over `smooth` steps."""
     figure, axes = _axes("Training loss by head", "step", "nats per token")
     steps = np.array([record["step"] for record in records])
-    losses = np.array([record["head_loss"] for record in records])
+    losses = np.array([record["head_loss"] for record in records], dtype=float)
     width = min(smooth, max(len(steps) // 10, 1))
     for m in range(losses.shape[1]):
         mean = np.convolve(losses[:, m], np.ones(width) / width, mode="valid")

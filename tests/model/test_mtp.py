@@ -13,6 +13,9 @@ from reference.jaxprs import equations
 from reference.models import random_params, rows, small_config
 from reference.quick import quick_jit
 
+from mtp_jax.losses.mtp import head_scale, mtp_loss
+from mtp_jax.losses.targets import make_targets
+from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import lm, mtp
 
 apply = jax.jit(mtp.apply, static_argnums=0)
@@ -90,6 +93,34 @@ def test_dropping_the_heads_leaves_the_language_model(name, batch):
     np.testing.assert_array_equal(apply(config, trunk, *batch), whole_MBTD[:1])
     gaps = [np.abs(whole_MBTD[i] - whole_MBTD[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))]
     assert min(gaps) > 0.1
+
+
+def test_silent_heads_train_the_language_model(batch):
+    """w_m = 0 for m >= 1: loss and gradient of everything but the heads are those of the model without heads, bit for
+    bit, and the heads' own gradient is exactly 0.
+
+    Breaks if head weights are dropped from `head_scale`, or if a head's parameters reach the next-token path.
+    """
+    config, plain = small_config(), small_config(heads={"num_future": 1})
+    params = random_params(config)
+    trunk = {key: value for key, value in params.items() if key != "heads"}
+
+    @functools.partial(quick_jit, static_argnums=(0, 1))
+    def value_and_grad(config, head_weights, params):
+        def loss(params):
+            targets_MBT, weights_MBT = make_targets(batch[0], batch[2], config.heads.num_future)
+            hidden_MBTD = mtp.apply(config, params, *batch)
+            scale_M = head_scale(jnp.sum(weights_MBT, (1, 2)), head_weights)
+            spec = XentSpec(chunk_bytes=4 * 24 * 7)
+            return mtp_loss(hidden_MBTD, lm.unembedding(params), targets_MBT, weights_MBT, scale_M, spec)[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    expected, expected_grads = value_and_grad(plain, (1.0,), trunk)
+    loss, grads = value_and_grad(config, (1.0, 0.0, 0.0), params)
+    assert loss == expected
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), grads.pop("heads"))
+    jax.tree.map(np.testing.assert_array_equal, grads, expected_grads)
 
 
 def test_a_head_that_copies_the_last_block_is_the_language_model():
