@@ -8,6 +8,8 @@ manifest first. The newest whole checkpoint is used; a broken one is reported an
 whose checkpoints are all broken does not silently begin again.
 """
 
+import contextlib
+import fcntl
 import itertools
 import json
 import logging
@@ -15,7 +17,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -26,14 +28,16 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.config import Config, differences, from_json, to_json
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import MANIFEST, damage, short_reason, write_atomically, write_manifest
+from mtp_jax.integrity import damage, short_reason, write_atomically, write_manifest
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+CORPUS = "corpus.json"
 VERSION = 1
 """Layout of a checkpoint, stored in its `meta`."""
 
-RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data", "compiled")
+RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data", "data.new", "compiled", LOCK, CORPUS)
 """Names that a run's directory may hold before its config.json is written."""
 
 FREE_FIELDS = re.compile(
@@ -95,6 +99,44 @@ def _open_run(workdir: pathlib.Path, config: Config) -> bool:
     return text is not None
 
 
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved anything yet, broken or whole."""
+    root = workdir / CHECKPOINTS
+    return root.is_dir() and any(not path.name.endswith(".orbax-checkpoint-tmp") for path in root.iterdir())
+
+
+@contextlib.contextmanager
+def claim(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes of this machine from training in the directory at the same time.
+
+    The operating system gives the claim back when the process ends, however it ends.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with open(workdir / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} is in use by another process; wait for it, or use another") from error
+        yield
+
+
+def trained_on(workdir: pathlib.Path) -> str:
+    """Digest of the corpus that the run's checkpoints were trained on; "" before the first checkpoint."""
+    path = workdir / CORPUS
+    return json.loads(path.read_text())["digest"] if path.exists() and has_checkpoints(workdir) else ""
+
+
+def record_corpus(workdir: pathlib.Path, digest: str) -> None:
+    """Notes what the run is trained on, for `trained_on`."""
+    if jax.process_index() == 0:
+        write_atomically(workdir / CORPUS, json.dumps({"digest": digest}))
+
+
 def _check_new(workdir: pathlib.Path) -> None:
     foreign = sorted({entry.name for entry in workdir.iterdir()}.difference(RUN_FILES))
     if foreign:
@@ -110,7 +152,7 @@ def _check_new(workdir: pathlib.Path) -> None:
 def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
     changed = "; ".join(d for d in differences(old, new) if not FREE_FIELDS.fullmatch(d.split(":")[0]))
     # Before the first checkpoint there is nothing to lose: a run that failed on its settings may start with others.
-    if changed and (workdir / CHECKPOINTS).exists() and any((workdir / CHECKPOINTS).iterdir()):
+    if changed and has_checkpoints(workdir):
         remedy = "use another --workdir, or the old values"
         raise UserError(f"--workdir {workdir} holds a run with other settings ({changed}); {remedy}")
 
@@ -311,22 +353,24 @@ def _newest_whole(
     raise UserError(f"{root} holds no whole checkpoint ({each}); {remedy}")
 
 
+def _damage(path: pathlib.Path) -> str:
+    """What is wrong with a checkpoint's bytes, or with its name; "" if nothing is."""
+    found = damage(path)
+    if found:
+        return found
+    step = json.loads((path / "meta" / "metadata").read_text())["step"]
+    return "" if step == int(path.name) else f"it is a renamed checkpoint of step {step}"
+
+
 def _attempt(path: pathlib.Path, restore: Callable[[pathlib.Path], Any]) -> tuple[Any, str]:
     """The restored value and "", or None and why the checkpoint is broken.
 
-    Bytes that match their manifest are not broken, so what fails on them is somebody else's fault and is raised. A
-    checkpoint without a manifest can only be tried.
+    Bytes that match their manifest are not broken, so what fails on them is somebody else's fault and is raised.
     """
-    found = damage(path) if jax.process_index() == 0 else ""
+    found = _damage(path) if jax.process_index() == 0 else ""
     if _from_first_process(int(bool(found))):
         return None, found or "see process 0"
-    unlisted = not (path / MANIFEST).exists()
-    try:
-        return restore(path), ""
-    except Exception as error:
-        if not unlisted:
-            raise
-        return None, short_reason(error)
+    return restore(path), ""
 
 
 def _check_tree(path: pathlib.Path, abstract: Any, *, partial: bool) -> None:

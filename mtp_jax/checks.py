@@ -1,5 +1,6 @@
 """Checks of settings: a value that cannot work is refused with its path, the value and the remedy."""
 
+import math
 import typing
 from typing import Any, Literal
 
@@ -40,4 +41,5 @@ def check_type(value: Any, kind: Any, origin: str) -> None:
         return
     accepted = (int, float) if kind is float else (kind,)
     well_typed = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    well_typed = well_typed and not (isinstance(value, float) and not math.isfinite(value))
     require(well_typed, f"{origin} is {value!r}; {NAMES[kind]} is needed")

@@ -89,6 +89,9 @@ class ModelConfig:
             self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim} is odd; rotary positions turn pairs of dimensions, so use an even number",
         )
+        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta}; it must be above 0")
+        require(self.norm_eps >= 0, f"model.norm_eps={self.norm_eps} is negative")
+        require(self.vocab_size <= 2**24, f"model.vocab_size={self.vocab_size} is above {2**24}")
         require(self.logit_softcap >= 0, f"model.logit_softcap={self.logit_softcap} is negative; 0 switches it off")
 
 
@@ -128,6 +131,10 @@ class LossConfig:
         check_fields("loss", self)
         positive("loss", self, "chunk_bytes")
         require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} is negative; 0 switches it off")
+        require(
+            not self.head_weights or any(self.head_weights),
+            f"loss.head_weights={self.head_weights} silences every head; at least one must be above 0",
+        )
         negative = [w for w in self.head_weights if w < 0]
         require(not negative, f"loss.head_weights={self.head_weights} holds a negative weight; use 0 to silence a head")
 
@@ -251,6 +258,7 @@ class TrainConfig:
         check_fields("train", self)
         names = ("steps", "batch_size", "grad_accum", "log_every", "checkpoint_every", "keep_checkpoints")
         positive("train", self, *names)
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed}; use a seed from 0 to {2**32 - 1}")
         for name in ("eval_every", "eval_rows"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative")
@@ -275,7 +283,11 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         check_fields("decode", self)
-        positive("decode", self, "max_new_tokens", "num_prompts", "prompt_tokens")
+        positive("decode", self, "num_prompts", "prompt_tokens")
+        require(
+            self.max_new_tokens >= 2,
+            f"decode.max_new_tokens={self.max_new_tokens}; an evaluation needs 2 or more: one comes with the prompt",
+        )
         require(self.num_draft >= -1, f"decode.num_draft={self.num_draft}; use -1 for all heads, or 0 and above")
 
 
@@ -319,6 +331,11 @@ class Config:
             f"decode.num_draft={decode.num_draft}, but heads.num_future={heads.num_future} heads draft at most "
             f"{heads.num_future - 1} tokens",
         )
+        longest = decode.prompt_tokens + decode.max_new_tokens
+        require(
+            longest <= model.max_seq_len,
+            f"decode.prompt_tokens + decode.max_new_tokens = {longest} is above model.max_seq_len={model.max_seq_len}",
+        )
         micro = train.batch_size // train.grad_accum
         rows = max(self.mesh.data, 1) * max(self.mesh.fsdp, 1)
         require(
@@ -326,12 +343,7 @@ class Config:
             f"a micro-batch of {micro} rows (train.batch_size / train.grad_accum) does not divide over "
             f"mesh.data * mesh.fsdp = {rows} devices",
         )
-        tensor = max(self.mesh.tensor, 1)
-        for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
-            value = getattr(model, name)
-            require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
-        fsdp = max(self.mesh.fsdp, 1)
-        require(model.d_model % fsdp == 0, f"model.d_model={model.d_model} does not divide over mesh.fsdp={fsdp}")
+        check_divisible(self, max(self.mesh.fsdp, 1), max(self.mesh.tensor, 1))
 
     @property
     def tap(self) -> int:
@@ -347,6 +359,15 @@ class Config:
     def num_draft(self) -> int:
         """P, tokens drafted per round by default."""
         return self.heads.num_future - 1 if self.decode.num_draft < 0 else self.decode.num_draft
+
+
+def check_divisible(config: Config, fsdp: int, tensor: int) -> None:
+    """Refuses a model that does not split over this many devices."""
+    model = config.model
+    for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
+        value = getattr(model, name)
+        require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
+    require(model.d_model % fsdp == 0, f"model.d_model={model.d_model} does not divide over mesh.fsdp={fsdp}")
 
 
 def to_json(config: Config) -> str:
@@ -366,7 +387,7 @@ def from_json(text: str, origin: str = "config") -> Config:
     """
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{origin} is not JSON: {error}") from error
     return _build(Config, tree, origin)
 

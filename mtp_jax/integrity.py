@@ -28,31 +28,34 @@ def write_manifest(directory: pathlib.Path) -> None:
         if path.is_file() and path.name not in WRITTEN_AT_COMMIT:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            files[str(path.relative_to(directory))] = [path.stat().st_size, _crc32(path)]
+            files[str(path.relative_to(directory))] = [path.stat().st_size, crc32(path)]
     write_atomically(directory / MANIFEST, json.dumps({"files": files}))
 
 
 def damage(directory: pathlib.Path) -> str:
-    """How a checkpoint differs from its manifest; "" when it does not, or has none."""
+    """How a checkpoint differs from its manifest; "" when it does not."""
     manifest = directory / MANIFEST
     if not manifest.exists():
-        return ""
+        return f"{MANIFEST} is missing"
     try:
         files = json.loads(manifest.read_text())["files"]
+        if not files:
+            return f"{MANIFEST} lists no files"
         for name, (size, crc) in files.items():
             path = directory / name
             if not path.exists():
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes of {size}"
-            if _crc32(path) != crc:
+            if crc32(path) != crc:
                 return f"{name} fails its checksum"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         return f"{MANIFEST} cannot be checked: {short_reason(error)}"
     return ""
 
 
-def _crc32(path: pathlib.Path, block: int = 2**20) -> int:
+def crc32(path: pathlib.Path, block: int = 2**20) -> int:
+    """Checksum of a file."""
     crc = 0
     with path.open("rb") as file:
         while data := file.read(block):

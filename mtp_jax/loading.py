@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
@@ -36,10 +37,20 @@ class LoadedModel:
         Args:
           tokens_BT: token ids; every row is one document.
         """
-        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
-        if tokens_BT.ndim != 2:
+        try:
+            tokens_BT = np.asarray(tokens_BT)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"logits needs token ids in rows of one length: {error}") from error
+        vocab = self.config.model.vocab_size
+        if tokens_BT.ndim != 2 or not tokens_BT.size:
             raise UserError(f"logits needs token ids of shape [batch, time], not {tokens_BT.shape}")
-        return _logits(self.config, self.params, tokens_BT)
+        if not np.issubdtype(tokens_BT.dtype, np.integer):
+            raise UserError(f"logits needs whole numbers as token ids, not {tokens_BT.dtype}")
+        if tokens_BT.min() < 0 or tokens_BT.max() >= vocab:
+            raise UserError(
+                f"logits got token ids {tokens_BT.min()}..{tokens_BT.max()}; the vocabulary is 0..{vocab - 1}"
+            )
+        return _logits(self.config, self.params, jnp.asarray(tokens_BT, jnp.int32))
 
     @functools.cached_property
     def decode_params(self) -> Any:
@@ -84,7 +95,10 @@ def load(
     if not path.is_file():
         what = "has no config.json" if workdir.is_dir() else "is not a directory"
         raise UserError(f"{workdir} {what}; give the workdir of `mtp train` or `mtp quickstart`")
-    config = from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        config = from_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}; use 'float32', 'bfloat16', or None for the config's own")
     if dtype is not None:
@@ -92,9 +106,17 @@ def load(
         config = dataclasses.replace(config, model=model)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
     mesh = mesh or sharding.make_mesh(MeshConfig())
+    sharding.check_mesh(mesh, config)
     shardings = sharding.param_shardings(mesh, boxed)
     abstract = sharding.place_abstract(nn.meta.unbox(boxed), shardings)
     params, _ = restore_params(workdir, abstract, notify=notify)
     tokenizer_path = workdir / "data" / "tokenizer.json"
+    if not tokenizer_path.is_file() and config.data.tokenizer != "none":
+        raise UserError(f"{tokenizer_path} is missing; `mtp train` on this run makes it anew")
     tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{tokenizer_path} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; "
+            "it is not the tokenizer of this run"
+        )
     return LoadedModel(config, params, tokenizer, mesh)

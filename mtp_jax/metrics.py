@@ -59,8 +59,13 @@ class MetricsWriter:
         if self._file is None:
             return
         values = {name: _plain(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"writing {self._file.name} failed ({error.strerror}); make room and run it again"
+            ) from error
         for name, value in values.items():
             parts = {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
             for label, number in parts.items():
@@ -92,7 +97,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
         int(record["step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{where} is no record of metrics: {line[:60]!r}; remove that line") from error
     return record
 

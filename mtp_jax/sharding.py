@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax import axes
-from mtp_jax.config import MeshConfig
+from mtp_jax.config import Config, MeshConfig, check_divisible
 from mtp_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -55,6 +55,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices[:needed])
+
+
+def check_mesh(mesh: Mesh, config: Config) -> None:
+    """Refuses a mesh that was not made like ours, or that cannot split the model.
+
+    Raises:
+      UserError: other axes, axes that are not Auto, or sizes that do not divide.
+    """
+    if tuple(mesh.axis_names) != MESH_AXES or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise UserError(
+            f"this mesh has axes {dict(zip(mesh.axis_names, map(str, mesh.axis_types), strict=True))}; "
+            f"make one with mtp_jax.sharding.make_mesh: {', '.join(MESH_AXES)}, all of them Auto"
+        )
+    check_divisible(config, mesh.shape["fsdp"], mesh.shape["tensor"])
 
 
 def logical_spec(names: tuple[str | None, ...]) -> PartitionSpec:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from mtp_jax.checkpoint import CHECKPOINTS, MANIFEST, Checkpoints, open_run, restore_params
+from mtp_jax.checkpoint import CHECKPOINTS, Checkpoints, claim, open_run, restore_params
 from mtp_jax.config import Config, to_json
 from mtp_jax.errors import UserError
+from mtp_jax.integrity import MANIFEST
 
 
 class State(NamedTuple):
@@ -211,15 +213,23 @@ def test_broken_checkpoint_is_passed_over_and_moved_aside(tmp_path, damage):
     assert (raw(params), used) == (raw(make_state(2).params), 2)
 
 
-def test_checkpoint_without_a_manifest_is_tried(tmp_path):
-    """No manifest and whole: restored. No manifest and not restorable: broken. Breaks without `if not unlisted`."""
+def test_checkpoint_without_its_manifest_or_name_is_broken(tmp_path):
+    """What cannot be checked is not believed, nor a checkpoint that was renamed. Breaks without either check."""
     save_steps(tmp_path, 1, 2)
     (tmp_path / CHECKPOINTS / "2" / MANIFEST).unlink()
-    wanted, lines = abstract(make_state(1).params), []
-    assert restore_params(tmp_path, wanted, notify=pytest.fail)[1] == 2
-    (tmp_path / CHECKPOINTS / "2" / "state" / "_METADATA").unlink()
-    assert restore_params(tmp_path, wanted, notify=lines.append)[1] == 1
-    assert len(lines) == 1 and lines[0].endswith("; using step 1") and "\n" not in lines[0]
+    shutil.copytree(tmp_path / CHECKPOINTS / "1", tmp_path / CHECKPOINTS / "3")
+    lines = []
+    assert restore_params(tmp_path, abstract(make_state(1).params), notify=lines.append)[1] == 1
+    assert "(it is a renamed checkpoint of step 1); using step 1" in lines[0]
+    assert "(manifest.json is missing); using step 1" in lines[1]
+
+
+def test_one_process_at_a_time(tmp_path):
+    """A second claim on a directory is refused while the first holds, and granted after it. Breaks without `flock`."""
+    with claim(tmp_path), pytest.raises(UserError, match="is in use by another process"), claim(tmp_path):
+        pass
+    with claim(tmp_path):
+        pass
 
 
 def test_no_whole_checkpoint_is_an_error_and_nothing_is_moved(tmp_path):

@@ -40,7 +40,7 @@ def floats(low, high):
 def configs(draw):
     """Valid configs in which one field of every type varies: int, float, bool, str, Literal and both kinds of tuple."""
     num_future = draw(st.integers(1, 5))
-    weights = st.lists(floats(0, 10), min_size=num_future, max_size=num_future).map(tuple)
+    weights = st.lists(floats(0.125, 10), min_size=num_future, max_size=num_future).map(tuple)
     return Config(
         model=ModelConfig(
             num_layers=draw(st.integers(2, 40)),
@@ -218,7 +218,7 @@ POSITIVE = [
     ("heads", HeadsConfig, "num_future"),
     ("loss", LossConfig, "chunk_bytes"),
     ("train", TrainConfig, "steps batch_size grad_accum log_every checkpoint_every keep_checkpoints"),
-    ("decode", DecodeConfig, "max_new_tokens num_prompts prompt_tokens"),
+    ("decode", DecodeConfig, "num_prompts prompt_tokens"),
 ]
 
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "model": {"axes", "config", "kernels"},
     "losses": {"axes"},
     "sharding": {"axes", "config"},
-    "data": {"axes", "config"},
+    "data": {"axes", "config", "integrity"},
     "optim": {"axes", "config"},
     "integrity": set(),
     "checkpoint": {"axes", "config", "integrity"},

@@ -21,20 +21,20 @@ def main() -> None:
 
 def run(argv: list[str]) -> int:
     """Runs one command line and returns the exit status."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0 if argv else 2
-    if argv[0] == "--version":
-        from mtp_jax import __version__
-
-        print(f"mtp_jax {__version__}")
-        return 0
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(_usage())
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            from mtp_jax import __version__
+
+            print(f"mtp_jax {__version__}")
+            return 0
         if argv[0] not in COMMANDS:
             raise UserError(f"{argv[0]!r} is no command; choose one of {', '.join(COMMANDS)} (mtp --help)")
         importlib.import_module(f"mtp_jax.cli.{argv[0]}").main(argv[1:])
     except UserError as error:
-        print(f"mtp: error: {error}", file=sys.stderr)
+        print(f"mtp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mtp: interrupted", file=sys.stderr)

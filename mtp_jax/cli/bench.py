@@ -16,7 +16,8 @@ from rich.table import Table
 from mtp_jax import sharding
 from mtp_jax.cli.common import parse, print_json, read_config, say
 from mtp_jax.config import Config, MeshConfig
-from mtp_jax.data.loader import heldout_prompts, prepare
+from mtp_jax.data.loader import heldout_prompts
+from mtp_jax.data.store import open_prepared
 from mtp_jax.errors import UserError
 from mtp_jax.eval.acceptance import Comparison, compare
 from mtp_jax.loading import LoadedModel, load
@@ -46,8 +47,12 @@ class Args:
 def main(argv: list[str]) -> None:
     """Measures."""
     if argv[:1] != ["decode"] and not {"-h", "--help"} & set(argv):
-        raise UserError(f"mtp bench {argv[0] if argv else ''}: what to measure is 'decode': mtp bench decode SOURCE")
+        given = f"{argv[0]!r}" if argv else "nothing"
+        raise UserError(f"mtp bench got {given}; what to measure is 'decode': mtp bench decode SOURCE")
     args = parse(Args, argv[1:] if argv[:1] == ["decode"] else argv, "mtp bench decode", __doc__)
+    for name, least in (("batch_size", 1), ("prompt_tokens", 1), ("max_new_tokens", 2), ("runs", 1), ("num_draft", -1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     lm = _model(args.source)
     if lm.config.heads.num_future == 1:
         raise UserError(f"{args.source} has no extra heads (heads.num_future=1), so there is nothing to draft with")
@@ -79,7 +84,7 @@ def _prompts(lm: LoadedModel, args: Args) -> list[list[int]]:
     if args.source.endswith(".py"):
         shape = (args.batch_size, args.prompt_tokens)
         return np.random.default_rng(0).integers(0, lm.config.model.vocab_size, shape).tolist()
-    rows = prepare(lm.config, pathlib.Path(args.source) / "data").heldout
+    rows = open_prepared(pathlib.Path(args.source) / "data", lm.config.data.seq_len).heldout
     return [prompt for prompt, _ in heldout_prompts(rows, args.batch_size, args.prompt_tokens, args.max_new_tokens)]
 
 
@@ -103,6 +108,7 @@ def measure(lm: LoadedModel, comparison: Comparison, args: Args, num_draft: int)
         },
         "speedup": comparison.speedup,
         "identical": comparison.identical,
+        "random_weights": args.source.endswith(".py"),
         "bandwidth_gb_per_second": bandwidth / 1e9,
         "parameters": mtp.count_params(lm.config),
         "batch_size": args.batch_size,
@@ -163,5 +169,8 @@ def _print(result: dict[str, Any]) -> None:
         f"\n{draft['tokens_per_round']:.2f} tokens per round, {result['speedup']:.2f}x plain; "
         f"tokens {'identical' if result['identical'] else 'DIFFER'}\n"
         f"{result['parameters'] / 1e6:.1f}M parameters, batch {result['batch_size']}, {result['num_draft']} drafts, "
-        f"{result['device']} reading {result['bandwidth_gb_per_second']:.1f} GB/s, jax {result['jax']}"
+        f"{result['device']} reading {result['bandwidth_gb_per_second']:.1f} GB/s, jax {result['jax']}\n"
+        "floor: bytes of weights and live cache / bandwidth, both measured on an array of the model's size"
     )
+    if result["random_weights"]:
+        console.print("random weights: their drafts are hardly ever accepted; compare times with floors, not the gain")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import pathlib
 import re
 import runpy
@@ -42,7 +43,9 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, description: str, defau
 def _one_line(boxed: str) -> str:
     """tyro's framed message as one line."""
     text = re.sub(r"[\u2500-\u257f]", " ", boxed)
-    text = re.sub(r"For full helptext, (see|run) .*", "", text)
+    text = re.sub(r"For full helptext, (see|run):? .*", "", text)
+    text = re.sub(r"Argument helptext:(.|\n)*", "", text)
+    text = re.sub(r"Error parsing (?!-)\w+: ", "", text)
     text = re.sub(r"^\s*(Parsing error|Value error|Unrecognized options|Invalid choice|Missing[^\n]*)\s*\n", "", text)
     return re.sub(r"\s+", " ", text).strip()
 
@@ -59,7 +62,7 @@ def read_config(path: str) -> Config:
         names = runpy.run_path(path)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} failed: {type(error).__name__}: {error}") from error
     if not isinstance(names.get("config"), Config):
         raise UserError(f"{path} defines no `config = mtp_jax.Config(...)`")
@@ -67,7 +70,7 @@ def read_config(path: str) -> Config:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output; what is not a number is null, for strict readers."""
+    """One JSON object on standard output; what is not finite is null, for strict readers."""
     print(json.dumps(_strict(value)))
 
 
@@ -76,7 +79,7 @@ def _strict(value: Any) -> Any:
         return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_compiled(directory: pathlib.Path | str) -> None:

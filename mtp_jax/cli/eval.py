@@ -7,7 +7,7 @@ import tyro
 
 from mtp_jax.cli.common import keep_compiled, parse, print_evaluation, print_json, say
 from mtp_jax.data.loader import load_heldout
-from mtp_jax.eval.page import write_page
+from mtp_jax.eval.page import make_directory, write_page
 from mtp_jax.eval.report import evaluate
 from mtp_jax.loading import load
 
@@ -40,13 +40,14 @@ def main(argv: list[str]) -> None:
     settings = lm.config.decode
     changes = {name: getattr(args, name) for name in ("num_prompts", "max_new_tokens") if getattr(args, name)}
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, decode=dataclasses.replace(settings, **changes)))
+    directory = pathlib.Path(args.output or f"{args.source}/eval")
+    make_directory(directory)
     data = lm.config.data
     split = (data.seed, data.eval_fraction) if args.data == "stdlib" else None
-    rows = load_heldout(args.data, args.text_field, lm.tokenizer, data.seq_len, split)
+    rows = load_heldout(args.data, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
+    say(f"{args.data}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens, {rows.bytes_ / 1e6:.2f} MB")
     result = evaluate(lm, rows, progress=say)
-    page = write_page(
-        pathlib.Path(args.output or f"{args.source}/eval"), f"{args.source} on {args.data}", result, [], {}
-    )
+    page = write_page(directory, f"{args.source} on {args.data}", result, [], {})
     if args.json:
         print_json(result.as_json() | {"report": str(page)})
     else:

@@ -74,7 +74,7 @@ def _prompts(args: Args) -> list[Prompt]:
             raise UserError(f"--prompt-file {args.prompt_file} cannot be read as UTF-8 text: {error}") from error
     for ids in args.prompt_tokens:
         try:
-            prompts.append([int(token) for token in ids.split(",") if token.strip()])
+            prompts.append([int(token) for token in ids.rstrip(", ").split(",")] if ids.strip(", ") else [])
         except ValueError as error:
             raise UserError(f"--prompt-tokens {ids!r} is not a list of ids such as 1,2,3") from error
     if not prompts:
@@ -108,11 +108,9 @@ def _statistics(result: Generation) -> None:
     stats = result.stats
     accepted = ", ".join(f"{rate:.0%}" for rate in stats.accept_at)
     drafted = f", accepted by depth {accepted}" if accepted else ""
-    say(
-        f"[{stats.emitted} tokens in {stats.rounds} rounds, {stats.tokens_per_round:.2f} per round{drafted}; "
-        f"{stats.tokens_per_second:,.0f} tokens/s, {stats.seconds:.2f} s with compilation; "
-        f"ended by {', '.join(result.finish_reason)}]"
-    )
+    rounds = f" in {stats.rounds} rounds, {stats.tokens_per_round:.2f} per round{drafted}" if stats.rounds else ""
+    ended = ", ".join(result.finish_reason)
+    say(f"[{stats.emitted} tokens{rounds}; {stats.seconds:.2f} s with compilation; ended by {ended}]")
 
 
 def _as_json(lm: LoadedModel, prompts: list[Prompt], result: Generation) -> dict[str, Any]:

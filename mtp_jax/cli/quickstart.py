@@ -74,14 +74,15 @@ def main(argv: list[str]) -> None:
         result = train(config, workdir, console)
     trained = time.monotonic()
     if not result.finished:
+        if args.json:
+            print_json({"finished": False, "step": result.step, "workdir": str(workdir)})
         return
     evaluation = evaluate(load(workdir), result.corpus.heldout, progress=say)
-    facts = {
-        "parameters": f"{count_params(config):,}",
-        "corpus": result.corpus.description,
-        "seconds, training": f"{trained - began:.0f}",
-        "seconds, all": f"{time.monotonic() - began:.0f}",
-    }
+    facts = {"parameters": f"{count_params(config):,}"}
+    if result.first_step == 0:
+        # A continued run has been trained for longer than this process knows.
+        facts["seconds, training"] = f"{trained - began:.0f}"
+        facts["seconds, all"] = f"{time.monotonic() - began:.0f}"
     metrics = read_metrics(workdir)
     page = write_page(workdir / "report", "mtp quickstart", evaluation, metrics, facts)
     seconds = {"train_seconds": trained - began, "seconds": time.monotonic() - began}

@@ -44,7 +44,14 @@ def main(argv: list[str]) -> None:
         result = train(config, workdir, console)
     records = read_metrics(workdir)
     if args.json:
-        print_json({"workdir": str(workdir), "step": result.step, "finished": result.finished, "last": records[-1]})
+        print_json(
+            {
+                "workdir": str(workdir),
+                "step": result.step,
+                "finished": result.finished,
+                "last": records[-1] if records else None,
+            }
+        )
     elif result.finished:
         print(f"trained {result.step} steps; {_heldout(records)}checkpoint and metrics in {workdir}", file=sys.stderr)
 
@@ -53,5 +60,5 @@ def _heldout(records: list[dict]) -> str:
     evaluations = [record for record in records if "heldout_loss" in record]
     if not evaluations:
         return ""
-    shown = ", ".join(f"{loss:.3f}" for loss in evaluations[-1]["heldout_loss"])
+    shown = ", ".join("-" if loss is None else f"{loss:.3f}" for loss in evaluations[-1]["heldout_loss"])
     return f"held-out loss by head {shown}; "

@@ -1,17 +1,12 @@
 """From a config to batches: prepare the corpus once, then read shuffled training rows, held-out rows and prompts.
 
-`prepare` leaves these files in its directory and memory-maps them; `meta.json` is written last and says what they were
-made from, so that a second call either reuses all of them or makes them anew:
-
-    tokenizer.json    train.npy  train_starts.npy    heldout.npy  heldout_starts.npy    meta.json
+`prepare` leaves the files that `store` describes and memory-maps them; a second call reuses them or makes them anew.
 """
 
 import dataclasses
-import hashlib
 import io
-import json
 import pathlib
-import sys
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 
@@ -19,42 +14,22 @@ import grain
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data import sources
+from mtp_jax.data import sources, store
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments, concatenate
 from mtp_jax.data.sources import Document
+from mtp_jax.data.store import Corpus
 from mtp_jax.data.tokenize import Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 from mtp_jax.errors import UserError
+from mtp_jax.integrity import short_reason
 
-FORMAT = 1  # raise it when the files, or the way to choose or tokenise them, change
 _BPE_BYTES = 64 * 2**20  # text that BPE trains on: its merges settle long before, and its time does not
 _BATCH_BYTES = 4 * 2**20  # text that is tokenised at once
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Corpus:
-    """What a run reads: the tokenizer and both sides of the split."""
-
-    tokenizer: Tokenizer | None
-    """None for token ids that came with no tokenizer."""
-    train: PackedRows
-    heldout: PackedRows
-    heldout_documents: tuple[str, ...]
-    """Names of the held-out documents, in the order of their rows."""
-    reused: bool
-    """Whether the files of an earlier call were taken as they are."""
-    description: str
-    """One line: documents, size, tokens, bytes per token."""
-
-    @property
-    def heldout_bytes(self) -> int:
-        """UTF-8 bytes of the held-out text; 0 if unknown."""
-        return self.heldout.bytes_
 
 
 _Split = tuple[np.ndarray, np.ndarray]  # indices of the training and of the held-out documents, in shuffled order
 
 
-def prepare(config: Config, directory: pathlib.Path | None) -> Corpus:
+def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") -> Corpus:
     """Reads, splits and tokenises the corpus, or reuses what an earlier call left in the directory.
 
     A `.npy` source needs a tokenizer only to find the documents of flat ids and to turn them into text:
@@ -63,13 +38,18 @@ def prepare(config: Config, directory: pathlib.Path | None) -> Corpus:
     Args:
       config: its `data` section and `model.vocab_size` are read.
       directory: where the files go, made if missing; None keeps everything in memory.
+      digest: the corpus that a run was trained on. If the files have to be made anew, they must become that one;
+        otherwise the old ones stay as they are.
 
     Raises:
-      UserError: any input that cannot become a corpus, with the setting to change.
+      UserError: any input that cannot become a corpus, with the setting to change; or one of another digest.
     """
     if config.data.seed not in range(2**32):
         raise UserError(f"data.seed={config.data.seed}; use a seed from 0 to {2**32 - 1}")
-    corpus = _prepare(config, directory)
+    try:
+        corpus = _prepare(config, directory, digest)
+    except OSError as error:
+        raise UserError(f"preparing {config.data.source!r} in {directory} failed: {short_reason(error)}") from error
     if len(corpus.train.tokens) < config.data.seq_len:
         raise UserError(
             f"the training text of {config.data.source!r} has {len(corpus.train.tokens)} tokens, fewer than one row of "
@@ -79,7 +59,12 @@ def prepare(config: Config, directory: pathlib.Path | None) -> Corpus:
 
 
 def load_heldout(
-    source: str, text_field: str, tokenizer: Tokenizer | None, seq_len: int, split: tuple[int, float] | None = None
+    source: str,
+    text_field: str,
+    tokenizer: Tokenizer | None,
+    seq_len: int,
+    split: tuple[int, float] | None = None,
+    vocab_size: int | None = None,
 ) -> PackedRows:
     """A source to evaluate on, packed in memory.
 
@@ -91,6 +76,7 @@ def load_heldout(
       split: (data.seed, data.eval_fraction) of the run that trained on this very source, to take only the documents
         that it held out, in the same order. None takes everything; the standard library, which runs train on by
         default, needs one.
+      vocab_size: the model's; ids of a `.npy` must be below it.
 
     Raises:
       UserError: as `prepare`, or the standard library without a split.
@@ -98,7 +84,7 @@ def load_heldout(
     if source == sources.STDLIB and split is None:
         raise UserError("data source 'stdlib' needs the split (data.seed, data.eval_fraction) of the model's run")
     if sources.is_token_file(source):
-        flat = _read_flat(source, tokenizer, tokenizer and tokenizer.vocab_size, "the tokenizer's size")
+        flat = _read_flat(source, tokenizer, vocab_size, "the model's vocabulary")
         chosen = _choose(flat.names, np.diff(flat.offsets), split, source)
         return _with_bytes(concatenate(flat, chosen, seq_len, None), tokenizer)
     if tokenizer is None:
@@ -152,6 +138,11 @@ def heldout_batches(rows: PackedRows, batch_size: int, limit: int = 0) -> Iterat
         yield {name: np.pad(np.stack([item[name] for item in items]), [(0, missing), (0, 0)]) for name in items[0]}
 
 
+def count_prompts(rows: PackedRows, width: int) -> int:
+    """How many prompts of `width` tokens, their continuation included, `heldout_prompts` can take from these rows."""
+    return int((np.diff(rows.doc_starts, append=len(rows.tokens)) // width).sum())
+
+
 def heldout_prompts(
     rows: PackedRows | Corpus, num_prompts: int, prompt_tokens: int, reference_tokens: int
 ) -> list[tuple[list[int], list[int]]]:
@@ -170,7 +161,7 @@ def heldout_prompts(
     rows = rows.heldout if isinstance(rows, Corpus) else rows
     width = prompt_tokens + reference_tokens
     per_document = np.diff(rows.doc_starts, append=len(rows.tokens)) // width
-    total = int(per_document.sum())
+    total = count_prompts(rows, width)
     if total < num_prompts:
         raise UserError(
             f"the held-out text has room for {total} prompts of {prompt_tokens} tokens followed by {reference_tokens}, "
@@ -189,21 +180,40 @@ def heldout_prompts(
     return prompts
 
 
-def _prepare(config: Config, directory: pathlib.Path | None) -> Corpus:
+def _prepare(config: Config, directory: pathlib.Path | None, digest: str) -> Corpus:
+    if directory is None:
+        return _make(config, None)
+    made_from = store.fingerprint(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    reused = store.reuse(directory, made_from, config.data.seq_len)
+    if reused is not None and digest in ("", reused.digest):
+        return reused
+    fresh = directory.with_name(f"{directory.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        made = store.save(fresh, made_from, _make(config, fresh))
+        if digest not in ("", made.digest):
+            raise UserError(
+                f"{directory} was made from other text or with another tokenizer than data.source="
+                f"{config.data.source!r} gives now, and the run was trained on it; put the text back, or use another "
+                "--workdir"
+            )
+        shutil.rmtree(directory)
+        fresh.rename(directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    corpus = store.reuse(directory, made_from, config.data.seq_len)
+    return dataclasses.replace(corpus, reused=False)
+
+
+def _make(config: Config, directory: pathlib.Path | None) -> Corpus:
     seq_len = config.data.seq_len
-    fingerprint = _fingerprint(config)
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        reused = _reuse(directory, fingerprint, seq_len)
-        if reused is not None:
-            return reused
     if sources.is_token_file(config.data.source):
         tokenizer, flat, (train, heldout) = _from_token_file(config)
     else:
         tokenizer, flat, (train, heldout) = _from_text(config, directory)
-    if directory is not None:
-        (directory / "meta.json").unlink(missing_ok=True)
-    corpus = Corpus(
+    return Corpus(
         tokenizer=tokenizer,
         train=concatenate(flat, train, seq_len, directory and directory / "train.npy"),
         heldout=_with_bytes(concatenate(flat, heldout, seq_len, directory and directory / "heldout.npy"), tokenizer),
@@ -211,9 +221,6 @@ def _prepare(config: Config, directory: pathlib.Path | None) -> Corpus:
         reused=False,
         description=_describe(config.data.source, flat, len(heldout)),
     )
-    if directory is not None:
-        _save(directory, fingerprint, corpus)
-    return corpus
 
 
 def _from_text(config: Config, directory: pathlib.Path | None) -> tuple[Tokenizer, TokenisedDocuments, _Split]:
@@ -331,70 +338,3 @@ def _describe(source: str, flat: TokenisedDocuments, heldout: int) -> str:
     documents, tokens, size = len(flat.names), len(flat.tokens), int(flat.sizes.sum())
     text = f"{source}: {documents:,} documents ({heldout:,} held out), {tokens:,} tokens"
     return f"{text}, {size / 1e6:.2f} MB, {size / tokens:.2f} bytes per token" if size else text
-
-
-def _fingerprint(config: Config) -> dict[str, object]:
-    """Everything that the files depend on. The row length does not count: rows are cut on access."""
-    data = dataclasses.asdict(config.data)
-    del data["seq_len"]
-    if data["source"] == sources.STDLIB:
-        content = f"Python {sys.version}"
-    else:
-        stats = [(file.name, file.path.stat()) for file in sources.list_files(data["source"])]
-        content = _digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
-    tokenizer = pathlib.Path(data["tokenizer"]).expanduser()
-    tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    given = _digest(tokenizer.read_bytes()) if tokenizer.is_file() else ""
-    return {"format": FORMAT, **data, "vocab_size": config.model.vocab_size, "content": content, "given": given}
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _save(directory: pathlib.Path, fingerprint: dict[str, object], corpus: Corpus) -> None:
-    """Writes what `concatenate` has not: the tokenizer, the document starts and, last of all, meta.json."""
-    if corpus.tokenizer is not None:
-        corpus.tokenizer.save(directory / "tokenizer.json")
-    for side, rows in (("train", corpus.train), ("heldout", corpus.heldout)):
-        with sources.replacing(directory / f"{side}_starts.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, rows.doc_starts)
-    meta = {
-        "fingerprint": fingerprint,
-        "tokenizer": corpus.tokenizer is not None,
-        "tokens": [len(corpus.train.tokens), len(corpus.heldout.tokens)],
-        "bytes": [corpus.train.bytes_, corpus.heldout.bytes_],
-        "heldout_documents": corpus.heldout_documents,
-        "description": corpus.description,
-    }
-    with sources.replacing(directory / "meta.json") as temporary:
-        temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def _reuse(directory: pathlib.Path, fingerprint: dict[str, object], seq_len: int) -> Corpus | None:
-    """The corpus that the directory holds, or None where it was made from something else or is damaged."""
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        if meta["fingerprint"] != fingerprint:
-            return None
-        train, heldout = (
-            PackedRows(
-                np.load(directory / f"{side}.npy", mmap_mode="r"),
-                np.load(directory / f"{side}_starts.npy"),
-                seq_len,
-                size,
-            )
-            for side, size in zip(("train", "heldout"), meta["bytes"], strict=True)
-        )
-        if meta["tokens"] != [len(train.tokens), len(heldout.tokens)]:
-            return None
-        return Corpus(
-            tokenizer=load_tokenizer(directory / "tokenizer.json") if meta["tokenizer"] else None,
-            train=train,
-            heldout=heldout,
-            heldout_documents=tuple(meta["heldout_documents"]),
-            reused=True,
-            description=meta["description"],
-        )
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        return None

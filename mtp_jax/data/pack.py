@@ -5,6 +5,7 @@ Nothing is stored per row and nothing is dropped, so packing costs no time, no m
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 
 import numpy as np
@@ -94,6 +95,10 @@ def concatenate(
     ends = np.cumsum(lengths)
     shape, dtype = (int(ends[-1]),), documents.tokens.dtype
     with replacing(path) if path else contextlib.nullcontext() as file:
+        if file:
+            # Take the space first: writing to a map of a file that the disk cannot hold would kill the process.
+            with open(file, "r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, shape[0] * dtype.itemsize + 4096)
         tokens = np.lib.format.open_memmap(file, "w+", dtype, shape) if file else np.empty(shape, dtype)
         for document, length, end in zip(order, lengths, ends, strict=True):
             start = documents.offsets[document]

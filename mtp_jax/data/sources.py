@@ -119,12 +119,25 @@ def _documents(source: str, files: list[SourceFile], text_field: str) -> Iterato
         raise UserError(f"data source {source!r} holds only empty documents; there is nothing to learn from")
 
 
+def is_inside(path: pathlib.Path, source: str) -> bool:
+    """Whether a path lies in the directory that a source names: what a run writes must not become its corpus."""
+    if source == STDLIB or not source:
+        return False
+    root = pathlib.Path(source).expanduser()
+    return root.is_dir() and path.absolute().resolve().is_relative_to(root.resolve())
+
+
+def _is_binary(raw: bytes) -> bool:
+    """Pictures, archives and the like, told by a NUL byte near the start. UTF-16 text has those too and is no such."""
+    return b"\0" in raw[:8192] and not raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+
+
 def _read_text(file: SourceFile, skip_undecodable: bool) -> Iterator[Document]:
     raw = file.path.read_bytes()
     try:
         yield Document(file.name, raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        if not skip_undecodable:
+        if not (skip_undecodable or _is_binary(raw)):
             raise UserError(
                 f"{file.path} is not UTF-8 text: byte offset {error.start} is 0x{raw[error.start]:02x}; convert the "
                 "file, or keep it out of data.source"

@@ -83,6 +83,8 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Dra
     Raises:
       UserError: an unknown name, a model without heads, or more drafts than extra heads.
     """
+    if name == "heads" and num_draft == 0:
+        return NONE
     if name == "none":
         if num_draft:
             raise UserError(f"num_draft={num_draft} with draft='none'; use draft='heads', or leave num_draft out")
@@ -95,6 +97,6 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Dra
     num_draft = extra if num_draft is None else num_draft
     if not 1 <= num_draft <= extra:
         raise UserError(
-            f"num_draft={num_draft}, but this model has {extra} extra heads; use 1..{extra}, or draft='none'"
+            f"num_draft={num_draft}, but this model has {extra} extra heads; use 0..{extra}, or draft='none'"
         )
     return Drafter("heads", num_draft, _heads_cache, _heads_draft)

@@ -3,8 +3,9 @@
 import bisect
 import dataclasses
 import itertools
+import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -106,12 +107,15 @@ class DecodeStats:
             "prefill_seconds": self.prefill_seconds,
             "tokens_per_second": self.tokens_per_second,
         }
-        return {name: _without_nan(value) for name, value in values.items()}
+        return none_for_nan(values)
 
 
-def _without_nan(value: Any) -> Any:
+def none_for_nan(value: Any) -> Any:
+    """A tree for strict JSON: None where a number is undefined."""
+    if isinstance(value, dict):
+        return {name: none_for_nan(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [none_for_nan(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
@@ -152,7 +156,7 @@ def generate(
     Raises:
       UserError: no prompts, an empty prompt, ids outside the vocabulary, or a prompt longer than the model's limit.
     """
-    request = _Request(lm, prompts, max_new_tokens, draft, num_draft, tuple(stop), ignore_eos)
+    request = _Request(lm, prompts, max_new_tokens, draft, num_draft, stop, ignore_eos)
     while not request.done:
         request.advance(1 if stop else UNLIMITED)
     return request.result()
@@ -174,7 +178,7 @@ def stream(
     """
     if lm.tokenizer is None:
         raise UserError("streaming needs a tokenizer, and this model was trained on token ids; use generate")
-    return _pieces(_Request(lm, prompts, max_new_tokens, draft, num_draft, tuple(stop), ignore_eos=False))
+    return _pieces(_Request(lm, prompts, max_new_tokens, draft, num_draft, stop, ignore_eos=False))
 
 
 def _pieces(request: "_Request") -> Iterator[tuple[int, str] | Generation]:
@@ -200,27 +204,33 @@ class _Request:
         max_new_tokens: int,
         draft: str | Drafter,
         num_draft: int | None,
-        stop: tuple[str, ...],
+        stop: Sequence[str],
         ignore_eos: bool,
     ) -> None:
-        self.lm, self.stop = lm, stop
-        drafter = draft if isinstance(draft, Drafter) else make_drafter(draft, lm.config, num_draft)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens}; it must be at least 1")
-        if stop and (lm.tokenizer is None or "" in stop):
-            raise UserError("a stop string is empty" if "" in stop else "stop strings need a tokenizer")
+        self.lm, self.stop = lm, _stop_strings(stop)
+        drafter = _drafter(lm, draft, num_draft)
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens!r}; it must be a whole number, at least 1")
+        if self.stop and lm.tokenizer is None:
+            raise UserError("stop strings need a tokenizer")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise UserError(f"prompts={prompts!r} is no list; put a single prompt into one: [prompt]")
         ids = [_prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
         if not ids:
             raise UserError("no prompt was given")
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
-        self.limit_B = np.minimum(self.prompt_len_B + max_new_tokens, lm.config.model.max_seq_len).astype(np.int32)
+        longest = lm.config.model.max_seq_len
+        self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
         self.cut_B: list[int | None] = [None] * len(ids)
         end_ids = [lm.tokenizer.eos_id] if lm.tokenizer is not None and not ignore_eos else []
         bucket = _bucket(int(self.prompt_len_B.max()))
         prompt_BT = np.zeros((len(ids), bucket), np.int32)
         for row, tokens in zip(prompt_BT, ids, strict=True):
             row[: len(tokens)] = tokens
-        slots = slots_needed(bucket + _bucket(max_new_tokens), drafter.num_draft)
+        slots = slots_needed(bucket + _bucket(int((self.limit_B - self.prompt_len_B).max())), drafter.num_draft)
+        self.total_B = self.prompt_len_B
+        self.histogram_BQ = np.zeros((len(ids), drafter.num_draft + 1), np.int32)
+        self.surplus_BQ = np.zeros_like(self.histogram_BQ)
         arrays = (prompt_BT, self.prompt_len_B, self.limit_B, np.array(end_ids, np.int32))
         lm.decode_params  # noqa: B018  (made at first use; its time is not the prompt's)
         started = time.perf_counter()
@@ -239,21 +249,33 @@ class _Request:
     def _take(self, state: DecodeState) -> None:
         """Keeps the state, reads what the host needs of it, and ends rows whose text holds a stop string."""
         self.state = state
-        self.tokens_BS, self.total_B, done_B = jax.device_get((state.tokens_BS, state.total_B, state.done_B))
-        stopped_B = [self._find_stop(row) for row in range(len(self.cut_B))] if self.stop else [False]
-        if any(stopped_B):
-            done_B = done_B | np.array(stopped_B)
-            self.state = state._replace(done_B=jnp.asarray(done_B))
-        self.done = bool(done_B.all())
+        had_B, counted_BQ = self.total_B - self.prompt_len_B, self.histogram_BQ
+        self.tokens_BS, self.total_B, self.done_B, self.histogram_BQ = jax.device_get(
+            (state.tokens_BS, state.total_B, state.done_B, state.histogram_BQ)
+        )
+        if self.stop:
+            for row in range(len(self.cut_B)):
+                if self.cut_B[row] is None and self._find_stop(row):
+                    self._leave_out(row, had_B[row], self.histogram_BQ[row] - counted_BQ[row])
+            self.done_B = self.done_B | np.array([cut is not None for cut in self.cut_B])
+            # The program that ran before runs on: the array must lie where its own lay.
+            self.state = state._replace(done_B=jax.device_put(self.done_B, state.done_B.sharding))
+        self.done = bool(self.done_B.all())
 
     def _find_stop(self, row: int) -> bool:
         """Whether a stop string stands in the row's text; the row is cut at the token that completes the first one."""
-        if self.cut_B[row] is None:
-            new = self._new_tokens(row)
-            holds = lambda count: any(stop in self.lm.tokenizer.decode(new[:count]) for stop in self.stop)  # noqa: E731
-            if holds(len(new)):
-                self.cut_B[row] = bisect.bisect_left(range(len(new)), True, key=holds)
+        new = self._new_tokens(row)
+        holds = lambda count: any(stop in self.lm.tokenizer.decode(new[:count]) for stop in self.stop)  # noqa: E731
+        if holds(len(new)):
+            self.cut_B[row] = bisect.bisect_left(range(len(new)), True, key=holds)
         return self.cut_B[row] is not None
+
+    def _leave_out(self, row: int, had: int, newest_Q: np.ndarray) -> None:
+        """Only returned tokens count: accepted drafts behind the stop string leave the count of the newest round."""
+        if newest_Q.any():
+            accepted = int(newest_Q.argmax())
+            self.surplus_BQ[row, accepted] += 1
+            self.surplus_BQ[row, min(accepted, self.cut_B[row] - had)] -= 1
 
     def _new_tokens(self, row: int) -> list[int]:
         start = self.prompt_len_B[row]
@@ -271,7 +293,7 @@ class _Request:
 
     def _settled(self, row: int) -> str:
         text = self._text(row)
-        if self.done:
+        if self.done_B[row]:
             return text
         text = text.rstrip(INCOMPLETE)
         starts = (stop[:length] for stop in self.stop for length in range(len(stop), 0, -1))
@@ -291,7 +313,7 @@ class _Request:
         rows = range(len(self.cut_B))
         tokens = [self._new_tokens(row) for row in rows]
         emitted = sum(map(len, tokens))
-        histogram_BQ = np.asarray(self.state.histogram_BQ)
+        histogram_BQ = self.histogram_BQ - self.surplus_BQ
         stats = DecodeStats(
             histogram=tuple(histogram_BQ.sum(axis=0).tolist()),
             batch_rounds=int(histogram_BQ.sum(axis=1).max()),
@@ -304,15 +326,38 @@ class _Request:
         return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats)
 
 
+def _stop_strings(stop: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
+        raise UserError(f"stop={stop!r}; it must be a list of strings, none of them empty")
+    return tuple(stop)
+
+
+def _drafter(lm: Model, draft: str | Drafter, num_draft: int | None) -> Drafter:
+    if num_draft is not None and not isinstance(num_draft, int):
+        raise UserError(f"num_draft={num_draft!r}; it must be a whole number")
+    if not isinstance(draft, Drafter):
+        return make_drafter(draft, lm.config, num_draft)
+    if num_draft not in (None, draft.num_draft):
+        raise UserError(f"num_draft={num_draft}, but the drafter given drafts {draft.num_draft}; leave num_draft out")
+    return draft
+
+
 def _prompt_ids(lm: Model, prompt: Prompt, row: int) -> list[int]:
     """A prompt as token ids, checked against the model."""
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise UserError(f"prompt {row} is text, but this model has no tokenizer; give a list of token ids")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"prompt {row} is not valid text: {error}") from error
         ids = lm.tokenizer.encode_prompt(prompt)
         empty = not prompt
     else:
-        ids = [int(token) for token in prompt]
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise UserError(f"prompt {row} is neither text nor a list of token ids: {error}") from error
         empty = not ids
     if empty:
         raise UserError(f"prompt {row} is empty; give at least one token")

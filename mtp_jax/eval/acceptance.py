@@ -1,6 +1,7 @@
 """Decodes held-out prompts plainly and with drafts, and compares tokens, acceptance and time."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -27,18 +28,22 @@ class Comparison:
 
     @property
     def drafted_tokens_per_second(self) -> float:
-        """Tokens of rounds per second."""
-        return self.drafted.stats.emitted_in_rounds / self.drafted_seconds
+        """Tokens of rounds per second; nan without rounds."""
+        return _rate(self.drafted, self.drafted_seconds)
 
     @property
     def plain_tokens_per_second(self) -> float:
         """The same for plain decoding."""
-        return self.plain.stats.emitted_in_rounds / self.plain_seconds
+        return _rate(self.plain, self.plain_seconds)
 
     @property
     def speedup(self) -> float:
         """Wall-clock gain of drafting."""
         return self.drafted_tokens_per_second / self.plain_tokens_per_second
+
+
+def _rate(side: Generation, seconds: float) -> float:
+    return side.stats.emitted_in_rounds / seconds if side.stats.rounds else math.nan
 
 
 def compare(
@@ -75,10 +80,10 @@ def compare(
         parts = [generate(lm, batch, **options) for batch in batches]
         return merge(parts), sum(part.stats.decode_seconds for part in parts)
 
+    progress(f"decoding {len(prompts)} prompts plainly and with drafts, {timed_runs} timed runs each")
     results, seconds = {}, {name: [] for name in sides}
     for run in range(timed_runs + 1):
         for name in sides:
-            progress(f"decoding {len(prompts)} prompts, {name}" + (f", timed run {run}" if run else ""))
             results[name], elapsed = decode(name)
             if run:
                 seconds[name].append(elapsed)

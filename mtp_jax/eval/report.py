@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from mtp_jax import sharding
-from mtp_jax.data.loader import heldout_batches, heldout_prompts
+from mtp_jax.data.loader import count_prompts, heldout_batches, heldout_prompts
 from mtp_jax.data.pack import PackedRows
-from mtp_jax.decode.generate import generate
+from mtp_jax.decode.generate import generate, none_for_nan
 from mtp_jax.eval.acceptance import Comparison, compare
 from mtp_jax.loading import LoadedModel
 from mtp_jax.losses.mtp import HeadSums
@@ -28,7 +28,7 @@ class Evaluation:
     heldout_bytes: int
     """UTF-8 bytes of the held-out text; 0 if unknown."""
     decoding: Comparison | None
-    """None where nothing drafts: a model without extra heads, or decode.num_draft=0."""
+    """None where nothing drafts: no extra heads, decode.num_draft=0, or no document that is long enough."""
     distinct: float
     """Share of distinct 4-grams in what was generated."""
     reference_distinct: float
@@ -42,7 +42,7 @@ class Evaluation:
         return bits_per_byte(float(self.sums.ce_M[0]), self.heldout_bytes) if self.heldout_bytes else None
 
     def as_json(self) -> dict[str, Any]:
-        """The stable keys of `mtp eval --json`, and more beside them."""
+        """The stable keys of `mtp eval --json`, and more beside them; what is undefined is None."""
         means = {name: np.asarray(value).tolist() for name, value in self.sums.means().items()}
         heads = [dict(zip(means, row, strict=True)) for row in zip(*means.values(), strict=True)]
         result = {
@@ -63,7 +63,7 @@ class Evaluation:
                 "tokens_per_second": self.decoding.drafted_tokens_per_second,
                 "plain_tokens_per_second": self.decoding.plain_tokens_per_second,
             }
-        return result
+        return none_for_nan(result)
 
 
 def evaluate(
@@ -84,15 +84,19 @@ def evaluate(
     batches = heldout_batches(rows, config.train.batch_size // config.train.grad_accum, limit)
     with jax.set_mesh(mesh):
         sums = heldout_sums(run, lm.params, batches, sharding.batch_sharding(mesh))
-    pairs = heldout_prompts(rows, settings.num_prompts, settings.prompt_tokens, settings.max_new_tokens)
+    room = count_prompts(rows, settings.prompt_tokens + settings.max_new_tokens)
+    if room < settings.num_prompts:
+        progress(f"the text has room for {room} prompts of decode.num_prompts={settings.num_prompts}")
+    count = min(room, settings.num_prompts)
+    pairs = heldout_prompts(rows, count, settings.prompt_tokens, settings.max_new_tokens) if count else []
     prompts, references = [prompt for prompt, _ in pairs], [reference for _, reference in pairs]
     lengths = {"max_new_tokens": settings.max_new_tokens}
-    decoding = (
-        compare(lm, prompts, num_draft=config.num_draft, progress=progress, **lengths) if config.num_draft else None
-    )
-    generated = (
-        decoding.drafted.tokens if decoding else generate(lm, prompts, draft="none", ignore_eos=True, **lengths).tokens
-    )
+    decoding, generated = None, []
+    if prompts and config.num_draft:
+        decoding = compare(lm, prompts, num_draft=config.num_draft, progress=progress, **lengths)
+        generated = decoding.drafted.tokens
+    elif prompts:
+        generated = generate(lm, prompts, draft="none", ignore_eos=True, **lengths).tokens
     text = lm.tokenizer.decode if lm.tokenizer is not None else str
     samples = [tuple(map(text, triple)) for triple in zip(prompts, generated, references, strict=False)]
     return Evaluation(

@@ -6,6 +6,7 @@ The loop waits for the device at log steps only; nothing is saved before every s
 """
 
 import collections
+import dataclasses
 import math
 import pathlib
 import signal
@@ -15,11 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.checkpoint import Checkpoints, open_run
-from mtp_jax.config import Config
-from mtp_jax.data.loader import Corpus, heldout_batches, prepare, train_batches
+from mtp_jax.checkpoint import Checkpoints, claim, open_run, record_corpus, trained_on
+from mtp_jax.config import Config, MeshConfig
+from mtp_jax.data.loader import heldout_batches, prepare, train_batches
+from mtp_jax.data.sources import is_inside
+from mtp_jax.data.store import Corpus
 from mtp_jax.errors import UserError
 from mtp_jax.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.optim import schedule
@@ -33,6 +37,8 @@ class TrainResult(NamedTuple):
 
     state: TrainState
     step: int
+    first_step: int
+    """Steps that were done when this call began."""
     finished: bool
     """False where a signal stopped it; started again it continues."""
     corpus: Corpus
@@ -68,37 +74,36 @@ def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainRe
       UserError: bad input, a workdir of another run, a failed save, or a loss or gradient that is not finite.
     """
     mesh = sharding.make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    # A size of -1 is known by now: the checks that divide by it apply.
+    dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
+    if is_inside(workdir, config.data.source):
+        raise UserError(f"--workdir {workdir} lies inside data.source={config.data.source!r}; use one outside it")
     resumed = open_run(workdir, config)
-    corpus = prepare(config, workdir / "data")
+    with claim(workdir):
+        return _train(config, workdir, mesh, resumed, console)
+
+
+def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, console: RunConsole) -> TrainResult:
+    corpus = prepare(config, workdir / "data", trained_on(workdir))
+    record_corpus(workdir, corpus.digest)
     console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
     steps = compile_steps(config, mesh)
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, **processes)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints, console.note) as checkpoints:
         restored = checkpoints.restore_latest(steps.abstract_state, batches)
-        state, step = restored or (steps.init(jax.random.key(config.train.seed)), 0)
+        state, first = restored or (steps.init(jax.random.key(config.train.seed)), 0)
         if resumed:
-            done = step == config.train.steps
+            done = first == config.train.steps
             console.note(
-                f"{workdir}: " + (f"trained already, {step} steps" if done else f"continuing from step {step}")
+                f"{workdir}: " + (f"trained already, {first} steps" if done else f"continuing from step {first}")
             )
-        with MetricsWriter(workdir, resume_step=step if resumed else None) as writer, StopRequest() as stop:
+        with MetricsWriter(workdir, resume_step=first if resumed else None) as writer, StopRequest() as stop:
             run = _Run(config, steps, corpus, checkpoints, writer, console, stop)
-            state, step = run.advance(state, step, batches)
+            state, step = run.advance(state, first, batches)
     if stop.signal_name:
         console.note(f"{stop.signal_name}: saved step {step} and stopped; the same command continues from there")
-    return TrainResult(state, step, step == config.train.steps, corpus)
-
-
-def _check_rows(config: Config, mesh: jax.sharding.Mesh) -> None:
-    micro = config.train.batch_size // config.train.grad_accum
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if micro % shards:
-        raise UserError(
-            f"a micro-batch of {micro} rows (train.batch_size={config.train.batch_size} / train.grad_accum="
-            f"{config.train.grad_accum}) does not divide over {shards} devices; change train.batch_size or mesh.data"
-        )
+    return TrainResult(state, step, first, step == config.train.steps, corpus)
 
 
 class _Run:
@@ -124,14 +129,19 @@ class _Run:
         """Steps until the end or a stop request; the newest state is on disk when this returns."""
         settings = self.config.train
         saved = step if step else None
-        self.since, self.since_step = time.monotonic(), step
+        first = step + 1
         if step < settings.steps:
-            self.console.start(settings.steps, step)
+            self.console.note("compiling the training step ...")
         while step < settings.steps and not self.stop.signal_name:
             batch = place(next(batches), self.steps)
             state, metrics = self.steps.train(state, batch)
             step += 1
             self.pending.append((step, metrics))
+            if step == first:
+                # The compiler took most of this step's time; speed and time left count from here.
+                jax.block_until_ready(metrics)
+                self.console.start(settings.steps, step)
+                self.since, self.since_step = time.monotonic(), step
             last = step == settings.steps
             if step % settings.log_every == 0 or last:
                 self.drain(last_step=step)

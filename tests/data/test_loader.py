@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from mtp_jax.config import Config, DataConfig, ModelConfig
-from mtp_jax.data import loader
+from mtp_jax.data import loader, store
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.errors import UserError
@@ -230,14 +231,40 @@ def test_changed_or_damaged_files_rebuild(corpus, tmp_path):
     assert not reused() and reused()
 
 
-def test_rebuild_forgets_the_old_files_before_it_writes(corpus, tmp_path, monkeypatch):
-    """A run that dies while it rebuilds leaves nothing to reuse. Breaks without `unlink` of meta.json."""
+def test_failed_rebuild_leaves_the_old_files(corpus, tmp_path, monkeypatch):
+    """A rebuild that fails half-way changes nothing. Breaks if `_prepare` writes into the directory itself."""
     loader.prepare(config(corpus), tmp_path / "data")
-    monkeypatch.setattr(loader, "_save", None)
+    monkeypatch.setattr(loader.store, "save", None)
     with pytest.raises(TypeError):
         loader.prepare(config(corpus, seed=1), tmp_path / "data")
     monkeypatch.undo()
-    assert not loader.prepare(config(corpus), tmp_path / "data").reused
+    assert loader.prepare(config(corpus), tmp_path / "data").reused
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("data")] == ["data"]
+
+
+def test_other_content_of_equal_size_is_noticed(corpus, tmp_path):
+    """Changed ids in a file of the same length are made anew. Breaks without the checksums in `reuse`."""
+    first = loader.prepare(config(corpus), tmp_path / "data")
+    tokens = np.array(first.train.tokens)
+    np.save(tmp_path / "data" / "train.npy", tokens[::-1])
+    again = loader.prepare(config(corpus), tmp_path / "data")
+    assert not again.reused
+    np.testing.assert_array_equal(again.train.tokens, tokens)
+    assert again.digest == first.digest != ""
+
+
+def test_a_run_keeps_the_corpus_it_was_trained_on(corpus, tmp_path):
+    """Changed text is refused for a digest, and the old files stay; deleted files come back if they become the same.
+
+    Breaks without the comparison of digests in `_prepare`.
+    """
+    first = loader.prepare(config(corpus), tmp_path / "data")
+    shutil.rmtree(tmp_path / "data")
+    assert loader.prepare(config(corpus), tmp_path / "data", first.digest).digest == first.digest
+    (corpus / "0.py").write_text("something = 'else'\n")
+    with pytest.raises(UserError, match="the run was trained on it; put the text back"):
+        loader.prepare(config(corpus), tmp_path / "data", first.digest)
+    assert store.open_prepared(tmp_path / "data", 8).digest == first.digest
 
 
 def test_given_tokenizer_counts_by_content(corpus, tmp_path):
@@ -348,8 +375,8 @@ def test_token_file_errors(tmp_path):
         loader.prepare(config(path, tokenizer="bpe"), None)
     with raises(f"token file {path!r} holds the id 300, but model.vocab_size is 300; use one above 300"):
         loader.prepare(config(path), None)
-    with raises(f"token file {path!r} holds the id 300, but the tokenizer's size is 258; use one above 300"):
-        loader.load_heldout(path, "text", bytes_tokenizer(), 4)
+    with raises(f"token file {path!r} holds the id 300, but the model's vocabulary is 258; use one above 300"):
+        loader.load_heldout(path, "text", bytes_tokenizer(), 4, vocab_size=258)
     with raises(
         f"token file {path!r} is flat, and without a tokenizer its end-of-text id is unknown; set data.tokenizer to a "
         "tokenizer.json, or save one document per row"

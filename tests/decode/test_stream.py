@@ -122,7 +122,6 @@ def test_prompts_are_read_once():
     assert result.text == [TEXT[1:]] * 4
 
 
-@pytest.mark.xfail(strict=True, reason="reported: settled text waits for the whole batch, not for its row")
 def test_a_finished_row_is_shown_at_once():
     """A row that has ended is decided, whatever may look like the start of a stop string: it does not wait for the
     others."""

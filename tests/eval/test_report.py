@@ -127,7 +127,6 @@ def test_no_drafts_by_config():
     assert result.decoding is None and len(result.as_json()["heads"]) == 4
 
 
-@pytest.mark.xfail(strict=True, reason="reported: nan in Evaluation.as_json, which json.dumps writes as NaN")
 def test_what_is_undefined_is_null():
     """Outputs shorter than a 4-gram have no distinct ratio, and a head without targets no loss: null, not NaN."""
     result = evaluation()

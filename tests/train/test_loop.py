@@ -188,7 +188,9 @@ def test_workdir_of_another_run_is_refused(uninterrupted, text):
 
 def test_rows_that_do_not_divide_are_refused(text, tmp_path):
     """With mesh.data = -1 the devices are known late; the numbers are in the message."""
-    with pytest.raises(UserError, match=r"a micro-batch of 4 rows .* does not divide over 8 devices"):
+    with pytest.raises(
+        UserError, match=r"a micro-batch of 4 rows .* does not divide over mesh.data \* mesh.fsdp = 8 devices"
+    ):
         run(tiny_config(text, mesh={"data": -1}, train={"batch_size": 4}), tmp_path)
 
 

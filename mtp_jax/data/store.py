@@ -1,0 +1,145 @@
+"""The files of a prepared corpus, checked before they are believed.
+
+    tokenizer.json    train.npy  train_starts.npy    heldout.npy  heldout_starts.npy    meta.json
+
+`meta.json` is written last. It says what the others were made from, and their checksums: a file that was changed or cut
+is made anew, and the digest of all of them tells whether it became what a run was trained on.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from mtp_jax.config import Config
+from mtp_jax.data import sources
+from mtp_jax.data.pack import PackedRows
+from mtp_jax.data.tokenize import Tokenizer, load_tokenizer
+from mtp_jax.errors import UserError
+from mtp_jax.integrity import crc32
+
+FORMAT = 2  # raise it when the files, or the way to choose or tokenise them, change
+FILES = ("tokenizer.json", "train.npy", "train_starts.npy", "heldout.npy", "heldout_starts.npy")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """What a run reads: the tokenizer and both sides of the split."""
+
+    tokenizer: Tokenizer | None
+    """None for token ids that came with no tokenizer."""
+    train: PackedRows
+    heldout: PackedRows
+    heldout_documents: tuple[str, ...]
+    """Names of the held-out documents, in the order of their rows."""
+    reused: bool
+    """Whether the files of an earlier call were taken as they are."""
+    description: str
+    """One line: documents, size, tokens, bytes per token."""
+    digest: str = ""
+    """Of tokenizer and tokens; empty for a corpus that was never written."""
+
+    @property
+    def heldout_bytes(self) -> int:
+        """UTF-8 bytes of the held-out text; 0 if unknown."""
+        return self.heldout.bytes_
+
+
+def fingerprint(config: Config) -> dict[str, object]:
+    """Everything that the files depend on. The row length does not count: rows are cut on access."""
+    data = dataclasses.asdict(config.data)
+    del data["seq_len"]
+    if data["source"] == sources.STDLIB:
+        content = f"Python {sys.version}"
+    else:
+        stats = [(file.name, file.path.stat()) for file in sources.list_files(data["source"])]
+        content = _digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
+    tokenizer = pathlib.Path(data["tokenizer"]).expanduser()
+    tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    given = _digest(tokenizer.read_bytes()) if tokenizer.is_file() else ""
+    return {"format": FORMAT, **data, "vocab_size": config.model.vocab_size, "content": content, "given": given}
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def save(directory: pathlib.Path, made_from: dict[str, object], corpus: Corpus) -> Corpus:
+    """Writes what `concatenate` has not: the tokenizer, the document starts and, last of all, meta.json.
+
+    Returns:
+      The corpus with its digest.
+    """
+    if corpus.tokenizer is not None:
+        corpus.tokenizer.save(directory / "tokenizer.json")
+    for side, rows in (("train", corpus.train), ("heldout", corpus.heldout)):
+        with sources.replacing(directory / f"{side}_starts.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, rows.doc_starts)
+    checksums = _checksums(directory, corpus.tokenizer is not None)
+    meta = {
+        "fingerprint": made_from,
+        "checksums": checksums,
+        "tokenizer": corpus.tokenizer is not None,
+        "bytes": [corpus.train.bytes_, corpus.heldout.bytes_],
+        "heldout_documents": corpus.heldout_documents,
+        "description": corpus.description,
+    }
+    with sources.replacing(directory / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    return dataclasses.replace(corpus, digest=_digest(repr(checksums).encode()))
+
+
+def _checksums(directory: pathlib.Path, has_tokenizer: bool) -> dict[str, int]:
+    return {name: crc32(directory / name) for name in FILES if has_tokenizer or name != "tokenizer.json"}
+
+
+def reuse(directory: pathlib.Path, made_from: dict[str, object] | None, seq_len: int) -> Corpus | None:
+    """The corpus that the directory holds, or None where it was made from something else or is damaged.
+
+    Args:
+      directory: what `save` wrote.
+      made_from: the fingerprint it must have; None takes any.
+      seq_len: T.
+    """
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if made_from is not None and meta["fingerprint"] != made_from:
+            return None
+        checksums = _checksums(directory, meta["tokenizer"])
+        if meta["checksums"] != checksums:
+            return None
+        train, heldout = (
+            PackedRows(
+                np.load(directory / f"{side}.npy", mmap_mode="r"),
+                np.load(directory / f"{side}_starts.npy"),
+                seq_len,
+                size,
+            )
+            for side, size in zip(("train", "heldout"), meta["bytes"], strict=True)
+        )
+        return Corpus(
+            tokenizer=load_tokenizer(directory / "tokenizer.json") if meta["tokenizer"] else None,
+            train=train,
+            heldout=heldout,
+            heldout_documents=tuple(meta["heldout_documents"]),
+            reused=True,
+            description=meta["description"],
+            digest=_digest(repr(checksums).encode()),
+        )
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
+        return None
+
+
+def open_prepared(directory: pathlib.Path, seq_len: int) -> Corpus:
+    """The corpus that a run was trained on, whatever has become of its source; nothing is written.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    corpus = reuse(directory, None, seq_len)
+    if corpus is None:
+        raise UserError(f"{directory} holds no whole corpus; `mtp train` on its run makes it anew")
+    return corpus
