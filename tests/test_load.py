@@ -101,6 +101,10 @@ def test_tokenizer(lm):
 def test_without_a_tokenizer(copy):
     """A run on token files has none, and loads."""
     shutil.rmtree(copy / "data")
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        load(copy)
+    path = copy / "config.json"
+    path.write_text(path.read_text().replace('"tokenizer": "bytes"', '"tokenizer": "none"'))
     model = load(copy)
     assert model.tokenizer is None
     assert mtp_jax.generate(model, [[1, 2]], max_new_tokens=1, draft="none").text is None

@@ -25,7 +25,7 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 # V D (twice if untied) + (L + M - 1) (2 D H (N + K) + 3 D F + 2 D) + D.
 COUNTS = {
     "bench_30m": 2 * 8192 * 512 + (5 + 3) * (2 * 512 * 64 * 16 + 3 * 512 * 1408 + 2 * 512) + 512,
-    "quickstart": 2048 * 192 + (2 + 3) * (2 * 192 * 64 * 6 + 3 * 192 * 512 + 2 * 192) + 192,
+    "quickstart": 2048 * 192 + (3 + 3) * (2 * 192 * 64 * 6 + 3 * 192 * 512 + 2 * 192) + 192,
     "tiny": 512 * 32 + (2 + 3) * (2 * 32 * 8 * 6 + 3 * 32 * 64 + 2 * 32) + 32,
 }
 
@@ -150,6 +150,24 @@ def test_several_processes_use_every_device(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"mesh\.data=4 .* uses 4 of 8 devices; with several processes"):
         sharding.make_mesh(MeshConfig(data=4))
+
+
+def test_check_mesh():
+    """A mesh of one's own is taken if its axes are ours, Auto, and split the model.
+
+    Breaks without any one of the three checks.
+    """
+    config = small_config()
+    sharding.check_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), config)
+    devices = jax.devices()[:2]
+    for shape, names, kind in (((2, 1), ("data", "tensor"), "Auto"), ((2, 1, 1), sharding.MESH_AXES, "Explicit")):
+        mesh = jax.make_mesh(shape, names, axis_types=(AxisType[kind],) * len(names), devices=devices)
+        with pytest.raises(
+            UserError, match=rf"this mesh has axes {{'data': 'AxisType\.{kind}'.*: data, fsdp, tensor, all"
+        ):
+            sharding.check_mesh(mesh, config)
+    with pytest.raises(UserError, match=r"model\.num_heads=4 does not divide over mesh\.tensor=8 devices"):
+        sharding.check_mesh(sharding.make_mesh(MeshConfig(tensor=-1)), config)
 
 
 def test_loss_placement():

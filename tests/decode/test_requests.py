@@ -20,14 +20,13 @@ BAD = {
     "id beyond the vocabulary": ([[258]], {}, r"prompt 0 holds token id 258; the vocabulary is 0\.\.257"),
     "prompt as long as the model": ([[1] * 80], {}, "prompt 0 has 80 tokens; the limit, .* model.max_seq_len=80"),
     "text as long as the model": (["a" * 79], {}, "prompt 0 has 80 tokens"),
-    "no new tokens": ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0; it must be at least 1"),
-    "negative new tokens": ([[1]], {"max_new_tokens": -3}, "max_new_tokens=-3; it must be at least 1"),
-    "too many drafts": ([[1]], {"num_draft": 4}, r"num_draft=4, but this model has 3 extra heads; use 1\.\.3"),
-    "negative drafts": ([[1]], {"num_draft": -1}, r"num_draft=-1, but .* use 1\.\.3, or draft='none'"),
-    "zero drafts": ([[1]], {"num_draft": 0}, "num_draft=0, but .*draft='none'"),
+    "no new tokens": ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0; it must be a whole number, at least 1"),
+    "negative new tokens": ([[1]], {"max_new_tokens": -3}, "max_new_tokens=-3; it must be a whole number, at least 1"),
+    "too many drafts": ([[1]], {"num_draft": 4}, r"num_draft=4, but this model has 3 extra heads; use 0\.\.3"),
+    "negative drafts": ([[1]], {"num_draft": -1}, r"num_draft=-1, but .* use 0\.\.3, or draft='none'"),
     "drafts of nobody": ([[1]], {"draft": "none", "num_draft": 2}, "num_draft=2 with draft='none'"),
     "unknown drafter": ([[1]], {"draft": "lookup2"}, "draft='lookup2' is no drafter; choose 'heads' or 'none'"),
-    "empty stop": ([[1]], {"stop": ("x", "")}, "a stop string is empty"),
+    "empty stop": ([[1]], {"stop": ("x", "")}, "it must be a list of strings, none of them empty"),
 }
 
 
