@@ -186,6 +186,30 @@ def test_workdir_of_another_run_is_refused(uninterrupted, text):
     assert (uninterrupted[2] / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_stays_with_its_text(tmp_path):
+    """Text that changed under a run is refused, the tokenizer it has stays, and the old text continues it.
+
+    Breaks without `trained_on` in the call of `prepare`.
+    """
+    source, workdir = write_text(tmp_path / "text"), tmp_path / "run"
+    config = tiny_config(source, data={"tokenizer": "bpe"}, model={"vocab_size": 280}, train={"steps": 2})
+    run(config, workdir)
+    tokenizer, old = (workdir / "data" / "tokenizer.json").read_bytes(), (source / "00.txt").read_text()
+    (source / "00.txt").write_text(old + " zebra zebra zebra")
+    with pytest.raises(UserError, match="the run was trained on it; put the text back"):
+        run(config, workdir)
+    assert (workdir / "data" / "tokenizer.json").read_bytes() == tokenizer
+    (source / "00.txt").write_text(old)
+    assert run(config, workdir).first_step == 2
+
+
+def test_a_workdir_inside_its_corpus_is_refused(text):
+    """A run must not train on its own files. Breaks without `is_inside`."""
+    with pytest.raises(UserError, match=r"lies inside data\.source"):
+        run(tiny_config(text), text / "runs" / "one")
+    assert not (text / "runs").exists()
+
+
 def test_rows_that_do_not_divide_are_refused(text, tmp_path):
     """With mesh.data = -1 the devices are known late; the numbers are in the message."""
     with pytest.raises(
