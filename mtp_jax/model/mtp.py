@@ -77,7 +77,10 @@ def count_params(config: Config) -> int:
 
 def decode_view(config: Config, params: Params) -> Params:
     """Parameters as decoding wants them: one tree per layer and per head, in the compute dtype. Made once at load."""
-    cast = jax.tree.map(lambda leaf: leaf.astype(config.model.dtype), params)
+    # Norms multiply by their scale in float32, in training too.
+    cast = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(config.model.dtype), params
+    )
     view = cast | {"blocks": lm.unstack(cast["blocks"])}
     if "heads" in params:
         view["heads"] = FAMILIES[config.heads.kind].unstack(cast["heads"])

@@ -191,12 +191,14 @@ def test_decode_view_round_trip(config, params):
 
 
 def test_decode_view_is_in_the_compute_dtype(params):
-    """decode_view casts every leaf to `model.dtype`, and leaves a model without heads without them.
+    """decode_view casts every matrix to `model.dtype`, keeps norm scales, which multiply in float32, and leaves a model
+    without heads without them.
 
     Breaks without the `astype`: every decode step would read float32 weights to multiply in bfloat16.
     """
     config = small_config(WIDE | {"dtype": "bfloat16"})
     view = mtp.decode_view(config, {name: tree for name, tree in params.items() if name != "heads"})
-    assert {leaf.dtype for leaf in jax.tree.leaves(view)} == {jnp.dtype("bfloat16")}
+    dtypes = {(path[-1].key == "scale", leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(view)}
+    assert dtypes == {(False, jnp.dtype("bfloat16")), (True, jnp.dtype("float32"))}
     assert "heads" not in view
     np.testing.assert_array_equal(lm.unembedding(view), params["unembed"]["table"].astype(jnp.bfloat16))
