@@ -1,6 +1,7 @@
 """`mtp generate SOURCE --prompt TEXT`."""
 
 import dataclasses
+import itertools
 import pathlib
 import sys
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ import tyro
 
 from mtp_jax.cli.common import keep_compiled, parse, print_json, say
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
+from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
 
@@ -27,10 +29,24 @@ class Args:
     """Token ids to continue, as 1,2,3; may be given several times. No token is added to them."""
     max_new_tokens: int = 128
     """Most new tokens per prompt."""
-    draft: Literal["heads", "none", "auto"] = "auto"
-    """Who drafts: the model's heads, nobody, or the heads where there are any."""
-    num_draft: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
-    """Drafted tokens per round; all heads by default."""
+    temperature: float = 0.0
+    """Divides the logits before a token is drawn; 0 takes the most likely token."""
+    top_k: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Draw from the k most likely tokens only."""
+    top_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Draw from the smallest set of most likely tokens that holds this probability."""
+    min_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Draw from tokens at least this fraction as likely as the most likely one."""
+    seed: int = 0
+    """Fixes what is drawn, whoever drafts; every prompt derives its own from it."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the prompt and the output less likely; 1 leaves them alone."""
+    draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "auto"
+    """Who drafts: heads, what followed the same words before, both, nobody, or heads where there are any."""
+    num_draft: Annotated[str | None, tyro.conf.arg(metavar="INT|auto")] = None
+    """Drafted tokens per round, or auto to measure what pays; all heads by default, 4 of lookup."""
+    accept: Literal["exact", "rejection", "typical", "confidence"] = "exact"
+    """How drafts are accepted. typical and confidence are lossy: how many tokens differ is measured and printed."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A string that ends the output; may be given several times."""
     dtype: Literal["config", "float32", "bfloat16"] = "config"
@@ -41,7 +57,7 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Generates."""
-    args = parse(Args, argv, "mtp generate", "Generate text from a trained model; greedy, drafted and verified.")
+    args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
     keep_compiled(args.source)
     lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype)
     prompts = _prompts(args)
@@ -51,18 +67,43 @@ def main(argv: list[str]) -> None:
     options = {
         "max_new_tokens": args.max_new_tokens,
         "draft": draft,
-        "num_draft": args.num_draft,
+        "num_draft": _num_draft(args.num_draft),
+        "accept": args.accept,
         "stop": args.stop,
     }
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty")
+    options |= {name: getattr(args, name) for name in names}
     if args.json:
-        print_json(_as_json(lm, prompts, generate(lm, prompts, **options)))
-    elif lm.tokenizer is None:
+        result = generate(lm, prompts, **options)
+        print_json(_as_json(lm, prompts, result) | _loss(lm, prompts, options, result))
+        return
+    if lm.tokenizer is None:
         result = generate(lm, prompts, **options)
         for tokens in result.tokens:
             print(",".join(map(str, tokens)))
-        _statistics(result)
     else:
-        _stream(lm, prompts, options)
+        result = _stream(lm, prompts, options)
+    _statistics(result)
+    if loss := _loss(lm, prompts, options, result):
+        say(f"[lossy: {loss['differing']} of {loss['compared']} tokens differ from those of accept=exact]")
+
+
+def _num_draft(text: str | None) -> int | str | None:
+    if text in (None, "auto"):
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"--num-draft {text} is neither a whole number nor auto") from error
+
+
+def _loss(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any], result: Generation) -> dict[str, Any]:
+    """For a lossy rule, how many tokens are not those of the exact rule, position by position."""
+    if not Rule(options["accept"]).lossy:
+        return {}
+    exact = generate(lm, prompts, **options | {"accept": "exact"})
+    pairs = [pair for rows in zip(exact.tokens, result.tokens, strict=True) for pair in itertools.zip_longest(*rows)]
+    return {"lossy": True, "differing": sum(a != b for a, b in pairs), "compared": len(pairs)}
 
 
 def _prompts(args: Args) -> list[Prompt]:
@@ -82,7 +123,7 @@ def _prompts(args: Args) -> list[Prompt]:
     return prompts
 
 
-def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> None:
+def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> Generation:
     """Prints the first prompt's output while it is made, then the others."""
     later, items = [""] * len(prompts), stream(lm, prompts, **options)
     print(_shown(lm, prompts[0]), end="", flush=True)
@@ -96,7 +137,7 @@ def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> 
     print()
     for prompt, text in zip(prompts[1:], later[1:], strict=True):
         print(f"---\n{_shown(lm, prompt)}{text}")
-    _statistics(result)
+    return result
 
 
 def _shown(lm: LoadedModel, prompt: Prompt) -> str:

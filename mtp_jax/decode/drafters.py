@@ -1,10 +1,16 @@
 """Drafters: who proposes the tokens that the model verifies. A drafter is a pair of pure functions.
 
     init(config, num_draft, batch, slots) -> cache
-    draft(config, params, cache, context) -> (drafts_BP, cache)
+    draft(config, params, cache, context) -> (Drafts, cache)
 
-`draft` runs after every verification (and after the prompt). Nothing that it returns can change the output, only how
-many tokens a round emits. A drafter of your own is a `Drafter` with your two functions.
+`draft` runs after every verification, and after every chunk of the prompt. Nothing that it returns can change the
+output (the rules `rejection`, `typical` and `confidence` of `verify.py` apart), only how many tokens a round emits. A
+drafter of your own is a `Drafter` with your two functions. Those by name:
+
+    heads         the model's extra heads
+    lookup        what followed the last few tokens when they stood in the row before (n-gram match); needs no heads
+    heads+lookup  lookup where it matches long enough, heads elsewhere
+    none          nothing: plain autoregression by the same engine, the baseline of every ratio
 """
 
 import dataclasses
@@ -15,10 +21,17 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config
-from mtp_jax.decode.sampling import greedy
 from mtp_jax.errors import UserError
 from mtp_jax.model import lm
 from mtp_jax.model.heads import FAMILIES
+
+
+class Drafts(NamedTuple):
+    """Proposed tokens."""
+
+    tokens_BP: jax.Array
+    probs_BPV: jax.Array | None = None
+    """What each was drawn from; None where it was certain, or where the rule does not ask."""
 
 
 class DraftContext(NamedTuple):
@@ -31,9 +44,15 @@ class DraftContext(NamedTuple):
     index_B: jax.Array
     """Which of them produced the row's newest token; those behind it were rejected."""
     tokens_BS: jax.Array
-    """Every row's prompt and output so far."""
+    """Every row's prompt and output so far, slots beyond the live ones left out."""
     total_B: jax.Array
-    """How many of those count; the newest token is at total - 1."""
+    """How many of those count; the newest token is at total - 1. Drafts are for positions total and on."""
+    count: int
+    """How many drafts the next round can use, at most P. With 0 of them a drafter only keeps its cache up to date."""
+    live: int
+    """Every row's positions are below it: caches need be read no further."""
+    propose: Callable[[jax.Array], Drafts]
+    """Tokens from logits [B, count, V], chosen with the noise that verification will choose with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,59 +63,125 @@ class Drafter:
     num_draft: int
     """P, drafts per round."""
     init: Callable[[Config, int, int, int], Any]
-    draft: Callable[[Config, Any, Any, DraftContext], tuple[jax.Array, Any]]
+    draft: Callable[[Config, Any, Any, DraftContext], tuple[Drafts, Any]]
 
 
 def _no_cache(config: Config, num_draft: int, batch: int, slots: int) -> tuple:
     return ()
 
 
-def _no_drafts(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[jax.Array, tuple]:
-    return jnp.zeros((context.total_B.shape[0], 0), jnp.int32), cache
+def _no_drafts(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
+    return Drafts(jnp.zeros((context.total_B.shape[0], 0), jnp.int32)), cache
 
 
 def _heads_cache(config: Config, num_draft: int, batch: int, slots: int) -> Any:
     return FAMILIES[config.heads.kind].init_cache(config, batch, slots, num_draft)
 
 
-def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext) -> tuple[jax.Array, Any]:
-    """The arg-max of heads 1..P at the position that produced the newest token; head m predicts m tokens behind it."""
-    states_PBD, cache = FAMILIES[config.heads.kind].draft(
-        config, params["heads"], cache, context.tap_BQD, context.start_B, context.index_B
-    )
-    hidden_PBD = lm.final_norm(config.model, params, states_PBD)
-    return greedy(lm.logits(config.model, params, hidden_PBD)).T, cache
+def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
+    """Heads 1..count at the position that produced the newest token; head m predicts m tokens behind it."""
+    where = (context.tap_BQD, context.start_B, context.index_B)
+    family = FAMILIES[config.heads.kind]
+    states_PBD, cache = family.draft(config, params["heads"], cache, *where, context.count, context.live)
+    if not context.count:
+        return _no_drafts(config, params, (), context)[0], cache
+    hidden_BPD = lm.final_norm(config.model, params, states_PBD).transpose(1, 0, 2)
+    return context.propose(lm.logits(config.model, params, hidden_BPD)), cache
+
+
+LONGEST_MATCH = 8
+"""Tokens that `lookup` compares at most."""
+SURE_MATCH = 3
+"""Matched tokens from which `heads+lookup` trusts the lookup."""
+
+
+def lookup(tokens_BS: jax.Array, total_B: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """What followed when the row's last tokens stood in it before (prompt lookup, Saxena 2023).
+
+    Of all earlier positions that end in the row's newest token, the one that agrees longest with what precedes it is
+    taken, the latest of several. The draft is what came after; where that runs into the newest token, it repeats from
+    the match on, so that a row in a loop is drafted through any number of its turns.
+
+    Args:
+      tokens_BS: the rows.
+      total_B: tokens of each row.
+      count: drafts per row.
+
+    Returns:
+      Drafts [B, count], and matched tokens [B], 0..LONGEST_MATCH; with 0 the drafts mean nothing.
+    """
+    S = tokens_BS.shape[1]
+
+    def one_row(tokens_S: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+        last = total - 1
+        slot_S = jnp.arange(S)
+        run_S, matched_S = slot_S < last, jnp.zeros((S,), jnp.int32)
+        for back in range(min(LONGEST_MATCH, S)):
+            shifted_S = jnp.pad(tokens_S, (back, 0))[:S]
+            run_S &= (shifted_S == tokens_S[jnp.maximum(last - back, 0)]) & (slot_S >= back)
+            matched_S += run_S
+        at = S - 1 - jnp.argmax(matched_S[::-1])
+        period = jnp.maximum(last - at, 1)
+        source_P = at + 1 + jnp.arange(count) % period
+        return tokens_S[jnp.minimum(source_P, last)], matched_S[at]
+
+    return jax.vmap(one_row)(tokens_BS, total_B)
+
+
+def _lookup_draft(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
+    return Drafts(lookup(context.tokens_BS, context.total_B, context.count)[0]), cache
+
+
+def _both_draft(config: Config, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
+    drafts, cache = _heads_draft(config, params, cache, context)
+    found_BP, matched_B = lookup(context.tokens_BS, context.total_B, context.count)
+    sure_B1 = (matched_B >= SURE_MATCH)[:, None]
+    tokens_BP = jnp.where(sure_B1, found_BP, drafts.tokens_BP)
+    if drafts.probs_BPV is None:
+        return Drafts(tokens_BP), cache
+    certain_BPV = jax.nn.one_hot(found_BP, config.model.vocab_size)
+    return Drafts(tokens_BP, jnp.where(sure_B1[..., None], certain_BPV, drafts.probs_BPV)), cache
 
 
 NONE = Drafter("none", 0, _no_cache, _no_drafts)
 """Plain autoregression by the same engine: the baseline of every ratio."""
+
+LOOKUP_DRAFTS = 4
+"""P of `lookup` unless told otherwise."""
+MOST_DRAFTS = 64
+NAMES = ("heads", "lookup", "heads+lookup", "none")
 
 
 def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Drafter:
     """A drafter by name.
 
     Args:
-      name: `heads` or `none`.
+      name: `heads`, `lookup`, `heads+lookup` or `none`.
       config: the model's config.
-      num_draft: P; None takes every head.
+      num_draft: P; None takes every head, and `LOOKUP_DRAFTS` without heads.
 
     Raises:
       UserError: an unknown name, a model without heads, or more drafts than extra heads.
     """
-    if name == "heads" and num_draft == 0:
+    if name not in NAMES:
+        raise UserError(f"draft={name!r} is no drafter; choose {', '.join(map(repr, NAMES[:-1]))} or {NAMES[-1]!r}")
+    if name == "none" and num_draft:
+        raise UserError(f"num_draft={num_draft} with draft='none'; use draft='heads', or leave num_draft out")
+    if name == "none" or num_draft == 0:
         return NONE
-    if name == "none":
-        if num_draft:
-            raise UserError(f"num_draft={num_draft} with draft='none'; use draft='heads', or leave num_draft out")
-        return NONE
-    if name != "heads":
-        raise UserError(f"draft={name!r} is no drafter; choose 'heads' or 'none'")
+    if name == "lookup":
+        num_draft = LOOKUP_DRAFTS if num_draft is None else num_draft
+        if not 1 <= num_draft <= MOST_DRAFTS:
+            raise UserError(f"num_draft={num_draft} with draft='lookup'; use 0..{MOST_DRAFTS}")
+        return Drafter(name, num_draft, _no_cache, _lookup_draft)
     extra = config.heads.num_future - 1
     if extra == 0:
-        raise UserError("draft='heads', but this model has no extra heads (heads.num_future=1); use draft='none'")
+        raise UserError(
+            f"draft={name!r}, but this model has no extra heads (heads.num_future=1); use draft='lookup' or 'none'"
+        )
     num_draft = extra if num_draft is None else num_draft
     if not 1 <= num_draft <= extra:
         raise UserError(
             f"num_draft={num_draft}, but this model has {extra} extra heads; use 0..{extra}, or draft='none'"
         )
-    return Drafter("heads", num_draft, _heads_cache, _heads_draft)
+    return Drafter(name, num_draft, _heads_cache, _heads_draft if name == "heads" else _both_draft)

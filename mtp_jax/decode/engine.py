@@ -9,8 +9,12 @@ A row's newest token is emitted but not yet in any cache; a round feeds it toget
 
 Rows advance independently and finish independently. There is no host round trip inside `decode_rounds`; `max_rounds`
 is an argument, so one compiled program serves streaming (one round a call) and whole generations alike.
+
+Attention reads the first `live` slots only. A program is compiled for a `live`; `decode_rounds` returns as soon as a
+row might outgrow it, and the caller goes on with the next larger one (`live_bucket`).
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,10 +22,26 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config
-from mtp_jax.decode.drafters import DraftContext, Drafter
-from mtp_jax.decode.sampling import greedy
-from mtp_jax.decode.verify import accept
+from mtp_jax.decode import sampling, verify
+from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts
+from mtp_jax.decode.sampling import Controls, Sampler
+from mtp_jax.decode.verify import Rule
 from mtp_jax.model import lm, mtp
+
+CHUNK = 512
+"""Prompt tokens that go through the model at once."""
+LEAST_LIVE = 256
+"""The smallest live prefix that a program is compiled for; shorter ones cost hardly less."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is compiled into the programs of a request; the numbers that may change are in `Controls`."""
+
+    config: Config
+    drafter: Drafter
+    sampler: Sampler = sampling.GREEDY
+    rule: Rule = verify.EXACT
 
 
 class DecodeState(NamedTuple):
@@ -37,14 +57,18 @@ class DecodeState(NamedTuple):
     done_B: jax.Array
     end_ids_E: jax.Array
     """Tokens that end a row."""
+    failed_B: jax.Array
+    """Rows that met logits from which no token can be chosen."""
     # Between rounds.
-    drafts_BP: jax.Array
-    """Drafts of the tokens behind the pending one."""
+    drafts: Drafts
+    """For the P positions behind the pending token; with fewer drafted, the last ones mean nothing."""
     caches: Any
     drafter_cache: Any
     # Counters.
     histogram_BQ: jax.Array
     """Rounds of each row by the number of accepted drafts, 0..P."""
+    replaced_B: jax.Array
+    """Emitted tokens that a lossy rule put in the place of the model's own."""
 
 
 def slots_needed(total: int, num_draft: int) -> int:
@@ -52,108 +76,230 @@ def slots_needed(total: int, num_draft: int) -> int:
     return total + num_draft + 1
 
 
-@functools.partial(jax.jit, static_argnames=("config", "drafter", "slots"))
+def live_bucket(total: int, width: int, slots: int) -> int:
+    """Slots to read in a round of `width` drafts over rows of up to `total` tokens: a power of two, or all of them."""
+    return min(max(LEAST_LIVE, 1 << (total + width).bit_length()), slots)
+
+
 def prefill(
-    config: Config,
-    drafter: Drafter,
+    plan: Plan,
     slots: int,
     params: Any,
+    controls: Controls,
     prompt_BT: jax.Array,
     prompt_len_B: jax.Array,
     limit_B: jax.Array,
     end_ids_E: jax.Array,
 ) -> DecodeState:
-    """Processes the prompts and emits the first token of every row.
+    """Processes the prompts, `CHUNK` tokens at a time, and emits the first token of every row.
 
     Args:
-      config: the model's config.
-      drafter: who drafts.
+      plan: what to run.
       slots: cache slots, at least `slots_needed` of the largest limit, and of T.
       params: a `mtp.decode_view`.
-      prompt_BT: prompts, padded on the right.
+      controls: numbers and noise of the sampler.
+      prompt_BT: prompts, padded on the right; T at most `CHUNK`, or a multiple of it.
       prompt_len_B: tokens of each prompt, at least 1.
       limit_B: prompt and output tokens at which a row stops, above its prompt length.
       end_ids_E: tokens that end a row.
     """
+    T = prompt_BT.shape[1]
+    chunk = min(T, CHUNK)
+    state = empty_state(plan, slots, prompt_BT, prompt_len_B, limit_B, end_ids_E)
+    for start in range(0, T, chunk):
+        live = live_bucket(start + chunk, plan.drafter.num_draft, slots)
+        state = prefill_chunk(plan, chunk, live, params, controls, state, prompt_len_B, jnp.int32(start))
+    return state
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "slots"))
+def empty_state(
+    plan: Plan, slots: int, prompt_BT: jax.Array, prompt_len_B: jax.Array, limit_B: jax.Array, end_ids_E: jax.Array
+) -> DecodeState:
+    """Caches of zeros, and rows that hold their prompts only."""
+    config, drafter = plan.config, plan.drafter
     B, T = prompt_BT.shape
-    start_B, index_B = jnp.zeros((B,), jnp.int32), prompt_len_B - 1
-    caches = mtp.init_caches(config, B, slots)
-    state_BTD, tap_BTD, caches = mtp.decode_forward(config, params, prompt_BT, start_B, caches)
-    last_B1D = jnp.take_along_axis(state_BTD, index_B[:, None, None], axis=1)
-    choices_B1 = _choose(config, params, last_B1D)
-    tokens_BS = jnp.pad(prompt_BT, ((0, 0), (0, slots - T)))
-    state = DecodeState(
-        tokens_BS=tokens_BS,
+    P, V = drafter.num_draft, config.model.vocab_size
+    probs_BPV = jnp.zeros((B, P, V)) if plan.rule.reads_drafter else None
+    return DecodeState(
+        tokens_BS=jnp.pad(prompt_BT, ((0, 0), (0, slots - T))),
         total_B=prompt_len_B,
         limit_B=limit_B,
         done_B=jnp.zeros((B,), bool),
         end_ids_E=end_ids_E,
-        drafts_BP=jnp.zeros((B, drafter.num_draft), jnp.int32),
-        caches=caches,
-        drafter_cache=drafter.init(config, drafter.num_draft, B, slots),
-        histogram_BQ=jnp.zeros((B, drafter.num_draft + 1), jnp.int32),
+        failed_B=jnp.zeros((B,), bool),
+        drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV),
+        caches=mtp.init_caches(config, B, slots),
+        drafter_cache=drafter.init(config, P, B, slots),
+        histogram_BQ=jnp.zeros((B, P + 1), jnp.int32),
+        replaced_B=jnp.zeros((B,), jnp.int32),
     )
-    no_drafts_B0 = jnp.zeros((B, 0), jnp.int32)
-    state, _ = _emit(state, choices_B1, no_drafts_B0)
-    return _draft(config, drafter, params, state, tap_BTD, start_B, index_B)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames="state")
-def decode_rounds(
-    config: Config, drafter: Drafter, params: Any, state: DecodeState, max_rounds: jax.Array
+@functools.partial(jax.jit, static_argnames=("plan", "chunk", "live"), donate_argnames="state")
+def prefill_chunk(
+    plan: Plan,
+    chunk: int,
+    live: int,
+    params: Any,
+    controls: Controls,
+    state: DecodeState,
+    prompt_len_B: jax.Array,
+    start: jax.Array,
 ) -> DecodeState:
-    """Runs rounds until every row is done, or `max_rounds` of them."""
+    """Positions start..start+chunk-1 of every row; rows whose prompt ends among them emit their first token."""
+    B = prompt_len_B.shape[0]
+    start_B = jnp.full((B,), start)
+    last_B = prompt_len_B - 1 - start
+    ends_B = (last_B >= 0) & (last_B < chunk)
+    index_B = jnp.clip(last_B, 0, chunk - 1)
+    input_BQ = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, chunk, axis=1)
+    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, live)
+    last_B1D = jnp.take_along_axis(state_BQD, index_B[:, None, None], axis=1)
+    choices = _choose(plan, params, controls, state, last_B1D, Drafts(state.drafts.tokens_BP[:, :0]))
+    waiting = state._replace(caches=caches, done_B=state.done_B | ~ends_B)
+    emitted, _ = _emit(waiting, choices)
+    emitted = emitted._replace(done_B=jnp.where(ends_B, emitted.done_B, state.done_B))
+    drafted = _draft(plan, plan.drafter.num_draft, live, params, controls, emitted, tap_BQD, start_B, index_B)
+    keep = lambda new, old: jnp.where(ends_B.reshape(B, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
+    return drafted._replace(drafts=jax.tree.map(keep, drafted.drafts, state.drafts))
 
-    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+
+@functools.partial(jax.jit, static_argnames=("plan", "width", "live"), donate_argnames="state")
+def decode_rounds(
+    plan: Plan, width: int, live: int, params: Any, controls: Controls, state: DecodeState, max_rounds: jax.Array
+) -> DecodeState:
+    """Runs rounds until every row is done, a row may outgrow `live`, or `max_rounds` of them have run.
+
+    Args:
+      plan: what to run.
+      width: drafts that a round verifies, at most P.
+      live: slots that attention reads; `live_bucket` gives one that fits.
+      params: a `mtp.decode_view`.
+      controls: numbers and noise of the sampler.
+      state: from `prefill` or from here; donated.
+      max_rounds: most rounds.
+    """
+
+    def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         rounds, state = carry
-        return (rounds < max_rounds) & ~jnp.all(state.done_B)
+        longest = jnp.max(jnp.where(state.done_B, 0, state.total_B))
+        return (rounds < max_rounds) & ~jnp.all(state.done_B) & (longest + width < live)
 
     def one_round(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         rounds, state = carry
-        return rounds + 1, decode_round(config, drafter, params, state)
+        return rounds + 1, decode_round(plan, width, live, params, controls, state)
 
-    return jax.lax.while_loop(unfinished, one_round, (jnp.int32(0), state))[1]
+    return jax.lax.while_loop(go_on, one_round, (jnp.int32(0), state))[1]
 
 
-def decode_round(config: Config, drafter: Drafter, params: Any, state: DecodeState) -> DecodeState:
+def decode_round(plan: Plan, width: int, live: int, params: Any, controls: Controls, state: DecodeState) -> DecodeState:
     """One round for every row: verify, accept, draft."""
     start_B = state.total_B - 1
+    drafts = jax.tree.map(lambda leaf: leaf[:, :width], state.drafts)
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
-    input_BQ = jnp.concatenate([pending_B1, state.drafts_BP], axis=1)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(config, params, input_BQ, start_B, state.caches)
-    choices_BQ = _choose(config, params, state_BQD)
-    state, accepted = _emit(state._replace(caches=caches), choices_BQ, state.drafts_BP)
-    counted_BQ = jnp.arange(input_BQ.shape[1])[None, :] == accepted.drafts_B[:, None]
+    input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
+    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, live)
+    state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
+    choices = _choose(plan, params, controls, state, state_BQD, drafts)
+    state, accepted = _emit(state, choices)
+    counted_BQ = jnp.arange(state.histogram_BQ.shape[1])[None, :] == accepted.drafts_B[:, None]
     counted_BQ &= (accepted.count_B > 0)[:, None]
     state = state._replace(histogram_BQ=state.histogram_BQ + counted_BQ)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
-    return _draft(config, drafter, params, state, tap_BQD, start_B, index_B)
+    return _draft(plan, width, live, params, controls, state, tap_BQD, start_B, index_B)
 
 
-def _choose(config: Config, params: Any, state_BQD: jax.Array) -> jax.Array:
-    """The model's next token after each position."""
-    hidden_BQD = lm.final_norm(config.model, params, state_BQD)
-    return greedy(lm.logits(config.model, params, hidden_BQD))
+def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Array:
+    write_row = lambda row_S, new_Q, at: jax.lax.dynamic_update_slice(row_S, new_Q, (at,))  # noqa: E731
+    return jax.vmap(write_row)(tokens_BS, new_BQ, at_B)
 
 
-def _emit(state: DecodeState, choices_BQ: jax.Array, drafts_BP: jax.Array) -> tuple[DecodeState, Any]:
+class _Choices(NamedTuple):
+    """What is chosen after each verified position."""
+
+    tokens_BQ: jax.Array
+    own_BQ: jax.Array
+    """The model's own; differs under a lossy rule only."""
+    usable_BQ: jax.Array
+    drafts_BP: jax.Array
+
+
+def _choose(
+    plan: Plan, params: Any, controls: Controls, state: DecodeState, state_BQD: jax.Array, drafts: Drafts
+) -> _Choices:
+    """The token for positions total..total+Q-1 of every row, from the states before them."""
+    config, sampler, rule = plan.config, plan.sampler, plan.rule
+    position_BQ = state.total_B[:, None] + jnp.arange(state_BQD.shape[1])[None, :]
+    logits_BQV = lm.logits(config.model, params, lm.final_norm(config.model, params, state_BQD))
+    logits_BQV = sampling.process(sampler, controls, logits_BQV, state.tokens_BS, position_BQ)
+    usable_BQ = sampling.usable(logits_BQV)
+    if rule.name == "rejection":
+        V = config.model.vocab_size
+        probs_BPV = jax.nn.one_hot(drafts.tokens_BP, V) if drafts.probs_BPV is None else drafts.probs_BPV
+        target_BQV = sampling.probabilities(sampler, controls, logits_BQV)
+        noise_BQ2 = sampling.uniforms(controls, V, position_BQ)
+        tokens_BQ = verify.rejection(target_BQV, drafts.tokens_BP, probs_BPV, noise_BQ2)
+        return _Choices(tokens_BQ, tokens_BQ, usable_BQ, drafts.tokens_BP)
+    own_BQ = tokens_BQ = sampling.choose(sampler, controls, logits_BQV, position_BQ)
+    if rule.name == "typical":
+        sampled = sampler.sampled
+        target_BQV = sampling.probabilities(sampler, controls, logits_BQV) if sampled else jax.nn.softmax(logits_BQV)
+        tokens_BQ = verify.typical(rule, own_BQ, target_BQV, drafts.tokens_BP)
+    if rule.name == "confidence" and drafts.probs_BPV is not None:
+        tokens_BQ = verify.confidence(rule, own_BQ, drafts.tokens_BP, drafts.probs_BPV)
+    return _Choices(tokens_BQ, own_BQ, usable_BQ, drafts.tokens_BP)
+
+
+def _emit(state: DecodeState, choices: _Choices) -> tuple[DecodeState, verify.Accepted]:
     """Accepts, and appends to every row; what is appended beyond the emitted tokens is covered by the next round."""
-    accepted = accept(choices_BQ, drafts_BP, state.limit_B - state.total_B, state.done_B, state.end_ids_E)
-    write = jax.vmap(lambda row_S, new_Q, at: jax.lax.dynamic_update_slice(row_S, new_Q, (at,)))
-    tokens_BS = write(state.tokens_BS, choices_BQ, state.total_B)
-    total_B = state.total_B + accepted.count_B
-    return state._replace(tokens_BS=tokens_BS, total_B=total_B, done_B=accepted.done_B), accepted
+    room_B = state.limit_B - state.total_B
+    accepted = verify.accept(choices.tokens_BQ, choices.drafts_BP, room_B, state.done_B, state.end_ids_E)
+    emitted_BQ = jnp.arange(choices.tokens_BQ.shape[1])[None, :] < accepted.count_B[:, None]
+    failed_B = jnp.any(emitted_BQ & ~choices.usable_BQ, axis=1)
+    replaced_B = jnp.sum(emitted_BQ & (choices.tokens_BQ != choices.own_BQ), axis=1)
+    state = state._replace(
+        tokens_BS=_write(state.tokens_BS, choices.tokens_BQ, state.total_B),
+        total_B=state.total_B + accepted.count_B,
+        done_B=accepted.done_B | failed_B,
+        failed_B=state.failed_B | failed_B,
+        replaced_B=state.replaced_B + replaced_B,
+    )
+    return state, accepted
 
 
 def _draft(
-    config: Config,
-    drafter: Drafter,
+    plan: Plan,
+    count: int,
+    live: int,
     params: Any,
+    controls: Controls,
     state: DecodeState,
     tap_BQD: jax.Array,
     start_B: jax.Array,
     index_B: jax.Array,
 ) -> DecodeState:
-    context = DraftContext(tap_BQD, start_B, index_B, state.tokens_BS, state.total_B)
-    drafts_BP, cache = drafter.draft(config, params, state.drafter_cache, context)
-    return state._replace(drafts_BP=drafts_BP, drafter_cache=cache)
+    """Asks the drafter for the next round's drafts."""
+
+    def propose(logits_BPV: jax.Array) -> Drafts:
+        position_BP = state.total_B[:, None] + jnp.arange(logits_BPV.shape[1])[None, :]
+        # The caller's function may read tokens that are not there yet; penalty and bias need only those that are.
+        sampler = dataclasses.replace(plan.sampler, logits_fn=None)
+        known_BP = jnp.broadcast_to(state.total_B[:, None], position_BP.shape)
+        logits_BPV = sampling.process(sampler, controls, logits_BPV, state.tokens_BS, known_BP)
+        tokens_BP = sampling.choose(sampler, controls, logits_BPV, position_BP)
+        if not plan.rule.reads_drafter:
+            return Drafts(tokens_BP)
+        if plan.rule.name == "confidence" and not sampler.sampled:
+            return Drafts(tokens_BP, jax.nn.softmax(logits_BPV))
+        return Drafts(tokens_BP, sampling.probabilities(sampler, controls, logits_BPV))
+
+    tokens_BS = state.tokens_BS[:, :live]
+    context = DraftContext(tap_BQD, start_B, index_B, tokens_BS, state.total_B, count, live, propose)
+    drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
+    if plan.rule.reads_drafter and drafts.probs_BPV is None:
+        drafts = drafts._replace(probs_BPV=jax.nn.one_hot(drafts.tokens_BP, plan.config.model.vocab_size))
+    elif not plan.rule.reads_drafter:
+        drafts = drafts._replace(probs_BPV=None)
+    fit = lambda new, old: jnp.pad(new, [(0, 0), (0, old.shape[1] - new.shape[1]), *[(0, 0)] * (new.ndim - 2)])  # noqa: E731
+    return state._replace(drafts=jax.tree.map(fit, drafts, state.drafts), drafter_cache=cache)

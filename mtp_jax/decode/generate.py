@@ -2,22 +2,30 @@
 
 import bisect
 import dataclasses
-import itertools
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import Config
+from mtp_jax.decode import engine
+from mtp_jax.decode.adaptive import BLOCK, WidthChooser
 from mtp_jax.decode.drafters import Drafter, make_drafter
-from mtp_jax.decode.engine import DecodeState, decode_rounds, prefill, slots_needed
+from mtp_jax.decode.engine import DecodeState, Plan
+from mtp_jax.decode.memory import check_cache_fits
+from mtp_jax.decode.options import Options
+from mtp_jax.decode.sampling import LogitsFn
+from mtp_jax.decode.stats import DecodeStats
+from mtp_jax.decode.stopping import StopStrings
+from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 
 Prompt = str | Sequence[int]
+NumDraft = int | Literal["auto"] | None
 UNLIMITED = np.iinfo(np.int32).max
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes the first bytes of a character to."""
@@ -29,94 +37,6 @@ class Model(Protocol):
     config: Config
     tokenizer: Any
     decode_params: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeStats:
-    """Counts of a generation; every rate is derived from them.
-
-    A round verifies up to P drafts and emits between 1 and P+1 tokens. With h_a the number of rounds (of any row) that
-    accepted a drafts, and R = sum of h_a:
-
-        tokens_per_round      tokens emitted in rounds / R          (bonus included; the token of the prefill is not)
-        accept_at[k]          share of rounds with a >= k+1         (unconditional, non-increasing)
-        accept_at_given_prev  accept_at[k] / accept_at[k-1]
-        draft_accept_rate     sum of a h_a / (P R)
-    """
-
-    histogram: tuple[int, ...]
-    """h_0..h_P, over all rows."""
-    batch_rounds: int
-    """Forward passes after the prefill; a batch takes as many as its slowest row."""
-    emitted: int
-    """Tokens returned."""
-    emitted_in_rounds: int
-    """Those of them that rounds emitted; every prompt's first token comes from its prefill."""
-    prefill_seconds: float
-    decode_seconds: float
-
-    @property
-    def rounds(self) -> int:
-        """Rounds summed over rows."""
-        return sum(self.histogram)
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Mean tokens that a row emits in a round; nan without rounds."""
-        return self.emitted_in_rounds / self.rounds if self.rounds else float("nan")
-
-    @property
-    def accept_at(self) -> list[float]:
-        """Share of rounds that accept at least 1..P drafts; nan without rounds."""
-        tail = np.cumsum(self.histogram[::-1])[::-1][1:]
-        return [int(count) / self.rounds if self.rounds else float("nan") for count in tail]
-
-    @property
-    def accept_at_given_prev(self) -> list[float]:
-        """Share of rounds that accept draft k among those that accepted all before it; nan where there are none."""
-        rates = [1.0, *self.accept_at]
-        return [now / before if before else float("nan") for before, now in itertools.pairwise(rates)]
-
-    @property
-    def draft_accept_rate(self) -> float:
-        """Share of drafted tokens that were accepted; nan where nothing was drafted."""
-        drafted = self.rounds * (len(self.histogram) - 1)
-        return sum(a * count for a, count in enumerate(self.histogram)) / drafted if drafted else float("nan")
-
-    @property
-    def seconds(self) -> float:
-        """Prefill and decoding."""
-        return self.prefill_seconds + self.decode_seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens of all rows per second of decoding, prefill apart; nan without rounds."""
-        return self.emitted_in_rounds / self.decode_seconds if self.rounds else float("nan")
-
-    def as_json(self) -> dict[str, Any]:
-        """The stable keys of `mtp generate --json`, and the raw counts; what is undefined is None."""
-        values = {
-            "rounds": self.rounds,
-            "emitted": self.emitted,
-            "tokens_per_round": self.tokens_per_round,
-            "accept_at": self.accept_at,
-            "accept_at_given_prev": self.accept_at_given_prev,
-            "draft_accept_rate": self.draft_accept_rate,
-            "histogram": list(self.histogram),
-            "seconds": self.seconds,
-            "prefill_seconds": self.prefill_seconds,
-            "tokens_per_second": self.tokens_per_second,
-        }
-        return none_for_nan(values)
-
-
-def none_for_nan(value: Any) -> Any:
-    """A tree for strict JSON: None where a number is undefined."""
-    if isinstance(value, dict):
-        return {name: none_for_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [none_for_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,25 +58,51 @@ def generate(
     *,
     max_new_tokens: int,
     draft: str | Drafter = "heads",
-    num_draft: int | None = None,
+    num_draft: NumDraft = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | Sequence[int] = 0,
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
+    logits_fn: LogitsFn | None = None,
+    accept: str | Rule = "exact",
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
 ) -> Generation:
-    """Greedy generation, drafted and verified; the tokens are those of plain decoding, whoever drafts.
+    """Generates, drafted and verified; the tokens are those of plain decoding, whoever drafts.
+
+    That holds for sampling as well: the token at a position is drawn with noise that depends on the row's seed and the
+    position alone. A row gets the same tokens with any drafter, alone or in a batch, in one call or in several that
+    each go on from the tokens of the one before.
 
     Args:
       lm: a loaded model.
       prompts: strings, or lists of token ids (no token is added to those).
       max_new_tokens: most new tokens per prompt; fewer where the model's max_seq_len ends.
-      draft: `heads`, `none`, or a `Drafter` of your own.
-      num_draft: P, drafts per round; None drafts with every head.
+      draft: `heads`, `lookup`, `heads+lookup`, `none`, or a `Drafter` of your own.
+      num_draft: P, drafts per round; None drafts with every head; `auto` measures what pays, down to none at all.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: only the k most likely tokens.
+      top_p: only the smallest set of most likely tokens that holds this probability.
+      min_p: only tokens at least this fraction as likely as the most likely one.
+      seed: one number, from which every row derives its own, or one per prompt.
+      repetition_penalty: divides positive and multiplies negative logits of tokens that prompt or output hold.
+      logit_bias: numbers that are added to the logits of tokens; -inf forbids one.
+      logits_fn: `(logits_V, tokens_S, length) -> logits_V`, a jax function of the logits behind the first `length`
+        tokens of a row. Pass the same function object in every call: a new one is compiled anew.
+      accept: `exact`, or `rejection`, the same in law only; `typical` and `confidence` are lossy: they take drafts that
+        the model would not have chosen. A `verify.Rule` sets their thresholds.
       stop: strings that end a row; the text is cut before the first of them.
       ignore_eos: go on after an end token, for measurements.
 
     Raises:
-      UserError: no prompts, an empty prompt, ids outside the vocabulary, or a prompt longer than the model's limit.
+      UserError: no prompts, an empty prompt, ids outside the vocabulary, a prompt longer than the model's limit, a
+        setting out of range, a cache that does not fit into memory, or logits from which no token can be chosen.
     """
-    request = _Request(lm, prompts, max_new_tokens, draft, num_draft, stop, ignore_eos)
+    options = Options(temperature, top_k, top_p, min_p, seed, repetition_penalty, logit_bias, logits_fn, accept)
+    request = _Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos)
     while not request.done:
         request.advance(1 if stop else UNLIMITED)
     return request.result()
@@ -168,17 +114,19 @@ def stream(
     *,
     max_new_tokens: int,
     draft: str | Drafter = "heads",
-    num_draft: int | None = None,
+    num_draft: NumDraft = None,
     stop: Sequence[str] = (),
+    **sampling: Any,
 ) -> Iterator[tuple[int, str] | Generation]:
     """Like `generate`, yielding `(prompt index, text)` as text is decided and the `Generation` as the last item.
 
-    A piece never ends inside a character, nor inside what may become a stop string. Raises like `generate`, at the
-    call; the prompts are processed by then.
+    A piece never ends inside a character, nor inside what may become a stop string. `sampling` is `temperature` and the
+    rest up to `accept`, as in `generate`. Raises like `generate`, at the call; the prompts are processed by then.
     """
     if lm.tokenizer is None:
         raise UserError("streaming needs a tokenizer, and this model was trained on token ids; use generate")
-    return _pieces(_Request(lm, prompts, max_new_tokens, draft, num_draft, stop, ignore_eos=False))
+    options = Options(**sampling)
+    return _pieces(_Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos=False))
 
 
 def _pieces(request: "_Request") -> Iterator[tuple[int, str] | Generation]:
@@ -194,6 +142,10 @@ def _pieces(request: "_Request") -> Iterator[tuple[int, str] | Generation]:
     yield request.result()
 
 
+_COSTS: dict[tuple[Any, ...], dict[int, float]] = {}
+"""Seconds per round by width, of every shape that `num_draft="auto"` has measured in this process."""
+
+
 class _Request:
     """A batch of prompts on its way through the engine."""
 
@@ -203,11 +155,12 @@ class _Request:
         prompts: Sequence[Prompt],
         max_new_tokens: int,
         draft: str | Drafter,
-        num_draft: int | None,
+        num_draft: NumDraft,
+        options: Options,
         stop: Sequence[str],
         ignore_eos: bool,
     ) -> None:
-        self.lm, self.stop = lm, _stop_strings(stop)
+        self.lm, self.stop = lm, StopStrings(stop)
         drafter = _drafter(lm, draft, num_draft)
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens!r}; it must be a whole number, at least 1")
@@ -218,41 +171,86 @@ class _Request:
         ids = [_prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
         if not ids:
             raise UserError("no prompt was given")
+        self.plan = Plan(lm.config, drafter, options.sampler(), options.rule())
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.config.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
         self.cut_B: list[int | None] = [None] * len(ids)
         end_ids = [lm.tokenizer.eos_id] if lm.tokenizer is not None and not ignore_eos else []
-        bucket = _bucket(int(self.prompt_len_B.max()))
-        prompt_BT = np.zeros((len(ids), bucket), np.int32)
+        padded = _padded(int(self.prompt_len_B.max()))
+        prompt_BT = np.zeros((len(ids), padded), np.int32)
         for row, tokens in zip(prompt_BT, ids, strict=True):
             row[: len(tokens)] = tokens
-        slots = slots_needed(bucket + _bucket(int((self.limit_B - self.prompt_len_B).max())), drafter.num_draft)
+        new = _bucket(int((self.limit_B - self.prompt_len_B).max()))
+        self.slots = engine.slots_needed(_bucket(padded) + new, drafter.num_draft)
+        check_cache_fits(self.plan, len(ids), self.slots)
+        self.controls = options.controls(len(ids), lm.config.model.vocab_size)
         self.total_B = self.prompt_len_B
         self.histogram_BQ = np.zeros((len(ids), drafter.num_draft + 1), np.int32)
         self.surplus_BQ = np.zeros_like(self.histogram_BQ)
+        self.drafted, self.searched_B = 0, [0] * len(ids)
+        self.chooser, self.compiled = None, set()
+        if num_draft == "auto" and drafter.num_draft:
+            self.chooser = WidthChooser(drafter.num_draft, {})
         arrays = (prompt_BT, self.prompt_len_B, self.limit_B, np.array(end_ids, np.int32))
         lm.decode_params  # noqa: B018  (made at first use; its time is not the prompt's)
         started = time.perf_counter()
-        state = prefill(lm.config, drafter, slots, lm.decode_params, *(jnp.asarray(array) for array in arrays))
-        self._take(state)
+        arrays = map(jnp.asarray, arrays)
+        self._take(engine.prefill(self.plan, self.slots, lm.decode_params, self.controls, *arrays))
         self.prefill_seconds, self.decode_seconds = time.perf_counter() - started, 0.0
-        self.drafter = drafter
 
     def advance(self, max_rounds: int) -> None:
-        """Runs at most `max_rounds` rounds."""
+        """Runs at most `max_rounds` rounds, and at least one."""
         started = time.perf_counter()
-        state = decode_rounds(self.lm.config, self.drafter, self.lm.decode_params, self.state, jnp.int32(max_rounds))
-        self._take(state)
+        if self.chooser is None:
+            self._run(self.plan.drafter.num_draft, max_rounds)
+        else:
+            self._run_block(min(max_rounds, BLOCK))
         self.decode_seconds += time.perf_counter() - started
+
+    def _run(self, width: int, max_rounds: int) -> int:
+        """Rounds of one width, up to the end of the live bucket; returns how many the batch took."""
+        live, before_BQ = self._live(width), self.histogram_BQ
+        self._take(self._rounds(width, live, max_rounds))
+        rounds_B = (self.histogram_BQ - before_BQ).sum(axis=1)
+        self.drafted += width * int(rounds_B.sum())
+        return int(rounds_B.max())
+
+    def _run_block(self, max_rounds: int) -> None:
+        """One block of the width that promises most, timed for the next choice."""
+        shape = (self.plan, len(self.total_B), self.slots, self._live(self.plan.drafter.num_draft))
+        self.chooser.costs = _COSTS.setdefault(shape, {})
+        width, before_BQ = self.chooser.choose(), self.histogram_BQ
+        program = (width, self._live(width))
+        if program not in self.compiled:
+            # No round is run, but what is timed below is compiled.
+            self.compiled.add(program)
+            self.state = self._rounds(*program, 0)
+        started = time.perf_counter()
+        rounds = self._run(width, max_rounds)
+        counted_Q = (self.histogram_BQ - before_BQ).sum(axis=0)
+        self.chooser.record(width, counted_Q, time.perf_counter() - started, rounds)
+
+    def _live(self, width: int) -> int:
+        return engine.live_bucket(int(self.total_B[~self.done_B].max()), width, self.slots)
+
+    def _rounds(self, width: int, live: int, max_rounds: int) -> DecodeState:
+        params, limit = self.lm.decode_params, jnp.int32(max_rounds)
+        return engine.decode_rounds(self.plan, width, live, params, self.controls, self.state, limit)
 
     def _take(self, state: DecodeState) -> None:
         """Keeps the state, reads what the host needs of it, and ends rows whose text holds a stop string."""
         self.state = state
         had_B, counted_BQ = self.total_B - self.prompt_len_B, self.histogram_BQ
-        self.tokens_BS, self.total_B, self.done_B, self.histogram_BQ = jax.device_get(
-            (state.tokens_BS, state.total_B, state.done_B, state.histogram_BQ)
+        self.tokens_BS, self.total_B, self.done_B, failed_B, self.histogram_BQ = jax.device_get(
+            (state.tokens_BS, state.total_B, state.done_B, state.failed_B, state.histogram_BQ)
         )
+        if failed_B.any():
+            row = int(failed_B.argmax())
+            raise UserError(
+                f"prompt {row}: no token can be chosen within {self.total_B[row]} tokens, because the logits hold NaN "
+                "or forbid every token; look at the checkpoint's parameters, logit_bias and logits_fn"
+            )
         if self.stop:
             for row in range(len(self.cut_B)):
                 if self.cut_B[row] is None and self._find_stop(row):
@@ -265,9 +263,12 @@ class _Request:
     def _find_stop(self, row: int) -> bool:
         """Whether a stop string stands in the row's text; the row is cut at the token that completes the first one."""
         new = self._new_tokens(row)
-        holds = lambda count: any(stop in self.lm.tokenizer.decode(new[:count]) for stop in self.stop)  # noqa: E731
-        if holds(len(new)):
+        text = self.lm.tokenizer.decode(new)
+        if self.stop.find(text, self.searched_B[row]) >= 0:
+            holds = lambda count: self.stop.find(self.lm.tokenizer.decode(new[:count])) >= 0  # noqa: E731
             self.cut_B[row] = bisect.bisect_left(range(len(new)), True, key=holds)
+        # The last character may be incomplete, and a stop string may have begun.
+        self.searched_B[row] = len(text.rstrip(INCOMPLETE)) - self.stop.longest
         return self.cut_B[row] is not None
 
     def _leave_out(self, row: int, had: int, newest_Q: np.ndarray) -> None:
@@ -284,8 +285,8 @@ class _Request:
 
     def _text(self, row: int) -> str:
         text = self.lm.tokenizer.decode(self._new_tokens(row))
-        found = [text.index(stop) for stop in self.stop if stop in text]
-        return text[: min(found)] if found else text
+        found = self.stop.find(text) if self.cut_B[row] is not None else -1
+        return text if found < 0 else text[:found]
 
     def settled_text(self) -> list[str]:
         """The text of every row that later tokens cannot change."""
@@ -296,9 +297,7 @@ class _Request:
         if self.done_B[row]:
             return text
         text = text.rstrip(INCOMPLETE)
-        starts = (stop[:length] for stop in self.stop for length in range(len(stop), 0, -1))
-        held = max((len(start) for start in starts if text.endswith(start)), default=0)
-        return text[: len(text) - held]
+        return text[: len(text) - self.stop.held(text)]
 
     def _finish_reason(self, row: int) -> str:
         if self.cut_B[row] is not None:
@@ -321,20 +320,18 @@ class _Request:
             emitted_in_rounds=emitted - len(tokens),
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
+            drafted=self.drafted,
+            replaced=int(self.state.replaced_B.sum()),
         )
         text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
         return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats)
 
 
-def _stop_strings(stop: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
-        raise UserError(f"stop={stop!r}; it must be a list of strings, none of them empty")
-    return tuple(stop)
-
-
-def _drafter(lm: Model, draft: str | Drafter, num_draft: int | None) -> Drafter:
-    if num_draft is not None and not isinstance(num_draft, int):
-        raise UserError(f"num_draft={num_draft!r}; it must be a whole number")
+def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft) -> Drafter:
+    if num_draft == "auto":
+        num_draft = None
+    if num_draft is not None and (not isinstance(num_draft, int) or isinstance(num_draft, bool)):
+        raise UserError(f"num_draft={num_draft!r}; it must be a whole number, or 'auto'")
     if not isinstance(draft, Drafter):
         return make_drafter(draft, lm.config, num_draft)
     if num_draft not in (None, draft.num_draft):
@@ -375,3 +372,8 @@ def _prompt_ids(lm: Model, prompt: Prompt, row: int) -> list[int]:
 def _bucket(length: int) -> int:
     """The power of two that a length is padded to, so that few programs serve all lengths."""
     return max(16, 1 << (length - 1).bit_length())
+
+
+def _padded(length: int) -> int:
+    """What prompts are padded to: a bucket, or whole chunks."""
+    return _bucket(length) if length <= engine.CHUNK else -(-length // engine.CHUNK) * engine.CHUNK

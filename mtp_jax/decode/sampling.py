@@ -1,7 +1,80 @@
-"""From logits to a token."""
+"""From logits to a token: greedy, or drawn with noise that belongs to the position.
+
+Every token of a row has its own noise at every absolute position, a function of (row key, position, token) alone. The
+token drawn is arg-max(filtered logits + Gumbel noise), so it depends on the logits and the position, not on who
+drafted, in what batch, or in which call: verification draws the model's token and compares it with the draft.
+
+Noise for a whole vocabulary would cost more than the rest of a step. Only the `CANDIDATES` largest logits get noise of
+their own; the tail behind them is one more contestant: its log-sum-exp plus one Gumbel is, in law, the best of its
+members (the maximum of Gumbels is a Gumbel, independent of which one won). When the tail wins, and only then, one of
+its members is drawn. Exact for every size of the tail.
+
+The filters keep tokens whose logit reaches a threshold, after penalty, bias and temperature, in this order:
+
+    top-k    the k-th largest logit
+    top-p    the smallest set, most likely first, that holds at least p of what top-k left (Holtzman et al. 2020)
+    min-p    the largest logit plus log(min_p) (Nguyen et al. 2024)
+
+Tokens exactly as likely as the last one kept are kept as well, so that the order of ties never matters.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+CANDIDATES = 64
+"""Largest logits that get noise of their own."""
+
+LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""`(logits_V, tokens_S, length) -> logits_V`: the logits behind the first `length` tokens of a row, to be changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What is compiled into a program; the numbers are in `Controls`, so that changing them compiles nothing."""
+
+    sampled: bool = False
+    """Draw by noise; else take the largest logit."""
+    penalised: bool = False
+    biased: bool = False
+    logits_fn: LogitsFn | None = None
+    candidates: int = CANDIDATES
+
+
+GREEDY = Sampler()
+
+
+class Controls(NamedTuple):
+    """Settings and noise of a batch, as arrays."""
+
+    key_B: jax.Array
+    """Every row's PRNG key."""
+    temperature: jax.Array
+    top_k: jax.Array
+    """The vocabulary's size switches it off."""
+    top_p: jax.Array
+    """1 switches it off."""
+    min_p: jax.Array
+    """0 switches it off."""
+    penalty: jax.Array
+    """1 switches it off."""
+    bias_V: jax.Array
+    """Added to the logits; of size 0 where the sampler has no bias."""
+
+
+def row_keys(seed: int | list[int], rows: int) -> jax.Array:
+    """One key per row: from a seed of its own, or from one seed for all; with one row the two are the same."""
+    if isinstance(seed, int):
+        return jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(rows))
+    return jnp.stack([jax.random.fold_in(_key(one), 0) for one in seed])
+
+
+def _key(seed: int) -> jax.Array:
+    # By name: results do not change with the process's default generator. Python's integers may be wider than jax's.
+    return jax.random.fold_in(jax.random.key(seed & 0xFFFFFFFF, impl="threefry2x32"), seed >> 32)
 
 
 def greedy(logits: jax.Array) -> jax.Array:
@@ -12,9 +85,187 @@ def greedy(logits: jax.Array) -> jax.Array:
     """
 
     def top1(logits: jax.Array) -> jax.Array:
-        return jax.lax.top_k(logits, 1)[1][..., 0].astype(jnp.int32)
+        return _top_k(logits, 1)[1][..., 0].astype(jnp.int32)
 
     def argmax(logits: jax.Array) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return jax.lax.platform_dependent(logits, cpu=top1, default=argmax)
+
+
+def _top_k(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k`, flat: XLA's CPU backend sorts the whole vocabulary where there are more than two axes."""
+    values, ids = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), count)
+    shape = (*logits.shape[:-1], count)
+    return values.reshape(shape), ids.reshape(shape)
+
+
+def usable(logits: jax.Array) -> jax.Array:
+    """Whether a token can be chosen: no NaN, and a largest logit that is finite; [..., V] to bool [...]."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def choose(sampler: Sampler, controls: Controls, logits_BQV: jax.Array, position_BQ: jax.Array) -> jax.Array:
+    """The token of every position, from logits that `process` has been over.
+
+    Args:
+      sampler: what to do.
+      controls: its numbers.
+      logits_BQV: float32 logits.
+      position_BQ: absolute position of the token that is chosen.
+
+    Returns:
+      Tokens [B, Q].
+    """
+    if not sampler.sampled:
+        return greedy(logits_BQV)
+    key_BQ = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(controls.key_B, position_BQ)
+    return draw(sampler, controls, logits_BQV, key_BQ)
+
+
+def process(
+    sampler: Sampler, controls: Controls, logits_BQV: jax.Array, tokens_BS: jax.Array, length_BQ: jax.Array
+) -> jax.Array:
+    """Repetition penalty, bias and the caller's function, in this order.
+
+    Args:
+      sampler: what to do.
+      controls: its numbers.
+      logits_BQV: the model's logits.
+      tokens_BS: the rows; what stands behind a position's length does not count.
+      length_BQ: tokens before each position.
+    """
+    if sampler.penalised:
+        logits_BQV = penalise(logits_BQV, tokens_BS, length_BQ, controls.penalty)
+    if sampler.biased:
+        logits_BQV += controls.bias_V[None, None, :]
+    if sampler.logits_fn is not None:
+        per_row = jax.vmap(sampler.logits_fn, (0, None, 0))
+        logits_BQV = jax.vmap(per_row)(logits_BQV, tokens_BS, length_BQ).astype(jnp.float32)
+    return logits_BQV
+
+
+def penalise(logits_BQV: jax.Array, tokens_BS: jax.Array, length_BQ: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Divides positive and multiplies negative logits of tokens that the row already holds (Keskar et al. 2019)."""
+    (B, _, V), S = logits_BQV.shape, tokens_BS.shape[1]
+    # Where each token stands first: it is a repetition from then on.
+    first_BV = jnp.full((B, V), S, jnp.int32).at[jnp.arange(B)[:, None], tokens_BS].min(jnp.arange(S)[None, :])
+    seen_BQV = first_BV[:, None, :] < length_BQ[:, :, None]
+    return jnp.where(seen_BQV, jnp.where(logits_BQV > 0, logits_BQV / penalty, logits_BQV * penalty), logits_BQV)
+
+
+def threshold(controls: Controls, z: jax.Array, top_z: jax.Array) -> jax.Array:
+    """The least logit that the filters keep.
+
+    Args:
+      controls: the filters' numbers.
+      z: logits over temperature, [..., V].
+      top_z: its largest values, descending, [..., C].
+
+    Returns:
+      [..., 1].
+    """
+    V, C = z.shape[-1], top_z.shape[-1]
+    fast = _threshold_of_sorted(controls, top_z, z)
+    if V == C:
+        return fast
+    reached = jnp.sum(jnp.exp(top_z - _kept_mass(controls, top_z, z)), axis=-1) >= controls.top_p
+    enough = (controls.top_k <= C) | (controls.top_k >= V) & ((controls.top_p >= 1) | jnp.all(reached))
+
+    def slow() -> jax.Array:
+        return _threshold_of_sorted(controls, -jnp.sort(-z, axis=-1), z)
+
+    return jax.lax.cond(enough, lambda: fast, slow)
+
+
+def _kept_mass(controls: Controls, sorted_z: jax.Array, z: jax.Array) -> jax.Array:
+    """Log of the mass that top-k leaves, [..., 1]; right where k reaches into `sorted_z` or over all of z."""
+    rank = jnp.arange(sorted_z.shape[-1]).reshape((1,) * (sorted_z.ndim - 1) + (-1,))
+    within = jax.nn.logsumexp(jnp.where(rank < controls.top_k, sorted_z, -jnp.inf), axis=-1, keepdims=True)
+    if sorted_z.shape == z.shape:
+        return within
+    return jnp.where(controls.top_k <= sorted_z.shape[-1], within, jax.nn.logsumexp(z, axis=-1, keepdims=True))
+
+
+def _threshold_of_sorted(controls: Controls, sorted_z: jax.Array, z: jax.Array) -> jax.Array:
+    C = sorted_z.shape[-1]
+    rank = jnp.arange(C).reshape((1,) * (sorted_z.ndim - 1) + (-1,))
+    kth = jax.lax.dynamic_slice_in_dim(sorted_z, jnp.clip(controls.top_k - 1, 0, C - 1), 1, axis=-1)
+    by_top_k = jnp.where(controls.top_k < z.shape[-1], kth, -jnp.inf)
+    probs = jnp.where(rank < controls.top_k, jnp.exp(sorted_z - _kept_mass(controls, sorted_z, z)), 0.0)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    kept = (before < controls.top_p) & (probs > 0) | (rank == 0)
+    least = jnp.min(jnp.where(kept, sorted_z, jnp.inf), axis=-1, keepdims=True)
+    by_top_p = jnp.where(controls.top_p < 1, least, -jnp.inf)
+    by_min_p = sorted_z[..., :1] + jnp.log(controls.min_p)
+    return jnp.maximum(jnp.maximum(by_top_k, by_top_p), by_min_p)
+
+
+def draw(sampler: Sampler, controls: Controls, logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """One token per distribution.
+
+    Args:
+      sampler: what to do.
+      controls: temperature and filters.
+      logits: [..., V].
+      keys: one key per distribution, [...].
+
+    Returns:
+      int32 [...].
+    """
+    V = logits.shape[-1]
+    z, top_z, top_id = _scaled(sampler, controls, logits)
+    least = threshold(controls, z, top_z)
+    score = jnp.where(top_z >= least, top_z + _noise(keys, top_id), -jnp.inf)
+    best = jnp.argmax(score, axis=-1, keepdims=True)
+    token = jnp.take_along_axis(top_id, best, axis=-1)[..., 0]
+    if top_id.shape[-1] == V:
+        return token.astype(jnp.int32)
+    # Of equal logits the lowest ids are candidates, so that the last of them tells the others apart.
+    bar = top_z[..., -1:]
+    last_tied = jnp.max(jnp.where(top_z == bar, top_id, -1), axis=-1, keepdims=True)
+    ids = jnp.arange(V).reshape((1,) * (z.ndim - 1) + (V,))
+    in_tail = ((z < bar) | (z == bar) & (ids > last_tied)) & (z >= least)
+    tail_z = jnp.where(in_tail, z, -jnp.inf)
+    tail_score = jax.nn.logsumexp(tail_z, axis=-1, keepdims=True) + _noise(keys, jnp.full_like(top_id[..., :1], V))
+    tail_wins = (tail_score > jnp.take_along_axis(score, best, axis=-1))[..., 0]
+
+    def from_tail() -> jax.Array:
+        gumbel = jnp.vectorize(lambda key: jax.random.gumbel(jax.random.fold_in(key, V + 1), (V,)), signature="()->(v)")
+        return jnp.argmax(tail_z + gumbel(keys), axis=-1)
+
+    drawn = jax.lax.cond(jnp.any(tail_wins), from_tail, lambda: token)
+    return jnp.where(tail_wins, drawn, token).astype(jnp.int32)
+
+
+def probabilities(sampler: Sampler, controls: Controls, logits: jax.Array) -> jax.Array:
+    """What `draw` draws from, [..., V] to [..., V]; all on one token where decoding is greedy."""
+    V = logits.shape[-1]
+    if not sampler.sampled:
+        return jax.nn.one_hot(greedy(logits), V)
+    z, top_z, _ = _scaled(sampler, controls, logits)
+    least = threshold(controls, z, top_z)
+    return jax.nn.softmax(jnp.where(z >= least, z, -jnp.inf), axis=-1)
+
+
+def uniforms(controls: Controls, vocab_size: int, position_BQ: jax.Array) -> jax.Array:
+    """Two uniforms per position, [B, Q, 2], independent of the noise that `choose` draws with."""
+
+    def at(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, position), vocab_size + 2), (2,))
+
+    return jax.vmap(jax.vmap(at, (None, 0)))(controls.key_B, position_BQ)
+
+
+def _scaled(sampler: Sampler, controls: Controls, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits over temperature, the largest of them, and their ids."""
+    top, top_id = _top_k(logits, min(sampler.candidates, logits.shape[-1]))
+    # From the largest one down: a small temperature must not overflow.
+    scale = lambda values: (values - top[..., :1]) / controls.temperature  # noqa: E731
+    return scale(logits), scale(top), top_id
+
+
+def _noise(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """Gumbel noise of tokens, [..., C], from keys [...]."""
+    one = lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token))  # noqa: E731
+    return jnp.vectorize(jax.vmap(one, (None, 0)), signature="(),(c)->(c)")(keys, ids)

@@ -1,20 +1,107 @@
 """The accept rule: how many tokens of a round are emitted.
 
-Verification runs over the pending token and P drafts, and names the model's own choice after each. A draft is accepted
-while it equals that choice; the first choice that differs, or the one after the last draft (the bonus), is emitted too:
+Verification runs over the pending token and P drafts, and names a choice after each. A draft is accepted while it
+equals that choice; the first choice that differs, or the one after the last draft (the bonus), is emitted too:
 
     input     pending  d1   d2   d3         P = 3
     choice    c1       c2   c3   c4
     d1 = c1, d2 = c2, d3 != c3   ->  accepted 2, emitted c1 c2 c3; c3 is the next pending token
     all equal                    ->  accepted 3, emitted c1 c2 c3 c4
 
-The output is what the model alone would have produced, whatever the drafts.
+Where the choice is the model's own, the output is what the model alone would have produced, whatever the drafts. The
+other rules differ in the choice alone, given the model's distribution p and the drafter's q after the same tokens:
+
+    exact       the model's token, greedy or drawn with the position's noise; the tokens of plain decoding
+    rejection   the draft d with probability min(1, p(d)/q(d)), else a draw from max(p - q, 0), rescaled (Leviathan et
+                al. 2023, Chen et al. 2023); plain decoding in law, with tokens that depend on the drafter
+    typical     the draft d where p(d) > min(epsilon, delta exp(-H(p))) (Medusa, Cai et al. 2024, section 2.3.1), else
+                the model's token. Lossy
+    confidence  the draft d where q(d) > tau (ConfAdapt), else the model's token. Lossy
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which choice is made; static."""
+
+    name: Literal["exact", "rejection", "typical", "confidence"] = "exact"
+    epsilon: float = 0.09
+    """Of `typical`: a draft at least as likely as this is accepted. 0.09 and 0.3 are the defaults of Medusa's code."""
+    delta: float = 0.3
+    """Of `typical`: the share of exp(-entropy) that is likely enough where no token is likely."""
+    tau: float = 0.9
+    """Of `confidence`: the drafter's own probability of its draft."""
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the output may differ from plain decoding, in law as well."""
+        return self.name in ("typical", "confidence")
+
+    @property
+    def reads_drafter(self) -> bool:
+        """Whether the drafter's probabilities are needed."""
+        return self.name in ("rejection", "confidence")
+
+
+EXACT = Rule()
+
+
+def rejection(
+    target_probs_BQV: jax.Array, drafts_BP: jax.Array, draft_probs_BPV: jax.Array, uniforms_BQ2: jax.Array
+) -> jax.Array:
+    """The choices of rejection sampling, [B, Q]; a choice equals its draft exactly where the draft is accepted.
+
+    Args:
+      target_probs_BQV: the model's distribution after each of the Q = P+1 verified positions.
+      drafts_BP: drafts, each drawn from its distribution below.
+      draft_probs_BPV: the drafter's distributions.
+      uniforms_BQ2: per position one uniform in [0, 1) that accepts and one that draws.
+    """
+    draft_BP1 = drafts_BP[:, :, None]
+    p_BP = jnp.take_along_axis(target_probs_BQV[:, :-1], draft_BP1, axis=-1)[..., 0]
+    q_BP = jnp.take_along_axis(draft_probs_BPV, draft_BP1, axis=-1)[..., 0]
+    accepted_BP = uniforms_BQ2[:, :-1, 0] * q_BP < p_BP
+    # After the last draft nothing has been proposed: q = 0 leaves p.
+    residual_BQV = jnp.maximum(target_probs_BQV - jnp.pad(draft_probs_BPV, ((0, 0), (0, 1), (0, 0))), 0.0)
+    # Rounding may leave p below q everywhere; p is then the same distribution.
+    some_BQ1 = jnp.any(residual_BQV > 0, axis=-1, keepdims=True)
+    drawn_BQ = _inverse_cdf(jnp.where(some_BQ1, residual_BQV, target_probs_BQV), uniforms_BQ2[..., 1])
+    return jnp.concatenate([jnp.where(accepted_BP, drafts_BP, drawn_BQ[:, :-1]), drawn_BQ[:, -1:]], axis=1)
+
+
+def _inverse_cdf(weights_BQV: jax.Array, uniform_BQ: jax.Array) -> jax.Array:
+    """Index drawn in proportion to the weights."""
+    cdf_BQV = jnp.cumsum(weights_BQV, axis=-1)
+    below_BQV = cdf_BQV <= uniform_BQ[..., None] * cdf_BQV[..., -1:]
+    # Rounding may leave the uniform at the total: the last index with any weight.
+    last_BQ = weights_BQV.shape[-1] - 1 - jnp.argmax(weights_BQV[..., ::-1] > 0, axis=-1)
+    return jnp.minimum(jnp.sum(below_BQV, axis=-1), last_BQ).astype(jnp.int32)
+
+
+def typical(rule: Rule, choices_BQ: jax.Array, target_probs_BQV: jax.Array, drafts_BP: jax.Array) -> jax.Array:
+    """The model's choices, with drafts that are typical of its distribution in their place."""
+    p_BPV = target_probs_BQV[:, :-1]
+    entropy_BP = -jnp.sum(jax.scipy.special.xlogy(p_BPV, p_BPV), axis=-1)
+    bar_BP = jnp.minimum(rule.epsilon, rule.delta * jnp.exp(-entropy_BP))
+    p_BP = jnp.take_along_axis(p_BPV, drafts_BP[:, :, None], axis=-1)[..., 0]
+    return _replace(choices_BQ, drafts_BP, p_BP > bar_BP)
+
+
+def confidence(rule: Rule, choices_BQ: jax.Array, drafts_BP: jax.Array, draft_probs_BPV: jax.Array) -> jax.Array:
+    """The model's choices, with drafts that their drafter was sure of in their place."""
+    q_BP = jnp.take_along_axis(draft_probs_BPV, drafts_BP[:, :, None], axis=-1)[..., 0]
+    return _replace(choices_BQ, drafts_BP, q_BP > rule.tau)
+
+
+def _replace(choices_BQ: jax.Array, drafts_BP: jax.Array, by_draft_BP: jax.Array) -> jax.Array:
+    kept_BP = jnp.where(by_draft_BP, drafts_BP, choices_BQ[:, :-1])
+    return jnp.concatenate([kept_BP, choices_BQ[:, -1:]], axis=1)
 
 
 class Accepted(NamedTuple):
@@ -34,7 +121,7 @@ def accept(
     """Applies the accept rule.
 
     Args:
-      choices_BQ: the model's token after each of the Q = P+1 verified positions.
+      choices_BQ: the token chosen after each of the Q = P+1 verified positions.
       drafts_BP: the drafts that were verified.
       room_B: tokens a row may still emit, at least 1 where it is not done.
       done_B: rows that were finished before.

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from mtp_jax.decode.drafters import Drafter
-from mtp_jax.decode.generate import DecodeStats, Generation, Model, generate
+from mtp_jax.decode.generate import Generation, Model, generate
+from mtp_jax.decode.stats import DecodeStats
 
 TIMED_RUNS = 3
 
@@ -110,5 +111,7 @@ def merge(parts: Sequence[Generation]) -> Generation:
             emitted_in_rounds=sum(one.emitted_in_rounds for one in stats),
             prefill_seconds=sum(one.prefill_seconds for one in stats),
             decode_seconds=sum(one.decode_seconds for one in stats),
+            drafted=sum(one.drafted for one in stats),
+            replaced=sum(one.replaced for one in stats),
         ),
     )

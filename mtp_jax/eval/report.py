@@ -11,7 +11,8 @@ import numpy as np
 from mtp_jax import sharding
 from mtp_jax.data.loader import count_prompts, heldout_batches, heldout_prompts
 from mtp_jax.data.pack import PackedRows
-from mtp_jax.decode.generate import generate, none_for_nan
+from mtp_jax.decode.generate import generate
+from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import Comparison, compare
 from mtp_jax.loading import LoadedModel
 from mtp_jax.losses.mtp import HeadSums

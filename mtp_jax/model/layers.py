@@ -130,21 +130,26 @@ class Block(nn.Module):
         """Enters Q positions into the cache, row b's from slot start_B[b] on."""
         return self._write(self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), start_B, cache)
 
-    def read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> jax.Array:
-        """The block's output at Q positions that stand in the cache, row b's from slot start_B[b] on."""
-        return self._read(x_BQD, self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), cache)
+    def read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache, live: int) -> jax.Array:
+        """The block's output at Q positions that stand in the cache, row b's from slot start_B[b] on, all below `live`.
 
-    def write_read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        Slots at and beyond `live` are not touched.
+        """
+        return self._read(x_BQD, self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), cache, live)
+
+    def write_read(
+        self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache, live: int
+    ) -> tuple[jax.Array, LayerCache]:
         """`write`, then `read` at the same positions."""
         h_BQD, slots_BQ = self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1])
         cache = self._write(h_BQD, slots_BQ, start_B, cache)
-        return self._read(x_BQD, h_BQD, slots_BQ, cache), cache
+        return self._read(x_BQD, h_BQD, slots_BQ, cache, live), cache
 
     def _write(self, h_BQD: jax.Array, slots_BQ: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
         return write_cache(cache, *self.attn.keys_values(h_BQD, slots_BQ), start_B)
 
-    def _read(self, x_BQD: jax.Array, h_BQD: jax.Array, slots_BQ: jax.Array, cache: LayerCache) -> jax.Array:
-        x_BQD += self.attn.attend(h_BQD, slots_BQ, cache.k_BSKH, cache.v_BSKH, slots_BQ)
+    def _read(self, x_BQD: jax.Array, h_BQD: jax.Array, slots_BQ: jax.Array, cache: LayerCache, live: int) -> jax.Array:
+        x_BQD += self.attn.attend(h_BQD, slots_BQ, cache.k_BSKH[:, :live], cache.v_BSKH[:, :live], slots_BQ)
         return x_BQD + self.mlp(self.mlp_norm(x_BQD))
 
 

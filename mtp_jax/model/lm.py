@@ -117,10 +117,14 @@ def decode_blocks(
     x_BQD: jax.Array,
     start_B: jax.Array,
     caches: tuple[LayerCache, ...],
+    live: int,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """Runs unstacked blocks over Q new positions per row, entering them into the caches from slot start_B[b] on."""
+    """Runs unstacked blocks over Q new positions per row, entering them into the caches from slot start_B[b] on.
+
+    All positions are below `live`, and no slot beyond it is read.
+    """
     written = []
     for block, cache in zip(blocks, caches, strict=True):
-        x_BQD, cache = Block(config).apply({"params": block}, x_BQD, start_B, cache, method="write_read")
+        x_BQD, cache = Block(config).apply({"params": block}, x_BQD, start_B, cache, live, method="write_read")
         written.append(cache)
     return x_BQD, tuple(written)

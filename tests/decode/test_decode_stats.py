@@ -10,13 +10,15 @@ import pytest
 from hypothesis import strategies as st
 from reference.decoding import CHAIN, NEW, PROMPTS, TEXT, chain_model, model, plain, scripted, with_script
 
-from mtp_jax.decode.generate import DecodeStats, generate
+from mtp_jax.decode.generate import generate
+from mtp_jax.decode.stats import DecodeStats
 
 STABLE = {"rounds", "emitted", "tokens_per_round", "accept_at", "seconds", "tokens_per_second"}
 
 
 def stats(histogram, emitted_in_rounds=0, emitted=0, prefill=0.5, decode=2.0):
-    return DecodeStats(tuple(histogram), sum(histogram), emitted, emitted_in_rounds, prefill, decode)
+    drafted = sum(histogram) * (len(histogram) - 1)
+    return DecodeStats(tuple(histogram), sum(histogram), emitted, emitted_in_rounds, prefill, decode, drafted)
 
 
 def test_formulas():

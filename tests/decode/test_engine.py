@@ -20,8 +20,9 @@ from reference.decoding import (
 from reference.tiny import tiny_config
 
 from mtp_jax.decode.drafters import make_drafter
-from mtp_jax.decode.engine import decode_rounds, prefill, slots_needed
+from mtp_jax.decode.engine import Plan, decode_rounds, prefill, prefill_chunk, slots_needed
 from mtp_jax.decode.generate import generate
+from mtp_jax.decode.options import Options
 
 SLOTS = slots_needed(16 + NEW, 3)
 HEADS = make_drafter("heads", CONFIG)
@@ -35,11 +36,17 @@ def prefilled(lm, rows, limits, drafter=HEADS, width=16):
         row_T[: len(tokens)] = tokens
     lengths_B, limits_B = (np.asarray(x, np.int32) for x in ([len(row) for row in rows], limits))
     arrays = (prompt_BT, lengths_B, limits_B, np.zeros((0,), np.int32))
-    return prefill(lm.config, drafter, SLOTS, lm.decode_params, *map(jnp.asarray, arrays))
+    return prefill(Plan(lm.config, drafter), SLOTS, lm.decode_params, controls(lm, rows), *map(jnp.asarray, arrays))
+
+
+def controls(lm, rows):
+    return Options().controls(len(rows), lm.config.model.vocab_size)
 
 
 def advance(lm, state, rounds=ALL, drafter=HEADS):
-    return decode_rounds(lm.config, drafter, lm.decode_params, state, jnp.int32(rounds))
+    plan, limit = Plan(lm.config, drafter), jnp.int32(rounds)
+    rows = controls(lm, state.total_B)
+    return decode_rounds(plan, drafter.num_draft, SLOTS, lm.decode_params, rows, state, limit)
 
 
 def outputs(state, prompts=PROMPTS):
@@ -67,7 +74,7 @@ def test_state_after_rounds_is_that_of_a_prefill(name):
     rows = [tokens_BS[b, : total_B[b] - 1].tolist() for b in range(len(PROMPTS))]
     fresh = prefilled(lm, rows, LIMITS, width=32)
     np.testing.assert_array_equal(fresh.total_B, total_B)
-    np.testing.assert_array_equal(fresh.drafts_BP, state.drafts_BP)
+    np.testing.assert_array_equal(fresh.drafts.tokens_BP, state.drafts.tokens_BP)
     for b, total in enumerate(total_B):
         assert fresh.tokens_BS[b, :total].tolist() == tokens_BS[b, :total].tolist()
         for old, new in zip(jax.tree.leaves(caches(state)), jax.tree.leaves(caches(fresh)), strict=True):
@@ -88,7 +95,7 @@ def test_drafts_are_what_the_heads_were_trained_to_say(name, rounds):
     """
     lm = model(name)
     state = advance(lm, prefilled(lm, PROMPTS, LIMITS), rounds)
-    assert state.drafts_BP.tolist() == trained_to_say(lm, state)
+    assert state.drafts.tokens_BP.tolist() == trained_to_say(lm, state)
 
 
 def test_drafts_from_a_normed_tap():
@@ -97,13 +104,13 @@ def test_drafts_from_a_normed_tap():
     config = tiny_config(model=shape, heads={"num_future": 3, "tap": 2, "tap_norm": True})
     lm = loaded(config, loud_params(config, seed=3))
     state = prefilled(lm, PROMPTS, LIMITS, make_drafter("heads", config, 2))
-    assert state.drafts_BP.tolist() == trained_to_say(lm, state)
+    assert state.drafts.tokens_BP.tolist() == trained_to_say(lm, state)
 
 
 def trained_to_say(lm, state):
     """Arg-max of heads 1..P from the whole forward over every row's tokens, the newest one left out."""
     logits_MBTV = np.asarray(lm.logits(state.tokens_BS[:, :32]))
-    P, last_B = state.drafts_BP.shape[1], np.asarray(state.total_B) - 2
+    P, last_B = state.drafts.tokens_BP.shape[1], np.asarray(state.total_B) - 2
     return [logits_MBTV[1 : P + 1, b, t].argmax(axis=-1).tolist() for b, t in enumerate(last_B)]
 
 
@@ -169,13 +176,13 @@ def test_one_trace(draft):
     static `max_rounds`, or a shape that follows the prompt."""
     lm = model("random")
     generate(lm, PROMPTS, max_new_tokens=NEW, draft=draft)
-    traced = prefill._cache_size(), decode_rounds._cache_size()
+    traced = prefill_chunk._cache_size(), decode_rounds._cache_size()
     with compilations() as compiled:
         for prompts, new in (([[9], [8, 7], [6], [5, 4]], 3), ([list(range(14))] * 4, 12), (PROMPTS, 1)):
             result = generate(lm, prompts, max_new_tokens=new, draft=draft)
             assert [len(row) for row in result.tokens] == [new] * 4
     assert compiled == []
-    assert (prefill._cache_size(), decode_rounds._cache_size()) == traced
+    assert (prefill_chunk._cache_size(), decode_rounds._cache_size()) == traced
 
 
 def test_streaming_shares_the_programs_of_generation():

@@ -27,7 +27,7 @@ from reference.decoding import (
 )
 from reference.tiny import tiny_config
 
-from mtp_jax.decode.drafters import Drafter
+from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.decode.generate import generate
 
 DEPTH = CONFIG.heads.num_future - 1
@@ -133,7 +133,7 @@ def noisy(num_draft):
     """Drafts whatever stands in `params["noise_BRP"]`."""
 
     def draft(config, params, rounds, context):
-        return params["noise_BRP"][:, rounds], rounds + 1
+        return Drafts(params["noise_BRP"][:, rounds]), rounds + 1
 
     return Drafter("noisy", num_draft, lambda *_: jnp.int32(0), draft)
 

@@ -1,13 +1,30 @@
 """What a request may be: bad input is one clear UserError, odd but legal input gives what the plain form gives."""
 
+import time
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.decoding import CONFIG, NEW, PROMPTS, chain_model, loaded, loud_params, model, plain, slow_greedy
+from reference.decoding import (
+    CONFIG,
+    NEW,
+    PROMPTS,
+    chain_model,
+    compilations,
+    loaded,
+    loud_params,
+    model,
+    plain,
+    slow_greedy,
+)
 from reference.tiny import tiny_config
 
-from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
+from mtp_jax.decode import memory
+from mtp_jax.decode.drafters import NONE, Drafter, Drafts, make_drafter
+from mtp_jax.decode.engine import Plan
 from mtp_jax.decode.generate import generate, stream
+from mtp_jax.decode.memory import cache_bytes
 from mtp_jax.errors import UserError
 
 PLAIN_LM = tiny_config(heads={"num_future": 1})
@@ -25,7 +42,54 @@ BAD = {
     "too many drafts": ([[1]], {"num_draft": 4}, r"num_draft=4, but this model has 3 extra heads; use 0\.\.3"),
     "negative drafts": ([[1]], {"num_draft": -1}, r"num_draft=-1, but .* use 0\.\.3, or draft='none'"),
     "drafts of nobody": ([[1]], {"draft": "none", "num_draft": 2}, "num_draft=2 with draft='none'"),
-    "unknown drafter": ([[1]], {"draft": "lookup2"}, "draft='lookup2' is no drafter; choose 'heads' or 'none'"),
+    "unknown drafter": (
+        [[1]],
+        {"draft": "lookup2"},
+        "draft='lookup2' is no drafter; choose 'heads', ",
+    ),
+    "lookup without end": (
+        [[1]],
+        {"draft": "lookup", "num_draft": 65},
+        r"num_draft=65 .*; use 0\.\.64",
+    ),
+    "negative temperature": (
+        [[1]],
+        {"temperature": -0.5},
+        "temperature=-0.5; it must be 0 for greedy, or",
+    ),
+    "temperature nan": ([[1]], {"temperature": float("nan")}, "temperature=nan; it must be"),
+    "temperature inf": ([[1]], {"temperature": float("inf")}, "temperature=inf; it must be"),
+    "temperature as text": ([[1]], {"temperature": "1"}, "temperature='1'; it must be"),
+    "top-k of 0": ([[1]], {"top_k": 0}, "top_k=0; it must be a whole number, 1 or above"),
+    "fractional top-k": ([[1]], {"top_k": 2.5}, "top_k=2.5; it must be a whole number"),
+    "top-p of 0": ([[1]], {"top_p": 0}, "top_p=0; it must be above 0, at most 1"),
+    "top-p above 1": ([[1]], {"top_p": 1.01}, "top_p=1.01; it must be above 0, at most 1"),
+    "min-p above 1": ([[1]], {"min_p": 1.5}, "min_p=1.5; it must be from 0 to 1"),
+    "negative min-p": ([[1]], {"min_p": -0.1}, "min_p=-0.1; it must be from 0 to 1"),
+    "penalty of 0": ([[1]], {"repetition_penalty": 0}, "repetition_penalty=0; it must be above 0; 1 for none"),
+    "negative seed": ([[1]], {"seed": -1}, r"seed=-1; it must be a whole number, from 0 to 2\*\*64 - 1"),
+    "fractional seed": ([[1]], {"seed": 0.5}, "seed=0.5; it must be a whole number"),
+    "no seed": ([[1]], {"seed": None}, "seed=None; it must be a whole number"),
+    "seeds for other prompts": (
+        [[1], [2]],
+        {"seed": [1, 2, 3]},
+        "seed has 3 numbers for 2 prompts; give one",
+    ),
+    "bias beyond the vocabulary": (
+        [[1]],
+        {"logit_bias": {258: 1.0}},
+        "logit_bias: token=258; .* from 0 to 257",
+    ),
+    "bias that is no number": ([[1]], {"logit_bias": {5: float("nan")}}, r"logit_bias\[5\]=nan"),
+    "bias as a list": ([[1]], {"logit_bias": [1.0]}, r"logit_bias=\[1.0\]; it must map token ids to numbers"),
+    "bias against everything": (
+        [[1]],
+        {"logit_bias": dict.fromkeys(range(258), -float("inf"))},
+        "logit_bias forbids all 258 tokens; leave at least one",
+    ),
+    "logits function that is none": ([[1]], {"logits_fn": 3}, "logits_fn=3; it must be a function"),
+    "unknown rule": ([[1]], {"accept": "lossy"}, "accept='lossy'; choose one of 'exact', 'rejection', 'typical'"),
+    "unknown number of drafts": ([[1]], {"num_draft": "all"}, "num_draft='all'; it must be a whole number, or 'auto'"),
     "empty stop": ([[1]], {"stop": ("x", "")}, "it must be a list of strings, none of them empty"),
 }
 
@@ -41,6 +105,65 @@ def test_bad_input(name):
         stream(chain_model(), prompts, **options)  # at the call, not at the first item
 
 
+def test_bad_input_compiles_nothing():
+    """Every refusal comes before the first program. Breaks when a check moves behind the prefill."""
+    fresh = loaded(CONFIG, loud_params(CONFIG, seed=6))
+    with compilations() as compiled:
+        for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"logit_bias": dict.fromkeys(range(40), -np.inf)}):
+            with pytest.raises(UserError):
+                generate(fresh, [[1]], **{"max_new_tokens": 4, **options})
+        with pytest.raises(UserError):
+            generate(fresh, [[40]], max_new_tokens=4)
+    assert compiled == []
+
+
+def test_a_cache_that_does_not_fit(monkeypatch):
+    """The message holds the bytes needed and free, and what would fit; nothing is compiled."""
+    lm = model("random")
+    needed = cache_bytes(Plan(CONFIG, make_drafter("heads", CONFIG)), 4, 36)
+    state_bytes = 2 * 4 * 4 * 36 * (2 + 3) * CONFIG.model.num_kv_heads * CONFIG.model.head_dim
+    assert state_bytes <= needed <= 1.2 * state_bytes  # keys and values in float32, and little else
+    with monkeypatch.context() as patched, compilations() as compiled:
+        patched.setattr(memory, "free_bytes", lambda: needed // 2)
+        with pytest.raises(UserError) as error:
+            generate(lm, PROMPTS, max_new_tokens=NEW)
+        patched.setattr(memory, "free_bytes", lambda: needed // 8)
+        with pytest.raises(UserError, match="no row of 36 slots would fit"):
+            generate(lm, PROMPTS, max_new_tokens=NEW)
+    assert compiled == []
+    said = str(error.value)
+    assert f"a cache of 4 rows with 36 slots each needs {needed:,} bytes, and {needed // 2:,} are free" in str(
+        error.value
+    )
+    assert "2 rows of 36 slots would fit, or 4 rows of 18: use fewer prompts" in said
+    monkeypatch.setattr(memory, "free_bytes", lambda: needed)
+    assert generate(lm, PROMPTS, max_new_tokens=NEW).tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_without_a_token(temperature):
+    """NaN parameters, and a function that forbids everything at some length, end in an error that names the row."""
+    params = jax.tree.map(lambda leaf: leaf, model("random").params)
+    params["final_norm"] = {"scale": params["final_norm"]["scale"].at[3].set(jnp.nan)}
+    with pytest.raises(UserError, match=r"prompt 0: no token can be chosen .* logits hold NaN or forbid every token"):
+        generate(loaded(CONFIG, params), PROMPTS, max_new_tokens=NEW, temperature=temperature)
+    with pytest.raises(UserError, match=r"prompt 2: no token can be chosen within (19|20) tokens"):
+        generate(model("random"), PROMPTS, max_new_tokens=4, logits_fn=forbid_at_18, temperature=temperature)
+
+
+def forbid_at_18(logits_V, tokens_S, length):
+    return jnp.where(length == 18, -jnp.inf, logits_V)
+
+
+def test_ten_thousand_stop_strings():
+    """They are looked for in no time, and the first of them ends the text."""
+    stop = [f"<{i}>" for i in range(10_000)] + ["de"]
+    began = time.perf_counter()
+    result = generate(chain_model(), ["ab"], max_new_tokens=40, stop=stop)
+    assert (result.text, result.finish_reason) == (["é漢字😀c"], ["stop"])
+    assert time.perf_counter() - began < 60
+
+
 def test_bad_input_of_models_that_lack_a_part():
     """No tokenizer: no text, no stop strings. No extra heads: no heads that draft, and the message says what to do."""
     with pytest.raises(UserError, match="prompt 1 is text, but this model has no tokenizer; give a list of token ids"):
@@ -48,7 +171,7 @@ def test_bad_input_of_models_that_lack_a_part():
     with pytest.raises(UserError, match="stop strings need a tokenizer"):
         generate(model("random"), [[1]], max_new_tokens=8, stop=("x",))
     for num_draft in (None, 1):
-        with pytest.raises(UserError, match=r"no extra heads \(heads.num_future=1\); use draft='none'"):
+        with pytest.raises(UserError, match=r"no extra heads \(heads.num_future=1\); use draft='lookup' or 'none'"):
             make_drafter("heads", PLAIN_LM, num_draft)
 
 
@@ -121,7 +244,7 @@ def test_a_drafter_of_your_own():
     def repeat_last(config, params, cache, context):
         seen["shapes"] = (context.tokens_BS.shape, context.tap_BQD.shape[0])
         last_B1 = jnp.take_along_axis(context.tokens_BS, context.total_B[:, None] - 1, axis=1)
-        return jnp.repeat(last_B1, 2, axis=1), cache
+        return Drafts(jnp.repeat(last_B1, 2, axis=1)), cache
 
     result = generate(model("random"), PROMPTS, max_new_tokens=NEW, draft=Drafter("repeat", 2, init, repeat_last))
     assert result.tokens == [plain("random", prompt)[:NEW] for prompt in PROMPTS]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mtp_jax.decode.verify import accept
+from mtp_jax.decode.verify import Rule, accept, confidence, rejection, typical
 
 accept_jit = jax.jit(accept)
 CHOICES = (11, 12, 13, 14)
@@ -104,3 +104,86 @@ def test_equals_one_token_at_a_time(batch):
     """accept = the loop over tokens, for every draft, room and set of ends. Breaks with any term of `accept`."""
     *rows, ends = batch
     assert run(*rows, ends) == [one_by_one(*row, ends) for row in zip(*rows, strict=True)]
+
+
+def law_of_rejection(p_QV, q_PV, grid=64):
+    """Law of the first choice, and of the second given that the first draft was taken: every draft, and a grid of
+    midpoints for the uniforms, weighed by their probability."""
+    V = p_QV.shape[-1]
+    first_V, second_V, taken = np.zeros(V), np.zeros(V), 0.0
+    u_G = (np.arange(grid) + 0.5) / grid
+    u_N, w_N = (x.ravel() for x in np.meshgrid(u_G, u_G))
+    uniforms_NQ2 = np.stack([np.stack([u_N, w_N], -1)] * 2, axis=1)
+    for draft in range(V):
+        N = len(u_N)
+        target_NQV = np.broadcast_to(p_QV, (N, 2, V)).astype(np.float32)
+        drafter_N1V = np.broadcast_to(q_PV, (N, 1, V)).astype(np.float32)
+        drafts_N1 = np.full((N, 1), draft, np.int32)
+        choices_NQ = np.asarray(rejection(target_NQV, drafts_N1, drafter_N1V, uniforms_NQ2.astype(np.float32)))
+        first_V += q_PV[0, draft] * np.bincount(choices_NQ[:, 0], minlength=V) / N
+        right_N = choices_NQ[:, 0] == draft
+        second_V += q_PV[0, draft] * np.bincount(choices_NQ[right_N, 1], minlength=V) / N
+        taken += q_PV[0, draft] * right_N.mean()
+    return first_V, second_V / taken if taken else None, taken
+
+
+DISTRIBUTIONS = {
+    "different": ([0.5, 0.25, 0.25, 0.0], [0.125, 0.5, 0.25, 0.125]),
+    "the same": ([0.25, 0.25, 0.125, 0.375], [0.25, 0.25, 0.125, 0.375]),
+    "disjoint": ([0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.75, 0.25]),
+    "certain drafts": ([0.125, 0.625, 0.25, 0.0], [0.0, 0.0, 1.0, 0.0]),
+    "a certain model": ([0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_rejection_is_exact_in_law(name):
+    """Sum over all drafts and uniforms of what is chosen = p, at the draft's position and behind it; accepted with
+    probability sum of min(p, q). Breaks when the residual is p, without `q_BP`, or when one uniform does both jobs."""
+    p_V, q_V = (np.array(x) for x in DISTRIBUTIONS[name])
+    bonus_V = np.array([0.0, 0.5, 0.125, 0.375])
+    first_V, second_V, taken = law_of_rejection(np.stack([p_V, bonus_V]), q_V[None])
+    np.testing.assert_allclose(first_V, p_V, atol=1 / 64)
+    np.testing.assert_allclose(taken, np.minimum(p_V, q_V).sum(), atol=1 / 64)
+    if taken:
+        np.testing.assert_allclose(second_V, bonus_V, atol=1 / 64)
+
+
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.given(st.lists(st.integers(0, 8), min_size=8, max_size=8))
+def test_rejection_for_any_distributions(weights):
+    """The same for random p and q with zeros among them."""
+    p_V, q_V = (np.array(part) + 1e-9 for part in (weights[:4], weights[4:]))
+    p_V, q_V = p_V / p_V.sum(), q_V / q_V.sum()
+    first_V, _, _ = law_of_rejection(np.stack([p_V, p_V]), q_V[None])
+    np.testing.assert_allclose(first_V, p_V, atol=2 / 64)
+
+
+def test_a_lossy_rule_fails_the_law():
+    """The mutation that the law must catch: typical acceptance takes a likely draft whenever it meets one."""
+    p_V, q_V = np.array([0.5, 0.25, 0.25, 0.0]), np.array([0.0, 1.0, 0.0, 0.0])
+    target_N2V = np.tile(p_V, (4, 2, 1)).astype(np.float32)
+    own_N2 = np.array([[0, 0], [0, 0], [1, 0], [2, 0]])  # p, enumerated
+    chosen_N2 = typical(Rule("typical"), own_N2, target_N2V, np.full((4, 1), q_V.argmax()))
+    assert chosen_N2[:, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_typical_on_literals():
+    """A draft is taken where p(d) > min(epsilon, delta exp(-H)); H = ln 4 and ln 1 here. Breaks without the entropy,
+    or with a maximum."""
+    flat, peaked = [0.25] * 4, [1.0, 0.0, 0.0, 0.0]
+    rule = Rule("typical", epsilon=0.5, delta=0.8)  # bars 0.2 and 0.5
+    chosen = typical(rule, np.array([[3, 3, 3]]), np.array([[flat, peaked, flat]], np.float32), np.array([[1, 1]]))
+    assert chosen.tolist() == [[1, 3, 3]]
+    strict = Rule("typical", epsilon=0.5, delta=1.2)  # 0.3 and 0.5
+    chosen = typical(strict, np.array([[3, 3, 3]]), np.array([[flat, peaked, flat]], np.float32), np.array([[1, 0]]))
+    assert chosen.tolist() == [[3, 0, 3]]
+
+
+def test_confidence_on_literals():
+    """A draft is taken where its drafter gave it more than tau, whatever the model says."""
+    q_12V = np.array([[[0.95, 0.05], [0.6, 0.4]]], np.float32)
+    assert confidence(Rule("confidence"), np.array([[1, 1, 1]]), np.array([[0, 0]]), q_12V).tolist() == [[0, 1, 1]]
+    assert confidence(Rule("confidence", tau=0.5), np.array([[1, 1, 1]]), np.array([[0, 0]]), q_12V).tolist() == [
+        [0, 0, 1]
+    ]

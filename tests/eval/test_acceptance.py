@@ -7,13 +7,16 @@ import math
 import pytest
 from reference.decoding import NEW, PROMPTS, model, plain
 
-from mtp_jax.decode.generate import DecodeStats, Generation
+from mtp_jax.decode.generate import Generation
+from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.eval.acceptance import Comparison, compare, merge
 
 
 def generation(tokens, histogram, text=None, seconds=1.0, prefill=0.25):
     emitted = sum(map(len, tokens))
-    stats = DecodeStats(histogram, sum(histogram), emitted, emitted - len(tokens), prefill, seconds)
+    stats = DecodeStats(
+        histogram, sum(histogram), emitted, emitted - len(tokens), prefill, seconds, drafted=4, replaced=1
+    )
     return Generation(tokens, text, ["length"] * len(tokens), stats)
 
 
@@ -27,7 +30,7 @@ def test_merge():
         ["abc", "d", "ef"],
         ["length"] * 3,
     )
-    assert both.stats == DecodeStats((1, 1, 1), 3, 6, 3, 0.5, 2.5)
+    assert both.stats == DecodeStats((1, 1, 1), 3, 6, 3, 0.5, 2.5, drafted=8, replaced=2)
     assert merge([one, generation([[7]], (0, 0, 0))]).text is None
     assert merge([one]) == one
 

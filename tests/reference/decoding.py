@@ -14,7 +14,8 @@ from reference.tiny import tiny_config
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig
 from mtp_jax.data.tokenize import bytes_tokenizer
-from mtp_jax.decode.drafters import Drafter
+from mtp_jax.decode import sampling
+from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import lm, mtp
 from mtp_jax.train.step import compile_steps
@@ -91,6 +92,28 @@ def _arg_max(config, params, tokens_BT):
     return jnp.argmax(lm.logits(config.model, params, hidden_BTD), axis=-1)
 
 
+def slow_sampled(config, params, prompt, count, options, row=0, width=64):
+    """`count` new tokens of row `row` of a batch: one whole forward per token, drawn by itself."""
+    sampler, controls = options.sampler(), options.controls(row + 1, config.model.vocab_size)
+    controls = controls._replace(key_B=controls.key_B[row:])
+    tokens = list(prompt)
+    for _ in range(count):
+        row_1T = np.zeros((1, width), np.int32)
+        row_1T[0, : len(tokens)] = tokens
+        tokens.append(int(_drawn(config, sampler, params, controls, row_1T, np.int32(len(tokens)))))
+    return tokens[len(prompt) :]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _drawn(config, sampler, params, controls, tokens_1T, length):
+    positions_1T = jnp.arange(tokens_1T.shape[1])[None, :]
+    hidden_1TD = mtp.apply(config, params, tokens_1T, positions_1T, jnp.ones_like(tokens_1T))[0]
+    logits_11V = lm.logits(config.model, params, hidden_1TD[:, length - 1][:, None])
+    at_11 = jnp.full((1, 1), length)
+    logits_11V = sampling.process(sampler, controls, logits_11V, tokens_1T, at_11)
+    return sampling.choose(sampler, controls, logits_11V, at_11)[0, 0]
+
+
 @functools.cache
 def plain(name, prompt, count=NEW + 4):
     """`slow_greedy` of a named model, kept."""
@@ -130,7 +153,7 @@ def scripted(num_draft):
         position_P = jnp.arange(num_draft)[None, :]
         truth_BP = jnp.take_along_axis(truth_BS, context.total_B[:, None] + position_P, axis=1)
         wrong_BP = position_P == accept_BR[:, rounds][:, None]
-        return (truth_BP + wrong_BP) % config.model.vocab_size, rounds + 1
+        return Drafts((truth_BP + wrong_BP) % config.model.vocab_size), rounds + 1
 
     return Drafter("scripted", num_draft, init, draft)
 

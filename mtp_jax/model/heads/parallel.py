@@ -52,21 +52,25 @@ def draft(
     tap_BQD: jax.Array,
     start_B: jax.Array,
     index_B: jax.Array,
+    count: int,
+    live: int,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """States of heads 1..P at position index_B[b] of the Q new ones, P being the number of caches.
+    """States of heads 1..count at position index_B[b] of the Q new ones.
 
-    All Q positions enter the caches; those after index_B[b] were rejected and are overwritten by the next round. The
-    query, the feed-forward layer and the unembedding run at the one position whose draft is used.
+    All Q positions enter the caches, of which there may be more than `count`; those after index_B[b] were rejected and
+    are overwritten by the next round. The query, the feed-forward layer and the unembedding run at the one position
+    whose draft is used.
 
     Returns:
-      states [P, B, D] before the final norm, and the caches.
+      states [count, B, D] before the final norm, and the caches.
     """
     tap_B1D = jnp.take_along_axis(tap_BQD, index_B[:, None, None], axis=1)
     states, written = [], []
     for block, cache in zip(heads["blocks"], caches, strict=False):
         variables = {"params": block}
         cache = Block(config.model).apply(variables, tap_BQD, start_B, cache, method="write")
-        state_B1D = Block(config.model).apply(variables, tap_B1D, start_B + index_B, cache, method="read")
-        states.append(state_B1D[:, 0])
         written.append(cache)
-    return jnp.stack(states), tuple(written)
+        if len(states) < count:
+            state_B1D = Block(config.model).apply(variables, tap_B1D, start_B + index_B, cache, live, method="read")
+            states.append(state_B1D[:, 0])
+    return jnp.stack(states) if states else tap_BQD[None, :0, 0], tuple(written)

@@ -1,0 +1,38 @@
+"""Refuses a cache that would not fit, before anything is compiled or allocated."""
+
+import jax
+import psutil
+
+from mtp_jax.decode.engine import Plan, empty_state
+from mtp_jax.errors import UserError
+
+
+def cache_bytes(plan: Plan, rows: int, slots: int) -> int:
+    """Bytes of a decoding state: caches, tokens and counters."""
+    one = jax.ShapeDtypeStruct((rows,), "int32")
+    prompt_BT = jax.ShapeDtypeStruct((rows, 1), "int32")
+    ends_E = jax.ShapeDtypeStruct((1,), "int32")
+    state = jax.eval_shape(lambda *arrays: empty_state(plan, slots, *arrays), prompt_BT, one, one, ends_E)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def free_bytes() -> int:
+    """Memory that is free on the default device; the host's, where that is a CPU."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return psutil.virtual_memory().available
+
+
+def check_cache_fits(plan: Plan, rows: int, slots: int) -> None:
+    """Raises a UserError that says what is needed and what would fit."""
+    needed, free = cache_bytes(plan, rows, slots), free_bytes()
+    if needed <= free:
+        return
+    per_row = needed // rows
+    rows_fit, slots_fit = free // per_row, free * slots // needed
+    what_fits = f"{rows_fit} rows of {slots:,} slots" if rows_fit else f"no row of {slots:,} slots"
+    raise UserError(
+        f"a cache of {rows} rows with {slots:,} slots each needs {needed:,} bytes, and {free:,} are free; "
+        f"{what_fits} would fit, or {rows} rows of {slots_fit:,}: use fewer prompts at once or a smaller max_new_tokens"
+    )

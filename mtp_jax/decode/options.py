@@ -1,0 +1,117 @@
+"""How tokens are to be chosen: the caller's settings, checked, as the static and the traced part of the sampler."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_type_hints
+
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.decode.sampling import Controls, LogitsFn, Sampler, row_keys
+from mtp_jax.decode.verify import Rule
+from mtp_jax.errors import UserError
+
+RULES = get_args(get_type_hints(Rule)["name"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings of a request; see `generate` for what each does."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | Sequence[int] = 0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    logits_fn: LogitsFn | None = None
+    accept: str | Rule = "exact"
+
+    def __post_init__(self) -> None:
+        _number(
+            "temperature", self.temperature, "0 for greedy, or at least 1e-6", lambda t: t == 0 or 1e-6 <= t < math.inf
+        )
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, "1 or above", lambda k: k >= 1)
+        if self.top_p is not None:
+            _number("top_p", self.top_p, "above 0, at most 1", lambda p: 0 < p <= 1)
+        if self.min_p is not None:
+            _number("min_p", self.min_p, "from 0 to 1", lambda p: 0 <= p <= 1)
+        _number("repetition_penalty", self.repetition_penalty, "above 0; 1 for none", lambda r: 0 < r < math.inf)
+        if self.logits_fn is not None and not callable(self.logits_fn):
+            raise UserError(f"logits_fn={self.logits_fn!r}; it must be a function of (logits, tokens, length)")
+
+    def rule(self) -> Rule:
+        """The accept rule."""
+        if isinstance(self.accept, Rule):
+            return self.accept
+        if self.accept not in RULES:
+            raise UserError(f"accept={self.accept!r}; choose one of {', '.join(map(repr, RULES))}, or give a Rule")
+        return Rule(self.accept)
+
+    def sampler(self) -> Sampler:
+        """What is compiled."""
+        return Sampler(
+            sampled=self.temperature > 0,
+            penalised=self.repetition_penalty != 1,
+            biased=bool(self.logit_bias),
+            logits_fn=self.logits_fn,
+        )
+
+    def controls(self, rows: int, vocab_size: int) -> Controls:
+        """The numbers, for a batch of `rows`."""
+        seed, bias_V = self._seed(rows), self._bias(vocab_size)
+        number = lambda value, off: jnp.float32(off if value is None else value)  # noqa: E731
+        return Controls(
+            key_B=row_keys(seed, rows),
+            temperature=number(self.temperature, 0.0),
+            top_k=jnp.int32(vocab_size if self.top_k is None else min(self.top_k, vocab_size)),
+            top_p=number(self.top_p, 1.0),
+            min_p=number(self.min_p, 0.0),
+            penalty=number(self.repetition_penalty, 1.0),
+            bias_V=jnp.asarray(bias_V),
+        )
+
+    def _seed(self, rows: int) -> int | list[int]:
+        check = lambda seed: _whole("seed", seed, "from 0 to 2**64 - 1", lambda s: 0 <= s < 1 << 64)  # noqa: E731
+        if not isinstance(self.seed, Sequence | np.ndarray):
+            return check(self.seed)
+        if len(self.seed) != rows:
+            raise UserError(
+                f"seed has {len(self.seed)} numbers for {rows} prompts; give one per prompt, or one for all"
+            )
+        return [check(seed) for seed in self.seed]
+
+    def _bias(self, vocab_size: int) -> np.ndarray:
+        if not self.logit_bias:
+            return np.zeros((0,), np.float32)
+        if not isinstance(self.logit_bias, Mapping):
+            raise UserError(f"logit_bias={self.logit_bias!r}; it must map token ids to numbers")
+        bias_V = np.zeros((vocab_size,), np.float32)
+        for token, value in self.logit_bias.items():
+            inside = f"a token id from 0 to {vocab_size - 1}"
+            token = _whole("logit_bias: token", token, inside, lambda t: 0 <= t < vocab_size)
+            _number(f"logit_bias[{token}]", value, "a number, or -inf to forbid the token", lambda v: v < math.inf)
+            bias_V[token] = value
+        if np.all(bias_V == -np.inf):
+            raise UserError(f"logit_bias forbids all {vocab_size} tokens; leave at least one")
+        return bias_V
+
+
+def _number(name: str, value: Any, wanted: str, fits: Any) -> None:
+    """Refuses what is no number, NaN included, or does not fit."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not fits(value):
+        raise UserError(f"{name}={value!r}; it must be {wanted}")
+
+
+def _whole(name: str, value: Any, wanted: str, fits: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not fits(number):
+        raise UserError(f"{name}={value!r}; it must be a whole number, {wanted}")
+    return number

@@ -1,0 +1,99 @@
+"""Long prompts and large caches: chunks of the prompt = the prompt at once, a live prefix = the whole cache. Each
+docstring names the line whose deletion breaks the test."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.decoding import CONFIG, NEW, PROMPTS, compilations, loaded, loud_params, model, plain, slow_greedy
+from reference.tiny import tiny_config
+
+from mtp_jax.decode import engine
+from mtp_jax.decode.drafters import make_drafter
+from mtp_jax.decode.engine import Plan, live_bucket, prefill
+from mtp_jax.decode.generate import generate
+from mtp_jax.decode.options import Options
+
+
+@pytest.mark.parametrize(("total", "width", "slots", "live"), [
+    (1, 0, 9000, 256), (252, 3, 9000, 256), (253, 3, 9000, 512), (255, 0, 9000, 256), (256, 0, 9000, 512),
+    (5000, 3, 9000, 8192), (8190, 3, 9000, 9000), (20, 3, 36, 36),
+])  # fmt: skip
+def test_live_bucket(total, width, slots, live):
+    """The smallest power of two above total + width, at least 256, at most all slots."""
+    assert live_bucket(total, width, slots) == live
+
+
+@pytest.mark.parametrize("draft", ["heads", "none"])
+@pytest.mark.parametrize("name", ["random", "trained"])
+def test_chunks_and_growing_prefixes_change_nothing(monkeypatch, name, draft):
+    """tokens = reference when a prompt takes several chunks and a row outgrows its live prefix several times. Breaks
+    without `longest + width < live`, without `live` in a head's `read`, or when rows that end early are drafted for
+    again (`keep`)."""
+    monkeypatch.setattr(engine, "CHUNK", 4)
+    monkeypatch.setattr(engine, "LEAST_LIVE", 8)
+    result = generate(model(name), PROMPTS, max_new_tokens=NEW, draft=draft)
+    assert result.tokens == [plain(name, prompt)[:NEW] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["random", "trained"])
+def test_state_of_chunks_is_that_of_one(monkeypatch, name):
+    """prefill in chunks of 4 = prefill at once: first tokens, drafts and all cache entries that count. Breaks without
+    `start` in `last_B`, or `ends_B` in `keep`."""
+    lm, slots = model(name), 40
+    prompt_BT = np.zeros((4, 16), np.int32)
+    for row_T, tokens in zip(prompt_BT, PROMPTS, strict=True):
+        row_T[: len(tokens)] = tokens
+    lengths_B = np.array([len(prompt) for prompt in PROMPTS], np.int32)
+    arrays = [jnp.asarray(x) for x in (prompt_BT, lengths_B, lengths_B + NEW, np.zeros((0,), np.int32))]
+    states = []
+    for chunk in (16, 4):
+        monkeypatch.setattr(engine, "CHUNK", chunk)
+        plan, numbers = Plan(CONFIG, make_drafter("heads", CONFIG)), Options().controls(4, 40)
+        states.append(jax.device_get(prefill(plan, slots, lm.decode_params, numbers, *arrays)))
+    one, several = states
+    for field in ("total_B", "done_B", "histogram_BQ", "failed_B"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(several, field))
+    np.testing.assert_array_equal(one.drafts.tokens_BP, several.drafts.tokens_BP)
+    for b, length in enumerate(lengths_B):
+        np.testing.assert_array_equal(one.tokens_BS[b, : length + 1], several.tokens_BS[b, : length + 1])
+        for a, c in zip(*(jax.tree.leaves((s.caches, s.drafter_cache)) for s in states), strict=True):
+            np.testing.assert_allclose(a[b, :length], c[b, :length], atol=2e-5)
+
+
+def test_beyond_a_chunk_and_a_bucket():
+    """The real sizes: prompts of 510, 513 and 700 tokens, one or two chunks of 512, and rows that outgrow a bucket."""
+    shape = {"vocab_size": 50, "num_layers": 1, "d_model": 16, "max_seq_len": 1100}
+    config = tiny_config(model=shape, heads={"num_future": 3})
+    lm, rng = loaded(config, loud_params(config, seed=4)), np.random.default_rng(0)
+    prompts = [rng.integers(0, 50, length).tolist() for length in (510, 513, 700)]
+    result = generate(lm, prompts, max_new_tokens=12)
+    assert result.tokens == [slow_greedy(config, lm.params, prompt, 12, width=720) for prompt in prompts]
+
+
+def test_programs_do_not_grow_with_the_prompt():
+    """A prompt of another length in the same chunks and buckets compiles nothing."""
+    shape = {"vocab_size": 50, "num_layers": 1, "d_model": 16, "max_seq_len": 1100}
+    config = tiny_config(model=shape, heads={"num_future": 3})
+    lm = loaded(config, loud_params(config, seed=4))
+    generate(lm, [[1] * 700], max_new_tokens=12)
+    with compilations() as compiled:
+        for length in (600, 1000):
+            generate(lm, [[2] * length], max_new_tokens=9)
+    assert compiled == []
+
+
+def test_attention_reads_the_live_prefix_only():
+    """NaN behind the live prefix changes nothing. Breaks when attention reads the whole cache and masks."""
+    lm, slots = model("random"), 48
+    plan, numbers = Plan(CONFIG, make_drafter("heads", CONFIG)), Options().controls(1, 40)
+    arrays = [jnp.asarray(x) for x in (np.array([[7, 3, 11, 5]]), [4], [20], np.zeros((0,), np.int32))]
+    state = prefill(plan, slots, lm.decode_params, numbers, *arrays)
+    spoil = lambda leaf: leaf.at[:, 16:].set(jnp.nan)  # noqa: E731
+    spoilt = state._replace(
+        caches=jax.tree.map(spoil, state.caches), drafter_cache=jax.tree.map(spoil, state.drafter_cache)
+    )
+    after = engine.decode_rounds(plan, 3, 16, lm.decode_params, numbers, spoilt, jnp.int32(100))
+    assert 16 - 3 <= int(after.total_B[0]) <= 16
+    assert after.tokens_BS[0, 4 : after.total_B[0]].tolist() == plain("random", (7, 3, 11, 5))[: after.total_B[0] - 4]
+    assert not after.failed_B[0]

@@ -1,0 +1,67 @@
+"""lookup(row) = a search in plain Python. Each docstring names the line whose deletion breaks the test."""
+
+import hypothesis
+import numpy as np
+from hypothesis import strategies as st
+from reference.decoding import NEW, PROMPTS, chain_model, following, model, plain
+
+from mtp_jax.decode.drafters import LONGEST_MATCH, lookup
+from mtp_jax.decode.generate import generate
+
+
+def slow_lookup(tokens, count):
+    """The longest match, the latest of several; what followed it, over and over from the match on."""
+    last, best, at = len(tokens) - 1, 0, None
+    for j in range(last):
+        matched = 0
+        while matched < min(LONGEST_MATCH, j + 1) and tokens[j - matched] == tokens[last - matched]:
+            matched += 1
+        if matched and matched >= best:
+            best, at = matched, j
+    if at is None:
+        return None, 0
+    followed = tokens[at + 1 :]
+    return [followed[k % len(followed)] for k in range(count)], best
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=24), min_size=2, max_size=2), st.integers(0, 2**31 - 1)
+)
+def test_is_a_search(rows, rubbish):
+    """lookup = slow_lookup, for rows of any lengths with rubbish behind them. Breaks without `slot_S < last`, the
+    reversal, `% period` or `slot_S >= back`."""
+    tokens_BS = np.random.default_rng(rubbish).integers(0, 4, (2, 24)).astype(np.int32)
+    for row_S, tokens in zip(tokens_BS, rows, strict=True):
+        row_S[: len(tokens)] = tokens
+    drafts_BP, matched_B = lookup(tokens_BS, np.array([len(row) for row in rows]), 5)
+    for tokens, drafts_P, matched in zip(rows, drafts_BP.tolist(), matched_B.tolist(), strict=True):
+        wanted, length = slow_lookup(tokens, 5)
+        assert matched == length
+        assert wanted is None or drafts_P == wanted
+
+
+def test_changes_nothing():
+    """lookup = heads+lookup = reference, greedily."""
+    for name in ("random", "trained"):
+        wanted = [plain(name, prompt)[:NEW] for prompt in PROMPTS]
+        for draft in ("lookup", "heads+lookup"):
+            assert generate(model(name), PROMPTS, max_new_tokens=NEW, draft=draft).tokens == wanted
+
+
+def test_a_row_in_a_loop():
+    """A model that repeats itself is drafted for without any head: P+1 tokens a round from the second turn on."""
+    lm = chain_model((100, 101))
+    result = generate(lm, [[100]], max_new_tokens=32, draft="lookup", num_draft=7)
+    assert result.tokens == [following([100], 32, (100, 101))]
+    assert result.stats.histogram[7] >= 3
+
+
+def test_takes_the_lookup_where_it_is_sure():
+    """heads+lookup accepts what either would: text that stands in the prompt, although every head is wrong."""
+    ids = tuple(range(10, 40))
+    lm = chain_model(ids, wrong_heads=(1, 2, 3))
+    heads = generate(lm, [[*ids, 10, 11, 12]], max_new_tokens=16, draft="heads").stats
+    both = generate(lm, [[*ids, 10, 11, 12]], max_new_tokens=16, draft="heads+lookup").stats
+    assert heads.tokens_per_round == 1
+    assert both.tokens_per_round > 3.5
