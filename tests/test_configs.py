@@ -12,7 +12,7 @@ from mtp_jax.model import mtp
 from mtp_jax.train.step import compile_steps
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-PARAMETERS = {"tiny": 62_816, "quickstart": 3_049_920, "bench_30m": 34_087_424}
+PARAMETERS = {"tiny": 62_816, "quickstart": 3_049_920, "bench_30m": 34_087_424, "bench_200m": 219_702_272}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))

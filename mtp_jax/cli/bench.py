@@ -1,10 +1,11 @@
 """`mtp bench decode SOURCE|CONFIG.py`: plain and drafted decoding side by side, each against its memory floor."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from mtp_jax.cli.common import parse, print_json, read_config, say
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.loader import heldout_prompts
 from mtp_jax.data.store import open_prepared
+from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts, make_drafter
+from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.errors import UserError
-from mtp_jax.eval.acceptance import Comparison, compare
+from mtp_jax.eval.acceptance import Timed, mismatches, pair, time_sides
 from mtp_jax.loading import LoadedModel, load
 from mtp_jax.model import mtp
 
@@ -36,8 +39,12 @@ class Args:
     """Tokens of each prompt: held-out text of a trained model's run, random ids for random weights."""
     max_new_tokens: int = 128
     """Tokens decoded per prompt."""
+    draft: Literal["heads", "lookup", "heads+lookup"] = "heads"
+    """Who drafts."""
     num_draft: int = -1
-    """Drafts per round; -1 drafts with every head."""
+    """Drafts per round; -1 drafts with every head, or the default of lookup."""
+    dtype: Literal["config", "float32", "bfloat16"] = "config"
+    """Dtype of parameters and activations."""
     runs: int = 5
     """Timed runs on each side; their median counts."""
     json: bool = False
@@ -53,28 +60,46 @@ def main(argv: list[str]) -> None:
     for name, least in (("batch_size", 1), ("prompt_tokens", 1), ("max_new_tokens", 2), ("runs", 1), ("num_draft", -1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
-    lm = _model(args.source)
-    if lm.config.heads.num_future == 1:
-        raise UserError(f"{args.source} has no extra heads (heads.num_future=1), so there is nothing to draft with")
+    lm = _model(args)
+    if lm.config.heads.num_future == 1 and args.draft != "lookup":
+        raise UserError(f"{args.source} has no extra heads (heads.num_future=1) to draft with; use --draft lookup")
     prompts = _prompts(lm, args)
-    num_draft = lm.config.num_draft if args.num_draft < 0 else args.num_draft
-    comparison = compare(
-        lm,
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        num_draft=num_draft,
-        batch_size=args.batch_size,
-        timed_runs=args.runs,
-        progress=say,
-    )
-    result = measure(lm, comparison, args, num_draft)
+    num_draft = None if args.num_draft < 0 else args.num_draft
+    if args.draft != "lookup" and num_draft is None:
+        num_draft = lm.config.num_draft
+    drafter = make_drafter(args.draft, lm.config, num_draft)
+    if not drafter.num_draft:
+        raise UserError("--num_draft is 0, so there is nothing to measure beside plain decoding; use at least 1")
+    sides = {
+        "plain": {"draft": "none"},
+        "drafted": {"draft": drafter},
+        "verified": {"draft": _silent(drafter.num_draft)},
+        "auto": {"draft": drafter, "num_draft": "auto"},
+    }
+    say(f"decoding {len(prompts)} prompts in {len(sides)} ways, {args.runs} timed runs each: {', '.join(sides)}")
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "timed_runs": args.runs}
+    result = measure(lm, prompts, time_sides(lm, prompts, sides, **options), args, drafter)
     print_json(result) if args.json else _print(result)
 
 
-def _model(source: str) -> LoadedModel:
-    if not source.endswith(".py"):
-        return load(source)
-    config = read_config(source)
+@functools.cache
+def _silent(num_draft: int) -> Drafter:
+    """Drafts nothing but zeros: a round with it costs what verification costs."""
+
+    def draft(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
+        return Drafts(jnp.zeros((context.total_B.shape[0], num_draft), jnp.int32)), cache
+
+    return Drafter("zeros", num_draft, lambda *_: (), draft)
+
+
+def _model(args: Args) -> LoadedModel:
+    dtype = None if args.dtype == "config" else args.dtype
+    if not args.source.endswith(".py"):
+        return load(args.source, dtype=dtype)
+    config = read_config(args.source)
+    if dtype:
+        model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
+        config = dataclasses.replace(config, model=model)
     mesh = sharding.make_mesh(MeshConfig())
     return LoadedModel(config, jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0)), None, mesh)
 
@@ -88,12 +113,18 @@ def _prompts(lm: LoadedModel, args: Args) -> list[list[int]]:
     return [prompt for prompt, _ in heldout_prompts(rows, args.batch_size, args.prompt_tokens, args.max_new_tokens)]
 
 
-def measure(lm: LoadedModel, comparison: Comparison, args: Args, num_draft: int) -> dict[str, Any]:
+def measure(lm: LoadedModel, prompts: list[list[int]], timed: Timed, args: Args, drafter: Drafter) -> dict[str, Any]:
     """The stable keys of `mtp bench decode --json`."""
+    comparison, auto = pair(timed, "plain", "drafted"), pair(timed, "plain", "auto")
     plain, drafted = comparison.plain, comparison.drafted
+    verified, verified_seconds = timed["verified"]
+    verify_ms = 1e3 * verified_seconds / verified.stats.batch_rounds
+    round_ms = 1e3 * comparison.drafted_seconds / drafted.stats.batch_rounds
     live = args.prompt_tokens + args.max_new_tokens / 2
-    plain_bytes, draft_bytes = bytes_touched(lm.config, args.batch_size, live, num_draft)
+    heads = 0 if args.draft == "lookup" else drafter.num_draft
+    plain_bytes, draft_bytes = bytes_touched(lm.config, args.batch_size, live, heads)
     bandwidth = measure_bandwidth(plain_bytes)
+    parting = mismatches(lm, prompts, plain, drafted)
     return {
         "plain": {
             "ms_per_step": 1e3 * comparison.plain_seconds / plain.stats.batch_rounds,
@@ -101,10 +132,26 @@ def measure(lm: LoadedModel, comparison: Comparison, args: Args, num_draft: int)
             "tokens_per_second": comparison.plain_tokens_per_second,
         },
         "draft": {
-            "ms_per_round": 1e3 * comparison.drafted_seconds / drafted.stats.batch_rounds,
+            "ms_per_round": round_ms,
             "floor_ms": 1e3 * draft_bytes / bandwidth,
             "tokens_per_round": drafted.stats.tokens_per_round,
             "tokens_per_second": comparison.drafted_tokens_per_second,
+            "accept_at": drafted.stats.accept_at,
+            "accept_at_given_prev": none_for_nan(drafted.stats.accept_at_given_prev),
+            "verify_ms": verify_ms,
+            "draft_share": 1 - verify_ms / round_ms,
+        },
+        "auto": {
+            "tokens_per_second": auto.drafted_tokens_per_second,
+            "speedup": auto.speedup,
+            "tokens_per_round": auto.drafted.stats.tokens_per_round,
+        },
+        "prefill_seconds": plain.stats.prefill_seconds,
+        "mismatches": {
+            "rate": none_for_nan(parting.rate),
+            "parted_rows": parting.parted,
+            "within_margin": parting.within_margin,
+            "rows": parting.rows,
         },
         "speedup": comparison.speedup,
         "identical": comparison.identical,
@@ -112,23 +159,26 @@ def measure(lm: LoadedModel, comparison: Comparison, args: Args, num_draft: int)
         "bandwidth_gb_per_second": bandwidth / 1e9,
         "parameters": mtp.count_params(lm.config),
         "batch_size": args.batch_size,
-        "num_draft": num_draft,
+        "draft_with": args.draft,
+        "num_draft": drafter.num_draft,
+        "dtype": lm.config.model.dtype,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
 
 
-def bytes_touched(config: Config, batch: int, live: float, num_draft: int) -> tuple[float, float]:
+def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[float, float]:
     """Bytes that a plain step and a drafting round must read at least: weights once, and the live cache.
 
     Args:
       config: the model.
       batch: rows.
       live: mean live tokens per row.
-      num_draft: P.
+      heads: heads that draft.
 
     Returns:
-      Bytes of a step and of a round; the round adds P heads with their caches and one more reading of the unembedding.
+      Bytes of a step and of a round; the round adds those heads with their caches and one more reading of the
+      unembedding.
     """
     c = config.model
     size = jnp.dtype(c.dtype).itemsize
@@ -136,7 +186,7 @@ def bytes_touched(config: Config, batch: int, live: float, num_draft: int) -> tu
     cache = 2 * batch * live * c.num_kv_heads * c.head_dim
     table = c.vocab_size * c.d_model
     plain = size * (c.num_layers * (block + cache) + table)
-    return plain, plain + size * (num_draft * (block + cache) + table)
+    return plain, plain + size * (heads * (block + cache) + bool(heads) * table)
 
 
 def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:
@@ -158,6 +208,7 @@ def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:
 
 def _print(result: dict[str, Any]) -> None:
     plain, draft = result["plain"], result["draft"]
+    auto, parting = result["auto"], result["mismatches"]
     table = Table("", "ms", "floor ms", "ratio", "tokens/s", box=None, padding=(0, 2), header_style="bold")
     for name, side, took in (("plain step", plain, "ms_per_step"), ("drafted round", draft, "ms_per_round")):
         ratio = side[took] / side["floor_ms"]
@@ -167,10 +218,25 @@ def _print(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"\n{draft['tokens_per_round']:.2f} tokens per round, {result['speedup']:.2f}x plain; "
-        f"tokens {'identical' if result['identical'] else 'DIFFER'}\n"
-        f"{result['parameters'] / 1e6:.1f}M parameters, batch {result['batch_size']}, {result['num_draft']} drafts, "
+        f"{draft['draft_share']:.0%} of a round is drafting; with num_draft=auto {auto['speedup']:.2f}x plain\n"
+        f"accepted by depth {_percent(draft['accept_at'])}; given the one before "
+        f"{_percent(draft['accept_at_given_prev'])}\n"
+        f"tokens {_agreement(result['identical'], parting)}\n"
+        f"{result['parameters'] / 1e6:.1f}M parameters, batch {result['batch_size']}, {result['num_draft']} drafts of "
+        f"{result['draft_with']}, {result['dtype']}, "
         f"{result['device']} reading {result['bandwidth_gb_per_second']:.1f} GB/s, jax {result['jax']}\n"
         "floor: bytes of weights and live cache / bandwidth, both measured on an array of the model's size"
     )
     if result["random_weights"]:
         console.print("random weights: their drafts are hardly ever accepted; compare times with floors, not the gain")
+
+
+def _percent(rates: list[float | None]) -> str:
+    return ", ".join("-" if rate is None else f"{rate:.0%}" for rate in rates)
+
+
+def _agreement(identical: bool, parting: dict[str, Any]) -> str:
+    if identical:
+        return "identical"
+    parted = f"{parting['parted_rows']} of {parting['rows']} rows DIFFER somewhere ({parting['rate']:.2%} of tokens)"
+    return f"{parted}, {parting['within_margin']} of them where rounding decides between the two best"

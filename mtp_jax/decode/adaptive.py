@@ -12,12 +12,14 @@ import math
 
 import numpy as np
 
-BLOCK = 16
+BLOCK = 8
 """Rounds between two choices."""
 DECAY = 0.5
 """Weight of the past at every choice; about two blocks are remembered."""
 FIRST_PROBE = 8
 """Blocks of width 0 after which drafting is tried once more; twice as many after every try."""
+GIVE_UP = 4
+"""Blocks of width 0 after which a drafter with a cache of its own is let go: to keep it up to date costs, too."""
 
 
 def widths(num_draft: int) -> tuple[int, ...]:
@@ -50,6 +52,11 @@ class WidthChooser:
         best = max(self.widths, key=lambda width: self.tokens_per_round(width) / self.costs[width])
         self._idle = 0 if best else self._idle + 1
         return best
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether drafts have not paid for so long that nothing should be spent on them."""
+        return self._idle >= GIVE_UP
 
     def record(self, width: int, histogram_Q: np.ndarray, seconds: float, rounds: int) -> None:
         """Takes in a block: rounds of all rows by accepted drafts, and the time of its batch rounds."""

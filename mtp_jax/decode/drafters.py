@@ -1,6 +1,6 @@
 """Drafters: who proposes the tokens that the model verifies. A drafter is a pair of pure functions.
 
-    init(config, num_draft, batch, slots) -> cache
+    init(config, num_draft, batch, slots) -> cache              for `slots` positions; `LayerCache`s in it are enlarged
     draft(config, params, cache, context) -> (Drafts, cache)
 
 `draft` runs after every verification, and after every chunk of the prompt. Nothing that it returns can change the
@@ -44,13 +44,11 @@ class DraftContext(NamedTuple):
     index_B: jax.Array
     """Which of them produced the row's newest token; those behind it were rejected."""
     tokens_BS: jax.Array
-    """Every row's prompt and output so far, slots beyond the live ones left out."""
+    """Every row's prompt and output so far."""
     total_B: jax.Array
     """How many of those count; the newest token is at total - 1. Drafts are for positions total and on."""
     count: int
     """How many drafts the next round can use, at most P. With 0 of them a drafter only keeps its cache up to date."""
-    live: int
-    """Every row's positions are below it: caches need be read no further."""
     propose: Callable[[jax.Array], Drafts]
     """Tokens from logits [B, count, V], chosen with the noise that verification will choose with."""
 
@@ -81,8 +79,7 @@ def _heads_cache(config: Config, num_draft: int, batch: int, slots: int) -> Any:
 def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
     """Heads 1..count at the position that produced the newest token; head m predicts m tokens behind it."""
     where = (context.tap_BQD, context.start_B, context.index_B)
-    family = FAMILIES[config.heads.kind]
-    states_PBD, cache = family.draft(config, params["heads"], cache, *where, context.count, context.live)
+    states_PBD, cache = FAMILIES[config.heads.kind].draft(config, params["heads"], cache, *where, context.count)
     if not context.count:
         return _no_drafts(config, params, (), context)[0], cache
     hidden_BPD = lm.final_norm(config.model, params, states_PBD).transpose(1, 0, 2)

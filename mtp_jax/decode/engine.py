@@ -10,8 +10,8 @@ A row's newest token is emitted but not yet in any cache; a round feeds it toget
 Rows advance independently and finish independently. There is no host round trip inside `decode_rounds`; `max_rounds`
 is an argument, so one compiled program serves streaming (one round a call) and whole generations alike.
 
-Attention reads the first `live` slots only. A program is compiled for a `live`; `decode_rounds` returns as soon as a
-row might outgrow it, and the caller goes on with the next larger one (`live_bucket`).
+The caches grow with the rows, by powers of two: `decode_rounds` returns as soon as a row might outgrow them, and the
+caller goes on with a larger state (`grow`).
 """
 
 import dataclasses
@@ -27,11 +27,12 @@ from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts
 from mtp_jax.decode.sampling import Controls, Sampler
 from mtp_jax.decode.verify import Rule
 from mtp_jax.model import lm, mtp
+from mtp_jax.model.cache import grow_caches
 
 CHUNK = 512
 """Prompt tokens that go through the model at once."""
-LEAST_LIVE = 256
-"""The smallest live prefix that a program is compiled for; shorter ones cost hardly less."""
+LEAST_SLOTS = 256
+"""The smallest cache, unless the request ends in a smaller one; a shorter one costs hardly less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +77,21 @@ def slots_needed(total: int, num_draft: int) -> int:
     return total + num_draft + 1
 
 
-def live_bucket(total: int, width: int, slots: int) -> int:
-    """Slots to read in a round of `width` drafts over rows of up to `total` tokens: a power of two, or all of them."""
-    return min(max(LEAST_LIVE, 1 << (total + width).bit_length()), slots)
+def bucket(total: int, num_draft: int, most: int) -> int:
+    """Cache slots for a round over rows of up to `total` tokens: a power of two, or the most that are ever needed."""
+    return min(max(LEAST_SLOTS, 1 << (total + num_draft).bit_length()), most)
+
+
+def slots_of(state: DecodeState) -> int:
+    """Slots of the caches that a state holds now."""
+    return state.caches[0].slots
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def grow(state: DecodeState, slots: int) -> DecodeState:
+    """The state with caches of at least `slots`."""
+    larger = grow_caches((state.caches, state.drafter_cache), slots)
+    return state._replace(caches=larger[0], drafter_cache=larger[1])
 
 
 def prefill(
@@ -95,7 +108,7 @@ def prefill(
 
     Args:
       plan: what to run.
-      slots: cache slots, at least `slots_needed` of the largest limit, and of T.
+      slots: cache slots that the rows may come to need, at least `slots_needed` of the largest limit, and of T.
       params: a `mtp.decode_view`.
       controls: numbers and noise of the sampler.
       prompt_BT: prompts, padded on the right; T at most `CHUNK`, or a multiple of it.
@@ -105,24 +118,32 @@ def prefill(
     """
     T = prompt_BT.shape[1]
     chunk = min(T, CHUNK)
-    state = empty_state(plan, slots, prompt_BT, prompt_len_B, limit_B, end_ids_E)
+    first = bucket(chunk, plan.drafter.num_draft, slots)
+    state = empty_state(plan, first, slots, prompt_BT, prompt_len_B, limit_B, end_ids_E)
     for start in range(0, T, chunk):
-        live = live_bucket(start + chunk, plan.drafter.num_draft, slots)
-        state = prefill_chunk(plan, chunk, live, params, controls, state, prompt_len_B, jnp.int32(start))
+        needed = bucket(start + chunk, plan.drafter.num_draft, slots)
+        state = grow(state, needed) if needed > slots_of(state) else state
+        state = prefill_chunk(plan, chunk, params, controls, state, prompt_len_B, jnp.int32(start))
     return state
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "slots"))
+@functools.partial(jax.jit, static_argnames=("plan", "slots", "length"))
 def empty_state(
-    plan: Plan, slots: int, prompt_BT: jax.Array, prompt_len_B: jax.Array, limit_B: jax.Array, end_ids_E: jax.Array
+    plan: Plan,
+    slots: int,
+    length: int,
+    prompt_BT: jax.Array,
+    prompt_len_B: jax.Array,
+    limit_B: jax.Array,
+    end_ids_E: jax.Array,
 ) -> DecodeState:
-    """Caches of zeros, and rows that hold their prompts only."""
+    """Caches of `slots` zeros, and rows of `length` that hold their prompts only."""
     config, drafter = plan.config, plan.drafter
     B, T = prompt_BT.shape
     P, V = drafter.num_draft, config.model.vocab_size
     probs_BPV = jnp.zeros((B, P, V)) if plan.rule.reads_drafter else None
     return DecodeState(
-        tokens_BS=jnp.pad(prompt_BT, ((0, 0), (0, slots - T))),
+        tokens_BS=jnp.pad(prompt_BT, ((0, 0), (0, length - T))),
         total_B=prompt_len_B,
         limit_B=limit_B,
         done_B=jnp.zeros((B,), bool),
@@ -136,11 +157,10 @@ def empty_state(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "chunk", "live"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("plan", "chunk"), donate_argnames="state")
 def prefill_chunk(
     plan: Plan,
     chunk: int,
-    live: int,
     params: Any,
     controls: Controls,
     state: DecodeState,
@@ -154,27 +174,26 @@ def prefill_chunk(
     ends_B = (last_B >= 0) & (last_B < chunk)
     index_B = jnp.clip(last_B, 0, chunk - 1)
     input_BQ = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, chunk, axis=1)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, live)
+    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches)
     last_B1D = jnp.take_along_axis(state_BQD, index_B[:, None, None], axis=1)
     choices = _choose(plan, params, controls, state, last_B1D, Drafts(state.drafts.tokens_BP[:, :0]))
     waiting = state._replace(caches=caches, done_B=state.done_B | ~ends_B)
     emitted, _ = _emit(waiting, choices)
     emitted = emitted._replace(done_B=jnp.where(ends_B, emitted.done_B, state.done_B))
-    drafted = _draft(plan, plan.drafter.num_draft, live, params, controls, emitted, tap_BQD, start_B, index_B)
+    drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, tap_BQD, start_B, index_B)
     keep = lambda new, old: jnp.where(ends_B.reshape(B, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
     return drafted._replace(drafts=jax.tree.map(keep, drafted.drafts, state.drafts))
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "width", "live"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("plan", "width"), donate_argnames="state")
 def decode_rounds(
-    plan: Plan, width: int, live: int, params: Any, controls: Controls, state: DecodeState, max_rounds: jax.Array
+    plan: Plan, width: int, params: Any, controls: Controls, state: DecodeState, max_rounds: jax.Array
 ) -> DecodeState:
-    """Runs rounds until every row is done, a row may outgrow `live`, or `max_rounds` of them have run.
+    """Runs rounds until every row is done, a row may outgrow the caches, or `max_rounds` of them have run.
 
     Args:
       plan: what to run.
       width: drafts that a round verifies, at most P.
-      live: slots that attention reads; `live_bucket` gives one that fits.
       params: a `mtp.decode_view`.
       controls: numbers and noise of the sampler.
       state: from `prefill` or from here; donated.
@@ -183,23 +202,24 @@ def decode_rounds(
 
     def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         rounds, state = carry
-        longest = jnp.max(jnp.where(state.done_B, 0, state.total_B))
-        return (rounds < max_rounds) & ~jnp.all(state.done_B) & (longest + width < live)
+        # Finished rows as well: they are written to until the last one is.
+        fits = jnp.max(state.total_B) + width < slots_of(state)
+        return (rounds < max_rounds) & ~jnp.all(state.done_B) & fits
 
     def one_round(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         rounds, state = carry
-        return rounds + 1, decode_round(plan, width, live, params, controls, state)
+        return rounds + 1, decode_round(plan, width, params, controls, state)
 
     return jax.lax.while_loop(go_on, one_round, (jnp.int32(0), state))[1]
 
 
-def decode_round(plan: Plan, width: int, live: int, params: Any, controls: Controls, state: DecodeState) -> DecodeState:
+def decode_round(plan: Plan, width: int, params: Any, controls: Controls, state: DecodeState) -> DecodeState:
     """One round for every row: verify, accept, draft."""
     start_B = state.total_B - 1
     drafts = jax.tree.map(lambda leaf: leaf[:, :width], state.drafts)
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, live)
+    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
     choices = _choose(plan, params, controls, state, state_BQD, drafts)
     state, accepted = _emit(state, choices)
@@ -207,7 +227,7 @@ def decode_round(plan: Plan, width: int, live: int, params: Any, controls: Contr
     counted_BQ &= (accepted.count_B > 0)[:, None]
     state = state._replace(histogram_BQ=state.histogram_BQ + counted_BQ)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
-    return _draft(plan, width, live, params, controls, state, tap_BQD, start_B, index_B)
+    return _draft(plan, width, params, controls, state, tap_BQD, start_B, index_B)
 
 
 def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Array:
@@ -271,7 +291,6 @@ def _emit(state: DecodeState, choices: _Choices) -> tuple[DecodeState, verify.Ac
 def _draft(
     plan: Plan,
     count: int,
-    live: int,
     params: Any,
     controls: Controls,
     state: DecodeState,
@@ -294,8 +313,7 @@ def _draft(
             return Drafts(tokens_BP, jax.nn.softmax(logits_BPV))
         return Drafts(tokens_BP, sampling.probabilities(sampler, controls, logits_BPV))
 
-    tokens_BS = state.tokens_BS[:, :live]
-    context = DraftContext(tap_BQD, start_B, index_B, tokens_BS, state.total_B, count, live, propose)
+    context = DraftContext(tap_BQD, start_B, index_B, state.tokens_BS, state.total_B, count, propose)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
     if plan.rule.reads_drafter and drafts.probs_BPV is None:
         drafts = drafts._replace(probs_BPV=jax.nn.one_hot(drafts.tokens_BP, plan.config.model.vocab_size))

@@ -14,7 +14,7 @@ import numpy as np
 from mtp_jax.config import Config
 from mtp_jax.decode import engine
 from mtp_jax.decode.adaptive import BLOCK, WidthChooser
-from mtp_jax.decode.drafters import Drafter, make_drafter
+from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.engine import DecodeState, Plan
 from mtp_jax.decode.memory import check_cache_fits
 from mtp_jax.decode.options import Options
@@ -209,34 +209,41 @@ class _Request:
         self.decode_seconds += time.perf_counter() - started
 
     def _run(self, width: int, max_rounds: int) -> int:
-        """Rounds of one width, up to the end of the live bucket; returns how many the batch took."""
-        live, before_BQ = self._live(width), self.histogram_BQ
-        self._take(self._rounds(width, live, max_rounds))
+        """Rounds of one width, until the caches are full; returns how many the batch took."""
+        before_BQ = self.histogram_BQ
+        self._take(self._rounds(width, max_rounds))
         rounds_B = (self.histogram_BQ - before_BQ).sum(axis=1)
         self.drafted += width * int(rounds_B.sum())
         return int(rounds_B.max())
 
     def _run_block(self, max_rounds: int) -> None:
         """One block of the width that promises most, timed for the next choice."""
-        shape = (self.plan, len(self.total_B), self.slots, self._live(self.plan.drafter.num_draft))
+        self._grow()
+        shape = (self.plan, len(self.total_B), engine.slots_of(self.state))
         self.chooser.costs = _COSTS.setdefault(shape, {})
         width, before_BQ = self.chooser.choose(), self.histogram_BQ
-        program = (width, self._live(width))
+        program = (width, engine.slots_of(self.state))
         if program not in self.compiled:
             # No round is run, but what is timed below is compiled.
             self.compiled.add(program)
-            self.state = self._rounds(*program, 0)
+            self.state = self._rounds(width, 0)
         started = time.perf_counter()
         rounds = self._run(width, max_rounds)
         counted_Q = (self.histogram_BQ - before_BQ).sum(axis=0)
         self.chooser.record(width, counted_Q, time.perf_counter() - started, rounds)
+        if self.chooser.hopeless and jax.tree.leaves(self.state.drafter_cache):
+            self.plan, self.chooser = dataclasses.replace(self.plan, drafter=NONE), None
+            self.state = self.state._replace(drafter_cache=())
 
-    def _live(self, width: int) -> int:
-        return engine.live_bucket(int(self.total_B[~self.done_B].max()), width, self.slots)
+    def _grow(self) -> None:
+        needed = engine.bucket(int(self.total_B.max()), self.plan.drafter.num_draft, self.slots)
+        if needed > engine.slots_of(self.state):
+            self.state = engine.grow(self.state, needed)
 
-    def _rounds(self, width: int, live: int, max_rounds: int) -> DecodeState:
+    def _rounds(self, width: int, max_rounds: int) -> DecodeState:
+        self._grow()
         params, limit = self.lm.decode_params, jnp.int32(max_rounds)
-        return engine.decode_rounds(self.plan, width, live, params, self.controls, self.state, limit)
+        return engine.decode_rounds(self.plan, width, params, self.controls, self.state, limit)
 
     def _take(self, state: DecodeState) -> None:
         """Keeps the state, reads what the host needs of it, and ends rows whose text holds a stop string."""

@@ -1,13 +1,17 @@
-"""Decodes held-out prompts plainly and with drafts, and compares tokens, acceptance and time."""
+"""Decodes held-out prompts in several ways by the same engine, and compares tokens, acceptance and time."""
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from mtp_jax.decode.drafters import Drafter
+import jax.numpy as jnp
+import numpy as np
+
 from mtp_jax.decode.generate import Generation, Model, generate
 from mtp_jax.decode.stats import DecodeStats
+from mtp_jax.loading import LoadedModel
 
 TIMED_RUNS = 3
 
@@ -57,11 +61,7 @@ def compare(
     timed_runs: int = TIMED_RUNS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Decodes every prompt with and without drafts.
-
-    Both sides are compiled and run once before anything is timed; timed runs alternate between them, so that a change
-    in the machine's speed meets both. End tokens do not end a row: all rows have `max_new_tokens`, and the work is the
-    same on both sides.
+    """Decodes every prompt with the heads' drafts and without; see `time_sides`.
 
     Args:
       lm: a loaded model with extra heads.
@@ -72,28 +72,95 @@ def compare(
       timed_runs: runs over all prompts on each side, beside the first.
       progress: is told what is going on.
     """
-    sides: dict[str, str | Drafter] = {"plain": "none", "drafted": "heads"}
+    progress(f"decoding {len(prompts)} prompts plainly and with drafts, {timed_runs} timed runs each")
+    sides = {"plain": {"draft": "none"}, "drafted": {"draft": "heads", "num_draft": num_draft}}
+    timed = time_sides(lm, prompts, sides, max_new_tokens=max_new_tokens, batch_size=batch_size, timed_runs=timed_runs)
+    return pair(timed, "plain", "drafted")
 
-    def decode(name: str) -> tuple[Generation, float]:
-        batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-        drafts = num_draft if name == "drafted" else None
-        options = {"max_new_tokens": max_new_tokens, "draft": sides[name], "num_draft": drafts, "ignore_eos": True}
-        parts = [generate(lm, batch, **options) for batch in batches]
+
+Timed = dict[str, tuple[Generation, float]]
+"""By side, what was generated and the median seconds of decoding."""
+
+
+def pair(timed: Timed, plain: str, drafted: str) -> Comparison:
+    """Two of the sides against each other."""
+    return Comparison(timed[drafted][0], timed[plain][0], timed[drafted][1], timed[plain][1])
+
+
+def time_sides(
+    lm: Model,
+    prompts: Sequence[Sequence[int]],
+    sides: Mapping[str, Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 1,
+    timed_runs: int = TIMED_RUNS,
+) -> Timed:
+    """Decodes every prompt in several ways.
+
+    All sides are compiled and run once before anything is timed; timed runs take turns, so that a change in the
+    machine's speed meets all of them. End tokens do not end a row: all rows have `max_new_tokens`, and the work is the
+    same on every side.
+
+    Args:
+      lm: a loaded model.
+      prompts: lists of token ids.
+      sides: by name, the options of `generate` that set a side apart.
+      max_new_tokens: tokens per prompt.
+      batch_size: prompts decoded together.
+      timed_runs: runs over all prompts on each side, beside the first.
+    """
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+
+    def decode(options: Mapping[str, Any]) -> tuple[Generation, float]:
+        parts = [generate(lm, batch, max_new_tokens=max_new_tokens, ignore_eos=True, **options) for batch in batches]
         return merge(parts), sum(part.stats.decode_seconds for part in parts)
 
-    progress(f"decoding {len(prompts)} prompts plainly and with drafts, {timed_runs} timed runs each")
     results, seconds = {}, {name: [] for name in sides}
     for run in range(timed_runs + 1):
-        for name in sides:
-            results[name], elapsed = decode(name)
+        for name, options in sides.items():
+            results[name], elapsed = decode(options)
             if run:
                 seconds[name].append(elapsed)
-    return Comparison(
-        drafted=results["drafted"],
-        plain=results["plain"],
-        drafted_seconds=statistics.median(seconds["drafted"]),
-        plain_seconds=statistics.median(seconds["plain"]),
-    )
+    return {name: (results[name], statistics.median(seconds[name])) for name in sides}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatches:
+    """Where two greedy outputs of the same prompts part for the first time."""
+
+    rows: int
+    parted: int
+    """Rows that differ somewhere; behind the first difference the two have other prefixes, and nothing is counted."""
+    compared: int
+    """Tokens up to and including the first difference of every row."""
+    within_margin: int
+    """Rows that part where the model's two best logits are so close that rounding decides."""
+
+    @property
+    def rate(self) -> float:
+        """Differences per compared token."""
+        return self.parted / self.compared if self.compared else math.nan
+
+
+def mismatches(lm: LoadedModel, prompts: Sequence[Sequence[int]], one: Generation, other: Generation) -> Mismatches:
+    """Compares two greedy outputs, and looks up how close the call was where they part.
+
+    A call is close where the two largest logits differ by at most twice the compute dtype's epsilon times the largest
+    one: 2^-6 of it in bfloat16, 2^-22 in float32.
+    """
+    relative = 2 * float(jnp.finfo(lm.config.model.dtype).eps)
+    compared = parted = within = 0
+    for prompt, a, b in zip(prompts, one.tokens, other.tokens, strict=True):
+        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        compared += len(a) if at is None else at + 1
+        if at is None:
+            continue
+        parted += 1
+        logits_V = np.asarray(lm.logits(np.array([[*prompt, *a[:at]]])))[0, 0, -1]
+        second, first = np.sort(logits_V)[-2:]
+        within += bool(first - second <= relative * abs(logits_V).max())
+    return Mismatches(len(prompts), parted, compared, within)
 
 
 def merge(parts: Sequence[Generation]) -> Generation:

@@ -11,32 +11,68 @@ and may keep only some of them; the caller then advances `length` by what was ke
 
 A write never starts beyond slots - Q: `dynamic_update_slice` would clamp its start there and overwrite good entries, so
 a cache for n tokens is allocated with P+1 slots of slack.
+
+Attention reads every slot there is. A cache therefore starts small and is copied into a larger one when it is full:
+what a step costs follows the rows' length, not the length they may reach.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, S, K, H] each."""
+    """Keys and values of one layer, [B, K, S, H] each: what one head reads lies together."""
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.k_BKSH.shape[2]
 
 
 def init_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
     """A cache of zeros for `batch` rows of `slots` entries."""
-    shape = (batch, slots, kv_heads, head_dim)
+    shape = (batch, kv_heads, slots, head_dim)
     return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def write_cache(cache: LayerCache, k_BQKH: jax.Array, v_BQKH: jax.Array, start_B: jax.Array) -> LayerCache:
     """Writes Q entries per row, row b's at slots start_B[b]..start_B[b]+Q-1."""
 
-    def write_row(slots_SKH: jax.Array, new_QKH: jax.Array, start: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(slots_SKH, new_QKH.astype(slots_SKH.dtype), (start, 0, 0))
+    new = jax.tree.map(
+        lambda new_BQKH, old_BKSH: new_BQKH.swapaxes(1, 2).astype(old_BKSH.dtype), LayerCache(k_BQKH, v_BQKH), cache
+    )
 
-    write = jax.vmap(write_row)
-    return LayerCache(write(cache.k_BSKH, k_BQKH, start_B), write(cache.v_BSKH, v_BQKH, start_B))
+    def all_at_once(cache: LayerCache) -> LayerCache:
+        write = lambda old_KSH, new_KQH, start: jax.lax.dynamic_update_slice(old_KSH, new_KQH, (0, start, 0))  # noqa: E731
+        return jax.tree.map(lambda old_BKSH, new_BKQH: jax.vmap(write)(old_BKSH, new_BKQH, start_B), cache, new)
+
+    def row_by_row(cache: LayerCache) -> LayerCache:
+        def write_row(b: jax.Array, cache: LayerCache) -> LayerCache:
+            def write(old_BKSH: jax.Array, new_BKQH: jax.Array) -> jax.Array:
+                new_1KQH = jax.lax.dynamic_slice_in_dim(new_BKQH, b, 1)
+                return jax.lax.dynamic_update_slice(old_BKSH, new_1KQH, (b, 0, start_B[b], 0))
+
+            return jax.tree.map(write, cache, new)
+
+        # The number of rows, in a way that hides it: a loop that XLA unrolls is fused into what reads the cache, twice.
+        count = jnp.minimum(start_B[0] + len(start_B), len(start_B))
+        return jax.lax.fori_loop(0, count, write_row, cache)
+
+    # Rows with starts of their own are a scatter, for which XLA's CPU backend copies the whole cache several times.
+    return jax.lax.platform_dependent(cache, cpu=row_by_row, default=all_at_once)
+
+
+def grow_caches(tree: Any, slots: int) -> Any:
+    """A tree with every `LayerCache` in it enlarged to at least `slots`; the new ones are zeros."""
+
+    def grow(node: Any) -> Any:
+        if not isinstance(node, LayerCache) or node.slots >= slots:
+            return node
+        return jax.tree.map(lambda x_BKSH: jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, slots - node.slots), (0, 0))), node)
+
+    return jax.tree.map(grow, tree, is_leaf=lambda node: isinstance(node, LayerCache))

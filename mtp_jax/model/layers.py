@@ -89,8 +89,8 @@ class Attention(nn.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKH: jax.Array,
+        k_BKSH: jax.Array,
+        v_BKSH: jax.Array,
         query_slots_BT: jax.Array,
         segment_ids_BS: jax.Array | None = None,
     ) -> jax.Array:
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q_BTNH = self.q_norm(q_BTNH)
         q_BTNH = rotary(q_BTNH, positions_BT, self.config.rope_theta)
-        mixed_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, query_slots_BT, segment_ids_BS)
+        mixed_BTNH = attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS)
         N, H, D = self.o_NHD.shape
         return linear(mixed_BTNH.reshape(*x_BTD.shape[:2], N * H), self.o_NHD.reshape(N * H, D))
 
@@ -123,33 +123,29 @@ class Block(nn.Module):
         h_BTD = self.attn_norm(x_BTD)
         k_BTKH, v_BTKH = self.attn.keys_values(h_BTD, positions_BT)
         slots_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None, :], x_BTD.shape[:2])
-        x_BTD += self.attn.attend(h_BTD, positions_BT, k_BTKH, v_BTKH, slots_BT, segment_ids_BT)
+        k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+        x_BTD += self.attn.attend(h_BTD, positions_BT, k_BKTH, v_BKTH, slots_BT, segment_ids_BT)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
     def write(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
         """Enters Q positions into the cache, row b's from slot start_B[b] on."""
         return self._write(self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), start_B, cache)
 
-    def read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache, live: int) -> jax.Array:
-        """The block's output at Q positions that stand in the cache, row b's from slot start_B[b] on, all below `live`.
+    def read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> jax.Array:
+        """The block's output at Q positions that stand in the cache, row b's from slot start_B[b] on."""
+        return self._read(x_BQD, self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), cache)
 
-        Slots at and beyond `live` are not touched.
-        """
-        return self._read(x_BQD, self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), cache, live)
-
-    def write_read(
-        self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache, live: int
-    ) -> tuple[jax.Array, LayerCache]:
+    def write_read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """`write`, then `read` at the same positions."""
         h_BQD, slots_BQ = self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1])
         cache = self._write(h_BQD, slots_BQ, start_B, cache)
-        return self._read(x_BQD, h_BQD, slots_BQ, cache, live), cache
+        return self._read(x_BQD, h_BQD, slots_BQ, cache), cache
 
     def _write(self, h_BQD: jax.Array, slots_BQ: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
         return write_cache(cache, *self.attn.keys_values(h_BQD, slots_BQ), start_B)
 
-    def _read(self, x_BQD: jax.Array, h_BQD: jax.Array, slots_BQ: jax.Array, cache: LayerCache, live: int) -> jax.Array:
-        x_BQD += self.attn.attend(h_BQD, slots_BQ, cache.k_BSKH[:, :live], cache.v_BSKH[:, :live], slots_BQ)
+    def _read(self, x_BQD: jax.Array, h_BQD: jax.Array, slots_BQ: jax.Array, cache: LayerCache) -> jax.Array:
+        x_BQD += self.attn.attend(h_BQD, slots_BQ, cache.k_BKSH, cache.v_BKSH, slots_BQ)
         return x_BQD + self.mlp(self.mlp_norm(x_BQD))
 
 

@@ -61,7 +61,10 @@ def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Arra
 
 def unembedding(params: Params) -> jax.Array:
     """The [V, D] table that turns final-normed states into logits."""
-    return params["unembed" if "unembed" in params else "embed"]["table"]
+    if "unembed" not in params:
+        return params["embed"]["table"]
+    unembed = params["unembed"]
+    return unembed["table"] if "table" in unembed else unembed["table_DV"].T
 
 
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
@@ -117,14 +120,10 @@ def decode_blocks(
     x_BQD: jax.Array,
     start_B: jax.Array,
     caches: tuple[LayerCache, ...],
-    live: int,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """Runs unstacked blocks over Q new positions per row, entering them into the caches from slot start_B[b] on.
-
-    All positions are below `live`, and no slot beyond it is read.
-    """
+    """Runs unstacked blocks over Q new positions per row, entering them into the caches from slot start_B[b] on."""
     written = []
     for block, cache in zip(blocks, caches, strict=True):
-        x_BQD, cache = Block(config).apply({"params": block}, x_BQD, start_B, cache, live, method="write_read")
+        x_BQD, cache = Block(config).apply({"params": block}, x_BQD, start_B, cache, method="write_read")
         written.append(cache)
     return x_BQD, tuple(written)

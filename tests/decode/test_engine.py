@@ -46,7 +46,7 @@ def controls(lm, rows):
 def advance(lm, state, rounds=ALL, drafter=HEADS):
     plan, limit = Plan(lm.config, drafter), jnp.int32(rounds)
     rows = controls(lm, state.total_B)
-    return decode_rounds(plan, drafter.num_draft, SLOTS, lm.decode_params, rows, state, limit)
+    return decode_rounds(plan, drafter.num_draft, lm.decode_params, rows, state, limit)
 
 
 def outputs(state, prompts=PROMPTS):
@@ -78,7 +78,7 @@ def test_state_after_rounds_is_that_of_a_prefill(name):
     for b, total in enumerate(total_B):
         assert fresh.tokens_BS[b, :total].tolist() == tokens_BS[b, :total].tolist()
         for old, new in zip(jax.tree.leaves(caches(state)), jax.tree.leaves(caches(fresh)), strict=True):
-            np.testing.assert_allclose(old[b, : total - 1], new[b, : total - 1], atol=2e-5)
+            np.testing.assert_allclose(old[b, :, : total - 1], new[b, :, : total - 1], atol=2e-5)
 
 
 def caches(state):

@@ -1,4 +1,4 @@
-"""Long prompts and large caches: chunks of the prompt = the prompt at once, a live prefix = the whole cache. Each
+"""Long prompts and growing caches: chunks of the prompt = the prompt at once, a small cache = a large one. Each
 docstring names the line whose deletion breaks the test."""
 
 import jax
@@ -10,7 +10,7 @@ from reference.tiny import tiny_config
 
 from mtp_jax.decode import engine
 from mtp_jax.decode.drafters import make_drafter
-from mtp_jax.decode.engine import Plan, live_bucket, prefill
+from mtp_jax.decode.engine import Plan, bucket, prefill
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.options import Options
 
@@ -19,19 +19,19 @@ from mtp_jax.decode.options import Options
     (1, 0, 9000, 256), (252, 3, 9000, 256), (253, 3, 9000, 512), (255, 0, 9000, 256), (256, 0, 9000, 512),
     (5000, 3, 9000, 8192), (8190, 3, 9000, 9000), (20, 3, 36, 36),
 ])  # fmt: skip
-def test_live_bucket(total, width, slots, live):
+def test_bucket(total, width, slots, live):
     """The smallest power of two above total + width, at least 256, at most all slots."""
-    assert live_bucket(total, width, slots) == live
+    assert bucket(total, width, slots) == live
 
 
 @pytest.mark.parametrize("draft", ["heads", "none"])
 @pytest.mark.parametrize("name", ["random", "trained"])
-def test_chunks_and_growing_prefixes_change_nothing(monkeypatch, name, draft):
-    """tokens = reference when a prompt takes several chunks and a row outgrows its live prefix several times. Breaks
-    without `longest + width < live`, without `live` in a head's `read`, or when rows that end early are drafted for
+def test_chunks_and_growing_caches_change_nothing(monkeypatch, name, draft):
+    """tokens = reference when a prompt takes several chunks and a row outgrows its cache several times. Breaks
+    without `fits` in `go_on`, without the heads' caches in `grow`, or when rows that end early are drafted for
     again (`keep`)."""
     monkeypatch.setattr(engine, "CHUNK", 4)
-    monkeypatch.setattr(engine, "LEAST_LIVE", 8)
+    monkeypatch.setattr(engine, "LEAST_SLOTS", 8)
     result = generate(model(name), PROMPTS, max_new_tokens=NEW, draft=draft)
     assert result.tokens == [plain(name, prompt)[:NEW] for prompt in PROMPTS]
 
@@ -58,7 +58,7 @@ def test_state_of_chunks_is_that_of_one(monkeypatch, name):
     for b, length in enumerate(lengths_B):
         np.testing.assert_array_equal(one.tokens_BS[b, : length + 1], several.tokens_BS[b, : length + 1])
         for a, c in zip(*(jax.tree.leaves((s.caches, s.drafter_cache)) for s in states), strict=True):
-            np.testing.assert_allclose(a[b, :length], c[b, :length], atol=2e-5)
+            np.testing.assert_allclose(a[b, :, :length], c[b, :, :length], atol=2e-5)
 
 
 def test_beyond_a_chunk_and_a_bucket():
@@ -83,17 +83,34 @@ def test_programs_do_not_grow_with_the_prompt():
     assert compiled == []
 
 
-def test_attention_reads_the_live_prefix_only():
-    """NaN behind the live prefix changes nothing. Breaks when attention reads the whole cache and masks."""
-    lm, slots = model("random"), 48
+def test_rounds_stop_before_the_cache_is_full():
+    """decode_rounds returns with every row's next round still inside the caches, and goes on after `grow`. Breaks
+    without `fits`: a write beyond the last slot covers good entries."""
+    lm = model("random")
     plan, numbers = Plan(CONFIG, make_drafter("heads", CONFIG)), Options().controls(1, 40)
     arrays = [jnp.asarray(x) for x in (np.array([[7, 3, 11, 5]]), [4], [20], np.zeros((0,), np.int32))]
-    state = prefill(plan, slots, lm.decode_params, numbers, *arrays)
-    spoil = lambda leaf: leaf.at[:, 16:].set(jnp.nan)  # noqa: E731
-    spoilt = state._replace(
-        caches=jax.tree.map(spoil, state.caches), drafter_cache=jax.tree.map(spoil, state.drafter_cache)
-    )
-    after = engine.decode_rounds(plan, 3, 16, lm.decode_params, numbers, spoilt, jnp.int32(100))
-    assert 16 - 3 <= int(after.total_B[0]) <= 16
-    assert after.tokens_BS[0, 4 : after.total_B[0]].tolist() == plain("random", (7, 3, 11, 5))[: after.total_B[0] - 4]
-    assert not after.failed_B[0]
+    state = prefill(plan, 48, lm.decode_params, numbers, *arrays)
+    state = state._replace(caches=cut(state.caches, 12), drafter_cache=cut(state.drafter_cache, 12))
+    for slots in (12, 30):
+        state = engine.decode_rounds(plan, 3, lm.decode_params, numbers, engine.grow(state, slots), jnp.int32(100))
+        assert engine.slots_of(state) == slots
+        total = int(state.total_B[0])
+        assert (total == 20) if slots == 30 else 12 - 3 <= total <= 12 + 1
+        assert state.tokens_BS[0, 4:total].tolist() == plain("random", (7, 3, 11, 5))[: total - 4]
+
+
+def cut(caches, slots):
+    """Caches with fewer slots."""
+    return jax.tree.map(lambda x_BKSH: x_BKSH[:, :, :slots], caches)
+
+
+def test_a_short_row_has_a_small_cache():
+    """Whatever the model's limit, a cache begins with 256 slots: what a round costs follows the rows. Breaks when all
+    slots are allocated at once."""
+    shape = {"vocab_size": 50, "num_layers": 1, "d_model": 16, "max_seq_len": 9000}
+    config = tiny_config(model=shape, heads={"num_future": 3})
+    lm = loaded(config, loud_params(config, seed=4))
+    plan, numbers = Plan(config, make_drafter("heads", config)), Options().controls(1, 50)
+    arrays = [jnp.asarray(x) for x in (np.array([[7, 3, 11, 5]]), [4], [8000], np.zeros((0,), np.int32))]
+    state = prefill(plan, 8192, lm.decode_params, numbers, *arrays)
+    assert {leaf.shape[2] for leaf in jax.tree.leaves((state.caches, state.drafter_cache))} == {256}

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from reference import naive
 
-from mtp_jax.kernels.attention import attention
+from mtp_jax.kernels.attention import attention as kernel
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, *rest):
+    """The kernel on keys and values as a layer computes them."""
+    return kernel(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), *rest)
 
 
 def inputs(B=2, T=5, S=5, N=4, K=2, H=6, dtype=jnp.float32):

@@ -3,11 +3,12 @@
 Each docstring names the line whose deletion breaks the test.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.model.cache import LayerCache, init_cache, write_cache
+from mtp_jax.model.cache import LayerCache, grow_caches, init_cache, write_cache
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -20,9 +21,9 @@ def test_write_equals_numpy_assignment(dtype):
     k_BQKH, v_BQKH = (jnp.asarray(rng.standard_normal((3, 2, 2, 4)), jnp.float32) for _ in range(2))
     cache = write_cache(init_cache(3, 6, 2, 4, dtype), k_BQKH, v_BQKH, jnp.array([0, 3, 4]))
     for actual, new in zip(cache, (k_BQKH, v_BQKH), strict=True):
-        expected = np.zeros((3, 6, 2, 4), dtype)
+        expected = np.zeros((3, 2, 6, 4), dtype)
         for b, start in enumerate((0, 3, 4)):
-            expected[b, start : start + 2] = new[b].astype(dtype)
+            expected[b, :, start : start + 2] = new[b].swapaxes(0, 1).astype(dtype)
         assert actual.dtype == dtype
         np.testing.assert_array_equal(actual, expected)
 
@@ -38,3 +39,13 @@ def test_rollback_is_the_cursor():
         cache = write_cache(cache, letters(text), letters(text.upper()), jnp.array([start]))
     shown = LayerCache(*("".join(chr(int(x)) for x in np.ravel(part)[:10]) for part in cache))
     assert shown == LayerCache("abcdefGijk", "ABCDEFGIJK")
+
+
+def test_grown():
+    """Every LayerCache of a tree keeps what it holds and gains zeros; what is large enough, or none, stays as it is."""
+    small, large = (init_cache(1, slots, 1, 2, jnp.float32) for slots in (3, 9))
+    small = jax.tree.map(lambda x: x + 1, small)
+    tree = grow_caches({"a": (small,), "b": large, "c": jnp.arange(3)}, 5)
+    assert (tree["a"][0].slots, tree["b"].slots) == (5, 9)
+    np.testing.assert_array_equal(tree["a"][0].v_BKSH[0, 0, :, 0], [1, 1, 1, 0, 0])
+    assert tree["c"].tolist() == [0, 1, 2]

@@ -29,7 +29,9 @@ def forward(config, view, tokens_BQ, start_B, index_B, caches, head_caches):
     """Final-normed states of Q positions, of the heads at index_B ([M-1, B, D]), and the caches."""
     family = FAMILIES[config.heads.kind]
     state_BQD, tap_BQD, caches = mtp.decode_forward(config, view, tokens_BQ, start_B, caches)
-    states_PBD, head_caches = family.draft(config, view["heads"], head_caches, tap_BQD, start_B, index_B)
+    states_PBD, head_caches = family.draft(
+        config, view["heads"], head_caches, tap_BQD, start_B, index_B, len(head_caches)
+    )
     hidden = (lm.final_norm(config.model, view, state_BQD), lm.final_norm(config.model, view, states_PBD))
     return *hidden, caches, head_caches
 

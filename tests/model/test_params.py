@@ -187,6 +187,7 @@ def test_decode_view_round_trip(config, params):
     assert (len(view["blocks"]), len(view["heads"]["blocks"])) == (3, 2)
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
     stacked = view | {"blocks": stack(view["blocks"]), "heads": {"blocks": stack(view["heads"]["blocks"])}}
+    stacked["unembed"] = {"table": lm.unembedding(view)}
     jax.tree.map(np.testing.assert_array_equal, stacked, params)
 
 

@@ -53,7 +53,6 @@ def draft(
     start_B: jax.Array,
     index_B: jax.Array,
     count: int,
-    live: int,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """States of heads 1..count at position index_B[b] of the Q new ones.
 
@@ -71,6 +70,6 @@ def draft(
         cache = Block(config.model).apply(variables, tap_BQD, start_B, cache, method="write")
         written.append(cache)
         if len(states) < count:
-            state_B1D = Block(config.model).apply(variables, tap_B1D, start_B + index_B, cache, live, method="read")
+            state_B1D = Block(config.model).apply(variables, tap_B1D, start_B + index_B, cache, method="read")
             states.append(state_B1D[:, 0])
     return jnp.stack(states) if states else tap_BQD[None, :0, 0], tuple(written)
