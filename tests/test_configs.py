@@ -12,7 +12,13 @@ from mtp_jax.model import mtp
 from mtp_jax.train.step import compile_steps
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-PARAMETERS = {"tiny": 62_816, "quickstart": 3_049_920, "bench_30m": 34_087_424, "bench_200m": 219_702_272}
+PARAMETERS = {
+    "tiny": 62_816,
+    "quickstart": 3_049_920,
+    "bench_30m": 34_087_424,
+    "bench_200m": 219_702_272,
+    "bench_1b": 1_100_048_384,
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))

@@ -24,6 +24,7 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 # A new file in configs/ adds its number here, worked out by hand:
 # V D (twice if untied) + (L + M - 1) (2 D H (N + K) + 3 D F + 2 D) + D.
 COUNTS = {
+    "bench_1b": 2 * 32_000 * 2048 + (19 + 3) * (2 * 2048 * 64 * 36 + 3 * 2048 * 5632 + 2 * 2048) + 2048,
     "bench_200m": 2 * 32_000 * 1024 + (9 + 3) * (2 * 1024 * 64 * 32 + 3 * 1024 * 2816 + 2 * 1024) + 1024,
     "bench_30m": 2 * 8192 * 512 + (5 + 3) * (2 * 512 * 64 * 16 + 3 * 512 * 1408 + 2 * 512) + 512,
     "quickstart": 2048 * 192 + (3 + 3) * (2 * 192 * 64 * 6 + 3 * 192 * 512 + 2 * 192) + 192,

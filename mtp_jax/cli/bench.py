@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         num_draft = lm.config.num_draft
     drafter = make_drafter(args.draft, lm.config, num_draft)
     if not drafter.num_draft:
-        raise UserError("--num_draft is 0, so there is nothing to measure beside plain decoding; use at least 1")
+        raise UserError("there are no drafts to measure beside plain decoding; use --num-draft 1 or more")
     sides = {
         "plain": {"draft": "none"},
         "drafted": {"draft": drafter},

@@ -10,6 +10,8 @@ from reference.tiny import tiny_config, write_text
 
 from mtp_jax.cli import COMMANDS, run
 from mtp_jax.config import to_json
+from mtp_jax.decode.generate import generate
+from mtp_jax.loading import load
 from mtp_jax.metrics import read_metrics
 
 OVERRIDES = {
@@ -140,6 +142,37 @@ def test_generate_json_is_the_same_with_and_without_drafts(quickstart, capsys):
     assert results[1]["stats"]["tokens_per_round"] == 1.0
 
 
+def test_generate_samples_the_same_with_any_drafter(quickstart, capsys):
+    """The sampling flags reach `generate`; the draw does not depend on --draft, --num-draft or the other prompts."""
+    base = ["generate", str(quickstart[0]), "--prompt", "def ", "--max-new-tokens", "16", "--json"]
+    base += ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01", "--seed", "7"]
+    base += ["--repetition-penalty", "1.1"]
+    ways = [[], ["--draft", "lookup"], ["--num-draft", "auto"], ["--draft", "none", "--prompt", "if "]]
+    drawn = []
+    for way in ways:
+        assert run([*base, *way]) == 0
+        drawn.append(only_json(capsys)["completions"][0])
+    assert drawn[1:] == [drawn[0]] * 3
+    options = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 7, "repetition_penalty": 1.1}
+    lm = load(quickstart[0])
+    assert drawn[0]["tokens"] == generate(lm, ["def "], max_new_tokens=16, **options).tokens[0]
+    assert run([*base, "--seed", "8"]) == 0
+    assert only_json(capsys)["completions"][0] != drawn[0]
+
+
+def test_lossy_rules_say_so(quickstart, capsys):
+    """A lossy rule is named, with how many tokens are not those of exact decoding; an exact one is not."""
+    base = ["generate", str(quickstart[0]), "--prompt", "def ", "--max-new-tokens", "16", "--temperature", "1.0"]
+    assert run([*base, "--accept", "typical", "--json"]) == 0
+    result = only_json(capsys)
+    assert result["lossy"] is True and result["compared"] == 16
+    assert (result["differing"] > 0) == (result["stats"]["replaced"] > 0)
+    assert run([*base, "--accept", "confidence"]) == 0
+    assert re.search(r"lossy: \d+ of 16 tokens differ from those of accept=exact", capsys.readouterr().err)
+    assert run([*base, "--accept", "rejection", "--json"]) == 0
+    assert "lossy" not in only_json(capsys)
+
+
 def test_generate_streams_every_prompt(quickstart, tmp_path, capsys):
     """Text of --prompt, --prompt-file and --prompt-tokens on stdout, statistics on stderr."""
     file = tmp_path / "prompt.txt"
@@ -180,6 +213,13 @@ def test_bench_decode(quickstart, capsys):
     assert {"ms_per_round", "tokens_per_round", "tokens_per_second"} <= set(result["draft"])
     assert result["identical"] is True
     assert result["plain"]["ms_per_step"] * result["plain"]["tokens_per_second"] == pytest.approx(1e3)
+    draft = result["draft"]
+    assert draft["draft_share"] == pytest.approx(1 - draft["verify_ms"] / draft["ms_per_round"])
+    assert result["mismatches"] == {"rate": 0.0, "parted_rows": 0, "within_margin": 0, "rows": 1}
+    assert run([*arguments, "--draft", "lookup", "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 drafts of lookup, bfloat16" in printed
+    assert re.search(r"tokens (identical|.* of 1 rows DIFFER)", printed)
 
 
 BAD = {
@@ -201,6 +241,10 @@ BAD = {
     "too many drafts": (["generate", "RUN", "--prompt", "x", "--num-draft", 9], r"num_draft=9.* 3 extra heads"),
     "no tokens": (["generate", "RUN", "--prompt", "x", "--max-new-tokens", 0], r"max_new_tokens=0"),
     "no data": (["eval", "RUN", "--data", "/nowhere"], r"/nowhere"),
+    "no filter": (["generate", "RUN", "--prompt", "x", "--top-p", 0], r"top_p=0.0; it must be above 0, at most 1"),
+    "cold": (["generate", "RUN", "--prompt", "x", "--temperature", -1], r"temperature=-1.0; it must be 0 for greedy"),
+    "drafts in words": (["generate", "RUN", "--prompt", "x", "--num-draft", "many"], r"--num-draft many is neither"),
+    "nothing to compare": (["bench", "decode", "RUN", "--num-draft", 0], r"there are no drafts to measure"),
     "no benchmark": (["bench", "coffee"], r"what to measure is 'decode'"),
 }
 

@@ -3,13 +3,15 @@
 Each docstring names the line of `acceptance.py` whose deletion breaks the test."""
 
 import math
+import types
 
+import numpy as np
 import pytest
 from reference.decoding import NEW, PROMPTS, model, plain
 
 from mtp_jax.decode.generate import Generation
 from mtp_jax.decode.stats import DecodeStats
-from mtp_jax.eval.acceptance import Comparison, compare, merge
+from mtp_jax.eval.acceptance import Comparison, Mismatches, compare, merge, mismatches
 
 
 def generation(tokens, histogram, text=None, seconds=1.0, prefill=0.25):
@@ -79,6 +81,30 @@ def test_seconds_are_the_median_of_the_timed_runs(monkeypatch):
     monkeypatch.setattr(acceptance, "generate", fake)
     result = compare(model("random"), [[1]], max_new_tokens=2)
     assert (result.plain_seconds, result.drafted_seconds) == (4.0, 2.0)
+
+
+def test_mismatches():
+    """Outputs are compared up to where they part; a difference is excused where the two best logits are that close, and
+    only there. Breaks without `+ 1`, the prefix, or the margin."""
+    lm = model("random")
+    rows = [plain("random", prompt)[:NEW] for prompt in PROMPTS]
+    other = [list(row) for row in rows]
+    other[1][3], other[1][7], other[2][15] = 39 - other[1][3], 0, 39 - other[2][15]
+    one, two = generation(rows, (4,)), generation(other, (4,))
+    found = mismatches(lm, PROMPTS, one, two)
+    assert found == Mismatches(rows=4, parted=2, compared=16 + 4 + 16 + 16, within_margin=0)
+    assert found.rate == 2 / 52
+    assert mismatches(lm, PROMPTS, one, one).parted == 0
+
+    def tied(gap):
+        def logits(tokens_BT):
+            assert tokens_BT.tolist() in ([[*PROMPTS[1], *rows[1][:3]]], [[*PROMPTS[2], *rows[2][:15]]])
+            return np.array([[[[4.0, 0.0, 4.0 - gap, -1.0]]]], np.float32)
+
+        return types.SimpleNamespace(config=lm.config, logits=logits)
+
+    assert mismatches(tied(4.0 * 2e-7), PROMPTS, one, two).within_margin == 2
+    assert mismatches(tied(4.0 * 3e-7), PROMPTS, one, two).within_margin == 0
 
 
 def test_nothing_to_time():
