@@ -139,7 +139,7 @@ def measure(lm: LoadedModel, prompts: list[list[int]], timed: Timed, args: Args,
             "accept_at": drafted.stats.accept_at,
             "accept_at_given_prev": none_for_nan(drafted.stats.accept_at_given_prev),
             "verify_ms": verify_ms,
-            "draft_share": 1 - verify_ms / round_ms,
+            "draft_share": max(0.0, 1 - verify_ms / round_ms),
         },
         "auto": {
             "tokens_per_second": auto.drafted_tokens_per_second,

@@ -1,24 +1,26 @@
-"""How many drafts to verify: measured costs, running acceptance, and the width with the most tokens per second.
+"""How many drafts to verify: measured costs, running acceptance, and the width that finishes the batch first.
 
-With a_k the running share of rounds that accept k drafts or more, and c_w the measured seconds of a round of width w,
+With a_k the running share of a row's rounds that accept k drafts or more, c_w the measured seconds of a round of width
+w and n the tokens that a row still has to go,
 
-    tokens per second of width w  =  (1 + a_1 + ... + a_w) / c_w
+    seconds to the end at width w  =  c_w  x  largest over rows of  n / (1 + a_1 + ... + a_w)
 
-Width 0 is plain decoding, so that drafts which do not pay are not made. Whatever is chosen, the tokens are the same.
+because a batch takes as many rounds as its slowest row. Width 0 is plain decoding, so that drafts which do not pay are
+not made. Whatever is chosen, the tokens are the same.
 """
 
-import itertools
 import math
 
 import numpy as np
 
 BLOCK = 8
-"""Rounds between two choices."""
-DECAY = 0.5
-"""Weight of the past at every choice; about two blocks are remembered."""
-FIRST_PROBE = 8
+"""Rounds before the first choice; twice as many whenever the choice stays the same: to stop and choose costs, too."""
+LONGEST_BLOCK = 64
+DECAY = 0.7
+"""Weight of the past at every choice; about three blocks are remembered."""
+FIRST_PROBE = 4
 """Blocks of width 0 after which drafting is tried once more; twice as many after every try."""
-GIVE_UP = 4
+GIVE_UP = 3
 """Blocks of width 0 after which a drafter with a cache of its own is let go: to keep it up to date costs, too."""
 
 
@@ -28,20 +30,27 @@ def widths(num_draft: int) -> tuple[int, ...]:
 
 
 class WidthChooser:
-    """Chooses the width of the next block of rounds.
+    """Chooses the width of the next block of rounds, for `rows` rows.
 
     The first blocks try every width; what they cost is kept in `costs`, which the caller may share between requests.
     """
 
-    def __init__(self, num_draft: int, costs: dict[int, float]) -> None:
+    def __init__(self, num_draft: int, rows: int, costs: dict[int, float]) -> None:
         self.widths, self.costs = widths(num_draft), costs
-        self._reached = np.zeros(num_draft + 1)
-        self._tried = np.zeros(num_draft + 1)
+        self._reached_BQ = np.zeros((rows, num_draft + 1))
+        self._tried_BQ = np.zeros((rows, num_draft + 1))
         self._idle, self._probe_after = 0, FIRST_PROBE
+        self.rounds, self._last = BLOCK, -1
 
-    def choose(self) -> int:
-        """Width of the next block."""
-        if not self._tried.any():
+    def choose(self, remaining_B: np.ndarray) -> int:
+        """Width of the next block, of `rounds` rounds, for rows that have so many tokens to go."""
+        width = self._choose(remaining_B)
+        self.rounds = min(2 * self.rounds, LONGEST_BLOCK) if width == self._last else BLOCK
+        self._last = width
+        return width
+
+    def _choose(self, remaining_B: np.ndarray) -> int:
+        if not self._tried_BQ.any():
             return self.widths[-1]
         untimed = [width for width in self.widths if width not in self.costs]
         if untimed:
@@ -49,7 +58,8 @@ class WidthChooser:
         if self._idle >= self._probe_after:
             self._idle, self._probe_after = 0, 2 * self._probe_after
             return self.widths[-1]
-        best = max(self.widths, key=lambda width: self.tokens_per_round(width) / self.costs[width])
+        left = lambda width: self.costs[width] * np.max(remaining_B / self.tokens_per_round(width))  # noqa: E731
+        best = min(self.widths, key=left)
         self._idle = 0 if best else self._idle + 1
         return best
 
@@ -58,22 +68,21 @@ class WidthChooser:
         """Whether drafts have not paid for so long that nothing should be spent on them."""
         return self._idle >= GIVE_UP
 
-    def record(self, width: int, histogram_Q: np.ndarray, seconds: float, rounds: int) -> None:
-        """Takes in a block: rounds of all rows by accepted drafts, and the time of its batch rounds."""
-        if rounds:
-            measured = seconds / rounds
-            self.costs[width] = min(self.costs.get(width, math.inf) * 1.02, measured)
+    def record(self, width: int, histogram_BQ: np.ndarray, seconds: float | None) -> None:
+        """Takes in a block: rounds by accepted drafts, and the seconds it took, if they tell what a round costs."""
+        rounds = histogram_BQ.sum(axis=1).max()
+        if rounds and seconds is not None:
+            self.costs[width] = min(self.costs.get(width, math.inf) * 1.02, seconds / rounds)
         if width:
             # Depth k is told by rounds that accepted what is before it.
-            reached_Q = np.cumsum(histogram_Q[::-1])[::-1]
-            self._reached *= DECAY
-            self._tried *= DECAY
-            self._reached[1 : width + 1] += reached_Q[1 : width + 1]
-            self._tried[1 : width + 1] += reached_Q[:width]
+            reached_BQ = np.cumsum(histogram_BQ[:, ::-1], axis=1)[:, ::-1]
+            self._reached_BQ *= DECAY
+            self._tried_BQ *= DECAY
+            self._reached_BQ[:, 1 : width + 1] += reached_BQ[:, 1 : width + 1]
+            self._tried_BQ[:, 1 : width + 1] += reached_BQ[:, :width]
 
-    def tokens_per_round(self, width: int) -> float:
-        """Expected tokens of a round, by running acceptance; depths never tried count as accepted."""
-        given = [
-            r / t if t else 1.0 for r, t in zip(self._reached[1 : width + 1], self._tried[1 : width + 1], strict=True)
-        ]
-        return 1.0 + sum(itertools.accumulate(given, lambda a, b: a * b))
+    def tokens_per_round(self, width: int) -> np.ndarray:
+        """Expected tokens of a round by row, by running acceptance; depths never tried count as accepted."""
+        reached_BP, tried_BP = self._reached_BQ[:, 1 : width + 1], self._tried_BQ[:, 1 : width + 1]
+        given_BP = np.where(tried_BP > 0, reached_BP / np.maximum(tried_BP, 1e-9), 1.0)
+        return 1.0 + np.cumprod(given_BP, axis=1).sum(axis=1)

@@ -78,8 +78,12 @@ def slots_needed(total: int, num_draft: int) -> int:
 
 
 def bucket(total: int, num_draft: int, most: int) -> int:
-    """Cache slots for a round over rows of up to `total` tokens: a power of two, or the most that are ever needed."""
-    return min(max(LEAST_SLOTS, 1 << (total + num_draft).bit_length()), most)
+    """Cache slots for a round over rows of up to `total` tokens: a power of two, or the most that are ever needed.
+
+    The last step up is not a small one: it would cost a copy of the caches and another program.
+    """
+    power = max(LEAST_SLOTS, 1 << (total + num_draft).bit_length())
+    return most if 2 * most <= 3 * power else power
 
 
 def slots_of(state: DecodeState) -> int:

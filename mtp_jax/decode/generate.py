@@ -13,7 +13,7 @@ import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.decode import engine
-from mtp_jax.decode.adaptive import BLOCK, WidthChooser
+from mtp_jax.decode.adaptive import WidthChooser
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.engine import DecodeState, Plan
 from mtp_jax.decode.memory import check_cache_fits
@@ -144,6 +144,8 @@ def _pieces(request: "_Request") -> Iterator[tuple[int, str] | Generation]:
 
 _COSTS: dict[tuple[Any, ...], dict[int, float]] = {}
 """Seconds per round by width, of every shape that `num_draft="auto"` has measured in this process."""
+_WARM: set[tuple[Any, ...]] = set()
+"""Shapes and widths that have run a block: the first one of a new program is several times slower than the next."""
 
 
 class _Request:
@@ -189,9 +191,9 @@ class _Request:
         self.histogram_BQ = np.zeros((len(ids), drafter.num_draft + 1), np.int32)
         self.surplus_BQ = np.zeros_like(self.histogram_BQ)
         self.drafted, self.searched_B = 0, [0] * len(ids)
-        self.chooser, self.compiled = None, set()
+        self.chooser = None
         if num_draft == "auto" and drafter.num_draft:
-            self.chooser = WidthChooser(drafter.num_draft, {})
+            self.chooser = WidthChooser(drafter.num_draft, len(ids), {})
         arrays = (prompt_BT, self.prompt_len_B, self.limit_B, np.array(end_ids, np.int32))
         lm.decode_params  # noqa: B018  (made at first use; its time is not the prompt's)
         started = time.perf_counter()
@@ -205,32 +207,27 @@ class _Request:
         if self.chooser is None:
             self._run(self.plan.drafter.num_draft, max_rounds)
         else:
-            self._run_block(min(max_rounds, BLOCK))
+            self._run_block(max_rounds)
         self.decode_seconds += time.perf_counter() - started
 
-    def _run(self, width: int, max_rounds: int) -> int:
-        """Rounds of one width, until the caches are full; returns how many the batch took."""
-        before_BQ = self.histogram_BQ
+    def _run(self, width: int, max_rounds: int) -> None:
+        """Rounds of one width, until the caches are full."""
+        before = self.histogram_BQ.sum()
         self._take(self._rounds(width, max_rounds))
-        rounds_B = (self.histogram_BQ - before_BQ).sum(axis=1)
-        self.drafted += width * int(rounds_B.sum())
-        return int(rounds_B.max())
+        self.drafted += width * int(self.histogram_BQ.sum() - before)
 
     def _run_block(self, max_rounds: int) -> None:
         """One block of the width that promises most, timed for the next choice."""
         self._grow()
         shape = (self.plan, len(self.total_B), engine.slots_of(self.state))
         self.chooser.costs = _COSTS.setdefault(shape, {})
-        width, before_BQ = self.chooser.choose(), self.histogram_BQ
-        program = (width, engine.slots_of(self.state))
-        if program not in self.compiled:
-            # No round is run, but what is timed below is compiled.
-            self.compiled.add(program)
-            self.state = self._rounds(width, 0)
+        remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
+        width, before_BQ = self.chooser.choose(remaining_B), self.histogram_BQ
         started = time.perf_counter()
-        rounds = self._run(width, max_rounds)
-        counted_Q = (self.histogram_BQ - before_BQ).sum(axis=0)
-        self.chooser.record(width, counted_Q, time.perf_counter() - started, rounds)
+        self._run(width, min(max_rounds, self.chooser.rounds))
+        seconds = time.perf_counter() - started if (shape, width) in _WARM else None
+        _WARM.add((shape, width))
+        self.chooser.record(width, self.histogram_BQ - before_BQ, seconds)
         if self.chooser.hopeless and jax.tree.leaves(self.state.drafter_cache):
             self.plan, self.chooser = dataclasses.replace(self.plan, drafter=NONE), None
             self.state = self.state._replace(drafter_cache=())

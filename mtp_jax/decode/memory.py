@@ -3,12 +3,17 @@
 import jax
 import psutil
 
-from mtp_jax.decode.engine import Plan, empty_state
+from mtp_jax.decode.engine import LEAST_SLOTS, Plan, empty_state
 from mtp_jax.errors import UserError
 
 
 def cache_bytes(plan: Plan, rows: int, slots: int) -> int:
-    """Bytes of a decoding state: caches, tokens and counters."""
+    """Most bytes of decoding states at once: caches, tokens and counters, and what the caches grow from."""
+    grows = slots > LEAST_SLOTS
+    return _state_bytes(plan, rows, slots) + (_state_bytes(plan, rows, slots // 2) if grows else 0)
+
+
+def _state_bytes(plan: Plan, rows: int, slots: int) -> int:
     one = jax.ShapeDtypeStruct((rows,), "int32")
     prompt_BT = jax.ShapeDtypeStruct((rows, 1), "int32")
     ends_E = jax.ShapeDtypeStruct((1,), "int32")

@@ -17,10 +17,10 @@ from mtp_jax.decode.options import Options
 
 @pytest.mark.parametrize(("total", "width", "slots", "live"), [
     (1, 0, 9000, 256), (252, 3, 9000, 256), (253, 3, 9000, 512), (255, 0, 9000, 256), (256, 0, 9000, 512),
-    (5000, 3, 9000, 8192), (8190, 3, 9000, 9000), (20, 3, 36, 36),
+    (5000, 3, 13_000, 8192), (8190, 3, 13_000, 13_000), (20, 3, 36, 36), (20, 3, 384, 384), (20, 3, 385, 256),
 ])  # fmt: skip
 def test_bucket(total, width, slots, live):
-    """The smallest power of two above total + width, at least 256, at most all slots."""
+    """The smallest power of two above total + width, at least 256; all slots where they are half as many more."""
     assert bucket(total, width, slots) == live
 
 
