@@ -1,6 +1,6 @@
 """Milliseconds of a plain step over about 100 live tokens, in a request that may grow to 8,192 slots and in one of 256.
 
-    python benchmarks/decode_slots.py
+python benchmarks/decode_slots.py
 """
 
 import time

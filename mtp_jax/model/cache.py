@@ -43,28 +43,28 @@ def init_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.
 def write_cache(cache: LayerCache, k_BQKH: jax.Array, v_BQKH: jax.Array, start_B: jax.Array) -> LayerCache:
     """Writes Q entries per row, row b's at slots start_B[b]..start_B[b]+Q-1."""
 
-    new = jax.tree.map(
-        lambda new_BQKH, old_BKSH: new_BQKH.swapaxes(1, 2).astype(old_BKSH.dtype), LayerCache(k_BQKH, v_BQKH), cache
-    )
-
-    def all_at_once(cache: LayerCache) -> LayerCache:
-        write = lambda old_KSH, new_KQH, start: jax.lax.dynamic_update_slice(old_KSH, new_KQH, (0, start, 0))  # noqa: E731
-        return jax.tree.map(lambda old_BKSH, new_BKQH: jax.vmap(write)(old_BKSH, new_BKQH, start_B), cache, new)
-
-    def row_by_row(cache: LayerCache) -> LayerCache:
-        def write_row(b: jax.Array, cache: LayerCache) -> LayerCache:
-            def write(old_BKSH: jax.Array, new_BKQH: jax.Array) -> jax.Array:
-                new_1KQH = jax.lax.dynamic_slice_in_dim(new_BKQH, b, 1)
-                return jax.lax.dynamic_update_slice(old_BKSH, new_1KQH, (b, 0, start_B[b], 0))
-
-            return jax.tree.map(write, cache, new)
-
-        # The number of rows, in a way that hides it: a loop that XLA unrolls is fused into what reads the cache, twice.
-        count = jnp.minimum(start_B[0] + len(start_B), len(start_B))
-        return jax.lax.fori_loop(0, count, write_row, cache)
-
+    to_slots = lambda new_BQKH, old_BKSH: new_BQKH.swapaxes(1, 2).astype(old_BKSH.dtype)  # noqa: E731
+    new = jax.tree.map(to_slots, LayerCache(k_BQKH, v_BQKH), cache)
     # Rows with starts of their own are a scatter, for which XLA's CPU backend copies the whole cache several times.
-    return jax.lax.platform_dependent(cache, cpu=row_by_row, default=all_at_once)
+    return jax.lax.platform_dependent(cache, new, start_B, cpu=_row_by_row, default=_all_at_once)
+
+
+def _all_at_once(cache: LayerCache, new: LayerCache, start_B: jax.Array) -> LayerCache:
+    write = lambda old_KSH, new_KQH, start: jax.lax.dynamic_update_slice(old_KSH, new_KQH, (0, start, 0))  # noqa: E731
+    return jax.tree.map(lambda old_BKSH, new_BKQH: jax.vmap(write)(old_BKSH, new_BKQH, start_B), cache, new)
+
+
+def _row_by_row(cache: LayerCache, new: LayerCache, start_B: jax.Array) -> LayerCache:
+    def write_row(b: jax.Array, cache: LayerCache) -> LayerCache:
+        def write(old_BKSH: jax.Array, new_BKQH: jax.Array) -> jax.Array:
+            new_1KQH = jax.lax.dynamic_slice_in_dim(new_BKQH, b, 1)
+            return jax.lax.dynamic_update_slice(old_BKSH, new_1KQH, (b, 0, start_B[b], 0))
+
+        return jax.tree.map(write, cache, new)
+
+    # The number of rows, in a way that hides it: a loop that XLA unrolls is fused into what reads the cache, twice.
+    count = jnp.minimum(start_B[0] + len(start_B), len(start_B))
+    return jax.lax.fori_loop(0, count, write_row, cache)
 
 
 def grow_caches(tree: Any, slots: int) -> Any:

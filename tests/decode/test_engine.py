@@ -170,6 +170,19 @@ def test_state_is_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_copy_of_a_cache(rows):
+    """The compiled rounds hold no copy of anything as large as a cache. Breaks on a CPU when the rows are written by a
+    scatter, or in a loop that XLA unrolls."""
+    lm, plan = model("random"), Plan(CONFIG, HEADS)
+    state = prefilled(lm, PROMPTS[:rows], LIMITS[:rows])
+    shape = ",".join(map(str, state.caches[0].k_BKSH.shape))
+    lowered = decode_rounds.lower(plan, 3, lm.decode_params, controls(lm, PROMPTS[:rows]), state, jnp.int32(1))
+    program = lowered.compile().as_text()
+    assert f"f32[{shape}]" in program
+    assert [line for line in program.splitlines() if " copy(" in line and f"f32[{shape}]" in line] == []
+
+
 @pytest.mark.parametrize("draft", ["heads", "none"])
 def test_one_trace(draft):
     """Another request of the same batch and buckets compiles nothing, whatever its prompts and lengths. Breaks with a

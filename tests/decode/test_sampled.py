@@ -91,7 +91,7 @@ def test_continued():
     """generate(16) = generate(7), then generate(9) from its tokens: noise belongs to the position. Breaks when it is
     keyed on the number of new tokens."""
     settings = {"temperature": 0.9, "top_p": 0.95, "seed": [2, 3]}
-    lm, prompts = model("random"), [PROMPTS[0], PROMPTS[3]]
+    lm, prompts = model("trained"), [PROMPTS[0], PROMPTS[3]]
     whole = generate(lm, prompts, max_new_tokens=16, **settings).tokens
     first = generate(lm, prompts, max_new_tokens=7, **settings).tokens
     rest = [[*prompt, *new] for prompt, new in zip(prompts, first, strict=True)]

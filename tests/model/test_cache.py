@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.model.cache import LayerCache, grow_caches, init_cache, write_cache
+from mtp_jax.model.cache import LayerCache, _all_at_once, _row_by_row, grow_caches, init_cache, write_cache
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -26,6 +26,14 @@ def test_write_equals_numpy_assignment(dtype):
             expected[b, :, start : start + 2] = new[b].swapaxes(0, 1).astype(dtype)
         assert actual.dtype == dtype
         np.testing.assert_array_equal(actual, expected)
+
+
+def test_every_backend_writes_alike():
+    """What runs on a CPU = what runs elsewhere, for rows with starts of their own."""
+    rng = np.random.default_rng(1)
+    draw = lambda slots: LayerCache(*(jnp.asarray(rng.standard_normal((3, 2, slots, 4)), jnp.float32) for _ in "kv"))  # noqa: E731
+    cache, new, start_B = draw(9), draw(3), jnp.array([0, 6, 2])
+    jax.tree.map(np.testing.assert_array_equal, _row_by_row(cache, new, start_B), _all_at_once(cache, new, start_B))
 
 
 def test_rollback_is_the_cursor():

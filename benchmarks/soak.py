@@ -1,0 +1,98 @@
+"""Minutes of continuous decoding of random prompts: memory must not grow and nothing may be compiled again.
+
+    python benchmarks/soak.py --minutes 20
+
+Every request takes one of a few settings, with prompts of random length and content, random numbers of tokens, seeds
+and temperatures. Settings are warmed up first, in every bucket that requests can meet.
+"""
+
+import dataclasses
+import gc
+import random
+import time
+
+import jax
+import jax.monitoring
+import numpy as np
+import psutil
+import tyro
+
+from mtp_jax import generate, sharding
+from mtp_jax.cli.common import read_config
+from mtp_jax.config import MeshConfig
+from mtp_jax.loading import LoadedModel
+from mtp_jax.model import mtp
+
+SETTINGS = (
+    {"draft": "heads"},
+    {"draft": "none"},
+    {"draft": "lookup", "temperature": 1.0},
+    {"draft": "heads+lookup", "temperature": 0.7, "repetition_penalty": 1.2},
+    {"draft": "heads", "num_draft": "auto"},
+    {"draft": "heads", "accept": "rejection", "temperature": 1.0},
+)
+LENGTHS = ((1, 16), (17, 32), (200, 256), (513, 700))
+"""Prompt lengths that share programs."""
+NEW = (33, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """How long."""
+
+    minutes: float = 20.0
+    config: str = "configs/tiny.py"
+
+
+def request(lm: LoadedModel, rng: random.Random, settings: dict, lengths: tuple[int, int], rows: int) -> int:
+    """One batch; returns its number of new tokens."""
+    vocab = lm.config.model.vocab_size
+    prompts = [[rng.randrange(vocab) for _ in range(rng.randint(*lengths))] for _ in range(rows)]
+    settings = dict(settings)
+    if "temperature" in settings:
+        settings |= {
+            "temperature": rng.uniform(0.5, 1.5),
+            "seed": rng.randrange(1 << 40),
+            "top_p": rng.uniform(0.5, 1.0),
+        }
+    out = generate(lm, prompts, max_new_tokens=rng.randint(*NEW), ignore_eos=True, **settings)
+    assert all(0 <= token < vocab for row in out.tokens for token in row)
+    return out.stats.emitted
+
+
+def main() -> None:
+    """Prints a line per minute, and what grew."""
+    args = tyro.cli(Args)
+    config = read_config(args.config)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_seq_len=2048))
+    params = jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0))
+    lm, rng = LoadedModel(config, params, None, sharding.make_mesh(MeshConfig())), random.Random(0)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **kwargs: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    kinds = [(settings, lengths, rows) for settings in SETTINGS for lengths in LENGTHS for rows in (1, 4)]
+    for _ in range(3):
+        for kind in kinds:
+            request(lm, rng, *kind)
+    print(f"warm: {len(compiled)} programs", flush=True)
+    process, before, sizes = psutil.Process(), len(compiled), []
+    began, tokens, requests, minute = time.monotonic(), 0, 0, 0
+    while time.monotonic() - began < 60 * args.minutes:
+        tokens += request(lm, rng, *rng.choice(kinds))
+        requests += 1
+        if time.monotonic() - began >= 60 * minute:
+            gc.collect()
+            sizes.append(process.memory_info().rss / 2**20)
+            alive = sum(array.nbytes for array in jax.live_arrays()) / 2**20
+            print(f"minute {minute}: {requests} requests, {tokens} tokens, {sizes[-1]:.0f} MiB resident, ", end="")
+            print(f"{alive:.2f} MiB in arrays, {len(compiled) - before} compilations", flush=True)
+            minute += 1
+    half = len(sizes) // 2
+    growth = np.mean(sizes[half:]) / np.mean(sizes[1:half]) - 1 if half > 1 else float("nan")
+    print(f"{requests} requests, {tokens} tokens, {len(compiled) - before} compilations after the warm-up, ", end="")
+    print(f"memory of the second half over the first: {growth:+.1%}")
+
+
+if __name__ == "__main__":
+    main()
