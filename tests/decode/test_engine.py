@@ -19,7 +19,7 @@ from reference.decoding import (
 )
 from reference.tiny import tiny_config
 
-from mtp_jax.decode.drafters import make_drafter
+from mtp_jax.decode.drafters import NONE, make_drafter
 from mtp_jax.decode.engine import Plan, decode_rounds, prefill, prefill_chunk, slots_needed
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.options import Options
@@ -170,14 +170,17 @@ def test_state_is_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("drafter", [NONE, HEADS], ids=lambda drafter: drafter.name)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_no_copy_of_a_cache(rows):
-    """The compiled rounds hold no copy of anything as large as a cache. Breaks on a CPU when the rows are written by a
-    scatter, or in a loop that XLA unrolls."""
-    lm, plan = model("random"), Plan(CONFIG, HEADS)
-    state = prefilled(lm, PROMPTS[:rows], LIMITS[:rows])
+def test_no_copy_of_a_cache(rows, drafter):
+    """The compiled rounds hold no copy of anything as large as a cache. Breaks on a CPU when a single row is written by
+    a scatter, or in a loop that XLA unrolls."""
+    lm, plan = model("random"), Plan(CONFIG, drafter)
+    state = prefilled(lm, PROMPTS[:rows], LIMITS[:rows], drafter)
     shape = ",".join(map(str, state.caches[0].k_BKSH.shape))
-    lowered = decode_rounds.lower(plan, 3, lm.decode_params, controls(lm, PROMPTS[:rows]), state, jnp.int32(1))
+    lowered = decode_rounds.lower(
+        plan, drafter.num_draft, lm.decode_params, controls(lm, PROMPTS[:rows]), state, jnp.int32(1)
+    )
     program = lowered.compile().as_text()
     assert f"f32[{shape}]" in program
     assert [line for line in program.splitlines() if " copy(" in line and f"f32[{shape}]" in line] == []
