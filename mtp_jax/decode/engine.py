@@ -26,6 +26,7 @@ from mtp_jax.decode import sampling, verify
 from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts
 from mtp_jax.decode.sampling import Controls, Sampler
 from mtp_jax.decode.verify import Rule
+from mtp_jax.errors import UserError
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.cache import grow_caches
 
@@ -319,9 +320,23 @@ def _draft(
 
     context = DraftContext(tap_BQD, start_B, index_B, state.tokens_BS, state.total_B, count, propose)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
+    _check_drafts(plan.drafter, drafts, len(state.total_B))
     if plan.rule.reads_drafter and drafts.probs_BPV is None:
         drafts = drafts._replace(probs_BPV=jax.nn.one_hot(drafts.tokens_BP, plan.config.model.vocab_size))
     elif not plan.rule.reads_drafter:
         drafts = drafts._replace(probs_BPV=None)
     fit = lambda new, old: jnp.pad(new, [(0, 0), (0, old.shape[1] - new.shape[1]), *[(0, 0)] * (new.ndim - 2)])  # noqa: E731
     return state._replace(drafts=jax.tree.map(fit, drafts, state.drafts), drafter_cache=cache)
+
+
+def _check_drafts(drafter: Drafter, drafts: Drafts, rows: int) -> None:
+    """What a drafter of the caller's returns, while it is traced."""
+    shape = getattr(getattr(drafts, "tokens_BP", None), "shape", ())
+    good = isinstance(drafts, Drafts) and len(shape) == 2 and shape[0] == rows and shape[1] <= drafter.num_draft
+    if not good or not jnp.issubdtype(drafts.tokens_BP.dtype, jnp.integer):
+        got = drafts.tokens_BP if isinstance(drafts, Drafts) else drafts
+        got = f"{got.dtype} of shape {list(got.shape)}" if hasattr(got, "dtype") else repr(got)
+        raise UserError(
+            f"drafter {drafter.name!r} returns {got}; it must return Drafts(tokens) with whole numbers of shape "
+            f"[{rows}, {drafter.num_draft}], or fewer columns"
+        )

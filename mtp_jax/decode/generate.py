@@ -17,7 +17,7 @@ from mtp_jax.decode.adaptive import WidthChooser
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.engine import DecodeState, Plan
 from mtp_jax.decode.memory import check_cache_fits
-from mtp_jax.decode.options import Options
+from mtp_jax.decode.options import Options, whole
 from mtp_jax.decode.sampling import LogitsFn
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.decode.stopping import StopStrings
@@ -115,17 +115,25 @@ def stream(
     max_new_tokens: int,
     draft: str | Drafter = "heads",
     num_draft: NumDraft = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | Sequence[int] = 0,
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
+    logits_fn: LogitsFn | None = None,
+    accept: str | Rule = "exact",
     stop: Sequence[str] = (),
-    **sampling: Any,
 ) -> Iterator[tuple[int, str] | Generation]:
     """Like `generate`, yielding `(prompt index, text)` as text is decided and the `Generation` as the last item.
 
-    A piece never ends inside a character, nor inside what may become a stop string. `sampling` is `temperature` and the
-    rest up to `accept`, as in `generate`. Raises like `generate`, at the call; the prompts are processed by then.
+    A piece never ends inside a character, nor inside what may become a stop string. Options are those of `generate`.
+    Raises like `generate`, at the call; the prompts are processed by then.
     """
     if lm.tokenizer is None:
         raise UserError("streaming needs a tokenizer, and this model was trained on token ids; use generate")
-    options = Options(**sampling)
+    options = Options(temperature, top_k, top_p, min_p, seed, repetition_penalty, logit_bias, logits_fn, accept)
     return _pieces(_Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos=False))
 
 
@@ -164,8 +172,7 @@ class _Request:
     ) -> None:
         self.lm, self.stop = lm, StopStrings(stop)
         drafter = _drafter(lm, draft, num_draft)
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens!r}; it must be a whole number, at least 1")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer")
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
@@ -186,6 +193,7 @@ class _Request:
         new = _bucket(int((self.limit_B - self.prompt_len_B).max()))
         self.slots = engine.slots_needed(_bucket(padded) + new, drafter.num_draft)
         check_cache_fits(self.plan, len(ids), self.slots)
+        options.check_logits_fn(lm.config.model.vocab_size, _bucket(padded) + new)
         self.controls = options.controls(len(ids), lm.config.model.vocab_size)
         self.total_B = self.prompt_len_B
         self.histogram_BQ = np.zeros((len(ids), drafter.num_draft + 1), np.int32)
@@ -334,8 +342,8 @@ class _Request:
 def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft) -> Drafter:
     if num_draft == "auto":
         num_draft = None
-    if num_draft is not None and (not isinstance(num_draft, int) or isinstance(num_draft, bool)):
-        raise UserError(f"num_draft={num_draft!r}; it must be a whole number, or 'auto'")
+    if num_draft is not None:
+        num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
     if not isinstance(draft, Drafter):
         return make_drafter(draft, lm.config, num_draft)
     if num_draft not in (None, draft.num_draft):

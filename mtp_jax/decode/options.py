@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,7 +36,7 @@ class Options:
             "temperature", self.temperature, "0 for greedy, or at least 1e-6", lambda t: t == 0 or 1e-6 <= t < math.inf
         )
         if self.top_k is not None:
-            _whole("top_k", self.top_k, "1 or above", lambda k: k >= 1)
+            whole("top_k", self.top_k, "1 or above", lambda k: k >= 1)
         if self.top_p is not None:
             _number("top_p", self.top_p, "above 0, at most 1", lambda p: 0 < p <= 1)
         if self.min_p is not None:
@@ -61,6 +62,16 @@ class Options:
             logits_fn=self.logits_fn,
         )
 
+    def check_logits_fn(self, vocab_size: int, length: int) -> None:
+        """Refuses a function that does not return logits for the vocabulary; nothing is compiled for it."""
+        if self.logits_fn is None:
+            return
+        shapes = ((vocab_size,), jnp.float32), ((length,), jnp.int32), ((), jnp.int32)
+        made = jax.eval_shape(self.logits_fn, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        if getattr(made, "shape", None) != (vocab_size,):
+            got = getattr(made, "shape", made)
+            raise UserError(f"logits_fn returns {got}; it must return the {vocab_size} logits of one row")
+
     def controls(self, rows: int, vocab_size: int) -> Controls:
         """The numbers, for a batch of `rows`."""
         seed, bias_V = self._seed(rows), self._bias(vocab_size)
@@ -76,7 +87,7 @@ class Options:
         )
 
     def _seed(self, rows: int) -> int | list[int]:
-        check = lambda seed: _whole("seed", seed, "from 0 to 2**64 - 1", lambda s: 0 <= s < 1 << 64)  # noqa: E731
+        check = lambda seed: whole("seed", seed, "from 0 to 2**64 - 1", lambda s: 0 <= s < 1 << 64)  # noqa: E731
         if not isinstance(self.seed, Sequence | np.ndarray):
             return check(self.seed)
         if len(self.seed) != rows:
@@ -93,7 +104,7 @@ class Options:
         bias_V = np.zeros((vocab_size,), np.float32)
         for token, value in self.logit_bias.items():
             inside = f"a token id from 0 to {vocab_size - 1}"
-            token = _whole("logit_bias: token", token, inside, lambda t: 0 <= t < vocab_size)
+            token = whole("logit_bias: token", token, inside, lambda t: 0 <= t < vocab_size)
             _number(f"logit_bias[{token}]", value, "a number, or -inf to forbid the token", lambda v: v < math.inf)
             bias_V[token] = value
         if np.all(bias_V == -np.inf):
@@ -101,13 +112,14 @@ class Options:
         return bias_V
 
 
-def _number(name: str, value: Any, wanted: str, fits: Any) -> None:
+def _number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
     """Refuses what is no number, NaN included, or does not fit."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not fits(value):
         raise UserError(f"{name}={value!r}; it must be {wanted}")
 
 
-def _whole(name: str, value: Any, wanted: str, fits: Any) -> int:
+def whole(name: str, value: Any, wanted: str, fits: Callable[[int], bool]) -> int:
+    """The value as an int; refuses what is no whole number, or does not fit."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -1,6 +1,6 @@
 """Stop strings: many of them at once, by sets of their texts and of the beginnings of those."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from mtp_jax.errors import UserError
 
@@ -8,10 +8,11 @@ from mtp_jax.errors import UserError
 class StopStrings:
     """Finds the first of any number of strings; its cost grows with their different lengths, not with their number."""
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
+    def __init__(self, stop: Iterable[str]) -> None:
+        several = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (None,)
+        if not all(isinstance(one, str) and one for one in several):
             raise UserError(f"stop={stop!r}; it must be a list of strings, none of them empty")
-        self._all = frozenset(stop)
+        self._all = frozenset(several)
         self._lengths = sorted({len(one) for one in self._all})
         self._beginnings = frozenset(one[:length] for one in self._all for length in range(1, len(one)))
         self.longest = max(self._lengths, default=0)

@@ -253,6 +253,41 @@ def test_a_drafter_of_your_own():
     assert seen["shapes"] == ((4, slots), 4)
 
 
+def own(drafts):
+    """A drafter of three that returns what it is given."""
+    return Drafter("own", 3, lambda *_: (), lambda config, params, cache, context: (drafts, cache))
+
+
+WRONG_DRAFTS = {
+    "too many": Drafts(np.zeros((1, 4), np.int32)),
+    "of other rows": Drafts(np.zeros((2, 3), np.int32)),
+    "fractions": Drafts(np.zeros((1, 3), np.float32)),
+    "one axis": Drafts(np.zeros((3,), np.int32)),
+    "a bare array": np.zeros((1, 3), np.int32),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DRAFTS)
+def test_wrong_drafts(name):
+    """What a drafter of the caller's may not return is refused with its name and the shape that is wanted; fewer drafts
+    than announced are fine."""
+    with pytest.raises(UserError, match=r"drafter 'own' returns .*; it must return Drafts\(tokens\) .* \[1, 3\]"):
+        generate(model("random"), [PROMPTS[0]], max_new_tokens=4, draft=own(WRONG_DRAFTS[name]))
+    few = own(Drafts(np.zeros((1, 1), np.int32)))
+    tokens = generate(model("random"), [PROMPTS[0]], max_new_tokens=4, draft=few).tokens
+    assert tokens == [plain("random", PROMPTS[0])[:4]]
+
+
+def test_numbers_of_numpy():
+    """numpy's whole numbers and fractions are numbers."""
+    settings = {"temperature": np.float32(0.5), "top_k": np.int32(3), "top_p": np.float64(0.75), "seed": np.uint64(5)}
+    ours = {"temperature": 0.5, "top_k": 3, "top_p": 0.75, "seed": 5}
+    lm = model("random")
+    wanted = generate(lm, PROMPTS, max_new_tokens=4, num_draft=2, **ours).tokens
+    assert generate(lm, PROMPTS, max_new_tokens=np.int64(4), num_draft=np.int8(2), **settings).tokens == wanted
+    assert generate(lm, PROMPTS, max_new_tokens=4, **ours | {"seed": np.array([5, 5, 5, 5])}).tokens[0] == wanted[0]
+
+
 UNCLEAR = {
     "one string instead of a list": ("ab", {}, "prompts"),
     "one list of ids instead of a list of them": ([1, 2, 3], {}, "prompt 0"),
@@ -260,6 +295,9 @@ UNCLEAR = {
     "no prompt among prompts": ([[1], None], {}, "prompt 1"),
     "fractions as ids": ([[1.5, 2.0]], {}, "prompt 0"),
     "text that is no unicode": (["\ud800"], {}, "prompt 0"),
+    "no list of stops": ([[1]], {"stop": None}, "stop=None; it must be a list of strings"),
+    "a truth as a number": ([[1]], {"max_new_tokens": True}, "max_new_tokens=True"),
+    "a function of other logits": ([[1]], {"logits_fn": lambda z, tokens, length: z[:3]}, r"logits_fn returns \(3,\)"),
     "one string as stop": ([[1]], {"stop": "ab"}, "stop"),
     "stop that is no string": ([[1]], {"stop": [5]}, "stop"),
     "fractional new tokens": ([[1]], {"max_new_tokens": 8.5}, "max_new_tokens=8.5"),
