@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from mtp_jax.config import TrainConfig as TrainConfig
     from mtp_jax.config import equal_parameter_layers as equal_parameter_layers
     from mtp_jax.config import override as override
+    from mtp_jax.decode.drafters import DraftContext as DraftContext
     from mtp_jax.decode.drafters import Drafter as Drafter
+    from mtp_jax.decode.drafters import Drafts as Drafts
     from mtp_jax.decode.generate import generate as generate
     from mtp_jax.decode.generate import stream as stream
+    from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
     from mtp_jax.eval.report import evaluate as evaluate
     from mtp_jax.loading import LoadedModel as LoadedModel
@@ -46,6 +49,9 @@ _HOMES = {
     "generate": "decode.generate",
     "stream": "decode.generate",
     "Drafter": "decode.drafters",
+    "DraftContext": "decode.drafters",
+    "Drafts": "decode.drafters",
+    "Rule": "decode.verify",
     "evaluate": "eval.report",
 }
 __all__ = sorted(_HOMES)

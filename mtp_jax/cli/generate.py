@@ -73,6 +73,9 @@ def main(argv: list[str]) -> None:
     }
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty")
     options |= {name: getattr(args, name) for name in names}
+    idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "min_p") if getattr(args, name) is not None]
+    if idle and args.temperature == 0:
+        say(f"note: {', '.join(idle)} changes nothing at temperature 0, which is greedy; give --temperature")
     if args.json:
         result = generate(lm, prompts, **options)
         print_json(_as_json(lm, prompts, result) | _loss(lm, prompts, options, result))

@@ -160,6 +160,15 @@ def test_generate_samples_the_same_with_any_drafter(quickstart, capsys):
     assert only_json(capsys)["completions"][0] != drawn[0]
 
 
+def test_filters_without_temperature_are_pointed_out(quickstart, capsys):
+    """Greedy decoding has no use for a filter; whoever sets one hears so."""
+    base = ["generate", str(quickstart[0]), "--prompt", "def ", "--max-new-tokens", "4", "--top-p", "0.9", "--json"]
+    assert run(base) == 0
+    assert "--top-p changes nothing at temperature 0" in capsys.readouterr().err
+    assert run([*base, "--temperature", "1"]) == 0
+    assert "changes nothing" not in capsys.readouterr().err
+
+
 def test_lossy_rules_say_so(quickstart, capsys):
     """A lossy rule is named, with how many tokens are not those of exact decoding; an exact one is not."""
     base = ["generate", str(quickstart[0]), "--prompt", "def ", "--max-new-tokens", "16", "--temperature", "1.0"]
