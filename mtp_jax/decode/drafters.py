@@ -63,6 +63,10 @@ class Drafter:
     init: Callable[[Config, int, int, int], Any]
     draft: Callable[[Config, Any, Any, DraftContext], tuple[Drafts, Any]]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_draft, int) or self.num_draft < 0:
+            raise UserError(f"Drafter.num_draft={self.num_draft!r}; it must be an int, 0 or above")
+
 
 def _no_cache(config: Config, num_draft: int, batch: int, slots: int) -> tuple:
     return ()
@@ -160,7 +164,7 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Dra
     Raises:
       UserError: an unknown name, a model without heads, or more drafts than extra heads.
     """
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise UserError(f"draft={name!r} is no drafter; choose {', '.join(map(repr, NAMES[:-1]))} or {NAMES[-1]!r}")
     if name == "none" and num_draft:
         raise UserError(f"num_draft={num_draft} with draft='none'; use draft='heads', or leave num_draft out")

@@ -320,23 +320,32 @@ def _draft(
 
     context = DraftContext(tap_BQD, start_B, index_B, state.tokens_BS, state.total_B, count, propose)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
-    _check_drafts(plan.drafter, drafts, len(state.total_B))
-    if plan.rule.reads_drafter and drafts.probs_BPV is None:
-        drafts = drafts._replace(probs_BPV=jax.nn.one_hot(drafts.tokens_BP, plan.config.model.vocab_size))
-    elif not plan.rule.reads_drafter:
-        drafts = drafts._replace(probs_BPV=None)
-    fit = lambda new, old: jnp.pad(new, [(0, 0), (0, old.shape[1] - new.shape[1]), *[(0, 0)] * (new.ndim - 2)])  # noqa: E731
-    return state._replace(drafts=jax.tree.map(fit, drafts, state.drafts), drafter_cache=cache)
+    drafts = _checked(plan, drafts, len(state.total_B))
+    P, made = state.drafts.tokens_BP.shape[1], drafts.tokens_BP.shape[1]
+    tokens_BP, probs_BPV = jnp.pad(drafts.tokens_BP, ((0, 0), (0, P - made))), None
+    if plan.rule.reads_drafter:
+        # A draft without a distribution was certain. To the rule that goes by the drafter's own word it says nothing.
+        certain_BPV = jax.nn.one_hot(tokens_BP, plan.config.model.vocab_size) * (plan.rule.name == "rejection")
+        given_BPV = certain_BPV[:, :made] if drafts.probs_BPV is None else drafts.probs_BPV
+        probs_BPV = jnp.concatenate([given_BPV, certain_BPV[:, made:]], axis=1)
+    return state._replace(drafts=Drafts(tokens_BP, probs_BPV), drafter_cache=cache)
 
 
-def _check_drafts(drafter: Drafter, drafts: Drafts, rows: int) -> None:
-    """What a drafter of the caller's returns, while it is traced."""
-    shape = getattr(getattr(drafts, "tokens_BP", None), "shape", ())
-    good = isinstance(drafts, Drafts) and len(shape) == 2 and shape[0] == rows and shape[1] <= drafter.num_draft
-    if not good or not jnp.issubdtype(drafts.tokens_BP.dtype, jnp.integer):
-        got = drafts.tokens_BP if isinstance(drafts, Drafts) else drafts
-        got = f"{got.dtype} of shape {list(got.shape)}" if hasattr(got, "dtype") else repr(got)
+def _checked(plan: Plan, drafts: Drafts, rows: int) -> Drafts:
+    """What a drafter of the caller's returns, while it is traced: tokens in int32, probabilities in float32."""
+    V, most = plan.config.model.vocab_size, plan.drafter.num_draft
+    tokens, probs = drafts if isinstance(drafts, Drafts) else (drafts, None)
+    shape = jnp.shape(tokens) if hasattr(tokens, "dtype") else ()
+    integers = hasattr(tokens, "dtype") and jnp.issubdtype(tokens.dtype, jnp.integer)
+    if not isinstance(drafts, Drafts) or not integers or len(shape) != 2 or shape[0] != rows or shape[1] > most:
+        got = f"{tokens.dtype} of shape {list(shape)}" if hasattr(tokens, "dtype") else repr(tokens)
         raise UserError(
-            f"drafter {drafter.name!r} returns {got}; it must return Drafts(tokens) with whole numbers of shape "
-            f"[{rows}, {drafter.num_draft}], or fewer columns"
+            f"drafter {plan.drafter.name!r} returns {got}; it must return Drafts(tokens) with whole numbers of shape "
+            f"[{rows}, {most}], or fewer columns"
         )
+    if probs is not None and jnp.shape(probs) != (*shape, V):
+        raise UserError(
+            f"drafter {plan.drafter.name!r} returns probabilities of shape {list(jnp.shape(probs))} for drafts of "
+            f"shape {list(shape)}; they must be {[*shape, V]}"
+        )
+    return Drafts(jnp.asarray(tokens, jnp.int32), None if probs is None else jnp.asarray(probs, jnp.float32))

@@ -104,7 +104,7 @@ def generate(
     options = Options(temperature, top_k, top_p, min_p, seed, repetition_penalty, logit_bias, logits_fn, accept)
     request = _Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos)
     while not request.done:
-        request.advance(1 if stop else UNLIMITED)
+        request.advance(1 if request.stop else UNLIMITED)
     return request.result()
 
 
@@ -180,6 +180,10 @@ class _Request:
         ids = [_prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
         if not ids:
             raise UserError("no prompt was given")
+        if options.rule().name == "confidence" and "lookup" in drafter.name:
+            raise UserError(
+                f"accept='confidence' goes by the drafter's own probabilities, and {drafter.name!r} has none"
+            )
         self.plan = Plan(lm.config, drafter, options.sampler(), options.rule())
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.config.model.max_seq_len
@@ -200,7 +204,7 @@ class _Request:
         self.surplus_BQ = np.zeros_like(self.histogram_BQ)
         self.drafted, self.searched_B = 0, [0] * len(ids)
         self.chooser = None
-        if num_draft == "auto" and drafter.num_draft:
+        if isinstance(num_draft, str) and drafter.num_draft:
             self.chooser = WidthChooser(drafter.num_draft, len(ids), {})
         arrays = (prompt_BT, self.prompt_len_B, self.limit_B, np.array(end_ids, np.int32))
         lm.decode_params  # noqa: B018  (made at first use; its time is not the prompt's)
@@ -340,7 +344,7 @@ class _Request:
 
 
 def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft) -> Drafter:
-    if num_draft == "auto":
+    if isinstance(num_draft, str) and num_draft == "auto":
         num_draft = None
     if num_draft is not None:
         num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import numbers
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,6 @@ import numpy as np
 from mtp_jax.decode.sampling import Controls, LogitsFn, Sampler, row_keys
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
-
-RULES = get_args(get_type_hints(Rule)["name"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,33 +31,31 @@ class Options:
     accept: str | Rule = "exact"
 
     def __post_init__(self) -> None:
-        _number(
-            "temperature", self.temperature, "0 for greedy, or at least 1e-6", lambda t: t == 0 or 1e-6 <= t < math.inf
-        )
+        _number("temperature", self.temperature, "0 for greedy, or from 1e-6 to 1e6", _is_temperature)
         if self.top_k is not None:
             whole("top_k", self.top_k, "1 or above", lambda k: k >= 1)
         if self.top_p is not None:
             _number("top_p", self.top_p, "above 0, at most 1", lambda p: 0 < p <= 1)
         if self.min_p is not None:
             _number("min_p", self.min_p, "from 0 to 1", lambda p: 0 <= p <= 1)
-        _number("repetition_penalty", self.repetition_penalty, "above 0; 1 for none", lambda r: 0 < r < math.inf)
+        _number(
+            "repetition_penalty", self.repetition_penalty, "from 1e-6 to 1e6; 1 for none", lambda r: 1e-6 <= r <= 1e6
+        )
         if self.logits_fn is not None and not callable(self.logits_fn):
             raise UserError(f"logits_fn={self.logits_fn!r}; it must be a function of (logits, tokens, length)")
+        if not isinstance(self.logits_fn, Hashable):
+            raise UserError(f"logits_fn={self.logits_fn!r} has no hash, and is compiled in; give a plain function")
 
     def rule(self) -> Rule:
         """The accept rule."""
-        if isinstance(self.accept, Rule):
-            return self.accept
-        if self.accept not in RULES:
-            raise UserError(f"accept={self.accept!r}; choose one of {', '.join(map(repr, RULES))}, or give a Rule")
-        return Rule(self.accept)
+        return self.accept if isinstance(self.accept, Rule) else Rule(self.accept)
 
     def sampler(self) -> Sampler:
         """What is compiled."""
         return Sampler(
             sampled=self.temperature > 0,
             penalised=self.repetition_penalty != 1,
-            biased=bool(self.logit_bias),
+            biased=self.logit_bias is not None,
             logits_fn=self.logits_fn,
         )
 
@@ -88,7 +85,7 @@ class Options:
 
     def _seed(self, rows: int) -> int | list[int]:
         check = lambda seed: whole("seed", seed, "from 0 to 2**64 - 1", lambda s: 0 <= s < 1 << 64)  # noqa: E731
-        if not isinstance(self.seed, Sequence | np.ndarray):
+        if not isinstance(self.seed, Sequence | np.ndarray) or np.ndim(self.seed) == 0:
             return check(self.seed)
         if len(self.seed) != rows:
             raise UserError(
@@ -97,7 +94,7 @@ class Options:
         return [check(seed) for seed in self.seed]
 
     def _bias(self, vocab_size: int) -> np.ndarray:
-        if not self.logit_bias:
+        if self.logit_bias is None:
             return np.zeros((0,), np.float32)
         if not isinstance(self.logit_bias, Mapping):
             raise UserError(f"logit_bias={self.logit_bias!r}; it must map token ids to numbers")
@@ -105,16 +102,24 @@ class Options:
         for token, value in self.logit_bias.items():
             inside = f"a token id from 0 to {vocab_size - 1}"
             token = whole("logit_bias: token", token, inside, lambda t: 0 <= t < vocab_size)
-            _number(f"logit_bias[{token}]", value, "a number, or -inf to forbid the token", lambda v: v < math.inf)
+            _number(f"logit_bias[{token}]", value, "from -1e30 to 1e30, or -inf to forbid the token", _is_bias)
             bias_V[token] = value
         if np.all(bias_V == -np.inf):
             raise UserError(f"logit_bias forbids all {vocab_size} tokens; leave at least one")
         return bias_V
 
 
+def _is_temperature(value: float) -> bool:
+    return value == 0 or 1e-6 <= value <= 1e6
+
+
+def _is_bias(value: float) -> bool:
+    return value == -math.inf or -1e30 <= value <= 1e30
+
+
 def _number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
     """Refuses what is no number, NaN included, or does not fit."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not fits(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(value):
         raise UserError(f"{name}={value!r}; it must be {wanted}")
 
 

@@ -20,10 +20,14 @@ other rules differ in the choice alone, given the model's distribution p and the
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+import math
+import numbers
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
+
+from mtp_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,15 @@ class Rule:
     """Of `typical`: the share of exp(-entropy) that is likely enough where no token is likely."""
     tau: float = 0.9
     """Of `confidence`: the drafter's own probability of its draft."""
+
+    def __post_init__(self) -> None:
+        names = get_args(get_type_hints(Rule)["name"])
+        if self.name not in names:
+            raise UserError(f"accept={self.name!r}; choose one of {', '.join(map(repr, names))}, or give a Rule")
+        for field in ("epsilon", "delta", "tau"):
+            value = getattr(self, field)
+            if not isinstance(value, numbers.Real) or math.isnan(value):
+                raise UserError(f"Rule.{field}={value!r}; it must be a number")
 
     @property
     def lossy(self) -> bool:

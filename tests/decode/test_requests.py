@@ -66,7 +66,7 @@ BAD = {
     "top-p above 1": ([[1]], {"top_p": 1.01}, "top_p=1.01; it must be above 0, at most 1"),
     "min-p above 1": ([[1]], {"min_p": 1.5}, "min_p=1.5; it must be from 0 to 1"),
     "negative min-p": ([[1]], {"min_p": -0.1}, "min_p=-0.1; it must be from 0 to 1"),
-    "penalty of 0": ([[1]], {"repetition_penalty": 0}, "repetition_penalty=0; it must be above 0; 1 for none"),
+    "penalty of 0": ([[1]], {"repetition_penalty": 0}, "repetition_penalty=0; it must be from 1e-6 to 1e6; 1 for none"),
     "negative seed": ([[1]], {"seed": -1}, r"seed=-1; it must be a whole number, from 0 to 2\*\*64 - 1"),
     "fractional seed": ([[1]], {"seed": 0.5}, "seed=0.5; it must be a whole number"),
     "no seed": ([[1]], {"seed": None}, "seed=None; it must be a whole number"),
@@ -273,9 +273,27 @@ def test_wrong_drafts(name):
     than announced are fine."""
     with pytest.raises(UserError, match=r"drafter 'own' returns .*; it must return Drafts\(tokens\) .* \[1, 3\]"):
         generate(model("random"), [PROMPTS[0]], max_new_tokens=4, draft=own(WRONG_DRAFTS[name]))
-    few = own(Drafts(np.zeros((1, 1), np.int32)))
-    tokens = generate(model("random"), [PROMPTS[0]], max_new_tokens=4, draft=few).tokens
-    assert tokens == [plain("random", PROMPTS[0])[:4]]
+    for good in (np.zeros((1, 1), np.int32), np.full((1, 3), 2, np.uint8)):
+        tokens = generate(model("random"), [PROMPTS[0]], max_new_tokens=4, draft=own(Drafts(good))).tokens
+        assert tokens == [plain("random", PROMPTS[0])[:4]]
+
+
+def test_wrong_probabilities():
+    """A drafter's probabilities must be over the vocabulary, one row per draft; any float will do."""
+    tokens, V = np.zeros((1, 3), np.int32), model("random").config.model.vocab_size
+    settings = {"max_new_tokens": 4, "accept": "rejection"}
+    wrong = own(Drafts(tokens, np.ones((1, 3, V + 1), np.float32)))
+    with pytest.raises(UserError, match=rf"probabilities of shape \[1, 3, {V + 1}\] .* must be \[1, 3, {V}\]"):
+        generate(model("random"), [PROMPTS[0]], draft=wrong, **settings)
+    half = own(Drafts(tokens, np.eye(V, dtype=np.float16)[tokens]))
+    assert generate(model("random"), [PROMPTS[0]], draft=half, **settings).tokens == [plain("random", PROMPTS[0])[:4]]
+
+
+@pytest.mark.parametrize("count", [-1, 2.0, None])
+def test_wrong_number_of_drafts(count):
+    """A drafter announces a whole number of drafts."""
+    with pytest.raises(UserError, match=rf"Drafter.num_draft={count}; it must be an int, 0 or above"):
+        Drafter("own", count, lambda *_: (), lambda *_: None)
 
 
 def test_numbers_of_numpy():
@@ -288,6 +306,7 @@ def test_numbers_of_numpy():
     assert generate(lm, PROMPTS, max_new_tokens=4, **ours | {"seed": np.array([5, 5, 5, 5])}).tokens[0] == wanted[0]
 
 
+UNHASHABLE = type("Unhashable", (), {"__call__": max, "__hash__": None})()
 UNCLEAR = {
     "one string instead of a list": ("ab", {}, "prompts"),
     "one list of ids instead of a list of them": ([1, 2, 3], {}, "prompt 0"),
@@ -295,6 +314,19 @@ UNCLEAR = {
     "no prompt among prompts": ([[1], None], {}, "prompt 1"),
     "fractions as ids": ([[1.5, 2.0]], {}, "prompt 0"),
     "text that is no unicode": (["\ud800"], {}, "prompt 0"),
+    "a drafter in an array": ([[1]], {"draft": np.array([1, 2])}, "is no drafter"),
+    "drafts in an array": ([[1]], {"num_draft": np.array([1, 2])}, "num_draft=array"),
+    "bias in an array": ([[1]], {"logit_bias": np.zeros(258)}, "it must map token ids to numbers"),
+    "bias beyond float32": ([[1]], {"logit_bias": {1: 10**400}}, "it must be from -1e30 to 1e30, or -inf"),
+    "temperature beyond float32": ([[1]], {"temperature": 10**400}, "it must be 0 for greedy, or from 1e-6 to 1e6"),
+    "complex temperature": ([[1]], {"temperature": np.complex64(1)}, "temperature="),
+    "seed of no axis": ([[1]], {"seed": np.array(-3)}, r"seed=array\(-3\)"),
+    "confidence of a lookup": ([[1]], {"draft": "lookup", "accept": "confidence"}, "'lookup' has none"),
+    "a function without a hash": (
+        [[1]],
+        {"logits_fn": type("F", (), {"__call__": max, "__hash__": None})()},
+        "no hash",
+    ),
     "no list of stops": ([[1]], {"stop": None}, "stop=None; it must be a list of strings"),
     "a truth as a number": ([[1]], {"max_new_tokens": True}, "max_new_tokens=True"),
     "a function of other logits": ([[1]], {"logits_fn": lambda z, tokens, length: z[:3]}, r"logits_fn returns \(3,\)"),

@@ -1,16 +1,20 @@
 """The accept rules end to end: rejection sampling follows the model's law, lossy rules are lossy where they say so.
 Each docstring names the line whose deletion breaks the test."""
 
+import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.decoding import NEW, PROMPTS, loaded, loud_params, model, plain
 from reference.tiny import tiny_config
 
+from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.verify import Rule
+from mtp_jax.errors import UserError
 
 
 def test_rejection_without_noise_is_greedy():
@@ -44,6 +48,45 @@ def test_joint_law_of_rejection(draft):
         wanted = np.prod([probs_TV[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)])
         assert abs(seen[tokens] - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / rows) + 1e-3
     assert all(result.stats.histogram)
+
+
+@functools.cache
+def one_of_three(width):
+    """Announces three drafts and returns fewer: always token 1."""
+
+    def draft(config, params, cache, context):
+        return Drafts(jnp.ones((context.total_B.shape[0], width), jnp.int32)), cache
+
+    return Drafter("few", 3, lambda *_: (), draft)
+
+
+def known_law(logits_V, tokens_S, length):
+    return jnp.log(jnp.array(LAW))
+
+
+LAW = (0.05, 0.3, 0.65)
+
+
+@pytest.mark.parametrize("way", ["few", "auto"])
+def test_law_where_drafts_are_missing(way):
+    """Frequencies = the law, although a drafter returns fewer drafts than it announces, or the width changes. Breaks
+    when a draft that nobody made has no probability at all: it would always be accepted."""
+    shape = {"vocab_size": 3, "num_layers": 1, "d_model": 16, "tie_embeddings": False}
+    config = tiny_config(model=shape, heads={"num_future": 3})
+    lm, rows = loaded(config, loud_params(config, seed=5)), 400
+    options = {"draft": one_of_three(1)} if way == "few" else {"draft": "heads", "num_draft": "auto"}
+    settings = {"temperature": 1.0, "accept": "rejection", "logits_fn": known_law, "seed": 3}
+    tokens = generate(lm, [[0, 1, 2]] * rows, max_new_tokens=40, **options, **settings).tokens
+    count = rows * 40
+    share_V = np.bincount(np.ravel(tokens), minlength=3) / count
+    assert np.all(np.abs(share_V - LAW) <= 5 * np.sqrt(np.array(LAW) * (1 - np.array(LAW)) / count))
+
+
+def test_what_a_rule_may_hold():
+    """An unknown name and a threshold that is no number are refused."""
+    for wrong in ({"name": "lossy"}, {"name": "typical", "epsilon": "x"}, {"name": "typical", "delta": float("nan")}):
+        with pytest.raises(UserError, match=r"accept='lossy'|Rule.epsilon='x'|Rule.delta=nan"):
+            Rule(**wrong)
 
 
 def test_lossy_rules_at_their_ends():
