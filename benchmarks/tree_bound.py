@@ -12,6 +12,7 @@ left out, the wider attention mask and the compaction of the cache, would only m
 import collections
 import dataclasses
 import pathlib
+import statistics
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +84,7 @@ def main() -> None:
     sides |= {f"zeros {n}": {"draft": silent(n)} for n in {*NODES, P}}
     options = {"max_new_tokens": args.new_tokens, "batch_size": args.batch_size, "timed_runs": 3}
     timed = time_sides(lm, prompts[: args.batch_size], sides, **options)
-    ms = {name: 1e3 * seconds / side.stats.batch_rounds for name, (side, seconds) in timed.items()}
+    ms = {name: 1e3 * statistics.median(took) / side.stats.batch_rounds for name, (side, took) in timed.items()}
     heads_ms = ms["heads"] - ms[f"zeros {P}"]
     print(f"plain {ms['plain']:.3f} ms = {1e3 / ms['plain']:.0f} tokens/s; the heads' part {heads_ms:.3f} ms")
     for depth in range(1, P + 1):

@@ -60,6 +60,8 @@ class ModelConfig:
     """Base of the rotary position frequencies."""
     norm_eps: float = 1e-6
     """Added to the mean square inside RMSNorm."""
+    norm_plus_one: bool = False
+    """RMSNorm scales by 1 + w (Gemma, Qwen3-Next); w starts at 0."""
     qk_norm: bool = False
     """RMSNorm on every query and key head before the rotary embedding."""
     tie_embeddings: bool = True
@@ -95,11 +97,16 @@ class ModelConfig:
         require(self.logit_softcap >= 0, f"model.logit_softcap={self.logit_softcap} is negative; 0 switches it off")
 
 
+Family = Literal["parallel", "causal", "anticausal", "linear", "medusa", "sequential", "recursive"]
+BLOCK_FAMILIES = ("parallel", "causal", "anticausal", "sequential", "recursive")
+CHAINED_TOKENS = ("sequential", "recursive")
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadsConfig:
-    """The extra prediction heads."""
+    """The extra prediction heads. See `model/heads` for what each family computes."""
 
-    kind: Literal["parallel"] = "parallel"
+    kind: Family = "parallel"
     """Head family."""
     num_future: int = 4
     """M, prediction heads including the next-token head; 1 is a plain language model."""
@@ -108,10 +115,57 @@ class HeadsConfig:
     of the last block (L-1, Gloeckle et al. 2024). `num_layers` is the state after the last block."""
     tap_norm: bool = False
     """Apply the final norm to the tapped state before the heads read it."""
+    tap_mix: bool = False
+    """Read a learned mix of the normed states below and above every block (Mehra et al. 2025) in place of the state at
+    `tap`."""
+    layers: int = 1
+    """Blocks of one head; residual layers of a medusa head."""
+    norm: Literal["shared", "own", "none"] = "shared"
+    """What stands before a head's unembedding: the model's final norm, one of its own, or nothing."""
+    unembed: Literal["shared", "own"] = "shared"
+    """The model's unembedding, or one per head, which starts as a copy of it."""
+    norm_plus_one: bool = False
+    """Norms of the heads scale by 1 + w, as in the heads of Qwen3-Next; w starts at 0."""
+    residual: bool = False
+    """linear: x + W x in place of W x."""
+    concat: Literal["embedding_first", "hidden_first"] = "embedding_first"
+    """sequential, recursive: order of the two inputs of the projection. DeepSeek-V3 and Qwen weights have the embedding
+    first, MiMo-7B has the hidden state first."""
+    chain: Literal["pre_norm", "post_norm"] = "pre_norm"
+    """sequential, recursive: whether the next depth reads a head's state before or after the norm at the head's end."""
+    init: Literal["default", "random", "copy_block", "zero"] = "default"
+    """random; copy_block: every block of a head starts as a copy of block `init_block` of the model; zero: a head
+    starts by passing on what it reads. The default is random, and zero for medusa."""
+    init_block: int = -1
+    """The block that copy_block copies; negative counts from the end (CAFT takes -2)."""
 
     def __post_init__(self) -> None:
         check_fields("heads", self)
-        positive("heads", self, "num_future")
+        positive("heads", self, "num_future", "layers")
+        self._belongs("layers", 1, (*BLOCK_FAMILIES, "medusa"))
+        self._belongs("residual", False, ("linear",))
+        self._belongs("concat", "embedding_first", CHAINED_TOKENS)
+        self._belongs("chain", "pre_norm", CHAINED_TOKENS)
+        require(
+            self.init != "copy_block" or self.kind in BLOCK_FAMILIES,
+            f"heads.init='copy_block', but {self.kind} heads have no block; use one of {', '.join(BLOCK_FAMILIES)}",
+        )
+        require(
+            self.init != "zero" or self.kind != "linear" or self.residual,
+            "heads.init='zero' with heads.kind='linear' needs heads.residual=True; a map of zeros predicts nothing",
+        )
+        require(
+            not (self.tap_mix and self.tap_norm),
+            "heads.tap_norm=True with heads.tap_mix=True; the mix is over normed states already",
+        )
+
+    def _belongs(self, field: str, default: Any, kinds: tuple[str, ...]) -> None:
+        """A setting that the family would ignore is refused."""
+        value = getattr(self, field)
+        require(
+            value == default or self.kind in kinds,
+            f"heads.{field}={value!r} means nothing to heads.kind={self.kind!r}; it belongs to {', '.join(kinds)}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +374,11 @@ class Config:
             -model.num_layers <= heads.tap <= model.num_layers,
             f"heads.tap={heads.tap} is no layer of a model with model.num_layers={model.num_layers}; "
             f"use -{model.num_layers}..{model.num_layers} (-1 is the input of the last block)",
+        )
+        require(
+            -model.num_layers <= heads.init_block < model.num_layers,
+            f"heads.init_block={heads.init_block} is no block of a model with model.num_layers={model.num_layers}; "
+            f"use -{model.num_layers}..{model.num_layers - 1}",
         )
         require(
             len(loss.head_weights) in (0, heads.num_future),

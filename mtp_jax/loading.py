@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mtp_jax import sharding
 from mtp_jax.config import Config, MeshConfig, from_json
 from mtp_jax.errors import UserError
-from mtp_jax.model import lm, mtp
+from mtp_jax.model import mtp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LoadedModel:
 def _logits(config: Config, params: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
     hidden_MBTD = mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
-    return lm.logits(config.model, params, hidden_MBTD)
+    return mtp.logits(config, params, hidden_MBTD)
 
 
 def _to_stderr(line: str) -> None:

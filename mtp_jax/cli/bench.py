@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import statistics
 import sys
 import time
 from typing import Any, Literal
@@ -34,7 +35,7 @@ class Args:
     source: tyro.conf.Positional[str]
     """Workdir of a trained model, or a CONFIG.py: random weights of that shape."""
     batch_size: int = 1
-    """Prompts decoded together."""
+    """Prompts decoded together. Acceptance needs many: its rounds are counted in the output."""
     prompt_tokens: int = 64
     """Tokens of each prompt: held-out text of a trained model's run, random ids for random weights."""
     max_new_tokens: int = 128
@@ -42,7 +43,7 @@ class Args:
     draft: Literal["heads", "lookup", "heads+lookup"] = "heads"
     """Who drafts."""
     num_draft: int = -1
-    """Drafts per round; -1 drafts with every head, or the default of lookup."""
+    """Drafts per round; -1 drafts with every head, or the default of lookup. num_draft=auto is measured beside it."""
     dtype: Literal["config", "float32", "bfloat16"] = "config"
     """Dtype of parameters and activations."""
     runs: int = 5
@@ -117,7 +118,8 @@ def measure(lm: LoadedModel, prompts: list[list[int]], timed: Timed, args: Args,
     """The stable keys of `mtp bench decode --json`."""
     comparison, auto = pair(timed, "plain", "drafted"), pair(timed, "plain", "auto")
     plain, drafted = comparison.plain, comparison.drafted
-    verified, verified_seconds = timed["verified"]
+    verified, verified_seconds = timed["verified"][0], statistics.median(timed["verified"][1])
+    turns = zip(timed["plain"][1], timed["drafted"][1], strict=True)
     verify_ms = 1e3 * verified_seconds / verified.stats.batch_rounds
     round_ms = 1e3 * comparison.drafted_seconds / drafted.stats.batch_rounds
     live = args.prompt_tokens + args.max_new_tokens / 2
@@ -154,6 +156,8 @@ def measure(lm: LoadedModel, prompts: list[list[int]], timed: Timed, args: Args,
             "rows": parting.rows,
         },
         "speedup": comparison.speedup,
+        "speedups": [plain_seconds / drafted_seconds for plain_seconds, drafted_seconds in turns],
+        "rounds": drafted.stats.rounds,
         "identical": comparison.identical,
         "random_weights": args.source.endswith(".py"),
         "bandwidth_gb_per_second": bandwidth / 1e9,
@@ -217,7 +221,8 @@ def _print(result: dict[str, Any]) -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     console.print(table)
     console.print(
-        f"\n{draft['tokens_per_round']:.2f} tokens per round, {result['speedup']:.2f}x plain; "
+        f"\n{draft['tokens_per_round']:.2f} tokens per round (of {result['rounds']} rounds), "
+        f"{result['speedup']:.2f}x plain (runs from {min(result['speedups']):.2f} to {max(result['speedups']):.2f}); "
         f"{draft['draft_share']:.0%} of a round is drafting; with num_draft=auto {auto['speedup']:.2f}x plain\n"
         f"accepted by depth {_percent(draft['accept_at'])}; given the one before "
         f"{_percent(draft['accept_at_given_prev'])}\n"
@@ -225,7 +230,9 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['parameters'] / 1e6:.1f}M parameters, batch {result['batch_size']}, {result['num_draft']} drafts of "
         f"{result['draft_with']}, {result['dtype']}, "
         f"{result['device']} reading {result['bandwidth_gb_per_second']:.1f} GB/s, jax {result['jax']}\n"
-        "floor: bytes of weights and live cache / bandwidth, both measured on an array of the model's size"
+        f"the prompts' own pass, {1e3 * result['prefill_seconds']:.1f} ms, is not in these figures\n"
+        "floor: bytes of weights and live cache, counted, over the bandwidth measured on an array of that many bytes; "
+        "where those fit into a processor's cache it is no hard limit"
     )
     if result["random_weights"]:
         console.print("random weights: their drafts are hardly ever accepted; compare times with floors, not the gain")

@@ -28,7 +28,7 @@ class Args:
     prompt_tokens: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Token ids to continue, as 1,2,3; may be given several times. No token is added to them."""
     max_new_tokens: int = 128
-    """Most new tokens per prompt."""
+    """Most new tokens per prompt; fewer where the model's max_seq_len ends."""
     temperature: float = 0.0
     """Divides the logits before a token is drawn; 0 takes the most likely token."""
     top_k: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -44,7 +44,8 @@ class Args:
     draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "auto"
     """Who drafts: heads, what followed the same words before, both, nobody, or heads where there are any."""
     num_draft: Annotated[str | None, tyro.conf.arg(metavar="INT|auto")] = None
-    """Drafted tokens per round, or auto to measure what pays; all heads by default, 4 of lookup."""
+    """Drafted tokens per round, or auto to measure what pays (under rules other than exact the tokens then differ from
+    call to call); all heads by default, 4 of lookup."""
     accept: Literal["exact", "rejection", "typical", "confidence"] = "exact"
     """How drafts are accepted. typical and confidence are lossy: how many tokens differ is measured and printed."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> None:
     idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "min_p") if getattr(args, name) is not None]
     if idle and args.temperature == 0:
         say(f"note: {', '.join(idle)} changes nothing at temperature 0, which is greedy; give --temperature")
+    say("compiling for this prompt and these options, unless that was done before ...")
     if args.json:
         result = generate(lm, prompts, **options)
         print_json(_as_json(lm, prompts, result) | _loss(lm, prompts, options, result))
@@ -88,7 +90,12 @@ def main(argv: list[str]) -> None:
         result = _stream(lm, prompts, options)
     _statistics(result)
     if loss := _loss(lm, prompts, options, result):
-        say(f"[lossy: {loss['differing']} of {loss['compared']} tokens differ from those of accept=exact]")
+        first = loss["first_difference"]
+        parted = "" if first is None else f", the first of them at place {first}: what follows has another context"
+        say(
+            f"[lossy: accept={args.accept} chose {result.stats.replaced} of {result.stats.emitted} tokens; "
+            f"{loss['differing']} of {loss['compared']} differ from those of accept=exact{parted}]"
+        )
 
 
 def _num_draft(text: str | None) -> int | str | None:
@@ -104,9 +111,16 @@ def _loss(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any], resul
     """For a lossy rule, how many tokens are not those of the exact rule, position by position."""
     if not Rule(options["accept"]).lossy:
         return {}
+    say("decoding exactly as well, to see what differs ...")
     exact = generate(lm, prompts, **options | {"accept": "exact"})
-    pairs = [pair for rows in zip(exact.tokens, result.tokens, strict=True) for pair in itertools.zip_longest(*rows)]
-    return {"lossy": True, "differing": sum(a != b for a, b in pairs), "compared": len(pairs)}
+    rows = [list(itertools.zip_longest(*pair)) for pair in zip(exact.tokens, result.tokens, strict=True)]
+    differing = [[place for place, (a, b) in enumerate(row) if a != b] for row in rows]
+    return {
+        "lossy": True,
+        "differing": sum(map(len, differing)),
+        "compared": sum(map(len, rows)),
+        "first_difference": min((places[0] for places in differing if places), default=None),
+    }
 
 
 def _prompts(args: Args) -> list[Prompt]:
@@ -154,7 +168,11 @@ def _statistics(result: Generation) -> None:
     drafted = f", accepted by depth {accepted}" if accepted else ""
     rounds = f" in {stats.rounds} rounds, {stats.tokens_per_round:.2f} per round{drafted}" if stats.rounds else ""
     ended = ", ".join(result.finish_reason)
-    say(f"[{stats.emitted} tokens{rounds}; {stats.seconds:.2f} s with compilation; ended by {ended}]")
+    speed = f" ({stats.tokens_per_second:,.0f} tokens/s)" if stats.rounds else ""
+    say(
+        f"[{stats.emitted} tokens{rounds}; prompt {stats.prefill_seconds:.2f} s, decoding {stats.decode_seconds:.2f} s"
+        f"{speed}, both with what had to be compiled; ended by {ended}]"
+    )
 
 
 def _as_json(lm: LoadedModel, prompts: list[Prompt], result: Generation) -> dict[str, Any]:

@@ -14,6 +14,7 @@ drafter of your own is a `Drafter` with your two functions. Those by name:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
-from mtp_jax.model import lm
+from mtp_jax.model import lm, mtp
 from mtp_jax.model.heads import FAMILIES
+from mtp_jax.model.heads.base import Round
 
 
 class Drafts(NamedTuple):
@@ -43,14 +45,17 @@ class DraftContext(NamedTuple):
     """Position of the first of them."""
     index_B: jax.Array
     """Which of them produced the row's newest token; those behind it were rejected."""
+    live_B: jax.Array
+    """False for rows that took no part: those whose prompt ended in an earlier chunk."""
     tokens_BS: jax.Array
     """Every row's prompt and output so far."""
     total_B: jax.Array
     """How many of those count; the newest token is at total - 1. Drafts are for positions total and on."""
     count: int
     """How many drafts the next round can use, at most P. With 0 of them a drafter only keeps its cache up to date."""
-    propose: Callable[[jax.Array], Drafts]
-    """Tokens from logits [B, count, V], chosen with the noise that verification will choose with."""
+    propose: Callable[[jax.Array, int], Drafts]
+    """Tokens from logits [B, n, V], chosen with the noise that verification will choose with; the number is that of the
+    first of them among the drafts, 0 for the one behind the newest token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +87,17 @@ def _heads_cache(config: Config, num_draft: int, batch: int, slots: int) -> Any:
 
 def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
     """Heads 1..count at the position that produced the newest token; head m predicts m tokens behind it."""
-    where = (context.tap_BQD, context.start_B, context.index_B)
-    states_PBD, cache = FAMILIES[config.heads.kind].draft(config, params["heads"], cache, *where, context.count)
-    if not context.count:
+
+    def propose(states_BPD: jax.Array, first: int) -> Drafts:
+        return context.propose(mtp.draft_logits(config, params, states_BPD, first), first - 1)
+
+    shared = {name: getattr(context, name) for name in Round._fields if name in DraftContext._fields}
+    embed = functools.partial(lm.embed, config.model, params)
+    now = Round(**shared | {"embed": embed, "propose": propose})
+    pieces, cache = FAMILIES[config.heads.kind].draft(config, params, cache, now)
+    if not pieces:
         return _no_drafts(config, params, (), context)[0], cache
-    hidden_BPD = lm.final_norm(config.model, params, states_PBD).transpose(1, 0, 2)
-    return context.propose(lm.logits(config.model, params, hidden_BPD)), cache
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces), cache
 
 
 LONGEST_MATCH = 8

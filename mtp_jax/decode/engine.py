@@ -69,8 +69,8 @@ class DecodeState(NamedTuple):
     # Counters.
     histogram_BQ: jax.Array
     """Rounds of each row by the number of accepted drafts, 0..P."""
-    replaced_B: jax.Array
-    """Emitted tokens that a lossy rule put in the place of the model's own."""
+    replaced_BS: jax.Array
+    """Tokens that a lossy rule put in the place of the model's own; [B, 0] for other rules."""
 
 
 def slots_needed(total: int, num_draft: int) -> int:
@@ -158,7 +158,7 @@ def empty_state(
         caches=mtp.init_caches(config, B, slots),
         drafter_cache=drafter.init(config, P, B, slots),
         histogram_BQ=jnp.zeros((B, P + 1), jnp.int32),
-        replaced_B=jnp.zeros((B,), jnp.int32),
+        replaced_BS=jnp.zeros((B, length if plan.rule.lossy else 0), bool),
     )
 
 
@@ -185,7 +185,8 @@ def prefill_chunk(
     waiting = state._replace(caches=caches, done_B=state.done_B | ~ends_B)
     emitted, _ = _emit(waiting, choices)
     emitted = emitted._replace(done_B=jnp.where(ends_B, emitted.done_B, state.done_B))
-    drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, tap_BQD, start_B, index_B)
+    where = _Where(tap_BQD, start_B, index_B, last_B >= 0)
+    drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, where)
     keep = lambda new, old: jnp.where(ends_B.reshape(B, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
     return drafted._replace(drafts=jax.tree.map(keep, drafted.drafts, state.drafts))
 
@@ -232,7 +233,8 @@ def decode_round(plan: Plan, width: int, params: Any, controls: Controls, state:
     counted_BQ &= (accepted.count_B > 0)[:, None]
     state = state._replace(histogram_BQ=state.histogram_BQ + counted_BQ)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
-    return _draft(plan, width, params, controls, state, tap_BQD, start_B, index_B)
+    where = _Where(tap_BQD, start_B, index_B, jnp.ones_like(state.done_B))
+    return _draft(plan, width, params, controls, state, where)
 
 
 def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Array:
@@ -282,31 +284,33 @@ def _emit(state: DecodeState, choices: _Choices) -> tuple[DecodeState, verify.Ac
     accepted = verify.accept(choices.tokens_BQ, choices.drafts_BP, room_B, state.done_B, state.end_ids_E)
     emitted_BQ = jnp.arange(choices.tokens_BQ.shape[1])[None, :] < accepted.count_B[:, None]
     failed_B = jnp.any(emitted_BQ & ~choices.usable_BQ, axis=1)
-    replaced_B = jnp.sum(emitted_BQ & (choices.tokens_BQ != choices.own_BQ), axis=1)
+    replaced_BS = state.replaced_BS
+    if replaced_BS.shape[1]:
+        replaced_BS = _write(replaced_BS, choices.tokens_BQ != choices.own_BQ, state.total_B)
     state = state._replace(
         tokens_BS=_write(state.tokens_BS, choices.tokens_BQ, state.total_B),
         total_B=state.total_B + accepted.count_B,
         done_B=accepted.done_B | failed_B,
         failed_B=state.failed_B | failed_B,
-        replaced_B=state.replaced_B + replaced_B,
+        replaced_BS=replaced_BS,
     )
     return state, accepted
 
 
-def _draft(
-    plan: Plan,
-    count: int,
-    params: Any,
-    controls: Controls,
-    state: DecodeState,
-    tap_BQD: jax.Array,
-    start_B: jax.Array,
-    index_B: jax.Array,
-) -> DecodeState:
+class _Where(NamedTuple):
+    """What was just processed; see `DraftContext`."""
+
+    tap_BQD: jax.Array
+    start_B: jax.Array
+    index_B: jax.Array
+    live_B: jax.Array
+
+
+def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: DecodeState, where: _Where) -> DecodeState:
     """Asks the drafter for the next round's drafts."""
 
-    def propose(logits_BPV: jax.Array) -> Drafts:
-        position_BP = state.total_B[:, None] + jnp.arange(logits_BPV.shape[1])[None, :]
+    def propose(logits_BPV: jax.Array, first: int = 0) -> Drafts:
+        position_BP = state.total_B[:, None] + first + jnp.arange(logits_BPV.shape[1])[None, :]
         # The caller's function may read tokens that are not there yet; penalty and bias need only those that are.
         sampler = dataclasses.replace(plan.sampler, logits_fn=None)
         known_BP = jnp.broadcast_to(state.total_B[:, None], position_BP.shape)
@@ -318,15 +322,20 @@ def _draft(
             return Drafts(tokens_BP, jax.nn.softmax(logits_BPV))
         return Drafts(tokens_BP, sampling.probabilities(sampler, controls, logits_BPV))
 
-    context = DraftContext(tap_BQD, start_B, index_B, state.tokens_BS, state.total_B, count, propose)
+    context = DraftContext(*where, state.tokens_BS, state.total_B, count, propose)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
     drafts = _checked(plan, drafts, len(state.total_B))
-    P, made = state.drafts.tokens_BP.shape[1], drafts.tokens_BP.shape[1]
-    tokens_BP, probs_BPV = jnp.pad(drafts.tokens_BP, ((0, 0), (0, P - made))), None
+    V, P, made = plan.config.model.vocab_size, state.drafts.tokens_BP.shape[1], drafts.tokens_BP.shape[1]
+    known_BP = (drafts.tokens_BP >= 0) & (drafts.tokens_BP < V)
+    tokens_BP = jnp.pad(jnp.where(known_BP, drafts.tokens_BP, 0), ((0, 0), (0, P - made)))
+    probs_BPV = None
     if plan.rule.reads_drafter:
-        # A draft without a distribution was certain. To the rule that goes by the drafter's own word it says nothing.
-        certain_BPV = jax.nn.one_hot(tokens_BP, plan.config.model.vocab_size) * (plan.rule.name == "rejection")
-        given_BPV = certain_BPV[:, :made] if drafts.probs_BPV is None else drafts.probs_BPV
+        # A draft without a distribution was certain, and so was one of no token, which counts as token 0. To the rule
+        # that goes by the drafter's own word it says nothing.
+        certain_BPV = jax.nn.one_hot(tokens_BP, V) * (plan.rule.name == "rejection")
+        given_BPV = certain_BPV[:, :made]
+        if drafts.probs_BPV is not None:
+            given_BPV = jnp.where(known_BP[..., None], drafts.probs_BPV, given_BPV)
         probs_BPV = jnp.concatenate([given_BPV, certain_BPV[:, made:]], axis=1)
     return state._replace(drafts=Drafts(tokens_BP, probs_BPV), drafter_cache=cache)
 
@@ -347,5 +356,9 @@ def _checked(plan: Plan, drafts: Drafts, rows: int) -> Drafts:
         raise UserError(
             f"drafter {plan.drafter.name!r} returns probabilities of shape {list(jnp.shape(probs))} for drafts of "
             f"shape {list(shape)}; they must be {[*shape, V]}"
+        )
+    if probs is None and shape[1] and plan.rule.name == "confidence":
+        raise UserError(
+            f"accept='confidence' goes by the drafter's own probabilities, and {plan.drafter.name!r} returns none"
         )
     return Drafts(jnp.asarray(tokens, jnp.int32), None if probs is None else jnp.asarray(probs, jnp.float32))

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import operator
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -74,26 +75,30 @@ def generate(
     """Generates, drafted and verified; the tokens are those of plain decoding, whoever drafts.
 
     That holds for sampling as well: the token at a position is drawn with noise that depends on the row's seed and the
-    position alone. A row gets the same tokens with any drafter, alone or in a batch, in one call or in several that
-    each go on from the tokens of the one before.
+    position alone. A row gets the same tokens with any drafter, alone or in a batch (given its own seed), in one call
+    or in several that each go on from the tokens of the one before (from the tokens: a text that ends inside a
+    character is not what they decode to).
 
     Args:
       lm: a loaded model.
       prompts: strings, or lists of token ids (no token is added to those).
       max_new_tokens: most new tokens per prompt; fewer where the model's max_seq_len ends.
       draft: `heads`, `lookup`, `heads+lookup`, `none`, or a `Drafter` of your own.
-      num_draft: P, drafts per round; None drafts with every head; `auto` measures what pays, down to none at all.
+      num_draft: P, drafts per round; None drafts with every head; `auto` measures what pays, down to none at all. With
+        a rule other than `exact` the tokens depend on P, so `auto` gives other ones in every call.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: only the k most likely tokens.
       top_p: only the smallest set of most likely tokens that holds this probability.
       min_p: only tokens at least this fraction as likely as the most likely one.
-      seed: one number, from which every row derives its own, or one per prompt.
+      seed: one number, from which every row derives its own by its place in the batch, or one per prompt, with which a
+        row gets the same tokens wherever it stands.
       repetition_penalty: divides positive and multiplies negative logits of tokens that prompt or output hold.
       logit_bias: numbers that are added to the logits of tokens; -inf forbids one.
       logits_fn: `(logits_V, tokens_S, length) -> logits_V`, a jax function of the logits behind the first `length`
         tokens of a row. Pass the same function object in every call: a new one is compiled anew.
       accept: `exact`, or `rejection`, the same in law only; `typical` and `confidence` are lossy: they take drafts that
-        the model would not have chosen. A `verify.Rule` sets their thresholds.
+        the model would not have chosen. A `mtp_jax.Rule` sets their thresholds. At temperature 0 typical goes by the
+        model's distribution at temperature 1.
       stop: strings that end a row; the text is cut before the first of them.
       ignore_eos: go on after an end token, for measurements.
 
@@ -170,6 +175,8 @@ class _Request:
         stop: Sequence[str],
         ignore_eos: bool,
     ) -> None:
+        if isinstance(lm, str | os.PathLike):
+            raise UserError(f"{str(lm)!r} is a path; load it first: generate(mtp_jax.load({str(lm)!r}), ...)")
         self.lm, self.stop = lm, StopStrings(stop)
         drafter = _drafter(lm, draft, num_draft)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
@@ -180,10 +187,6 @@ class _Request:
         ids = [_prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
         if not ids:
             raise UserError("no prompt was given")
-        if options.rule().name == "confidence" and "lookup" in drafter.name:
-            raise UserError(
-                f"accept='confidence' goes by the drafter's own probabilities, and {drafter.name!r} has none"
-            )
         self.plan = Plan(lm.config, drafter, options.sampler(), options.rule())
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.config.model.max_seq_len
@@ -299,6 +302,11 @@ class _Request:
         tokens = self.tokens_BS[row, start : self.total_B[row]].tolist()
         return tokens[: self.cut_B[row]]
 
+    def _replaced(self, row: int) -> int:
+        """Returned tokens that a lossy rule chose."""
+        start = self.prompt_len_B[row]
+        return int(np.asarray(self.state.replaced_BS[row])[start : start + len(self._new_tokens(row))].sum())
+
     def _text(self, row: int) -> str:
         text = self.lm.tokenizer.decode(self._new_tokens(row))
         found = self.stop.find(text) if self.cut_B[row] is not None else -1
@@ -337,7 +345,7 @@ class _Request:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             drafted=self.drafted,
-            replaced=int(self.state.replaced_B.sum()),
+            replaced=sum(map(self._replaced, rows)),
         )
         text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
         return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats)

@@ -64,7 +64,13 @@ class Options:
         if self.logits_fn is None:
             return
         shapes = ((vocab_size,), jnp.float32), ((length,), jnp.int32), ((), jnp.int32)
-        made = jax.eval_shape(self.logits_fn, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        try:
+            made = jax.eval_shape(self.logits_fn, *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        except Exception as error:
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"logits_fn fails when it is traced with (logits [{vocab_size}], tokens [{length}], length): {line}"
+            ) from error
         if getattr(made, "shape", None) != (vocab_size,):
             got = getattr(made, "shape", made)
             raise UserError(f"logits_fn returns {got}; it must return the {vocab_size} logits of one row")

@@ -78,13 +78,14 @@ def compare(
     return pair(timed, "plain", "drafted")
 
 
-Timed = dict[str, tuple[Generation, float]]
-"""By side, what was generated and the median seconds of decoding."""
+Timed = dict[str, tuple[Generation, list[float]]]
+"""By side, what was generated and the seconds of decoding of every timed run."""
 
 
 def pair(timed: Timed, plain: str, drafted: str) -> Comparison:
     """Two of the sides against each other."""
-    return Comparison(timed[drafted][0], timed[plain][0], timed[drafted][1], timed[plain][1])
+    seconds = {name: statistics.median(timed[name][1]) for name in (plain, drafted)}
+    return Comparison(timed[drafted][0], timed[plain][0], seconds[drafted], seconds[plain])
 
 
 def time_sides(
@@ -122,7 +123,7 @@ def time_sides(
             results[name], elapsed = decode(options)
             if run:
                 seconds[name].append(elapsed)
-    return {name: (results[name], statistics.median(seconds[name])) for name in sides}
+    return {name: (results[name], seconds[name]) for name in sides}
 
 
 @dataclasses.dataclass(frozen=True)

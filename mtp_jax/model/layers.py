@@ -34,11 +34,13 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of x, of any rank."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        plus_one = self.config.norm_plus_one
+        init = nn.with_logical_partitioning(nn.initializers.zeros if plus_one else nn.initializers.ones, (self.axis,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.config.norm_eps)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = scale + 1 if plus_one else scale
         return (x32 * scale).astype(self.config.dtype)
 
 

@@ -33,10 +33,11 @@ def init_blocks(config: ModelConfig, key: jax.Array, count: int) -> Params:
         return Block(config).init(key, x_BTD, ids_BT, ids_BT)["params"]
 
     boxed = jax.vmap(init_one)(jax.random.split(key, count))
-    return jax.tree.map(lambda box: box.replace(names=(LAYERS, *box.names)), boxed, is_leaf=_is_box)
+    return jax.tree.map(lambda box: box.replace(names=(LAYERS, *box.names)), boxed, is_leaf=is_box)
 
 
-def _is_box(leaf: Any) -> bool:
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf is boxed with its logical axis names."""
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
@@ -74,7 +75,12 @@ def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of final-normed states [..., D]. Training never calls this: see `losses/xent.py`."""
-    table_VD = unembedding(params).astype(config.dtype)
+    return project(config, unembedding(params), hidden)
+
+
+def project(config: ModelConfig, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] by a given unembedding, capped as the config says."""
+    table_VD = table_VD.astype(config.dtype)
     z = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
     return config.logit_softcap * jnp.tanh(z / config.logit_softcap) if config.logit_softcap else z
 
@@ -103,6 +109,34 @@ def run_blocks(
     return jax.lax.scan(step, x_BTD, blocks)[0]
 
 
+def run_blocks_mixed(
+    config: ModelConfig,
+    blocks: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    weight_L: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`run_blocks`, and a mix of the normed states below (weight_L[0]) and above every block; L + 1 weights."""
+    run = run_block(config)
+
+    def step(carry: tuple[jax.Array, jax.Array], layer: tuple) -> tuple[tuple[jax.Array, jax.Array], None]:
+        x_BTD, mix_BTD = carry
+        block, weight = layer
+        x_BTD = run(block, x_BTD, positions_BT, segment_ids_BT)
+        return (x_BTD, mix_BTD + weight * _unit(config, x_BTD)), None
+
+    start = x_BTD, weight_L[0] * _unit(config, x_BTD)
+    x_BTD, mix_BTD = jax.lax.scan(step, start, (blocks, weight_L[1:]))[0]
+    return x_BTD, mix_BTD.astype(config.dtype)
+
+
+def _unit(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """x over its root mean square, in float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
+
+
 def _constrain(x_BTD: jax.Array) -> jax.Array:
     """Rows stay on their devices, whatever the sharding of the parameters that touch them."""
     return nn.with_logical_constraint(x_BTD, (BATCH, LENGTH, None))
@@ -127,3 +161,20 @@ def decode_blocks(
         x_BQD, cache = Block(config).apply({"params": block}, x_BQD, start_B, cache, method="write_read")
         written.append(cache)
     return x_BQD, tuple(written)
+
+
+def decode_blocks_mixed(
+    config: ModelConfig,
+    blocks: tuple[Params, ...],
+    x_BQD: jax.Array,
+    start_B: jax.Array,
+    caches: tuple[LayerCache, ...],
+    weight_L: jax.Array,
+) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+    """`decode_blocks`, and the mix of `run_blocks_mixed`."""
+    mix_BQD, written = weight_L[0] * _unit(config, x_BQD), []
+    for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+        x_BQD, new = decode_blocks(config, (block,), x_BQD, start_B, (cache,))
+        mix_BQD += weight_L[i + 1] * _unit(config, x_BQD)
+        written += new
+    return x_BQD, mix_BQD.astype(config.dtype), tuple(written)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from mtp_jax.config import Config
 from mtp_jax.model import lm
 from mtp_jax.model.cache import LayerCache, init_cache
-from mtp_jax.model.heads import FAMILIES
+from mtp_jax.model.heads import FAMILIES, base
+from mtp_jax.model.heads.base import Rows
 
 Params = dict[str, Any]
 
@@ -26,7 +27,8 @@ def init_boxed(config: Config, key: jax.Array) -> Params:
     lm_key, heads_key = jax.random.split(key)
     params = lm.init(config.model, lm_key)
     if config.heads.num_future > 1:
-        params["heads"] = FAMILIES[config.heads.kind].init(config, heads_key)
+        heads = FAMILIES[config.heads.kind].init(config, heads_key, params)
+        params["heads"] = heads | base.init_ends(config, params)
     return params
 
 
@@ -43,7 +45,7 @@ def init(config: Config, key: jax.Array) -> Params:
 def apply(
     config: Config, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-    """Final-normed states of every head at every position, ready for the unembedding.
+    """States of every head at every position, ready for the unembedding.
 
     Args:
       config: the run's config.
@@ -53,20 +55,56 @@ def apply(
       segment_ids_BT: document of each token; tokens see their own document only.
 
     Returns:
-      hidden_MBTD; head m's state at t predicts token t+1+m. Logits are `lm.logits(config.model, params, hidden)`.
+      hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
     """
-    model = config.model
+    embedded_BTD = lm.embed(config.model, params, tokens_BT)
+    state_BTD, tap_BTD = _trunk(config, params, embedded_BTD, positions_BT, segment_ids_BT)
+    hidden_1BTD = lm.final_norm(config.model, params, state_BTD)[None]
+    if "heads" not in params:
+        return hidden_1BTD
+    rows = Rows(tap_BTD, embedded_BTD, positions_BT, segment_ids_BT)
+    states_MBTD = FAMILIES[config.heads.kind].train(config, params, rows)
+    norms = params["heads"].get("norm")
+    if norms is not None and base.sets(config) == len(states_MBTD):
+        hidden_MBTD = jax.vmap(lambda states, norm: base.end_norm(config, params, states, norm))(states_MBTD, norms)
+    else:
+        norm = None if norms is None else {"scale": norms["scale"][0]}
+        hidden_MBTD = base.end_norm(config, params, states_MBTD, norm)
+    return jnp.concatenate([hidden_1BTD, hidden_MBTD])
+
+
+def _trunk(
+    config: Config, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The next-token path's last state, and what the heads read of it."""
+    model, rows = config.model, (positions_BT, segment_ids_BT)
+    if config.heads.tap_mix and "heads" in params:
+        weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
+        return lm.run_blocks_mixed(model, params["blocks"], x_BTD, *rows, weight_L)
     below = jax.tree.map(lambda leaf: leaf[: config.tap], params["blocks"])
     above = jax.tree.map(lambda leaf: leaf[config.tap :], params["blocks"])
-    tap_BTD = lm.run_blocks(model, below, lm.embed(model, params, tokens_BT), positions_BT, segment_ids_BT)
-    states_MBTD = lm.run_blocks(model, above, tap_BTD, positions_BT, segment_ids_BT)[None]
-    if "heads" in params:
-        if config.heads.tap_norm:
-            tap_BTD = lm.final_norm(model, params, tap_BTD)
-        family = FAMILIES[config.heads.kind]
-        extra_MBTD = family.train(config, params["heads"], tap_BTD, positions_BT, segment_ids_BT)
-        states_MBTD = jnp.concatenate([states_MBTD, extra_MBTD])
-    return lm.final_norm(model, params, states_MBTD)
+    tap_BTD = lm.run_blocks(model, below, x_BTD, *rows)
+    state_BTD = lm.run_blocks(model, above, tap_BTD, *rows)
+    return state_BTD, lm.final_norm(model, params, tap_BTD) if config.heads.tap_norm else tap_BTD
+
+
+def unembeddings(config: Config, params: Params) -> jax.Array | tuple[jax.Array, ...]:
+    """The [V, D] table that turns states into logits, or one per head where heads have their own."""
+    table_VD = lm.unembedding(params)
+    if config.heads.unembed == "shared" or "heads" not in params:
+        return table_VD
+    own = params["heads"]["unembed"]
+    last = base.sets(config) - 1
+    pick = lambda m: own[min(m, last)] if isinstance(own, tuple) else {"table": own["table"][min(m, last)]}  # noqa: E731
+    return (table_VD, *(pick(m)["table"] for m in range(config.heads.num_future - 1)))
+
+
+def logits(config: Config, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
+    """Float32 logits [M, B, T, V] of all heads, for inspection. Training never calls this: see `losses/xent.py`."""
+    tables = unembeddings(config, params)
+    if not isinstance(tables, tuple):
+        return lm.project(config.model, tables, hidden_MBTD)
+    return jnp.stack([lm.project(config.model, *pair) for pair in zip(tables, hidden_MBTD, strict=True)])
 
 
 def count_params(config: Config) -> int:
@@ -79,14 +117,14 @@ def decode_view(config: Config, params: Params) -> Params:
     """Parameters as decoding wants them: one tree per layer and per head, in the compute dtype. Made once at load."""
     # Norms multiply by their scale in float32, in training too.
     cast = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(config.model.dtype), params
+        lambda path, leaf: leaf if path[-1].key in ("scale", "tap_mix") else leaf.astype(config.model.dtype), params
     )
     view = cast | {"blocks": lm.unstack(cast["blocks"])}
     if "unembed" in view:
         # Products with few rows read it faster this way round on a CPU.
         view["unembed"] = {"table_DV": view["unembed"]["table"].T}
     if "heads" in params:
-        view["heads"] = FAMILIES[config.heads.kind].unstack(cast["heads"])
+        view["heads"] = base.unstack(config, cast["heads"])
     return view
 
 
@@ -107,11 +145,30 @@ def decode_forward(
     """
     model, tap = config.model, config.tap
     x_BQD = lm.embed(model, params, tokens_BQ)
+    if config.heads.tap_mix and "heads" in params:
+        weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
+        return lm.decode_blocks_mixed(model, params["blocks"], x_BQD, start_B, caches, weight_L)
     tap_BQD, below = lm.decode_blocks(model, params["blocks"][:tap], x_BQD, start_B, caches[:tap])
     state_BQD, above = lm.decode_blocks(model, params["blocks"][tap:], tap_BQD, start_B, caches[tap:])
     if config.heads.tap_norm:
         tap_BQD = lm.final_norm(model, params, tap_BQD)
     return state_BQD, tap_BQD, below + above
+
+
+def draft_logits(config: Config, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:
+    """Float32 logits [B, P, V] of the heads first, first+1, ... from their states; params is a `decode_view`."""
+    heads, last = params["heads"], base.sets(config) - 1
+    norms = heads.get("norm")
+    which = [min(first + i, last + 1) - 1 for i in range(states_BPD.shape[1])]
+    if norms is None:
+        hidden_BPD = base.end_norm(config, params, states_BPD, None)
+    else:
+        ends = [base.end_norm(config, params, states_BPD[:, i], norms[set_]) for i, set_ in enumerate(which)]
+        hidden_BPD = jnp.stack(ends, axis=1)
+    if config.heads.unembed == "shared":
+        return lm.logits(config.model, params, hidden_BPD)
+    own = [lm.project(config.model, heads["unembed"][set_]["table"], hidden_BPD[:, i]) for i, set_ in enumerate(which)]
+    return jnp.stack(own, axis=1)
 
 
 def init_caches(config: Config, batch: int, slots: int) -> tuple[LayerCache, ...]:

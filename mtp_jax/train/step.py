@@ -16,7 +16,7 @@ from mtp_jax.config import Config
 from mtp_jax.losses.mtp import HeadSums, head_scale, mtp_loss
 from mtp_jax.losses.targets import make_targets
 from mtp_jax.losses.xent import XentSpec
-from mtp_jax.model import lm, mtp
+from mtp_jax.model import mtp
 from mtp_jax.optim import make_optimizer
 from mtp_jax.train.state import TrainState, init_state, state_shardings
 
@@ -61,8 +61,8 @@ def loss_sums(
     """The micro-batch's share of the loss and its sums."""
     with nn.logical_axis_rules(sharding.RULES):
         hidden_MBTD = mtp.apply(config, params, batch["tokens"], batch["positions"], batch["segment_ids"])
-    table_VD = lm.unembedding(params)
-    return mtp_loss(hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_M, spec, config.loss.impl)
+    tables = mtp.unembeddings(config, params)
+    return mtp_loss(hidden_MBTD, tables, targets_MBT, weights_MBT, scale_M, spec, config.loss.impl)
 
 
 def train_step(

@@ -25,6 +25,7 @@ from mtp_jax.decode.drafters import NONE, Drafter, Drafts, make_drafter
 from mtp_jax.decode.engine import Plan
 from mtp_jax.decode.generate import generate, stream
 from mtp_jax.decode.memory import cache_bytes
+from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 
 PLAIN_LM = tiny_config(heads={"num_future": 1})
@@ -278,6 +279,21 @@ def test_wrong_drafts(name):
         assert tokens == [plain("random", PROMPTS[0])[:4]]
 
 
+@pytest.mark.parametrize("rule", ["rejection", Rule("typical", epsilon=0.0, delta=0.0)])
+def test_drafts_of_no_token(rule):
+    """Ids that do not exist count as token 0: none is ever returned. Breaks without `known_BP`."""
+    wrong = own(Drafts(np.array([[-7, 2**30, -1]], np.int32)))
+    settings = {"draft": wrong, "accept": rule, "temperature": 1.0}
+    tokens = generate(model("random"), [PROMPTS[0]], max_new_tokens=12, **settings).tokens[0]
+    assert min(tokens) >= 0 and max(tokens) < model("random").config.model.vocab_size
+
+
+def test_a_path_is_no_model():
+    """A path in the place of the model is named, with what to call."""
+    with pytest.raises(UserError, match=r"'runs/mine' is a path; load it first: generate\(mtp_jax.load"):
+        generate("runs/mine", ["x"], max_new_tokens=4)
+
+
 def test_wrong_probabilities():
     """A drafter's probabilities must be over the vocabulary, one row per draft; any float will do."""
     tokens, V = np.zeros((1, 3), np.int32), model("random").config.model.vocab_size
@@ -321,7 +337,13 @@ UNCLEAR = {
     "temperature beyond float32": ([[1]], {"temperature": 10**400}, "it must be 0 for greedy, or from 1e-6 to 1e6"),
     "complex temperature": ([[1]], {"temperature": np.complex64(1)}, "temperature="),
     "seed of no axis": ([[1]], {"seed": np.array(-3)}, r"seed=array\(-3\)"),
-    "confidence of a lookup": ([[1]], {"draft": "lookup", "accept": "confidence"}, "'lookup' has none"),
+    "confidence of a lookup": ([[1]], {"draft": "lookup", "accept": "confidence"}, "'lookup' returns none"),
+    "a function of two": ([[1]], {"logits_fn": lambda z, tokens: z}, "logits_fn fails when it is traced .* positional"),
+    "a function that branches": (
+        [[1]],
+        {"logits_fn": lambda z, tokens, length: z if length > 3 else -z},
+        r"logits_fn fails when it is traced with \(logits \[\d+\], tokens \[\d+\], length\): Attempted boolean",
+    ),
     "a function without a hash": (
         [[1]],
         {"logits_fn": type("F", (), {"__call__": max, "__hash__": None})()},

@@ -1,6 +1,7 @@
 """The accept rules end to end: rejection sampling follows the model's law, lossy rules are lossy where they say so.
 Each docstring names the line whose deletion breaks the test."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,6 +12,7 @@ import pytest
 from reference.decoding import NEW, PROMPTS, loaded, loud_params, model, plain
 from reference.tiny import tiny_config
 
+from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.verify import Rule
@@ -101,6 +103,21 @@ def test_lossy_rules_at_their_ends():
         assert result.stats.tokens_per_round == 15 / 4
         assert result.tokens != wanted
         assert 0 < result.stats.replaced <= result.stats.emitted
+
+
+@pytest.mark.parametrize("cut", [None, 4, 9])
+def test_replaced_counts_returned_tokens(cut):
+    """replaced = returned tokens that are not the arg-max behind the tokens before them, with and without a stop
+    string. Breaks when what stands behind the stop string is counted."""
+    lm = dataclasses.replace(model("random"), tokenizer=bytes_tokenizer())
+    rule, prompt = Rule("typical", epsilon=-1.0), list(PROMPTS[0])
+    whole = generate(lm, [prompt], max_new_tokens=NEW, accept=rule).tokens[0]
+    stop = [] if cut is None else [lm.tokenizer.decode(whole[cut : cut + 1])]
+    result = generate(lm, [prompt], max_new_tokens=NEW, accept=rule, stop=stop)
+    tokens = result.tokens[0]
+    assert tokens == whole[: len(tokens)] and (len(tokens) < NEW) == bool(stop)
+    logits_TV = np.asarray(lm.logits([prompt + tokens]))[0, 0, len(prompt) - 1 : -1]
+    assert result.stats.replaced == np.sum(logits_TV.argmax(-1) != tokens)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -4,48 +4,74 @@ For the next-token path and for the heads' drafts. Each docstring names the line
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.families import KINDS, SETTINGS, heads_of
 from reference.models import random_params, small_config
 from reference.quick import quick_jit
 
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.heads import FAMILIES
+from mtp_jax.model.heads.base import Round
 
 VARIANTS = {
-    "grouped": {},
     "untied-qk-norm-tap-top": {"model": {"tie_embeddings": False, "qk_norm": True}, "heads": {"tap": 2}},
     "multi-head-tap-normed": {"model": {"num_kv_heads": 4}, "heads": {"tap": 2, "tap_norm": True}},
     "one-kv-head-tap-0": {"model": {"num_kv_heads": 1}, "heads": {"tap": 0}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
-}
+} | {name: {"heads": heads_of(name)} for name in SETTINGS}
+
+
+class Proposed(NamedTuple):
+    """What heads were asked to draft from, and the tokens that they are told to have drafted."""
+
+    tokens_BP: jax.Array
+    logits_BPV: jax.Array
 
 
 @functools.partial(quick_jit, static_argnums=0)
-def forward(config, view, tokens_BQ, start_B, index_B, caches, head_caches):
-    """Final-normed states of Q positions, of the heads at index_B ([M-1, B, D]), and the caches."""
-    family = FAMILIES[config.heads.kind]
-    state_BQD, tap_BQD, caches = mtp.decode_forward(config, view, tokens_BQ, start_B, caches)
-    states_PBD, head_caches = family.draft(
-        config, view["heads"], head_caches, tap_BQD, start_B, index_B, len(head_caches)
-    )
-    hidden = (lm.final_norm(config.model, view, state_BQD), lm.final_norm(config.model, view, states_PBD))
-    return *hidden, caches, head_caches
+def forward(config, view, tokens_BS, start_B, index_B, drafts_BP, caches, head_caches, fed_BQ):
+    """Logits of Q positions and of the heads at index_B, with the drafts that they propose given; and the caches."""
+
+    def propose(states_BPD, first):
+        count = states_BPD.shape[1]
+        return Proposed(drafts_BP[:, first - 1 :][:, :count], mtp.draft_logits(config, view, states_BPD, first))
+
+    state_BQD, tap_BQD, caches = mtp.decode_forward(config, view, fed_BQ, start_B, caches)
+    where, total_B = (tap_BQD, start_B, index_B, jnp.ones_like(start_B, bool)), start_B + index_B + 2
+    embed = functools.partial(lm.embed, config.model, view)
+    now = Round(*where, tokens_BS, total_B, drafts_BP.shape[1], embed, propose)
+    proposed, head_caches = FAMILIES[config.heads.kind].draft(config, view, head_caches, now)
+    logits_BQV = lm.logits(config.model, view, lm.final_norm(config.model, view, state_BQD))
+    drafted_BPV = jnp.concatenate([one.logits_BPV for one in proposed], axis=1)
+    return logits_BQV, drafted_BPV, caches, head_caches
 
 
 @functools.partial(quick_jit, static_argnums=0)
 def full(config, params, tokens_BT):
+    """Logits of every head at every position, [M, B, T, V]."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-    return mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+    return mtp.logits(config, params, mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
 
 
-def empty_caches(config, batch, slots):
-    count = config.heads.num_future - 1
+def empty_caches(config, batch, slots, count=None):
+    count = config.heads.num_future - 1 if count is None else count
     family = FAMILIES[config.heads.kind]
     return mtp.init_caches(config, batch, slots), family.init_cache(config, batch, slots, count)
+
+
+def expected_drafts(config, params, tokens_BT, newest_B, drafts_BP):
+    """Logits of heads 1..P at the position before the newest token, from the whole forward over the tokens up to it
+    and the drafts behind it."""
+    rows, (B, P) = np.arange(len(tokens_BT)), drafts_BP.shape
+    row_BT = np.concatenate([tokens_BT, np.zeros((B, P), int)], axis=1)
+    for p in range(P):
+        row_BT[rows, newest_B + 1 + p] = drafts_BP[:, p]
+    return np.asarray(full(config, params, row_BT))[1 : P + 1, rows, newest_B - 1].swapaxes(0, 1)
 
 
 def assert_close(actual, expected):
@@ -55,65 +81,76 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def test_every_split_point():
+@pytest.mark.parametrize("name", KINDS)
+def test_every_split_point(name):
     """forward(tokens[:s]) then forward(tokens[s:]) = full(tokens), for every s, and so does one token at a time.
 
     Breaks if positions restart at 0 in a piece, if `read` runs before `write`, if a head enters only the
     last position into its cache, or if the tap is taken on the wrong side of a block.
     """
-    config, T = small_config(), 4
-    params = random_params(config)
-    view = mtp.decode_view(config, params)
-    tokens_BT = np.random.default_rng(0).integers(0, 24, (2, T))
-    expected_MBTD = np.asarray(full(config, params, tokens_BT))
+    config, T = small_config(heads=heads_of(name)), 4
+    params, rng = random_params(config), np.random.default_rng(0)
+    view, tokens_BS = mtp.decode_view(config, params), rng.integers(0, 24, (2, T + 1))
+    expected_BTV = np.asarray(full(config, params, tokens_BS))[0]
     for sizes in [(s, T - s) for s in range(1, T)] + [(1,) * T]:
-        caches, start = empty_caches(config, 2, T), 0
+        caches, start = empty_caches(config, 2, T + 2), 0
         for size in sizes:
-            end = start + size
-            starts_B, index_B = np.full(2, start), np.full(2, size - 1)
-            hidden_BQD, draft_PBD, *caches = forward(config, view, tokens_BT[:, start:end], starts_B, index_B, *caches)
-            assert_close(hidden_BQD, expected_MBTD[0, :, start:end])
-            assert_close(draft_PBD, expected_MBTD[1:, :, end - 1])
+            end, drafts_BP = start + size, rng.integers(0, 24, (2, 2))
+            starts_B, index_B, fed_BQ = np.full(2, start), np.full(2, size - 1), tokens_BS[:, start:end]
+            logits_BQV, draft_BPV, *caches = forward(
+                config, view, tokens_BS, starts_B, index_B, drafts_BP, *caches, fed_BQ
+            )
+            assert_close(logits_BQV, expected_BTV[:, start:end])
+            assert_close(draft_BPV, expected_drafts(config, params, tokens_BS, np.full(2, end), drafts_BP))
             start = end
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ragged_rounds_with_rejected_tokens(name):
-    """Rows of different lengths, each round feeding 3 tokens of which 1 to 3 are right: states and drafts at every kept
-    position = full forward of the kept tokens. What was rejected lies behind the cursor, until it is overwritten.
+    """Rows of different lengths, each round feeding 3 tokens of which 1 to 3 are right: logits at every kept position,
+    and of every head behind it, = full forward of the kept tokens with the drafts behind them. What was rejected lies
+    behind the cursor, until it is overwritten; what rested on a draft is made again.
 
     Breaks if visibility is not `<= query_slot`, if rows share a cursor, if `draft` reads at Q - 1 instead of index_B,
-    or if `draft` enters only the kept positions' states at wrong slots.
+    if `draft` enters only the kept positions' states at wrong slots, or if a sequential head keeps entries that rest on
+    drafts (`tail` of one position less).
     """
     config = small_config(**VARIANTS[name])
     params, rng = random_params(config), np.random.default_rng(0)
-    view, rows, Q = mtp.decode_view(config, params), np.arange(3), 3
-    tokens_BT = rng.integers(0, 24, (3, 12))
-    expected_MBTD = np.asarray(full(config, params, tokens_BT))
+    view, rows, Q, P = mtp.decode_view(config, params), np.arange(3), 3, config.heads.num_future - 1
+    tokens_BT = rng.integers(0, 24, (3, 13))
+    expected_BTV = np.asarray(full(config, params, tokens_BT))[0]
     kept_RB = np.array([[1, 3, 2], [1, 3, 2], [2, 1, 1], [3, 2, 1], [1, 3, 3]])  # By round and row; first the prompts.
     caches, start_B = empty_caches(config, 3, 12 + Q), np.zeros(3, int)
     for kept_B in kept_RB:
-        at_BQ = start_B[:, None] + np.arange(Q)[None, :]
-        fed_BQ = np.take_along_axis(tokens_BT, np.minimum(at_BQ, 11), axis=1)
+        at_BQ, drafts_BP = start_B[:, None] + np.arange(Q)[None, :], rng.integers(0, 24, (3, P))
+        fed_BQ = np.take_along_axis(tokens_BT, np.minimum(at_BQ, 12), axis=1)
         wrong_BQ = at_BQ >= (start_B + kept_B)[:, None]
         fed_BQ = np.where(wrong_BQ, (fed_BQ + rng.integers(1, 24, fed_BQ.shape)) % 24, fed_BQ)
-        hidden_BQD, draft_PBD, *caches = forward(config, view, fed_BQ, start_B, kept_B - 1, *caches)
+        # What stands behind the newest token of a row in the engine's buffer is left over from rejected drafts.
+        newest_B = start_B + kept_B
+        buffer_BT = np.where(np.arange(13)[None, :] > newest_B[:, None], rng.integers(0, 24, (3, 13)), tokens_BT)
+        logits_BQV, draft_BPV, *caches = forward(
+            config, view, buffer_BT, start_B, kept_B - 1, drafts_BP, *caches, fed_BQ
+        )
         for b in rows:
-            assert_close(hidden_BQD[b, : kept_B[b]], expected_MBTD[0, b, start_B[b] : start_B[b] + kept_B[b]])
-        start_B = start_B + kept_B
-        assert_close(draft_PBD, expected_MBTD[1:, rows, start_B - 1])
+            assert_close(logits_BQV[b, : kept_B[b]], expected_BTV[b, start_B[b] : newest_B[b]])
+        start_B = newest_B
+        assert_close(draft_BPV, expected_drafts(config, params, tokens_BT, newest_B, drafts_BP))
     assert start_B.tolist() == [8, 12, 9]
-    assert {leaf.dtype for leaf in jax.tree.leaves(caches)} == {jnp.dtype(config.model.dtype)}
+    floats = {leaf.dtype for leaf in jax.tree.leaves(caches)}
+    assert floats == {jnp.dtype(config.model.dtype)}
 
 
-def test_fewer_drafts_are_the_first_heads():
-    """P caches give the drafts of heads 1..P. Breaks with `strict=True` in `draft`, or if it counts from the end."""
-    config, T = small_config(), 4
-    params = random_params(config)
-    view = mtp.decode_view(config, params)
-    tokens_BT, zeros_B = np.random.default_rng(0).integers(0, 24, (2, T)), np.zeros(2, int)
-    caches = mtp.init_caches(config, 2, T)
-    head_caches = FAMILIES[config.heads.kind].init_cache(config, 2, T, 1)
-    _, draft_PBD, _, written = forward(config, view, tokens_BT, zeros_B, zeros_B + T - 1, caches, head_caches)
-    assert len(written) == 1
-    assert_close(draft_PBD, np.asarray(full(config, params, tokens_BT))[1:2, :, T - 1])
+@pytest.mark.parametrize("name", KINDS)
+def test_fewer_drafts_are_the_first_heads(name):
+    """P caches give the drafts of heads 1..P. Breaks if `draft` counts heads from the end, or runs only P of a chain
+    that ends in head 1."""
+    config, T = small_config(heads=heads_of(name)), 4
+    params, rng = random_params(config), np.random.default_rng(0)
+    view, tokens_BS = mtp.decode_view(config, params), rng.integers(0, 24, (2, T + 1))
+    zeros_B, drafts_BP = np.zeros(2, int), rng.integers(0, 24, (2, 1))
+    caches = empty_caches(config, 2, T + 2, count=1)
+    _, draft_BPV, *_ = forward(config, view, tokens_BS, zeros_B, zeros_B + T - 1, drafts_BP, *caches, tokens_BS[:, :T])
+    assert draft_BPV.shape[1] == 1
+    assert_close(draft_BPV, expected_drafts(config, params, tokens_BS, zeros_B + T, drafts_BP))

@@ -4,11 +4,13 @@ Each docstring names the line whose deletion breaks the test.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.families import KINDS, READS_TOKENS, SETTINGS, heads_of
 from reference.jaxprs import equations
 from reference.models import random_params, rows, small_config
 from reference.quick import quick_jit
@@ -21,8 +23,7 @@ from mtp_jax.model import lm, mtp
 apply = jax.jit(mtp.apply, static_argnums=0)
 FIRST, SECOND = [3, 1, 4, 1, 5], [9, 2, 6]
 
-VARIANTS = {
-    "tap-last": small_config(),
+VARIANTS = {name: small_config(heads=heads_of(name)) for name in SETTINGS} | {
     "tap-0": small_config(heads={"tap": 0}, model={"tie_embeddings": False}),
     "tap-top-normed": small_config(heads={"tap": 2, "tap_norm": True}, model={"qk_norm": True, "num_kv_heads": 1}),
 }
@@ -39,12 +40,14 @@ def batch():
     ]
 
 
-@pytest.mark.parametrize("name", ["tap-last", "tap-top-normed"])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_no_leakage(name):
-    """d logits[m, t] / d embedding at u is exactly 0 for u > t and for u in another document, and not 0 for every other
-    u, for every head m. (A random mix of the logits stands for all of them.)
+    """d logits[m, t] / d embedding at u is exactly 0 for u > t (for u > t + m where heads read tokens) and for u in
+    another document, and not 0 for every other u, for every head m. (A random mix of the logits stands for all of
+    them.)
 
-    Breaks without `segment_ids_BS` or `<= query_slots` in `attention`, or if a family's `train` drops `segment_ids_BT`.
+    Breaks without `segment_ids_BS` or `<= query_slots` in `attention`, if a family's `train` drops `segment_ids_BT`, or
+    if `_shift` in a sequential head goes one position too far or over a document's end.
     """
     config, T = VARIANTS[name], 9
     params = random_params(config)
@@ -53,14 +56,16 @@ def test_no_leakage(name):
     mix_V = np.random.default_rng(1).standard_normal(config.model.vocab_size).astype(np.float32)
 
     def mixed_MT(table_VD):
+        # Only what goes in is asked about, not the unembedding of a tied model.
         hidden_MBTD = mtp.apply(config, params | {"embed": {"table": table_VD}}, tokens_BT, positions_BT, segments_BT)
-        return (lm.logits(config.model, params, hidden_MBTD) @ mix_V)[:, 0]
+        return (mtp.logits(config, params, hidden_MBTD) @ mix_V)[:, 0]
 
     grads_MTVD = quick_jit(jax.jacrev(mixed_MT))(params["embed"]["table"])
     reached_MTU = np.abs(grads_MTVD).max(-1)[:, :, :T] > 0
-    expected_TU = np.tril(segments_BT[0][:, None] == segments_BT[0][None, :])
-    for reached_TU in reached_MTU:
-        np.testing.assert_array_equal(reached_TU, expected_TU)
+    same_TU = segments_BT[0][:, None] == segments_BT[0][None, :]
+    for m, reached_TU in enumerate(reached_MTU):
+        ahead = m if config.heads.kind in READS_TOKENS else 0
+        np.testing.assert_array_equal(reached_TU, np.tril(np.ones((T, T), bool), ahead) & same_TU)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -91,17 +96,18 @@ def test_dropping_the_heads_leaves_the_language_model(name, batch):
     whole_MBTD = apply(config, params, *batch)
     trunk = {key: value for key, value in params.items() if key != "heads"}
     np.testing.assert_array_equal(apply(config, trunk, *batch), whole_MBTD[:1])
-    gaps = [np.abs(whole_MBTD[i] - whole_MBTD[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))]
+    gaps = [np.abs(one - other).max() for one, other in itertools.combinations(whole_MBTD, 2)]
     assert min(gaps) > 0.1
 
 
-def test_silent_heads_train_the_language_model(batch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_silent_heads_train_the_language_model(kind, batch):
     """w_m = 0 for m >= 1: loss and gradient of everything but the heads are those of the model without heads, bit for
     bit, and the heads' own gradient is exactly 0.
 
     Breaks if head weights are dropped from `head_scale`, or if a head's parameters reach the next-token path.
     """
-    config, plain = small_config(), small_config(heads={"num_future": 1})
+    config, plain = small_config(heads=heads_of(kind)), small_config(heads={"num_future": 1})
     params = random_params(config)
     trunk = {key: value for key, value in params.items() if key != "heads"}
 
@@ -112,7 +118,7 @@ def test_silent_heads_train_the_language_model(batch):
             hidden_MBTD = mtp.apply(config, params, *batch)
             scale_M = head_scale(jnp.sum(weights_MBT, (1, 2)), head_weights)
             spec = XentSpec(chunk_bytes=4 * 24 * 7)
-            return mtp_loss(hidden_MBTD, lm.unembedding(params), targets_MBT, weights_MBT, scale_M, spec)[0]
+            return mtp_loss(hidden_MBTD, mtp.unembeddings(config, params), targets_MBT, weights_MBT, scale_M, spec)[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -123,16 +129,74 @@ def test_silent_heads_train_the_language_model(batch):
     jax.tree.map(np.testing.assert_array_equal, grads, expected_grads)
 
 
-def test_a_head_that_copies_the_last_block_is_the_language_model():
-    """With tap = L-1 and head m's parameters those of block L, head m's states are head 0's: Gloeckle's symmetry.
+STARTS = {
+    "copied last block": {"tap": -1, "init": "copy_block"},
+    "zero blocks at the top": {"tap": 2, "init": "zero", "layers": 2},
+    "zero chain": {"kind": "causal", "tap": 2, "init": "zero"},
+    "zero chain from afar": {"kind": "anticausal", "tap": 2, "init": "zero"},
+    "zero residual map": {"kind": "linear", "residual": True, "tap": 2, "init": "zero"},
+    "medusa, as published": {"kind": "medusa", "tap": 2, "tap_norm": True, "norm": "none", "unembed": "own"},
+    "zero sequence": {"kind": "sequential", "tap": 2, "init": "zero"},
+    "zero recursion": {"kind": "recursive", "tap": 2, "init": "zero", "concat": "hidden_first", "chain": "post_norm"},
+}
 
-    Breaks if heads read another state than the last block's input, or miss the final norm.
+
+@pytest.mark.parametrize("name", STARTS)
+def test_heads_that_start_as_the_language_model(name):
+    """logits of head m = those of head 0: with a copy of the last block over its input (Gloeckle's symmetry), and with
+    heads that pass on the state that they read at the top.
+
+    Breaks if heads read another state, miss the final norm, copy another block, or if `zero` leaves anything in.
     """
-    config = small_config(heads={"num_future": 2, "tap": -1})
-    params, batch = random_params(config), rows(FIRST, SECOND, length=10)
-    params["heads"] = {"blocks": jax.tree.map(lambda leaf: leaf[-1:], params["blocks"])}
-    hidden_MBTD = apply(config, params, *batch)
-    np.testing.assert_allclose(hidden_MBTD[1], hidden_MBTD[0], rtol=1e-5, atol=1e-5)
+    config = small_config(heads=STARTS[name])
+    params = quick_jit(functools.partial(mtp.init, config))(jax.random.key(0))
+    hidden_MBTD = apply(config, params, *rows(FIRST, SECOND, length=10))
+    logits_MBTV = mtp.logits(config, params, hidden_MBTD)
+    for m in range(1, config.heads.num_future):
+        np.testing.assert_allclose(logits_MBTV[m], logits_MBTV[0], rtol=1e-4, atol=1e-4)
+
+
+def test_copy_block_copies_the_block_that_it_names():
+    """heads/blocks = block `init_block` for every head and layer. Breaks if `init_block` is ignored."""
+    config = small_config(heads={"init": "copy_block", "init_block": -2, "layers": 2})
+    params = quick_jit(functools.partial(mtp.init, config))(jax.random.key(0))
+    jax.tree.map(
+        lambda own, trunk: np.testing.assert_array_equal(own, np.stack([trunk[0]] * 4)),
+        params["heads"]["blocks"],
+        params["blocks"],
+    )
+
+
+def test_norms_of_one_plus_w():
+    """With every norm scale w - 1, `norm_plus_one` for model and heads gives the states of plain norms w.
+
+    Breaks without `scale + 1`, or if the heads' own norms follow the model's setting.
+    """
+    own = {"kind": "sequential", "norm": "own"}
+    plain = small_config(model={"qk_norm": True}, heads=own)
+    shifted = small_config(model={"qk_norm": True, "norm_plus_one": True}, heads={**own, "norm_plus_one": True})
+    params, batch = random_params(plain), rows(FIRST, SECOND, length=10)
+    less = jax.tree_util.tree_map_with_path(lambda path, x: x - ("scale" in str(path)), params)
+    np.testing.assert_allclose(apply(shifted, less, *batch), apply(plain, params, *batch), rtol=1e-5, atol=1e-5)
+    fresh = quick_jit(functools.partial(mtp.init, shifted))(jax.random.key(0))
+    assert not np.any(fresh["heads"]["norm"]["scale"]) and not np.any(fresh["final_norm"]["scale"])
+
+
+def test_mixed_tap():
+    """The tap is sum_l softmax(w)_l h_l / rms(h_l) over the embedding and every block's output; with all the weight on
+    one of them it is that state, normed. Breaks if the embedding or the last block is left out, or without softmax.
+    """
+    config, batch = small_config(heads={"kind": "linear", "tap_mix": True}), rows(FIRST, length=5)
+    params = random_params(config)
+    for layer in range(3):
+        mix_L = jnp.full((3,), -100.0).at[layer].set(0.0)
+        mixed = params | {"heads": params["heads"] | {"tap_mix": mix_L}}
+        one = small_config(heads={"kind": "linear", "tap": layer, "tap_norm": True})
+        unit = params | {"final_norm": {"scale": jnp.ones(16)}, "heads": {"map": params["heads"]["map"]}}
+        expected = apply(one, unit, *batch)[1:]
+        np.testing.assert_allclose(
+            apply(config, mixed | {"final_norm": unit["final_norm"]}, *batch)[1:], expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_tap_norm_is_the_final_norm():

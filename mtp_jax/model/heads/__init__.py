@@ -1,20 +1,28 @@
 """Head families. Each file is one family; `FAMILIES` is the only place that lists them.
 
-A family is five pure functions; M-1 is its number of extra heads, P <= M-1 the number that drafts:
+A family is four pure functions over the model's parameters; M-1 is its number of extra heads, P <= M-1 the number that
+drafts. What they are handed, and what families share, is in `base`.
 
-    init(config, key) -> head_params                                     boxed with logical axis names
-    train(config, head_params, tap_BTD, positions_BT, segment_ids_BT)    -> states [M-1, B, T, D]
-    unstack(head_params) -> head_params                                  the layout for decoding
+    init(config, key, trunk) -> params["heads"]              boxed with logical axis names; trunk: the boxed LM
+    train(config, params, rows) -> states [M-1, B, T, D]     every head at every position
     init_cache(config, batch, slots, P) -> cache
-    draft(config, head_params, cache, tap_BQD, start_B, index_B, count)  -> (states [count, B, D], cache)
+    draft(config, params, cache, round) -> (drafts, cache)   a tuple of what `round.propose` returned, nearest first
 
-`train` covers every position and every head. `draft` gets the tapped states of the Q positions that a round has just
-processed, enters all of them into the family's cache, and returns the states of heads 1..count at position index_B[b];
-count <= P. Keys and values are kept in `LayerCache`s, which the engine enlarges. States are before the final norm.
+`draft` gets the tapped states of the Q positions that a round has just processed, enters all of them into the family's
+cache, and proposes `round.count` <= P tokens from position index_B[b]. Keys and values are kept in `LayerCache`s, which
+the engine enlarges. States are before the norm at the head's end.
 """
 
 from types import ModuleType
 
-from mtp_jax.model.heads import parallel
+from mtp_jax.model.heads import anticausal, causal, linear, medusa, parallel, recursive, sequential
 
-FAMILIES: dict[str, ModuleType] = {"parallel": parallel}
+FAMILIES: dict[str, ModuleType] = {
+    "parallel": parallel,
+    "causal": causal,
+    "anticausal": anticausal,
+    "linear": linear,
+    "medusa": medusa,
+    "sequential": sequential,
+    "recursive": recursive,
+}

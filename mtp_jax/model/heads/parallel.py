@@ -6,70 +6,37 @@ decoding every head has a cache of its own.
 """
 
 import jax
-import jax.numpy as jnp
 
 from mtp_jax.config import Config
-from mtp_jax.model import lm
-from mtp_jax.model.cache import LayerCache
-from mtp_jax.model.cache import init_cache as init_layer_cache
-from mtp_jax.model.layers import Block
-
-HeadParams = dict
+from mtp_jax.model.heads import base
+from mtp_jax.model.heads.base import Params, Round, Rows
 
 
-def init(config: Config, key: jax.Array) -> HeadParams:
-    """M-1 blocks stacked along a leading axis."""
-    return {"blocks": lm.init_blocks(config.model, key, config.heads.num_future - 1)}
+def init(config: Config, key: jax.Array, trunk: Params) -> Params:
+    """Blocks for M-1 heads."""
+    return {"blocks": base.init_blocks(config, key, trunk)}
 
 
-def train(
-    config: Config, heads: HeadParams, tap_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
-) -> jax.Array:
+def train(config: Config, params: Params, rows: Rows) -> jax.Array:
     """States of heads 1..M-1 at every position, [M-1, B, T, D]."""
-    run = lm.run_block(config.model)
 
-    def one_head(_: None, block: HeadParams) -> tuple[None, jax.Array]:
-        return None, run(block, tap_BTD, positions_BT, segment_ids_BT)
+    def one_head(_: None, blocks: Params) -> tuple[None, jax.Array]:
+        return None, base.run_blocks(config, blocks, rows.tap_BTD, rows)
 
-    return jax.lax.scan(one_head, None, heads["blocks"])[1]
-
-
-def unstack(heads: HeadParams) -> HeadParams:
-    """One tree per head, for decoding."""
-    return {"blocks": lm.unstack(heads["blocks"])}
+    return jax.lax.scan(one_head, None, base.by_head(config, params["heads"]["blocks"]))[1]
 
 
-def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple[LayerCache, ...]:
-    """One cache for each of the first `count` extra heads."""
-    c = config.model
-    return tuple(init_layer_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype) for _ in range(count))
+def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
+    """Caches of the first `count` extra heads."""
+    return base.block_caches(config, batch, slots, count)
 
 
-def draft(
-    config: Config,
-    heads: HeadParams,
-    caches: tuple[LayerCache, ...],
-    tap_BQD: jax.Array,
-    start_B: jax.Array,
-    index_B: jax.Array,
-    count: int,
-) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """States of heads 1..count at position index_B[b] of the Q new ones.
-
-    All Q positions enter the caches, of which there may be more than `count`; those after index_B[b] were rejected and
-    are overwritten by the next round. The query, the feed-forward layer and the unembedding run at the one position
-    whose draft is used.
-
-    Returns:
-      states [count, B, D] before the final norm, and the caches.
-    """
-    tap_B1D = jnp.take_along_axis(tap_BQD, index_B[:, None, None], axis=1)
+def draft(config: Config, params: Params, caches: tuple, now: Round) -> tuple[tuple, tuple]:
+    """Every head enters all Q tapped states into its cache and drafts from the one at index_B[b]."""
     states, written = [], []
-    for block, cache in zip(heads["blocks"], caches, strict=False):
-        variables = {"params": block}
-        cache = Block(config.model).apply(variables, tap_BQD, start_B, cache, method="write")
+    for head, cache in enumerate(caches):
+        blocks, wanted = params["heads"]["blocks"][head], head < now.count
+        state_B1D, cache = base.blocks_at(config, blocks, now.tap_BQD, now.start_B, now.index_B, cache, wanted)
+        states += [state_B1D] if wanted else []
         written.append(cache)
-        if len(states) < count:
-            state_B1D = Block(config.model).apply(variables, tap_B1D, start_B + index_B, cache, method="read")
-            states.append(state_B1D[:, 0])
-    return jnp.stack(states) if states else tap_BQD[None, :0, 0], tuple(written)
+    return base.propose_all(now, states), tuple(written)

@@ -1,0 +1,194 @@
+"""What families share: what they are handed, blocks by head, and the norm and unembedding at a head's end.
+
+Parameters of all heads lie under `params["heads"]`, with one set per extra head, or one set in all where the family
+uses it again for every depth:
+
+    blocks/... [sets * layers, ...]    norm/scale [sets, D]    unembed/table [sets, V, D]    tap_mix [L + 1]
+
+and whatever the family adds. In the decoding view sets and layers are tuples.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.axes import EMBED, LAYERS
+from mtp_jax.config import Config, ModelConfig
+from mtp_jax.model import lm
+from mtp_jax.model.cache import LayerCache, init_cache
+from mtp_jax.model.layers import Block, RMSNorm
+
+Params = dict[str, Any]
+
+
+class Rows(NamedTuple):
+    """Whole rows, as training hands them to a family."""
+
+    tap_BTD: jax.Array
+    """The tapped states."""
+    embedded_BTD: jax.Array
+    """Embeddings of the rows' tokens."""
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+
+
+class Round(NamedTuple):
+    """What a round has just processed, as decoding hands it to a family."""
+
+    tap_BQD: jax.Array
+    """Tapped states of Q positions."""
+    start_B: jax.Array
+    """Position of the first of them."""
+    index_B: jax.Array
+    """Which of them produced the row's newest token; those behind it were rejected."""
+    live_B: jax.Array
+    """False for rows that took no part: what stands at their Q positions means nothing."""
+    tokens_BS: jax.Array
+    """Prompt and output of every row."""
+    total_B: jax.Array
+    """How many of those count; the newest stands at total - 1 = start + index + 1."""
+    count: int
+    """Drafts that are wanted."""
+    embed: Callable[[jax.Array], jax.Array]
+    """Token ids to embeddings."""
+    propose: Callable[[jax.Array, int], Any]
+    """`(states_BPD, first) -> drafts`: what heads first, first+1, ... draft from these states; `.tokens_BP` are ids."""
+
+
+def head_model(config: Config) -> ModelConfig:
+    """The config of the blocks inside heads."""
+    return dataclasses.replace(config.model, norm_plus_one=config.heads.norm_plus_one)
+
+
+def sets(config: Config) -> int:
+    """Sets of head parameters."""
+    return 1 if config.heads.kind == "recursive" else config.heads.num_future - 1
+
+
+def weight(config: Config, key: jax.Array, shape: tuple[int, ...], names: tuple, gain: float = 1.0) -> Any:
+    """A stack of matrices [sets, in, out], normal with the given gain, boxed with its logical axis names."""
+    scale = gain * shape[-2] ** -0.5
+    value = scale * jax.random.normal(key, shape, jnp.dtype(config.model.param_dtype))
+    return nn.LogicallyPartitioned(value, names)
+
+
+def init_ends(config: Config, trunk: Params) -> Params:
+    """Own norms and unembeddings, if the config asks for them; unembeddings start as the model's own."""
+    ends: Params = {}
+    count, c = sets(config), config.model
+    if config.heads.norm == "own":
+        start = jnp.zeros if config.heads.norm_plus_one else jnp.ones
+        scale = start((count, c.d_model), jnp.dtype(c.param_dtype))
+        ends["norm"] = {"scale": nn.LogicallyPartitioned(scale, (LAYERS, EMBED))}
+    if config.heads.unembed == "own":
+        box = trunk["unembed" if "unembed" in trunk else "embed"]["table"]
+        table_MVD = jnp.repeat(box.value[None], count, axis=0)
+        ends["unembed"] = {"table": nn.LogicallyPartitioned(table_MVD, (LAYERS, *box.names))}
+    if config.heads.tap_mix:
+        mix = jnp.zeros((c.num_layers + 1,), jnp.dtype(c.param_dtype))
+        ends["tap_mix"] = nn.LogicallyPartitioned(mix, (LAYERS,))
+    return ends
+
+
+def init_blocks(config: Config, key: jax.Array, trunk: Params) -> Params:
+    """Blocks of all heads, [sets * layers, ...], as `heads.init` says."""
+    count = sets(config) * config.heads.layers
+    if config.heads.init == "copy_block":
+        return jax.tree.map(
+            lambda box: box.replace(value=jnp.repeat(box.value[config.heads.init_block][None], count, axis=0)),
+            trunk["blocks"],
+            is_leaf=lm.is_box,
+        )
+    blocks = lm.init_blocks(head_model(config), key, count)
+    if config.heads.init == "zero":
+        # Without what it writes into the residual stream a block passes its input on.
+        for layer, name in (("attn", "o"), ("mlp", "down")):
+            blocks[layer][name] = jax.tree.map(jnp.zeros_like, blocks[layer][name])
+    return blocks
+
+
+def by_head(config: Config, blocks: Params) -> Params:
+    """[sets * layers, ...] to [sets, layers, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(sets(config), config.heads.layers, *leaf.shape[1:]), blocks)
+
+
+def run_blocks(config: Config, blocks: Params, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+    """One head's blocks [layers, ...] over whole rows."""
+    return lm.run_blocks(head_model(config), blocks, x_BTD, rows.positions_BT, rows.segment_ids_BT)
+
+
+def end_norm(config: Config, params: Params, states: jax.Array, norm: Params | None) -> jax.Array:
+    """What stands between a head's state and its unembedding; `norm` is the head's own, if it has one."""
+    if config.heads.norm == "none":
+        return states
+    if norm is not None:
+        return RMSNorm(head_model(config)).apply({"params": norm}, states)
+    return lm.final_norm(config.model, params, states)
+
+
+# Decoding.
+
+
+def unstack(config: Config, heads: Params) -> Params:
+    """Head parameters as decoding wants them: tuples over sets, and of blocks over layers."""
+    view = {name: lm.unstack(tree) for name, tree in heads.items() if name not in ("blocks", "tap_mix")}
+    if "tap_mix" in heads:
+        view["tap_mix"] = heads["tap_mix"]
+    if "blocks" in heads:
+        flat, n = lm.unstack(heads["blocks"]), config.heads.layers
+        view["blocks"] = tuple(flat[i : i + n] for i in range(0, len(flat), n))
+    return view
+
+
+def block_caches(config: Config, batch: int, slots: int, count: int) -> tuple[tuple[LayerCache, ...], ...]:
+    """One cache per block for each of `count` heads."""
+    c = config.model
+    one = lambda: init_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype)  # noqa: E731
+    return tuple(tuple(one() for _ in range(config.heads.layers)) for _ in range(count))
+
+
+def blocks_everywhere(
+    config: Config, blocks: tuple[Params, ...], x_BQD: jax.Array, start_B: jax.Array, caches: tuple[LayerCache, ...]
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """One head's blocks over Q new positions: states [B, Q, D] and caches."""
+    return lm.decode_blocks(head_model(config), blocks, x_BQD, start_B, caches)
+
+
+def blocks_at(
+    config: Config,
+    blocks: tuple[Params, ...],
+    x_BQD: jax.Array,
+    start_B: jax.Array,
+    index_B: jax.Array,
+    caches: tuple[LayerCache, ...],
+    wanted: bool = True,
+) -> tuple[jax.Array | None, tuple[LayerCache, ...]]:
+    """One head's blocks over Q new positions, of which the state at index_B[b] alone is needed, or none at all.
+
+    All Q positions enter the caches. The last block's query and feed-forward layer run at one position.
+
+    Returns:
+      The state [B, 1, D], None unless `wanted`, and the caches.
+    """
+    model = head_model(config)
+    x_BQD, below = lm.decode_blocks(model, blocks[:-1], x_BQD, start_B, caches[:-1])
+    block, variables = Block(model), {"params": blocks[-1]}
+    last = block.apply(variables, x_BQD, start_B, caches[-1], method="write")
+    if not wanted:
+        return None, (*below, last)
+    state_B1D = block.apply(variables, at_index(x_BQD, index_B), start_B + index_B, last, method="read")
+    return state_B1D, (*below, last)
+
+
+def at_index(x_BQD: jax.Array, index_B: jax.Array) -> jax.Array:
+    """x[b, index_B[b]], [B, 1, D]."""
+    return jnp.take_along_axis(x_BQD, index_B[:, None, None], axis=1)
+
+
+def propose_all(now: Round, states: list[jax.Array]) -> tuple:
+    """Drafts of the heads 1, 2, ... from their states [B, 1, D], in one product with a shared unembedding."""
+    return (now.propose(jnp.concatenate(states, axis=1), 1),) if states else ()

@@ -1,0 +1,167 @@
+"""Sequential heads: every depth reads the depth before it and one more token (DeepSeek-V3 2024, section 2.2).
+
+    h_0 = tap      h_m[t] = block_m(W_m [norm(embedding of token t+m) ; norm(h_(m-1)[t])])      h_m[t] predicts t+1+m
+
+The complete chain of causes is kept: head m sees the tokens up to t+m, the true ones in training, its predecessors'
+drafts in decoding. Embedding and unembedding are the model's.
+
+In decoding depth m has a cache of its own. The entry of position j was made from token j+m, which at the time may have
+been a draft; so a round makes the entries of the P-1 positions before it once more, from tapped states that it keeps:
+
+    tokens           a  b  c  d  e              newest token e = token 4, so index is position 3
+    depth 1 reads    b  c  d  e                 all true
+    depth 2 reads    c  d  e  x                 x = draft of depth 1, entered at position 3 ...
+    depth 3 reads    d  e  x  y                 ... so positions 2 and 3 of depth 3 are made again in the next round
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.axes import EMBED, LAYERS
+from mtp_jax.config import Config
+from mtp_jax.kernels.linear import linear
+from mtp_jax.model.heads import base
+from mtp_jax.model.heads.base import Params, Round, Rows
+from mtp_jax.model.layers import RMSNorm
+
+
+def init(config: Config, key: jax.Array, trunk: Params) -> Params:
+    """Two norms, a projection and blocks per set."""
+    blocks_key, proj_key = jax.random.split(key)
+    count, D = base.sets(config), config.model.d_model
+    norm = RMSNorm(base.head_model(config)).init(key, jnp.zeros((1, D)))["params"]
+    stacked = lambda box: box.replace(value=jnp.repeat(box.value[None], count, axis=0), names=(LAYERS, *box.names))  # noqa: E731
+    norms = {name: jax.tree.map(stacked, norm, is_leaf=base.lm.is_box) for name in ("embed_norm", "hidden_norm")}
+    proj = base.weight(config, proj_key, (count, 2 * D, D), (LAYERS, None, EMBED))
+    if config.heads.init == "zero":
+        passed = {"embedding_first": (0, 1), "hidden_first": (1, 0)}[config.heads.concat]
+        identity_DD = jnp.eye(D, dtype=proj.value.dtype)
+        one = jnp.concatenate([factor * identity_DD for factor in passed])
+        proj = proj.replace(value=jnp.repeat(one[None], count, axis=0))
+    return {**norms, "proj": proj, "blocks": base.init_blocks(config, blocks_key, trunk)}
+
+
+def _join(config: Config, module: Params, embedded_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
+    """W [norm(embedding) ; norm(hidden)], in the configured order."""
+    norm = RMSNorm(base.head_model(config))
+    embedded_BTD = norm.apply({"params": module["embed_norm"]}, embedded_BTD)
+    hidden_BTD = norm.apply({"params": module["hidden_norm"]}, hidden_BTD)
+    both = (embedded_BTD, hidden_BTD) if config.heads.concat == "embedding_first" else (hidden_BTD, embedded_BTD)
+    return linear(jnp.concatenate(both, axis=-1), module["proj"])
+
+
+def _handed_on(config: Config, params: Params, module: Params, state_BTD: jax.Array) -> jax.Array:
+    """What the next depth reads."""
+    if config.heads.chain == "pre_norm":
+        return state_BTD
+    return base.end_norm(config, params, state_BTD, module.get("norm"))
+
+
+def _modules(config: Config, params: Params) -> Params:
+    """Parameters by set, blocks as [sets, layers, ...]; without unembeddings and the like."""
+    heads = {name: params["heads"][name] for name in (*_NAMES, "norm") if name in params["heads"]}
+    return heads | {"blocks": base.by_head(config, heads["blocks"])}
+
+
+_NAMES = ("embed_norm", "hidden_norm", "proj", "blocks")
+
+
+def train(config: Config, params: Params, rows: Rows) -> jax.Array:
+    """States of heads 1..M-1 at every position, [M-1, B, T, D], each fed with the true tokens before its target.
+
+    Where token t+m lies outside the document of t, its embedding counts as zeros, and head m has no target.
+    """
+
+    def one_depth(carry: tuple, module: Params) -> tuple[tuple, jax.Array]:
+        hidden_BTD, embedded_BTD = carry
+        embedded_BTD = _shift(embedded_BTD, rows.segment_ids_BT)
+        state_BTD = base.run_blocks(config, module["blocks"], _join(config, module, embedded_BTD, hidden_BTD), rows)
+        return (_handed_on(config, params, module, state_BTD), embedded_BTD), state_BTD
+
+    modules, start = _modules(config, params), (rows.tap_BTD, rows.embedded_BTD)
+    if base.sets(config) == config.heads.num_future - 1:
+        return jax.lax.scan(one_depth, start, modules)[1]
+    module = jax.tree.map(lambda leaf: leaf[0], modules)
+    return jax.lax.scan(lambda carry, _: one_depth(carry, module), start, length=config.heads.num_future - 1)[1]
+
+
+def _shift(embedded_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """The next position's embedding, zeros where that belongs to another document."""
+    ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))  # noqa: E731
+    same_BT = ahead(segment_ids_BT) == segment_ids_BT
+    return jnp.where(same_BT[..., None], ahead(embedded_BTD), 0)
+
+
+class SequentialCache(NamedTuple):
+    """Caches of P depths, and what making entries again takes."""
+
+    layers: tuple
+    tail_BED: jax.Array
+    """Tapped states of the P-1 positions before the next round's first one."""
+
+
+def init_cache(config: Config, batch: int, slots: int, count: int) -> SequentialCache:
+    """Empty caches of `count` depths; a window of a round may be longer by count-1 positions than the round."""
+    tail = max(count - 1, 0)
+    tail_BED = jnp.zeros((batch, tail, config.model.d_model), config.model.dtype)
+    return SequentialCache(base.block_caches(config, batch, slots + tail, count), tail_BED)
+
+
+class _Window(NamedTuple):
+    """The positions whose entries a round makes: the Q new ones and those before them that rest on drafts."""
+
+    start_B: jax.Array
+    tap_BWD: jax.Array
+    index_B: jax.Array
+    """Where the position stands that drafts."""
+
+
+def _window(cache: SequentialCache, now: Round) -> tuple[_Window, jax.Array]:
+    """The window, and the tail for the next round. At a row's beginning, where fewer positions lie before the round,
+    the window reaches behind it; what stands there is made again before anything sees it."""
+    tail = cache.tail_BED.shape[1]
+    both_BWD = jnp.concatenate([cache.tail_BED, now.tap_BQD], axis=1)
+    back_B = jnp.minimum(now.start_B, tail)
+    width = both_BWD.shape[1]
+    at_BW = jnp.minimum(tail - back_B[:, None] + jnp.arange(width)[None, :], width - 1)
+    take = lambda at_BX: jnp.take_along_axis(both_BWD, at_BX[..., None], axis=1)  # noqa: E731
+    next_tail_BED = take(now.index_B[:, None] + 1 + jnp.arange(tail)[None, :])
+    next_tail_BED = jnp.where(now.live_B[:, None, None], next_tail_BED, cache.tail_BED)
+    return _Window(now.start_B - back_B, take(at_BW), now.index_B + back_B), next_tail_BED
+
+
+def draft(config: Config, params: Params, cache: SequentialCache, now: Round) -> tuple[tuple, SequentialCache]:
+    """Depth by depth, each reading the draft of the one before."""
+    window, tail_BED = _window(cache, now)
+    hidden_BWD, drafts, written = window.tap_BWD, [], []
+    for depth, layers in enumerate(cache.layers, start=1):
+        head = min(depth, base.sets(config)) - 1
+        module = {name: tree[head] for name, tree in params["heads"].items() if name in (*_NAMES, "norm")}
+        embedded_BWD = now.embed(_tokens(window, now, drafts, depth))
+        x_BWD = _join(config, module, embedded_BWD, hidden_BWD)
+        wanted = depth <= now.count
+        if depth < len(cache.layers):
+            state_BWD, layers = base.blocks_everywhere(config, module["blocks"], x_BWD, window.start_B, layers)
+            hidden_BWD = _handed_on(config, params, module, state_BWD)
+            state_B1D = base.at_index(state_BWD, window.index_B)
+        else:
+            where = (window.start_B, window.index_B)
+            state_B1D, layers = base.blocks_at(config, module["blocks"], x_BWD, *where, layers, wanted)
+        drafts += [now.propose(state_B1D, depth)] if wanted else []
+        written.append(layers)
+    return tuple(drafts), SequentialCache(tuple(written), tail_BED)
+
+
+def _tokens(window: _Window, now: Round, drafts: list, depth: int) -> jax.Array:
+    """Token j + depth for every position j of the window: of the row, or a draft behind its newest token.
+
+    Where neither is there yet (behind the newest draft), any token will do.
+    """
+    width = window.tap_BWD.shape[1]
+    at_BW = window.start_B[:, None] + jnp.arange(width)[None, :] + depth
+    tokens_BW = jnp.take_along_axis(now.tokens_BS, jnp.minimum(at_BW, now.tokens_BS.shape[1] - 1), axis=1)
+    for i, one in enumerate(drafts):
+        tokens_BW = jnp.where(at_BW == now.total_B[:, None] + i, one.tokens_BP, tokens_BW)
+    return tokens_BW

@@ -1,0 +1,41 @@
+"""Every head family with every setting that changes what it computes: the contract suite runs over these names."""
+
+from typing import get_type_hints
+
+from mtp_jax.config import HeadsConfig
+from mtp_jax.model.heads import FAMILIES
+
+SETTINGS = {
+    "parallel": {},
+    "parallel, two blocks, own ends, 1 + w": {"layers": 2, "norm": "own", "unembed": "own", "norm_plus_one": True},
+    "parallel, normed tap at the top": {"tap": 2, "tap_norm": True},
+    "parallel, mixed tap": {"tap_mix": True},
+    "causal": {},
+    "causal, two blocks": {"layers": 2},
+    "anticausal": {},
+    "linear": {},
+    "linear, residual, no norm": {"residual": True, "norm": "none"},
+    "medusa": {"init": "random"},
+    "medusa, as published": {"init": "random", "tap": 2, "tap_norm": True, "norm": "none", "unembed": "own"},
+    "medusa, three layers": {"init": "random", "layers": 3},
+    "sequential": {},
+    "sequential, as DeepSeek-V3": {"tap": 2, "tap_norm": True, "norm": "own"},
+    "sequential, chained behind the norm": {"tap": 2, "norm": "own", "chain": "post_norm", "num_future": 4},
+    "sequential, hidden first, two blocks": {"concat": "hidden_first", "layers": 2, "chain": "post_norm"},
+    "recursive": {},
+    "recursive, own ends": {"norm": "own", "unembed": "own", "chain": "post_norm", "tap": 2, "num_future": 5},
+}
+"""Fields of `HeadsConfig` by name; the name begins with the family."""
+
+
+def heads_of(name):
+    """Fields of `HeadsConfig`."""
+    return {"kind": name.split(",")[0]} | SETTINGS[name]
+
+
+KINDS = [name for name in SETTINGS if "," not in name]
+assert set(KINDS) == set(FAMILIES)
+assert set(get_type_hints(HeadsConfig)["kind"].__args__) == set(FAMILIES)
+
+READS_TOKENS = ("sequential", "recursive")
+"""Families whose head m sees the tokens up to t+m."""
