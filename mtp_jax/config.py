@@ -170,12 +170,52 @@ class HeadsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Sum over heads of the masked mean cross-entropy of each head, times the head's weight."""
+    """Sum over heads of the masked mean loss of each head, times the head's weight, which may change with the step.
+
+    The modules of `losses/` say what each setting computes, where it comes from, and which recipe uses it.
+    """
 
     impl: Literal["fused", "remat"] = "fused"
     """fused: gradients formed in the forward scan over chunks. remat: a checkpoint around each chunk of logits."""
     head_weights: tuple[float, ...] = ()
     """One weight per head; empty means 1 for every head (Gloeckle et al. 2024)."""
+    extra_weight: float = 1.0
+    """Factor on all extra heads (lambda of DeepSeek-V3, beta of CAFT)."""
+    decay: float = 1.0
+    """Head m >= 1 counts decay^m (0.8 in Medusa and CAFT)."""
+    average_extra: bool = False
+    """Divide the extra heads' weights by their number (DeepSeek-V3)."""
+    schedule: Literal["constant", "linear", "switch", "sine", "rsine", "forward", "reverse"] = "constant"
+    """How the extra heads' weights change over the run; see `losses/schedules.py`."""
+    schedule_final: float = 0.0
+    """linear, switch: their factor at the end."""
+    schedule_at: float = 0.5
+    """switch: share of the steps after which it holds."""
+    heads_per_step: int = 0
+    """Extra heads that train in a step, another random subset in each; 0 is all."""
+    distil: Literal["none", "kl", "tv", "lk_alpha", "lk_lambda"] = "none"
+    """Teach the extra heads the next-token head's distribution, by this distance; see `losses/objectives.py`."""
+    distil_mix: float = 1.0
+    """Share of the distance in an extra head's loss; the rest is cross-entropy."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the vocabulary."""
+    token_order: float = 0.0
+    """Weight of the token order loss (TOP); above 0 the model has one more unembedding, used in training only."""
+    order_window: int = 32
+    """Positions ahead that the token order loss ranks."""
+    entropy: Literal["none", "keep_top", "drop_top", "soft"] = "none"
+    """Weigh tokens by entropy; experimental, see `losses/entropy.py`."""
+    entropy_fraction: float = 0.2
+    """Of the counted tokens, how many are kept or dropped."""
+    entropy_source: Literal["own", "next_token"] = "next_token"
+    """Whose entropy."""
+    entropy_normaliser: Literal["selected", "all"] = "selected"
+    """What the sum over the selected tokens is divided by."""
+    entropy_temperature: float = 1.0
+    """soft: tokens weigh exp(H / temperature)."""
+    teacherless: int = -1
+    """The token that stands in for every input token behind the prompt, so that all of them are predicted at once from
+    the prompt (Bachmann & Nagarajan 2024); needs data.prompt_tokens. -1 feeds the tokens themselves."""
     z_loss: float = 0.0
     """Coefficient of logsumexp(logits)^2, weighted like the cross-entropy."""
     chunk_bytes: int = 4 * 2**20
@@ -183,8 +223,15 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_fields("loss", self)
-        positive("loss", self, "chunk_bytes")
-        require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} is negative; 0 switches it off")
+        positive("loss", self, "chunk_bytes", "order_window")
+        for name in ("z_loss", "extra_weight", "decay", "token_order", "schedule_final", "heads_per_step"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.{name}={value} is negative; 0 switches it off")
+        for name in ("label_smoothing", "distil_mix", "schedule_at", "entropy_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"loss.{name}={value}; it must lie in [0, 1]")
+        require(self.entropy_temperature > 0, f"loss.entropy_temperature={self.entropy_temperature}; must be above 0")
+        require(self.teacherless >= -1, f"loss.teacherless={self.teacherless}; give a token id, or -1 to switch it off")
         require(
             not self.head_weights or any(self.head_weights),
             f"loss.head_weights={self.head_weights} silences every head; at least one must be above 0",
@@ -206,6 +253,8 @@ class DataConfig:
     a `.npy` as it is, anything else is the path of a `tokenizer.json`."""
     seq_len: int = 256
     """Tokens of a row (T)."""
+    prompt_tokens: int = 0
+    """Tokens at the start of every document that are context only: no head learns to predict them."""
     eval_fraction: float = 0.05
     """Share of the documents held out, whole documents at a time."""
     seed: int = 0
@@ -213,6 +262,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields("data", self)
+        require(self.prompt_tokens >= 0, f"data.prompt_tokens={self.prompt_tokens} is negative; 0 learns every token")
         require(self.seq_len >= 2, f"data.seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
         require(
             0 < self.eval_fraction < 1,
@@ -295,8 +345,10 @@ class TrainConfig:
     """Rows per optimizer step, over all devices and micro-batches (B)."""
     grad_accum: int = 1
     """Micro-batches per optimizer step; changes memory, not the result."""
+    trainable: Literal["all", "heads"] = "all"
+    """heads: the extra heads alone; nothing else has a gradient or an optimizer state."""
     seed: int = 0
-    """Seed of the initial parameters."""
+    """Seed of the initial parameters, and of random choices in the loss."""
     log_every: int = 20
     """Steps between lines of metrics."""
     eval_every: int = 0
@@ -386,6 +438,26 @@ class Config:
             "give one per head, or none",
         )
         require(
+            train.trainable == "all" or heads.num_future > 1,
+            "train.trainable='heads', but heads.num_future=1 has no extra head; use num_future=2 or more",
+        )
+        require(
+            train.trainable == "all" or not loss.token_order,
+            f"loss.token_order={loss.token_order} trains the model's own states; use train.trainable='all', or 0",
+        )
+        require(
+            loss.teacherless < model.vocab_size,
+            f"loss.teacherless={loss.teacherless} is no token of model.vocab_size={model.vocab_size}",
+        )
+        require(
+            loss.teacherless < 0 or data.prompt_tokens > 0,
+            "loss.teacherless replaces what follows the prompt; say with data.prompt_tokens how long prompts are",
+        )
+        require(
+            data.prompt_tokens < data.seq_len,
+            f"data.prompt_tokens={data.prompt_tokens} leaves nothing to learn of rows of data.seq_len={data.seq_len}",
+        )
+        require(
             decode.num_draft < heads.num_future,
             f"decode.num_draft={decode.num_draft}, but heads.num_future={heads.num_future} heads draft at most "
             f"{heads.num_future - 1} tokens",
@@ -411,7 +483,7 @@ class Config:
 
     @property
     def head_weights(self) -> tuple[float, ...]:
-        """Weight of every head, length M."""
+        """Weight of every head before any schedule, length M."""
         return self.loss.head_weights or (1.0,) * self.heads.num_future
 
     @property

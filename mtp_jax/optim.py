@@ -1,6 +1,7 @@
 """The optimizer of a run: schedule, clipping, decay by parameter path, AdamW or Muon, all from optax."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,15 +59,18 @@ def _scaled(peak: float, config: OptimConfig, steps: int) -> optax.Schedule:
     return lambda step: peak * factor(step)
 
 
-def make_optimizer(config: OptimConfig, steps: int, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, params: Any, select: Callable[[Any], Any] = lambda tree: tree
+) -> optax.GradientTransformation:
     """The optax transformation of a run.
 
     Args:
       config: the optim section.
       steps: length of the run, which the schedule needs.
-      params: parameters, or their abstract shapes; only paths and ranks are read.
+      params: all parameters, or their abstract shapes; only paths and ranks are read.
+      select: from a tree over all parameters the part that is trained.
     """
-    skip = match_paths(params, config.no_decay)
+    skip = select(match_paths(params, config.no_decay))
     decay = jax.tree.map(lambda no_decay: not no_decay, skip)
     rate = _scaled(config.learning_rate, config, steps)
     if config.name == "adamw":
@@ -80,20 +84,21 @@ def make_optimizer(config: OptimConfig, steps: int, params: Any) -> optax.Gradie
             adam_b1=config.b1,
             adam_b2=config.b2,
             adam_learning_rate=rate,
-            muon_weight_dimension_numbers=_matrix_axes(params),
+            muon_weight_dimension_numbers=select(_matrix_axes(params)),
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
 
 
 def _matrix_axes(params: Any) -> Any:
-    """Input and output axes of every matrix inside a block, with layers as a batch; None for what AdamW updates.
+    """Input and output axes of matrices inside blocks and heads, with layers as a batch; None for what AdamW updates.
 
     Embeddings, unembeddings and norm scales stay with AdamW (Jordan 2024, "Muon").
     """
 
     def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
         name = param_path(path)
-        if "blocks/" not in name or leaf.ndim < 3:
+        inside = "blocks/" in name or (name.startswith("heads/") and not name.endswith("table"))
+        if not inside or leaf.ndim < 3:
             return None
         inputs = 2 if name.endswith("attn/o") else 1
         return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, leaf.ndim)))

@@ -7,13 +7,14 @@ micro-batches and devices, before any gradient is formed; each micro-batch then 
 sum is the loss of the whole batch, whatever the packing, accumulation or sharding.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.losses.xent import XentSpec, fused_xent, remat_xent
+from mtp_jax.losses.xent import Teacher, XentSpec, fused_xent, remat_xent
 
 XENT = {"fused": fused_xent, "remat": remat_xent}
 
@@ -40,7 +41,7 @@ class HeadSums(NamedTuple):
             }
 
 
-def head_scale(weight_sum_M: jax.Array, head_weights: tuple[float, ...]) -> jax.Array:
+def head_scale(weight_sum_M: jax.Array, head_weights: tuple[float, ...] | jax.Array) -> jax.Array:
     """w_m / W_m, and 0 for a head without a single target."""
     w_M = jnp.asarray(head_weights, jnp.float32)
     return jnp.where(weight_sum_M > 0, w_M / jnp.where(weight_sum_M > 0, weight_sum_M, 1), 0)
@@ -48,33 +49,64 @@ def head_scale(weight_sum_M: jax.Array, head_weights: tuple[float, ...]) -> jax.
 
 def mtp_loss(
     hidden_MBTD: jax.Array,
-    table_VD: jax.Array,
+    tables: jax.Array | tuple[jax.Array, ...],
     targets_MBT: jax.Array,
     weights_MBT: jax.Array,
     scale_M: jax.Array,
     spec: XentSpec,
     impl: str = "fused",
+    *,
+    learn_MBT: jax.Array | None = None,
+    frozen: bool = False,
 ) -> tuple[jax.Array, HeadSums]:
     """This micro-batch's share of the loss, and its sums for reporting.
 
+    With `spec.mix` above 0 every extra head is taught by the next-token head: for its target t+1+m, by the
+    distribution that head 0 has at t+m, which has seen the tokens in between.
+
     Args:
       hidden_MBTD: final-normed states of every head.
-      table_VD: the unembedding.
+      tables: the unembedding [V, D], or one per head.
       targets_MBT: target ids.
       weights_MBT: token weights, 0 where there is nothing to learn.
       scale_M: `head_scale` of the whole batch.
-      spec: options of the cross-entropy.
+      spec: options of the cross-entropy; smoothing applies to every head, mix to the extra ones.
       impl: `fused` or `remat`.
+      learn_MBT: token weights of the loss, where they are others than those of the sums.
+      frozen: only the extra heads learn: no gradient for head 0's states, nor for an unembedding shared with it.
 
     Returns:
       The scalar to differentiate, and the per-head sums (no gradient).
     """
-    xent = XENT[impl](hidden_MBTD, table_VD, targets_MBT, weights_MBT * scale_M[:, None, None], spec)
+    scaled_MBT = (weights_MBT if learn_MBT is None else learn_MBT) * scale_M[:, None, None]
+    parts = []
+    for heads in _parts(len(hidden_MBTD), isinstance(tables, tuple), bool(spec.mix) or frozen):
+        first, table = heads.start, tables[heads.start] if isinstance(tables, tuple) else tables
+        still = frozen and (not first or not isinstance(tables, tuple))
+        options = dataclasses.replace(spec, mix=spec.mix if first else 0.0, learn_table=not still)
+        hidden = jax.lax.stop_gradient(hidden_MBTD[heads]) if frozen and not first else hidden_MBTD[heads]
+        table = jax.lax.stop_gradient(table) if still else table
+        teacher = _teacher(hidden_MBTD[0], tables, heads) if options.mix else None
+        parts.append(XENT[impl](hidden, table, targets_MBT[heads], scaled_MBT[heads], options, teacher))
+    join = lambda field: jnp.concatenate([getattr(part, field) for part in parts])  # noqa: E731
+    ce_MBT, rank_MBT = join("ce_MBT"), join("rank_MBT")
 
     def total(x_MBT: jax.Array) -> jax.Array:
         return jnp.sum(weights_MBT * x_MBT, axis=(1, 2))
 
-    sums = HeadSums(
-        total(xent.ce_MBT), total(xent.rank_MBT == 1), total(xent.rank_MBT <= 5), jnp.sum(weights_MBT, (1, 2))
-    )
-    return xent.loss, sums
+    sums = HeadSums(total(ce_MBT), total(rank_MBT == 1), total(rank_MBT <= 5), jnp.sum(weights_MBT, (1, 2)))
+    return sum(part.loss for part in parts), sums
+
+
+def _parts(M: int, own_tables: bool, apart: bool) -> list[slice]:
+    """Heads that go through the cross-entropy together: all of them, unless head 0 is another case than the others."""
+    if own_tables:
+        return [slice(m, m + 1) for m in range(M)]
+    return [slice(0, 1), slice(1, M)] if apart and M > 1 else [slice(0, M)]
+
+
+def _teacher(hidden_BTD: jax.Array, tables: jax.Array | tuple[jax.Array, ...], heads: slice) -> Teacher:
+    """Head 0's states m positions ahead, for every head m of the slice; zeros beyond the row, where no target is."""
+    T = hidden_BTD.shape[1]
+    ahead = [jnp.pad(hidden_BTD[:, m:], ((0, 0), (0, min(m, T)), (0, 0))) for m in range(heads.start, heads.stop)]
+    return Teacher(jnp.stack(ahead), tables[0] if isinstance(tables, tuple) else tables)

@@ -3,7 +3,7 @@
 All heads share the unembedding, so one scan walks over the chunks of all heads, head after head. In the fused form it
 does all the work while a chunk's logits [C, V] are alive:
 
-    logits = h W^T      loss += sum_c weight_c ce_c      dh = dlogits W      dW^T += h^T dlogits
+    logits = h W^T      loss += sum_c weight_c term_c      dh = dlogits W      dW^T += h^T dlogits
 
 The loss is linear in its cotangent, so the backward pass only multiplies the stored dh and dW by it: three matrix
 products per chunk, nothing recomputed, and one float32 dW however many heads there are. Without a gradient the scan
@@ -21,17 +21,38 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from mtp_jax.losses.objectives import Objective, Softmax, logit_gradient, token_terms
+
 
 class Xent(NamedTuple):
     """What one pass over the logits gives. Only `loss` carries a gradient."""
 
     loss: jax.Array
-    """Scalar: sum over tokens of weight * (ce + z_loss * lse^2)."""
+    """Scalar: sum over tokens of weight * term; see `objectives`."""
     ce_MBT: jax.Array
-    """Cross-entropy of every token in nats, unweighted."""
+    """Cross-entropy of every token with its target in nats, unweighted."""
     rank_MBT: jax.Array
     """Vocabulary entries whose logit is at least the target's: 1 means the target is the only arg-max, k or less means
     that it is among the top k."""
+
+
+class SoftTargets(NamedTuple):
+    """Targets that are distributions over W tokens each; `rank` is that of the first."""
+
+    ids_MBTW: jax.Array
+    """Token ids, all different where the probability is not 0."""
+    probs_MBTW: jax.Array
+
+
+class Teacher(NamedTuple):
+    """Who the states are to agree with, where `Objective.mix` is above 0; gets no gradient."""
+
+    hidden_MBTD: jax.Array
+    """The teacher's states for the same targets."""
+    table_VD: jax.Array
+
+
+Targets = jax.Array | SoftTargets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +67,8 @@ class XentSpec:
       batch_axes: mesh axes that split the rows.
       vocab_axis: mesh axis that splits the vocabulary.
       embed_axis: mesh axis that splits the width of W at rest; W's gradient comes back split the same way.
+      smoothing, distance, mix: see `objectives.Objective`.
+      learn_table: whether W gets a gradient.
     """
 
     chunk_bytes: int = 4 * 2**20
@@ -55,89 +78,139 @@ class XentSpec:
     batch_axes: tuple[str, ...] = ()
     vocab_axis: str | None = None
     embed_axis: str | None = None
+    smoothing: float = 0.0
+    distance: str = "kl"
+    mix: float = 0.0
+    learn_table: bool = True
+
+    @property
+    def objective(self) -> Objective:
+        """What a token's logits are worth."""
+        return Objective(self.z_loss, self.smoothing, self.distance, self.mix)
 
 
 def fused_xent(
-    hidden_MBTD: jax.Array, table_VD: jax.Array, targets_MBT: jax.Array, weights_MBT: jax.Array, spec: XentSpec
+    hidden_MBTD: jax.Array,
+    table_VD: jax.Array,
+    targets: Targets,
+    weights_MBT: jax.Array,
+    spec: XentSpec,
+    teacher: Teacher | None = None,
 ) -> Xent:
-    """Weighted cross-entropy sum with gradients formed in the forward scan.
+    """Weighted sum of the tokens' terms, with gradients formed in the forward scan.
 
     Args:
       hidden_MBTD: final-normed states of every head; their dtype is the dtype of the matrix products.
       table_VD: the unembedding, any float dtype; its gradient is accumulated in float32.
-      targets_MBT: target ids in [0, V).
+      targets: target ids [M, B, T] in [0, V), or `SoftTargets`.
       weights_MBT: weight of every token, head weights and normalisation included; 0 drops a token.
       spec: static options.
+      teacher: for `spec.mix` above 0.
 
     Returns:
       An `Xent`. `loss` is differentiable in the states, the table and the weights.
     """
-    loss, ce_MBT, rank_MBT = _fused(spec, hidden_MBTD, table_VD, targets_MBT, weights_MBT)
+    if not spec.learn_table:
+        table_VD = jax.lax.stop_gradient(table_VD)
+    loss, ce_MBT, rank_MBT = _fused(spec, hidden_MBTD, table_VD, targets, weights_MBT, jax.lax.stop_gradient(teacher))
     return Xent(loss, jax.lax.stop_gradient(ce_MBT), rank_MBT)
 
 
 def remat_xent(
-    hidden_MBTD: jax.Array, table_VD: jax.Array, targets_MBT: jax.Array, weights_MBT: jax.Array, spec: XentSpec
+    hidden_MBTD: jax.Array,
+    table_VD: jax.Array,
+    targets: Targets,
+    weights_MBT: jax.Array,
+    spec: XentSpec,
+    teacher: Teacher | None = None,
 ) -> Xent:
     """The same sum as `fused_xent`, by a checkpoint around each head's chunk of logits: simpler, one product more.
 
     Placement on a mesh is left to the partitioner.
     """
+    V = table_VD.shape[0]
+    if not spec.learn_table:
+        table_VD = jax.lax.stop_gradient(table_VD)
 
     @jax.checkpoint
-    def chunk(table_VD: jax.Array, h_CD: jax.Array, target_C: jax.Array, weight_C: jax.Array) -> tuple:
-        z_CV = _cap(_products(h_CD, table_VD.astype(h_CD.dtype)), spec.softcap)
-        lse_C = jax.nn.logsumexp(z_CV, axis=-1)
-        label_C = jnp.take_along_axis(z_CV, target_C[:, None], axis=-1)[:, 0]
-        rank_C = jnp.sum(z_CV >= label_C[:, None], axis=-1, dtype=jnp.int32)
-        ce_C = lse_C - label_C
-        return jnp.sum(weight_C * (ce_C + spec.z_loss * lse_C**2)), ce_C, rank_C
+    def chunk(table_VD: jax.Array, h_CD: jax.Array, target: Targets, weight_C: jax.Array, teacher_CD: Any) -> tuple:
+        soft = _softmax(spec, None, h_CD, table_VD.astype(h_CD.dtype))
+        ids_CW, probs_CW = _as_soft(target)
+        labels_CW = jnp.take_along_axis(soft.z_CV, ids_CW, axis=-1)
+        ce_C = soft.lse_C - jnp.sum(probs_CW * labels_CW, axis=-1)
+        taught = None if teacher_CD is None else _teach(spec, None, teacher_CD, teacher.table_VD)
+        term_C = token_terms(spec.objective, soft, ce_C, taught, lambda x_CV: jnp.sum(x_CV, axis=-1), V)
+        rank_C = jnp.sum(soft.z_CV >= labels_CW[:, :1], axis=-1, dtype=jnp.int32)
+        return jnp.sum(weight_C * term_C), ce_C, rank_C
 
     def step(loss: jax.Array, xs: tuple) -> tuple:
         chunk_loss, *rest = chunk(table_VD, *xs)
         return loss + chunk_loss, rest
 
     M, B, T, _ = hidden_MBTD.shape
-    arrays = (hidden_MBTD, targets_MBT, weights_MBT)
-    loss, aux = jax.lax.scan(step, jnp.float32(0), _to_chunks(arrays, _chunk_size(B * T, table_VD.shape[0], spec)))
+    arrays = (hidden_MBTD, targets, weights_MBT, None if teacher is None else teacher.hidden_MBTD)
+    loss, aux = jax.lax.scan(step, jnp.float32(0), _to_chunks(arrays, _chunk_size(B * T, V, spec)))
     ce_MBT, rank_MBT = (_from_chunks(x, (M, B, T)) for x in aux)
     return Xent(loss, jax.lax.stop_gradient(ce_MBT), rank_MBT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(spec: XentSpec, hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
-    return _on_mesh(spec, False, hidden, table, targets, weights)[0]
+def _fused(
+    spec: XentSpec, hidden: jax.Array, table: jax.Array, targets: Targets, weights: jax.Array, teacher: Any
+) -> tuple:
+    return _on_mesh(spec, False, hidden, table, targets, weights, teacher)[0]
 
 
-def _fused_fwd(spec: XentSpec, hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
-    return _on_mesh(spec, True, hidden, table, targets, weights)
+def _fused_fwd(
+    spec: XentSpec, hidden: jax.Array, table: jax.Array, targets: Targets, weights: jax.Array, teacher: Any
+) -> tuple:
+    return _on_mesh(spec, True, hidden, table, targets, weights, teacher)
 
 
 def _fused_bwd(spec: XentSpec, residuals: tuple, cotangents: tuple) -> tuple:
     dhidden_MBTD, dtable_VD, dweights_MBT, table_dtype = residuals
     scale = cotangents[0]
     dhidden_MBTD = (dhidden_MBTD.astype(jnp.float32) * scale).astype(dhidden_MBTD.dtype)
-    return dhidden_MBTD, (dtable_VD * scale).astype(table_dtype.dtype), None, dweights_MBT * scale
+    dtable_VD = (dtable_VD * scale).astype(table_dtype.dtype) if spec.learn_table else None
+    return dhidden_MBTD, dtable_VD, None, dweights_MBT * scale, None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
-def _on_mesh(spec: XentSpec, with_grads: bool, hidden: jax.Array, table: jax.Array, *rest: jax.Array) -> tuple:
+def _on_mesh(
+    spec: XentSpec,
+    with_grads: bool,
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: Targets,
+    weights: jax.Array,
+    teacher: Teacher | None,
+) -> tuple:
     """Runs the local scan on every shard. Returns (loss, ce, rank) and what the backward pass needs."""
     local = functools.partial(_scan_chunks, spec, with_grads)
+    if teacher is not None:
+        teacher = Teacher(teacher.hidden_MBTD, teacher.table_VD.astype(teacher.hidden_MBTD.dtype))
     if spec.mesh is not None:
         batch = spec.batch_axes or None
         rows, states = PartitionSpec(None, batch), PartitionSpec(None, batch, None, None)
-        gradients = (states, PartitionSpec(spec.vocab_axis, spec.embed_axis), rows) if with_grads else ()
+        whole_table = PartitionSpec(spec.vocab_axis, None)
+        dtable = PartitionSpec(spec.vocab_axis, spec.embed_axis) if spec.learn_table else PartitionSpec()
+        gradients = (states, dtable, rows) if with_grads else ()
         local = jax.shard_map(
             local,
             mesh=spec.mesh,
-            in_specs=(states, PartitionSpec(spec.vocab_axis, None), rows, rows),
+            in_specs=(
+                states,
+                whole_table,
+                jax.tree.map(lambda x: PartitionSpec(None, batch, *[None] * (x.ndim - 2)), targets),
+                rows,
+                None if teacher is None else Teacher(states, whole_table),
+            ),
             out_specs=((PartitionSpec(), rows, rows), gradients),
             check_vma=False,
         )
-    outputs, gradients = local(hidden, table.astype(hidden.dtype), *rest)
+    outputs, gradients = local(hidden, table.astype(hidden.dtype), targets, weights, teacher)
     return outputs, (*gradients, jnp.zeros((0,), table.dtype))
 
 
@@ -146,53 +219,103 @@ def _scan_chunks(
     with_grads: bool,
     hidden_MBTD: jax.Array,
     table_VD: jax.Array,
-    targets_MBT: jax.Array,
+    targets: Targets,
     weights_MBT: jax.Array,
+    teacher: Teacher | None,
 ) -> tuple:
     """The scan over this shard's tokens and this shard's part of the vocabulary."""
     M, B, T, D = hidden_MBTD.shape
-    V = table_VD.shape[0]
+    V, objective = table_VD.shape[0], spec.objective
     offset = jax.lax.axis_index(spec.vocab_axis) * V if spec.vocab_axis else 0
-    column_V = jnp.arange(V, dtype=jnp.int32)
+    vocab = _across(jax.lax.psum, V, spec.vocab_axis)
+    total = lambda x_CV: _across(jax.lax.psum, jnp.sum(x_CV, axis=-1), spec.vocab_axis)  # noqa: E731
 
     def step(carry: tuple, xs: tuple) -> tuple:
         loss, dtable_DV = carry
-        h_CD, target_C, weight_C = xs
-        column_C = target_C - offset
-        z_CV = _cap(_products(h_CD, table_VD), spec.softcap)
-        max_C = _across(jax.lax.pmax, jnp.max(z_CV, axis=-1), spec.vocab_axis)
-        exp_CV = jnp.exp(z_CV - max_C[:, None])
-        sum_C = _across(jax.lax.psum, jnp.sum(exp_CV, axis=-1), spec.vocab_axis)
-        label_C = _across(jax.lax.psum, _pick(z_CV, column_C), spec.vocab_axis)
-        rank_C = jnp.sum(z_CV >= label_C[:, None], axis=-1, dtype=jnp.int32)
+        h_CD, target, weight_C, teacher_CD = xs
+        ids_CW, probs_CW = _as_soft(target)
+        soft = _softmax(spec, spec.vocab_axis, h_CD, table_VD)
+        labels_CW = _across(jax.lax.psum, _pick(soft.z_CV, ids_CW - offset), spec.vocab_axis)
+        rank_C = jnp.sum(soft.z_CV >= labels_CW[:, :1], axis=-1, dtype=jnp.int32)
         rank_C = _across(jax.lax.psum, rank_C, spec.vocab_axis)
-        lse_C = max_C + jnp.log(sum_C)
-        ce_C = lse_C - label_C
-        term_C = ce_C + spec.z_loss * lse_C**2
+        ce_C = soft.lse_C - jnp.sum(probs_CW * labels_CW, axis=-1)
+        taught = None if teacher_CD is None else _teach(spec, spec.vocab_axis, teacher_CD, teacher.table_VD)
+        term_C = token_terms(objective, soft, ce_C, taught, total, vocab)
         loss += jnp.sum(weight_C * term_C)
         if not with_grads:
             return (loss, dtable_DV), (ce_C, rank_C)
-        softmax_scale_C = (1 + 2 * spec.z_loss * lse_C) / sum_C
-        is_label_CV = column_V[None, :] == column_C[:, None]
-        dz_CV = weight_C[:, None] * (exp_CV * softmax_scale_C[:, None] - is_label_CV)
+        target_CV = _spread(ids_CW - offset, probs_CW, V)
+        dz_CV = weight_C[:, None] * logit_gradient(objective, soft, target_CV, taught, total, vocab)
         if spec.softcap:
-            dz_CV *= 1 - (z_CV / spec.softcap) ** 2
+            dz_CV *= 1 - (soft.z_CV / spec.softcap) ** 2
         dz_CV = dz_CV.astype(h_CD.dtype)
         dh_CD = jnp.einsum("CV,VD->CD", dz_CV, table_VD, preferred_element_type=jnp.float32)
         dh_CD = _across(jax.lax.psum, dh_CD, spec.vocab_axis).astype(h_CD.dtype)
-        # [D, V], not [V, D]: a CPU would write a transposed copy of the chunk's logits for the latter.
-        dtable_DV += jnp.einsum("CD,CV->DV", h_CD, dz_CV, preferred_element_type=jnp.float32)
+        if spec.learn_table:
+            # [D, V], not [V, D]: a CPU would write a transposed copy of the chunk's logits for the latter.
+            dtable_DV += jnp.einsum("CD,CV->DV", h_CD, dz_CV, preferred_element_type=jnp.float32)
         return (loss, dtable_DV), (ce_C, rank_C, dh_CD, term_C)
 
-    dtable_DV = jnp.zeros((D, V) if with_grads else (0,), jnp.float32)
-    chunks = _to_chunks((hidden_MBTD, targets_MBT, weights_MBT), _chunk_size(B * T, V, spec))
+    dtable_DV = jnp.zeros((D, V) if with_grads and spec.learn_table else (0, 0), jnp.float32)
+    arrays = (hidden_MBTD, targets, weights_MBT, None if teacher is None else teacher.hidden_MBTD)
+    chunks = _to_chunks(arrays, _chunk_size(B * T, V, spec))
     (loss, dtable_DV), ys = jax.lax.scan(step, (jnp.float32(0), dtable_DV), chunks)
     ce_MBT, rank_MBT, *gradients = (_from_chunks(y, (M, B, T, *y.shape[2:])) for y in ys)
     outputs = _across(jax.lax.psum, loss, spec.batch_axes), ce_MBT, rank_MBT
     if not with_grads:
         return outputs, ()
     dhidden_MBTD, dweights_MBT = gradients
-    return outputs, (dhidden_MBTD, _reduce_table(dtable_DV, spec).T, dweights_MBT)
+    dtable_VD = _reduce_table(dtable_DV, spec).T if spec.learn_table else dtable_DV
+    return outputs, (dhidden_MBTD, dtable_VD, dweights_MBT)
+
+
+def token_entropy(hidden_MBTD: jax.Array, table_VD: jax.Array, spec: XentSpec) -> jax.Array:
+    """Entropy in nats of every head's distribution at every position, [M, B, T], chunk by chunk, without a gradient."""
+    hidden_MBTD, table_VD = jax.lax.stop_gradient((hidden_MBTD, table_VD))
+
+    def local(hidden_MBTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+        def step(_: None, h_CD: jax.Array) -> tuple[None, jax.Array]:
+            soft = _softmax(spec, spec.vocab_axis, h_CD, table_VD)
+            mean_C = _across(jax.lax.psum, jnp.sum(soft.exp_CV * soft.z_CV, axis=-1), spec.vocab_axis) / soft.sum_C
+            return None, soft.lse_C - mean_C
+
+        M, B, T, _ = hidden_MBTD.shape
+        chunks = _to_chunks(hidden_MBTD, _chunk_size(B * T, table_VD.shape[0], spec))
+        return _from_chunks(jax.lax.scan(step, None, chunks)[1], (M, B, T))
+
+    if spec.mesh is not None:
+        rows = PartitionSpec(None, spec.batch_axes or None)
+        in_specs = (PartitionSpec(*rows, None, None), PartitionSpec(spec.vocab_axis, None))
+        local = jax.shard_map(local, mesh=spec.mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
+    return local(hidden_MBTD, table_VD.astype(hidden_MBTD.dtype))
+
+
+def _softmax(spec: XentSpec, vocab_axis: str | None, h_CD: jax.Array, table_VD: jax.Array) -> Softmax:
+    z_CV = _cap(_products(h_CD, table_VD), spec.softcap)
+    max_C = _across(jax.lax.pmax, jax.lax.stop_gradient(jnp.max(z_CV, axis=-1)), vocab_axis)
+    exp_CV = jnp.exp(z_CV - max_C[:, None])
+    sum_C = _across(jax.lax.psum, jnp.sum(exp_CV, axis=-1), vocab_axis)
+    return Softmax(z_CV, exp_CV, sum_C, max_C + jnp.log(sum_C))
+
+
+def _teach(spec: XentSpec, vocab_axis: str | None, teacher_CD: jax.Array, table_VD: jax.Array) -> Softmax:
+    return jax.lax.stop_gradient(_softmax(spec, vocab_axis, teacher_CD, table_VD.astype(teacher_CD.dtype)))
+
+
+def _as_soft(target: Targets) -> tuple[jax.Array, jax.Array]:
+    """Ids and probabilities, [C, W]; a single target has W = 1."""
+    if isinstance(target, SoftTargets):
+        return target
+    return target[:, None], jnp.ones(target.shape, jnp.float32)[:, None]
+
+
+def _spread(column_CW: jax.Array, probs_CW: jax.Array, V: int) -> jax.Array:
+    """Targets as distributions over this shard's part of the vocabulary."""
+    if column_CW.shape[1] == 1:
+        return (jnp.arange(V, dtype=jnp.int32)[None, :] == column_CW) * probs_CW
+    column_CW = jnp.where((column_CW >= 0) & (column_CW < V), column_CW, V)  # not -1, which counts from the end
+    row_C1 = jnp.arange(len(column_CW))[:, None]
+    return jnp.zeros((len(column_CW), V), jnp.float32).at[row_C1, column_CW].add(probs_CW, mode="drop")
 
 
 def _products(h_CD: jax.Array, table_VD: jax.Array) -> jax.Array:
@@ -208,11 +331,11 @@ def _across(reduce: Any, x: jax.Array, axes: str | tuple[str, ...] | None) -> ja
     return reduce(x, axes) if axes else x
 
 
-def _pick(z_CV: jax.Array, column_C: jax.Array) -> jax.Array:
-    """Each token's logit at its column; 0 where the column lies in another shard of the vocabulary."""
+def _pick(z_CV: jax.Array, column_CW: jax.Array) -> jax.Array:
+    """Each token's logits at its columns; 0 where a column lies in another shard of the vocabulary."""
     V = z_CV.shape[1]
-    picked_C = jnp.take_along_axis(z_CV, jnp.clip(column_C, 0, V - 1)[:, None], axis=1)[:, 0]
-    return jnp.where((column_C >= 0) & (column_C < V), picked_C, 0)
+    picked_CW = jnp.take_along_axis(z_CV, jnp.clip(column_CW, 0, V - 1), axis=1)
+    return jnp.where((column_CW >= 0) & (column_CW < V), picked_CW, 0)
 
 
 def _reduce_table(dtable_DV: jax.Array, spec: XentSpec) -> jax.Array:
@@ -230,8 +353,8 @@ def _chunk_size(tokens: int, vocab: int, spec: XentSpec) -> int:
     return next(divisors, most)
 
 
-def _to_chunks(arrays: tuple[jax.Array, ...], size: int) -> tuple[jax.Array, ...]:
-    """[M, B, T, ...] to [chunks, C, ...], head after head: a head's sums do not depend on how many follow it.
+def _to_chunks(tree: Any, size: int) -> Any:
+    """A tree of [M, B, T, ...] to [chunks, C, ...], head after head: a head's sums do not depend on how many follow it.
 
     The ragged tail of every head is filled with zeros, which weigh nothing.
     """
@@ -243,7 +366,7 @@ def _to_chunks(arrays: tuple[jax.Array, ...], size: int) -> tuple[jax.Array, ...
             x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(-1, size, *x.shape[2:])
 
-    return tuple(split(x) for x in arrays)
+    return jax.tree.map(split, tree)
 
 
 def _from_chunks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -50,8 +50,13 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
         "final_norm": RMSNorm(config).init(key, jnp.zeros((1, config.d_model)))["params"],
     }
     if not config.tie_embeddings:
-        params["unembed"] = Embed(config).init(unembed_key)["params"]
+        params["unembed"] = init_unembed(config, unembed_key)
     return params
+
+
+def init_unembed(config: ModelConfig, key: jax.Array) -> Params:
+    """A [V, D] table of its own, boxed with its logical axis names."""
+    return Embed(config).init(key)["params"]
 
 
 def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:

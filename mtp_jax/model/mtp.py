@@ -24,11 +24,13 @@ Params = dict[str, Any]
 
 def init_boxed(config: Config, key: jax.Array) -> Params:
     """Parameters boxed with their logical axis names; `sharding.py` reads the names from its abstract evaluation."""
-    lm_key, heads_key = jax.random.split(key)
+    lm_key, heads_key, order_key = *jax.random.split(key), jax.random.fold_in(key, 2)
     params = lm.init(config.model, lm_key)
     if config.heads.num_future > 1:
         heads = FAMILIES[config.heads.kind].init(config, heads_key, params)
         params["heads"] = heads | base.init_ends(config, params)
+    if config.loss.token_order:
+        params["token_order"] = lm.init_unembed(config.model, order_key)
     return params
 
 
@@ -36,7 +38,7 @@ def init(config: Config, key: jax.Array) -> Params:
     """Fresh parameters, a tree of plain dicts.
 
     Args:
-      config: the run's config; `model` and `heads` are read.
+      config: the run's config; `model` and `heads` are read, and whether `loss` wants a token order head.
       key: a PRNG key.
     """
     return nn.meta.unbox(init_boxed(config, key))
@@ -119,7 +121,8 @@ def decode_view(config: Config, params: Params) -> Params:
     cast = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if path[-1].key in ("scale", "tap_mix") else leaf.astype(config.model.dtype), params
     )
-    view = cast | {"blocks": lm.unstack(cast["blocks"])}
+    view = {name: tree for name, tree in cast.items() if name != "token_order"}
+    view["blocks"] = lm.unstack(cast["blocks"])
     if "unembed" in view:
         # Products with few rows read it faster this way round on a CPU.
         view["unembed"] = {"table_DV": view["unembed"]["table"].T}

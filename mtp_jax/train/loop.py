@@ -174,6 +174,7 @@ class _Run:
                 "head_loss": head_losses,
                 "head_top1": metrics.sums.means()["top1"].tolist(),
                 "grad_norm": float(metrics.grad_norm),
+                **({"token_order_loss": float(metrics.token_order)} if self.config.loss.token_order else {}),
                 "learning_rate": float(self.config.optim.learning_rate * self.learning_rate(step - 1)),
             }
             if step == last_step:

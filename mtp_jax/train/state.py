@@ -21,10 +21,17 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+def split_params(config: Config, params: Any) -> tuple[Any, Any]:
+    """Parameters (or anything of their structure) as those that train and the rest."""
+    if config.train.trainable == "all":
+        return params, {}
+    return {"heads": params["heads"]}, {name: tree for name, tree in params.items() if name != "heads"}
+
+
 def init_state(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """A fresh state."""
     params = mtp.init(config, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(split_params(config, params)[0]))
 
 
 def state_shardings(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,22 +12,24 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import Config
-from mtp_jax.losses.mtp import HeadSums, head_scale, mtp_loss
-from mtp_jax.losses.targets import make_targets
+from mtp_jax.losses.mtp import HeadSums, head_scale
+from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import mtp
 from mtp_jax.optim import make_optimizer
-from mtp_jax.train.state import TrainState, init_state, state_shardings
-
-Batch = dict[str, jax.Array]
+from mtp_jax.train.objective import Batch, Parts, batch_targets, head_schedule, loss_sums, total_loss, xent_spec
+from mtp_jax.train.state import TrainState, init_state, split_params, state_shardings
 
 
 class StepMetrics(NamedTuple):
     """What a train step reports."""
 
     loss: jax.Array
-    """Weighted sum over heads."""
+    """What was differentiated: the weighted sum over heads, and whatever else is trained."""
     sums: HeadSums
+    """Plain cross-entropies, the next-token head's among them, whatever the objective."""
+    token_order: jax.Array
+    """Mean token order loss; 0 without that head."""
     grad_norm: jax.Array
     """Global norm before clipping."""
 
@@ -41,28 +42,6 @@ class Steps(NamedTuple):
     evaluate: Callable[[dict, Batch], HeadSums]
     abstract_state: TrainState
     batch_sharding: jax.sharding.NamedSharding
-
-
-def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
-    """The cross-entropy's static options for a run."""
-    placement = sharding.loss_placement(mesh)
-    return XentSpec(config.loss.chunk_bytes, config.model.logit_softcap, config.loss.z_loss, **placement)
-
-
-def loss_sums(
-    config: Config,
-    spec: XentSpec,
-    params: dict,
-    batch: Batch,
-    targets_MBT: jax.Array,
-    weights_MBT: jax.Array,
-    scale_M: jax.Array,
-) -> tuple[jax.Array, HeadSums]:
-    """The micro-batch's share of the loss and its sums."""
-    with nn.logical_axis_rules(sharding.RULES):
-        hidden_MBTD = mtp.apply(config, params, batch["tokens"], batch["positions"], batch["segment_ids"])
-    tables = mtp.unembeddings(config, params)
-    return mtp_loss(hidden_MBTD, tables, targets_MBT, weights_MBT, scale_M, spec, config.loss.impl)
 
 
 def train_step(
@@ -78,48 +57,54 @@ def train_step(
     Returns:
       The next state and the step's metrics, those of the parameters before the update.
     """
-    targets_MBT, weights_MBT = make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future)
-    scale_M = head_scale(jnp.sum(weights_MBT, axis=(1, 2)), config.head_weights)
+    targets = batch_targets(config, batch)
+    w_M = head_weights(head_schedule(config), state.step)
+    scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
+    order_BT = _order_weights(targets.weights_MBT[0])
+    learned, rest = split_params(config, state.params)
 
-    def value_and_grad(micro: tuple) -> tuple[tuple[jax.Array, HeadSums], dict]:
-        loss = functools.partial(loss_sums, config, spec)
-        return jax.value_and_grad(loss, has_aux=True)(state.params, *micro, scale_M)
+    def value_and_grad(micro: tuple) -> tuple[tuple[jax.Array, Parts], dict]:
+        loss = lambda learned: total_loss(config, spec, learned | rest, *micro, scale_M)  # noqa: E731
+        return jax.value_and_grad(loss, has_aux=True)(learned)
 
     def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(micro)), None
 
-    whole = (batch, targets_MBT, weights_MBT)
+    whole = (batch, targets, order_BT)
     if config.train.grad_accum == 1:
-        (loss, sums), grads = value_and_grad(whole)
+        (loss, parts), grads = value_and_grad(whole)
     else:
         micros = _split(whole, config.train.grad_accum)
         shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, micros)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), StepMetrics(loss, sums, optax.tree.norm(grads))
+        ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, micros)
+    updates, opt_state = optimizer.update(grads, state.opt_state, learned)
+    params = optax.apply_updates(learned, updates) | rest
+    metrics = StepMetrics(loss, parts.sums, parts.token_order, optax.tree.norm(grads))
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _order_weights(weights_BT: jax.Array) -> jax.Array:
+    """Next-token weights that sum to 1."""
+    total = jnp.sum(weights_BT)
+    return weights_BT / jnp.where(total > 0, total, 1)
 
 
 def _split(whole: tuple, count: int) -> tuple:
-    """[B, ...] to [A, B/A, ...], and [M, B, T] to [A, M, B/A, T]. Micro-batch a takes rows a, a+A, ..., so that every
+    """[B, T] to [A, B/A, T], and [M, B, T] to [A, M, B/A, T]. Micro-batch a takes rows a, a+A, ..., so that every
     device keeps its own rows."""
-    batch, *per_head = whole
 
-    def rows(x_BT: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x_BT.reshape(-1, count, *x_BT.shape[1:]), 0, 1)
+    def split(x: jax.Array) -> jax.Array:
+        by_row = x.reshape(*x.shape[:-2], -1, count, x.shape[-1])
+        return jnp.moveaxis(by_row, -2, 0)
 
-    def head_rows(x_MBT: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x_MBT.reshape(x_MBT.shape[0], -1, count, x_MBT.shape[2]), 2, 0)
-
-    return (jax.tree.map(rows, batch), *(head_rows(x) for x in per_head))
+    return jax.tree.map(split, whole)
 
 
 def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> HeadSums:
     """Sums over a held-out batch; rows of padding (segment 0) count nothing."""
-    targets_MBT, weights_MBT = make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future)
-    scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
-    return loss_sums(config, spec, params, batch, targets_MBT, weights_MBT, scale_M)[1]
+    targets, scale_M = batch_targets(config, batch), jnp.ones((config.heads.num_future,), jnp.float32)
+    return loss_sums(config, spec, params, batch, targets, scale_M)[1]
 
 
 def heldout_sums(
@@ -143,7 +128,8 @@ def heldout_sums(
 def compile_steps(config: Config, mesh: Mesh) -> Steps:
     """Binds the statics and jits: shardings from the table, the state donated to the step that replaces it."""
     abstract_params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
-    optimizer = make_optimizer(config.optim, config.train.steps, abstract_params)
+    select = lambda tree: split_params(config, tree)[0]  # noqa: E731
+    optimizer = make_optimizer(config.optim, config.train.steps, abstract_params, select)
     spec, shardings = xent_spec(config, mesh), state_shardings(config, optimizer, mesh)
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     init = functools.partial(init_state, config, optimizer)

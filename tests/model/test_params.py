@@ -186,7 +186,8 @@ def test_decode_view_round_trip(config, params):
     view = mtp.decode_view(config, params)
     assert (len(view["blocks"]), len(view["heads"]["blocks"])) == (3, 2)
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
-    stacked = view | {"blocks": stack(view["blocks"]), "heads": {"blocks": stack(view["heads"]["blocks"])}}
+    heads = stack([block for blocks in view["heads"]["blocks"] for block in blocks])
+    stacked = view | {"blocks": stack(view["blocks"]), "heads": {"blocks": heads}}
     stacked["unembed"] = {"table": lm.unembedding(view)}
     jax.tree.map(np.testing.assert_array_equal, stacked, params)
 

@@ -40,6 +40,45 @@ def _value_and_grads(hidden_MBTD, table_VD, weights_MBT, targets_MBT, softcap, z
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(hidden_MBTD, table_VD, weights_MBT)
 
 
+def probabilities(z):
+    return jnp.exp(z - jax.nn.logsumexp(z, axis=-1, keepdims=True))
+
+
+def distance(name, z_MBTV, teacher_MBTV):
+    """D(p, q) of every token, p and q the softmax of teacher and student, from the definitions."""
+    p, q = probabilities(teacher_MBTV), probabilities(z_MBTV)
+    accept = jnp.sum(jnp.minimum(p, q), axis=-1)
+    kl, tv = jnp.sum(p * (jnp.log(p) - jnp.log(q)), axis=-1), jnp.sum(jnp.abs(p - q), axis=-1) / 2
+    share = jax.lax.stop_gradient(jnp.exp(-3 * accept))
+    return {"kl": kl, "tv": tv, "lk_alpha": -jnp.log(accept), "lk_lambda": share * kl + (1 - share) * tv}[name]
+
+
+def objective_grads(hidden_MBTD, table_VD, targets_MBTV, weights_MBT, teacher, spec):
+    """Float64 (loss, gradients of hidden and table) of the objective, with targets as dense distributions."""
+    with jax.enable_x64(True):
+        given = [jnp.asarray(np.asarray(x, np.float64)) for x in (hidden_MBTD, table_VD, targets_MBTV, weights_MBT)]
+        taught = [jnp.asarray(np.asarray(x, np.float64)) for x in teacher]
+        loss, grads = _objective(*given, *taught, spec)
+        return float(loss), [np.asarray(x) for x in grads]
+
+
+@functools.partial(quick_jit, static_argnums=6)
+def _objective(hidden_MBTD, table_VD, targets_MBTV, weights_MBT, teacher_MBTD, teacher_table_VD, spec):
+    cap = lambda z: spec.softcap * jnp.tanh(z / spec.softcap) if spec.softcap else z  # noqa: E731
+
+    def loss(hidden_MBTD, table_VD):
+        z_MBTV = cap(jnp.einsum("MBTD,VD->MBTV", hidden_MBTD, table_VD))
+        teacher_MBTV = cap(jnp.einsum("MBTD,VD->MBTV", teacher_MBTD, teacher_table_VD))
+        log_q = jnp.log(probabilities(z_MBTV))
+        smooth = (1 - spec.smoothing) * targets_MBTV + spec.smoothing / z_MBTV.shape[-1]
+        hard = -jnp.sum(smooth * log_q, axis=-1)
+        soft = distance(spec.distance, z_MBTV, teacher_MBTV)
+        z_term = spec.z_loss * jax.nn.logsumexp(z_MBTV, axis=-1) ** 2
+        return jnp.sum(weights_MBT * ((1 - spec.mix) * hard + spec.mix * soft + z_term))
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(hidden_MBTD, table_VD)
+
+
 def rank(z_MBTV, targets_MBT):
     """1 + entries above the target + other entries equal to it, by looping over tokens."""
     rank_MBT = np.zeros(targets_MBT.shape, np.int32)

@@ -1,0 +1,98 @@
+"""How much each head counts, at each step of training.
+
+    w_0 = base_0        w_m = base_m * scale * decay^m * f(s) [ / (M-1) if averaged ]       m >= 1, s = step / steps
+
+with base 1 unless given. f is 1, or
+
+    linear          from 1 to `final`
+    switch          1 before the share `at` of the steps, `final` after it
+    sine, rsine     sin(s pi/2) and sin((1-s) pi/2)
+    forward         1 for the heads below floor(s M) + 1, else 0: one more head after each M-th of the steps
+    reverse         the mirror: from all heads to the next-token head alone
+
+Known recipes, each with `M` heads in all:
+
+    Gloeckle et al. 2024      nothing set: every head counts 1
+    Medusa-1                  decay 0.8
+    DeepSeek-V3               scale 0.3, averaged, switch with final 1/3 at 0.68
+    CAFT, phase 1 and 2       decay 0.8; then scale 0.01, rsine
+    FastMTP                   decay 0.6
+    Curriculum (2505.22757)   forward, reverse
+
+Head dropout keeps a random subset of the extra heads in each step and scales them up, so that the expected loss is that
+of all heads (Stern et al. 2018 train one head per step).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Shape = Literal["constant", "linear", "switch", "sine", "rsine", "forward", "reverse"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSchedule:
+    """Static options; see the module.
+
+    Attributes:
+      base: one weight per head.
+      scale: of all extra heads.
+      decay: w_m holds decay^m.
+      average: divide the extra heads by their number.
+      shape: f.
+      final: end value of linear and switch.
+      at: share of the steps at which switch switches.
+      keep: extra heads that train in a step; 0 is all.
+      steps: length of the run.
+      seed: of the subsets.
+    """
+
+    base: tuple[float, ...]
+    scale: float = 1.0
+    decay: float = 1.0
+    average: bool = False
+    shape: Shape = "constant"
+    final: float = 0.0
+    at: float = 0.5
+    keep: int = 0
+    steps: int = 1
+    seed: int = 0
+
+
+def head_weights(schedule: HeadSchedule, step: jax.Array) -> jax.Array:
+    """w_M at a step, counted from 0."""
+    M = len(schedule.base)
+    head_M, extra_M = jnp.arange(M), jnp.arange(M) > 0
+    share = step / schedule.steps
+    scale = schedule.scale / max(M - 1, 1) if schedule.average else schedule.scale
+    factor_M = scale * schedule.decay**head_M * _shape(schedule, share, head_M)
+    if 0 < schedule.keep < M - 1:
+        factor_M *= _subset(schedule, step, M) * ((M - 1) / schedule.keep)
+    return jnp.asarray(schedule.base, jnp.float32) * jnp.where(extra_M, factor_M, 1.0)
+
+
+def _shape(schedule: HeadSchedule, share: jax.Array, head_M: jax.Array) -> jax.Array:
+    M = len(schedule.base)
+    stage = jnp.minimum(jnp.floor(share * M).astype(jnp.int32), M - 1)
+    if schedule.shape == "linear":
+        return 1 + (schedule.final - 1) * share
+    if schedule.shape == "switch":
+        return jnp.where(share < schedule.at, 1.0, schedule.final)
+    if schedule.shape == "sine":
+        return jnp.sin(share * jnp.pi / 2)
+    if schedule.shape == "rsine":
+        return jnp.sin((1 - share) * jnp.pi / 2)
+    if schedule.shape == "forward":
+        return (head_M <= stage).astype(jnp.float32)
+    if schedule.shape == "reverse":
+        return (head_M < M - stage).astype(jnp.float32)
+    return jnp.float32(1)
+
+
+def _subset(schedule: HeadSchedule, step: jax.Array, M: int) -> jax.Array:
+    """1 for `keep` of the heads 1..M-1, another choice in every step."""
+    key = jax.random.fold_in(jax.random.key(schedule.seed), step)
+    rank_M = jax.random.permutation(key, M - 1)
+    return jnp.concatenate([jnp.ones(1), rank_M < schedule.keep])

@@ -1,0 +1,151 @@
+"""What a run minimises: from a config and a batch to the loss and its sums.
+
+`losses/` has the parts, arrays in and arrays out; here they meet the model and the config.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtp_jax import sharding
+from mtp_jax.config import Config
+from mtp_jax.losses.entropy import EntropyWeights, entropy_weights
+from mtp_jax.losses.mtp import XENT, HeadSums, mtp_loss
+from mtp_jax.losses.order import order_targets
+from mtp_jax.losses.schedules import HeadSchedule
+from mtp_jax.losses.targets import make_targets
+from mtp_jax.losses.xent import XentSpec, token_entropy
+from mtp_jax.model import mtp
+
+Batch = dict[str, jax.Array]
+
+
+def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
+    """The cross-entropy's static options for a run."""
+    loss = config.loss
+    return XentSpec(
+        chunk_bytes=loss.chunk_bytes,
+        softcap=config.model.logit_softcap,
+        z_loss=loss.z_loss,
+        smoothing=loss.label_smoothing,
+        distance="kl" if loss.distil == "none" else loss.distil,
+        mix=0.0 if loss.distil == "none" else loss.distil_mix,
+        **sharding.loss_placement(mesh),
+    )
+
+
+def head_schedule(config: Config) -> HeadSchedule:
+    """How much each head counts at each step."""
+    loss = config.loss
+    return HeadSchedule(
+        base=config.head_weights,
+        scale=loss.extra_weight,
+        decay=loss.decay,
+        average=loss.average_extra,
+        shape=loss.schedule,
+        final=loss.schedule_final,
+        at=loss.schedule_at,
+        keep=loss.heads_per_step,
+        steps=config.train.steps,
+        seed=config.train.seed,
+    )
+
+
+class Targets(NamedTuple):
+    """What a batch has to learn."""
+
+    ids_MBT: jax.Array
+    weights_MBT: jax.Array
+
+
+def batch_targets(config: Config, batch: Batch) -> Targets:
+    """Targets of every head; those inside a prompt weigh nothing."""
+    prompt = config.data.prompt_tokens
+    learn_BT = batch["positions"] >= prompt if prompt else None
+    return Targets(*make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future, learn_BT))
+
+
+def inputs(config: Config, batch: Batch) -> jax.Array:
+    """The tokens that go in: those of the batch, or a dummy in the place of each that is to be learned."""
+    if config.loss.teacherless < 0:
+        return batch["tokens"]
+    return jnp.where(batch["positions"] < config.data.prompt_tokens, batch["tokens"], config.loss.teacherless)
+
+
+def loss_sums(
+    config: Config, spec: XentSpec, params: dict, batch: Batch, targets: Targets, scale_M: jax.Array
+) -> tuple[jax.Array, HeadSums]:
+    """The micro-batch's share of the loss and its sums."""
+    hidden_MBTD = _hidden(config, params, batch)
+    return _heads_loss(config, spec, params, hidden_MBTD, targets, scale_M)
+
+
+def _hidden(config: Config, params: dict, batch: Batch) -> jax.Array:
+    with nn.logical_axis_rules(sharding.RULES):
+        return mtp.apply(config, params, inputs(config, batch), batch["positions"], batch["segment_ids"])
+
+
+def _heads_loss(
+    config: Config, spec: XentSpec, params: dict, hidden_MBTD: jax.Array, targets: Targets, scale_M: jax.Array
+) -> tuple[jax.Array, HeadSums]:
+    tables, loss, learn_MBT = mtp.unembeddings(config, params), config.loss, None
+    if loss.entropy != "none":
+        options = EntropyWeights(
+            loss.entropy,
+            loss.entropy_fraction,
+            loss.entropy_source,
+            loss.entropy_normaliser,
+            loss.entropy_temperature,
+        )
+        learn_MBT = entropy_weights(options, _entropies(hidden_MBTD, tables, spec), targets.weights_MBT)
+    return mtp_loss(
+        hidden_MBTD,
+        tables,
+        targets.ids_MBT,
+        targets.weights_MBT,
+        scale_M,
+        spec,
+        loss.impl,
+        learn_MBT=learn_MBT,
+        frozen=config.train.trainable == "heads",
+    )
+
+
+def _entropies(hidden_MBTD: jax.Array, tables: jax.Array | tuple[jax.Array, ...], spec: XentSpec) -> jax.Array:
+    if not isinstance(tables, tuple):
+        return token_entropy(hidden_MBTD, tables, spec)
+    each = (token_entropy(hidden_MBTD[m : m + 1], table, spec) for m, table in enumerate(tables))
+    return jnp.concatenate(list(each))
+
+
+def order_loss(
+    config: Config, spec: XentSpec, params: dict, hidden_1BTD: jax.Array, batch: Batch, weight_BT: jax.Array
+) -> jax.Array:
+    """The micro-batch's share of the mean token order loss; `weight_BT` sums to 1 over the batch."""
+    targets, _ = order_targets(batch["tokens"], batch["segment_ids"], config.loss.order_window)
+    options = dataclasses.replace(spec, smoothing=0.0, mix=0.0)
+    table_VD = params["token_order"]["table"]
+    return XENT[config.loss.impl](hidden_1BTD, table_VD, targets, weight_BT[None], options).loss
+
+
+class Parts(NamedTuple):
+    """Shares of a micro-batch; shares add up to the whole batch's."""
+
+    sums: HeadSums
+    token_order: jax.Array
+
+
+def total_loss(
+    config: Config, spec: XentSpec, params: dict, batch: Batch, targets: Targets, order_weight_BT: Any, scale_M: Any
+) -> tuple[jax.Array, Parts]:
+    """Everything that is trained."""
+    hidden_MBTD = _hidden(config, params, batch)
+    loss, sums = _heads_loss(config, spec, params, hidden_MBTD, targets, scale_M)
+    if not config.loss.token_order:
+        return loss, Parts(sums, jnp.float32(0))
+    order = order_loss(config, spec, params, hidden_MBTD[:1], batch, order_weight_BT)
+    return loss + config.loss.token_order * order, Parts(sums, order)
