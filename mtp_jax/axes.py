@@ -19,7 +19,11 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | Q      | query positions of one decoding forward: P+1 in a round, the prompt bucket in prefill  |
 | S      | key positions, or slots of a cache                                                     |
 | T      | positions of a training row                                                            |
+| R      | rank of a LoRA update                                                                  |
 | V      | vocabulary                                                                             |
+| W      | tokens of a soft target; positions of a window                                         |
+| X      | anchors: positions beside which mask tokens stand                                      |
+| Y      | mask tokens of a row, X P of them                                                      |
 """
 
 # Logical axes of parameters. The model speaks these names only; `sharding.py` maps them to a mesh.

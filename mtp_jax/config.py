@@ -97,9 +97,13 @@ class ModelConfig:
         require(self.logit_softcap >= 0, f"model.logit_softcap={self.logit_softcap} is negative; 0 switches it off")
 
 
-Family = Literal["parallel", "causal", "anticausal", "linear", "medusa", "sequential", "recursive"]
+Family = Literal[
+    "parallel", "causal", "anticausal", "linear", "medusa", "sequential", "recursive", "masks", "registers"
+]
 BLOCK_FAMILIES = ("parallel", "causal", "anticausal", "sequential", "recursive")
 CHAINED_TOKENS = ("sequential", "recursive")
+BESIDE = ("masks", "registers")
+"""Families that run through the model itself, beside its tokens, and read no tap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +142,27 @@ class HeadsConfig:
     starts by passing on what it reads. The default is random, and zero for medusa."""
     init_block: int = -1
     """The block that copy_block copies; negative counts from the end (CAFT takes -2)."""
+    mask_stride: int = 1
+    """masks: in training they stand beside every k-th position only."""
+    lora_rank: int = 0
+    """masks, registers: rank of the update that the model's matrices have where those stand; 0 is none."""
+    lora_alpha: float = 32.0
+    """The update counts alpha / rank."""
 
     def __post_init__(self) -> None:
         check_fields("heads", self)
-        positive("heads", self, "num_future", "layers")
+        positive("heads", self, "num_future", "layers", "mask_stride")
+        require(self.lora_rank >= 0, f"heads.lora_rank={self.lora_rank} is negative; 0 switches it off")
+        require(self.lora_alpha > 0, f"heads.lora_alpha={self.lora_alpha}; it must be above 0")
         self._belongs("layers", 1, (*BLOCK_FAMILIES, "medusa"))
         self._belongs("residual", False, ("linear",))
         self._belongs("concat", "embedding_first", CHAINED_TOKENS)
         self._belongs("chain", "pre_norm", CHAINED_TOKENS)
+        self._belongs("mask_stride", 1, ("masks",))
+        self._belongs("lora_rank", 0, BESIDE)
+        taps = [family for family in typing.get_args(Family) if family not in BESIDE]
+        for field, default in (("tap", -1), ("tap_norm", False), ("tap_mix", False), ("init", "default")):
+            self._belongs(field, default, tuple(taps))
         require(
             self.init != "copy_block" or self.kind in BLOCK_FAMILIES,
             f"heads.init='copy_block', but {self.kind} heads have no block; use one of {', '.join(BLOCK_FAMILIES)}",
@@ -158,6 +175,11 @@ class HeadsConfig:
             not (self.tap_mix and self.tap_norm),
             "heads.tap_norm=True with heads.tap_mix=True; the mix is over normed states already",
         )
+
+    @property
+    def draft(self) -> bool:
+        """Whether there is anything to draft with."""
+        return self.num_future > 1 and self.kind != "registers"
 
     def _belongs(self, field: str, default: Any, kinds: tuple[str, ...]) -> None:
         """A setting that the family would ignore is refused."""
@@ -245,7 +267,8 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     source: str = "stdlib"
-    """`stdlib` (the running Python's standard library), a directory, glob, `.jsonl` file, or `.npy` of token ids."""
+    """`stdlib` (the running Python's standard library), a directory, glob, `.jsonl` file, `.npy` of token ids, or
+    `synthetic:TASK:option=value,...` (see `data/synthetic.py`)."""
     text_field: str = "text"
     """Field of a JSONL record that holds the text."""
     tokenizer: str = "bpe"
@@ -442,6 +465,10 @@ class Config:
             "train.trainable='heads', but heads.num_future=1 has no extra head; use num_future=2 or more",
         )
         require(
+            data.seq_len >= heads.mask_stride,
+            f"heads.mask_stride={heads.mask_stride} is above data.seq_len={data.seq_len}",
+        )
+        require(
             train.trainable == "all" or not loss.token_order,
             f"loss.token_order={loss.token_order} trains the model's own states; use train.trainable='all', or 0",
         )
@@ -488,7 +515,9 @@ class Config:
 
     @property
     def num_draft(self) -> int:
-        """P, tokens drafted per round by default."""
+        """P, tokens drafted per round by default; 0 where nothing drafts."""
+        if not self.heads.draft:
+            return 0
         return self.heads.num_future - 1 if self.decode.num_draft < 0 else self.decode.num_draft
 
 

@@ -7,8 +7,9 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Without LLVM's optimisations, which change no equation, programs compile in half the time.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax

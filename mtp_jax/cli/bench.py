@@ -62,8 +62,8 @@ def main(argv: list[str]) -> None:
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     lm = _model(args)
-    if lm.config.heads.num_future == 1 and args.draft != "lookup":
-        raise UserError(f"{args.source} has no extra heads (heads.num_future=1) to draft with; use --draft lookup")
+    if not lm.config.heads.draft and args.draft != "lookup":
+        raise UserError(f"{args.source} has no extra heads to draft with; use --draft lookup")
     prompts = _prompts(lm, args)
     num_draft = None if args.num_draft < 0 else args.num_draft
     if args.draft != "lookup" and num_draft is None:

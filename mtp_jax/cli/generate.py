@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     prompts = _prompts(args)
     draft = args.draft
     if draft == "auto":
-        draft = "heads" if lm.config.heads.num_future > 1 else "none"
+        draft = "heads" if lm.config.heads.draft else "none"
     options = {
         "max_new_tokens": args.max_new_tokens,
         "draft": draft,

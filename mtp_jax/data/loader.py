@@ -55,7 +55,20 @@ def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") ->
             f"the training text of {config.data.source!r} has {len(corpus.train.tokens)} tokens, fewer than one row of "
             f"data.seq_len={config.data.seq_len}; lower data.seq_len or give more text"
         )
+    _check_prompts(config, corpus.train)
     return corpus
+
+
+def _check_prompts(config: Config, rows: PackedRows) -> None:
+    """A prompt is found by its position in its document, so no row may begin inside one."""
+    data = config.data
+    lengths = set(np.diff(rows.doc_starts, append=len(rows.tokens)).tolist()) if data.prompt_tokens else set()
+    if lengths and (len(lengths) > 1 or (data.seq_len - 1) % max(lengths)):
+        what = f"of {min(lengths)} to {max(lengths)} tokens" if len(lengths) > 1 else f"of {max(lengths)} tokens"
+        raise UserError(
+            f"data.prompt_tokens={data.prompt_tokens} needs documents of one length n and data.seq_len = k n + 1, so "
+            f"that rows hold whole documents; {data.source!r} has documents {what}, and data.seq_len={data.seq_len}"
+        )
 
 
 def load_heldout(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mtp_jax.data import synthetic
 from mtp_jax.errors import UserError
 
 STDLIB = "stdlib"
@@ -41,7 +42,7 @@ class SourceFile(NamedTuple):
 
 def is_token_file(source: str) -> bool:
     """Whether the source holds token ids, which `read_token_file` reads, rather than text."""
-    return source.endswith(".npy")
+    return source.endswith(".npy") or synthetic.is_synthetic(source)
 
 
 def list_files(source: str) -> list[SourceFile]:
@@ -121,7 +122,7 @@ def _documents(source: str, files: list[SourceFile], text_field: str) -> Iterato
 
 def is_inside(path: pathlib.Path, source: str) -> bool:
     """Whether a path lies in the directory that a source names: what a run writes must not become its corpus."""
-    if source == STDLIB or not source:
+    if source == STDLIB or not source or synthetic.is_synthetic(source):
         return False
     root = pathlib.Path(source).expanduser()
     return root.is_dir() and path.absolute().resolve().is_relative_to(root.resolve())
@@ -176,11 +177,14 @@ def _record_text(line: bytes, text_field: str, where: str) -> str:
 
 
 def read_token_file(path: str | os.PathLike[str]) -> np.ndarray:
-    """Memory-maps a `.npy` of token ids: flat [tokens] with documents ended by an eos id, or one document per row.
+    """Memory-maps a `.npy` of token ids: flat [tokens] with documents ended by an eos id, or one document per row; or
+    makes a synthetic task.
 
     Raises:
       UserError: missing, not a `.npy`, not integers, negative, empty, or of another rank.
     """
+    if synthetic.is_synthetic(str(path)):
+        return synthetic.make(str(path)).tokens_BT
     try:
         tokens = np.load(pathlib.Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data import sources
+from mtp_jax.data import sources, synthetic
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.data.tokenize import Tokenizer, load_tokenizer
 from mtp_jax.errors import UserError
@@ -51,9 +51,11 @@ class Corpus:
 def fingerprint(config: Config) -> dict[str, object]:
     """Everything that the files depend on. The row length does not count: rows are cut on access."""
     data = dataclasses.asdict(config.data)
-    del data["seq_len"]
+    del data["seq_len"], data["prompt_tokens"]
     if data["source"] == sources.STDLIB:
         content = f"Python {sys.version}"
+    elif synthetic.is_synthetic(data["source"]):
+        content = ""
     else:
         stats = [(file.name, file.path.stat()) for file in sources.list_files(data["source"])]
         content = _digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())

@@ -67,6 +67,8 @@ class Drafter:
     """P, drafts per round."""
     init: Callable[[Config, int, int, int], Any]
     draft: Callable[[Config, Any, Any, DraftContext], tuple[Drafts, Any]]
+    masks: int = 0
+    """Mask tokens that the model shall run beside every position that it verifies, for heads of that kind."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_draft, int) or self.num_draft < 0:
@@ -186,6 +188,10 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Dra
             raise UserError(f"num_draft={num_draft} with draft='lookup'; use 0..{MOST_DRAFTS}")
         return Drafter(name, num_draft, _no_cache, _lookup_draft)
     extra = config.heads.num_future - 1
+    if config.heads.kind == "registers":
+        raise UserError(
+            f"draft={name!r}, but heads.kind='registers' is for training only; use draft='lookup' or 'none'"
+        )
     if extra == 0:
         raise UserError(
             f"draft={name!r}, but this model has no extra heads (heads.num_future=1); use draft='lookup' or 'none'"
@@ -195,4 +201,5 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Dra
         raise UserError(
             f"num_draft={num_draft}, but this model has {extra} extra heads; use 0..{extra}, or draft='none'"
         )
-    return Drafter(name, num_draft, _heads_cache, _heads_draft if name == "heads" else _both_draft)
+    masks = num_draft if config.heads.kind == "masks" else 0
+    return Drafter(name, num_draft, _heads_cache, _heads_draft if name == "heads" else _both_draft, masks)

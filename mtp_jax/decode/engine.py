@@ -29,6 +29,7 @@ from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.cache import grow_caches
+from mtp_jax.model.mtp import Ask
 
 CHUNK = 512
 """Prompt tokens that go through the model at once."""
@@ -179,7 +180,8 @@ def prefill_chunk(
     ends_B = (last_B >= 0) & (last_B < chunk)
     index_B = jnp.clip(last_B, 0, chunk - 1)
     input_BQ = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, chunk, axis=1)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches)
+    ask = Ask(plan.drafter.masks, index_B)
+    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, ask)
     last_B1D = jnp.take_along_axis(state_BQD, index_B[:, None, None], axis=1)
     choices = _choose(plan, params, controls, state, last_B1D, Drafts(state.drafts.tokens_BP[:, :0]))
     waiting = state._replace(caches=caches, done_B=state.done_B | ~ends_B)
@@ -225,7 +227,8 @@ def decode_round(plan: Plan, width: int, params: Any, controls: Controls, state:
     drafts = jax.tree.map(lambda leaf: leaf[:, :width], state.drafts)
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches)
+    ask = Ask(min(plan.drafter.masks, width))
+    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, ask)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
     choices = _choose(plan, params, controls, state, state_BQD, drafts)
     state, accepted = _emit(state, choices)

@@ -42,3 +42,42 @@ def attention(
     probs_BKRS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
     mixed_BKRH = jnp.einsum("BKRS,BKSH->BKRH", probs_BKRS, v_BKSH)
     return mixed_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def attention_beside(
+    q_BXPNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    own_k_BXPKH: jax.Array,
+    own_v_BXPKH: jax.Array,
+    visible_BXS: jax.Array,
+) -> jax.Array:
+    """Softmax attention of queries that stand beside a sequence, P of them at each of X anchors.
+
+    Query p of an anchor sees the slots that its anchor sees, and the queries 0..p of its own anchor. The sequence does
+    not see any of them.
+
+    Args:
+      q_BXPNH: queries.
+      k_BKSH: keys of the sequence by slot.
+      v_BKSH: values of the sequence by slot.
+      own_k_BXPKH: keys of the queries themselves.
+      own_v_BXPKH: their values.
+      visible_BXS: slots that each anchor sees.
+
+    Returns:
+      Attended values [B, X, P, N, H] in q's dtype. Scores and softmax are float32.
+    """
+    B, X, P, N, H = q_BXPNH.shape
+    K, S = k_BKSH.shape[1:3]
+    q_BXPKGH = (q_BXPNH * H**-0.5).reshape(B, X, P, K, N // K, H)
+    exact = {"preferred_element_type": jnp.float32}
+    scores_BKGXPS = jnp.einsum("BXPKGH,BKSH->BKGXPS", q_BXPKGH, k_BKSH, **exact)
+    own_BKGXPW = jnp.einsum("BXPKGH,BXWKH->BKGXPW", q_BXPKGH, own_k_BXPKH, **exact)
+    least = jnp.finfo(jnp.float32).min
+    scores_BKGXPS = jnp.where(visible_BXS[:, None, None, :, None, :], scores_BKGXPS, least)
+    own_BKGXPW = jnp.where(jnp.tril(jnp.ones((P, P), bool))[None, None, None, None], own_BKGXPW, least)
+    probs = jax.nn.softmax(jnp.concatenate([scores_BKGXPS, own_BKGXPW], axis=-1), axis=-1).astype(v_BKSH.dtype)
+    mixed_BXPKGH = jnp.einsum("BKGXPS,BKSH->BXPKGH", probs[..., :S], v_BKSH)
+    mixed_BXPKGH += jnp.einsum("BKGXPW,BXWKH->BXPKGH", probs[..., S:], own_v_BXPKH)
+    return mixed_BXPKGH.reshape(B, X, P, N, H)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from mtp_jax.axes import EMBED, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
 from mtp_jax.config import ModelConfig
-from mtp_jax.kernels.attention import attention
+from mtp_jax.kernels.attention import attention, attention_beside
 from mtp_jax.kernels.linear import linear
 from mtp_jax.model.cache import LayerCache, write_cache
 from mtp_jax.model.rope import rotary
@@ -97,13 +97,34 @@ class Attention(nn.Module):
         segment_ids_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Queries of x over the given slots, projected back to [B, T, D]."""
+        q_BTNH = self._queries(x_BTD, positions_BT)
+        return self._output(attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS))
+
+    def attend_beside(
+        self,
+        x_BYD: jax.Array,
+        positions_BY: jax.Array,
+        k_BKSH: jax.Array,
+        v_BKSH: jax.Array,
+        visible_BXS: jax.Array,
+    ) -> jax.Array:
+        """Queries of x, Y = X P in the order of their anchors, over the slots of a sequence and over themselves."""
+        B, X = visible_BXS.shape[:2]
+        by_anchor = lambda x_BYNH: x_BYNH.reshape(B, X, -1, *x_BYNH.shape[2:])  # noqa: E731
+        q_BXPNH = by_anchor(self._queries(x_BYD, positions_BY))
+        own_k_BXPKH, own_v_BXPKH = map(by_anchor, self.keys_values(x_BYD, positions_BY))
+        mixed_BXPNH = attention_beside(q_BXPNH, k_BKSH, v_BKSH, own_k_BXPKH, own_v_BXPKH, visible_BXS)
+        return self._output(mixed_BXPNH.reshape(*x_BYD.shape[:2], *mixed_BXPNH.shape[3:]))
+
+    def _queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         q_BTNH = _to_heads(x_BTD, self.q_DNH)
         if self.config.qk_norm:
             q_BTNH = self.q_norm(q_BTNH)
-        q_BTNH = rotary(q_BTNH, positions_BT, self.config.rope_theta)
-        mixed_BTNH = attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS)
+        return rotary(q_BTNH, positions_BT, self.config.rope_theta)
+
+    def _output(self, mixed_BTNH: jax.Array) -> jax.Array:
         N, H, D = self.o_NHD.shape
-        return linear(mixed_BTNH.reshape(*x_BTD.shape[:2], N * H), self.o_NHD.reshape(N * H, D))
+        return linear(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], N * H), self.o_NHD.reshape(N * H, D))
 
 
 def _to_heads(x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
@@ -122,12 +143,25 @@ class Block(nn.Module):
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """A whole row at once; token t stands in slot t."""
+        return self.row(x_BTD, positions_BT, segment_ids_BT)[0]
+
+    def row(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A whole row at once, with its keys and values, [B, K, T, H] each."""
         h_BTD = self.attn_norm(x_BTD)
         k_BTKH, v_BTKH = self.attn.keys_values(h_BTD, positions_BT)
         slots_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None, :], x_BTD.shape[:2])
         k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
         x_BTD += self.attn.attend(h_BTD, positions_BT, k_BKTH, v_BKTH, slots_BT, segment_ids_BT)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), k_BKTH, v_BKTH
+
+    def beside(
+        self, x_BYD: jax.Array, positions_BY: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BXS: jax.Array
+    ) -> jax.Array:
+        """Y = X P positions beside a sequence whose keys and values are given; see `attention_beside`."""
+        x_BYD += self.attn.attend_beside(self.attn_norm(x_BYD), positions_BY, k_BKSH, v_BKSH, visible_BXS)
+        return x_BYD + self.mlp(self.mlp_norm(x_BYD))
 
     def write(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
         """Enters Q positions into the cache, row b's from slot start_B[b] on."""

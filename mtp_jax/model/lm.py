@@ -62,7 +62,7 @@ def init_unembed(config: ModelConfig, key: jax.Array) -> Params:
 def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """Token ids to the first residual state [B, T, D]."""
     x_BTD = params["embed"]["table"][tokens_BT].astype(config.dtype)
-    return _constrain(x_BTD)
+    return constrain(x_BTD)
 
 
 def unembedding(params: Params) -> jax.Array:
@@ -94,7 +94,7 @@ def run_block(config: ModelConfig) -> Callable[..., jax.Array]:
     """`(block_params, x_BTD, positions_BT, segment_ids_BT) -> x_BTD`, under the configured remat policy."""
 
     def run(block: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        return _constrain(Block(config).apply({"params": block}, x_BTD, positions_BT, segment_ids_BT))
+        return constrain(Block(config).apply({"params": block}, x_BTD, positions_BT, segment_ids_BT))
 
     if config.remat == "none":
         return run
@@ -142,7 +142,7 @@ def _unit(config: ModelConfig, x: jax.Array) -> jax.Array:
     return x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
 
 
-def _constrain(x_BTD: jax.Array) -> jax.Array:
+def constrain(x_BTD: jax.Array) -> jax.Array:
     """Rows stay on their devices, whatever the sharding of the parameters that touch them."""
     return nn.with_logical_constraint(x_BTD, (BATCH, LENGTH, None))
 

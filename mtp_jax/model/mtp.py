@@ -7,17 +7,18 @@
 Dropping `params["heads"]` leaves a complete decoder. To the rest of the package the model is `init` and `apply`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config
+from mtp_jax.config import BESIDE, Config
 from mtp_jax.model import lm
 from mtp_jax.model.cache import LayerCache, init_cache
-from mtp_jax.model.heads import FAMILIES, base
+from mtp_jax.model.heads import FAMILIES, base, masks
 from mtp_jax.model.heads.base import Rows
+from mtp_jax.model.layers import Block
 
 Params = dict[str, Any]
 
@@ -60,12 +61,15 @@ def apply(
       hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
     """
     embedded_BTD = lm.embed(config.model, params, tokens_BT)
-    state_BTD, tap_BTD = _trunk(config, params, embedded_BTD, positions_BT, segment_ids_BT)
-    hidden_1BTD = lm.final_norm(config.model, params, state_BTD)[None]
+    family, rows = FAMILIES[config.heads.kind], (embedded_BTD, positions_BT, segment_ids_BT)
     if "heads" not in params:
-        return hidden_1BTD
-    rows = Rows(tap_BTD, embedded_BTD, positions_BT, segment_ids_BT)
-    states_MBTD = FAMILIES[config.heads.kind].train(config, params, rows)
+        return lm.final_norm(config.model, params, lm.run_blocks(config.model, params["blocks"], *rows))[None]
+    if config.heads.kind in BESIDE:
+        state_BTD, states_MBTD = family.forward(config, params, tokens_BT, *rows)
+    else:
+        state_BTD, tap_BTD = _trunk(config, params, *rows)
+        states_MBTD = family.train(config, params, Rows(tap_BTD, *rows))
+    hidden_1BTD = lm.final_norm(config.model, params, state_BTD)[None]
     norms = params["heads"].get("norm")
     if norms is not None and base.sets(config) == len(states_MBTD):
         hidden_MBTD = jax.vmap(lambda states, norm: base.end_norm(config, params, states, norm))(states_MBTD, norms)
@@ -80,7 +84,7 @@ def _trunk(
 ) -> tuple[jax.Array, jax.Array]:
     """The next-token path's last state, and what the heads read of it."""
     model, rows = config.model, (positions_BT, segment_ids_BT)
-    if config.heads.tap_mix and "heads" in params:
+    if config.heads.tap_mix:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
         return lm.run_blocks_mixed(model, params["blocks"], x_BTD, *rows, weight_L)
     below = jax.tree.map(lambda leaf: leaf[: config.tap], params["blocks"])
@@ -88,6 +92,13 @@ def _trunk(
     tap_BTD = lm.run_blocks(model, below, x_BTD, *rows)
     state_BTD = lm.run_blocks(model, above, tap_BTD, *rows)
     return state_BTD, lm.final_norm(model, params, tap_BTD) if config.heads.tap_norm else tap_BTD
+
+
+def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array | None:
+    """Which heads have a state to learn with at which positions, [M, B, T]; None where all have, everywhere."""
+    if config.heads.kind not in BESIDE or config.heads.num_future == 1:
+        return None
+    return FAMILIES[config.heads.kind].trained(config, tokens_BT, segment_ids_BT)
 
 
 def unembeddings(config: Config, params: Params) -> jax.Array | tuple[jax.Array, ...]:
@@ -128,11 +139,30 @@ def decode_view(config: Config, params: Params) -> Params:
         view["unembed"] = {"table_DV": view["unembed"]["table"].T}
     if "heads" in params:
         view["heads"] = base.unstack(config, cast["heads"])
+        if config.heads.lora_rank:
+            view["heads"]["beside"] = masks.unstack(config, cast["heads"]["lora"], view["blocks"])
     return view
 
 
+class Ask(NamedTuple):
+    """Mask tokens that the model is to run beside its tokens."""
+
+    count: int
+    """How many at a position, static."""
+    at_B: jax.Array | None = None
+    """Beside which of the Q positions; None is all of them."""
+
+
+NOTHING = Ask(0)
+
+
 def decode_forward(
-    config: Config, params: Params, tokens_BQ: jax.Array, start_B: jax.Array, caches: tuple[LayerCache, ...]
+    config: Config,
+    params: Params,
+    tokens_BQ: jax.Array,
+    start_B: jax.Array,
+    caches: tuple[LayerCache, ...],
+    ask: Ask = NOTHING,
 ) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
     """The next-token path over Q new tokens per row, behind what the caches hold.
 
@@ -142,12 +172,16 @@ def decode_forward(
       tokens_BQ: the new tokens; row b's stand at positions start_B[b]..start_B[b]+Q-1.
       start_B: tokens of each row that the caches already hold.
       caches: one per layer.
+      ask: mask tokens to run beside them.
 
     Returns:
-      state_BQD before the final norm, tap_BQD as the heads read it, and the caches.
+      state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; and the
+      caches.
     """
     model, tap = config.model, config.tap
     x_BQD = lm.embed(model, params, tokens_BQ)
+    if ask.count:
+        return _decode_beside(config, params, x_BQD, start_B, caches, ask)
     if config.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
         return lm.decode_blocks_mixed(model, params["blocks"], x_BQD, start_B, caches, weight_L)
@@ -156,6 +190,28 @@ def decode_forward(
     if config.heads.tap_norm:
         tap_BQD = lm.final_norm(model, params, tap_BQD)
     return state_BQD, tap_BQD, below + above
+
+
+def _decode_beside(
+    config: Config,
+    params: Params,
+    x_BQD: jax.Array,
+    start_B: jax.Array,
+    caches: tuple[LayerCache, ...],
+    ask: Ask,
+) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+    """Both streams of `heads.masks`; the tokens' keys and values enter the caches, the masks' are forgotten."""
+    model, block_of = config.model, Block(config.model)
+    at_BX = jnp.arange(x_BQD.shape[1])[None, :] if ask.at_B is None else ask.at_B[:, None]
+    beside = masks.decode_masks(config, params, start_B[:, None] + at_BX, ask.count, caches[0].slots)
+    y_BYD, written = beside.embedded_BYD.astype(model.dtype), []
+    others = params["heads"].get("beside", params["blocks"])
+    for block, other, cache in zip(params["blocks"], others, caches, strict=True):
+        x_BQD, new = lm.decode_blocks(model, (block,), x_BQD, start_B, (cache,))
+        arrays = (y_BYD, beside.positions_BY, *new[0], beside.visible_BXS)
+        y_BYD = block_of.apply({"params": other}, *arrays, method="beside")
+        written += new
+    return x_BQD, y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1]), tuple(written)
 
 
 def draft_logits(config: Config, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:

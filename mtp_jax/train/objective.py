@@ -66,7 +66,9 @@ def batch_targets(config: Config, batch: Batch) -> Targets:
     """Targets of every head; those inside a prompt weigh nothing."""
     prompt = config.data.prompt_tokens
     learn_BT = batch["positions"] >= prompt if prompt else None
-    return Targets(*make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future, learn_BT))
+    targets = Targets(*make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future, learn_BT))
+    trained_MBT = mtp.trained(config, inputs(config, batch), batch["segment_ids"])
+    return targets if trained_MBT is None else targets._replace(weights_MBT=targets.weights_MBT * trained_MBT)
 
 
 def inputs(config: Config, batch: Batch) -> jax.Array:

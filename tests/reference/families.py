@@ -24,6 +24,11 @@ SETTINGS = {
     "sequential, hidden first, two blocks": {"concat": "hidden_first", "layers": 2, "chain": "post_norm"},
     "recursive": {},
     "recursive, own ends": {"norm": "own", "unembed": "own", "chain": "post_norm", "tap": 2, "num_future": 5},
+    "masks": {},
+    "masks, with LoRA and own ends": {"lora_rank": 2, "norm": "own", "unembed": "own", "num_future": 4},
+    "masks, every third position": {"mask_stride": 3},
+    "registers": {},
+    "registers, with LoRA": {"lora_rank": 3, "num_future": 4},
 }
 """Fields of `HeadsConfig` by name; the name begins with the family."""
 
@@ -36,6 +41,9 @@ def heads_of(name):
 KINDS = [name for name in SETTINGS if "," not in name]
 assert set(KINDS) == set(FAMILIES)
 assert set(get_type_hints(HeadsConfig)["kind"].__args__) == set(FAMILIES)
+
+DRAFTING = [name for name in SETTINGS if not name.startswith("registers") and "third" not in name]
+"""What the decoding tests run over: registers draft nothing, and where masks stood in training is no matter there."""
 
 READS_TOKENS = ("sequential", "recursive")
 """Families whose head m sees the tokens up to t+m."""

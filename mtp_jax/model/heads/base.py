@@ -66,7 +66,7 @@ def head_model(config: Config) -> ModelConfig:
 
 def sets(config: Config) -> int:
     """Sets of head parameters."""
-    return 1 if config.heads.kind == "recursive" else config.heads.num_future - 1
+    return 1 if config.heads.kind in ("recursive", "registers") else config.heads.num_future - 1
 
 
 def weight(config: Config, key: jax.Array, shape: tuple[int, ...], names: tuple, gain: float = 1.0) -> Any:
@@ -135,9 +135,9 @@ def end_norm(config: Config, params: Params, states: jax.Array, norm: Params | N
 
 def unstack(config: Config, heads: Params) -> Params:
     """Head parameters as decoding wants them: tuples over sets, and of blocks over layers."""
-    view = {name: lm.unstack(tree) for name, tree in heads.items() if name not in ("blocks", "tap_mix")}
-    if "tap_mix" in heads:
-        view["tap_mix"] = heads["tap_mix"]
+    whole = ("tap_mix", "mask_embed")
+    view = {name: heads[name] for name in whole if name in heads}
+    view |= {name: lm.unstack(tree) for name, tree in heads.items() if name not in ("blocks", "lora", *whole)}
     if "blocks" in heads:
         flat, n = lm.unstack(heads["blocks"]), config.heads.layers
         view["blocks"] = tuple(flat[i : i + n] for i in range(0, len(flat), n))

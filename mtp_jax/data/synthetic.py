@@ -1,0 +1,171 @@
+"""Generated tasks in which multi-token prediction should matter, as sources: `synthetic:NAME:option=value,...`.
+
+    star_graph     Bachmann & Nagarajan 2024 (arXiv:2403.06963): find the arm of a star that ends in the goal
+    induction      Gloeckle et al. 2024 (arXiv:2404.19737), section 4.1: recall the second token of a two-token name
+    polynomials    the same, section 4.2: arithmetic in F7[X]/(X^5)
+
+Every document has the same length and ends in its answer: the prompt is what stands before the answer, in as many
+tokens for all of them (`data.prompt_tokens`; induction has none). A row of `data.seq_len` = k n + 1 tokens holds k
+whole documents of n. Token ids are those of `Task.vocab`, the vocabulary is `len(vocab)`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from mtp_jax.errors import UserError
+
+PREFIX = "synthetic:"
+PRIME, DEGREE = 7, 5
+
+
+class Task(NamedTuple):
+    """A generated corpus."""
+
+    tokens_BT: np.ndarray
+    """One document per row."""
+    prompt_tokens: int
+    """Tokens before the answer."""
+    vocab: tuple[str, ...]
+    """What each id stands for."""
+
+
+def star_graph(degree: int = 2, length: int = 5, nodes: int = 30, documents: int = 100_000, seed: int = 0) -> Task:
+    """Shuffled edges, start and goal, and the path between them: `a b | c d | ... / start goal = start ... goal`.
+
+    The centre has `degree` arms of `length` nodes, the centre included; labels are drawn anew for each document from
+    `nodes`. Every token of the path but its second follows from the one before it; the second takes the whole path.
+    The last token of the vocabulary, `$`, occurs nowhere: it is the dummy of teacherless training.
+    """
+    used = 1 + degree * (length - 1)
+    if used > nodes:
+        raise UserError(f"star_graph: degree={degree}, length={length} needs {used} nodes, but nodes={nodes}")
+    rng = np.random.default_rng(seed)
+    bar, slash, equals = nodes, nodes + 1, nodes + 2
+    label_BN = np.argsort(rng.random((documents, nodes)), axis=1)[:, :used]
+    # Node 0 is the centre; arm a holds nodes 1 + a (length - 1) and on.
+    arm_AN = np.concatenate([np.zeros((degree, 1), int), 1 + np.arange(used - 1).reshape(degree, -1)], axis=1)
+    edge_E2 = np.stack([arm_AN[:, :-1], arm_AN[:, 1:]], axis=-1).reshape(-1, 2)
+    order_BE = np.argsort(rng.random((documents, len(edge_E2))), axis=1)
+    edge_BE2 = np.take_along_axis(label_BN[:, edge_E2], order_BE[..., None], axis=1)
+    bars_BE1 = np.full((documents, len(edge_E2), 1), bar)
+    listed_BX = np.concatenate([edge_BE2, bars_BE1], axis=-1).reshape(documents, -1)[:, :-1]
+    arm_B = rng.integers(0, degree, documents)
+    path_BN = np.take_along_axis(label_BN, arm_AN[arm_B], axis=1)
+    column = lambda token: np.full((documents, 1), token)  # noqa: E731
+    parts = (listed_BX, column(slash), path_BN[:, :1], path_BN[:, -1:], column(equals), path_BN)
+    tokens_BT = np.concatenate(parts, axis=1)
+    vocab = (*map(str, range(nodes)), "|", "/", "=", "$")
+    return Task(tokens_BT.astype(np.int32), tokens_BT.shape[1] - length, vocab)
+
+
+def induction(
+    names: int = 4, firsts: int = 64, words: int = 64, length: int = 64, documents: int = 100_000, seed: int = 0
+) -> Task:
+    """Random words in which `names` two-token names, drawn anew for each document, come again and again.
+
+    A name is a first token, of `firsts` that nothing else is made of, and a second token from the words. About every
+    fourth token begins a name; after its first occurrence the second token can be recalled, and only so.
+    """
+    if length < 4 or names > firsts:
+        raise UserError(f"induction: length={length} must be 4 or more, names={names} at most firsts={firsts}")
+    rng = np.random.default_rng(seed)
+    first_BN = np.argsort(rng.random((documents, firsts)), axis=1)[:, :names]
+    second_BN = firsts + rng.integers(0, words, (documents, names))
+    tokens_BT = firsts + rng.integers(0, words, (documents, length))
+    begins_BT, which_BT = rng.random((documents, length)) < 0.25, rng.integers(0, names, (documents, length))
+    for t in range(length - 1):
+        begins_B = begins_BT[:, t]
+        name_B1 = which_BT[:, t : t + 1]
+        tokens_BT[begins_B, t] = np.take_along_axis(first_BN, name_B1, axis=1)[begins_B, 0]
+        tokens_BT[begins_B, t + 1] = np.take_along_axis(second_BN, name_B1, axis=1)[begins_B, 0]
+        begins_BT[:, t + 1] &= ~begins_B
+    vocab = (*(f"N{i}" for i in range(firsts)), *(f"w{i}" for i in range(words)))
+    return Task(tokens_BT.astype(np.int32), 0, vocab)
+
+
+OPERATORS = ("neg", "add", "mul", "of")
+
+
+def polynomials(operations: int = 5, exactly: int = 0, documents: int = 100_000, seed: int = 0) -> Task:
+    """Expressions in Polish notation over F7[X]/(X^5), filled up on the left, and their value: `. . mul p q = r`.
+
+    A polynomial is five digits, the constant first; `of p q` is p(q(X)). The number of operations is drawn from 1 to
+    `operations`, or is `exactly` that many.
+    """
+    rng = np.random.default_rng(seed)
+    fill, equals = PRIME + len(OPERATORS), PRIME + len(OPERATORS) + 1
+    most = max(operations, exactly)
+    width = most + DEGREE * (most + 1)
+    tokens_BT = np.full((documents, width + 1 + DEGREE), fill)
+    for row in tokens_BT:
+        count = exactly or int(rng.integers(1, operations + 1))
+        written, value = _expression(rng, count)
+        row[width - len(written) : width] = written
+        row[width] = equals
+        row[width + 1 :] = value
+    vocab = (*map(str, range(PRIME)), *OPERATORS, ".", "=")
+    return Task(tokens_BT.astype(np.int32), width + 1, vocab)
+
+
+def _expression(rng: np.random.Generator, count: int) -> tuple[list[int], np.ndarray]:
+    """An expression with `count` operations, and its value."""
+    if not count:
+        value = rng.integers(0, PRIME, DEGREE)
+        return value.tolist(), value
+    which = int(rng.integers(0, len(OPERATORS)))
+    left_count = count - 1 if which == 0 else int(rng.integers(0, count))
+    written, value = _expression(rng, left_count)
+    if which == 0:
+        return [PRIME, *written], -value % PRIME
+    right, other = _expression(rng, count - 1 - left_count)
+    result = ((value + other) % PRIME, multiply(value, other), compose(value, other))[which - 1]
+    return [PRIME + which, *written, *right], result
+
+
+def multiply(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """p q in F7[X]/(X^5)."""
+    return np.convolve(p, q)[:DEGREE] % PRIME
+
+
+def compose(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """p(q(X)) in F7[X]/(X^5), by Horner's rule."""
+    value = np.zeros(DEGREE, np.int64)
+    for coefficient in p[::-1]:
+        value = multiply(value, q)
+        value[0] = (value[0] + coefficient) % PRIME
+    return value
+
+
+TASKS: dict[str, Callable[..., Task]] = {"star_graph": star_graph, "induction": induction, "polynomials": polynomials}
+
+
+def is_synthetic(source: str) -> bool:
+    """Whether the source names a generated task."""
+    return source.startswith(PREFIX)
+
+
+def make(source: str) -> Task:
+    """The task that a source names.
+
+    Raises:
+      UserError: an unknown task or option, or a value that is no whole number.
+    """
+    name, _, given = source.removeprefix(PREFIX).partition(":")
+    if name not in TASKS:
+        raise UserError(f"data source {source!r}: no task {name!r}; choose one of {', '.join(TASKS)}")
+    task = TASKS[name]
+    known = task.__code__.co_varnames[: task.__code__.co_argcount]
+    options = {}
+    for pair in filter(None, given.split(",")):
+        option, _, value = pair.partition("=")
+        if option not in known:
+            raise UserError(f"data source {source!r}: {name} has no option {option!r}; known: {', '.join(known)}")
+        if not value.isdigit():
+            raise UserError(f"data source {source!r}: {option}={value!r} is no whole number")
+        options[option] = int(value)
+    made = task(**options)
+    if len(made.tokens_BT) < 2:
+        raise UserError(f"data source {source!r} has fewer than 2 documents; raise documents")
+    return made

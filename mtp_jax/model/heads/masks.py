@@ -1,0 +1,182 @@
+"""Mask tokens in the place of heads: the model itself predicts further ahead (Kirchenbauer et al. 2026, Apple 2025).
+
+Beside position t stand P mask tokens with learned embeddings, at the positions t+1 .. t+P. Mask m sees what t sees, and
+the masks before it at the same anchor; no token sees a mask, and no mask one of another anchor. Its last state predicts
+token t+1+m:
+
+    tokens       t0    t1    t2                 mask 1 beside t1 stands at position 2, sees t0 t1 and itself,
+    masks           1  2  1  2  1  2            and predicts token 3; mask 2 stands at 3 and predicts token 4
+
+All of it is one forward over two streams: the tokens, which are computed exactly as without masks, and the masks, which
+read the tokens' keys and values. With `heads.lora_rank` the masks' stream runs on weights W + s B A of its own (LoRA
+that is gated to mask positions), so that training the heads alone leaves the next-token path bitwise as it is.
+
+In decoding the masks stand beside every position that a round verifies, because it is not known yet which of them will
+turn out to be the newest (the quadratic form of Apple 2025): P+1 tokens and P (P+1) masks in one forward.
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.axes import EMBED, LAYERS
+from mtp_jax.config import Config
+from mtp_jax.model import lm
+from mtp_jax.model.heads import base
+from mtp_jax.model.heads.base import Params, Round
+from mtp_jax.model.layers import Block
+
+MATRICES = (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down")))
+
+
+def init(config: Config, key: jax.Array, trunk: Params) -> Params:
+    """Embeddings of the M-1 masks, and LoRA factors for every matrix of a block if a rank is given."""
+    embed_key, lora_key = jax.random.split(key)
+    shape = (base.sets(config), config.model.d_model)
+    embed = base.weight(config, embed_key, shape, (None, EMBED), gain=(shape[0] / shape[1]) ** 0.5)
+    return {"mask_embed": embed} | init_lora(config, lora_key, trunk)
+
+
+def init_lora(config: Config, key: jax.Array, trunk: Params) -> Params:
+    """A [L, in, R], normal with gain 1, and B [L, R, out], zeros: the update starts as nothing."""
+    if not config.heads.lora_rank:
+        return {}
+    R, lora = config.heads.lora_rank, {}
+    for layer, names in MATRICES:
+        lora[layer] = {}
+        for i, name in enumerate(names):
+            inner, outer = _sides(name, trunk["blocks"][layer][name].value.shape[1:])
+            L, here = config.model.num_layers, jax.random.fold_in(jax.random.fold_in(key, len(lora)), i)
+            zeros = jnp.zeros((L, R, outer), jnp.dtype(config.model.param_dtype))
+            lora[layer][name] = {
+                "a": base.weight(config, here, (L, inner, R), (LAYERS, None, None)),
+                "b": nn.LogicallyPartitioned(zeros, (LAYERS, None, None)),
+            }
+    return {"lora": lora}
+
+
+def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Input and output width of a matrix at rest: attn/o is [N, H, D], attn/q [D, N, H]."""
+    inputs = 2 if name == "o" else 1
+    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+
+
+def adapted(config: Config, block: Params, lora: Params | None) -> Params:
+    """A block's parameters as masks see them: W + alpha / R * A B."""
+    if lora is None:
+        return block
+    scale, changed = config.heads.lora_alpha / config.heads.lora_rank, dict(block)
+    for layer, names in MATRICES:
+        changed[layer] = dict(block[layer])
+        for name in names:
+            w, pair = block[layer][name], lora[layer][name]
+            update = (scale * (pair["a"] @ pair["b"])).reshape(w.shape)
+            changed[layer][name] = w + update.astype(w.dtype)
+    return changed
+
+
+class Beside(NamedTuple):
+    """Mask tokens of a batch."""
+
+    embedded_BYD: jax.Array
+    positions_BY: jax.Array
+    visible_BXS: jax.Array
+    """Slots that each anchor sees."""
+
+
+def run(
+    config: Config, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, masks: Beside
+) -> tuple[jax.Array, jax.Array]:
+    """Both streams through all blocks: states of the tokens [B, T, D] and of the masks [B, Y, D]."""
+    block_of = Block(config.model)
+
+    def both(blocks: tuple, x_BTD: jax.Array, y_BYD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        block, lora = blocks
+        x_BTD, *keys_values = block_of.apply({"params": block}, x_BTD, positions_BT, segment_ids_BT, method="row")
+        arrays = (y_BYD, masks.positions_BY, *keys_values, masks.visible_BXS)
+        y_BYD = block_of.apply({"params": adapted(config, block, lora)}, *arrays, method="beside")
+        return lm.constrain(x_BTD), lm.constrain(y_BYD)
+
+    step = both if config.model.remat == "none" else jax.checkpoint(both)
+    layers = (params["blocks"], params["heads"].get("lora"))
+    start = (x_BTD, masks.embedded_BYD)
+    return jax.lax.scan(lambda carry, blocks: (step(blocks, *carry), None), start, layers)[0]
+
+
+def forward(
+    config: Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    embedded_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """States of the tokens [B, T, D], and of masks 1..M-1 at every position [M-1, B, T, D]; see `trained`."""
+    (B, T), P, D = tokens_BT.shape, config.heads.num_future - 1, config.model.d_model
+    anchor_BX = anchors(config, tokens_BT)
+    at_anchor = lambda x_BT: jnp.take_along_axis(x_BT, anchor_BX, axis=1)  # noqa: E731
+    positions_BXP = at_anchor(positions_BT)[..., None] + 1 + jnp.arange(P)[None, None, :]
+    visible_BXS = jnp.arange(T)[None, None, :] <= anchor_BX[..., None]
+    visible_BXS &= at_anchor(segment_ids_BT)[..., None] == segment_ids_BT[:, None, :]
+    X = anchor_BX.shape[1]
+    embed_PD = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
+    embedded_BYD = jnp.tile(embed_PD[None], (B, X, 1))
+    masks = Beside(embedded_BYD, positions_BXP.reshape(B, X * P), visible_BXS)
+    x_BTD, y_BYD = run(config, params, embedded_BTD, positions_BT, segment_ids_BT, masks)
+    y_PBXD = jnp.moveaxis(y_BYD.reshape(B, X, P, D), 2, 0)
+    if config.heads.mask_stride == 1:
+        return x_BTD, y_PBXD
+    row_B1 = jnp.arange(B)[:, None]
+    return x_BTD, jnp.zeros((P, B, T, D), y_PBXD.dtype).at[:, row_B1, anchor_BX].set(y_PBXD)
+
+
+def anchors(config: Config, tokens_BT: jax.Array) -> jax.Array:
+    """Positions beside which masks stand in training, [B, X]: every `mask_stride`-th, from one that the row's tokens
+    choose, so that all positions have their turn and nothing depends on chance."""
+    stride = config.heads.mask_stride
+    first_B = jnp.sum(tokens_BT, axis=1) % stride
+    return first_B[:, None] + stride * jnp.arange(tokens_BT.shape[1] // stride)[None, :]
+
+
+def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Which heads have a state at which positions, [M, B, T]; head 0 has one everywhere."""
+    B, T = tokens_BT.shape
+    row_B1 = jnp.arange(B)[:, None]
+    beside_BT = jnp.zeros((B, T), bool).at[row_B1, anchors(config, tokens_BT)].set(True)
+    return jnp.stack([jnp.ones((B, T), bool), *[beside_BT] * (config.heads.num_future - 1)])
+
+
+# Decoding.
+
+
+def unstack(config: Config, lora: Params, blocks: tuple[Params, ...]) -> tuple[Params, ...]:
+    """Blocks as masks see them, one per layer, in the compute dtype."""
+    return tuple(adapted(config, block, pair) for block, pair in zip(blocks, lm.unstack(lora), strict=True))
+
+
+def decode_masks(config: Config, params: Params, start_BX: jax.Array, count: int, slots: int) -> Beside:
+    """`count` masks beside each of the positions start_BX."""
+    B, X = start_BX.shape
+    embed_PD = params["heads"]["mask_embed"][:count]
+    positions_BXP = start_BX[..., None] + 1 + jnp.arange(count)[None, None, :]
+    visible_BXS = jnp.arange(slots)[None, None, :] <= start_BX[..., None]
+    return Beside(jnp.tile(embed_PD[None], (B, X, 1)), positions_BXP.reshape(B, X * count), visible_BXS)
+
+
+def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
+    """Nothing: what masks leave behind nobody reads."""
+    return ()
+
+
+def draft(config: Config, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
+    """The masks' states came with the verification, [B, X, P, D] in the place of the tap; those of the newest token's
+    anchor draft."""
+    if not now.count:
+        return (), cache
+    y_BXPD = now.tap_BQD
+    index_B111 = jnp.minimum(now.index_B, y_BXPD.shape[1] - 1)[:, None, None, None]
+    y_BPD = jnp.take_along_axis(y_BXPD, index_B111, axis=1)[:, 0]
+    return base.propose_all(now, [y_BPD[:, p : p + 1] for p in range(now.count)]), cache

@@ -1,0 +1,76 @@
+"""Register tokens, for training only: an auxiliary task without any change to the model (MuToR, arXiv:2505.10518).
+
+Beside every position t stands one register, the same learned embedding for all, which sees what t sees and itself. It
+stands at the position before its target, token t+d, with d drawn from 2..M for each t: head m = d-1 of our loss. (The
+paper draws from 1; that is head 0's own target.) Which d is drawn follows from the last tokens up to t, so that a
+position has the same one in training and evaluation and however its document is packed.
+
+Registers draft nothing: decode with `draft="lookup"` or `"none"`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.axes import EMBED
+from mtp_jax.config import Config
+from mtp_jax.errors import UserError
+from mtp_jax.model.heads import base, masks
+from mtp_jax.model.heads.base import Params, Round
+
+RECENT = 8
+"""Tokens that choose a register's distance."""
+
+
+def init(config: Config, key: jax.Array, trunk: Params) -> Params:
+    """One embedding, and LoRA factors if a rank is given."""
+    embed_key, lora_key = jax.random.split(key)
+    shape = (1, config.model.d_model)
+    embed = base.weight(config, embed_key, shape, (None, EMBED), gain=shape[1] ** -0.5)
+    return {"mask_embed": embed} | masks.init_lora(config, lora_key, trunk)
+
+
+def heads_of(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """The head 1..M-1 whose target each position's register has, [B, T]."""
+    mixed_BT = jnp.zeros(tokens_BT.shape, jnp.uint32)
+    for back in range(RECENT):
+        earlier = lambda x_BT, back=back: jnp.pad(x_BT, ((0, 0), (back, 0)))[:, : x_BT.shape[1]]  # noqa: E731
+        same_BT = earlier(segment_ids_BT) == segment_ids_BT
+        token_BT = jnp.where(same_BT, earlier(tokens_BT), 0).astype(jnp.uint32)
+        mixed_BT = (mixed_BT ^ token_BT) * jnp.uint32(2654435761)
+        mixed_BT ^= mixed_BT >> 15
+    return 1 + (mixed_BT % (config.heads.num_future - 1)).astype(jnp.int32)
+
+
+def forward(
+    config: Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    embedded_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """States of the tokens [B, T, D], and the registers' in the place of every head's [M-1, B, T, D]; see `trained`."""
+    B, T = tokens_BT.shape
+    head_BT = heads_of(config, tokens_BT, segment_ids_BT)
+    visible_BTS = jnp.tril(jnp.ones((T, T), bool))[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    embed_1D = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
+    registers = masks.Beside(jnp.tile(embed_1D[None], (B, T, 1)), positions_BT + head_BT, visible_BTS)
+    x_BTD, y_BTD = masks.run(config, params, embedded_BTD, positions_BT, segment_ids_BT, registers)
+    return x_BTD, jnp.broadcast_to(y_BTD[None], (config.heads.num_future - 1, *y_BTD.shape))
+
+
+def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Which heads have a state at which positions, [M, B, T]; head 0 has one everywhere."""
+    head_BT = heads_of(config, tokens_BT, segment_ids_BT)
+    head_M11 = jnp.arange(config.heads.num_future)[:, None, None]
+    return (head_M11 == 0) | (head_M11 == head_BT[None])
+
+
+def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
+    """Nothing."""
+    return ()
+
+
+def draft(config: Config, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
+    """Registers draft nothing."""
+    raise UserError("heads.kind='registers' is for training only; decode with draft='lookup' or 'none'")
