@@ -4,6 +4,7 @@ Each docstring names the line whose deletion breaks the test.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -144,6 +145,46 @@ REFUSED = [
     (lambda: LossConfig(head_weights=(1.0, math.nan)), "loss.head_weights is nan; a number is needed"),
     (lambda: LossConfig(head_weights=(0.0, 0.0)), "loss.head_weights=(0.0, 0.0) silences every head"),
     (lambda: LossConfig(z_loss=-0.5), "loss.z_loss=-0.5 is negative"),
+    *[
+        (functools.partial(LossConfig, **{name: -0.5}), f"loss.{name}=-0.5 is negative; 0 switches it off")
+        for name in ("extra_weight", "decay", "token_order", "schedule_final")
+    ],
+    (lambda: LossConfig(heads_per_step=-1), "loss.heads_per_step=-1 is negative; 0 switches it off"),
+    *[
+        (functools.partial(LossConfig, **{name: 1.5}), f"loss.{name}=1.5; it must lie in [0, 1]")
+        for name in ("label_smoothing", "distil_mix", "schedule_at", "entropy_fraction")
+    ],
+    (lambda: LossConfig(entropy_temperature=0.0), "loss.entropy_temperature=0.0; must be above 0"),
+    (lambda: LossConfig(teacherless=-2), "loss.teacherless=-2; give a token id, or -1 to switch it off"),
+    (lambda: HeadsConfig(lora_rank=-1), "heads.lora_rank=-1 is negative"),
+    (lambda: HeadsConfig(lora_alpha=0.0), "heads.lora_alpha=0.0; it must be above 0"),
+    (lambda: HeadsConfig(kind="linear", layers=2), "heads.layers=2 means nothing to heads.kind='linear'; it belongs"),
+    (lambda: HeadsConfig(residual=True), "heads.residual=True means nothing to heads.kind='parallel'"),
+    (lambda: HeadsConfig(concat="hidden_first"), "heads.concat='hidden_first' means nothing to heads.kind='parallel'"),
+    (lambda: HeadsConfig(kind="medusa", chain="post_norm"), "heads.chain='post_norm' means nothing to"),
+    (lambda: HeadsConfig(mask_stride=2), "heads.mask_stride=2 means nothing to heads.kind='parallel'"),
+    (lambda: HeadsConfig(lora_rank=4), "heads.lora_rank=4 means nothing to heads.kind='parallel'"),
+    (lambda: HeadsConfig(kind="masks", tap=0), "heads.tap=0 means nothing to heads.kind='masks'"),
+    (lambda: HeadsConfig(kind="medusa", init="copy_block"), "heads.init='copy_block', but medusa heads have no block"),
+    (lambda: HeadsConfig(kind="linear", init="zero"), "heads.init='zero' with heads.kind='linear' needs"),
+    (lambda: HeadsConfig(tap_mix=True, tap_norm=True), "heads.tap_norm=True with heads.tap_mix=True"),
+    (lambda: Config(heads=HeadsConfig(init_block=4)), "heads.init_block=4 is no block of a model with"),
+    (
+        lambda: Config(heads=HeadsConfig(num_future=1), train=TrainConfig(trainable="heads")),
+        "train.trainable='heads', but heads.num_future=1 has no extra head",
+    ),
+    (
+        lambda: Config(loss=LossConfig(token_order=0.5), train=TrainConfig(trainable="heads")),
+        "loss.token_order=0.5 trains the model's own states",
+    ),
+    (lambda: Config(loss=LossConfig(teacherless=2048)), "loss.teacherless=2048 is no token of model.vocab_size=2048"),
+    (lambda: Config(loss=LossConfig(teacherless=3)), "loss.teacherless replaces what follows the prompt; say with"),
+    (lambda: DataConfig(prompt_tokens=-1), "data.prompt_tokens=-1 is negative"),
+    (lambda: Config(data=DataConfig(prompt_tokens=256)), "data.prompt_tokens=256 leaves nothing to learn of rows of"),
+    (
+        lambda: Config(heads=HeadsConfig(kind="masks", mask_stride=300)),
+        "heads.mask_stride=300 is above data.seq_len=256",
+    ),
     (lambda: LossConfig(head_weights=(1.0, -2.0)), "loss.head_weights=(1.0, -2.0) holds a negative weight"),
     (lambda: DataConfig(seq_len=1), "data.seq_len=1; a row needs at least 2 tokens"),
     (lambda: DataConfig(eval_fraction=0.0), "data.eval_fraction=0.0; it must lie between 0 and 1"),
@@ -230,8 +271,8 @@ def test_refused_with_the_numbers(build, message):
 
 POSITIVE = [
     ("model", ModelConfig, "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff max_seq_len"),
-    ("heads", HeadsConfig, "num_future"),
-    ("loss", LossConfig, "chunk_bytes"),
+    ("heads", HeadsConfig, "num_future layers"),
+    ("loss", LossConfig, "chunk_bytes order_window"),
     ("train", TrainConfig, "steps batch_size grad_accum log_every checkpoint_every keep_checkpoints"),
     ("decode", DecodeConfig, "num_prompts prompt_tokens"),
 ]

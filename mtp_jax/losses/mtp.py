@@ -5,6 +5,11 @@
 S and W travel as a pair to the very end. W_m depends on the targets alone, so it is taken over the whole batch, all
 micro-batches and devices, before any gradient is formed; each micro-batch then contributes w_m / W_m * S_m, and their
 sum is the loss of the whole batch, whatever the packing, accumulation or sharding.
+
+What the sum weighs (Gloeckle et al. 2024, section 5): for the next two tokens X, Y the best predictors lose
+H(X) + H(Y) = H(X|Y) + 2 I(X;Y) + H(Y|X), while the next-token loss is H(X) + H(Y|X) = H(X|Y) + I(X;Y) + H(Y|X). What
+two tokens share counts twice: with n heads a choice that decides what follows takes part in n (n+1) / 2 terms, a token
+that decides nothing in n.
 """
 
 import dataclasses

@@ -62,14 +62,17 @@ def apply(
     """
     embedded_BTD = lm.embed(config.model, params, tokens_BT)
     family, rows = FAMILIES[config.heads.kind], (embedded_BTD, positions_BT, segment_ids_BT)
-    if "heads" not in params:
-        return lm.final_norm(config.model, params, lm.run_blocks(config.model, params["blocks"], *rows))[None]
-    if config.heads.kind in BESIDE:
+    # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
+    if config.heads.kind not in BESIDE:
+        state_BTD, tap_BTD = _trunk(config, params, *rows)
+        states_MBTD = family.train(config, params, Rows(tap_BTD, *rows)) if "heads" in params else None
+    elif "heads" in params:
         state_BTD, states_MBTD = family.forward(config, params, tokens_BT, *rows)
     else:
-        state_BTD, tap_BTD = _trunk(config, params, *rows)
-        states_MBTD = family.train(config, params, Rows(tap_BTD, *rows))
+        state_BTD, states_MBTD = lm.run_blocks(config.model, params["blocks"], *rows), None
     hidden_1BTD = lm.final_norm(config.model, params, state_BTD)[None]
+    if states_MBTD is None:
+        return hidden_1BTD
     norms = params["heads"].get("norm")
     if norms is not None and base.sets(config) == len(states_MBTD):
         hidden_MBTD = jax.vmap(lambda states, norm: base.end_norm(config, params, states, norm))(states_MBTD, norms)
@@ -84,7 +87,7 @@ def _trunk(
 ) -> tuple[jax.Array, jax.Array]:
     """The next-token path's last state, and what the heads read of it."""
     model, rows = config.model, (positions_BT, segment_ids_BT)
-    if config.heads.tap_mix:
+    if config.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
         return lm.run_blocks_mixed(model, params["blocks"], x_BTD, *rows, weight_L)
     below = jax.tree.map(lambda leaf: leaf[: config.tap], params["blocks"])

@@ -288,6 +288,16 @@ def test_drafts_of_no_token(rule):
     assert min(tokens) >= 0 and max(tokens) < model("random").config.model.vocab_size
 
 
+def test_registers_draft_nothing():
+    """A model with registers decodes plainly, and asking its heads for drafts says why not."""
+    config = tiny_config(heads={"kind": "registers", "num_future": 3})
+    lm = loaded(config, loud_params(config))
+    with pytest.raises(UserError, match=r"heads.kind='registers' is for training only; use draft='lookup'"):
+        generate(lm, [[1, 2]], max_new_tokens=4)
+    assert len(generate(lm, [[1, 2]], max_new_tokens=4, draft="none").tokens[0]) == 4
+    assert config.num_draft == 0
+
+
 def test_a_path_is_no_model():
     """A path in the place of the model is named, with what to call."""
     with pytest.raises(UserError, match=r"'runs/mine' is a path; load it first: generate\(mtp_jax.load"):

@@ -116,7 +116,7 @@ def test_silent_heads_train_the_language_model(kind, batch):
 
     Breaks if head weights are dropped from `head_scale`, or if a head's parameters reach the next-token path.
     """
-    config, plain = small_config(heads=heads_of(kind)), small_config(heads={"num_future": 1})
+    config, plain = small_config(heads=heads_of(kind)), small_config(heads={"kind": kind, "num_future": 1})
     params = random_params(config)
     trunk = {key: value for key, value in params.items() if key != "heads"}
 
