@@ -18,7 +18,6 @@ import dataclasses
 import pathlib
 import shutil
 import statistics
-import sys
 import time
 
 import numpy as np
@@ -91,7 +90,7 @@ def main() -> None:
     heldout = prepare(base, None).heldout
     rows_BT = np.asarray(heldout.tokens).reshape(-1, task.tokens_BT.shape[1])[: args.graphs]
     print(f"{base.data.source}, {base.train.steps} steps of {base.train.batch_size} graphs, {len(rows_BT)} held out")
-    print("| | seed | generated | forced | next-token loss | seconds |\n|---|---|---|---|---|---|")
+    print("| | seed | generated | forced | steps | seconds |\n|---|---|---|---|---|---|")
     for method in args.methods:
         figures = []
         for seed in range(args.seeds):
@@ -108,9 +107,8 @@ def main() -> None:
                 result = train(config, workdir, console)
             seconds = time.monotonic() - began
             figures.append(accuracy(workdir, config, rows_BT[:, :prompt], rows_BT[:, prompt:]))
-            loss = float(np.asarray(result.state.step))
-            print(f"| {method} | {seed} | {figures[-1][0]:.1%} | {figures[-1][1]:.1%} | {loss:.0f} | {seconds:.0f} |")
-            sys.stdout.flush()
+            generated, forced = figures[-1]
+            print(f"| {method} | {seed} | {generated:.1%} | {forced:.1%} | {result.step} | {seconds:.0f} |", flush=True)
             shutil.rmtree(workdir / "data", ignore_errors=True)
         mean = [statistics.mean(column) for column in zip(*figures, strict=True)]
         print(f"| **{method}** | all | **{mean[0]:.1%}** | {mean[1]:.1%} | | |")

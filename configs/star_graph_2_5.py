@@ -3,9 +3,9 @@
     mtp train configs/star_graph_2_5.py --workdir runs/star
     python benchmarks/star_graph.py configs/star_graph_2_5.py
 
-1.5M parameters, of which 3 heads; minutes on two cores. `benchmarks/star_graph.py` trains next-token, parallel, sequential and
-teacherless models of this shape and reports how often each generates the whole path; benchmarks/RESULTS.md has what
-came out.
+1.5M parameters, of which 3 heads; three quarters of an hour on two cores, minutes on a GPU. `benchmarks/star_graph.py`
+trains next-token, parallel, sequential and teacherless models of this shape and reports how often each generates the
+whole path.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,6 +1,7 @@
 """Every file in configs/ builds, abstractly, and has the parameters it should have."""
 
 import pathlib
+import re
 
 import jax
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from mtp_jax import sharding
 from mtp_jax.cli.common import read_config
 from mtp_jax.config import MeshConfig, equal_parameter_layers
+from mtp_jax.data import synthetic
 from mtp_jax.model import mtp
 from mtp_jax.train.step import compile_steps
 
@@ -18,7 +20,11 @@ PARAMETERS = {
     "bench_30m": 34_087_424,
     "bench_200m": 219_702_272,
     "bench_1b": 1_100_048_384,
+    "star_graph_2_3": 444_384,
     "star_graph_2_5": 1_494_912,
+    "star_graph_5_3": 1_068_928,
+    "induction": 1_082_752,
+    "polynomials": 1_281_280,
 }
 
 
@@ -37,3 +43,12 @@ def test_equal_parameter_rule():
     assert equal_parameter_layers(32, 1) == 32
     with pytest.raises(ValueError, match="2 layers cannot give one block to each of 2 extra heads"):
         equal_parameter_layers(2, 3)
+
+
+@pytest.mark.parametrize("name", ["star_graph_2_3", "star_graph_2_5", "star_graph_5_3", "induction", "polynomials"])
+def test_generated_tasks_fit_their_configs(name):
+    """Vocabulary, prompt and rows of a config are those of the task that it names."""
+    config = read_config(str(CONFIGS / f"{name}.py"))
+    task = synthetic.make(re.sub(r"documents=\d+", "documents=4", config.data.source))
+    assert (len(task.vocab), task.prompt_tokens) == (config.model.vocab_size, config.data.prompt_tokens)
+    assert config.data.seq_len == task.tokens_BT.shape[1] + 1

@@ -1,0 +1,36 @@
+"""Star graph G(5,3): five arms of three nodes, parallel heads that reach the end of the arm (M = 2).
+
+    mtp train configs/star_graph_5_3.py --workdir runs/star
+    python benchmarks/star_graph.py configs/star_graph_5_3.py
+
+1.1M parameters, of which one head; three quarters of an hour on two cores, minutes on a GPU. `benchmarks/star_graph.py`
+trains next-token, parallel, sequential and teacherless models of this shape and reports how often each generates the
+whole path.
+"""
+
+from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = Config(
+    model=ModelConfig(
+        vocab_size=20,
+        num_layers=4,
+        d_model=128,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        d_ff=384,
+        max_seq_len=64,
+    ),
+    heads=HeadsConfig(num_future=2),
+    loss=LossConfig(),
+    data=DataConfig(
+        source="synthetic:star_graph:degree=5,length=3,nodes=16,documents=200000",
+        tokenizer="none",
+        seq_len=37,
+        prompt_tokens=33,
+        eval_fraction=0.01,
+    ),
+    optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, weight_decay=0.0),
+    train=TrainConfig(steps=3000, batch_size=256, log_every=100, checkpoint_every=3000, eval_rows=512),
+    decode=DecodeConfig(num_prompts=16, prompt_tokens=33, max_new_tokens=3),
+)
