@@ -8,21 +8,23 @@ round of greedy drafting on held-out prompts, and time per training step. A run 
 """
 
 import dataclasses
-import json
 import pathlib
 import statistics
-import sys
+import time
 
+import jax
 import numpy as np
 import tyro
 
-from mtp_jax import Config, HeadsConfig, evaluate, load
+from mtp_jax import Config, HeadsConfig, MeshConfig, evaluate, load
 from mtp_jax.cli.common import keep_compiled, read_config
-from mtp_jax.metrics import read_metrics
 from mtp_jax.model import mtp
+from mtp_jax.sharding import make_mesh
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
+from mtp_jax.train.step import compile_steps
 
+TURNS = 5
 FAMILIES = {
     "next-token": {"num_future": 1},
     "parallel": {},
@@ -49,6 +51,8 @@ class Args:
     """Blocks of the plain model that sets the number of parameters."""
     steps: int = 600
     """Training steps."""
+    prompts: int = 16
+    """Held-out prompts that are decoded."""
     workdir: pathlib.Path = pathlib.Path("runs/families")
     """Where runs go."""
 
@@ -65,44 +69,56 @@ def variant(base: Config, heads: dict, budget: int) -> Config:
     return min(map(with_layers, range(1, 13)), key=lambda config: abs(mtp.count_params(config) - budget))
 
 
+def step_times(configs: dict[str, Config]) -> dict[str, float]:
+    """Milliseconds of a training step, the median of turns that all families take one after the other."""
+    mesh, ready, times = make_mesh(MeshConfig()), {}, {name: [] for name in configs}
+    for name, config in configs.items():
+        steps, shape = compile_steps(config, mesh), (config.train.batch_size, config.data.seq_len)
+        tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
+        positions_BT = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+        batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones(shape, np.int32)}
+        ready[name] = steps, steps.train(steps.init(jax.random.key(0)), batch)[0], batch
+    for _ in range(TURNS):
+        for name, (steps, state, batch) in ready.items():
+            began = time.perf_counter()
+            for _ in range(3):
+                state, metrics = steps.train(state, batch)
+            jax.block_until_ready(metrics)
+            times[name].append(1e3 * (time.perf_counter() - began) / 3)
+            ready[name] = steps, state, batch
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
 def main() -> None:
     """Trains, evaluates, prints one table."""
     args = tyro.cli(Args, description=__doc__)
     base = read_config(args.config)
     base = dataclasses.replace(
-        base, train=dataclasses.replace(base.train, steps=args.steps, log_every=50, checkpoint_every=args.steps)
+        base,
+        train=dataclasses.replace(base.train, steps=args.steps, log_every=50, checkpoint_every=args.steps),
+        decode=dataclasses.replace(base.decode, num_prompts=args.prompts, max_new_tokens=64),
     )
     plain = dataclasses.replace(base.model, num_layers=args.layers)
     budget = mtp.count_params(dataclasses.replace(base, model=plain, heads=HeadsConfig(num_future=1)))
     print(f"{args.config}, {args.steps} steps, {budget / 1e6:.2f}M parameters")
-    print("| | blocks | parameters | loss by head | top-1 by head | tokens per round | ms a step |")
-    print("|---|---|---|---|---|---|---|")
-    for name in args.families:
-        config, workdir = variant(base, FAMILIES[name], budget), args.workdir / name
+    print("| | blocks | parameters | loss by head | top-1 by head, % | tokens per round |\n|---|---|---|---|---|---|")
+    configs = {name: variant(base, FAMILIES[name], budget) for name in args.families}
+    for name, config in configs.items():
+        workdir = args.workdir / name
         keep_compiled(args.workdir)
         with RunConsole(quiet=True) as console:
             corpus = train(config, workdir, console).corpus
         result = evaluate(load(workdir), corpus.heldout).as_json()
-        speeds = [record["tokens_per_second"] for record in read_metrics(workdir) if "tokens_per_second" in record]
-        row_tokens = config.train.batch_size * config.data.seq_len
-        figures = {
-            "family": name,
-            "blocks": config.model.num_layers,
-            "parameters": mtp.count_params(config),
-            "loss": [head["loss"] for head in result["heads"]],
-            "top1": [head["top1"] for head in result["heads"]],
-            "tokens_per_round": result["tokens_per_round"],
-            "ms_per_step": 1e3 * row_tokens / statistics.median(speeds),
-        }
-        (workdir / "family.json").write_text(json.dumps(figures))
-        rounds = f"{figures['tokens_per_round']:.2f}" if config.num_draft else "-"
-        print(
-            f"| {name} | {figures['blocks']} | {figures['parameters'] / 1e6:.2f}M | "
-            f"{' / '.join(f'{x:.3f}' for x in figures['loss'])} | "
-            f"{' / '.join(f'{100 * x:.0f}' for x in np.array(figures['top1']))} % | {rounds} | "
-            f"{figures['ms_per_step']:.0f} |"
-        )
-        sys.stdout.flush()
+        losses = " / ".join(f"{head['loss']:.3f}" for head in result["heads"])
+        accuracies = " / ".join(f"{100 * head['top1']:.1f}" for head in result["heads"])
+        rounds = f"{result['tokens_per_round']:.2f}" if config.num_draft else "-"
+        size = f"{config.model.num_layers} | {mtp.count_params(config) / 1e6:.2f}M"
+        print(f"| {name} | {size} | {losses} | {accuracies} | {rounds} |", flush=True)
+    print("\n| | ms a step | over the first |\n|---|---|---|")
+    times = step_times(configs)
+    first = next(iter(times.values()))
+    for name, taken in times.items():
+        print(f"| {name} | {taken:.0f} | {taken / first:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

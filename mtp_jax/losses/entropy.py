@@ -18,6 +18,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.losses.targets import ahead
+
 Mode = Literal["none", "keep_top", "drop_top", "soft"]
 
 
@@ -49,7 +51,7 @@ def entropy_weights(options: EntropyWeights, entropy_MBT: jax.Array, weights_MBT
       weights_MBT: token weights; tokens of weight 0 neither count nor come back.
     """
     if options.source == "next_token":
-        entropy_MBT = jnp.stack([_ahead(entropy_MBT[0], m) for m in range(len(entropy_MBT))])
+        entropy_MBT = jnp.stack([ahead(entropy_MBT[0], m) for m in range(len(entropy_MBT))])
     entropy_MBT = jax.lax.stop_gradient(entropy_MBT)
     chosen_MBT = jax.vmap(lambda *arrays: _choose(options, *arrays))(entropy_MBT, weights_MBT)
     if options.normaliser == "all":
@@ -67,9 +69,3 @@ def _choose(options: EntropyWeights, entropy_BT: jax.Array, weights_BT: jax.Arra
     rank_BT = jnp.argsort(jnp.argsort(-masked_BT.ravel(), stable=True)).reshape(entropy_BT.shape)
     top_BT = rank_BT < jnp.ceil(options.fraction * jnp.sum(counted_BT))
     return weights_BT * (top_BT if options.mode == "keep_top" else ~top_BT)
-
-
-def _ahead(x_BT: jax.Array, offset: int) -> jax.Array:
-    """x[b, t + offset] at [b, t]; zeros beyond the row."""
-    offset = min(offset, x_BT.shape[1])
-    return jnp.pad(x_BT[:, offset:], ((0, 0), (0, offset)))

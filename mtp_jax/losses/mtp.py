@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.losses.targets import ahead
 from mtp_jax.losses.xent import Teacher, XentSpec, fused_xent, remat_xent
 
 XENT = {"fused": fused_xent, "remat": remat_xent}
@@ -112,6 +113,5 @@ def _parts(M: int, own_tables: bool, apart: bool) -> list[slice]:
 
 def _teacher(hidden_BTD: jax.Array, tables: jax.Array | tuple[jax.Array, ...], heads: slice) -> Teacher:
     """Head 0's states m positions ahead, for every head m of the slice; zeros beyond the row, where no target is."""
-    T = hidden_BTD.shape[1]
-    ahead = [jnp.pad(hidden_BTD[:, m:], ((0, 0), (0, min(m, T)), (0, 0))) for m in range(heads.start, heads.stop)]
-    return Teacher(jnp.stack(ahead), tables[0] if isinstance(tables, tuple) else tables)
+    states = [ahead(hidden_BTD, m) for m in range(heads.start, heads.stop)]
+    return Teacher(jnp.stack(states), tables[0] if isinstance(tables, tuple) else tables)

@@ -13,6 +13,7 @@ Weights fall by e per position, so the targets of a window beyond 32 are those o
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.losses.targets import ahead
 from mtp_jax.losses.xent import SoftTargets
 
 FAR = 32
@@ -30,7 +31,6 @@ def order_targets(tokens_BT: jax.Array, segment_ids_BT: jax.Array, window: int) 
       Targets [1, B, T, W], and weights [1, B, T]: 1 where anything follows.
     """
     far = min(window, FAR)
-    ahead = lambda x_BT, d: jnp.pad(x_BT[:, d:], ((0, 0), (0, min(d, x_BT.shape[1]))))  # noqa: E731
     ids, counts = [], []
     for d in range(1, far + 1):
         token_BT = ahead(tokens_BT, d)

@@ -33,15 +33,15 @@ def make_targets(
         learned_BT &= learn_BT.astype(bool)
 
     def one_head(m: int) -> tuple[jax.Array, jax.Array]:
-        same_document_BT = _ahead(segment_ids_BT, m + 1) == segment_ids_BT
-        keep_BT = same_document_BT & _ahead(learned_BT, m + 1)
-        return jnp.where(keep_BT, _ahead(tokens_BT, m + 1), 0), keep_BT
+        same_document_BT = ahead(segment_ids_BT, m + 1) == segment_ids_BT
+        keep_BT = same_document_BT & ahead(learned_BT, m + 1)
+        return jnp.where(keep_BT, ahead(tokens_BT, m + 1), 0), keep_BT
 
     targets, keeps = zip(*(one_head(m) for m in range(num_future)), strict=True)
     return jnp.stack(targets).astype(jnp.int32), jnp.stack(keeps).astype(jnp.float32)
 
 
-def _ahead(x_BT: jax.Array, offset: int) -> jax.Array:
-    """x[b, t + offset] at [b, t]; zeros beyond the row."""
+def ahead(x_BT: jax.Array, offset: int) -> jax.Array:
+    """x[b, t + offset] at [b, t], zeros beyond the row; further axes stay as they are."""
     offset = min(offset, x_BT.shape[1])
-    return jnp.pad(x_BT[:, offset:], ((0, 0), (0, offset)))
+    return jnp.pad(x_BT[:, offset:], ((0, 0), (0, offset), *[(0, 0)] * (x_BT.ndim - 2)))

@@ -29,7 +29,7 @@ def test_keep_and_drop():
 
 
 def test_next_token_entropy_selects_the_same_targets():
-    """Head m at t goes by head 0's entropy at t + m. Breaks without `_ahead`."""
+    """Head m at t goes by head 0's entropy at t + m. Breaks without `ahead`."""
     kept = chosen(mode="keep_top", fraction=0.2, source="next_token", normaliser="all")
     # Head 1: positions t = 0, 1, 2 | 0, 1 have entropies 8, 3, 9 | 2, 7.
     assert kept[1].tolist() == [[0, 0, 1, 0], [0, 0, 0, 0]]
