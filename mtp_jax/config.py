@@ -14,6 +14,7 @@ from typing import Any
 from mtp_jax.checks import check_type, require
 from mtp_jax.errors import UserError
 from mtp_jax.sections import BESIDE as BESIDE
+from mtp_jax.sections import CHAINED_TOKENS as CHAINED_TOKENS
 from mtp_jax.sections import (
     DataConfig,
     DecodeConfig,

@@ -211,7 +211,8 @@ class LossConfig:
     """soft: tokens weigh exp(H / temperature)."""
     teacherless: int = -1
     """The token that stands in for every input token behind the prompt, so that all of them are predicted at once from
-    the prompt (Bachmann & Nagarajan 2024); needs data.prompt_tokens. -1 feeds the tokens themselves."""
+    the prompt (Bachmann & Nagarajan 2024); needs data.prompt_tokens. Such a model's answer is read from its logits over
+    prompt and dummies, not from `generate`, which feeds tokens. -1 feeds the tokens themselves."""
     z_loss: float = 0.0
     """Coefficient of logsumexp(logits)^2, weighted like the cross-entropy."""
     chunk_bytes: int = 4 * 2**20

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mtp_jax import sharding
 from mtp_jax.cli.common import parse, print_json, read_config, say
-from mtp_jax.config import Config, MeshConfig
+from mtp_jax.config import CHAINED_TOKENS, Config, MeshConfig
 from mtp_jax.data.loader import heldout_prompts
 from mtp_jax.data.store import open_prepared
 from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts, make_drafter
@@ -26,6 +26,8 @@ from mtp_jax.errors import UserError
 from mtp_jax.eval.acceptance import Timed, mismatches, pair, time_sides
 from mtp_jax.loading import LoadedModel, load
 from mtp_jax.model import mtp
+from mtp_jax.model.cache import LayerCache
+from mtp_jax.model.heads import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,16 +183,34 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
       heads: heads that draft.
 
     Returns:
-      Bytes of a step and of a round; the round adds those heads with their caches and one more reading of the
-      unembedding.
+      Bytes of a step and of a round; the round adds those heads with their caches, and the unembedding as often as
+      they go through it: once for heads that draft together, once each for a chain of tokens.
     """
     c = config.model
     size = jnp.dtype(c.dtype).itemsize
-    block = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.d_model * c.d_ff
-    cache = 2 * batch * live * c.num_kv_heads * c.head_dim
+    params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
     table = c.vocab_size * c.d_model
-    plain = size * (c.num_layers * (block + cache) + table)
-    return plain, plain + size * (heads * (block + cache) + bool(heads) * table)
+    blocks = _count(params["blocks"])
+    plain = size * (blocks + c.num_layers * 2 * batch * live * c.num_kv_heads * c.head_dim + table)
+    if not heads:
+        return plain, plain
+    chained, kind = config.heads.kind in CHAINED_TOKENS, config.heads.kind
+    # A module that serves every depth is read again for each; the near heads of an anticausal chain need the far ones.
+    sets = {"recursive": heads, "anticausal": 1}.get(kind, heads / (config.heads.num_future - 1))
+    own = sets * _count(params["heads"]) + (blocks if kind == "masks" else 0)
+    tables = 0 if config.heads.unembed == "own" else (heads if chained else 1) * table
+    slots = jax.eval_shape(lambda: FAMILIES[kind].init_cache(config, batch, 1, heads))
+    caches = live * sum(_count(cache) / cache.slots for cache in _layer_caches(slots))
+    return plain, plain + size * (own + tables + caches)
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _layer_caches(tree: Any) -> list[LayerCache]:
+    is_cache = lambda node: isinstance(node, LayerCache)  # noqa: E731
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_cache) if is_cache(node)]
 
 
 def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:

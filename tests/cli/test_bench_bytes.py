@@ -1,0 +1,32 @@
+"""What a decoding step must read, counted by hand: the denominator of every ratio to the floor."""
+
+import pytest
+from reference.models import small_config
+
+from mtp_jax.cli.bench import bytes_touched
+
+TABLE, BLOCK = 24 * 16, 1952
+CACHE = 2 * 5 * 2 * 4  # keys and values of 5 tokens in 2 heads of width 4
+HEADS = {
+    "parallel": ({}, 2 * (BLOCK + CACHE) + TABLE),
+    "parallel, one of two": ({}, BLOCK + CACHE + TABLE),
+    "anticausal, one of two": ({"kind": "anticausal"}, 2 * (BLOCK + CACHE) + TABLE),
+    "linear": ({"kind": "linear"}, 2 * 256 + TABLE),
+    "medusa, own tables": ({"kind": "medusa", "unembed": "own"}, 2 * (256 + 16 + TABLE)),
+    "sequential": ({"kind": "sequential"}, 2 * (BLOCK + 512 + 32 + CACHE + TABLE)),
+    "recursive": ({"kind": "recursive"}, 2 * (BLOCK + 512 + 32 + CACHE + TABLE)),
+    "masks": ({"kind": "masks"}, 2 * 16 + 2 * BLOCK + TABLE),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_bytes_of_a_round(name):
+    """A step reads blocks, unembedding and cache; a round also the heads that draft, with what they go through.
+
+    Breaks if a recursive module counts once for all depths, or the unembedding once for a chain of tokens.
+    """
+    heads, added = HEADS[name]
+    count = 1 if "one of two" in name else 2
+    plain, drafted = bytes_touched(small_config(heads=heads), 1, 5, count)
+    assert plain == 4 * (2 * (BLOCK + CACHE) + TABLE)
+    assert drafted - plain == 4 * added
