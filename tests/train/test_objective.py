@@ -17,6 +17,7 @@ from reference.stepping import batch_of, run
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
+from mtp_jax.model import mtp
 from mtp_jax.train import objective
 from mtp_jax.train.step import compile_steps
 
@@ -100,10 +101,11 @@ def test_keeping_every_token_is_the_plain_loss():
 # Head-only training.
 
 
-@pytest.mark.parametrize("kind", ["parallel", "sequential", "medusa"])
+@pytest.mark.parametrize("kind", ["parallel", "sequential", "medusa", "masks, with LoRA and own ends"])
 def test_heads_alone_train(kind):
-    """After steps with trainable = heads, everything else is bitwise what it was, every head parameter has moved, and
-    moments exist for head parameters only. The next-token loss is that of a run that trains everything.
+    """After steps with trainable = heads, everything else is bitwise what it was, and so are the next-token states;
+    every head parameter has moved, and moments exist for head parameters only. The next-token loss is that of a run
+    that trains everything.
 
     Breaks if the optimizer is given all parameters, or without `frozen`: a clipped norm of other gradients.
     """
@@ -113,6 +115,10 @@ def test_heads_alone_train(kind):
     for name, tree in before.params.items():
         if name != "heads":
             chex.assert_trees_all_equal(after.params[name], tree)
+    row = rows([1, 2, 3, 4, 5], length=6)
+    hidden = [np.asarray(jax.jit(mtp.apply, static_argnums=0)(config, state.params, *row)) for state in (before, after)]
+    np.testing.assert_array_equal(hidden[0][0], hidden[1][0])
+    assert not np.array_equal(hidden[0][1:], hidden[1][1:])
     moved = jax.tree.map(lambda a, b: np.any(a != b), after.params["heads"], before.params["heads"])
     assert all(jax.tree.leaves(moved))
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(before.params["heads"]))
