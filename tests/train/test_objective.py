@@ -44,7 +44,15 @@ def test_every_family_learns(kind):
     assert np.all(last < 0.75 * first)
 
 
-@pytest.mark.parametrize("name", ["sequential, chained behind the norm", "medusa, as published", "parallel, mixed tap"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sequential, chained behind the norm",
+        "medusa, as published",
+        "parallel, mixed tap",
+        "masks, with LoRA and own ends",
+    ],
+)
 def test_families_shard(name):
     """The step on data 2 x fsdp 2 x tensor 2 = the step on one device, for parameters that parallel heads lack.
 
