@@ -302,11 +302,6 @@ class _Request:
         tokens = self.tokens_BS[row, start : self.total_B[row]].tolist()
         return tokens[: self.cut_B[row]]
 
-    def _replaced(self, row: int) -> int:
-        """Returned tokens that a lossy rule chose."""
-        start = self.prompt_len_B[row]
-        return int(np.asarray(self.state.replaced_BS[row])[start : start + len(self._new_tokens(row))].sum())
-
     def _text(self, row: int) -> str:
         text = self.lm.tokenizer.decode(self._new_tokens(row))
         found = self.stop.find(text) if self.cut_B[row] is not None else -1
@@ -337,6 +332,7 @@ class _Request:
         tokens = [self._new_tokens(row) for row in rows]
         emitted = sum(map(len, tokens))
         histogram_BQ = self.histogram_BQ - self.surplus_BQ
+        replaced_BS, starts = np.asarray(self.state.replaced_BS), enumerate(self.prompt_len_B)
         stats = DecodeStats(
             histogram=tuple(histogram_BQ.sum(axis=0).tolist()),
             batch_rounds=int(histogram_BQ.sum(axis=1).max()),
@@ -345,7 +341,7 @@ class _Request:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             drafted=self.drafted,
-            replaced=sum(map(self._replaced, rows)),
+            replaced=sum(int(replaced_BS[row, start : start + len(tokens[row])].sum()) for row, start in starts),
         )
         text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
         return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats)

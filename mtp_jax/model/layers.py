@@ -25,6 +25,12 @@ def _fan_in(fan_in: int, gain: float = 1.0) -> Init:
     return nn.initializers.normal(gain * fan_in**-0.5)
 
 
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x over its root mean square along the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019) with statistics in float32."""
 
@@ -37,8 +43,7 @@ class RMSNorm(nn.Module):
         plus_one = self.config.norm_plus_one
         init = nn.with_logical_partitioning(nn.initializers.zeros if plus_one else nn.initializers.ones, (self.axis,))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
-        x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.config.norm_eps)
+        x32 = unit_rms(x, self.config.norm_eps)
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         scale = scale + 1 if plus_one else scale
         return (x32 * scale).astype(self.config.dtype)

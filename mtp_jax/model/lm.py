@@ -19,7 +19,7 @@ from mtp_jax.axes import BATCH, LAYERS, LENGTH
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.linear import LINEAR
 from mtp_jax.model.cache import LayerCache
-from mtp_jax.model.layers import Block, Embed, RMSNorm
+from mtp_jax.model.layers import Block, Embed, RMSNorm, unit_rms
 
 Params = dict[str, Any]
 
@@ -129,17 +129,11 @@ def run_blocks_mixed(
         x_BTD, mix_BTD = carry
         block, weight = layer
         x_BTD = run(block, x_BTD, positions_BT, segment_ids_BT)
-        return (x_BTD, mix_BTD + weight * _unit(config, x_BTD)), None
+        return (x_BTD, mix_BTD + weight * unit_rms(x_BTD, config.norm_eps)), None
 
-    start = x_BTD, weight_L[0] * _unit(config, x_BTD)
+    start = x_BTD, weight_L[0] * unit_rms(x_BTD, config.norm_eps)
     x_BTD, mix_BTD = jax.lax.scan(step, start, (blocks, weight_L[1:]))[0]
     return x_BTD, mix_BTD.astype(config.dtype)
-
-
-def _unit(config: ModelConfig, x: jax.Array) -> jax.Array:
-    """x over its root mean square, in float32."""
-    x32 = x.astype(jnp.float32)
-    return x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
 
 
 def constrain(x_BTD: jax.Array) -> jax.Array:
@@ -177,9 +171,9 @@ def decode_blocks_mixed(
     weight_L: jax.Array,
 ) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
     """`decode_blocks`, and the mix of `run_blocks_mixed`."""
-    mix_BQD, written = weight_L[0] * _unit(config, x_BQD), []
+    mix_BQD, written = weight_L[0] * unit_rms(x_BQD, config.norm_eps), []
     for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
         x_BQD, new = decode_blocks(config, (block,), x_BQD, start_B, (cache,))
-        mix_BQD += weight_L[i + 1] * _unit(config, x_BQD)
+        mix_BQD += weight_L[i + 1] * unit_rms(x_BQD, config.norm_eps)
         written += new
     return x_BQD, mix_BQD.astype(config.dtype), tuple(written)

@@ -109,10 +109,8 @@ def unembeddings(config: Config, params: Params) -> jax.Array | tuple[jax.Array,
     table_VD = lm.unembedding(params)
     if config.heads.unembed == "shared" or "heads" not in params:
         return table_VD
-    own = params["heads"]["unembed"]
-    last = base.sets(config) - 1
-    pick = lambda m: own[min(m, last)] if isinstance(own, tuple) else {"table": own["table"][min(m, last)]}  # noqa: E731
-    return (table_VD, *(pick(m)["table"] for m in range(config.heads.num_future - 1)))
+    own = params["heads"]["unembed"]["table"]
+    return (table_VD, *(own[base.set_of(config, m)] for m in range(1, config.heads.num_future)))
 
 
 def logits(config: Config, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
@@ -219,9 +217,9 @@ def _decode_beside(
 
 def draft_logits(config: Config, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:
     """Float32 logits [B, P, V] of the heads first, first+1, ... from their states; params is a `decode_view`."""
-    heads, last = params["heads"], base.sets(config) - 1
+    heads = params["heads"]
     norms = heads.get("norm")
-    which = [min(first + i, last + 1) - 1 for i in range(states_BPD.shape[1])]
+    which = [base.set_of(config, first + i) for i in range(states_BPD.shape[1])]
     if norms is None:
         hidden_BPD = base.end_norm(config, params, states_BPD, None)
     else:

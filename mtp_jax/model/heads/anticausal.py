@@ -17,12 +17,7 @@ from mtp_jax.model.heads.parallel import init as init
 
 def train(config: Config, params: Params, rows: Rows) -> jax.Array:
     """States of heads 1..M-1 at every position, [M-1, B, T, D]."""
-
-    def one_head(x_BTD: jax.Array, blocks: Params) -> tuple[jax.Array, jax.Array]:
-        x_BTD = base.run_blocks(config, blocks, x_BTD, rows)
-        return x_BTD, x_BTD
-
-    return jax.lax.scan(one_head, rows.tap_BTD, base.by_head(config, params["heads"]["blocks"]), reverse=True)[1]
+    return base.chain_train(config, params, rows, reverse=True)
 
 
 def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
@@ -31,15 +26,5 @@ def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
 
 
 def draft(config: Config, params: Params, caches: tuple, now: Round) -> tuple[tuple, tuple]:
-    """From the furthest head down; head 1, which no other reads, runs at index_B[b] alone."""
-    x_BQD, states, written = now.tap_BQD, [], []
-    for head in reversed(range(len(caches))):
-        blocks, wanted = params["heads"]["blocks"][head], head < now.count
-        if head:
-            x_BQD, cache = base.blocks_everywhere(config, blocks, x_BQD, now.start_B, caches[head])
-            state_B1D = base.at_index(x_BQD, now.index_B)
-        else:
-            state_B1D, cache = base.blocks_at(config, blocks, x_BQD, now.start_B, now.index_B, caches[0], wanted)
-        states += [state_B1D] if wanted else []
-        written.append(cache)
-    return base.propose_all(now, states[::-1]), tuple(written[::-1])
+    """From the furthest head down."""
+    return base.chain_draft(config, params, caches, now, range(len(caches))[::-1])

@@ -69,6 +69,11 @@ def sets(config: Config) -> int:
     return 1 if config.heads.kind in ("recursive", "registers") else config.heads.num_future - 1
 
 
+def set_of(config: Config, head: int) -> int:
+    """Where the parameters of head 1, 2, ... stand among the sets."""
+    return min(head, sets(config)) - 1
+
+
 def weight(config: Config, key: jax.Array, shape: tuple[int, ...], names: tuple, gain: float = 1.0) -> Any:
     """A stack of matrices [sets, in, out], normal with the given gain, boxed with its logical axis names."""
     scale = gain * shape[-2] ** -0.5
@@ -192,3 +197,33 @@ def at_index(x_BQD: jax.Array, index_B: jax.Array) -> jax.Array:
 def propose_all(now: Round, states: list[jax.Array]) -> tuple:
     """Drafts of the heads 1, 2, ... from their states [B, 1, D], in one product with a shared unembedding."""
     return (now.propose(jnp.concatenate(states, axis=1), 1),) if states else ()
+
+
+def chain_draft(config: Config, params: Params, caches: tuple, now: Round, order: range) -> tuple[tuple, tuple]:
+    """Heads (counted from 0) that read one another in this order, the first of them the tap.
+
+    Every head but the last of the chain runs at all Q positions, because the next one reads them.
+    """
+    x_BQD, states, written = now.tap_BQD, {}, dict(enumerate(caches))
+    for head in order:
+        blocks, wanted = params["heads"]["blocks"][head], head < now.count
+        if head != order[-1]:
+            x_BQD, written[head] = blocks_everywhere(config, blocks, x_BQD, now.start_B, caches[head])
+            state_B1D = at_index(x_BQD, now.index_B)
+        else:
+            at = (now.start_B, now.index_B)
+            state_B1D, written[head] = blocks_at(config, blocks, x_BQD, *at, caches[head], wanted)
+        if wanted:
+            states[head] = state_B1D
+    drafts = propose_all(now, [states[head] for head in sorted(states)])
+    return drafts, tuple(written[head] for head in range(len(caches)))
+
+
+def chain_train(config: Config, params: Params, rows: Rows, *, reverse: bool) -> jax.Array:
+    """States of heads that read one another, near to far or in reverse, [M-1, B, T, D]."""
+
+    def one_head(x_BTD: jax.Array, blocks: Params) -> tuple[jax.Array, jax.Array]:
+        x_BTD = run_blocks(config, blocks, x_BTD, rows)
+        return x_BTD, x_BTD
+
+    return jax.lax.scan(one_head, rows.tap_BTD, by_head(config, params["heads"]["blocks"]), reverse=reverse)[1]

@@ -33,7 +33,7 @@ MATRICES = (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down")))
 
 
 def init(config: Config, key: jax.Array, trunk: Params) -> Params:
-    """Embeddings of the M-1 masks, and LoRA factors for every matrix of a block if a rank is given."""
+    """Embeddings of all masks, one per set, and LoRA factors for every matrix of a block if a rank is given."""
     embed_key, lora_key = jax.random.split(key)
     shape = (base.sets(config), config.model.d_model)
     embed = base.weight(config, embed_key, shape, (None, EMBED), gain=(shape[0] / shape[1]) ** 0.5)

@@ -11,22 +11,15 @@ Registers draft nothing: decode with `draft="lookup"` or `"none"`.
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.axes import EMBED
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
-from mtp_jax.model.heads import base, masks
+from mtp_jax.model.heads import masks
 from mtp_jax.model.heads.base import Params, Round
+from mtp_jax.model.heads.masks import init as init
+from mtp_jax.model.heads.masks import init_cache as init_cache
 
 RECENT = 8
 """Tokens that choose a register's distance."""
-
-
-def init(config: Config, key: jax.Array, trunk: Params) -> Params:
-    """One embedding, and LoRA factors if a rank is given."""
-    embed_key, lora_key = jax.random.split(key)
-    shape = (1, config.model.d_model)
-    embed = base.weight(config, embed_key, shape, (None, EMBED), gain=shape[1] ** -0.5)
-    return {"mask_embed": embed} | masks.init_lora(config, lora_key, trunk)
 
 
 def heads_of(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -64,11 +57,6 @@ def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> 
     head_BT = heads_of(config, tokens_BT, segment_ids_BT)
     head_M11 = jnp.arange(config.heads.num_future)[:, None, None]
     return (head_M11 == 0) | (head_M11 == head_BT[None])
-
-
-def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
-    """Nothing."""
-    return ()
 
 
 def draft(config: Config, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:

@@ -137,7 +137,7 @@ def draft(config: Config, params: Params, cache: SequentialCache, now: Round) ->
     window, tail_BED = _window(cache, now)
     hidden_BWD, drafts, written = window.tap_BWD, [], []
     for depth, layers in enumerate(cache.layers, start=1):
-        head = min(depth, base.sets(config)) - 1
+        head = base.set_of(config, depth)
         module = {name: tree[head] for name, tree in params["heads"].items() if name in (*_NAMES, "norm")}
         embedded_BWD = now.embed(_tokens(window, now, drafts, depth))
         x_BWD = _join(config, module, embedded_BWD, hidden_BWD)
