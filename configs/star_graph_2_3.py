@@ -1,9 +1,9 @@
 """Star graph G(2,3): two arms of three nodes, parallel heads that reach the end of the arm (M = 2).
 
     mtp train configs/star_graph_2_3.py --workdir runs/star
-    python benchmarks/star_graph.py configs/star_graph_2_3.py
+    python benchmarks/tasks.py configs/star_graph_2_3.py
 
-0.4M parameters, one extra head; a minute on two cores. `benchmarks/star_graph.py` trains next-token, parallel,
+0.4M parameters, one extra head; a minute on two cores. `benchmarks/tasks.py` trains next-token, parallel,
 sequential and teacherless models of this shape and reports how often each generates the whole path;
 benchmarks/RESULTS.md has what came out.
 """

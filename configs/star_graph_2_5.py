@@ -1,9 +1,9 @@
 """Star graph G(2,5): two arms of five nodes, parallel heads that reach the end of the arm (M = 4).
 
     mtp train configs/star_graph_2_5.py --workdir runs/star
-    python benchmarks/star_graph.py configs/star_graph_2_5.py
+    python benchmarks/tasks.py configs/star_graph_2_5.py
 
-1.5M parameters, of which 3 heads; three quarters of an hour on two cores, minutes on a GPU. `benchmarks/star_graph.py`
+1.5M parameters, of which 3 heads; three quarters of an hour on two cores, minutes on a GPU. `benchmarks/tasks.py`
 trains next-token, parallel, sequential and teacherless models of this shape and reports how often each generates the
 whole path.
 """

@@ -1,9 +1,9 @@
 """Star graph G(5,3): five arms of three nodes, parallel heads that reach the end of the arm (M = 2).
 
     mtp train configs/star_graph_5_3.py --workdir runs/star
-    python benchmarks/star_graph.py configs/star_graph_5_3.py
+    python benchmarks/tasks.py configs/star_graph_5_3.py
 
-1.1M parameters, of which one head; three quarters of an hour on two cores, minutes on a GPU. `benchmarks/star_graph.py`
+1.1M parameters, of which one head; three quarters of an hour on two cores, minutes on a GPU. `benchmarks/tasks.py`
 trains next-token, parallel, sequential and teacherless models of this shape and reports how often each generates the
 whole path.
 """

@@ -196,8 +196,9 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
         return plain, plain
     chained, kind = config.heads.kind in CHAINED_TOKENS, config.heads.kind
     # A module that serves every depth is read again for each; the near heads of an anticausal chain need the far ones.
-    sets = {"recursive": heads, "anticausal": 1}.get(kind, heads / (config.heads.num_future - 1))
-    own = sets * _count(params["heads"]) + (blocks if kind == "masks" else 0)
+    # Masks run through the model's own blocks in the same pass; their LoRA factors serve all of them.
+    sets = {"recursive": heads, "anticausal": 1, "masks": 1}.get(kind, heads / (config.heads.num_future - 1))
+    own = sets * _count(params["heads"])
     tables = 0 if config.heads.unembed == "own" else (heads if chained else 1) * table
     slots = jax.eval_shape(lambda: FAMILIES[kind].init_cache(config, batch, 1, heads))
     caches = live * sum(_count(cache) / cache.slots for cache in _layer_caches(slots))

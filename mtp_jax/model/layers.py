@@ -21,6 +21,16 @@ def _weight(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(module.config.param_dtype))
 
 
+def _linear(module: nn.Module, name: str, x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """x W, and from position `lora_from` on also (x A) B, if the collection "lora" holds A and B by that name."""
+    y_BTO, first = linear(x_BTI, w_IO), module.lora_from
+    if not module.has_variable("lora", name):
+        return y_BTO
+    pair = module.get_variable("lora", name)
+    update_BTO = linear(linear(x_BTI[:, first:], pair["a"]), pair["b"])
+    return jnp.concatenate([y_BTO[:, :first], y_BTO[:, first:] + update_BTO], axis=1) if first else y_BTO + update_BTO
+
+
 def _fan_in(fan_in: int, gain: float = 1.0) -> Init:
     return nn.initializers.normal(gain * fan_in**-0.5)
 
@@ -53,6 +63,7 @@ class FeedForward(nn.Module):
     """SwiGLU feed-forward layer (Shazeer 2020)."""
 
     config: ModelConfig
+    lora_from: int = 0
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -61,7 +72,8 @@ class FeedForward(nn.Module):
         gate_DF = _weight(self, "gate", (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model))
         up_DF = _weight(self, "up", (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model))
         down_FD = _weight(self, "down", (c.d_ff, c.d_model), (MLP, EMBED), _residual(c, c.d_ff))
-        return linear(jax.nn.silu(linear(x_BTD, gate_DF)) * linear(x_BTD, up_DF), down_FD)
+        gate_BTF, up_BTF = _linear(self, "gate", x_BTD, gate_DF), _linear(self, "up", x_BTD, up_DF)
+        return _linear(self, "down", jax.nn.silu(gate_BTF) * up_BTF, down_FD)
 
 
 def _residual(config: ModelConfig, fan_in: int) -> Init:
@@ -73,6 +85,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions; keys and queries are separate calls, because decoding needs so."""
 
     config: ModelConfig
+    lora_from: int = 0
 
     def setup(self) -> None:
         c = self.config
@@ -87,7 +100,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and values, [B, T, K, H] each."""
-        k_BTKH, v_BTKH = _to_heads(x_BTD, self.k_DKH), _to_heads(x_BTD, self.v_DKH)
+        k_BTKH, v_BTKH = self._to_heads("k", x_BTD, self.k_DKH), self._to_heads("v", x_BTD, self.v_DKH)
         if self.config.qk_norm:
             k_BTKH = self.k_norm(k_BTKH)
         return rotary(k_BTKH, positions_BT, self.config.rope_theta), v_BTKH
@@ -102,49 +115,39 @@ class Attention(nn.Module):
         segment_ids_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Queries of x over the given slots, projected back to [B, T, D]."""
-        q_BTNH = self._queries(x_BTD, positions_BT)
-        return self._output(attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS))
+        q_BTNH = self.queries(x_BTD, positions_BT)
+        return self.output(attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS))
 
-    def attend_beside(
-        self,
-        x_BYD: jax.Array,
-        positions_BY: jax.Array,
-        k_BKSH: jax.Array,
-        v_BKSH: jax.Array,
-        visible_BXS: jax.Array,
-    ) -> jax.Array:
-        """Queries of x, Y = X P in the order of their anchors, over the slots of a sequence and over themselves."""
-        B, X = visible_BXS.shape[:2]
-        by_anchor = lambda x_BYNH: x_BYNH.reshape(B, X, -1, *x_BYNH.shape[2:])  # noqa: E731
-        q_BXPNH = by_anchor(self._queries(x_BYD, positions_BY))
-        own_k_BXPKH, own_v_BXPKH = map(by_anchor, self.keys_values(x_BYD, positions_BY))
-        mixed_BXPNH = attention_beside(q_BXPNH, k_BKSH, v_BKSH, own_k_BXPKH, own_v_BXPKH, visible_BXS)
-        return self._output(mixed_BXPNH.reshape(*x_BYD.shape[:2], *mixed_BXPNH.shape[3:]))
-
-    def _queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        q_BTNH = _to_heads(x_BTD, self.q_DNH)
+    def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Rotated queries [B, T, N, H]."""
+        q_BTNH = self._to_heads("q", x_BTD, self.q_DNH)
         if self.config.qk_norm:
             q_BTNH = self.q_norm(q_BTNH)
         return rotary(q_BTNH, positions_BT, self.config.rope_theta)
 
-    def _output(self, mixed_BTNH: jax.Array) -> jax.Array:
+    def output(self, mixed_BTNH: jax.Array) -> jax.Array:
+        """Attended values, projected back to [B, T, D]."""
         N, H, D = self.o_NHD.shape
-        return linear(mixed_BTNH.reshape(*mixed_BTNH.shape[:2], N * H), self.o_NHD.reshape(N * H, D))
+        return _linear(self, "o", mixed_BTNH.reshape(*mixed_BTNH.shape[:2], N * H), self.o_NHD.reshape(N * H, D))
 
-
-def _to_heads(x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
-    D, N, H = w_DNH.shape
-    return linear(x_BTD, w_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
+    def _to_heads(self, name: str, x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+        D, N, H = w_DNH.shape
+        return _linear(self, name, x_BTD, w_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
 
 
 class Block(nn.Module):
-    """Pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Given a collection "lora" with factors a [in, R] and b [R, out] per matrix, they add to what the positions from
+    `lora_from` on compute.
+    """
 
     config: ModelConfig
+    lora_from: int = 0
 
     def setup(self) -> None:
-        self.attn_norm, self.attn = RMSNorm(self.config), Attention(self.config)
-        self.mlp_norm, self.mlp = RMSNorm(self.config), FeedForward(self.config)
+        self.attn_norm, self.attn = RMSNorm(self.config), Attention(self.config, self.lora_from)
+        self.mlp_norm, self.mlp = RMSNorm(self.config), FeedForward(self.config, self.lora_from)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """A whole row at once; token t stands in slot t."""
@@ -165,8 +168,25 @@ class Block(nn.Module):
         self, x_BYD: jax.Array, positions_BY: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BXS: jax.Array
     ) -> jax.Array:
         """Y = X P positions beside a sequence whose keys and values are given; see `attention_beside`."""
-        x_BYD += self.attn.attend_beside(self.attn_norm(x_BYD), positions_BY, k_BKSH, v_BKSH, visible_BXS)
+        h_BYD = self.attn_norm(x_BYD)
+        q_BYNH, own = self.attn.queries(h_BYD, positions_BY), self.attn.keys_values(h_BYD, positions_BY)
+        x_BYD += self.attn.output(_attend_beside(q_BYNH, own, (k_BKSH, v_BKSH), visible_BXS))
         return x_BYD + self.mlp(self.mlp_norm(x_BYD))
+
+    def write_read_beside(
+        self, xy_BZD: jax.Array, start_B: jax.Array, cache: LayerCache, positions_BY: jax.Array, visible_BXS: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """`write_read` of the first Q = `lora_from` positions and `beside` of the Y others, in joint products."""
+        Q = self.lora_from
+        h_BZD, slots_BQ = self.attn_norm(xy_BZD), _slots(start_B, Q)
+        positions_BZ = jnp.concatenate([slots_BQ, positions_BY], axis=1)
+        q_BZNH, (k_BZKH, v_BZKH) = self.attn.queries(h_BZD, positions_BZ), self.attn.keys_values(h_BZD, positions_BZ)
+        cache = write_cache(cache, k_BZKH[:, :Q], v_BZKH[:, :Q], start_B)
+        mixed_BQNH = attention(q_BZNH[:, :Q], *cache, slots_BQ)
+        own = k_BZKH[:, Q:], v_BZKH[:, Q:]
+        mixed_BYNH = _attend_beside(q_BZNH[:, Q:], own, cache, visible_BXS)
+        xy_BZD += self.attn.output(jnp.concatenate([mixed_BQNH, mixed_BYNH], axis=1))
+        return xy_BZD + self.mlp(self.mlp_norm(xy_BZD)), cache
 
     def write(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
         """Enters Q positions into the cache, row b's from slot start_B[b] on."""
@@ -188,6 +208,15 @@ class Block(nn.Module):
     def _read(self, x_BQD: jax.Array, h_BQD: jax.Array, slots_BQ: jax.Array, cache: LayerCache) -> jax.Array:
         x_BQD += self.attn.attend(h_BQD, slots_BQ, cache.k_BKSH, cache.v_BKSH, slots_BQ)
         return x_BQD + self.mlp(self.mlp_norm(x_BQD))
+
+
+def _attend_beside(
+    q_BYNH: jax.Array, own: tuple[jax.Array, jax.Array], slots: tuple[jax.Array, jax.Array], visible_BXS: jax.Array
+) -> jax.Array:
+    """`attention_beside` for Y = X P queries in the order of their anchors."""
+    B, X = visible_BXS.shape[:2]
+    q_BXPNH, *own_BXPKH = (x.reshape(B, X, -1, *x.shape[2:]) for x in (q_BYNH, *own))
+    return attention_beside(q_BXPNH, *slots, *own_BXPKH, visible_BXS).reshape(q_BYNH.shape)
 
 
 def _slots(start_B: jax.Array, count: int) -> jax.Array:

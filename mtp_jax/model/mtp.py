@@ -140,8 +140,6 @@ def decode_view(config: Config, params: Params) -> Params:
         view["unembed"] = {"table_DV": view["unembed"]["table"].T}
     if "heads" in params:
         view["heads"] = base.unstack(config, cast["heads"])
-        if config.heads.lora_rank:
-            view["heads"]["beside"] = masks.unstack(config, cast["heads"]["lora"], view["blocks"])
     return view
 
 
@@ -202,17 +200,19 @@ def _decode_beside(
     ask: Ask,
 ) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
     """Both streams of `heads.masks`; the tokens' keys and values enter the caches, the masks' are forgotten."""
-    model, block_of = config.model, Block(config.model)
-    at_BX = jnp.arange(x_BQD.shape[1])[None, :] if ask.at_B is None else ask.at_B[:, None]
-    beside = masks.decode_masks(config, params, start_B[:, None] + at_BX, ask.count, caches[0].slots)
-    y_BYD, written = beside.embedded_BYD.astype(model.dtype), []
-    others = params["heads"].get("beside", params["blocks"])
-    for block, other, cache in zip(params["blocks"], others, caches, strict=True):
-        x_BQD, new = lm.decode_blocks(model, (block,), x_BQD, start_B, (cache,))
-        arrays = (y_BYD, beside.positions_BY, *new[0], beside.visible_BXS)
-        y_BYD = block_of.apply({"params": other}, *arrays, method="beside")
-        written += new
-    return x_BQD, y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1]), tuple(written)
+    Q, slots = x_BQD.shape[1], caches[0].slots
+    at_BX = jnp.arange(Q)[None, :] if ask.at_B is None else ask.at_B[:, None]
+    beside = masks.decode_masks(config, params, start_B[:, None] + at_BX, ask.count, slots)
+    xy_BZD = jnp.concatenate([x_BQD, beside.embedded_BYD.astype(x_BQD.dtype)], axis=1)
+    block_of, written = Block(config.model, lora_from=Q), []
+    loras = params["heads"].get("lora", (None,) * len(caches))
+    for block, lora, cache in zip(params["blocks"], loras, caches, strict=True):
+        arrays = (xy_BZD, start_B, cache, beside.positions_BY, beside.visible_BXS)
+        variables = {"params": block} | masks.adapters(config, lora)
+        xy_BZD, cache = block_of.apply(variables, *arrays, method="write_read_beside")
+        written.append(cache)
+    y_BYD = xy_BZD[:, Q:]
+    return xy_BZD[:, :Q], y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1]), tuple(written)
 
 
 def draft_logits(config: Config, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:

@@ -6,6 +6,7 @@ from reference.models import small_config
 from mtp_jax.cli.bench import bytes_touched
 
 TABLE, BLOCK = 24 * 16, 1952
+LORA = 3 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24))
 CACHE = 2 * 5 * 2 * 4  # keys and values of 5 tokens in 2 heads of width 4
 HEADS = {
     "parallel": ({}, 2 * (BLOCK + CACHE) + TABLE),
@@ -15,7 +16,8 @@ HEADS = {
     "medusa, own tables": ({"kind": "medusa", "unembed": "own"}, 2 * (256 + 16 + TABLE)),
     "sequential": ({"kind": "sequential"}, 2 * (BLOCK + 512 + 32 + CACHE + TABLE)),
     "recursive": ({"kind": "recursive"}, 2 * (BLOCK + 512 + 32 + CACHE + TABLE)),
-    "masks": ({"kind": "masks"}, 2 * 16 + 2 * BLOCK + TABLE),
+    "masks": ({"kind": "masks"}, 2 * 16 + TABLE),
+    "masks, with LoRA": ({"kind": "masks", "lora_rank": 3}, 2 * 16 + 2 * LORA + TABLE),
 }
 
 
@@ -23,7 +25,8 @@ HEADS = {
 def test_bytes_of_a_round(name):
     """A step reads blocks, unembedding and cache; a round also the heads that draft, with what they go through.
 
-    Breaks if a recursive module counts once for all depths, or the unembedding once for a chain of tokens.
+    Breaks if a recursive module counts once for all depths, the unembedding once for a chain of tokens, or if masks
+    read the model a second time.
     """
     heads, added = HEADS[name]
     count = 1 if "one of two" in name else 2

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.families import DRAFTING, KINDS, heads_of
+from reference.jaxprs import equations
 from reference.models import random_params, small_config
 from reference.quick import quick_jit
 
@@ -155,3 +156,16 @@ def test_fewer_drafts_are_the_first_heads(name):
     _, draft_BPV, *_ = forward(config, view, tokens_BS, zeros_B, zeros_B + T - 1, drafts_BP, *caches, tokens_BS[:, :T])
     assert draft_BPV.shape[1] == 1
     assert_close(draft_BPV, expected_drafts(config, params, tokens_BS, zeros_B + T, drafts_BP))
+
+
+@pytest.mark.parametrize(("rank", "products"), [(0, 7 + 2 + 4), (2, 7 + 2 + 4 + 2 * 7)])
+def test_masks_go_through_the_weights_with_the_tokens(rank, products):
+    """Matrix products of a round with masks: each matrix of a block once, attention of tokens (2) and of masks (4), and
+    two per matrix for LoRA. Breaks if the masks are a forward pass of their own, which reads the model again."""
+    config = small_config(heads={"kind": "masks", "lora_rank": rank})
+    params = mtp.decode_view(config, random_params(config))
+    tokens_BQ, start_B, caches = jnp.ones((1, 3), jnp.int32), jnp.zeros(1, jnp.int32), mtp.init_caches(config, 1, 8)
+    decode = lambda params: mtp.decode_forward(config, params, tokens_BQ, start_B, caches, mtp.Ask(2))  # noqa: E731
+    traced = jax.make_jaxpr(decode)(params)
+    counted = sum(equation.primitive.name == "dot_general" for equation in equations(traced))
+    assert counted == config.model.num_layers * products

@@ -19,6 +19,8 @@ from mtp_jax.losses.mtp import head_scale, mtp_loss
 from mtp_jax.losses.targets import make_targets
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import lm, mtp
+from mtp_jax.model.heads import masks
+from mtp_jax.model.layers import Block
 
 apply = jax.jit(mtp.apply, static_argnums=0)
 FIRST, SECOND = [3, 1, 4, 1, 5], [9, 2, 6]
@@ -228,6 +230,33 @@ def test_tap_norm_is_the_final_norm():
 def value_and_grad(config, params, batch):
     """A scalar of all heads' states and its gradient."""
     return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(mtp.apply(config, params, *batch))))(params)
+
+
+def test_lora_adds_to_every_matrix_behind_the_gate():
+    """A block with LoRA factors = the block with W + alpha / R A B, behind `lora_from`, and the bare block before it.
+
+    Breaks without alpha / R, with the factors of one matrix left out, or without the gate.
+    """
+    config = small_config(heads={"kind": "masks", "lora_rank": 3, "lora_alpha": 5.0})
+    first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731
+    params = random_params(config)
+    block, lora = first(params["blocks"]), first(params["heads"]["lora"])
+    assert {layer: set(pairs) for layer, pairs in lora.items()} == {
+        "attn": {"q", "k", "v", "o"},
+        "mlp": {"gate", "up", "down"},
+    }
+    merged = {layer: dict(block[layer]) for layer in block}
+    for layer, pairs in lora.items():
+        for name, pair in pairs.items():
+            merged[layer][name] += (5 / 3 * pair["a"] @ pair["b"]).reshape(merged[layer][name].shape)
+    x_BTD = np.random.default_rng(0).standard_normal((1, 4, 16)).astype(np.float32)
+    positions_BT, factors = np.arange(4)[None], masks.adapters(config, lora)
+    whole, bare = (Block(config.model).apply({"params": p}, x_BTD, positions_BT, None) for p in (merged, block))
+    actual = Block(config.model).apply({"params": block} | factors, x_BTD, positions_BT, None)
+    np.testing.assert_allclose(actual, whole, rtol=1e-5, atol=1e-6)
+    gated = Block(config.model, lora_from=3).apply({"params": block} | factors, x_BTD, positions_BT, None)
+    np.testing.assert_array_equal(gated[:, :3], bare[:, :3])
+    assert not np.allclose(gated[:, 3], bare[:, 3])
 
 
 def test_remat_changes_no_number():

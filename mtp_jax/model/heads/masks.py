@@ -8,11 +8,12 @@ token t+1+m:
     masks           1  2  1  2  1  2            and predicts token 3; mask 2 stands at 3 and predicts token 4
 
 All of it is one forward over two streams: the tokens, which are computed exactly as without masks, and the masks, which
-read the tokens' keys and values. With `heads.lora_rank` the masks' stream runs on weights W + s B A of its own (LoRA
-that is gated to mask positions), so that training the heads alone leaves the next-token path bitwise as it is.
+read the tokens' keys and values. With `heads.lora_rank` the masks' stream adds s B A x to every W x (LoRA that is gated
+to mask positions), so that training the heads alone leaves the next-token path bitwise as it is.
 
 In decoding the masks stand beside every position that a round verifies, because it is not known yet which of them will
-turn out to be the newest (the quadratic form of Apple 2025): P+1 tokens and P (P+1) masks in one forward.
+turn out to be the newest (the quadratic form of Apple 2025): P+1 tokens and P (P+1) masks in one forward, in joint
+products.
 """
 
 import math
@@ -64,18 +65,13 @@ def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
-def adapted(config: Config, block: Params, lora: Params | None) -> Params:
-    """A block's parameters as masks see them: W + alpha / R * A B."""
+def adapters(config: Config, lora: Params | None) -> dict[str, Params]:
+    """The collection of LoRA factors of a block, or of stacked blocks, with alpha / R in B; nothing without LoRA."""
     if lora is None:
-        return block
-    scale, changed = config.heads.lora_alpha / config.heads.lora_rank, dict(block)
-    for layer, names in MATRICES:
-        changed[layer] = dict(block[layer])
-        for name in names:
-            w, pair = block[layer][name], lora[layer][name]
-            update = (scale * (pair["a"] @ pair["b"])).reshape(w.shape)
-            changed[layer][name] = w + update.astype(w.dtype)
-    return changed
+        return {}
+    scale = config.heads.lora_alpha / config.heads.lora_rank
+    scaled = lambda path, leaf: scale * leaf if path[-1].key == "b" else leaf  # noqa: E731
+    return {"lora": jax.tree_util.tree_map_with_path(scaled, lora)}
 
 
 class Beside(NamedTuple):
@@ -97,7 +93,7 @@ def run(
         block, lora = blocks
         x_BTD, *keys_values = block_of.apply({"params": block}, x_BTD, positions_BT, segment_ids_BT, method="row")
         arrays = (y_BYD, masks.positions_BY, *keys_values, masks.visible_BXS)
-        y_BYD = block_of.apply({"params": adapted(config, block, lora)}, *arrays, method="beside")
+        y_BYD = block_of.apply({"params": block} | adapters(config, lora), *arrays, method="beside")
         return lm.constrain(x_BTD), lm.constrain(y_BYD)
 
     step = both if config.model.remat == "none" else jax.checkpoint(both)
@@ -150,11 +146,6 @@ def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> 
 
 
 # Decoding.
-
-
-def unstack(config: Config, lora: Params, blocks: tuple[Params, ...]) -> tuple[Params, ...]:
-    """Blocks as masks see them, one per layer, in the compute dtype."""
-    return tuple(adapted(config, block, pair) for block, pair in zip(blocks, lm.unstack(lora), strict=True))
 
 
 def decode_masks(config: Config, params: Params, start_BX: jax.Array, count: int, slots: int) -> Beside:

@@ -1,0 +1,133 @@
+"""Which objectives learn which generated task? Accuracy on held-out documents, by objective and seed.
+
+    python benchmarks/tasks.py CONFIG.py [--seeds 3] [--steps N] [--methods next-token parallel ...]
+
+Trains the config's shape, with the same number of parameters in the next-token path, as
+
+    next-token     M = 1
+    parallel       M of the config; for star graphs path length - 1: the head at the start of the path reaches the goal
+    sequential     the same M, DeepSeek-V3's heads
+    teacherless    M = 1, every input behind the prompt replaced by a dummy (Bachmann & Nagarajan 2024)
+
+and counts held-out documents whose whole answer is right: `generated` freely (teacherless: in one pass over dummies,
+which is how it is trained), `forced` with the true answer as input, every token of it. On a star graph a model that
+cannot plan guesses the arm: 1 / degree. Induction has no answer: `recalled` is the share of names seen before whose
+second token head 0 knows.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import statistics
+import time
+
+import numpy as np
+import tyro
+
+from mtp_jax import Config, generate, load
+from mtp_jax.cli.common import keep_compiled, read_config
+from mtp_jax.data import synthetic
+from mtp_jax.data.loader import prepare
+from mtp_jax.loading import LoadedModel
+from mtp_jax.train.console import RunConsole
+from mtp_jax.train.loop import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to train."""
+
+    config: tyro.conf.Positional[str]
+    """A config with a generated task as its source."""
+    seeds: int = 3
+    """Seeds of initialisation; the data and its order are the same for all."""
+    steps: int = 0
+    """Training steps; 0 takes the config's."""
+    documents: int = 1000
+    """Held-out documents."""
+    methods: tuple[str, ...] = ("next-token", "parallel", "sequential", "teacherless")
+    """Which of the four."""
+    workdir: pathlib.Path = pathlib.Path("runs/tasks")
+    """Where runs go; those that are there are not trained again."""
+
+
+def variant(config: Config, method: str, dummy: int) -> Config:
+    """The config of one method."""
+    if method in ("parallel", "sequential"):
+        return dataclasses.replace(config, heads=dataclasses.replace(config.heads, kind=method))
+    config = dataclasses.replace(config, heads=dataclasses.replace(config.heads, num_future=1))
+    if method == "teacherless":
+        return dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacherless=dummy))
+    return config
+
+
+def batches(rows_BT: np.ndarray) -> list[np.ndarray]:
+    """Rows, 250 at a time."""
+    return [rows_BT[start : start + 250] for start in range(0, len(rows_BT), 250)]
+
+
+def predicted(lm: LoadedModel, rows_BT: np.ndarray) -> np.ndarray:
+    """Head 0's likeliest token at every position."""
+    return np.concatenate([np.asarray(lm.logits(part)[0]).argmax(-1) for part in batches(rows_BT)])
+
+
+def answered(lm: LoadedModel, rows_BT: np.ndarray, prompt: int) -> dict[str, float]:
+    """Share of answers that are right throughout: generated, and with the true answer (or dummies) as input."""
+    dummy, answers_BN = lm.config.loss.teacherless, rows_BT[:, prompt:]
+    inputs_BN = np.full_like(answers_BN, dummy) if dummy >= 0 else answers_BN
+    tokens_BN = predicted(lm, np.concatenate([rows_BT[:, :prompt], inputs_BN], axis=1))[:, prompt - 1 : -1]
+    forced = float((tokens_BN == answers_BN).all(1).mean())
+    if dummy >= 0:
+        return {"generated": forced, "forced": forced}
+    options = {"max_new_tokens": answers_BN.shape[1], "draft": "none"}
+    tokens = [row for part in batches(rows_BT[:, :prompt]) for row in generate(lm, part.tolist(), **options).tokens]
+    return {"generated": float((np.array(tokens) == answers_BN).all(1).mean()), "forced": forced}
+
+
+def recalled(lm: LoadedModel, rows_BT: np.ndarray, vocab: tuple[str, ...]) -> dict[str, float]:
+    """Share of names that came before in their document whose second token is predicted."""
+    is_first_V = np.array([token.startswith("N") for token in vocab])
+    before_BTT = np.tril(rows_BT[:, :, None] == rows_BT[:, None, :], -1)
+    again_BT = is_first_V[rows_BT] & before_BTT.any(-1)
+    right_BT = predicted(lm, rows_BT)[:, :-1] == rows_BT[:, 1:]
+    return {"recalled": float(right_BT[again_BT[:, :-1]].mean())}
+
+
+def main() -> None:
+    """Trains, evaluates, prints one table."""
+    args = tyro.cli(Args, description=__doc__)
+    base = read_config(args.config)
+    task = synthetic.make(base.data.source)
+    dummy = len(task.vocab) - 1
+    if args.steps:
+        base = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=args.steps))
+    heldout = prepare(base, None).heldout
+    rows_BT = np.asarray(heldout.tokens).reshape(-1, task.tokens_BT.shape[1])[: args.documents]
+    print(f"{base.data.source}, {base.train.steps} steps of {base.train.batch_size} rows, {len(rows_BT)} held out")
+    print("| | seed | accuracy, % | seconds |\n|---|---|---|---|")
+    for method in args.methods:
+        figures = []
+        for seed in range(args.seeds):
+            config = variant(base, method, dummy)
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+            workdir = args.workdir / f"{pathlib.Path(args.config).stem}_{method}_{seed}"
+            keep_compiled(args.workdir)
+            began = time.monotonic()
+            with RunConsole(quiet=True) as console:
+                train(config, workdir, console)
+            seconds, lm = time.monotonic() - began, load(workdir)
+            prompt = task.prompt_tokens
+            figures.append(answered(lm, rows_BT, prompt) if prompt else recalled(lm, rows_BT, task.vocab))
+            print(f"| {method} | {seed} | {show(figures[-1])} | {seconds:.0f} |", flush=True)
+            shutil.rmtree(workdir / "data", ignore_errors=True)
+        mean = {name: statistics.mean(figure[name] for figure in figures) for name in figures[0]}
+        print(f"| **{method}** | all | {show(mean)} | |", flush=True)
+
+
+def show(figure: dict[str, float]) -> str:
+    """Shares in per cent, by name."""
+    return ", ".join(f"{100 * share:.1f} {name}" for name, share in figure.items())
+
+
+if __name__ == "__main__":
+    main()
