@@ -94,6 +94,30 @@ class Config:
             "train.trainable='heads', but heads.num_future=1 has no extra head; use num_future=2 or more",
         )
         require(
+            train.trainable == "all" or heads.kind != "registers",
+            "train.trainable='heads' with heads.kind='registers' trains nothing that is used afterwards; train all",
+        )
+        extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
+        require(
+            train.trainable == "all" or extra,
+            f"train.trainable='heads', but loss.head_weights={loss.head_weights}, loss.extra_weight="
+            f"{loss.extra_weight} and loss.decay={loss.decay} silence every extra head",
+        )
+        require(
+            extra or self.head_weights[0] > 0,
+            f"loss.head_weights={loss.head_weights}, loss.extra_weight={loss.extra_weight} and loss.decay={loss.decay} "
+            "silence every head; at least one must count",
+        )
+        require(
+            heads.num_future == 1 or loss.heads_per_step < heads.num_future,
+            f"loss.heads_per_step={loss.heads_per_step}, but heads.num_future={heads.num_future} has "
+            f"{heads.num_future - 1} extra heads; 0 trains all of them",
+        )
+        require(
+            heads.draft or heads.num_future == 1 or decode.num_draft < 1,
+            f"decode.num_draft={decode.num_draft}, but heads.kind={heads.kind!r} drafts nothing; use 0 or -1",
+        )
+        require(
             data.seq_len >= heads.mask_stride,
             f"heads.mask_stride={heads.mask_stride} is above data.seq_len={data.seq_len}",
         )

@@ -61,7 +61,7 @@ class LoadedModel:
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: Config, params: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-    hidden_MBTD = mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+    hidden_MBTD = mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), everywhere=True)
     return mtp.logits(config, params, hidden_MBTD)
 
 

@@ -87,7 +87,8 @@ class HeadsConfig:
     kind: Family = "parallel"
     """Head family."""
     num_future: int = 4
-    """M, prediction heads including the next-token head; 1 is a plain language model."""
+    """M, prediction heads including the next-token head; 1 is a plain language model, to which the other settings of
+    heads, and those of their losses, mean nothing."""
     tap: int = -1
     """Blocks of the next-token path below the state that the heads read. Negative counts from the end: -1 is the input
     of the last block (L-1, Gloeckle et al. 2024). `num_layers` is the state after the last block."""
@@ -145,6 +146,11 @@ class HeadsConfig:
             self.init != "zero" or self.kind != "linear" or self.residual,
             "heads.init='zero' with heads.kind='linear' needs heads.residual=True; a map of zeros predicts nothing",
         )
+        self._needs("init_block", -1, self.init == "copy_block", "heads.init='copy_block'")
+        self._needs("lora_alpha", 32.0, self.lora_rank > 0, "heads.lora_rank")
+        self._needs("chain", "pre_norm", self.norm != "none", "a norm to stand behind: heads.norm='shared' or 'own'")
+        own_norms = self.kind in BLOCK_FAMILIES or self.norm == "own"
+        self._needs("norm_plus_one", False, own_norms, "heads.norm='own': these heads have no other norm")
         require(
             not (self.tap_mix and self.tap_norm),
             "heads.tap_norm=True with heads.tap_mix=True; the mix is over normed states already",
@@ -154,6 +160,10 @@ class HeadsConfig:
     def draft(self) -> bool:
         """Whether there is anything to draft with."""
         return self.num_future > 1 and self.kind != "registers"
+
+    def _needs(self, field: str, default: Any, given: bool, what: str) -> None:
+        value = getattr(self, field)
+        require(value == default or given, f"heads.{field}={value!r} means nothing without {what}")
 
     def _belongs(self, field: str, default: Any, kinds: tuple[str, ...]) -> None:
         """A setting that the family would ignore is refused."""
@@ -227,7 +237,31 @@ class LossConfig:
         for name in ("label_smoothing", "distil_mix", "schedule_at", "entropy_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"loss.{name}={value}; it must lie in [0, 1]")
-        require(self.entropy_temperature > 0, f"loss.entropy_temperature={self.entropy_temperature}; must be above 0")
+        require(
+            self.entropy_temperature >= 1e-6,
+            f"loss.entropy_temperature={self.entropy_temperature}; it must be at least 1e-6",
+        )
+        require(
+            (self.entropy, self.entropy_fraction) not in (("keep_top", 0.0), ("drop_top", 1.0)),
+            f"loss.entropy_fraction={self.entropy_fraction} with loss.entropy={self.entropy!r} leaves nothing to learn",
+        )
+        for field, default, given, what in (
+            ("distil_mix", 1.0, self.distil != "none", "loss.distil"),
+            ("schedule_final", 0.0, self.schedule in ("linear", "switch"), "loss.schedule='linear' or 'switch'"),
+            ("schedule_at", 0.5, self.schedule == "switch", "loss.schedule='switch'"),
+            ("order_window", 32, self.token_order > 0, "loss.token_order"),
+            (
+                "entropy_fraction",
+                0.2,
+                self.entropy in ("keep_top", "drop_top"),
+                "loss.entropy='keep_top' or 'drop_top'",
+            ),
+            ("entropy_temperature", 1.0, self.entropy == "soft", "loss.entropy='soft'"),
+            ("entropy_source", "next_token", self.entropy != "none", "loss.entropy"),
+            ("entropy_normaliser", "selected", self.entropy != "none", "loss.entropy"),
+        ):
+            value = getattr(self, field)
+            require(value == default or given, f"loss.{field}={value!r} means nothing without {what}")
         require(self.teacherless >= -1, f"loss.teacherless={self.teacherless}; give a token id, or -1 to switch it off")
         require(
             not self.head_weights or any(self.head_weights),
@@ -342,9 +376,16 @@ class TrainConfig:
     batch_size: int = 16
     """Rows per optimizer step, over all devices and micro-batches (B)."""
     grad_accum: int = 1
-    """Micro-batches per optimizer step; changes memory, not the result."""
+    """Micro-batches per optimizer step; changes memory, not the result, except that `loss.entropy` chooses within a
+    micro-batch."""
     trainable: Literal["all", "heads"] = "all"
-    """heads: the extra heads alone; nothing else has a gradient or an optimizer state."""
+    """heads: the extra heads alone; nothing else has a gradient or an optimizer state. Give them a trained model to
+    stand on with `init_from`."""
+    init_from: str = ""
+    """Workdir of a finished run whose model this one starts from: everything but the heads, and with
+    `init_heads='same'` those too. Needs the same `model` section and the same tokenizer."""
+    init_heads: Literal["new", "same"] = "new"
+    """Whether the heads start as `heads.init` says, or as those of `init_from`."""
     seed: int = 0
     """Seed of the initial parameters, and of random choices in the loss."""
     log_every: int = 20
@@ -366,6 +407,10 @@ class TrainConfig:
         for name in ("eval_every", "eval_rows"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative")
+        require(
+            self.init_heads == "new" or bool(self.init_from),
+            "train.init_heads='same' means nothing without train.init_from",
+        )
         require(
             self.batch_size % self.grad_accum == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.grad_accum={self.grad_accum}",

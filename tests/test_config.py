@@ -154,7 +154,52 @@ REFUSED = [
         (functools.partial(LossConfig, **{name: 1.5}), f"loss.{name}=1.5; it must lie in [0, 1]")
         for name in ("label_smoothing", "distil_mix", "schedule_at", "entropy_fraction")
     ],
-    (lambda: LossConfig(entropy_temperature=0.0), "loss.entropy_temperature=0.0; must be above 0"),
+    (lambda: LossConfig(entropy_temperature=0.0), "loss.entropy_temperature=0.0; it must be at least 1e-6"),
+    (
+        lambda: LossConfig(entropy="keep_top", entropy_fraction=0.0),
+        "loss.entropy_fraction=0.0 with loss.entropy='keep_top' leaves nothing to learn",
+    ),
+    *[
+        (functools.partial(LossConfig, **{name: value}), f"loss.{name}={value!r} means nothing without loss.")
+        for name, value in (
+            ("distil_mix", 0.5),
+            ("schedule_final", 0.5),
+            ("schedule_at", 0.2),
+            ("order_window", 4),
+            ("entropy_fraction", 0.5),
+            ("entropy_temperature", 2.0),
+            ("entropy_source", "own"),
+            ("entropy_normaliser", "all"),
+        )
+    ],
+    (lambda: HeadsConfig(init_block=-2), "heads.init_block=-2 means nothing without heads.init='copy_block'"),
+    (lambda: HeadsConfig(lora_alpha=8.0), "heads.lora_alpha=8.0 means nothing without heads.lora_rank"),
+    (
+        lambda: HeadsConfig(kind="sequential", norm="none", chain="post_norm"),
+        "heads.chain='post_norm' means nothing without a norm",
+    ),
+    (
+        lambda: HeadsConfig(kind="linear", norm_plus_one=True),
+        "heads.norm_plus_one=True means nothing without heads.norm='own'",
+    ),
+    (lambda: TrainConfig(init_heads="same"), "train.init_heads='same' means nothing without train.init_from"),
+    (
+        lambda: Config(heads=HeadsConfig(kind="registers"), train=TrainConfig(trainable="heads")),
+        "train.trainable='heads' with heads.kind='registers' trains nothing that is used",
+    ),
+    (
+        lambda: Config(loss=LossConfig(extra_weight=0.0), train=TrainConfig(trainable="heads")),
+        "loss.head_weights=(), loss.extra_weight=0.0 and loss.decay=1.0 silence every extra head",
+    ),
+    (
+        lambda: Config(loss=LossConfig(head_weights=(0.0, 1.0, 1.0, 1.0), decay=0.0)),
+        "loss.extra_weight=1.0 and loss.decay=0.0 silence every head",
+    ),
+    (lambda: Config(loss=LossConfig(heads_per_step=4)), "loss.heads_per_step=4, but heads.num_future=4 has 3 extra"),
+    (
+        lambda: Config(heads=HeadsConfig(kind="registers"), decode=DecodeConfig(num_draft=2)),
+        "decode.num_draft=2, but heads.kind='registers' drafts nothing",
+    ),
     (lambda: LossConfig(teacherless=-2), "loss.teacherless=-2; give a token id, or -1 to switch it off"),
     (lambda: HeadsConfig(lora_rank=-1), "heads.lora_rank=-1 is negative"),
     (lambda: HeadsConfig(lora_alpha=0.0), "heads.lora_alpha=0.0; it must be above 0"),
@@ -168,7 +213,10 @@ REFUSED = [
     (lambda: HeadsConfig(kind="medusa", init="copy_block"), "heads.init='copy_block', but medusa heads have no block"),
     (lambda: HeadsConfig(kind="linear", init="zero"), "heads.init='zero' with heads.kind='linear' needs"),
     (lambda: HeadsConfig(tap_mix=True, tap_norm=True), "heads.tap_norm=True with heads.tap_mix=True"),
-    (lambda: Config(heads=HeadsConfig(init_block=4)), "heads.init_block=4 is no block of a model with"),
+    (
+        lambda: Config(heads=HeadsConfig(init="copy_block", init_block=4)),
+        "heads.init_block=4 is no block of a model",
+    ),
     (
         lambda: Config(heads=HeadsConfig(num_future=1), train=TrainConfig(trainable="heads")),
         "train.trainable='heads', but heads.num_future=1 has no extra head",
@@ -285,7 +333,7 @@ def test_sizes_are_at_least_one(section, cls, name):
     """0 is refused and 1 or 2 is not, for every size. Breaks without the field's name in `_positive`."""
     with pytest.raises(UserError, match=f"^{section}.{name} is 0; it must be at least 1$"):
         cls(**{name: 0})
-    others = {"num_heads": {"num_kv_heads": 1}}.get(name, {})
+    others = {"num_heads": {"num_kv_heads": 1}, "order_window": {"token_order": 0.5}}.get(name, {})
     assert getattr(cls(**{name: 2}, **others), name) == 2
 
 

@@ -65,7 +65,9 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     lm = _model(args)
     if not lm.config.heads.draft and args.draft != "lookup":
-        raise UserError(f"{args.source} has no extra heads to draft with; use --draft lookup")
+        heads = lm.config.heads
+        why = "has no extra heads" if heads.num_future == 1 else f"has heads.kind={heads.kind!r}, which has nothing"
+        raise UserError(f"{args.source} {why} to draft with; use --draft lookup")
     prompts = _prompts(lm, args)
     num_draft = None if args.num_draft < 0 else args.num_draft
     if args.draft != "lookup" and num_draft is None:

@@ -7,9 +7,11 @@ import tyro
 
 from mtp_jax.cli.common import keep_compiled, parse, print_evaluation, print_json, say
 from mtp_jax.data.loader import load_heldout
+from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
+from mtp_jax.errors import UserError
 from mtp_jax.eval.page import make_directory, write_page
 from mtp_jax.eval.report import evaluate
-from mtp_jax.loading import load
+from mtp_jax.loading import LoadedModel, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,9 @@ class Args:
     source: tyro.conf.Positional[str]
     """Workdir of `mtp train` or `mtp quickstart`."""
     data: str
-    """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl` or `.npy`, read whole."""
+    """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl`, `.npy` or generated task,
+    read whole. A task without a seed is drawn with seed 1, other documents than a run's; its row and prompt length are
+    taken from it."""
     text_field: str = "text"
     """Field of a JSONL record that holds the text."""
     num_prompts: int = 0
@@ -40,15 +44,32 @@ def main(argv: list[str]) -> None:
     settings = lm.config.decode
     changes = {name: getattr(args, name) for name in ("num_prompts", "max_new_tokens") if getattr(args, name)}
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, decode=dataclasses.replace(settings, **changes)))
+    source = args.data
+    if is_synthetic(source):
+        source = with_seed(source, 1)
+        lm = _for_task(lm, source)
     directory = pathlib.Path(args.output or f"{args.source}/eval")
     make_directory(directory)
     data = lm.config.data
-    split = (data.seed, data.eval_fraction) if args.data == "stdlib" else None
-    rows = load_heldout(args.data, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
-    say(f"{args.data}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens, {rows.bytes_ / 1e6:.2f} MB")
+    split = (data.seed, data.eval_fraction) if source == "stdlib" else None
+    rows = load_heldout(source, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
+    say(f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens, {rows.bytes_ / 1e6:.2f} MB")
     result = evaluate(lm, rows, progress=say)
-    page = write_page(directory, f"{args.source} on {args.data}", result, [], {})
+    page = write_page(directory, f"{args.source} on {source}", result, [], {})
     if args.json:
         print_json(result.as_json() | {"report": str(page)})
     else:
         print_evaluation(result, {"report": str(page)})
+
+
+def _for_task(lm: LoadedModel, source: str) -> LoadedModel:
+    """The model with rows and prompts of the lengths that a generated task has."""
+    tokens, prompt = sizes(source)
+    config, longest = lm.config, lm.config.model.max_seq_len
+    if tokens + 1 > longest:
+        raise UserError(f"the documents of {source!r} have {tokens} tokens, beyond model.max_seq_len={longest}")
+    seq_len = tokens * max((config.data.seq_len - 1) // tokens, 1) + 1
+    data = dataclasses.replace(config.data, seq_len=seq_len, prompt_tokens=prompt)
+    answer = {"prompt_tokens": prompt, "max_new_tokens": tokens - prompt} if tokens - prompt > 1 and prompt else {}
+    decode = dataclasses.replace(config.decode, **answer)
+    return dataclasses.replace(lm, config=dataclasses.replace(config, data=data, decode=decode))

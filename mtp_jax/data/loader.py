@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import grain
 import numpy as np
 
-from mtp_jax.config import Config
-from mtp_jax.data import sources, store
+from mtp_jax.config import Config, DataConfig
+from mtp_jax.data import sources, store, synthetic
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments, concatenate
 from mtp_jax.data.sources import Document
 from mtp_jax.data.store import Corpus
@@ -55,19 +55,43 @@ def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") ->
             f"the training text of {config.data.source!r} has {len(corpus.train.tokens)} tokens, fewer than one row of "
             f"data.seq_len={config.data.seq_len}; lower data.seq_len or give more text"
         )
-    _check_prompts(config, corpus.train)
+    check_prompts(config.data, corpus.train, repr(config.data.source))
+    if synthetic.is_synthetic(config.data.source) and config.data.prompt_tokens:
+        prompt = synthetic.sizes(config.data.source)[1]
+        if config.data.prompt_tokens != prompt:
+            raise UserError(
+                f"data.prompt_tokens={config.data.prompt_tokens}, but the prompts of {config.data.source!r} have "
+                f"{prompt} tokens; use data.prompt_tokens={prompt}, or 0 to learn every token"
+            )
     return corpus
 
 
-def _check_prompts(config: Config, rows: PackedRows) -> None:
-    """A prompt is found by its position in its document, so no row may begin inside one."""
-    data = config.data
+def check_prompts(data: DataConfig, rows: PackedRows, what: str) -> None:
+    """A prompt is found by its position in its document, so no row may begin inside one, and something must follow it.
+
+    Args:
+      data: says how many tokens a prompt has; with 0 there is nothing to check.
+      rows: what is cut into rows.
+      what: what to call them in an error.
+
+    Raises:
+      UserError: documents of several lengths, that rows cut, or that are all prompt.
+    """
     lengths = set(np.diff(rows.doc_starts, append=len(rows.tokens)).tolist()) if data.prompt_tokens else set()
-    if lengths and (len(lengths) > 1 or (data.seq_len - 1) % max(lengths)):
-        what = f"of {min(lengths)} to {max(lengths)} tokens" if len(lengths) > 1 else f"of {max(lengths)} tokens"
+    if not lengths:
+        return
+    if len(lengths) > 1 or (data.seq_len - 1) % max(lengths):
+        n = max(lengths)
+        sizes = f"of {min(lengths)} to {n} tokens" if len(lengths) > 1 else f"of {n} tokens"
+        remedy = "" if len(lengths) > 1 else f"; use {max((data.seq_len - 1) // n, 1) * n + 1}"
         raise UserError(
             f"data.prompt_tokens={data.prompt_tokens} needs documents of one length n and data.seq_len = k n + 1, so "
-            f"that rows hold whole documents; {data.source!r} has documents {what}, and data.seq_len={data.seq_len}"
+            f"that rows hold whole documents; {what} has documents {sizes}, and data.seq_len={data.seq_len}{remedy}"
+        )
+    if data.prompt_tokens >= max(lengths):
+        raise UserError(
+            f"data.prompt_tokens={data.prompt_tokens} leaves nothing to learn: the documents of {what} have "
+            f"{max(lengths)} tokens; lower it"
         )
 
 
@@ -322,7 +346,7 @@ def _read_flat(path: str, tokenizer: Tokenizer | None, limit: int | None, what: 
     tokens = sources.read_token_file(path)
     largest = int(tokens.max())
     if limit is not None and largest >= limit:
-        raise UserError(f"token file {path!r} holds the id {largest}, but {what} is {limit}; use one above {largest}")
+        raise UserError(f"{path!r} holds the token id {largest}, but {what} is {limit}; it must be above {largest}")
     if tokens.ndim == 2:
         offsets = np.arange(len(tokens) + 1, dtype=np.int64) * tokens.shape[1]
         names = [f"row {row}" for row in range(len(tokens))]

@@ -17,6 +17,8 @@ import numpy as np
 from mtp_jax.errors import UserError
 
 PREFIX = "synthetic:"
+MOST = 10_000_000
+"""Largest value of an option; so many documents still fit into memory."""
 PRIME, DEGREE = 7, 5
 
 
@@ -39,6 +41,8 @@ def star_graph(degree: int = 2, length: int = 5, nodes: int = 30, documents: int
     The last token of the vocabulary, `$`, occurs nowhere: it is the dummy of teacherless training.
     """
     used = 1 + degree * (length - 1)
+    if length < 2:
+        raise UserError(f"star_graph: length={length}; a path needs 2 nodes or more")
     if used > nodes:
         raise UserError(f"star_graph: degree={degree}, length={length} needs {used} nodes, but nodes={nodes}")
     rng = np.random.default_rng(seed)
@@ -150,22 +154,46 @@ def make(source: str) -> Task:
     """The task that a source names.
 
     Raises:
-      UserError: an unknown task or option, or a value that is no whole number.
+      UserError: an unknown task or option, or a value that is no whole number or out of range.
     """
-    name, _, given = source.removeprefix(PREFIX).partition(":")
-    if name not in TASKS:
-        raise UserError(f"data source {source!r}: no task {name!r}; choose one of {', '.join(TASKS)}")
-    task = TASKS[name]
-    known = task.__code__.co_varnames[: task.__code__.co_argcount]
-    options = {}
-    for pair in filter(None, given.split(",")):
-        option, _, value = pair.partition("=")
-        if option not in known:
-            raise UserError(f"data source {source!r}: {name} has no option {option!r}; known: {', '.join(known)}")
-        if not value.isdigit():
-            raise UserError(f"data source {source!r}: {option}={value!r} is no whole number")
-        options[option] = int(value)
+    task, options = _parse(source)
     made = task(**options)
     if len(made.tokens_BT) < 2:
         raise UserError(f"data source {source!r} has fewer than 2 documents; raise documents")
     return made
+
+
+def sizes(source: str) -> tuple[int, int]:
+    """Tokens of a document, and of the prompt that it begins with, without making them all."""
+    task, options = _parse(source)
+    made = task(**options | {"documents": 2})
+    return made.tokens_BT.shape[1], made.prompt_tokens
+
+
+def with_seed(source: str, seed: int) -> str:
+    """The source with this seed, unless it names one."""
+    if "seed" in _parse(source)[1]:
+        return source
+    return f"{source}{',' if source.count(':') > 1 else ':'}seed={seed}"
+
+
+def _parse(source: str) -> tuple[Callable[..., Task], dict[str, int]]:
+    """The task and the options that a source gives."""
+    name, _, given = source.removeprefix(PREFIX).partition(":")
+    if name not in TASKS:
+        raise UserError(f"data source {source!r}: no task {name!r}; choose one of {', '.join(TASKS)}")
+    task, options = TASKS[name], {}
+    known = task.__code__.co_varnames[: task.__code__.co_argcount]
+    for pair in filter(None, given.split(",")):
+        option, _, value = pair.partition("=")
+        if option not in known:
+            raise UserError(f"data source {source!r}: {name} has no option {option!r}; known: {', '.join(known)}")
+        if not (value.isascii() and value.isdigit()):
+            raise UserError(f"data source {source!r}: {option}={value!r} is no whole number")
+        if option in options:
+            raise UserError(f"data source {source!r} gives {option} twice")
+        options[option] = int(value)
+        least = 0 if option in ("seed", "exactly") else 1
+        if not least <= options[option] <= MOST:
+            raise UserError(f"data source {source!r}: {option}={value} must lie between {least} and {MOST:,}")
+    return task, options

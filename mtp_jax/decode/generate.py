@@ -103,8 +103,9 @@ def generate(
       ignore_eos: go on after an end token, for measurements.
 
     Raises:
-      UserError: no prompts, an empty prompt, ids outside the vocabulary, a prompt longer than the model's limit, a
-        setting out of range, a cache that does not fit into memory, or logits from which no token can be chosen.
+      UserError: a teacherless model, no prompts, an empty prompt, ids outside the vocabulary, a prompt longer than the
+        model's limit, a setting out of range, a cache that does not fit into memory, or logits from which no token can
+        be chosen.
     """
     options = Options(temperature, top_k, top_p, min_p, seed, repetition_penalty, logit_bias, logits_fn, accept)
     request = _Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos)
@@ -177,6 +178,11 @@ class _Request:
     ) -> None:
         if isinstance(lm, str | os.PathLike):
             raise UserError(f"{str(lm)!r} is a path; load it first: generate(mtp_jax.load({str(lm)!r}), ...)")
+        if lm.config.loss.teacherless >= 0:
+            raise UserError(
+                "a model that was trained with loss.teacherless answers in one pass over dummies and continues no "
+                "text; `mtp eval` counts its answers"
+            )
         self.lm, self.stop = lm, StopStrings(stop)
         drafter = _drafter(lm, draft, num_draft)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)

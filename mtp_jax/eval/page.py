@@ -1,5 +1,6 @@
 """The report of a run: one Markdown page with a table, three plots and samples of what the model writes."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -80,8 +81,14 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
         result["tokens/s, plain"] = f"{decoding.plain_tokens_per_second:,.0f}"
         result["tokens/s, drafted"] = f"{decoding.drafted_tokens_per_second:,.0f}"
         result["drafted / plain"] = f"{decoding.speedup:.2f}x"
-    result["distinct 4-grams, output"] = f"{evaluation.distinct:.1%}"
-    result["distinct 4-grams, reference text"] = f"{evaluation.reference_distinct:.1%}"
+    if evaluation.answers is not None:
+        for name in ("generated", "forced"):
+            label = {"generated": "whole answers right, generated", "forced": "the same, true tokens as input"}[name]
+            result[label] = f"{getattr(evaluation.answers, name):.1%} of {evaluation.answers.documents}"
+    # Outputs of fewer than four tokens have none.
+    for label, share in (("output", evaluation.distinct), ("reference text", evaluation.reference_distinct)):
+        if not math.isnan(share):
+            result[f"distinct 4-grams, {label}"] = f"{share:.1%}"
     return result
 
 

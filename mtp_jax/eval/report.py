@@ -9,15 +9,19 @@ import jax
 import numpy as np
 
 from mtp_jax import sharding
-from mtp_jax.data.loader import count_prompts, heldout_batches, heldout_prompts
+from mtp_jax.data.loader import check_prompts, count_prompts, heldout_batches, heldout_prompts
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import Comparison, compare
+from mtp_jax.eval.answers import Answers, answers
 from mtp_jax.loading import LoadedModel
 from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.metrics import bits_per_byte, distinct_ratio
 from mtp_jax.train.step import eval_step, heldout_sums, xent_spec
+
+MOST_ANSWERS = 1000
+"""Documents whose answers are decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Evaluation:
     sums: HeadSums
     """Held-out sums per head, teacher-forced."""
     heldout_bytes: int
-    """UTF-8 bytes of the held-out text; 0 if unknown."""
+    """UTF-8 bytes of the tokens that count; 0 if unknown, as where prompts do not count."""
     decoding: Comparison | None
     """None where nothing drafts: no extra heads, decode.num_draft=0, or no document that is long enough."""
     distinct: float
@@ -36,6 +40,8 @@ class Evaluation:
     """The same of the text that really follows the prompts: an output far below it repeats itself."""
     samples: tuple[tuple[str, str, str], ...]
     """(prompt, generated, reference) of a few prompts, as text."""
+    answers: Answers | None = None
+    """Whole answers, where documents are a prompt and an answer (data.prompt_tokens)."""
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -54,6 +60,8 @@ class Evaluation:
             "distinct_ratio": self.distinct,
             "reference_distinct_ratio": self.reference_distinct,
         }
+        if self.answers is not None:
+            result["answers"] = self.answers._asdict()
         if self.decoding is not None:
             stats = self.decoding.drafted.stats.as_json()
             names = ("tokens_per_round", "accept_at", "accept_at_given_prev", "draft_accept_rate", "histogram")
@@ -77,16 +85,28 @@ def evaluate(
       rows: held-out rows.
       limit: most rows for the losses; 0 is all. Bits per byte need all.
       progress: is told what is going on.
+
+    Raises:
+      UserError: the model's run has prompts (data.prompt_tokens), and the rows cut documents.
     """
     config, settings = lm.config, lm.config.decode
+    check_prompts(config.data, rows, "the text")
     progress(f"held-out loss over {min(limit, len(rows)) if limit else len(rows)} rows")
     mesh = lm.mesh
     run = jax.jit(functools.partial(eval_step, config, xent_spec(config, mesh)))
     batches = heldout_batches(rows, config.train.batch_size // config.train.grad_accum, limit)
     with jax.set_mesh(mesh):
         sums = heldout_sums(run, lm.params, batches, sharding.batch_sharding(mesh))
-    room = count_prompts(rows, settings.prompt_tokens + settings.max_new_tokens)
-    if room < settings.num_prompts:
+    answered = None
+    if config.data.prompt_tokens:
+        documents_BT = np.asarray(rows.tokens).reshape(len(rows.doc_starts), -1)[:MOST_ANSWERS]
+        progress(f"answers of {len(documents_BT)} documents")
+        answered = answers(lm, documents_BT)
+    # A teacherless model is no generator.
+    room = 0
+    if config.loss.teacherless < 0:
+        room = count_prompts(rows, settings.prompt_tokens + settings.max_new_tokens)
+    if room < settings.num_prompts and config.loss.teacherless < 0:
         progress(f"the text has room for {room} prompts of decode.num_prompts={settings.num_prompts}")
     count = min(room, settings.num_prompts)
     pairs = heldout_prompts(rows, count, settings.prompt_tokens, settings.max_new_tokens) if count else []
@@ -102,9 +122,10 @@ def evaluate(
     samples = [tuple(map(text, triple)) for triple in zip(prompts, generated, references, strict=False)]
     return Evaluation(
         sums=sums,
-        heldout_bytes=0 if limit else rows.bytes_,
+        heldout_bytes=0 if limit or config.data.prompt_tokens else rows.bytes_,
         decoding=decoding,
         distinct=distinct_ratio(generated),
         reference_distinct=distinct_ratio(references),
         samples=tuple(samples[:3]),
+        answers=answered,
     )

@@ -67,5 +67,6 @@ def _choose(options: EntropyWeights, entropy_BT: jax.Array, weights_BT: jax.Arra
         share_BT = jax.nn.softmax(masked_BT.ravel() / options.temperature).reshape(entropy_BT.shape)
         return weights_BT * jnp.where(counted_BT, share_BT, 0) * jnp.sum(counted_BT)
     rank_BT = jnp.argsort(jnp.argsort(-masked_BT.ravel(), stable=True)).reshape(entropy_BT.shape)
-    top_BT = rank_BT < jnp.ceil(options.fraction * jnp.sum(counted_BT))
+    # A product that should be whole may come out just above in float32.
+    top_BT = rank_BT < jnp.ceil(options.fraction * jnp.sum(counted_BT) * (1 - 1e-6))
     return weights_BT * (top_BT if options.mode == "keep_top" else ~top_BT)

@@ -13,12 +13,13 @@ that decides nothing in n.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.errors import UserError
 from mtp_jax.losses.targets import ahead
 from mtp_jax.losses.xent import Teacher, XentSpec, fused_xent, remat_xent
 
@@ -48,8 +49,15 @@ class HeadSums(NamedTuple):
 
 
 def head_scale(weight_sum_M: jax.Array, head_weights: tuple[float, ...] | jax.Array) -> jax.Array:
-    """w_m / W_m, and 0 for a head without a single target."""
+    """w_m / W_m, and 0 for a head without a single target.
+
+    Args:
+      weight_sum_M: W_m over the whole batch.
+      head_weights: w_m, one per head.
+    """
     w_M = jnp.asarray(head_weights, jnp.float32)
+    if w_M.shape != weight_sum_M.shape:
+        raise UserError(f"head_weights has shape {w_M.shape}, the heads' sums {weight_sum_M.shape}; one per head each")
     return jnp.where(weight_sum_M > 0, w_M / jnp.where(weight_sum_M > 0, weight_sum_M, 1), 0)
 
 
@@ -84,6 +92,7 @@ def mtp_loss(
     Returns:
       The scalar to differentiate, and the per-head sums (no gradient).
     """
+    _check(hidden_MBTD, tables, targets_MBT, weights_MBT, scale_M, impl)
     scaled_MBT = (weights_MBT if learn_MBT is None else learn_MBT) * scale_M[:, None, None]
     parts = []
     for heads in _parts(len(hidden_MBTD), isinstance(tables, tuple), bool(spec.mix) or frozen):
@@ -102,6 +111,29 @@ def mtp_loss(
 
     sums = HeadSums(total(ce_MBT), total(rank_MBT == 1), total(rank_MBT <= 5), jnp.sum(weights_MBT, (1, 2)))
     return sum(part.loss for part in parts), sums
+
+
+def _check(hidden_MBTD: Any, tables: Any, targets_MBT: Any, weights_MBT: Any, scale_M: Any, impl: str) -> None:
+    """Shapes that do not belong together would be broadcast, or fail far from here."""
+    M, B, T, D = hidden_MBTD.shape if hidden_MBTD.ndim == 4 else (None,) * 4
+    if M is None:
+        raise UserError(f"mtp_loss: hidden_MBTD has shape {hidden_MBTD.shape}; [heads, batch, time, width] is needed")
+    for name, array, shape in (
+        ("targets_MBT", targets_MBT, (M, B, T)),
+        ("weights_MBT", weights_MBT, (M, B, T)),
+        ("scale_M", scale_M, (M,)),
+    ):
+        if jnp.shape(array) != shape:
+            raise UserError(f"mtp_loss: {name} has shape {jnp.shape(array)}, hidden_MBTD asks for {shape}")
+    if isinstance(tables, tuple) and len(tables) != M:
+        raise UserError(f"mtp_loss: {len(tables)} tables for {M} heads; give one [V, D] per head, or one for all")
+    for table in tables if isinstance(tables, tuple) else (tables,):
+        shape = getattr(table, "shape", None)
+        if shape is None or len(shape) != 2 or shape[1] != D:
+            what = f"is a {type(table).__name__}" if shape is None else f"has shape {shape}"
+            raise UserError(f"mtp_loss: an unembedding {what}; [vocabulary, {D}] is needed, or a tuple of those")
+    if impl not in XENT:
+        raise UserError(f"mtp_loss: impl={impl!r}; choose one of {', '.join(XENT)}")
 
 
 def _parts(M: int, own_tables: bool, apart: bool) -> list[slice]:

@@ -75,7 +75,7 @@ def head_weights(schedule: HeadSchedule, step: jax.Array) -> jax.Array:
 
 def _shape(schedule: HeadSchedule, share: jax.Array, head_M: jax.Array) -> jax.Array:
     M = len(schedule.base)
-    stage = jnp.minimum(jnp.floor(share * M).astype(jnp.int32), M - 1)
+    stage = jnp.minimum(jnp.floor(share * M + 1e-6).astype(jnp.int32), M - 1)
     if schedule.shape == "linear":
         return 1 + (schedule.final - 1) * share
     if schedule.shape == "switch":

@@ -13,6 +13,8 @@ position t. For M = 3 and a row that holds document `a b c d`, document `x y` an
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.errors import UserError
+
 
 def make_targets(
     tokens_BT: jax.Array, segment_ids_BT: jax.Array, num_future: int, learn_BT: jax.Array | None = None
@@ -28,6 +30,11 @@ def make_targets(
     Returns:
       targets_MBT (int32, 0 where the weight is 0) and weights_MBT (float32, 0 or 1).
     """
+    if num_future < 1 or tokens_BT.shape != getattr(segment_ids_BT, "shape", None):
+        raise UserError(
+            f"make_targets: num_future={num_future} must be at least 1, and segment_ids_BT of the shape of tokens_BT, "
+            f"{tokens_BT.shape}; ones are one document per row"
+        )
     learned_BT = segment_ids_BT != 0
     if learn_BT is not None:
         learned_BT &= learn_BT.astype(bool)

@@ -15,13 +15,14 @@ dW is summed locally and reduced once after it, and with the vocabulary sharded 
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from mtp_jax.losses.objectives import Objective, Softmax, logit_gradient, token_terms
+from mtp_jax.errors import UserError
+from mtp_jax.losses.objectives import Distance, Objective, Softmax, logit_gradient, token_terms
 
 
 class Xent(NamedTuple):
@@ -82,6 +83,18 @@ class XentSpec:
     distance: str = "kl"
     mix: float = 0.0
     learn_table: bool = True
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes < 1:
+            raise UserError(f"XentSpec.chunk_bytes={self.chunk_bytes}; it must be at least 1")
+        if self.distance not in get_args(Distance):
+            raise UserError(f"XentSpec.distance={self.distance!r}; choose one of {', '.join(get_args(Distance))}")
+        for name in ("smoothing", "mix"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"XentSpec.{name}={getattr(self, name)}; it must lie in [0, 1]")
+        for name in ("softcap", "z_loss"):
+            if getattr(self, name) < 0:
+                raise UserError(f"XentSpec.{name}={getattr(self, name)} is negative; 0 switches it off")
 
     @property
     def objective(self) -> Objective:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import BESIDE, Config
-from mtp_jax.model import lm
+from mtp_jax.model import heads, lm
 from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.heads import FAMILIES, base, masks
 from mtp_jax.model.heads.base import Rows
@@ -23,30 +23,43 @@ from mtp_jax.model.layers import Block
 Params = dict[str, Any]
 
 
-def init_boxed(config: Config, key: jax.Array) -> Params:
+def init_boxed(config: Config, key: jax.Array, given: Params | None = None) -> Params:
     """Parameters boxed with their logical axis names; `sharding.py` reads the names from its abstract evaluation."""
     lm_key, heads_key, order_key = *jax.random.split(key), jax.random.fold_in(key, 2)
-    params = lm.init(config.model, lm_key)
+    given, params = given or {}, lm.init(config.model, lm_key)
+    params |= {name: _filled(params[name], given[name]) for name in params.keys() & given.keys()}
     if config.heads.num_future > 1:
-        heads = FAMILIES[config.heads.kind].init(config, heads_key, params)
-        params["heads"] = heads | base.init_ends(config, params)
+        fresh = heads.init(config, heads_key, params)
+        params["heads"] = _filled(fresh, given["heads"]) if "heads" in given else fresh
     if config.loss.token_order:
         params["token_order"] = lm.init_unembed(config.model, order_key)
     return params
 
 
-def init(config: Config, key: jax.Array) -> Params:
+def _filled(boxed: Params, values: Params) -> Params:
+    return jax.tree.map(lambda box, value: box.replace(value=value), boxed, values, is_leaf=lm.is_box)
+
+
+def init(config: Config, key: jax.Array, given: Params | None = None) -> Params:
     """Fresh parameters, a tree of plain dicts.
 
     Args:
       config: the run's config; `model` and `heads` are read, and whether `loss` wants a token order head.
       key: a PRNG key.
+      given: trees that take the place of fresh ones, by top-level name. Heads that start as a part of the model start
+        as that part of what is given.
     """
-    return nn.meta.unbox(init_boxed(config, key))
+    return nn.meta.unbox(init_boxed(config, key, given))
 
 
 def apply(
-    config: Config, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    config: Config,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    everywhere: bool = False,
 ) -> jax.Array:
     """States of every head at every position, ready for the unembedding.
 
@@ -56,6 +69,7 @@ def apply(
       tokens_BT: token ids.
       positions_BT: position of each token inside its document.
       segment_ids_BT: document of each token; tokens see their own document only.
+      everywhere: also compute the states that training leaves out; see `trained`.
 
     Returns:
       hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
@@ -67,19 +81,13 @@ def apply(
         state_BTD, tap_BTD = _trunk(config, params, *rows)
         states_MBTD = family.train(config, params, Rows(tap_BTD, *rows)) if "heads" in params else None
     elif "heads" in params:
-        state_BTD, states_MBTD = family.forward(config, params, tokens_BT, *rows)
+        state_BTD, states_MBTD = family.forward(config, params, tokens_BT, *rows, everywhere=everywhere)
     else:
         state_BTD, states_MBTD = lm.run_blocks(config.model, params["blocks"], *rows), None
     hidden_1BTD = lm.final_norm(config.model, params, state_BTD)[None]
     if states_MBTD is None:
         return hidden_1BTD
-    norms = params["heads"].get("norm")
-    if norms is not None and base.sets(config) == len(states_MBTD):
-        hidden_MBTD = jax.vmap(lambda states, norm: base.end_norm(config, params, states, norm))(states_MBTD, norms)
-    else:
-        norm = None if norms is None else {"scale": norms["scale"][0]}
-        hidden_MBTD = base.end_norm(config, params, states_MBTD, norm)
-    return jnp.concatenate([hidden_1BTD, hidden_MBTD])
+    return jnp.concatenate([hidden_1BTD, heads.finish(config, params, states_MBTD)])
 
 
 def _trunk(

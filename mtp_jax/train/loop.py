@@ -28,6 +28,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.optim import schedule
 from mtp_jax.train.console import RunConsole
+from mtp_jax.train.start import parameters_to_start_from
 from mtp_jax.train.state import TrainState
 from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
 
@@ -92,7 +93,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, con
     batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, **processes)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints, console.note) as checkpoints:
         restored = checkpoints.restore_latest(steps.abstract_state, batches)
-        state, first = restored or (steps.init(jax.random.key(config.train.seed)), 0)
+        state, first = restored or (_first_state(config, workdir, steps, console), 0)
         if resumed:
             done = first == config.train.steps
             console.note(
@@ -104,6 +105,16 @@ def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, con
     if stop.signal_name:
         console.note(f"{stop.signal_name}: saved step {step} and stopped; the same command continues from there")
     return TrainResult(state, step, first, step == config.train.steps, corpus)
+
+
+def _first_state(config: Config, workdir: pathlib.Path, steps: Steps, console: RunConsole) -> TrainState:
+    """Random parameters, but for those of the model that the run starts from."""
+    key, settings = jax.random.key(config.train.seed), config.train
+    if settings.init_from:
+        return steps.init(key, parameters_to_start_from(config, workdir, steps.abstract_state.params, console.note))
+    if settings.trainable == "heads":
+        console.note("train.trainable=heads without train.init_from: the heads learn from a model of random parameters")
+    return steps.init(key)
 
 
 class _Run:
@@ -173,6 +184,7 @@ class _Run:
                 "loss": float(metrics.loss),
                 "head_loss": head_losses,
                 "head_top1": metrics.sums.means()["top1"].tolist(),
+                "head_weight": metrics.weight_M.tolist(),
                 "grad_norm": float(metrics.grad_norm),
                 **({"token_order_loss": float(metrics.token_order)} if self.config.loss.token_order else {}),
                 "learning_rate": float(self.config.optim.learning_rate * self.learning_rate(step - 1)),
@@ -211,7 +223,8 @@ class _Run:
         batches = heldout_batches(rows, settings.batch_size // settings.grad_accum, settings.eval_rows)
         sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)
         means = {f"heldout_{name}": np.asarray(value).tolist() for name, value in sums.means().items()}
-        if self.corpus.heldout_bytes and not settings.eval_rows:
+        # Of documents with a prompt only the answers are learned, and nobody has counted their bytes.
+        if self.corpus.heldout_bytes and not settings.eval_rows and not self.config.data.prompt_tokens:
             means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), self.corpus.heldout_bytes)
         self.writer.write(step, means)
 

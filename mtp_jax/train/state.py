@@ -28,9 +28,11 @@ def split_params(config: Config, params: Any) -> tuple[Any, Any]:
     return {"heads": params["heads"]}, {name: tree for name, tree in params.items() if name != "heads"}
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A fresh state."""
-    params = mtp.init(config, key)
+def init_state(
+    config: Config, optimizer: optax.GradientTransformation, key: jax.Array, given: Any = None
+) -> TrainState:
+    """A fresh state, with the parameters that are given in the place of fresh ones."""
+    params = mtp.init(config, key, given)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(split_params(config, params)[0]))
 
 

@@ -32,6 +32,8 @@ class StepMetrics(NamedTuple):
     """Mean token order loss; 0 without that head."""
     grad_norm: jax.Array
     """Global norm before clipping."""
+    weight_M: jax.Array
+    """How much every head counted, by the schedule."""
 
 
 class Steps(NamedTuple):
@@ -80,7 +82,7 @@ def train_step(
         ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, micros)
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     params = optax.apply_updates(learned, updates) | rest
-    metrics = StepMetrics(loss, parts.sums, parts.token_order, optax.tree.norm(grads))
+    metrics = StepMetrics(loss, parts.sums, parts.token_order, optax.tree.norm(grads), w_M)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -127,6 +127,13 @@ BAD = {
     "synthetic:star_graph:degree=9,length=9": "needs 73 nodes, but nodes=30",
     "synthetic:induction:names=9,firsts=3": "names=9 at most firsts=3",
     "synthetic:star_graph:documents=1": "fewer than 2 documents",
+    "synthetic:star_graph:length=1": "length=1; a path needs 2 nodes or more",
+    "synthetic:star_graph:degree=0": "degree=0 must lie between 1 and 10,000,000",
+    "synthetic:induction:words=0": "words=0 must lie between 1 and",
+    "synthetic:polynomials:operations=0": "operations=0 must lie between 1 and",
+    "synthetic:star_graph:degree=²": "degree='²' is no whole number",
+    "synthetic:star_graph:degree=2,degree=3": "gives degree twice",
+    "synthetic:star_graph:documents=99999999999": "must lie between 1 and 10,000,000",
 }
 
 
@@ -139,10 +146,25 @@ def test_bad_sources(source):
 
 def test_prompts_need_whole_documents():
     """data.prompt_tokens with rows that cut documents is refused: the cut would move the prompt. Breaks without
-    `_check_prompts`."""
+    `check_prompts`."""
     source = "synthetic:star_graph:degree=2,length=3,nodes=8,documents=40"
     data = {"source": source, "tokenizer": "none", "seq_len": 36, "prompt_tokens": 15}
     with pytest.raises(
         UserError, match=r"needs documents of one length n and data.seq_len = k n \+ 1, .* of 18 tokens"
     ):
+        prepare(tiny_config(data=data, model={"vocab_size": 12}), None)
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "message"),
+    [
+        (10, "the prompts of .* have 15 tokens; use data.prompt_tokens=15, or 0"),
+        (18, "leaves nothing to learn: the documents of .* have 18 tokens"),
+    ],
+)
+def test_prompts_are_those_of_the_task(prompt_tokens, message):
+    """A prompt of another length, or one that is the whole document, is refused."""
+    source = "synthetic:star_graph:degree=2,length=3,nodes=8,documents=40"
+    data = {"source": source, "tokenizer": "none", "seq_len": 37, "prompt_tokens": prompt_tokens}
+    with pytest.raises(UserError, match=message):
         prepare(tiny_config(data=data, model={"vocab_size": 12}), None)

@@ -1,6 +1,9 @@
 """Token weights by entropy: literal choices, exact counts, both normalisers. Each docstring names the line whose
 deletion breaks the test."""
 
+import fractions
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +29,16 @@ def test_keep_and_drop():
     assert kept.tolist() == [[[0, 1, 0, 0], [1, 0, 1, 0]], [[0, 1, 1, 0], [0, 0, 0, 0]]]
     dropped = chosen(mode="drop_top", fraction=0.4, source="own", normaliser="all")
     np.testing.assert_array_equal(kept + dropped, WEIGHTS_MBT)
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.09, 300), (0.07, 100), (0.29, 100), (1 / 3, 300), (0.101, 100)])
+def test_counts_are_exact(fraction, count):
+    """ceil(fraction * N) as the decimals say. Breaks where a float32 product comes out just above a whole number."""
+    entropy_MBT = np.random.default_rng(0).random((1, 1, count), np.float32)
+    options = EntropyWeights("keep_top", fraction, "own", "all")
+    kept = entropy_weights(options, jnp.asarray(entropy_MBT), jnp.ones((1, 1, count)))
+    exact = fractions.Fraction(fraction).limit_denominator(1000) * count
+    assert kept.sum() == math.ceil(exact)
 
 
 def test_next_token_entropy_selects_the_same_targets():

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from reference.xent_problems import problem
 
+from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import XENT, HeadSums, head_scale, mtp_loss
+from mtp_jax.losses.targets import make_targets
 from mtp_jax.losses.xent import XentSpec
 
 IMPLS = sorted(XENT)
@@ -163,3 +165,48 @@ def test_sums_and_means_by_hand():
         np.testing.assert_allclose(actual, wanted, rtol=1e-6)
     means = sums.means()
     np.testing.assert_allclose([means["loss"], means["top1"], means["top5"]], np.array([[ce_sum], [1], [7]]) / 15, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_MBTD": np.zeros((2, 5, 4))},
+            "hidden_MBTD has shape (2, 5, 4); [heads, batch, time, width] is needed",
+        ),
+        (
+            {"targets_MBT": np.zeros((4, 2, 5), np.int32)},
+            "targets_MBT has shape (4, 2, 5), hidden_MBTD asks for (3, 2, 5)",
+        ),
+        ({"weights_MBT": np.ones((1, 2, 5))}, "weights_MBT has shape (1, 2, 5), hidden_MBTD asks for (3, 2, 5)"),
+        ({"scale_M": np.ones(1)}, "scale_M has shape (1,), hidden_MBTD asks for (3,)"),
+        ({"tables": np.zeros((4, 7))}, "an unembedding has shape (4, 7); [vocabulary, 4] is needed"),
+        ({"tables": (np.zeros((7, 4)),) * 2}, "2 tables for 3 heads"),
+        ({"tables": [np.zeros((7, 4))] * 3}, "an unembedding is a list; [vocabulary, 4] is needed, or a tuple"),
+        ({"impl": "x"}, "impl='x'; choose one of fused, remat"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes, message):
+    """What would be broadcast, or fail inside the scan, is named. Breaks without `_check`."""
+    given = {
+        "hidden_MBTD": np.zeros((3, 2, 5, 4), np.float32),
+        "tables": np.zeros((7, 4), np.float32),
+        "targets_MBT": np.zeros((3, 2, 5), np.int32),
+        "weights_MBT": np.ones((3, 2, 5), np.float32),
+        "scale_M": np.ones(3, np.float32),
+    }
+    with pytest.raises(UserError) as caught:
+        mtp_loss(**given | changes, spec=XentSpec())
+    assert message in str(caught.value)
+
+
+def test_other_misuse_is_refused():
+    """One weight for four heads, no head, rows and documents of different shapes, options out of range."""
+    with pytest.raises(UserError, match="head_weights has shape"):
+        head_scale(np.ones(4), (1.0,))
+    for num_future, segments in ((0, np.ones((1, 3), int)), (2, None), (2, np.ones((1, 4), int))):
+        with pytest.raises(UserError, match="make_targets: num_future"):
+            make_targets(np.ones((1, 3), int), segments, num_future)
+    for wrong in ({"distance": "l2"}, {"smoothing": 2.0}, {"mix": -1.0}, {"chunk_bytes": 0}, {"z_loss": -1.0}):
+        with pytest.raises(UserError, match=f"XentSpec.{next(iter(wrong))}="):
+            XentSpec(**wrong)

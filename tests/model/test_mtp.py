@@ -22,7 +22,7 @@ from mtp_jax.model import lm, mtp
 from mtp_jax.model.heads import masks
 from mtp_jax.model.layers import Block
 
-apply = jax.jit(mtp.apply, static_argnums=0)
+apply = jax.jit(mtp.apply, static_argnums=0, static_argnames="everywhere")
 FIRST, SECOND = [3, 1, 4, 1, 5], [9, 2, 6]
 
 VARIANTS = {name: small_config(heads=heads_of(name)) for name in SETTINGS} | {
@@ -176,6 +176,50 @@ def test_copy_block_copies_the_block_that_it_names():
         params["heads"]["blocks"],
         params["blocks"],
     )
+
+
+@pytest.mark.parametrize(("model", "heads"), [(False, True), (True, False)])
+def test_copied_blocks_keep_their_norms(model, heads):
+    """A copy of the last block over its input is head 0, also where heads say 1 + w and the model w, or the reverse.
+
+    Breaks if the scales are copied as they are.
+    """
+    config = small_config({"norm_plus_one": model}, {"init": "copy_block", "norm_plus_one": heads})
+    params = quick_jit(functools.partial(mtp.init, config))(jax.random.key(0))
+    logits_MBTV = mtp.logits(config, params, apply(config, params, *rows(FIRST, SECOND, length=10)))
+    np.testing.assert_allclose(logits_MBTV[1], logits_MBTV[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(8, 3), (7, 4), (10, 10)])
+def test_masks_stand_everywhere_in_turn(length, stride):
+    """Over rows of random tokens every position is an anchor now and then, in a row every `stride`-th; elsewhere heads
+    have no target. Breaks if the positions behind the last whole stride are left out.
+    """
+    config = small_config(heads={"kind": "masks", "mask_stride": stride})
+    tokens_BT = np.random.default_rng(0).integers(0, 24, (200, length))
+    trained_MBT = np.asarray(mtp.trained(config, tokens_BT, np.ones_like(tokens_BT)))
+    assert trained_MBT[0].all() and trained_MBT[1:].any((0, 1)).all()
+    np.testing.assert_array_equal(trained_MBT[1], trained_MBT[2])
+    gaps = [np.diff(np.flatnonzero(row)) for row in trained_MBT[1]]
+    assert {int(gap) for row in gaps for gap in row} <= {stride}
+    assert all(row.sum() >= length // stride for row in trained_MBT[1])
+
+
+@pytest.mark.parametrize("name", ["masks, every third position", "registers"])
+def test_states_everywhere(name):
+    """`everywhere` gives every head's own state at every position, and the states of training where those are.
+
+    Breaks if training's choice of positions or distances gets into what is shown.
+    """
+    config, batch = small_config(heads=heads_of(name)), rows(FIRST, SECOND, length=10)
+    params = random_params(config)
+    here_MBT = np.asarray(mtp.trained(config, batch[0], batch[2])) & (batch[2] > 0)
+    whole_MBTD = apply(config, params, *batch, everywhere=True)
+    np.testing.assert_allclose(apply(config, params, *batch)[here_MBT], whole_MBTD[here_MBT], rtol=1e-5, atol=1e-5)
+    assert (np.abs(whole_MBTD[1] - whole_MBTD[2]).max(-1) > 1e-2)[batch[2] > 0].all()
+    if name.startswith("masks"):
+        every = small_config(heads={"kind": "masks"})
+        np.testing.assert_allclose(whole_MBTD, apply(every, params, *batch), rtol=1e-5, atol=1e-5)
 
 
 def test_norms_of_one_plus_w():

@@ -230,3 +230,15 @@ def test_bits_per_byte(text, tmp_path):
     expected = record["heldout_loss"][0] * targets / (np.log(2) * rows.bytes_)
     np.testing.assert_allclose(record["heldout_bits_per_byte"], expected, rtol=1e-6)
     assert rows.bytes_ == sum(len((text / name).read_bytes()) for name in result.corpus.heldout_documents)
+
+
+def test_prompts_have_no_bits_per_byte(tmp_path):
+    """Where prompts do not count, nobody knows the bytes of what does. Breaks if the whole text's are taken."""
+    (tmp_path / "text").mkdir()
+    for i in range(10):
+        (tmp_path / "text" / f"{i}").write_text(f"{i}: fifteen byte")
+    data = {"prompt_tokens": 10, "seq_len": 18}
+    result = run(tiny_config(tmp_path / "text", data=data, train={"steps": 1, "eval_rows": 0}), tmp_path / "run")
+    record = read_metrics(tmp_path / "run")[-1]
+    assert result.corpus.heldout_bytes == 2 * 15 and record["heldout_loss"][0] > 0
+    assert "heldout_bits_per_byte" not in record

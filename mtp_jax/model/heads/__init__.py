@@ -23,8 +23,14 @@ and in the place of tapped states their `draft` gets the extra tokens' states, w
 
 from types import ModuleType
 
+import flax.linen as nn
+import jax
+
+from mtp_jax.config import BESIDE, Config
+from mtp_jax.errors import UserError
 from mtp_jax.model.heads import (
     anticausal,
+    base,
     causal,
     linear,
     masks,
@@ -34,6 +40,8 @@ from mtp_jax.model.heads import (
     registers,
     sequential,
 )
+from mtp_jax.model.heads.base import Params
+from mtp_jax.model.heads.base import Rows as Rows
 
 FAMILIES: dict[str, ModuleType] = {
     "parallel": parallel,
@@ -46,3 +54,61 @@ FAMILIES: dict[str, ModuleType] = {
     "masks": masks,
     "registers": registers,
 }
+
+
+def init(config: Config, key: jax.Array, trunk: Params) -> Params:
+    """Parameters of all heads, boxed with their logical axis names; `trunk` is the model's, boxed."""
+    return FAMILIES[config.heads.kind].init(config, key, trunk) | base.init_ends(config, trunk)
+
+
+def init_for(config: Config, key: jax.Array) -> Params:
+    """Parameters of heads for a trunk of another library, a tree of plain dicts.
+
+    Args:
+      config: `heads`, and of `model` the shape: `d_model` and, for heads with blocks, that of a block.
+      key: a PRNG key.
+
+    Raises:
+      UserError: heads that start as a part of our model, or that run through it.
+    """
+    _check_for(config)
+    if config.heads.init == "copy_block" or config.heads.unembed == "own":
+        raise UserError("heads for another trunk start at random or zero and share its unembedding; see heads.init_for")
+    return nn.meta.unbox(init(config, key, {}))
+
+
+def apply_for(config: Config, heads: Params, rows: Rows, norm_scale_D: jax.Array | None = None) -> jax.Array:
+    """States of heads 1..M-1 over a trunk of another library, ready for its unembedding.
+
+    Args:
+      config: as given to `init_for`.
+      heads: what `init_for` made.
+      rows: the trunk's states that heads read, its token embeddings, positions and documents.
+      norm_scale_D: scale of the trunk's final RMSNorm, for `heads.norm="shared"`.
+
+    Returns:
+      [M-1, B, T, D]; stack them behind the trunk's own final-normed states for `losses.mtp.mtp_loss`.
+
+    Raises:
+      UserError: as `init_for`, or without the norm that heads share.
+    """
+    _check_for(config)
+    if config.heads.norm == "shared" and norm_scale_D is None:
+        raise UserError("heads.norm='shared' needs norm_scale_D, the scale of the trunk's final norm")
+    params = {"heads": heads} | ({} if norm_scale_D is None else {"final_norm": {"scale": norm_scale_D}})
+    return finish(config, params, FAMILIES[config.heads.kind].train(config, params, rows))
+
+
+def _check_for(config: Config) -> None:
+    if config.heads.kind in BESIDE or config.heads.tap_mix:
+        what = "heads.tap_mix" if config.heads.tap_mix else f"heads.kind={config.heads.kind!r}"
+        raise UserError(f"{what} runs through our model itself and cannot be put on another trunk")
+
+
+def finish(config: Config, params: Params, states_MBTD: jax.Array) -> jax.Array:
+    """States of heads 1..M-1 [M-1, B, T, D] behind the norms at the heads' ends."""
+    norms = params["heads"].get("norm")
+    if norms is not None and base.sets(config) == len(states_MBTD):
+        return jax.vmap(lambda states, norm: base.end_norm(config, params, states, norm))(states_MBTD, norms)
+    norm = None if norms is None else {"scale": norms["scale"][0]}
+    return base.end_norm(config, params, states_MBTD, norm)

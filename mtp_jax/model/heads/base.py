@@ -103,11 +103,14 @@ def init_blocks(config: Config, key: jax.Array, trunk: Params) -> Params:
     """Blocks of all heads, [sets * layers, ...], as `heads.init` says."""
     count = sets(config) * config.heads.layers
     if config.heads.init == "copy_block":
-        return jax.tree.map(
-            lambda box: box.replace(value=jnp.repeat(box.value[config.heads.init_block][None], count, axis=0)),
-            trunk["blocks"],
-            is_leaf=lm.is_box,
-        )
+        # A scale w means 1 + w under the other convention.
+        shift = int(config.model.norm_plus_one) - int(config.heads.norm_plus_one)
+
+        def copy(path: tuple, box: Any) -> Any:
+            value = jnp.repeat(box.value[config.heads.init_block][None], count, axis=0)
+            return box.replace(value=value + shift if path[-1].key == "scale" and shift else value)
+
+        return jax.tree_util.tree_map_with_path(copy, trunk["blocks"], is_leaf=lm.is_box)
     blocks = lm.init_blocks(head_model(config), key, count)
     if config.heads.init == "zero":
         # Without what it writes into the residual stream a block passes its input on.

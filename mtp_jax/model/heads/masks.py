@@ -109,11 +109,14 @@ def forward(
     embedded_BTD: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
+    *,
+    everywhere: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """States of the tokens [B, T, D], and of masks 1..M-1 at every position [M-1, B, T, D]; see `trained`."""
+    """States of the tokens [B, T, D], and of masks 1..M-1 [M-1, B, T, D], everywhere or where `trained` says."""
     (B, T), P, D = tokens_BT.shape, config.heads.num_future - 1, config.model.d_model
-    anchor_BX = anchors(config, tokens_BT)
-    at_anchor = lambda x_BT: jnp.take_along_axis(x_BT, anchor_BX, axis=1)  # noqa: E731
+    stride = 1 if everywhere else config.heads.mask_stride
+    anchor_BX = anchors(stride, tokens_BT)
+    at_anchor = lambda x_BT: jnp.take_along_axis(x_BT, jnp.minimum(anchor_BX, T - 1), axis=1)  # noqa: E731
     positions_BXP = at_anchor(positions_BT)[..., None] + 1 + jnp.arange(P)[None, None, :]
     visible_BXS = jnp.arange(T)[None, None, :] <= anchor_BX[..., None]
     visible_BXS &= at_anchor(segment_ids_BT)[..., None] == segment_ids_BT[:, None, :]
@@ -123,25 +126,25 @@ def forward(
     masks = Beside(embedded_BYD, positions_BXP.reshape(B, X * P), visible_BXS)
     x_BTD, y_BYD = run(config, params, embedded_BTD, positions_BT, segment_ids_BT, masks)
     y_PBXD = jnp.moveaxis(y_BYD.reshape(B, X, P, D), 2, 0)
-    if config.heads.mask_stride == 1:
+    if stride == 1:
         return x_BTD, y_PBXD
     row_B1 = jnp.arange(B)[:, None]
-    return x_BTD, jnp.zeros((P, B, T, D), y_PBXD.dtype).at[:, row_B1, anchor_BX].set(y_PBXD)
+    return x_BTD, jnp.zeros((P, B, T, D), y_PBXD.dtype).at[:, row_B1, anchor_BX].set(y_PBXD, mode="drop")
 
 
-def anchors(config: Config, tokens_BT: jax.Array) -> jax.Array:
-    """Positions beside which masks stand in training, [B, X]: every `mask_stride`-th, from one that the row's tokens
-    choose, so that all positions have their turn and nothing depends on chance."""
-    stride = config.heads.mask_stride
+def anchors(stride: int, tokens_BT: jax.Array) -> jax.Array:
+    """Positions beside which masks stand in training, [B, X]: every `stride`-th, from one that the row's tokens choose,
+    so that all positions have their turn and nothing depends on chance. The last may lie behind the row."""
     first_B = jnp.sum(tokens_BT, axis=1) % stride
-    return first_B[:, None] + stride * jnp.arange(tokens_BT.shape[1] // stride)[None, :]
+    return first_B[:, None] + stride * jnp.arange(-(-tokens_BT.shape[1] // stride))[None, :]
 
 
 def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Which heads have a state at which positions, [M, B, T]; head 0 has one everywhere."""
     B, T = tokens_BT.shape
     row_B1 = jnp.arange(B)[:, None]
-    beside_BT = jnp.zeros((B, T), bool).at[row_B1, anchors(config, tokens_BT)].set(True)
+    anchor_BX = anchors(config.heads.mask_stride, tokens_BT)
+    beside_BT = jnp.zeros((B, T), bool).at[row_B1, anchor_BX].set(True, mode="drop")
     return jnp.stack([jnp.ones((B, T), bool), *[beside_BT] * (config.heads.num_future - 1)])
 
 

@@ -41,15 +41,36 @@ def forward(
     embedded_BTD: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
+    *,
+    everywhere: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """States of the tokens [B, T, D], and the registers' in the place of every head's [M-1, B, T, D]; see `trained`."""
-    B, T = tokens_BT.shape
-    head_BT = heads_of(config, tokens_BT, segment_ids_BT)
+    """States of the tokens [B, T, D], and of the registers [M-1, B, T, D].
+
+    One register stands at each position, and its state in the place of every head's: `trained` says whose it is. With
+    `everywhere` a register of every distance stands there, at the price of a forward pass each.
+    """
+    rows = (params, embedded_BTD, positions_BT, segment_ids_BT)
+    if everywhere:
+        each = [_run(config, *rows, jnp.full_like(tokens_BT, head)) for head in range(1, config.heads.num_future)]
+        return each[0][0], jnp.stack([y_BTD for _, y_BTD in each])
+    x_BTD, y_BTD = _run(config, *rows, heads_of(config, tokens_BT, segment_ids_BT))
+    return x_BTD, jnp.broadcast_to(y_BTD[None], (config.heads.num_future - 1, *y_BTD.shape))
+
+
+def _run(
+    config: Config,
+    params: Params,
+    embedded_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    head_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Both streams, with registers for the given heads."""
+    B, T = head_BT.shape
     visible_BTS = jnp.tril(jnp.ones((T, T), bool))[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
     embed_1D = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
     registers = masks.Beside(jnp.tile(embed_1D[None], (B, T, 1)), positions_BT + head_BT, visible_BTS)
-    x_BTD, y_BTD = masks.run(config, params, embedded_BTD, positions_BT, segment_ids_BT, registers)
-    return x_BTD, jnp.broadcast_to(y_BTD[None], (config.heads.num_future - 1, *y_BTD.shape))
+    return masks.run(config, params, embedded_BTD, positions_BT, segment_ids_BT, registers)
 
 
 def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
