@@ -24,10 +24,11 @@ import time
 import numpy as np
 import tyro
 
-from mtp_jax import Config, generate, load
+from mtp_jax import Config, load
 from mtp_jax.cli.common import keep_compiled, read_config
 from mtp_jax.data import synthetic
 from mtp_jax.data.loader import prepare
+from mtp_jax.eval.answers import answers
 from mtp_jax.loading import LoadedModel
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
@@ -61,27 +62,10 @@ def variant(config: Config, method: str, dummy: int) -> Config:
     return config
 
 
-def batches(rows_BT: np.ndarray) -> list[np.ndarray]:
-    """Rows, 250 at a time."""
-    return [rows_BT[start : start + 250] for start in range(0, len(rows_BT), 250)]
-
-
-def predicted(lm: LoadedModel, rows_BT: np.ndarray) -> np.ndarray:
-    """Head 0's likeliest token at every position."""
-    return np.concatenate([np.asarray(lm.logits(part)[0]).argmax(-1) for part in batches(rows_BT)])
-
-
-def answered(lm: LoadedModel, rows_BT: np.ndarray, prompt: int) -> dict[str, float]:
-    """Share of answers that are right throughout: generated, and with the true answer (or dummies) as input."""
-    dummy, answers_BN = lm.config.loss.teacherless, rows_BT[:, prompt:]
-    inputs_BN = np.full_like(answers_BN, dummy) if dummy >= 0 else answers_BN
-    tokens_BN = predicted(lm, np.concatenate([rows_BT[:, :prompt], inputs_BN], axis=1))[:, prompt - 1 : -1]
-    forced = float((tokens_BN == answers_BN).all(1).mean())
-    if dummy >= 0:
-        return {"generated": forced, "forced": forced}
-    options = {"max_new_tokens": answers_BN.shape[1], "draft": "none"}
-    tokens = [row for part in batches(rows_BT[:, :prompt]) for row in generate(lm, part.tolist(), **options).tokens]
-    return {"generated": float((np.array(tokens) == answers_BN).all(1).mean()), "forced": forced}
+def answered(lm: LoadedModel, rows_BT: np.ndarray) -> dict[str, float]:
+    """Share of answers that are right throughout."""
+    found = answers(lm, rows_BT)
+    return {"generated": found.generated, "forced": found.forced}
 
 
 def recalled(lm: LoadedModel, rows_BT: np.ndarray, vocab: tuple[str, ...]) -> dict[str, float]:
@@ -89,7 +73,9 @@ def recalled(lm: LoadedModel, rows_BT: np.ndarray, vocab: tuple[str, ...]) -> di
     is_first_V = np.array([token.startswith("N") for token in vocab])
     before_BTT = np.tril(rows_BT[:, :, None] == rows_BT[:, None, :], -1)
     again_BT = is_first_V[rows_BT] & before_BTT.any(-1)
-    right_BT = predicted(lm, rows_BT)[:, :-1] == rows_BT[:, 1:]
+    parts = [rows_BT[start : start + 250] for start in range(0, len(rows_BT), 250)]
+    predicted_BT = np.concatenate([np.asarray(lm.logits(part)[0]).argmax(-1) for part in parts])
+    right_BT = predicted_BT[:, :-1] == rows_BT[:, 1:]
     return {"recalled": float(right_BT[again_BT[:, :-1]].mean())}
 
 
@@ -116,8 +102,7 @@ def main() -> None:
             with RunConsole(quiet=True) as console:
                 train(config, workdir, console)
             seconds, lm = time.monotonic() - began, load(workdir)
-            prompt = task.prompt_tokens
-            figures.append(answered(lm, rows_BT, prompt) if prompt else recalled(lm, rows_BT, task.vocab))
+            figures.append(answered(lm, rows_BT) if task.prompt_tokens else recalled(lm, rows_BT, task.vocab))
             print(f"| {method} | {seed} | {show(figures[-1])} | {seconds:.0f} |", flush=True)
             shutil.rmtree(workdir / "data", ignore_errors=True)
         mean = {name: statistics.mean(figure[name] for figure in figures) for name in figures[0]}

@@ -21,8 +21,8 @@ PARAMETERS = {
     "bench_200m": 219_702_272,
     "bench_1b": 1_100_048_384,
     "star_graph_2_3": 444_384,
-    "star_graph_2_5": 1_494_912,
-    "star_graph_5_3": 1_068_928,
+    "star_graph_2_5": 887_904,
+    "star_graph_5_3": 214_848,
     "induction": 1_082_752,
     "polynomials": 1_281_280,
 }

@@ -375,7 +375,7 @@ def test_token_file_errors(tmp_path):
         loader.prepare(config(path, tokenizer="bpe"), None)
     with raises(f"{path!r} holds the token id 300, but model.vocab_size is 300; it must be above 300"):
         loader.prepare(config(path), None)
-    with raises(f"token file {path!r} holds the id 300, but the model's vocabulary is 258; use one above 300"):
+    with raises(f"{path!r} holds the token id 300, but the model's vocabulary is 258; it must be above 300"):
         loader.load_heldout(path, "text", bytes_tokenizer(), 4, vocab_size=258)
     with raises(
         f"token file {path!r} is flat, and without a tokenizer its end-of-text id is unknown; set data.tokenizer to a "
