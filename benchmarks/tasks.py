@@ -65,7 +65,7 @@ def variant(config: Config, method: str, dummy: int) -> Config:
 def answered(lm: LoadedModel, rows_BT: np.ndarray) -> dict[str, float]:
     """Share of answers that are right throughout."""
     found = answers(lm, rows_BT)
-    return {"generated": found.generated, "forced": found.forced}
+    return {"generated": found.generated} | ({} if found.forced is None else {"forced": found.forced})
 
 
 def recalled(lm: LoadedModel, rows_BT: np.ndarray, vocab: tuple[str, ...]) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """Induction: recall the second token of a two-token name (Gloeckle et al. 2024, section 4.1), with two heads.
 
     mtp train configs/induction.py --workdir runs/induction
+    python benchmarks/tasks.py configs/induction.py --methods next-token parallel
 
-Head 0's accuracy behind a name's first token is what counts; names come at about every fourth token. 1.1M parameters,
+Head 0's accuracy behind a name's first token is what counts, and what the benchmark reports; names come at about every fourth token. 1.1M parameters,
 minutes on two cores. The paper finds that two-token training helps below 30M parameters.
 """
 

@@ -1,8 +1,9 @@
 """Polynomial arithmetic in F7[X]/(X^5), up to three operations (Gloeckle et al. 2024, section 4.2), with three heads.
 
     mtp train configs/polynomials.py --workdir runs/polynomials
+    mtp eval runs/polynomials --data synthetic:polynomials:exactly=4,documents=2000
 
-Out of domain: `synthetic:polynomials:exactly=4,documents=2000` as the source of an evaluation. 1.3M parameters; the
+The second line counts whole answers out of domain; `benchmarks/tasks.py` compares objectives. 1.3M parameters; the
 paper trains 30M and 100M.
 """
 

@@ -53,7 +53,10 @@ def main(argv: list[str]) -> None:
     data = lm.config.data
     split = (data.seed, data.eval_fraction) if source == "stdlib" else None
     rows = load_heldout(source, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
-    say(f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens, {rows.bytes_ / 1e6:.2f} MB")
+    say(
+        f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens"
+        + (f", {rows.bytes_ / 1e6:.2f} MB" if rows.bytes_ else "")
+    )
     result = evaluate(lm, rows, progress=say)
     page = write_page(directory, f"{args.source} on {source}", result, [], {})
     if args.json:

@@ -17,8 +17,8 @@ class Answers(NamedTuple):
     generated: float
     """Answers that the model generates from the prompt, greedily. A teacherless model answers in one pass over
     dummies, which is how it was trained."""
-    forced: float
-    """Answers of which every token is predicted from the true ones before it; for a teacherless model as above."""
+    forced: float | None
+    """Answers of which every token is predicted from the true ones before it; None for a teacherless model."""
     documents: int
 
 
@@ -28,7 +28,7 @@ def answers(lm: LoadedModel, documents_BT: np.ndarray) -> Answers:
     parts = [documents_BT[start : start + ROWS] for start in range(0, len(documents_BT), ROWS)]
     forced_B = np.concatenate([_predicted(lm, part, prompt, dummy) for part in parts])
     if dummy >= 0:
-        return Answers(float(forced_B.mean()), float(forced_B.mean()), len(documents_BT))
+        return Answers(float(forced_B.mean()), None, len(documents_BT))
     options = {"max_new_tokens": documents_BT.shape[1] - prompt, "draft": "none", "ignore_eos": True}
     tokens = [row for part in parts for row in generate(lm, part[:, :prompt].tolist(), **options).tokens]
     generated_B = (np.array(tokens) == documents_BT[:, prompt:]).all(1)

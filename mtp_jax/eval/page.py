@@ -82,9 +82,11 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
         result["tokens/s, drafted"] = f"{decoding.drafted_tokens_per_second:,.0f}"
         result["drafted / plain"] = f"{decoding.speedup:.2f}x"
     if evaluation.answers is not None:
-        for name in ("generated", "forced"):
-            label = {"generated": "whole answers right, generated", "forced": "the same, true tokens as input"}[name]
-            result[label] = f"{getattr(evaluation.answers, name):.1%} of {evaluation.answers.documents}"
+        generated, forced, documents = evaluation.answers
+        what = "over dummies" if forced is None else "generated"
+        result[f"whole answers right, {what}"] = f"{generated:.1%} of {documents}"
+        if forced is not None:
+            result["the same, true tokens as input"] = f"{forced:.1%}"
     # Outputs of fewer than four tokens have none.
     for label, share in (("output", evaluation.distinct), ("reference text", evaluation.reference_distinct)):
         if not math.isnan(share):
