@@ -8,68 +8,7 @@ import typing
 from typing import Any, Literal
 
 from mtp_jax.checks import check_fields, positive, require
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The decoder language model: the whole next-token path, which is complete without any extra head."""
-
-    vocab_size: int = 2048
-    """Rows of the embedding and of the unembedding (V); at least the tokenizer's size."""
-    num_layers: int = 4
-    """Blocks of the next-token path, head 0's block included (L)."""
-    d_model: int = 256
-    """Width of the residual stream (D)."""
-    num_heads: int = 4
-    """Query heads (N)."""
-    num_kv_heads: int = 4
-    """Key/value heads (K); num_heads must be a multiple of it."""
-    head_dim: int = 64
-    """Width of one attention head (H), independent of d_model / num_heads; even, for the rotary halves."""
-    d_ff: int = 704
-    """Inner width of the SwiGLU feed-forward layer (F)."""
-    max_seq_len: int = 2048
-    """Most positions of a row, prompt and generated tokens together."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary position frequencies."""
-    norm_eps: float = 1e-6
-    """Added to the mean square inside RMSNorm."""
-    norm_plus_one: bool = False
-    """RMSNorm scales by 1 + w (Gemma, Qwen3-Next); w starts at 0."""
-    qk_norm: bool = False
-    """RMSNorm on every query and key head before the rotary embedding."""
-    tie_embeddings: bool = True
-    """Use the embedding as the unembedding."""
-    logit_softcap: float = 0.0
-    """c in `c * tanh(logits / c)`; 0 leaves the logits as they are."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and matrix products. Norm statistics, softmax and losses are float32 in any case."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the parameters at rest."""
-    remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks."""
-
-    def __post_init__(self) -> None:
-        check_fields("model", self)
-        positive(
-            "model",
-            self,
-            *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"),
-        )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
-            "every key/value head serves the same number of query heads",
-        )
-        require(
-            self.head_dim % 2 == 0,
-            f"model.head_dim={self.head_dim} is odd; rotary positions turn pairs of dimensions, so use an even number",
-        )
-        require(self.rope_theta > 0, f"model.rope_theta={self.rope_theta}; it must be above 0")
-        require(self.norm_eps >= 0, f"model.norm_eps={self.norm_eps} is negative")
-        require(self.vocab_size <= 2**24, f"model.vocab_size={self.vocab_size} is above {2**24}")
-        require(self.logit_softcap >= 0, f"model.logit_softcap={self.logit_softcap} is negative; 0 switches it off")
-
+from mtp_jax.model_section import ModelConfig as ModelConfig
 
 Family = Literal[
     "parallel", "causal", "anticausal", "linear", "medusa", "sequential", "recursive", "masks", "registers"
@@ -325,7 +264,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Decoupled weight decay of the parameters that `no_decay` does not match."""
-    no_decay: tuple[str, ...] = ("norm", "embed")
+    no_decay: tuple[str, ...] = ("norm|bias", "embed")
     """Regular expressions over parameter paths such as `blocks/mlp_norm/scale`; a match means no weight decay."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""

@@ -85,7 +85,7 @@ def test_flatten_and_differences():
         "loss.head_weights: () -> (1.0, 1.0, 1.0, 1.0)",
         "train.steps: 1000 -> 7",
     ]
-    assert flatten(Config())["optim.no_decay"] == ("norm", "embed")
+    assert flatten(Config())["optim.no_decay"] == ("norm|bias", "embed")
     assert {path.split(".")[0] for path in flatten(Config())} == set(SECTIONS)
 
 
@@ -110,7 +110,7 @@ def test_flatten_and_differences():
         ('{"model": {"remat": "blocks"}}', "run.json.model.remat is 'blocks'; choose one of 'none', 'dots', 'block'"),
         ('{"loss": {"head_weights": 1}}', "run.json.loss.head_weights is 1; use a tuple (a list in JSON)"),
         ('{"loss": {"head_weights": [1, "x"]}}', "run.json.loss.head_weights is 'x'; a number is needed"),
-        ('{"model": {"head_dim": 3}}', "model.head_dim=3 is odd"),
+        ('{"model": {"head_dim": 3}}', "model.head_dim=3 with model.rope_fraction=1.0 turns an odd"),
     ],
 )
 def test_bad_json_is_refused(text, message):
@@ -136,8 +136,30 @@ def test_whole_numbers_are_floats_in_json():
 
 REFUSED = [
     (lambda: ModelConfig(num_heads=6, num_kv_heads=4), "model.num_heads=6 is not a multiple of model.num_kv_heads=4"),
-    (lambda: ModelConfig(head_dim=7), "model.head_dim=7 is odd"),
-    (lambda: ModelConfig(logit_softcap=-1.0), "model.logit_softcap=-1.0 is negative"),
+    (lambda: ModelConfig(head_dim=7), "model.head_dim=7 with model.rope_fraction=1.0 turns an odd"),
+    *[
+        (functools.partial(ModelConfig, **{name: -1.0}), f"model.{name}=-1.0 is negative; 0 switches it off")
+        for name in ("logit_softcap", "attn_softcap")
+    ],
+    *[
+        (functools.partial(ModelConfig, **{name: -1}), f"model.{name}=-1 is negative")
+        for name in ("attn_scale", "rope_theta_window", "rope_original_len", "rope_attention_factor")
+    ],
+    *[
+        (functools.partial(ModelConfig, **{name: 0.0}), f"model.{name}=0.0; it must be above 0")
+        for name in ("rope_factor", "rope_high", "rope_beta_fast", "embed_scale", "residual_scale", "logit_scale")
+    ],
+    (lambda: ModelConfig(rope_fraction=1.5), "model.rope_fraction=1.5; it must be above 0 and at most 1"),
+    (lambda: ModelConfig(head_dim=6, rope_fraction=0.5), "model.head_dim=6 with model.rope_fraction=0.5 turns an odd"),
+    (lambda: ModelConfig(window=4), "model.window=4 with model.layer_pattern=('full',): 'window' layers need a window"),
+    (lambda: ModelConfig(layer_pattern=("window",)), "model.window=0 with model.layer_pattern=('window',)"),
+    (lambda: ModelConfig(layer_pattern=()), "model.layer_pattern is empty"),
+    (lambda: ModelConfig(norm="layer", norm_plus_one=True), "model.norm_plus_one is a form of RMSNorm"),
+    (lambda: ModelConfig(qk_norm_joint=True), "model.qk_norm_joint says over what model.qk_norm goes"),
+    (lambda: ModelConfig(rope_scaling="linear"), "model.rope_scaling='linear' needs model.rope_factor"),
+    (lambda: ModelConfig(rope_scaling="yarn", rope_factor=2.0), "model.rope_scaling='yarn' needs model.rope_original"),
+    (lambda: ModelConfig(rope_low=5.0), "model.rope_low=5.0 must be above 0 and below model.rope_high=4.0"),
+    (lambda: ModelConfig(rope_beta_slow=0.0), "model.rope_beta_slow=0.0 must be above 0 and below model.rope_beta"),
     (lambda: ModelConfig(rope_theta=0.0), "model.rope_theta=0.0; it must be above 0"),
     (lambda: ModelConfig(norm_eps=-1e-6), "model.norm_eps=-1e-06 is negative"),
     (lambda: ModelConfig(vocab_size=2**24 + 1), "model.vocab_size=16777217 is above 16777216"),

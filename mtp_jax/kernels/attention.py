@@ -1,12 +1,25 @@
 """Grouped-query attention over slots, the one signature for training rows and for decoding caches.
 
 Keys stand in slots 0..S-1. A query knows its own slot and sees the slots up to and including it, so causality is
-`slot_s <= query_slot`. In a training row a token's slot is its index; in a cache it is the number of tokens before it,
-which also hides everything that a rolled-back round has left behind.
+`slot_s <= query_slot`, and a window `slot_s > query_slot - window`. In a training row a token's slot is its index; in a
+cache it is the number of tokens before it, which also hides everything that a rolled-back round has left behind.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Form(NamedTuple):
+    """What attention is, other than its arrays."""
+
+    scale: float
+    """Factor of the scores."""
+    softcap: float = 0.0
+    """c in `c * tanh(scores / c)`; 0 is none."""
+    window: jax.Array | None = None
+    """Slots that a query sees, its own included; None is all before it."""
 
 
 def attention(
@@ -14,7 +27,8 @@ def attention(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     query_slots_BT: jax.Array,
-    segment_ids_BS: jax.Array | None = None,
+    segment_ids_BS: jax.Array | None,
+    form: Form,
 ) -> jax.Array:
     """Softmax attention with N = K G query heads.
 
@@ -24,6 +38,7 @@ def attention(
       v_BKSH: values by slot.
       query_slots_BT: slot of every query; it sees slots 0..query_slot.
       segment_ids_BS: document of every slot, for packed rows (S = T, query t in slot t): a query sees its own document.
+      form: scale, soft cap and window.
 
     Returns:
       Attended values [B, T, N, H] in q's dtype. Scores and softmax are float32.
@@ -31,11 +46,13 @@ def attention(
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     # Heads first and the queries of a group in one axis: a plain batched product that needs no transpose.
-    q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = (q_BTNH * form.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     q_BKRH = q_BKGTH.reshape(B, K, N // K * T, H)
     scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = scores_BKRS.reshape(B, K, N // K, T, S)
+    scores_BKGTS = _capped(scores_BKRS, form).reshape(B, K, N // K, T, S)
     visible_BTS = jnp.arange(S)[None, None, :] <= query_slots_BT[:, :, None]
+    if form.window is not None:
+        visible_BTS &= jnp.arange(S)[None, None, :] > query_slots_BT[:, :, None] - form.window
     if segment_ids_BS is not None:
         visible_BTS &= segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
     scores_BKGTS = jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, jnp.finfo(jnp.float32).min)
@@ -44,13 +61,27 @@ def attention(
     return mixed_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def _capped(scores: jax.Array, form: Form) -> jax.Array:
+    return form.softcap * jnp.tanh(scores / form.softcap) if form.softcap else scores
+
+
+class Anchors(NamedTuple):
+    """Where queries stand that stand beside a sequence."""
+
+    visible_BXS: jax.Array
+    """Slots that each anchor sees."""
+    slots_BXP: jax.Array
+    """The slot that each query would have in the sequence; a window counts from there."""
+
+
 def attention_beside(
     q_BXPNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     own_k_BXPKH: jax.Array,
     own_v_BXPKH: jax.Array,
-    visible_BXS: jax.Array,
+    where: Anchors,
+    form: Form,
 ) -> jax.Array:
     """Softmax attention of queries that stand beside a sequence, P of them at each of X anchors.
 
@@ -63,20 +94,27 @@ def attention_beside(
       v_BKSH: values of the sequence by slot.
       own_k_BXPKH: keys of the queries themselves.
       own_v_BXPKH: their values.
-      visible_BXS: slots that each anchor sees.
+      where: what the anchors see, and where the queries stand.
+      form: scale, soft cap and window.
 
     Returns:
       Attended values [B, X, P, N, H] in q's dtype. Scores and softmax are float32.
     """
     B, X, P, N, H = q_BXPNH.shape
     K, S = k_BKSH.shape[1:3]
-    q_BXPKGH = (q_BXPNH * H**-0.5).reshape(B, X, P, K, N // K, H)
+    q_BXPKGH = (q_BXPNH * form.scale).reshape(B, X, P, K, N // K, H)
     exact = {"preferred_element_type": jnp.float32}
     scores_BKGXPS = jnp.einsum("BXPKGH,BKSH->BKGXPS", q_BXPKGH, k_BKSH, **exact)
     own_BKGXPW = jnp.einsum("BXPKGH,BXWKH->BKGXPW", q_BXPKGH, own_k_BXPKH, **exact)
+    visible_BXPS = where.visible_BXS[:, :, None, :]
+    sees_BXPW = jnp.tril(jnp.ones((P, P), bool))[None, None]
+    if form.window is not None:
+        first_BXP1 = (where.slots_BXP - form.window)[..., None]
+        visible_BXPS &= jnp.arange(S)[None, None, None, :] > first_BXP1
+        sees_BXPW &= where.slots_BXP[:, :, None, :] > first_BXP1
     least = jnp.finfo(jnp.float32).min
-    scores_BKGXPS = jnp.where(visible_BXS[:, None, None, :, None, :], scores_BKGXPS, least)
-    own_BKGXPW = jnp.where(jnp.tril(jnp.ones((P, P), bool))[None, None, None, None], own_BKGXPW, least)
+    scores_BKGXPS = jnp.where(visible_BXPS[:, None, None], _capped(scores_BKGXPS, form), least)
+    own_BKGXPW = jnp.where(sees_BXPW[:, None, None], _capped(own_BKGXPW, form), least)
     probs = jax.nn.softmax(jnp.concatenate([scores_BKGXPS, own_BKGXPW], axis=-1), axis=-1).astype(v_BKSH.dtype)
     mixed_BXPKGH = jnp.einsum("BKGXPS,BKSH->BXPKGH", probs[..., :S], v_BKSH)
     mixed_BXPKGH += jnp.einsum("BKGXPW,BXWKH->BXPKGH", probs[..., S:], own_v_BXPKH)

@@ -1,32 +1,59 @@
 """The Linen modules of a decoder block. Each holds its parameters, with logical axis names, and nothing else."""
 
+import functools
+import math
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.axes import EMBED, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
 from mtp_jax.config import ModelConfig
-from mtp_jax.kernels.attention import attention, attention_beside
+from mtp_jax.kernels.attention import Anchors, Form, attention, attention_beside
 from mtp_jax.kernels.linear import linear
 from mtp_jax.model.cache import LayerCache, write_cache
-from mtp_jax.model.rope import rotary
+from mtp_jax.model.rope import attention_factor, rotary
 
 Init = jax.nn.initializers.Initializer
 
 
-def _weight(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init
-) -> jax.Array:
-    """A parameter at rest; `linear` casts it to the compute dtype."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(module.config.param_dtype))
+class Matrix(NamedTuple):
+    """Weights at rest, [inputs..., outputs...], flat to one axis each, and a bias or none."""
+
+    name: str
+    w_IO: jax.Array
+    bias_O: jax.Array | None
 
 
-def _linear(module: nn.Module, name: str, x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    """x W, and from position `lora_from` on also (x A) B, if the collection "lora" holds A and B by that name."""
-    y_BTO, first = linear(x_BTI, w_IO), module.lora_from
-    if not module.has_variable("lora", name):
+def _matrix(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Init,
+    *,
+    bias: bool,
+    inputs: int = 1,
+) -> Matrix:
+    """The parameters `name` and, with a bias, `name_bias`; the first `inputs` axes are multiplied by."""
+    dtype = jnp.dtype(module.config.param_dtype)
+    w = module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+    w_IO = w.reshape(math.prod(shape[:inputs]), -1)
+    if not bias:
+        return Matrix(name, w_IO, None)
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:])
+    return Matrix(name, w_IO, module.param(f"{name}_bias", zeros, shape[inputs:], dtype).reshape(-1))
+
+
+def _linear(module: nn.Module, x_BTI: jax.Array, matrix: Matrix) -> jax.Array:
+    """x W + b, and from position `lora_from` on also (x A) B, if the collection "lora" holds A and B by that name."""
+    y_BTO, first = linear(x_BTI, matrix.w_IO), module.lora_from
+    if matrix.bias_O is not None:
+        y_BTO += matrix.bias_O.astype(y_BTO.dtype)[None, None, :]
+    if not module.has_variable("lora", matrix.name):
         return y_BTO
-    pair = module.get_variable("lora", name)
+    pair = module.get_variable("lora", matrix.name)
     update_BTO = linear(linear(x_BTI[:, first:], pair["a"]), pair["b"])
     return jnp.concatenate([y_BTO[:, :first], y_BTO[:, first:] + update_BTO], axis=1) if first else y_BTO + update_BTO
 
@@ -41,8 +68,8 @@ def unit_rms(x: jax.Array, eps: float) -> jax.Array:
     return x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019) with statistics in float32."""
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019), or LayerNorm (Ba et al. 2016), with statistics in float32."""
 
     config: ModelConfig
     axis: str = EMBED
@@ -50,17 +77,29 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of x, of any rank."""
-        plus_one = self.config.norm_plus_one
-        init = nn.with_logical_partitioning(nn.initializers.zeros if plus_one else nn.initializers.ones, (self.axis,))
-        scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
-        x32 = unit_rms(x, self.config.norm_eps)
-        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        scale = scale + 1 if plus_one else scale
-        return (x32 * scale).astype(self.config.dtype)
+        c, last = self.config, (1,) * (x.ndim - 1) + (-1,)
+        start = {"scale": nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones}
+        start |= {"bias": nn.initializers.zeros} if c.norm == "layer" else {}
+        given = {
+            name: self.param(
+                name, nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],), jnp.dtype(c.param_dtype)
+            )
+            .astype(jnp.float32)
+            .reshape(last)
+            for name, init in start.items()
+        }
+        x32 = x.astype(jnp.float32)
+        if c.norm == "layer":
+            x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = unit_rms(x32, c.norm_eps) * (given["scale"] + 1 if c.norm_plus_one else given["scale"])
+        return (x32 + given["bias"] if "bias" in given else x32).astype(c.dtype)
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu}
 
 
 class FeedForward(nn.Module):
-    """SwiGLU feed-forward layer (Shazeer 2020)."""
+    """Feed-forward layer, gated (Shazeer 2020) or not."""
 
     config: ModelConfig
     lora_from: int = 0
@@ -68,12 +107,15 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
-        c = self.config
-        gate_DF = _weight(self, "gate", (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model))
-        up_DF = _weight(self, "up", (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model))
-        down_FD = _weight(self, "down", (c.d_ff, c.d_model), (MLP, EMBED), _residual(c, c.d_ff))
-        gate_BTF, up_BTF = _linear(self, "gate", x_BTD, gate_DF), _linear(self, "up", x_BTD, up_DF)
-        return _linear(self, "down", jax.nn.silu(gate_BTF) * up_BTF, down_FD)
+        c, bias = self.config, self.config.mlp_bias
+        act = ACTIVATIONS[c.activation]
+        inner = (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model)
+        up = _matrix(self, "up", *inner, bias=bias)
+        down = _matrix(self, "down", (c.d_ff, c.d_model), (MLP, EMBED), _residual(c, c.d_ff), bias=bias)
+        if not c.gated:
+            return _linear(self, act(_linear(self, x_BTD, up)), down)
+        gate = _matrix(self, "gate", *inner, bias=bias)
+        return _linear(self, act(_linear(self, x_BTD, gate)) * _linear(self, x_BTD, up), down)
 
 
 def _residual(config: ModelConfig, fan_in: int) -> Init:
@@ -82,28 +124,31 @@ def _residual(config: ModelConfig, fan_in: int) -> Init:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; keys and queries are separate calls, because decoding needs so."""
+    """Grouped-query attention with rotary positions; keys and queries are separate calls, because decoding needs so.
+
+    The collection "constants" holds what is the layer's own and no parameter: `frequency` [h] of the rotary embedding,
+    and `window` [], if any layer has one.
+    """
 
     config: ModelConfig
     lora_from: int = 0
 
     def setup(self) -> None:
-        c = self.config
-        query, key = (c.d_model, c.num_heads, c.head_dim), (c.d_model, c.num_kv_heads, c.head_dim)
-        self.q_DNH = _weight(self, "q", query, (EMBED, HEADS, HEAD_DIM), _fan_in(c.d_model))
-        self.k_DKH = _weight(self, "k", key, (EMBED, KV_HEADS, HEAD_DIM), _fan_in(c.d_model))
-        self.v_DKH = _weight(self, "v", key, (EMBED, KV_HEADS, HEAD_DIM), _fan_in(c.d_model))
-        out = (c.num_heads, c.head_dim, c.d_model)
-        self.o_NHD = _weight(self, "o", out, (HEADS, HEAD_DIM, EMBED), _residual(c, c.num_heads * c.head_dim))
+        c, fan_in = self.config, _fan_in(self.config.d_model)
+        key = (c.d_model, c.num_kv_heads, c.head_dim), (EMBED, KV_HEADS, HEAD_DIM), fan_in
+        query = (c.d_model, c.num_heads, c.head_dim), (EMBED, HEADS, HEAD_DIM), fan_in
+        out = (c.num_heads, c.head_dim, c.d_model), (HEADS, HEAD_DIM, EMBED), _residual(c, c.num_heads * c.head_dim)
+        self.q = _matrix(self, "q", *query, bias=c.qkv_bias)
+        self.k, self.v = (_matrix(self, name, *key, bias=c.qkv_bias) for name in "kv")
+        self.o = _matrix(self, "o", *out, bias=c.out_bias, inputs=2)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c, HEAD_DIM), RMSNorm(c, HEAD_DIM)
+            axis = None if c.qk_norm_joint else HEAD_DIM
+            self.q_norm, self.k_norm = Norm(c, axis), Norm(c, axis)
 
     def keys_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and values, [B, T, K, H] each."""
-        k_BTKH, v_BTKH = self._to_heads("k", x_BTD, self.k_DKH), self._to_heads("v", x_BTD, self.v_DKH)
-        if self.config.qk_norm:
-            k_BTKH = self.k_norm(k_BTKH)
-        return rotary(k_BTKH, positions_BT, self.config.rope_theta), v_BTKH
+        norm = self.k_norm if self.config.qk_norm else None
+        return self._turned(x_BTD, self.k, norm, positions_BT), self._to_heads(_linear(self, x_BTD, self.v))
 
     def attend(
         self,
@@ -116,27 +161,64 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Queries of x over the given slots, projected back to [B, T, D]."""
         q_BTNH = self.queries(x_BTD, positions_BT)
-        return self.output(attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS))
+        return self.output(self.mix(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS))
+
+    def mix(
+        self,
+        q_BTNH: jax.Array,
+        k_BKSH: jax.Array,
+        v_BKSH: jax.Array,
+        query_slots_BT: jax.Array,
+        segment_ids_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attended values [B, T, N, H]."""
+        return attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, self._form())
+
+    def mix_beside(
+        self,
+        q_BYNH: jax.Array,
+        own: tuple[jax.Array, jax.Array],
+        slots: tuple[jax.Array, jax.Array],
+        where: Anchors,
+    ) -> jax.Array:
+        """`attention_beside` for Y = X P queries in the order of their anchors."""
+        B, X = where.visible_BXS.shape[:2]
+        q_BXPNH, *own_BXPKH = (x.reshape(B, X, -1, *x.shape[2:]) for x in (q_BYNH, *own))
+        mixed_BXPNH = attention_beside(q_BXPNH, *slots, *own_BXPKH, where, self._form())
+        return mixed_BXPNH.reshape(q_BYNH.shape)
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rotated queries [B, T, N, H]."""
-        q_BTNH = self._to_heads("q", x_BTD, self.q_DNH)
-        if self.config.qk_norm:
-            q_BTNH = self.q_norm(q_BTNH)
-        return rotary(q_BTNH, positions_BT, self.config.rope_theta)
+        return self._turned(x_BTD, self.q, self.q_norm if self.config.qk_norm else None, positions_BT)
 
     def output(self, mixed_BTNH: jax.Array) -> jax.Array:
         """Attended values, projected back to [B, T, D]."""
-        N, H, D = self.o_NHD.shape
-        return _linear(self, "o", mixed_BTNH.reshape(*mixed_BTNH.shape[:2], N * H), self.o_NHD.reshape(N * H, D))
+        return _linear(self, mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1), self.o)
 
-    def _to_heads(self, name: str, x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
-        D, N, H = w_DNH.shape
-        return _linear(self, name, x_BTD, w_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
+    def _turned(self, x_BTD: jax.Array, matrix: Matrix, norm: Norm | None, positions_BT: jax.Array) -> jax.Array:
+        c, y_BTO = self.config, _linear(self, x_BTD, matrix)
+        if norm is not None:
+            y_BTO = norm(y_BTO) if c.qk_norm_joint else norm(self._to_heads(y_BTO))
+        frequency_h = self.get_variable("constants", "frequency")
+        return rotary(self._to_heads(y_BTO), positions_BT, frequency_h, attention_factor(c))
+
+    def _to_heads(self, y_BTO: jax.Array) -> jax.Array:
+        return y_BTO.reshape(*y_BTO.shape[:2], -1, self.config.head_dim)
+
+    def _form(self) -> Form:
+        c = self.config
+        window = self.get_variable("constants", "window") if self.has_variable("constants", "window") else None
+        return Form(c.attn_scale or c.head_dim**-0.5, c.attn_softcap, window)
+
+
+def variables(block: dict[str, Any]) -> dict[str, Any]:
+    """What `Block` is applied to, of a block's parameters with its `constants`."""
+    params = dict(block)
+    return {"constants": {"attn": params.pop("constants")}, "params": params}
 
 
 class Block(nn.Module):
-    """Pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Decoder block: attention, then a feed-forward layer, with norms where `norm_position` has them.
 
     Given a collection "lora" with factors a [in, R] and b [R, out] per matrix, they add to what the positions from
     `lora_from` on compute.
@@ -146,8 +228,25 @@ class Block(nn.Module):
     lora_from: int = 0
 
     def setup(self) -> None:
-        self.attn_norm, self.attn = RMSNorm(self.config), Attention(self.config, self.lora_from)
-        self.mlp_norm, self.mlp = RMSNorm(self.config), FeedForward(self.config, self.lora_from)
+        c = self.config
+        self.attn, self.mlp = Attention(c, self.lora_from), FeedForward(c, self.lora_from)
+        if c.norm_position != "post":
+            self.attn_norm, self.mlp_norm = Norm(c), Norm(c)
+        if c.norm_position in ("post", "sandwich"):
+            self.attn_post_norm, self.mlp_post_norm = Norm(c), Norm(c)
+
+    def _read_by_attention(self, x: jax.Array) -> jax.Array:
+        return x if self.config.norm_position == "post" else self.attn_norm(x)
+
+    def _finished(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """The block's output, given its input and what attention made of it."""
+        where, scale = self.config.norm_position, self.config.residual_scale
+        after = lambda norm, y: scale * (norm(y) if where in ("post", "sandwich") else y)  # noqa: E731
+        before = lambda y: y if where == "post" else self.mlp_norm(y)  # noqa: E731
+        if where == "parallel":
+            return x + scale * attended + scale * self.mlp(before(x))
+        x += after(self.attn_post_norm if where in ("post", "sandwich") else None, attended)
+        return x + after(self.mlp_post_norm if where in ("post", "sandwich") else None, self.mlp(before(x)))
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """A whole row at once; token t stands in slot t."""
@@ -157,48 +256,47 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A whole row at once, with its keys and values, [B, K, T, H] each."""
-        h_BTD = self.attn_norm(x_BTD)
+        h_BTD = self._read_by_attention(x_BTD)
         k_BTKH, v_BTKH = self.attn.keys_values(h_BTD, positions_BT)
         slots_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None, :], x_BTD.shape[:2])
         k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        x_BTD += self.attn.attend(h_BTD, positions_BT, k_BKTH, v_BKTH, slots_BT, segment_ids_BT)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), k_BKTH, v_BKTH
+        attended_BTD = self.attn.attend(h_BTD, positions_BT, k_BKTH, v_BKTH, slots_BT, segment_ids_BT)
+        return self._finished(x_BTD, attended_BTD), k_BKTH, v_BKTH
 
     def beside(
-        self, x_BYD: jax.Array, positions_BY: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BXS: jax.Array
+        self, x_BYD: jax.Array, positions_BY: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, where: Anchors
     ) -> jax.Array:
         """Y = X P positions beside a sequence whose keys and values are given; see `attention_beside`."""
-        h_BYD = self.attn_norm(x_BYD)
+        h_BYD = self._read_by_attention(x_BYD)
         q_BYNH, own = self.attn.queries(h_BYD, positions_BY), self.attn.keys_values(h_BYD, positions_BY)
-        x_BYD += self.attn.output(_attend_beside(q_BYNH, own, (k_BKSH, v_BKSH), visible_BXS))
-        return x_BYD + self.mlp(self.mlp_norm(x_BYD))
+        mixed_BYNH = self.attn.mix_beside(q_BYNH, own, (k_BKSH, v_BKSH), where)
+        return self._finished(x_BYD, self.attn.output(mixed_BYNH))
 
     def write_read_beside(
-        self, xy_BZD: jax.Array, start_B: jax.Array, cache: LayerCache, positions_BY: jax.Array, visible_BXS: jax.Array
+        self, xy_BZD: jax.Array, start_B: jax.Array, cache: LayerCache, positions_BY: jax.Array, where: Anchors
     ) -> tuple[jax.Array, LayerCache]:
         """`write_read` of the first Q = `lora_from` positions and `beside` of the Y others, in joint products."""
         Q = self.lora_from
-        h_BZD, slots_BQ = self.attn_norm(xy_BZD), _slots(start_B, Q)
+        h_BZD, slots_BQ = self._read_by_attention(xy_BZD), _slots(start_B, Q)
         positions_BZ = jnp.concatenate([slots_BQ, positions_BY], axis=1)
         q_BZNH, (k_BZKH, v_BZKH) = self.attn.queries(h_BZD, positions_BZ), self.attn.keys_values(h_BZD, positions_BZ)
         cache = write_cache(cache, k_BZKH[:, :Q], v_BZKH[:, :Q], start_B)
-        mixed_BQNH = attention(q_BZNH[:, :Q], *cache, slots_BQ)
-        own = k_BZKH[:, Q:], v_BZKH[:, Q:]
-        mixed_BYNH = _attend_beside(q_BZNH[:, Q:], own, cache, visible_BXS)
-        xy_BZD += self.attn.output(jnp.concatenate([mixed_BQNH, mixed_BYNH], axis=1))
-        return xy_BZD + self.mlp(self.mlp_norm(xy_BZD)), cache
+        mixed_BQNH = self.attn.mix(q_BZNH[:, :Q], *cache, slots_BQ)
+        mixed_BYNH = self.attn.mix_beside(q_BZNH[:, Q:], (k_BZKH[:, Q:], v_BZKH[:, Q:]), cache, where)
+        attended_BZD = self.attn.output(jnp.concatenate([mixed_BQNH, mixed_BYNH], axis=1))
+        return self._finished(xy_BZD, attended_BZD), cache
 
     def write(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
         """Enters Q positions into the cache, row b's from slot start_B[b] on."""
-        return self._write(self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), start_B, cache)
+        return self._write(self._read_by_attention(x_BQD), _slots(start_B, x_BQD.shape[1]), start_B, cache)
 
     def read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> jax.Array:
         """The block's output at Q positions that stand in the cache, row b's from slot start_B[b] on."""
-        return self._read(x_BQD, self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1]), cache)
+        return self._read(x_BQD, self._read_by_attention(x_BQD), _slots(start_B, x_BQD.shape[1]), cache)
 
     def write_read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """`write`, then `read` at the same positions."""
-        h_BQD, slots_BQ = self.attn_norm(x_BQD), _slots(start_B, x_BQD.shape[1])
+        h_BQD, slots_BQ = self._read_by_attention(x_BQD), _slots(start_B, x_BQD.shape[1])
         cache = self._write(h_BQD, slots_BQ, start_B, cache)
         return self._read(x_BQD, h_BQD, slots_BQ, cache), cache
 
@@ -206,17 +304,7 @@ class Block(nn.Module):
         return write_cache(cache, *self.attn.keys_values(h_BQD, slots_BQ), start_B)
 
     def _read(self, x_BQD: jax.Array, h_BQD: jax.Array, slots_BQ: jax.Array, cache: LayerCache) -> jax.Array:
-        x_BQD += self.attn.attend(h_BQD, slots_BQ, cache.k_BKSH, cache.v_BKSH, slots_BQ)
-        return x_BQD + self.mlp(self.mlp_norm(x_BQD))
-
-
-def _attend_beside(
-    q_BYNH: jax.Array, own: tuple[jax.Array, jax.Array], slots: tuple[jax.Array, jax.Array], visible_BXS: jax.Array
-) -> jax.Array:
-    """`attention_beside` for Y = X P queries in the order of their anchors."""
-    B, X = visible_BXS.shape[:2]
-    q_BXPNH, *own_BXPKH = (x.reshape(B, X, -1, *x.shape[2:]) for x in (q_BYNH, *own))
-    return attention_beside(q_BXPNH, *slots, *own_BXPKH, visible_BXS).reshape(q_BYNH.shape)
+        return self._finished(x_BQD, self.attn.attend(h_BQD, slots_BQ, cache.k_BKSH, cache.v_BKSH, slots_BQ))
 
 
 def _slots(start_B: jax.Array, count: int) -> jax.Array:

@@ -8,18 +8,20 @@ Decoding works on `unstack`ed blocks, one tree per layer, because a scan would c
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.axes import BATCH, LAYERS, LENGTH
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.linear import LINEAR
 from mtp_jax.model.cache import LayerCache
-from mtp_jax.model.layers import Block, Embed, RMSNorm, unit_rms
+from mtp_jax.model.layers import Block, Embed, Norm, unit_rms, variables
+from mtp_jax.model.rope import frequencies
 
 Params = dict[str, Any]
 
@@ -28,12 +30,22 @@ def init_blocks(config: ModelConfig, key: jax.Array, count: int) -> Params:
     """`count` blocks stacked along a leading axis, boxed with their logical axis names."""
     x_BTD = jnp.zeros((1, 1, config.d_model), config.dtype)
     ids_BT = jnp.zeros((1, 1), jnp.int32)
+    given = variables(jax.tree.map(operator.itemgetter(0), with_constants(config, {}, config.layers[:1])))
 
     def init_one(key: jax.Array) -> Params:
-        return Block(config).init(key, x_BTD, ids_BT, ids_BT)["params"]
+        rngs = {"params": key}
+        return Block(config).apply(given, x_BTD, ids_BT, ids_BT, rngs=rngs, mutable=["params"])[1]["params"]
 
     boxed = jax.vmap(init_one)(jax.random.split(key, count))
     return jax.tree.map(lambda box: box.replace(names=(LAYERS, *box.names)), boxed, is_leaf=is_box)
+
+
+def with_constants(config: ModelConfig, blocks: Params, layers: Sequence[str]) -> Params:
+    """Stacked blocks with what is each layer's own and no parameter, under `constants`; `layers` are their kinds."""
+    own = {"frequency": np.stack([frequencies(config, layer) for layer in layers])}
+    if "window" in config.layers:
+        own["window"] = np.array([config.window if layer == "window" else 2**30 for layer in layers], np.int32)
+    return blocks | {"constants": jax.tree.map(jnp.asarray, own)}
 
 
 def is_box(leaf: Any) -> bool:
@@ -47,7 +59,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     params = {
         "embed": Embed(config).init(embed_key)["params"],
         "blocks": init_blocks(config, blocks_key, config.num_layers),
-        "final_norm": RMSNorm(config).init(key, jnp.zeros((1, config.d_model)))["params"],
+        "final_norm": Norm(config).init(key, jnp.zeros((1, config.d_model)))["params"],
     }
     if not config.tie_embeddings:
         params["unembed"] = init_unembed(config, unembed_key)
@@ -62,6 +74,8 @@ def init_unembed(config: ModelConfig, key: jax.Array) -> Params:
 def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """Token ids to the first residual state [B, T, D]."""
     x_BTD = params["embed"]["table"][tokens_BT].astype(config.dtype)
+    if config.embed_scale != 1:
+        x_BTD *= jnp.asarray(config.embed_scale, x_BTD.dtype)
     return constrain(x_BTD)
 
 
@@ -75,16 +89,21 @@ def unembedding(params: Params) -> jax.Array:
 
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """The norm before the unembedding, shared by every head; x may have any rank."""
-    return RMSNorm(config).apply({"params": params["final_norm"]}, x)
+    return Norm(config).apply({"params": params["final_norm"]}, x)
 
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of final-normed states [..., D]. Training never calls this: see `losses/xent.py`."""
-    return project(config, unembedding(params), hidden)
+    return project(config, unembedding(params), scaled(config, hidden))
+
+
+def scaled(config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """States times the factor of their logits, which the unembedding does not know of."""
+    return hidden if config.logit_scale == 1 else hidden * jnp.asarray(config.logit_scale, hidden.dtype)
 
 
 def project(config: ModelConfig, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] by a given unembedding, capped as the config says."""
+    """Float32 logits [..., V] of `scaled` states by a given unembedding, capped as the config says."""
     table_VD = table_VD.astype(config.dtype)
     z = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
     return config.logit_softcap * jnp.tanh(z / config.logit_softcap) if config.logit_softcap else z
@@ -94,7 +113,7 @@ def run_block(config: ModelConfig) -> Callable[..., jax.Array]:
     """`(block_params, x_BTD, positions_BT, segment_ids_BT) -> x_BTD`, under the configured remat policy."""
 
     def run(block: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        return constrain(Block(config).apply({"params": block}, x_BTD, positions_BT, segment_ids_BT))
+        return constrain(Block(config).apply(variables(block), x_BTD, positions_BT, segment_ids_BT))
 
     if config.remat == "none":
         return run
@@ -157,7 +176,7 @@ def decode_blocks(
     """Runs unstacked blocks over Q new positions per row, entering them into the caches from slot start_B[b] on."""
     written = []
     for block, cache in zip(blocks, caches, strict=True):
-        x_BQD, cache = Block(config).apply({"params": block}, x_BQD, start_B, cache, method="write_read")
+        x_BQD, cache = Block(config).apply(variables(block), x_BQD, start_B, cache, method="write_read")
         written.append(cache)
     return x_BQD, tuple(written)
 

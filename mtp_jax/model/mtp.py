@@ -18,7 +18,7 @@ from mtp_jax.model import heads, lm
 from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.heads import FAMILIES, base, masks
 from mtp_jax.model.heads.base import Rows
-from mtp_jax.model.layers import Block
+from mtp_jax.model.layers import Block, variables
 
 Params = dict[str, Any]
 
@@ -74,6 +74,7 @@ def apply(
     Returns:
       hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
     """
+    params = with_constants(config, params)
     embedded_BTD = lm.embed(config.model, params, tokens_BT)
     family, rows = FAMILIES[config.heads.kind], (embedded_BTD, positions_BT, segment_ids_BT)
     # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
@@ -86,8 +87,14 @@ def apply(
         state_BTD, states_MBTD = lm.run_blocks(config.model, params["blocks"], *rows), None
     hidden_1BTD = lm.final_norm(config.model, params, state_BTD)[None]
     if states_MBTD is None:
-        return hidden_1BTD
-    return jnp.concatenate([hidden_1BTD, heads.finish(config, params, states_MBTD)])
+        return lm.scaled(config.model, hidden_1BTD)
+    return lm.scaled(config.model, jnp.concatenate([hidden_1BTD, heads.finish(config, params, states_MBTD)]))
+
+
+def with_constants(config: Config, params: Params) -> Params:
+    """Parameters with the constants of every block of the model and of its heads."""
+    params = params | {"blocks": lm.with_constants(config.model, params["blocks"], config.model.layers)}
+    return params | ({"heads": base.with_constants(config, params["heads"])} if "heads" in params else {})
 
 
 def _trunk(
@@ -137,10 +144,12 @@ def count_params(config: Config) -> int:
 
 def decode_view(config: Config, params: Params) -> Params:
     """Parameters as decoding wants them: one tree per layer and per head, in the compute dtype. Made once at load."""
-    # Norms multiply by their scale in float32, in training too.
+    # What multiplies in float32 in training does so here too.
+    whole = ("scale", "bias", "tap_mix")
     cast = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if path[-1].key in ("scale", "tap_mix") else leaf.astype(config.model.dtype), params
+        lambda path, leaf: leaf if path[-1].key in whole else leaf.astype(config.model.dtype), params
     )
+    cast = with_constants(config, cast)
     view = {name: tree for name, tree in cast.items() if name != "token_order"}
     view["blocks"] = lm.unstack(cast["blocks"])
     if "unembed" in view:
@@ -215,9 +224,9 @@ def _decode_beside(
     block_of, written = Block(config.model, lora_from=Q), []
     loras = params["heads"].get("lora", (None,) * len(caches))
     for block, lora, cache in zip(params["blocks"], loras, caches, strict=True):
-        arrays = (xy_BZD, start_B, cache, beside.positions_BY, beside.visible_BXS)
-        variables = {"params": block} | masks.adapters(config, lora)
-        xy_BZD, cache = block_of.apply(variables, *arrays, method="write_read_beside")
+        arrays = (xy_BZD, start_B, cache, beside.positions_BY, beside.anchors)
+        given = variables(block) | masks.adapters(config, lora)
+        xy_BZD, cache = block_of.apply(given, *arrays, method="write_read_beside")
         written.append(cache)
     y_BYD = xy_BZD[:, Q:]
     return xy_BZD[:, :Q], y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1]), tuple(written)
@@ -235,6 +244,7 @@ def draft_logits(config: Config, params: Params, states_BPD: jax.Array, first: i
         hidden_BPD = jnp.stack(ends, axis=1)
     if config.heads.unembed == "shared":
         return lm.logits(config.model, params, hidden_BPD)
+    hidden_BPD = lm.scaled(config.model, hidden_BPD)
     own = [lm.project(config.model, heads["unembed"][set_]["table"], hidden_BPD[:, i]) for i, set_ in enumerate(which)]
     return jnp.stack(own, axis=1)
 

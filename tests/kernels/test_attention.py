@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from reference import naive
 
+from mtp_jax.kernels.attention import Anchors, Form, attention_beside
 from mtp_jax.kernels.attention import attention as kernel
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, *rest):
+def attention(q_BTNH, k_BSKH, v_BSKH, slots_BT, segments=None, **form):
     """The kernel on keys and values as a layer computes them."""
-    return kernel(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), *rest)
+    form = Form(**{"scale": q_BTNH.shape[-1] ** -0.5} | form)
+    return kernel(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), slots_BT, segments, form)
 
 
 def inputs(B=2, T=5, S=5, N=4, K=2, H=6, dtype=jnp.float32):
@@ -32,7 +34,7 @@ SEGMENTS = jnp.array([[1, 1, 1, 1, 1], [1, 1, 2, 2, 0]])
 def test_rows_equal_the_loop(heads, kv_heads, segments):
     """attention(q, k, v)[b, t, n] = softmax over the keys s <= t of t's document, of key head n // (N / K).
 
-    Breaks without `visible_BTS &=`, without `<=` at the query's own slot, without `H**-0.5`, or if the query heads of
+    Breaks without `visible_BTS &=`, without `<=` at the query's own slot, without the scale, or if the query heads of
     a group are strided rather than neighbours.
     """
     q_BTNH, k_BSKH, v_BSKH = inputs(N=heads, K=kv_heads)
@@ -53,6 +55,41 @@ def test_cache_slots_equal_the_loop():
     k_BSKH, v_BSKH = (jnp.where(behind_BS11, 1e4, x) for x in (k_BSKH, v_BSKH))
     actual_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, slots_BT)
     np.testing.assert_allclose(actual_BTNH, naive.attention(q_BTNH, k_BSKH, v_BSKH, slots_BT), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "form", [{"window": 2}, {"window": 1}, {"softcap": 0.7}, {"scale": 2.0, "softcap": 3.0, "window": 3}]
+)
+def test_forms_equal_the_loop(form):
+    """A window of w hides the slots up to query_slot - w; scores are scaled, then capped by c tanh(scores / c).
+
+    Breaks with `>=` for `>`, without the cap, or with the cap before the scale.
+    """
+    q_BTNH, k_BSKH, v_BSKH = inputs()
+    expected_BTNH = naive.attention(q_BTNH, k_BSKH, v_BSKH, ROWS, SEGMENTS, **form)
+    actual_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, ROWS, SEGMENTS, **form)
+    np.testing.assert_allclose(actual_BTNH, expected_BTNH, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, {"window": 3}, {"scale": 2.0, "softcap": 3.0, "window": 2}])
+def test_beside_equals_appending(form):
+    """Queries beside a sequence = attention of a sequence that ends at their anchor, with them appended.
+
+    Breaks if they see other anchors' queries, or if their window counts from the anchor.
+    """
+    q_BTNH, k_BSKH, v_BSKH = inputs(T=4, S=7)
+    at, P = (1, 4), 2
+    visible_BXS = jnp.broadcast_to(jnp.arange(5)[None, None, :] <= jnp.array(at)[None, :, None], (2, 2, 5))
+    slots_BXP = jnp.broadcast_to(jnp.array(at)[None, :, None] + 1 + jnp.arange(P)[None, None, :], (2, 2, P))
+    full = Form(**{"scale": q_BTNH.shape[-1] ** -0.5} | form)
+    own = [jnp.stack([x[:, 5:]] * 2, axis=1) for x in (k_BSKH, v_BSKH)]
+    slots = [x[:, :5].swapaxes(1, 2) for x in (k_BSKH, v_BSKH)]
+    q_BXPNH = q_BTNH.reshape(2, 2, P, *q_BTNH.shape[2:])
+    actual_BXPNH = attention_beside(q_BXPNH, *slots, *own, Anchors(visible_BXS, slots_BXP), full)
+    for x, anchor in enumerate(at):
+        appended = [jnp.concatenate([y[:, : anchor + 1], y[:, 5:]], axis=1) for y in (k_BSKH, v_BSKH)]
+        expected_BPNH = naive.attention(q_BXPNH[:, x], *appended, slots_BXP[:, x], **form)
+        np.testing.assert_allclose(actual_BXPNH[:, x], expected_BPNH, rtol=1e-5, atol=1e-5)
 
 
 def test_huge_scores():

@@ -12,19 +12,25 @@ import numpy as np
 import pytest
 from reference.families import DRAFTING, KINDS, heads_of
 from reference.jaxprs import equations
-from reference.models import random_params, small_config
+from reference.models import BLOCKS, random_params, small_config
 from reference.quick import quick_jit
 
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.heads import FAMILIES
 from mtp_jax.model.heads.base import Round
 
-VARIANTS = {
-    "untied-qk-norm-tap-top": {"model": {"tie_embeddings": False, "qk_norm": True}, "heads": {"tap": 2}},
-    "multi-head-tap-normed": {"model": {"num_kv_heads": 4}, "heads": {"tap": 2, "tap_norm": True}},
-    "one-kv-head-tap-0": {"model": {"num_kv_heads": 1}, "heads": {"tap": 0}},
-    "bfloat16": {"model": {"dtype": "bfloat16"}},
-} | {name: {"heads": heads_of(name)} for name in DRAFTING}
+VARIANTS = (
+    {
+        "untied-qk-norm-tap-top": {"model": {"tie_embeddings": False, "qk_norm": True}, "heads": {"tap": 2}},
+        "multi-head-tap-normed": {"model": {"num_kv_heads": 4}, "heads": {"tap": 2, "tap_norm": True}},
+        "one-kv-head-tap-0": {"model": {"num_kv_heads": 1}, "heads": {"tap": 0}},
+        "bfloat16": {"model": {"dtype": "bfloat16"}},
+        "masks, in windows": {"model": BLOCKS["as Gemma 3"], "heads": heads_of("masks")},
+        "sequential, in windows": {"model": BLOCKS["as Gemma 2"], "heads": heads_of("sequential")},
+    }
+    | {name: {"heads": heads_of(name)} for name in DRAFTING}
+    | {name: {"model": model} for name, model in BLOCKS.items()}
+)
 
 
 class Proposed(NamedTuple):

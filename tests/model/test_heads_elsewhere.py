@@ -28,12 +28,12 @@ def test_states_are_those_of_our_model(name):
     config = small_config(heads=heads_of(name) | {"tap": 2})
     params, batch = random_params(config), rows([3, 1, 4, 1, 5], [9, 2, 6], length=10)
     embedded_BTD = lm.embed(config.model, params, batch[0])
-    tap_BTD = lm.run_blocks(config.model, params["blocks"], embedded_BTD, *batch[1:])
-    scale_D = params["final_norm"]["scale"]
+    blocks = lm.with_constants(config.model, params["blocks"], config.model.layers)
+    tap_BTD = lm.run_blocks(config.model, blocks, embedded_BTD, *batch[1:])
     if config.heads.tap_norm:
         tap_BTD = lm.final_norm(config.model, params, tap_BTD)
     given = heads.Rows(tap_BTD, embedded_BTD, *batch[1:])
-    states_MBTD = heads.apply_for(config, params["heads"], given, scale_D)
+    states_MBTD = heads.apply_for(config, params["heads"], given, params["final_norm"])
     np.testing.assert_allclose(states_MBTD, mtp.apply(config, params, *batch)[1:], rtol=1e-5, atol=1e-5)
 
 
@@ -87,5 +87,5 @@ def test_what_needs_our_model_is_refused(settings, message):
 
 def test_the_shared_norm_is_asked_for():
     config = small_config()
-    with pytest.raises(UserError, match=r"heads.norm='shared' needs norm_scale_D"):
+    with pytest.raises(UserError, match=r"heads.norm='shared' needs final_norm"):
         heads.apply_for(config, {}, None)

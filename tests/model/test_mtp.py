@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reference.families import KINDS, READS_TOKENS, SETTINGS, heads_of
 from reference.jaxprs import equations
-from reference.models import random_params, rows, small_config
+from reference.models import BLOCKS, random_params, rows, small_config
 from reference.quick import fused_jit, quick_jit
 
 from mtp_jax.losses.mtp import head_scale, mtp_loss
@@ -20,15 +20,21 @@ from mtp_jax.losses.targets import make_targets
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.heads import masks
-from mtp_jax.model.layers import Block
+from mtp_jax.model.layers import Block, variables
 
 apply = jax.jit(mtp.apply, static_argnums=0, static_argnames="everywhere")
 FIRST, SECOND = [3, 1, 4, 1, 5], [9, 2, 6]
 
-VARIANTS = {name: small_config(heads=heads_of(name)) for name in SETTINGS} | {
-    "tap-0": small_config(heads={"tap": 0}, model={"tie_embeddings": False}),
-    "tap-top-normed": small_config(heads={"tap": 2, "tap_norm": True}, model={"qk_norm": True, "num_kv_heads": 1}),
-}
+VARIANTS = (
+    {name: small_config(heads=heads_of(name)) for name in SETTINGS}
+    | {
+        "tap-0": small_config(heads={"tap": 0}, model={"tie_embeddings": False}),
+        "tap-top-normed": small_config(heads={"tap": 2, "tap_norm": True}, model={"qk_norm": True, "num_kv_heads": 1}),
+        "masks, in windows": small_config(BLOCKS["as Gemma 3"], heads_of("masks")),
+        "registers, in windows": small_config(BLOCKS["as Gemma 3"], heads_of("registers")),
+    }
+    | {name: small_config(model) for name, model in BLOCKS.items()}
+)
 
 
 LAYOUTS = [(FIRST, SECOND), (SECOND, FIRST), (FIRST,), (SECOND,)]
@@ -283,22 +289,22 @@ def test_lora_adds_to_every_matrix_behind_the_gate():
     """
     config = small_config(heads={"kind": "masks", "lora_rank": 3, "lora_alpha": 5.0})
     first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731
-    params = random_params(config)
+    params = mtp.with_constants(config, random_params(config))
     block, lora = first(params["blocks"]), first(params["heads"]["lora"])
     assert {layer: set(pairs) for layer, pairs in lora.items()} == {
         "attn": {"q", "k", "v", "o"},
         "mlp": {"gate", "up", "down"},
     }
-    merged = {layer: dict(block[layer]) for layer in block}
+    merged = {layer: dict(tree) for layer, tree in block.items()}
     for layer, pairs in lora.items():
         for name, pair in pairs.items():
             merged[layer][name] += (5 / 3 * pair["a"] @ pair["b"]).reshape(merged[layer][name].shape)
     x_BTD = np.random.default_rng(0).standard_normal((1, 4, 16)).astype(np.float32)
     positions_BT, factors = np.arange(4)[None], masks.adapters(config, lora)
-    whole, bare = (Block(config.model).apply({"params": p}, x_BTD, positions_BT, None) for p in (merged, block))
-    actual = Block(config.model).apply({"params": block} | factors, x_BTD, positions_BT, None)
+    whole, bare = (Block(config.model).apply(variables(p), x_BTD, positions_BT, None) for p in (merged, block))
+    actual = Block(config.model).apply(variables(block) | factors, x_BTD, positions_BT, None)
     np.testing.assert_allclose(actual, whole, rtol=1e-5, atol=1e-6)
-    gated = Block(config.model, lora_from=3).apply({"params": block} | factors, x_BTD, positions_BT, None)
+    gated = Block(config.model, lora_from=3).apply(variables(block) | factors, x_BTD, positions_BT, None)
     np.testing.assert_array_equal(gated[:, :3], bare[:, :3])
     assert not np.allclose(gated[:, 3], bare[:, 3])
 
@@ -357,7 +363,7 @@ def test_softcap_and_unembedding():
 
 
 def test_norm_statistics_are_float32():
-    """RMSNorm(x) = scale x / sqrt(mean(x^2) + eps), rounded to bfloat16 once, at the end.
+    """norm(x) = scale x / sqrt(mean(x^2) + eps), rounded to bfloat16 once, at the end.
 
     Breaks without `astype(jnp.float32)` of x or of the scale, or without eps (x = 0).
     """

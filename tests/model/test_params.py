@@ -38,6 +38,9 @@ BLOCK = {
 }
 
 
+BIASES = {"q": (4, 4), "k": (2, 4), "v": (2, 4), "o": (16,)}
+
+
 def test_shapes_are_literal():
     """blocks lead with L, heads/blocks with M-1; the rest is embedding and final norm.
 
@@ -64,8 +67,23 @@ def test_shapes_are_literal():
             },
         ),
         ({}, {"num_future": 1}, {}),
+        (
+            {"norm_position": "sandwich", "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+            {"num_future": 1},
+            {f"blocks/{part}_post_norm/scale": (2, 16) for part in ("attn", "mlp")}
+            | {f"blocks/attn/{name}_bias": (2, *shape) for name, shape in BIASES.items()}
+            | {f"blocks/mlp/{name}_bias": (2, width) for name, width in {"gate": 24, "up": 24, "down": 16}.items()},
+        ),
+        (
+            {"norm": "layer", "qk_norm": True, "qk_norm_joint": True},
+            {"num_future": 1},
+            {"final_norm/bias": (16,)}
+            | {f"blocks/{part}_norm/bias": (2, 16) for part in ("attn", "mlp")}
+            | {f"blocks/attn/q_norm/{leaf}": (2, 16) for leaf in ("scale", "bias")}
+            | {f"blocks/attn/k_norm/{leaf}": (2, 8) for leaf in ("scale", "bias")},
+        ),
     ],
-    ids=["untied", "qk-norm", "one-head"],
+    ids=["untied", "qk-norm", "one-head", "sandwich-biases", "layer-norms"],
 )
 def test_options_add_exactly_their_parameters(model, heads, extra):
     """params(option) - params(base) = what the option names; M = 1 has no `heads` at all.
@@ -189,6 +207,8 @@ def test_decode_view_round_trip(config, params):
     heads = stack([block for blocks in view["heads"]["blocks"] for block in blocks])
     stacked = view | {"blocks": stack(view["blocks"]), "heads": {"blocks": heads}}
     stacked["unembed"] = {"table": lm.unembedding(view)}
+    for blocks in (stacked["blocks"], heads):
+        blocks.pop("constants")
     jax.tree.map(np.testing.assert_array_equal, stacked, params)
 
 
@@ -200,7 +220,8 @@ def test_decode_view_is_in_the_compute_dtype(params):
     """
     config = small_config(WIDE | {"dtype": "bfloat16"})
     view = mtp.decode_view(config, {name: tree for name, tree in params.items() if name != "heads"})
-    dtypes = {(path[-1].key == "scale", leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(view)}
+    leaves = [(str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(view)]
+    dtypes = {("scale" in path, leaf.dtype) for path, leaf in leaves if "constants" not in path}
     assert dtypes == {(False, jnp.dtype("bfloat16")), (True, jnp.dtype("float32"))}
     assert "heads" not in view
     np.testing.assert_array_equal(lm.unembedding(view), params["unembed"]["table"].astype(jnp.bfloat16))

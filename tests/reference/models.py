@@ -10,6 +10,45 @@ from mtp_jax.model import mtp
 SMALL = {"vocab_size": 24, "num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "d_ff": 24}
 
 
+BLOCKS = {
+    "as Qwen2": {"qkv_bias": True, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 4},
+    "as Gemma 2": {
+        "norm_position": "sandwich",
+        "norm_plus_one": True,
+        "layer_pattern": ("window", "full"),
+        "window": 3,
+        "attn_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "attn_scale": 0.3,
+        "activation": "gelu_tanh",
+        "embed_scale": 4.0,
+    },
+    "as Gemma 3": {
+        "norm_position": "sandwich",
+        "qk_norm": True,
+        "layer_pattern": ("window", "full"),
+        "window": 2,
+        "rope_theta_window": 100.0,
+        "rope_scaling": "linear",
+        "rope_factor": 8.0,
+    },
+    "as OLMo 2": {"norm_position": "post", "qk_norm": True, "qk_norm_joint": True, "tie_embeddings": False},
+    "as SmolLM 3": {"layer_pattern": ("full", "nope")},
+    "as Granite": {"residual_scale": 0.3, "logit_scale": 0.5, "embed_scale": 6.0, "attn_scale": 0.1},
+    "as GPT-NeoX": {
+        "norm": "layer",
+        "norm_position": "parallel",
+        "gated": False,
+        "activation": "gelu",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "rope_fraction": 0.5,
+    },
+}
+"""Blocks of the common decoders, by fields of `ModelConfig`."""
+
+
 def small_config(model=None, heads=None):
     """Three heads over two layers; `model` and `heads` override fields."""
     return tiny_config(model=SMALL | (model or {}), heads=heads or {})

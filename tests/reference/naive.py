@@ -88,17 +88,20 @@ def rank(z_MBTV, targets_MBT):
     return rank_MBT
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, query_slots_BT, segment_ids_BS=None):
+def attention(
+    q_BTNH, k_BSKH, v_BSKH, query_slots_BT, segment_ids_BS=None, *, scale=None, softcap=0.0, window=float("inf")
+):
     """Softmax attention one query and one head at a time, over the list of keys that the query may see."""
     q_BTNH, k_BSKH, v_BSKH = (np.asarray(x, np.float64) for x in (q_BTNH, k_BSKH, v_BSKH))
     B, T, N, H = q_BTNH.shape
     group = N // k_BSKH.shape[2]
     out_BTNH = np.zeros_like(q_BTNH)
     for b, t, n in np.ndindex(B, T, N):
-        seen = [s for s in range(k_BSKH.shape[1]) if s <= query_slots_BT[b][t]]
+        seen = [s for s in range(k_BSKH.shape[1]) if query_slots_BT[b][t] - window < s <= query_slots_BT[b][t]]
         if segment_ids_BS is not None:
             seen = [s for s in seen if segment_ids_BS[b][s] == segment_ids_BS[b][t]]
-        scores = np.array([q_BTNH[b, t, n] @ k_BSKH[b, s, n // group] / np.sqrt(H) for s in seen])
+        scores = np.array([q_BTNH[b, t, n] @ k_BSKH[b, s, n // group] * (scale or H**-0.5) for s in seen])
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
         probs = np.exp(scores - scores.max())
         probs /= probs.sum()
         out_BTNH[b, t, n] = sum(p * v_BSKH[b, s, n // group] for p, s in zip(probs, seen, strict=True))

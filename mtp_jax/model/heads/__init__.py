@@ -77,14 +77,14 @@ def init_for(config: Config, key: jax.Array) -> Params:
     return nn.meta.unbox(init(config, key, {}))
 
 
-def apply_for(config: Config, heads: Params, rows: Rows, norm_scale_D: jax.Array | None = None) -> jax.Array:
+def apply_for(config: Config, heads: Params, rows: Rows, final_norm: Params | None = None) -> jax.Array:
     """States of heads 1..M-1 over a trunk of another library, ready for its unembedding.
 
     Args:
       config: as given to `init_for`.
       heads: what `init_for` made.
       rows: the trunk's states that heads read, its token embeddings, positions and documents.
-      norm_scale_D: scale of the trunk's final RMSNorm, for `heads.norm="shared"`.
+      final_norm: the trunk's, for `heads.norm="shared"`: `{"scale": [D]}`, and for a LayerNorm also `bias`.
 
     Returns:
       [M-1, B, T, D]; stack them behind the trunk's own final-normed states for `losses.mtp.mtp_loss`.
@@ -93,9 +93,9 @@ def apply_for(config: Config, heads: Params, rows: Rows, norm_scale_D: jax.Array
       UserError: as `init_for`, or without the norm that heads share.
     """
     _check_for(config)
-    if config.heads.norm == "shared" and norm_scale_D is None:
-        raise UserError("heads.norm='shared' needs norm_scale_D, the scale of the trunk's final norm")
-    params = {"heads": heads} | ({} if norm_scale_D is None else {"final_norm": {"scale": norm_scale_D}})
+    if config.heads.norm == "shared" and final_norm is None:
+        raise UserError("heads.norm='shared' needs final_norm, the parameters of the trunk's final norm")
+    params = {"heads": base.with_constants(config, heads), "final_norm": final_norm}
     return finish(config, params, FAMILIES[config.heads.kind].train(config, params, rows))
 
 

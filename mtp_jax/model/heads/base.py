@@ -20,7 +20,7 @@ from mtp_jax.axes import EMBED, LAYERS
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.model import lm
 from mtp_jax.model.cache import LayerCache, init_cache
-from mtp_jax.model.layers import Block, RMSNorm
+from mtp_jax.model.layers import Block, Norm, variables
 
 Params = dict[str, Any]
 
@@ -119,6 +119,14 @@ def init_blocks(config: Config, key: jax.Array, trunk: Params) -> Params:
     return blocks
 
 
+def with_constants(config: Config, heads: Params) -> Params:
+    """Head parameters with the constants of their blocks, which are of the kind of the model's block `init_block`."""
+    if "blocks" not in heads:
+        return heads
+    kinds = [config.model.layers[config.heads.init_block]] * (sets(config) * config.heads.layers)
+    return heads | {"blocks": lm.with_constants(head_model(config), heads["blocks"], kinds)}
+
+
 def by_head(config: Config, blocks: Params) -> Params:
     """[sets * layers, ...] to [sets, layers, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(sets(config), config.heads.layers, *leaf.shape[1:]), blocks)
@@ -134,7 +142,7 @@ def end_norm(config: Config, params: Params, states: jax.Array, norm: Params | N
     if config.heads.norm == "none":
         return states
     if norm is not None:
-        return RMSNorm(head_model(config)).apply({"params": norm}, states)
+        return Norm(head_model(config)).apply({"params": norm}, states)
     return lm.final_norm(config.model, params, states)
 
 
@@ -184,11 +192,11 @@ def blocks_at(
     """
     model = head_model(config)
     x_BQD, below = lm.decode_blocks(model, blocks[:-1], x_BQD, start_B, caches[:-1])
-    block, variables = Block(model), {"params": blocks[-1]}
-    last = block.apply(variables, x_BQD, start_B, caches[-1], method="write")
+    block, last_block = Block(model), variables(blocks[-1])
+    last = block.apply(last_block, x_BQD, start_B, caches[-1], method="write")
     if not wanted:
         return None, (*below, last)
-    state_B1D = block.apply(variables, at_index(x_BQD, index_B), start_B + index_B, last, method="read")
+    state_B1D = block.apply(last_block, at_index(x_BQD, index_B), start_B + index_B, last, method="read")
     return state_B1D, (*below, last)
 
 

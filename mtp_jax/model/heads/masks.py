@@ -25,10 +25,11 @@ import jax.numpy as jnp
 
 from mtp_jax.axes import EMBED, LAYERS
 from mtp_jax.config import Config
+from mtp_jax.kernels.attention import Anchors
 from mtp_jax.model import lm
 from mtp_jax.model.heads import base
 from mtp_jax.model.heads.base import Params, Round
-from mtp_jax.model.layers import Block
+from mtp_jax.model.layers import Block, variables
 
 MATRICES = (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down")))
 
@@ -79,8 +80,7 @@ class Beside(NamedTuple):
 
     embedded_BYD: jax.Array
     positions_BY: jax.Array
-    visible_BXS: jax.Array
-    """Slots that each anchor sees."""
+    anchors: Anchors
 
 
 def run(
@@ -91,9 +91,9 @@ def run(
 
     def both(blocks: tuple, x_BTD: jax.Array, y_BYD: jax.Array) -> tuple[jax.Array, jax.Array]:
         block, lora = blocks
-        x_BTD, *keys_values = block_of.apply({"params": block}, x_BTD, positions_BT, segment_ids_BT, method="row")
-        arrays = (y_BYD, masks.positions_BY, *keys_values, masks.visible_BXS)
-        y_BYD = block_of.apply({"params": block} | adapters(config, lora), *arrays, method="beside")
+        x_BTD, *keys_values = block_of.apply(variables(block), x_BTD, positions_BT, segment_ids_BT, method="row")
+        arrays = (y_BYD, masks.positions_BY, *keys_values, masks.anchors)
+        y_BYD = block_of.apply(variables(block) | adapters(config, lora), *arrays, method="beside")
         return lm.constrain(x_BTD), lm.constrain(y_BYD)
 
     step = both if config.model.remat == "none" else jax.checkpoint(both)
@@ -117,13 +117,15 @@ def forward(
     stride = 1 if everywhere else config.heads.mask_stride
     anchor_BX = anchors(stride, tokens_BT)
     at_anchor = lambda x_BT: jnp.take_along_axis(x_BT, jnp.minimum(anchor_BX, T - 1), axis=1)  # noqa: E731
-    positions_BXP = at_anchor(positions_BT)[..., None] + 1 + jnp.arange(P)[None, None, :]
+    steps_11P = 1 + jnp.arange(P)[None, None, :]
+    positions_BXP = at_anchor(positions_BT)[..., None] + steps_11P
     visible_BXS = jnp.arange(T)[None, None, :] <= anchor_BX[..., None]
     visible_BXS &= at_anchor(segment_ids_BT)[..., None] == segment_ids_BT[:, None, :]
     X = anchor_BX.shape[1]
     embed_PD = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
     embedded_BYD = jnp.tile(embed_PD[None], (B, X, 1))
-    masks = Beside(embedded_BYD, positions_BXP.reshape(B, X * P), visible_BXS)
+    where = Anchors(visible_BXS, anchor_BX[..., None] + steps_11P)
+    masks = Beside(embedded_BYD, positions_BXP.reshape(B, X * P), where)
     x_BTD, y_BYD = run(config, params, embedded_BTD, positions_BT, segment_ids_BT, masks)
     y_PBXD = jnp.moveaxis(y_BYD.reshape(B, X, P, D), 2, 0)
     if stride == 1:
@@ -157,7 +159,8 @@ def decode_masks(config: Config, params: Params, start_BX: jax.Array, count: int
     embed_PD = params["heads"]["mask_embed"][:count]
     positions_BXP = start_BX[..., None] + 1 + jnp.arange(count)[None, None, :]
     visible_BXS = jnp.arange(slots)[None, None, :] <= start_BX[..., None]
-    return Beside(jnp.tile(embed_PD[None], (B, X, 1)), positions_BXP.reshape(B, X * count), visible_BXS)
+    where = Anchors(visible_BXS, positions_BXP)
+    return Beside(jnp.tile(embed_PD[None], (B, X, 1)), positions_BXP.reshape(B, X * count), where)
 
 
 def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
+from mtp_jax.kernels.attention import Anchors
 from mtp_jax.model.heads import masks
 from mtp_jax.model.heads.base import Params, Round
 from mtp_jax.model.heads.masks import init as init
@@ -69,7 +70,8 @@ def _run(
     B, T = head_BT.shape
     visible_BTS = jnp.tril(jnp.ones((T, T), bool))[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
     embed_1D = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
-    registers = masks.Beside(jnp.tile(embed_1D[None], (B, T, 1)), positions_BT + head_BT, visible_BTS)
+    where = Anchors(visible_BTS, (jnp.arange(T)[None, :] + head_BT)[..., None])
+    registers = masks.Beside(jnp.tile(embed_1D[None], (B, T, 1)), positions_BT + head_BT, where)
     return masks.run(config, params, embedded_BTD, positions_BT, segment_ids_BT, registers)
 
 

@@ -24,14 +24,14 @@ from mtp_jax.config import Config
 from mtp_jax.kernels.linear import linear
 from mtp_jax.model.heads import base
 from mtp_jax.model.heads.base import Params, Round, Rows
-from mtp_jax.model.layers import RMSNorm
+from mtp_jax.model.layers import Norm
 
 
 def init(config: Config, key: jax.Array, trunk: Params) -> Params:
     """Two norms, a projection and blocks per set."""
     blocks_key, proj_key = jax.random.split(key)
     count, D = base.sets(config), config.model.d_model
-    norm = RMSNorm(base.head_model(config)).init(key, jnp.zeros((1, D)))["params"]
+    norm = Norm(base.head_model(config)).init(key, jnp.zeros((1, D)))["params"]
     stacked = lambda box: box.replace(value=jnp.repeat(box.value[None], count, axis=0), names=(LAYERS, *box.names))  # noqa: E731
     norms = {name: jax.tree.map(stacked, norm, is_leaf=base.lm.is_box) for name in ("embed_norm", "hidden_norm")}
     proj = base.weight(config, proj_key, (count, 2 * D, D), (LAYERS, None, EMBED))
@@ -45,7 +45,7 @@ def init(config: Config, key: jax.Array, trunk: Params) -> Params:
 
 def _join(config: Config, module: Params, embedded_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
     """W [norm(embedding) ; norm(hidden)], in the configured order."""
-    norm = RMSNorm(base.head_model(config))
+    norm = Norm(base.head_model(config))
     embedded_BTD = norm.apply({"params": module["embed_norm"]}, embedded_BTD)
     hidden_BTD = norm.apply({"params": module["hidden_norm"]}, hidden_BTD)
     both = (embedded_BTD, hidden_BTD) if config.heads.concat == "embedding_first" else (hidden_BTD, embedded_BTD)

@@ -1,0 +1,183 @@
+"""The `model` section of a config: the shape of the decoder, wide enough for the families that its fields name.
+
+Defaults give a Llama 2 block. What else the common decoders do is one field each, so that a checkpoint of theirs is a
+config and nothing more.
+"""
+
+import dataclasses
+from typing import Literal
+
+from mtp_jax.checks import check_fields, positive, require
+
+SCALES = ("embed_scale", "residual_scale", "logit_scale")
+Layer = Literal["full", "window", "nope"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder language model: the whole next-token path, which is complete without any extra head."""
+
+    vocab_size: int = 2048
+    """Rows of the embedding and of the unembedding (V); at least the tokenizer's size."""
+    num_layers: int = 4
+    """Blocks of the next-token path, head 0's block included (L)."""
+    d_model: int = 256
+    """Width of the residual stream (D)."""
+    num_heads: int = 4
+    """Query heads (N)."""
+    num_kv_heads: int = 4
+    """Key/value heads (K); num_heads must be a multiple of it."""
+    head_dim: int = 64
+    """Width of one attention head (H), independent of d_model / num_heads; even, for the rotary halves."""
+    d_ff: int = 704
+    """Inner width of the feed-forward layer (F)."""
+    max_seq_len: int = 2048
+    """Most positions of a row, prompt and generated tokens together."""
+
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with a bias (GPT-NeoX, StarCoder 2)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square, or variance, inside a norm."""
+    norm_plus_one: bool = False
+    """RMSNorm scales by 1 + w (Gemma, Qwen3-Next); w starts at 0."""
+    norm_position: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    """x + f(norm(x)); x + norm(f(x)) (OLMo 2); x + norm(f(norm(x))) (Gemma 2 and 3); or x + attention(norm(x)) +
+    mlp(norm(x)) (GPT-NeoX)."""
+    residual_scale: float = 1.0
+    """What a block adds to the residual stream is multiplied by this (Granite)."""
+
+    qk_norm: bool = False
+    """RMSNorm on queries and keys before the rotary embedding."""
+    qk_norm_joint: bool = False
+    """That norm takes all heads of a position together (OLMo 2) instead of each by itself (Qwen3, Gemma 3)."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values (Qwen2)."""
+    out_bias: bool = False
+    """A bias of attention's output."""
+    attn_scale: float = 0.0
+    """Factor of attention scores; 0 is head_dim^-1/2."""
+    attn_softcap: float = 0.0
+    """c in `c * tanh(scores / c)` (Gemma 2); 0 leaves the scores as they are."""
+
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """Non-linearity of the feed-forward layer; GELU is exact or the tanh approximation."""
+    gated: bool = True
+    """down(act(gate(x)) * up(x)) as in SwiGLU, or down(act(up(x))) (GPT-NeoX, StarCoder 2)."""
+    mlp_bias: bool = False
+    """Biases of the feed-forward layer."""
+
+    layer_pattern: tuple[Layer, ...] = ("full",)
+    """Kinds of the layers, repeated to the last one: attention over all before, over a window, or over all without
+    rotary positions (SmolLM 3). Gemma 2 is ("window", "full")."""
+    window: int = 0
+    """Positions that a token of a "window" layer sees, its own included."""
+
+    rope_theta: float = 10_000.0
+    """Base of the rotary position frequencies."""
+    rope_theta_window: float = 0.0
+    """Base in "window" layers, which are then not scaled either (Gemma 3); 0 takes that of the others."""
+    rope_fraction: float = 1.0
+    """Share of a head's dimensions that turn, the first ones (GPT-NeoX, Phi-4-mini)."""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How frequencies are stretched for contexts beyond those of pretraining."""
+    rope_factor: float = 1.0
+    """By how much."""
+    rope_original_len: int = 0
+    """Context of pretraining, for llama3 and yarn."""
+    rope_low: float = 1.0
+    """llama3: frequencies with fewer turns than this in `rope_original_len` are stretched in full. (low_freq_factor)"""
+    rope_high: float = 4.0
+    """llama3: those with more turns than this stay. (high_freq_factor)"""
+    rope_beta_slow: float = 1.0
+    """yarn: as `rope_low`."""
+    rope_beta_fast: float = 32.0
+    """yarn: as `rope_high`."""
+    rope_attention_factor: float = 0.0
+    """yarn: turned queries and keys are multiplied by this; 0 is 0.1 ln(rope_factor) + 1."""
+
+    embed_scale: float = 1.0
+    """Embeddings are multiplied by this (Gemma: the root of d_model)."""
+    tie_embeddings: bool = True
+    """Use the embedding as the unembedding."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this (Granite: 1 / logits_scaling)."""
+    logit_softcap: float = 0.0
+    """c in `c * tanh(logits / c)`; 0 leaves the logits as they are."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of activations and matrix products. Norm statistics, softmax and losses are float32 in any case."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the parameters at rest."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks."""
+
+    def __post_init__(self) -> None:
+        check_fields("model", self)
+        positive(
+            "model",
+            self,
+            *("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_seq_len"),
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
+            "every key/value head serves the same number of query heads",
+        )
+        require(
+            0 < self.rope_fraction <= 1,
+            f"model.rope_fraction={self.rope_fraction}; it must be above 0 and at most 1",
+        )
+        require(
+            self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+            f"model.head_dim={self.head_dim} with model.rope_fraction={self.rope_fraction} turns an odd number of "
+            "dimensions; rotary positions turn pairs, so make it even",
+        )
+        require(self.vocab_size <= 2**24, f"model.vocab_size={self.vocab_size} is above {2**24}")
+        for name in ("rope_theta", "rope_factor", "rope_high", "rope_beta_fast", *SCALES):
+            require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}; it must be above 0")
+        for name in ("norm_eps", "attn_scale", "rope_theta_window", "rope_original_len", "rope_attention_factor"):
+            require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} is negative")
+        for name in ("logit_softcap", "attn_softcap"):
+            require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} is negative; 0 switches it off")
+        self._check_layers()
+        self._check_rope()
+
+    def _check_layers(self) -> None:
+        require(bool(self.layer_pattern), "model.layer_pattern is empty; ('full',) is plain attention")
+        windowed = "window" in self.layers
+        require(
+            windowed == (self.window > 0),
+            f"model.window={self.window} with model.layer_pattern={self.layer_pattern}: 'window' layers need a window, "
+            "and without them it means nothing",
+        )
+        require(
+            self.norm == "rms" or not self.norm_plus_one,
+            "model.norm_plus_one is a form of RMSNorm; leave it out with model.norm='layer'",
+        )
+        require(
+            self.qk_norm or not self.qk_norm_joint,
+            "model.qk_norm_joint says over what model.qk_norm goes; set model.qk_norm too",
+        )
+
+    def _check_rope(self) -> None:
+        require(
+            self.rope_scaling == "none" or self.rope_factor != 1.0,
+            f"model.rope_scaling={self.rope_scaling!r} needs model.rope_factor",
+        )
+        require(
+            self.rope_scaling not in ("llama3", "yarn") or self.rope_original_len > 0,
+            f"model.rope_scaling={self.rope_scaling!r} needs model.rope_original_len",
+        )
+        for low, high in (("rope_low", "rope_high"), ("rope_beta_slow", "rope_beta_fast")):
+            lesser, greater = getattr(self, low), getattr(self, high)
+            require(0 < lesser < greater, f"model.{low}={lesser} must be above 0 and below model.{high}={greater}")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The kind of every layer."""
+        return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that turn."""
+        return int(self.head_dim * self.rope_fraction)
