@@ -8,9 +8,11 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | B      | batch rows                                                                             |
 | C      | tokens of one chunk of the loss                                                        |
 | D      | model width                                                                            |
+| E      | positions before a round whose entries it makes again                                  |
 | F      | feed-forward width                                                                     |
 | G      | query heads per key/value head, N = K G                                                |
 | H      | width of one attention head                                                            |
+| I, O   | inputs and outputs of any matrix                                                       |
 | K      | key/value heads                                                                        |
 | L      | layers of the next-token path, where parameters are stacked                            |
 | M      | prediction heads; head m predicts token t+1+m, so head 0 is the ordinary language model |
@@ -24,6 +26,8 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | W      | tokens of a soft target; positions of a window                                         |
 | X      | anchors: positions beside which mask tokens stand                                      |
 | Y      | mask tokens of a row, X P of them                                                      |
+| Z      | tokens and mask tokens of a decoding forward, Q + Y                                    |
+| h      | dimension pairs of a head that turn, H/2 or fewer                                      |
 """
 
 # Logical axes of parameters. The model speaks these names only; `sharding.py` maps them to a mesh.

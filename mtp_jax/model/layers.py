@@ -72,7 +72,7 @@ class Norm(nn.Module):
     """RMSNorm (Zhang & Sennrich 2019), or LayerNorm (Ba et al. 2016), with statistics in float32."""
 
     config: ModelConfig
-    axis: str = EMBED
+    axis: str | None = EMBED
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -80,14 +80,12 @@ class Norm(nn.Module):
         c, last = self.config, (1,) * (x.ndim - 1) + (-1,)
         start = {"scale": nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones}
         start |= {"bias": nn.initializers.zeros} if c.norm == "layer" else {}
+        shape, dtype = (x.shape[-1],), jnp.dtype(c.param_dtype)
         given = {
-            name: self.param(
-                name, nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],), jnp.dtype(c.param_dtype)
-            )
-            .astype(jnp.float32)
-            .reshape(last)
+            name: self.param(name, nn.with_logical_partitioning(init, (self.axis,)), shape, dtype)
             for name, init in start.items()
         }
+        given = {name: value.astype(jnp.float32).reshape(last) for name, value in given.items()}
         x32 = x.astype(jnp.float32)
         if c.norm == "layer":
             x32 -= jnp.mean(x32, axis=-1, keepdims=True)
@@ -235,18 +233,20 @@ class Block(nn.Module):
         if c.norm_position in ("post", "sandwich"):
             self.attn_post_norm, self.mlp_post_norm = Norm(c), Norm(c)
 
-    def _read_by_attention(self, x: jax.Array) -> jax.Array:
+    def _normed(self, x: jax.Array) -> jax.Array:
+        """What attention reads."""
         return x if self.config.norm_position == "post" else self.attn_norm(x)
 
     def _finished(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """The block's output, given its input and what attention made of it."""
         where, scale = self.config.norm_position, self.config.residual_scale
-        after = lambda norm, y: scale * (norm(y) if where in ("post", "sandwich") else y)  # noqa: E731
-        before = lambda y: y if where == "post" else self.mlp_norm(y)  # noqa: E731
+        after = where in ("post", "sandwich")
+        attended = self.attn_post_norm(attended) if after else attended
         if where == "parallel":
-            return x + scale * attended + scale * self.mlp(before(x))
-        x += after(self.attn_post_norm if where in ("post", "sandwich") else None, attended)
-        return x + after(self.mlp_post_norm if where in ("post", "sandwich") else None, self.mlp(before(x)))
+            return x + scale * (attended + self.mlp(self.mlp_norm(x)))
+        x += scale * attended
+        fed = self.mlp(x if where == "post" else self.mlp_norm(x))
+        return x + scale * (self.mlp_post_norm(fed) if after else fed)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         """A whole row at once; token t stands in slot t."""
@@ -256,7 +256,7 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A whole row at once, with its keys and values, [B, K, T, H] each."""
-        h_BTD = self._read_by_attention(x_BTD)
+        h_BTD = self._normed(x_BTD)
         k_BTKH, v_BTKH = self.attn.keys_values(h_BTD, positions_BT)
         slots_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None, :], x_BTD.shape[:2])
         k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
@@ -267,7 +267,7 @@ class Block(nn.Module):
         self, x_BYD: jax.Array, positions_BY: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, where: Anchors
     ) -> jax.Array:
         """Y = X P positions beside a sequence whose keys and values are given; see `attention_beside`."""
-        h_BYD = self._read_by_attention(x_BYD)
+        h_BYD = self._normed(x_BYD)
         q_BYNH, own = self.attn.queries(h_BYD, positions_BY), self.attn.keys_values(h_BYD, positions_BY)
         mixed_BYNH = self.attn.mix_beside(q_BYNH, own, (k_BKSH, v_BKSH), where)
         return self._finished(x_BYD, self.attn.output(mixed_BYNH))
@@ -277,7 +277,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache]:
         """`write_read` of the first Q = `lora_from` positions and `beside` of the Y others, in joint products."""
         Q = self.lora_from
-        h_BZD, slots_BQ = self._read_by_attention(xy_BZD), _slots(start_B, Q)
+        h_BZD, slots_BQ = self._normed(xy_BZD), _slots(start_B, Q)
         positions_BZ = jnp.concatenate([slots_BQ, positions_BY], axis=1)
         q_BZNH, (k_BZKH, v_BZKH) = self.attn.queries(h_BZD, positions_BZ), self.attn.keys_values(h_BZD, positions_BZ)
         cache = write_cache(cache, k_BZKH[:, :Q], v_BZKH[:, :Q], start_B)
@@ -288,15 +288,15 @@ class Block(nn.Module):
 
     def write(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
         """Enters Q positions into the cache, row b's from slot start_B[b] on."""
-        return self._write(self._read_by_attention(x_BQD), _slots(start_B, x_BQD.shape[1]), start_B, cache)
+        return self._write(self._normed(x_BQD), _slots(start_B, x_BQD.shape[1]), start_B, cache)
 
     def read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> jax.Array:
         """The block's output at Q positions that stand in the cache, row b's from slot start_B[b] on."""
-        return self._read(x_BQD, self._read_by_attention(x_BQD), _slots(start_B, x_BQD.shape[1]), cache)
+        return self._read(x_BQD, self._normed(x_BQD), _slots(start_B, x_BQD.shape[1]), cache)
 
     def write_read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """`write`, then `read` at the same positions."""
-        h_BQD, slots_BQ = self._read_by_attention(x_BQD), _slots(start_B, x_BQD.shape[1])
+        h_BQD, slots_BQ = self._normed(x_BQD), _slots(start_B, x_BQD.shape[1])
         cache = self._write(h_BQD, slots_BQ, start_B, cache)
         return self._read(x_BQD, h_BQD, slots_BQ, cache), cache
 
