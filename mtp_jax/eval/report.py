@@ -102,13 +102,12 @@ def evaluate(
         documents_BT = np.asarray(rows.tokens).reshape(len(rows.doc_starts), -1)[:MOST_ANSWERS]
         progress(f"answers of {len(documents_BT)} documents")
         answered = answers(lm, documents_BT)
+    room = count_prompts(rows, settings.prompt_tokens + settings.max_new_tokens)
     # A teacherless model is no generator.
-    room = 0
-    if config.loss.teacherless < 0:
-        room = count_prompts(rows, settings.prompt_tokens + settings.max_new_tokens)
-    if room < settings.num_prompts and config.loss.teacherless < 0:
-        progress(f"the text has room for {room} prompts of decode.num_prompts={settings.num_prompts}")
-    count = min(room, settings.num_prompts)
+    wanted = settings.num_prompts if config.loss.teacherless < 0 else 0
+    if room < wanted:
+        progress(f"the text has room for {room} prompts of decode.num_prompts={wanted}")
+    count = min(room, wanted)
     pairs = heldout_prompts(rows, count, settings.prompt_tokens, settings.max_new_tokens) if count else []
     prompts, references = [prompt for prompt, _ in pairs], [reference for _, reference in pairs]
     lengths = {"max_new_tokens": settings.max_new_tokens}

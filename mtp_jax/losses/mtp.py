@@ -115,9 +115,9 @@ def mtp_loss(
 
 def _check(hidden_MBTD: Any, tables: Any, targets_MBT: Any, weights_MBT: Any, scale_M: Any, impl: str) -> None:
     """Shapes that do not belong together would be broadcast, or fail far from here."""
-    M, B, T, D = hidden_MBTD.shape if hidden_MBTD.ndim == 4 else (None,) * 4
-    if M is None:
+    if hidden_MBTD.ndim != 4:
         raise UserError(f"mtp_loss: hidden_MBTD has shape {hidden_MBTD.shape}; [heads, batch, time, width] is needed")
+    M, B, T, D = hidden_MBTD.shape
     for name, array, shape in (
         ("targets_MBT", targets_MBT, (M, B, T)),
         ("weights_MBT", weights_MBT, (M, B, T)),

@@ -219,7 +219,7 @@ def _decode_beside(
     """Both streams of `heads.masks`; the tokens' keys and values enter the caches, the masks' are forgotten."""
     Q, slots = x_BQD.shape[1], caches[0].slots
     at_BX = jnp.arange(Q)[None, :] if ask.at_B is None else ask.at_B[:, None]
-    beside = masks.decode_masks(config, params, start_B[:, None] + at_BX, ask.count, slots)
+    beside = masks.decode_masks(params, start_B[:, None] + at_BX, ask.count, slots)
     xy_BZD = jnp.concatenate([x_BQD, beside.embedded_BYD.astype(x_BQD.dtype)], axis=1)
     block_of, written = Block(config.model, lora_from=Q), []
     loras = params["heads"].get("lora", (None,) * len(caches))

@@ -31,6 +31,7 @@ VARIANTS = (
         "tap-0": small_config(heads={"tap": 0}, model={"tie_embeddings": False}),
         "tap-top-normed": small_config(heads={"tap": 2, "tap_norm": True}, model={"qk_norm": True, "num_kv_heads": 1}),
         "masks, in windows": small_config(BLOCKS["as Gemma 3"], heads_of("masks")),
+        "recursive, own LayerNorms": small_config(BLOCKS["as GPT-NeoX"], heads_of("recursive, own ends")),
         "registers, in windows": small_config(BLOCKS["as Gemma 3"], heads_of("registers")),
     }
     | {name: small_config(model) for name, model in BLOCKS.items()}

@@ -110,5 +110,5 @@ def finish(config: Config, params: Params, states_MBTD: jax.Array) -> jax.Array:
     norms = params["heads"].get("norm")
     if norms is not None and base.sets(config) == len(states_MBTD):
         return jax.vmap(lambda states, norm: base.end_norm(config, params, states, norm))(states_MBTD, norms)
-    norm = None if norms is None else {"scale": norms["scale"][0]}
+    norm = None if norms is None else jax.tree.map(lambda leaf: leaf[0], norms)
     return base.end_norm(config, params, states_MBTD, norm)

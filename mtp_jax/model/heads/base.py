@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.axes import EMBED, LAYERS
+from mtp_jax.axes import LAYERS
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.model import lm
 from mtp_jax.model.cache import LayerCache, init_cache
@@ -81,14 +81,22 @@ def weight(config: Config, key: jax.Array, shape: tuple[int, ...], names: tuple,
     return nn.LogicallyPartitioned(value, names)
 
 
+def init_norms(config: Config) -> Params:
+    """Fresh norms of the heads, one per set."""
+    norm = Norm(head_model(config)).init(jax.random.key(0), jnp.zeros((1, config.model.d_model)))["params"]
+
+    def stacked(box: Any) -> Any:
+        return box.replace(value=jnp.repeat(box.value[None], sets(config), axis=0), names=(LAYERS, *box.names))
+
+    return jax.tree.map(stacked, norm, is_leaf=lm.is_box)
+
+
 def init_ends(config: Config, trunk: Params) -> Params:
     """Own norms and unembeddings, if the config asks for them; unembeddings start as the model's own."""
     ends: Params = {}
     count, c = sets(config), config.model
     if config.heads.norm == "own":
-        start = jnp.zeros if config.heads.norm_plus_one else jnp.ones
-        scale = start((count, c.d_model), jnp.dtype(c.param_dtype))
-        ends["norm"] = {"scale": nn.LogicallyPartitioned(scale, (LAYERS, EMBED))}
+        ends["norm"] = init_norms(config)
     if config.heads.unembed == "own":
         box = trunk["unembed" if "unembed" in trunk else "embed"]["table"]
         table_MVD = jnp.repeat(box.value[None], count, axis=0)

@@ -83,6 +83,14 @@ class Beside(NamedTuple):
     anchors: Anchors
 
 
+def _beside(embed_PD: jax.Array, position_BX: jax.Array, anchor_BX: jax.Array, visible_BXS: jax.Array) -> Beside:
+    """All masks beside anchors at these positions, which are these slots and see those."""
+    (P, _), (B, X) = embed_PD.shape, anchor_BX.shape
+    behind = lambda first_BX: first_BX[..., None] + 1 + jnp.arange(P)[None, None, :]  # noqa: E731
+    where = Anchors(visible_BXS, behind(anchor_BX))
+    return Beside(jnp.tile(embed_PD[None], (B, X, 1)), behind(position_BX).reshape(B, X * P), where)
+
+
 def run(
     config: Config, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, masks: Beside
 ) -> tuple[jax.Array, jax.Array]:
@@ -117,15 +125,11 @@ def forward(
     stride = 1 if everywhere else config.heads.mask_stride
     anchor_BX = anchors(stride, tokens_BT)
     at_anchor = lambda x_BT: jnp.take_along_axis(x_BT, jnp.minimum(anchor_BX, T - 1), axis=1)  # noqa: E731
-    steps_11P = 1 + jnp.arange(P)[None, None, :]
-    positions_BXP = at_anchor(positions_BT)[..., None] + steps_11P
     visible_BXS = jnp.arange(T)[None, None, :] <= anchor_BX[..., None]
     visible_BXS &= at_anchor(segment_ids_BT)[..., None] == segment_ids_BT[:, None, :]
     X = anchor_BX.shape[1]
     embed_PD = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
-    embedded_BYD = jnp.tile(embed_PD[None], (B, X, 1))
-    where = Anchors(visible_BXS, anchor_BX[..., None] + steps_11P)
-    masks = Beside(embedded_BYD, positions_BXP.reshape(B, X * P), where)
+    masks = _beside(embed_PD, at_anchor(positions_BT), anchor_BX, visible_BXS)
     x_BTD, y_BYD = run(config, params, embedded_BTD, positions_BT, segment_ids_BT, masks)
     y_PBXD = jnp.moveaxis(y_BYD.reshape(B, X, P, D), 2, 0)
     if stride == 1:
@@ -153,14 +157,10 @@ def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> 
 # Decoding.
 
 
-def decode_masks(config: Config, params: Params, start_BX: jax.Array, count: int, slots: int) -> Beside:
+def decode_masks(params: Params, start_BX: jax.Array, count: int, slots: int) -> Beside:
     """`count` masks beside each of the positions start_BX."""
-    B, X = start_BX.shape
-    embed_PD = params["heads"]["mask_embed"][:count]
-    positions_BXP = start_BX[..., None] + 1 + jnp.arange(count)[None, None, :]
     visible_BXS = jnp.arange(slots)[None, None, :] <= start_BX[..., None]
-    where = Anchors(visible_BXS, positions_BXP)
-    return Beside(jnp.tile(embed_PD[None], (B, X, 1)), positions_BXP.reshape(B, X * count), where)
+    return _beside(params["heads"]["mask_embed"][:count], start_BX, start_BX, visible_BXS)
 
 
 def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:

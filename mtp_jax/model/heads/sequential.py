@@ -31,9 +31,7 @@ def init(config: Config, key: jax.Array, trunk: Params) -> Params:
     """Two norms, a projection and blocks per set."""
     blocks_key, proj_key = jax.random.split(key)
     count, D = base.sets(config), config.model.d_model
-    norm = Norm(base.head_model(config)).init(key, jnp.zeros((1, D)))["params"]
-    stacked = lambda box: box.replace(value=jnp.repeat(box.value[None], count, axis=0), names=(LAYERS, *box.names))  # noqa: E731
-    norms = {name: jax.tree.map(stacked, norm, is_leaf=base.lm.is_box) for name in ("embed_norm", "hidden_norm")}
+    norms = {name: base.init_norms(config) for name in ("embed_norm", "hidden_norm")}
     proj = base.weight(config, proj_key, (count, 2 * D, D), (LAYERS, None, EMBED))
     if config.heads.init == "zero":
         passed = {"embedding_first": (0, 1), "hidden_first": (1, 0)}[config.heads.concat]
