@@ -28,6 +28,14 @@ def positive(section: str, obj: Any, *names: str) -> None:
         require(value >= 1, f"{section}.{name} is {value}; it must be at least 1")
 
 
+def only_with(section: str, obj: Any, names: str, given: bool, what: str) -> None:
+    """Refuses fields that differ from their default where nothing would read them."""
+    for name in names.split():
+        value = getattr(obj, name)
+        default = type(obj).__dataclass_fields__[name].default
+        require(value == default or given, f"{section}.{name}={value!r} means nothing without {what}")
+
+
 def check_type(value: Any, kind: Any, origin: str) -> None:
     """Refuses a value that is not of the annotated type; an int is a float, a bool is no int."""
     if typing.get_origin(kind) is Literal:

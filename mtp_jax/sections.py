@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
-from mtp_jax.checks import check_fields, positive, require
+from mtp_jax.checks import check_fields, only_with, positive, require
 from mtp_jax.model_section import ModelConfig as ModelConfig
 
 Family = Literal[
@@ -85,11 +85,11 @@ class HeadsConfig:
             self.init != "zero" or self.kind != "linear" or self.residual,
             "heads.init='zero' with heads.kind='linear' needs heads.residual=True; a map of zeros predicts nothing",
         )
-        self._needs("init_block", -1, self.init == "copy_block", "heads.init='copy_block'")
-        self._needs("lora_alpha", 32.0, self.lora_rank > 0, "heads.lora_rank")
-        self._needs("chain", "pre_norm", self.norm != "none", "a norm to stand behind: heads.norm='shared' or 'own'")
         own_norms = self.kind in BLOCK_FAMILIES or self.norm == "own"
-        self._needs("norm_plus_one", False, own_norms, "heads.norm='own': these heads have no other norm")
+        only_with("heads", self, "init_block", self.init == "copy_block", "heads.init='copy_block'")
+        only_with("heads", self, "lora_alpha", self.lora_rank > 0, "heads.lora_rank")
+        only_with("heads", self, "chain", self.norm != "none", "a norm to stand behind: heads.norm='shared' or 'own'")
+        only_with("heads", self, "norm_plus_one", own_norms, "heads.norm='own': these heads have no other norm")
         require(
             not (self.tap_mix and self.tap_norm),
             "heads.tap_norm=True with heads.tap_mix=True; the mix is over normed states already",
@@ -99,10 +99,6 @@ class HeadsConfig:
     def draft(self) -> bool:
         """Whether there is anything to draft with."""
         return self.num_future > 1 and self.kind != "registers"
-
-    def _needs(self, field: str, default: Any, given: bool, what: str) -> None:
-        value = getattr(self, field)
-        require(value == default or given, f"heads.{field}={value!r} means nothing without {what}")
 
     def _belongs(self, field: str, default: Any, kinds: tuple[str, ...]) -> None:
         """A setting that the family would ignore is refused."""
@@ -184,23 +180,14 @@ class LossConfig:
             (self.entropy, self.entropy_fraction) not in (("keep_top", 0.0), ("drop_top", 1.0)),
             f"loss.entropy_fraction={self.entropy_fraction} with loss.entropy={self.entropy!r} leaves nothing to learn",
         )
-        for field, default, given, what in (
-            ("distil_mix", 1.0, self.distil != "none", "loss.distil"),
-            ("schedule_final", 0.0, self.schedule in ("linear", "switch"), "loss.schedule='linear' or 'switch'"),
-            ("schedule_at", 0.5, self.schedule == "switch", "loss.schedule='switch'"),
-            ("order_window", 32, self.token_order > 0, "loss.token_order"),
-            (
-                "entropy_fraction",
-                0.2,
-                self.entropy in ("keep_top", "drop_top"),
-                "loss.entropy='keep_top' or 'drop_top'",
-            ),
-            ("entropy_temperature", 1.0, self.entropy == "soft", "loss.entropy='soft'"),
-            ("entropy_source", "next_token", self.entropy != "none", "loss.entropy"),
-            ("entropy_normaliser", "selected", self.entropy != "none", "loss.entropy"),
-        ):
-            value = getattr(self, field)
-            require(value == default or given, f"loss.{field}={value!r} means nothing without {what}")
+        select, moves = self.entropy in ("keep_top", "drop_top"), self.schedule in ("linear", "switch")
+        only_with("loss", self, "distil_mix", self.distil != "none", "loss.distil")
+        only_with("loss", self, "schedule_final", moves, "loss.schedule='linear' or 'switch'")
+        only_with("loss", self, "schedule_at", self.schedule == "switch", "loss.schedule='switch'")
+        only_with("loss", self, "order_window", self.token_order > 0, "loss.token_order")
+        only_with("loss", self, "entropy_fraction", select, "loss.entropy='keep_top' or 'drop_top'")
+        only_with("loss", self, "entropy_temperature", self.entropy == "soft", "loss.entropy='soft'")
+        only_with("loss", self, "entropy_source entropy_normaliser", self.entropy != "none", "loss.entropy")
         require(self.teacherless >= -1, f"loss.teacherless={self.teacherless}; give a token id, or -1 to switch it off")
         require(
             not self.head_weights or any(self.head_weights),
@@ -346,10 +333,7 @@ class TrainConfig:
         for name in ("eval_every", "eval_rows"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative")
-        require(
-            self.init_heads == "new" or bool(self.init_from),
-            "train.init_heads='same' means nothing without train.init_from",
-        )
+        only_with("train", self, "init_heads", bool(self.init_from), "train.init_from")
         require(
             self.batch_size % self.grad_accum == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.grad_accum={self.grad_accum}",
