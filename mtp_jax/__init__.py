@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mtp_jax.config import TrainConfig as TrainConfig
     from mtp_jax.config import equal_parameter_layers as equal_parameter_layers
     from mtp_jax.config import override as override
+    from mtp_jax.convert.importer import import_model as import_model
+    from mtp_jax.convert.writer import export_model as export_model
     from mtp_jax.decode.drafters import DraftContext as DraftContext
     from mtp_jax.decode.drafters import Drafter as Drafter
     from mtp_jax.decode.drafters import Drafts as Drafts
@@ -53,6 +55,8 @@ _HOMES = {
     "Drafts": "decode.drafters",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
+    "import_model": "convert.importer",
+    "export_model": "convert.writer",
 }
 __all__ = sorted(_HOMES)
 

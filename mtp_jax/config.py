@@ -25,6 +25,7 @@ from mtp_jax.sections import (
     OptimConfig,
     TrainConfig,
 )
+from mtp_jax.sections import Family as Family
 
 
 def equal_parameter_layers(total_layers: int, num_future: int) -> int:
@@ -116,6 +117,10 @@ class Config:
         require(
             heads.draft or heads.num_future == 1 or decode.num_draft < 1,
             f"decode.num_draft={decode.num_draft}, but heads.kind={heads.kind!r} drafts nothing; use 0 or -1",
+        )
+        require(
+            heads.input_norm or model.norm_position == "pre",
+            f"heads.input_norm=False needs blocks with model.norm_position='pre', not {model.norm_position!r}",
         )
         require(
             data.seq_len >= heads.mask_stride,

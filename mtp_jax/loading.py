@@ -1,10 +1,10 @@
-"""Loads a trained model for inference: `load(SOURCE)`."""
+"""Loads a model for inference: `load(SOURCE)`."""
 
 import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +30,8 @@ class LoadedModel:
     """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`; None where the model was trained on token files."""
     mesh: Mesh
     """Where the parameters lie."""
+    origin: Any = None
+    """The Hugging Face checkpoint that it was, for export; None where there was none."""
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """Float32 logits of every head at every position, [M, B, T, V], for inspection.
@@ -74,49 +76,106 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     notify: Callable[[str], None] = _to_stderr,
+    *,
+    ignore: Sequence[str] = (),
+    heads_from: str | pathlib.Path | None = None,
 ) -> LoadedModel:
-    """Loads a model from a training directory.
+    """Loads a model from a directory of ours, or as it is from a Hugging Face directory.
 
     Args:
-      source: the workdir of `mtp train` or `mtp quickstart`.
-      dtype: `float32` or `bfloat16` for parameters and activations; None keeps what the config says.
+      source: the workdir of `mtp train`, `mtp quickstart` or `mtp import`; or a Hugging Face directory or hub id.
+      dtype: `float32` or `bfloat16` for parameters and activations; None keeps what the config or the files say.
       mesh: devices to place the parameters on, by the table in `sharding`; None takes the default device.
-      notify: receives a line for every broken checkpoint that was passed over; standard error by default.
+      notify: receives a line for every broken checkpoint that was passed over, and about what is unusual in a Hugging
+        Face checkpoint; standard error by default.
+      ignore: of a Hugging Face checkpoint: patterns of config fields and tensor names to leave out of account.
+      heads_from: of a Hugging Face checkpoint: a file or directory of heads for it (Medusa, EAGLE, CAFT).
 
     Raises:
-      UserError: not a training directory, no whole checkpoint, or an unknown dtype.
+      UserError: no such model, no whole checkpoint, an unknown dtype, or what `convert.reader.open_checkpoint` refuses.
     """
-    # Checkpointing and tokenizers are slow to import; `import mtp_jax` stays free of them.
-    from mtp_jax.checkpoint import restore_params
-    from mtp_jax.data.tokenize import load_tokenizer
-
-    workdir = pathlib.Path(source)
-    path = workdir / "config.json"
-    if not path.is_file():
-        what = "has no config.json" if workdir.is_dir() else "is not a directory"
-        raise UserError(f"{workdir} {what}; give the workdir of `mtp train` or `mtp quickstart`")
-    try:
-        config = from_json(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}; use 'float32', 'bfloat16', or None for the config's own")
+    mesh = mesh or sharding.make_mesh(MeshConfig())
+    if is_run(pathlib.Path(source)):
+        if ignore or heads_from is not None:
+            raise UserError(f"{source} is a run of ours; ignore and heads_from belong to Hugging Face checkpoints")
+        return _load_run(pathlib.Path(source), dtype, mesh, notify)
+    return _load_checkpoint(source, dtype, mesh, notify, ignore, heads_from)
+
+
+def is_run(directory: pathlib.Path) -> bool:
+    """Whether a directory is read as a run of ours, and not as a Hugging Face checkpoint."""
+    from mtp_jax.convert.reader import is_checkpoint
+
+    return directory.is_dir() and not is_checkpoint(directory)
+
+
+def _load_checkpoint(
+    source: str | pathlib.Path,
+    dtype: str | None,
+    mesh: Mesh,
+    notify: Callable[[str], None],
+    ignore: Sequence[str],
+    heads_from: str | pathlib.Path | None,
+) -> LoadedModel:
+    from mtp_jax.convert.reader import open_checkpoint, read_params
+    from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
+    from mtp_jax.convert.writer import origin_of
+
+    checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
+    tokenizer = load_hub_tokenizer(checkpoint.directory)
+    check_size(tokenizer, checkpoint.config, checkpoint.directory)
+    return LoadedModel(checkpoint.config, read_params(checkpoint, mesh), tokenizer, mesh, origin_of(checkpoint))
+
+
+def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
+    # Checkpointing and tokenizers are slow to import; `import mtp_jax` stays free of them.
+    from mtp_jax.checkpoint import restore_params
+    from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
+    from mtp_jax.convert.writer import ORIGIN
+    from mtp_jax.data.tokenize import load_tokenizer
+
+    config = _read_config(workdir)
     if dtype is not None:
         model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
         config = dataclasses.replace(config, model=model)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
-    mesh = mesh or sharding.make_mesh(MeshConfig())
     sharding.check_mesh(mesh, config)
     shardings = sharding.param_shardings(mesh, boxed)
     abstract = sharding.place_abstract(nn.meta.unbox(boxed), shardings)
     params, _ = restore_params(workdir, abstract, notify=notify)
-    tokenizer_path = workdir / "data" / "tokenizer.json"
-    if not tokenizer_path.is_file() and config.data.tokenizer != "none":
-        raise UserError(f"{tokenizer_path} is missing; `mtp train` on this run makes it anew")
-    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
-    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+    origin = _origin(workdir, config)
+    tokenizer = load_hub_tokenizer(workdir / ORIGIN) if (workdir / ORIGIN).is_dir() else None
+    if tokenizer is None:
+        path = workdir / "data" / "tokenizer.json"
+        if not path.is_file() and config.data.tokenizer != "none":
+            raise UserError(f"{path} is missing; `mtp train` on this run makes it anew")
+        tokenizer = load_tokenizer(path) if path.is_file() else None
+    check_size(tokenizer, config, workdir)
+    return LoadedModel(config, params, tokenizer, mesh, origin)
+
+
+def _read_config(workdir: pathlib.Path) -> Config:
+    path = workdir / "config.json"
+    if not path.is_file():
         raise UserError(
-            f"{tokenizer_path} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}; "
-            "it is not the tokenizer of this run"
+            f"{workdir} has no config.json; give the workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a "
+            "Hugging Face directory"
         )
-    return LoadedModel(config, params, tokenizer, mesh)
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _origin(workdir: pathlib.Path, config: Config) -> Any:
+    """What the model, or the one that its training started from, was before it was imported; None if nothing."""
+    from mtp_jax.convert.writer import ORIGIN, read_origin
+
+    while not (workdir / ORIGIN).is_dir():
+        workdir = pathlib.Path(config.train.init_from)
+        if not config.train.init_from or not (workdir / "config.json").is_file():
+            return None
+        config = _read_config(workdir)
+    return read_origin(workdir / ORIGIN)

@@ -40,9 +40,9 @@ class ModelConfig:
     """Added to the mean square, or variance, inside a norm."""
     norm_plus_one: bool = False
     """RMSNorm scales by 1 + w (Gemma, Qwen3-Next); w starts at 0."""
-    norm_position: Literal["pre", "post", "sandwich", "parallel"] = "pre"
-    """x + f(norm(x)); x + norm(f(x)) (OLMo 2); x + norm(f(norm(x))) (Gemma 2 and 3); or x + attention(norm(x)) +
-    mlp(norm(x)) (GPT-NeoX)."""
+    norm_position: Literal["pre", "post", "sandwich", "parallel", "mlp"] = "pre"
+    """x + f(norm(x)); x + norm(f(x)) (OLMo 2); x + norm(f(norm(x))) (Gemma 2 and 3); x + attention(norm(x)) +
+    mlp(norm(x)) (GPT-NeoX); or "pre" without the norm before attention (EAGLE's head)."""
     residual_scale: float = 1.0
     """What a block adds to the residual stream is multiplied by this (Granite)."""
 

@@ -49,6 +49,9 @@ class HeadsConfig:
     concat: Literal["embedding_first", "hidden_first"] = "embedding_first"
     """sequential, recursive: order of the two inputs of the projection. DeepSeek-V3 and Qwen weights have the embedding
     first, MiMo-7B has the hidden state first."""
+    input_norm: bool = True
+    """sequential, recursive: whether attention in a head reads normed states; EAGLE's head has no norm there, the two
+    inputs of its projection being normed."""
     chain: Literal["pre_norm", "post_norm"] = "pre_norm"
     """sequential, recursive: whether the next depth reads a head's state before or after the norm at the head's end."""
     init: Literal["default", "random", "copy_block", "zero"] = "default"
@@ -71,6 +74,7 @@ class HeadsConfig:
         self._belongs("layers", 1, (*BLOCK_FAMILIES, "medusa"))
         self._belongs("residual", False, ("linear",))
         self._belongs("concat", "embedding_first", CHAINED_TOKENS)
+        self._belongs("input_norm", True, CHAINED_TOKENS)
         self._belongs("chain", "pre_norm", CHAINED_TOKENS)
         self._belongs("mask_stride", 1, ("masks",))
         self._belongs("lora_rank", 0, BESIDE)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "mtp_jax"
 # Package-internal imports that each part may make; `errors` is open to all. An edge that is not here needs a reason in
 # the commit that adds it.
 ALLOWED = {
-    "__init__": {"config", "decode", "eval", "loading"},  # names only, imported at first use
+    "__init__": {"config", "convert", "decode", "eval", "loading"},  # names only, imported at first use
     "__main__": {"cli"},
     "errors": set(),
     "axes": set(),
@@ -31,9 +31,10 @@ ALLOWED = {
     "metrics": {"axes", "config"},
     "train": {"config", "model", "losses", "sharding", "optim", "data", "checkpoint", "metrics"},
     "decode": {"config", "model", "sharding"},
-    "loading": {"config", "model", "sharding", "checkpoint", "data"},
+    "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data"},
+    "loading": {"config", "model", "sharding", "checkpoint", "data", "convert"},
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
-    "cli": {"config", "data", "decode", "eval", "loading", "metrics", "model", "sharding", "train"},
+    "cli": {"config", "convert", "data", "decode", "eval", "loading", "metrics", "model", "sharding", "train"},
 }
 
 

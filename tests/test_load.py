@@ -155,7 +155,7 @@ def test_not_a_workdir(run, tmp_path):
     """Every wrong SOURCE is named with what is wrong about it and what to give instead."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    remedy = "; give the workdir of `mtp train` or `mtp quickstart`"
+    remedy = "; give the workdir of `mtp train`, `mtp quickstart` or `mtp import`"
     for source, what in (("missing", "is not a directory"), ("empty", "has no config.json"), ("file", "is not a dir")):
         with pytest.raises(UserError, match=f"{source} {what}.*{remedy}"):
             load(tmp_path / source)

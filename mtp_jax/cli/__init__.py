@@ -1,6 +1,7 @@
 """The command `mtp`: one file per command, argument parsing and printing only."""
 
 import importlib
+import keyword
 import sys
 
 from mtp_jax.errors import UserError
@@ -10,6 +11,8 @@ COMMANDS = {
     "train": "train a config, or continue where its workdir stopped",
     "generate": "generate text from a trained model",
     "eval": "loss by head, bits per byte, acceptance by depth",
+    "import": "make a model directory from a Hugging Face checkpoint, with fresh heads if wanted",
+    "export": "write a model as a Hugging Face directory",
     "bench": "measure decoding against its memory floor",
 }
 
@@ -32,7 +35,8 @@ def run(argv: list[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise UserError(f"{argv[0]!r} is no command; choose one of {', '.join(COMMANDS)} (mtp --help)")
-        importlib.import_module(f"mtp_jax.cli.{argv[0]}").main(argv[1:])
+        module = f"mtp_jax.cli.{argv[0]}" + "_" * keyword.iskeyword(argv[0])
+        importlib.import_module(module).main(argv[1:])
     except UserError as error:
         print(f"mtp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import pathlib
 import re
 import runpy
@@ -80,6 +81,17 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def own_directory(source: str) -> pathlib.Path:
+    """Where to keep what belongs to a model: a run's directory, and never a Hugging Face checkpoint's."""
+    from mtp_jax.loading import is_run
+
+    path = pathlib.Path(source)
+    if is_run(path):
+        return path
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return cache / "mtp_jax" / source.strip("/.").replace("/", "--")
 
 
 def keep_compiled(directory: pathlib.Path | str) -> None:

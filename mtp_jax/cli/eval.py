@@ -5,13 +5,13 @@ import pathlib
 
 import tyro
 
-from mtp_jax.cli.common import keep_compiled, parse, print_evaluation, print_json, say
+from mtp_jax.cli.common import keep_compiled, own_directory, parse, print_evaluation, print_json, say
 from mtp_jax.data.loader import load_heldout
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import make_directory, write_page
 from mtp_jax.eval.report import evaluate
-from mtp_jax.loading import LoadedModel, load
+from mtp_jax.loading import LoadedModel, is_run, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Args:
     """What to evaluate on what."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of `mtp train` or `mtp quickstart`."""
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory or hub id."""
     data: str
     """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl`, `.npy` or generated task,
     read whole. A task without a seed is drawn with seed 1, other documents than a run's; its row and prompt length are
@@ -31,7 +31,7 @@ class Args:
     max_new_tokens: int = 0
     """Tokens to decode per prompt; 0 takes the config's decode.max_new_tokens."""
     output: str = ""
-    """Directory for the report and plots; SOURCE/eval by default."""
+    """Directory for the report and plots; by default SOURCE/eval, and NAME-eval here for a Hugging Face checkpoint."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -39,7 +39,7 @@ class Args:
 def main(argv: list[str]) -> None:
     """Evaluates."""
     args = parse(Args, argv, "mtp eval", "Evaluate a trained model: loss by head, bits per byte, acceptance, speed.")
-    keep_compiled(args.source)
+    keep_compiled(own_directory(args.source))
     lm = load(args.source)
     settings = lm.config.decode
     changes = {name: getattr(args, name) for name in ("num_prompts", "max_new_tokens") if getattr(args, name)}
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
     if is_synthetic(source):
         source = with_seed(source, 1)
         lm = _for_task(lm, source)
-    directory = pathlib.Path(args.output or f"{args.source}/eval")
+    beside = f"{args.source}/eval" if is_run(pathlib.Path(args.source)) else f"{pathlib.Path(args.source).name}-eval"
+    directory = pathlib.Path(args.output or beside)
     make_directory(directory)
     data = lm.config.data
     split = (data.seed, data.eval_fraction) if source == "stdlib" else None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mtp_jax.cli.common import keep_compiled, parse, print_json, say
+from mtp_jax.cli.common import keep_compiled, own_directory, parse, print_json, say
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
@@ -20,7 +20,7 @@ class Args:
     """What to generate from what."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of `mtp train` or `mtp quickstart`."""
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory or hub id."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times."""
     prompt_file: str = ""
@@ -42,7 +42,8 @@ class Args:
     repetition_penalty: float = 1.0
     """Makes tokens of the prompt and the output less likely; 1 leaves them alone."""
     draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "auto"
-    """Who drafts: heads, what followed the same words before, both, nobody, or heads where there are any."""
+    """Who drafts: heads, what followed the same words before, both, nobody; auto is heads, and lookup where there are
+    none."""
     num_draft: Annotated[str | None, tyro.conf.arg(metavar="INT|auto")] = None
     """Drafted tokens per round, or auto to measure what pays (under rules other than exact the tokens then differ from
     call to call); all heads by default, 4 of lookup."""
@@ -59,15 +60,12 @@ class Args:
 def main(argv: list[str]) -> None:
     """Generates."""
     args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
-    keep_compiled(args.source)
+    keep_compiled(own_directory(args.source))
     lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype)
     prompts = _prompts(args)
-    draft = args.draft
-    if draft == "auto":
-        draft = "heads" if lm.config.heads.draft else "none"
     options = {
         "max_new_tokens": args.max_new_tokens,
-        "draft": draft,
+        "draft": args.draft,
         "num_draft": _num_draft(args.num_draft),
         "accept": args.accept,
         "stop": args.stop,

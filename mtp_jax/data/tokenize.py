@@ -50,6 +50,11 @@ class Tokenizer:
     bos_id: int | None
     """Begins every document and prompt; None where the tokenizer has no such token."""
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text that is generated."""
+        return (self.eos_id,)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone."""
         return self.inner.encode(text, add_special_tokens=False).ids

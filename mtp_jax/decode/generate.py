@@ -58,7 +58,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
-    draft: str | Drafter = "heads",
+    draft: str | Drafter = "auto",
     num_draft: NumDraft = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -83,7 +83,8 @@ def generate(
       lm: a loaded model.
       prompts: strings, or lists of token ids (no token is added to those).
       max_new_tokens: most new tokens per prompt; fewer where the model's max_seq_len ends.
-      draft: `heads`, `lookup`, `heads+lookup`, `none`, or a `Drafter` of your own.
+      draft: `heads`, `lookup`, `heads+lookup`, `none`, or a `Drafter` of your own; `auto` is heads, and lookup where
+        the model has none.
       num_draft: P, drafts per round; None drafts with every head; `auto` measures what pays, down to none at all. With
         a rule other than `exact` the tokens depend on P, so `auto` gives other ones in every call.
       temperature: divides the logits; 0 takes the most likely token.
@@ -119,7 +120,7 @@ def stream(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
-    draft: str | Drafter = "heads",
+    draft: str | Drafter = "auto",
     num_draft: NumDraft = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -198,7 +199,7 @@ class _Request:
         longest = lm.config.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
         self.cut_B: list[int | None] = [None] * len(ids)
-        end_ids = [lm.tokenizer.eos_id] if lm.tokenizer is not None and not ignore_eos else []
+        end_ids = list(lm.tokenizer.end_ids) if lm.tokenizer is not None and not ignore_eos else []
         padded = _padded(int(self.prompt_len_B.max()))
         prompt_BT = np.zeros((len(ids), padded), np.int32)
         for row, tokens in zip(prompt_BT, ids, strict=True):
@@ -358,6 +359,8 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft) -> Drafter:
         num_draft = None
     if num_draft is not None:
         num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
+    if isinstance(draft, str) and draft == "auto":
+        draft = "heads" if lm.config.heads.draft else "lookup"
     if not isinstance(draft, Drafter):
         return make_drafter(draft, lm.config, num_draft)
     if num_draft not in (None, draft.num_draft):

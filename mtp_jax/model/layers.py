@@ -215,6 +215,10 @@ def variables(block: dict[str, Any]) -> dict[str, Any]:
     return {"constants": {"attn": params.pop("constants")}, "params": params}
 
 
+BARE_ATTENTION = ("post", "mlp")
+"""Norm positions at which attention reads the residual stream itself."""
+
+
 class Block(nn.Module):
     """Decoder block: attention, then a feed-forward layer, with norms where `norm_position` has them.
 
@@ -228,14 +232,16 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.attn, self.mlp = Attention(c, self.lora_from), FeedForward(c, self.lora_from)
+        if c.norm_position not in BARE_ATTENTION:
+            self.attn_norm = Norm(c)
         if c.norm_position != "post":
-            self.attn_norm, self.mlp_norm = Norm(c), Norm(c)
+            self.mlp_norm = Norm(c)
         if c.norm_position in ("post", "sandwich"):
             self.attn_post_norm, self.mlp_post_norm = Norm(c), Norm(c)
 
     def _normed(self, x: jax.Array) -> jax.Array:
         """What attention reads."""
-        return x if self.config.norm_position == "post" else self.attn_norm(x)
+        return x if self.config.norm_position in BARE_ATTENTION else self.attn_norm(x)
 
     def _finished(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """The block's output, given its input and what attention made of it."""

@@ -185,6 +185,7 @@ class Words:
     """A tokenizer whose tokens are several characters long: the i-th token of CHAIN is `<i>`."""
 
     eos_id = EOS_ID
+    end_ids = (EOS_ID,)
 
     def decode(self, ids):
         return "".join(f"<{CHAIN.index(i)}>" for i in ids)
@@ -215,6 +216,7 @@ class Numbers:
     """Text is a list of ids; documents begin with 7."""
 
     eos_id = 0
+    end_ids = (0,)
 
     def encode(self, text):
         return [int(word) for word in text.split()]

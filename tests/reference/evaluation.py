@@ -31,6 +31,7 @@ class Letters:
     """Token i is the letter i."""
 
     eos_id = 0
+    end_ids = (0,)
 
     def decode(self, ids):
         return "".join(chr(0x41 + i) for i in ids)

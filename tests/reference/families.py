@@ -24,6 +24,7 @@ SETTINGS = {
     "sequential, hidden first, two blocks": {"concat": "hidden_first", "layers": 2, "chain": "post_norm"},
     "recursive": {},
     "recursive, own ends": {"norm": "own", "unembed": "own", "chain": "post_norm", "tap": 2, "num_future": 5},
+    "recursive, as EAGLE": {"tap": 2, "tap_norm": True, "norm": "none", "input_norm": False},
     "masks": {},
     "masks, with LoRA and own ends": {"lora_rank": 2, "norm": "own", "unembed": "own", "num_future": 4},
     "masks, every third position": {"mask_stride": 3},

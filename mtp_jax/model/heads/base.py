@@ -61,7 +61,8 @@ class Round(NamedTuple):
 
 def head_model(config: Config) -> ModelConfig:
     """The config of the blocks inside heads."""
-    return dataclasses.replace(config.model, norm_plus_one=config.heads.norm_plus_one)
+    position = config.model.norm_position if config.heads.input_norm else "mlp"
+    return dataclasses.replace(config.model, norm_plus_one=config.heads.norm_plus_one, norm_position=position)
 
 
 def sets(config: Config) -> int:
@@ -118,7 +119,8 @@ def init_blocks(config: Config, key: jax.Array, trunk: Params) -> Params:
             value = jnp.repeat(box.value[config.heads.init_block][None], count, axis=0)
             return box.replace(value=value + shift if path[-1].key == "scale" and shift else value)
 
-        return jax.tree_util.tree_map_with_path(copy, trunk["blocks"], is_leaf=lm.is_box)
+        kept = {name: tree for name, tree in trunk["blocks"].items() if name != "attn_norm" or config.heads.input_norm}
+        return jax.tree_util.tree_map_with_path(copy, kept, is_leaf=lm.is_box)
     blocks = lm.init_blocks(head_model(config), key, count)
     if config.heads.init == "zero":
         # Without what it writes into the residual stream a block passes its input on.

@@ -1,0 +1,46 @@
+"""`mtp export SOURCE OUT_DIR`."""
+
+import dataclasses
+from typing import Literal, get_args
+
+import tyro
+
+from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.cli.import_ import Form
+from mtp_jax.convert.writer import export_model
+from mtp_jax.loading import load
+
+FormOrNone = Literal[(*get_args(Form), "none")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to export as what."""
+
+    source: tyro.conf.Positional[str]
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory."""
+    out: tyro.conf.Positional[str]
+    """Directory to make."""
+    form: FormOrNone | None = None
+    """Form of the heads; the one they came in, or the one that fits, by default; none leaves them out."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Dtype of the tensors; every tensor keeps its own by default."""
+    shard_gb: float = 5.0
+    """Most gigabytes of one file."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(argv: list[str]) -> None:
+    """Exports."""
+    args = parse(Args, argv, "mtp export", "Write a model as a Hugging Face directory.")
+    form = export_model(
+        load(args.source),
+        args.out,
+        form=args.form,
+        dtype=None if args.dtype == "keep" else args.dtype,
+        shard_bytes=int(args.shard_gb * 1e9),
+        notify=say,
+    )
+    if args.json:
+        print_json({"out": args.out, "form": form or None})

@@ -1,0 +1,71 @@
+"""`mtp import HF_DIR OUT`."""
+
+import dataclasses
+from typing import Annotated, Literal, get_args
+
+import tyro
+
+from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.config import Family, HeadsConfig
+from mtp_jax.convert.forms import FORMS
+from mtp_jax.convert.importer import import_model
+from mtp_jax.errors import UserError
+
+Form = Literal["mtp", "qwen", "deepseek", "mimo", "eagle", "medusa", "vllm", "caft", "meta"]
+assert set(get_args(Form)) == set(FORMS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to import as what."""
+
+    source: tyro.conf.Positional[str]
+    """Hugging Face directory or hub id, or a directory in Meta's layout (params.json)."""
+    out: tyro.conf.Positional[str]
+    """Directory to make; `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it."""
+    heads: Family | None = None
+    """Add fresh heads of this family."""
+    form: Form | None = None
+    """Add fresh heads with the settings that this form needs, so that `mtp export --form` can write them."""
+    num_future: int = 4
+    """M, prediction heads including the next-token head, of --heads or --form."""
+    init: Literal["default", "random", "copy_block", "zero"] = "default"
+    """How fresh heads start; see heads.init."""
+    init_block: int = -1
+    """The block that copy_block copies."""
+    tap: int | None = None
+    """Blocks below the state that fresh heads read; see heads.tap."""
+    heads_from: str = ""
+    """File or directory of trained heads for this model: Medusa, EAGLE, CAFT."""
+    dtype: Literal["files", "float32", "bfloat16"] = "files"
+    """Dtype of parameters and activations."""
+    ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pattern of config fields and tensor names to leave out of account; may be given several times."""
+    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """Seed of fresh heads."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def main(argv: list[str]) -> None:
+    """Imports."""
+    args = parse(Args, argv, "mtp import", "Make a model directory from a Hugging Face checkpoint.")
+    if args.heads and args.form:
+        raise UserError("--heads and --form both say what heads to add; give one of them")
+    if not (args.heads or args.form) and (args.init, args.tap, args.num_future) != ("default", None, 4):
+        raise UserError("--num-future, --init and --tap are settings of fresh heads; say which, with --heads or --form")
+    settings = {"num_future": args.num_future, "init": args.init, "init_block": args.init_block}
+    settings |= {"tap": args.tap} if args.tap is not None else {}
+    config = import_model(
+        args.source,
+        args.out,
+        heads=HeadsConfig(kind=args.heads, **settings) if args.heads else None,
+        form=(args.form, settings) if args.form else None,
+        heads_from=args.heads_from or None,
+        dtype=None if args.dtype == "files" else args.dtype,
+        ignore=args.ignore,
+        seed=args.seed,
+        notify=say,
+    )
+    if args.json:
+        print_json({"out": args.out, "heads": config.heads.kind, "num_future": config.heads.num_future})

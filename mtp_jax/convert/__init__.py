@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints, and heads in the forms they come in, to our parameters and back."""

@@ -1,0 +1,417 @@
+"""The decoders of Hugging Face that we read and write: one entry each, used in both directions.
+
+An entry says what the config's fields mean and where each tensor lies. `{i}` is the layer, `{e}` the expert. A tensor
+that holds several of ours, as a fused query-key-value matrix does, lists the rows of each.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.convert.settings import (
+    ATTENTION_SCALE,
+    EVEN_HEAD_DIM,
+    EVERY_LAYER_WINDOWED,
+    KV_HEADS,
+    LAYER_TYPES,
+    NO_ROPE_LAYERS,
+    OWN_HEAD_DIM,
+    PARTIAL_ROPE,
+    ROOT_EMBED_SCALE,
+    ROPE,
+    SHAPE,
+    SWITCHED_LAYER_TYPES,
+    TWO_ROPES,
+    Given,
+    Setting,
+    activation,
+    biases,
+    converted,
+    fixed,
+    off_is_none,
+    same,
+)
+from mtp_jax.errors import UserError
+
+Rows = Callable[[ModelConfig], np.ndarray]
+
+
+class Slot(NamedTuple):
+    """A parameter of ours and the tensor that holds it."""
+
+    ours: str
+    theirs: str
+    rows: Rows | None = None
+    """Which rows of that tensor; all of them by default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A `model_type` of Hugging Face."""
+
+    model_type: str
+    class_name: str
+    """The class with a language model head."""
+    settings: tuple[Setting, ...]
+    block: tuple[Slot, ...]
+    """Of one block, below `layer`."""
+    layer: str = "model.layers.{i}."
+    embed: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm"
+    unembed: str = "lm_head.weight"
+    buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    """Tensors of old files that hold no parameter."""
+    also: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Other names that files have for a tensor."""
+    refuse: Callable[[dict[str, Any]], str | None] = lambda raw: None
+    """What in a config file is beyond us, in words, if anything."""
+
+    def slots(self) -> tuple[Slot, ...]:
+        """The whole model; blocks of all layers."""
+        outer = (
+            Slot("embed/table", self.embed),
+            *both("final_norm", self.final_norm),
+            Slot("unembed/table", self.unembed),
+        )
+        return (*outer, *(Slot(f"blocks/{ours}", self.layer + theirs, rows) for ours, theirs, rows in self.block))
+
+
+def both(ours: str, theirs: str) -> tuple[Slot, Slot]:
+    """Scale and bias of a norm; a norm without a bias has no such parameter, and the slot goes unused."""
+    return Slot(f"{ours}/scale", f"{theirs}.weight"), Slot(f"{ours}/bias", f"{theirs}.bias")
+
+
+def matrix(ours: str, theirs: str, rows: Rows | None = None) -> tuple[Slot, Slot]:
+    """A matrix and its bias, if it has one."""
+    return Slot(ours, f"{theirs}.weight", rows), Slot(f"{ours}_bias", f"{theirs}.bias", rows)
+
+
+# Rows of fused matrices.
+
+
+def _span(start: Callable[[ModelConfig], int], count: Callable[[ModelConfig], int]) -> Rows:
+    return lambda model: np.arange(start(model), start(model) + count(model))
+
+
+def _queries(model: ModelConfig) -> int:
+    return model.num_heads * model.head_dim
+
+
+def _keys(model: ModelConfig) -> int:
+    return model.num_kv_heads * model.head_dim
+
+
+STACKED_Q = _span(lambda model: 0, _queries)
+STACKED_K = _span(_queries, _keys)
+STACKED_V = _span(lambda model: _queries(model) + _keys(model), _keys)
+STACKED_GATE = _span(lambda model: 0, lambda model: model.d_ff)
+STACKED_UP = _span(lambda model: model.d_ff, lambda model: model.d_ff)
+
+
+def _interleaved(part: int) -> Rows:
+    """Query, key and value of each head lie together (GPT-NeoX)."""
+
+    def rows(model: ModelConfig) -> np.ndarray:
+        count = 3 * model.num_heads * model.head_dim
+        return np.arange(count).reshape(model.num_heads, 3, model.head_dim)[:, part].reshape(-1)
+
+    return rows
+
+
+# Tensors of a block.
+
+SEPARATE_ATTENTION = (
+    *matrix("attn/q", "self_attn.q_proj"),
+    *matrix("attn/k", "self_attn.k_proj"),
+    *matrix("attn/v", "self_attn.v_proj"),
+    *matrix("attn/o", "self_attn.o_proj"),
+    *both("attn/q_norm", "self_attn.q_norm"),
+    *both("attn/k_norm", "self_attn.k_norm"),
+)
+GATED = (
+    *matrix("mlp/gate", "mlp.gate_proj"),
+    *matrix("mlp/up", "mlp.up_proj"),
+    *matrix("mlp/down", "mlp.down_proj"),
+)
+PRE_NORMS = (*both("attn_norm", "input_layernorm"), *both("mlp_norm", "post_attention_layernorm"))
+POST_NORMS = (
+    *both("attn_post_norm", "post_attention_layernorm"),
+    *both("mlp_post_norm", "post_feedforward_layernorm"),
+)
+SANDWICH_NORMS = (
+    *both("attn_norm", "input_layernorm"),
+    *both("mlp_norm", "pre_feedforward_layernorm"),
+    *POST_NORMS,
+)
+LLAMA_BLOCK = (*SEPARATE_ATTENTION, *GATED, *PRE_NORMS)
+
+RMS = same("norm_eps", "rms_norm_eps")
+D_FF = same("d_ff", "intermediate_size")
+COMMON = (*SHAPE, D_FF, KV_HEADS, OWN_HEAD_DIM)
+GEMMA = fixed(norm_plus_one=True)
+TANH_GELU = activation("hidden_activation")
+
+
+def _longrope(raw: dict[str, Any]) -> str | None:
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = scaling.get("rope_type") or scaling.get("type")
+    return "rope scaling 'longrope', whose factors differ by length" if kind in ("longrope", "su") else None
+
+
+ARCHITECTURES = {
+    entry.model_type: entry
+    for entry in (
+        Architecture(
+            "llama",
+            "LlamaForCausalLM",
+            (
+                *(*COMMON, RMS, ROPE, activation("hidden_act")),
+                *(biases("attention_bias", "qkv_bias", "out_bias"), biases("mlp_bias", "mlp_bias")),
+            ),
+            LLAMA_BLOCK,
+        ),
+        Architecture(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            (*COMMON, RMS, ROPE, activation("hidden_act"), SWITCHED_LAYER_TYPES, fixed(qkv_bias=True)),
+            LLAMA_BLOCK,
+        ),
+        Architecture(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            (
+                *(*COMMON, RMS, ROPE, activation("hidden_act"), SWITCHED_LAYER_TYPES, fixed(qk_norm=True)),
+                biases("attention_bias", "qkv_bias", "out_bias"),
+            ),
+            LLAMA_BLOCK,
+        ),
+        Architecture(
+            "mistral",
+            "MistralForCausalLM",
+            (*COMMON, RMS, ROPE, activation("hidden_act"), EVERY_LAYER_WINDOWED),
+            LLAMA_BLOCK,
+        ),
+        Architecture(
+            "gemma",
+            "GemmaForCausalLM",
+            (
+                *(*COMMON, RMS, ROPE, activation("hidden_act"), ROOT_EMBED_SCALE, GEMMA),
+                biases("attention_bias", "qkv_bias", "out_bias"),
+            ),
+            LLAMA_BLOCK,
+        ),
+        Architecture(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            (
+                *(*COMMON, RMS, ROPE, TANH_GELU, ROOT_EMBED_SCALE, GEMMA, fixed(norm_position="sandwich")),
+                *(LAYER_TYPES, ATTENTION_SCALE, biases("attention_bias", "qkv_bias", "out_bias")),
+                off_is_none("attn_softcap", "attn_logit_softcapping"),
+                off_is_none("logit_softcap", "final_logit_softcapping"),
+            ),
+            (*SEPARATE_ATTENTION, *GATED, *SANDWICH_NORMS),
+        ),
+        Architecture(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            (
+                *(*COMMON, RMS, TWO_ROPES, TANH_GELU, ROOT_EMBED_SCALE, GEMMA),
+                fixed(norm_position="sandwich", qk_norm=True),
+                *(LAYER_TYPES, ATTENTION_SCALE, biases("attention_bias", "qkv_bias", "out_bias")),
+                off_is_none("attn_softcap", "attn_logit_softcapping"),
+                off_is_none("logit_softcap", "final_logit_softcapping"),
+            ),
+            (*SEPARATE_ATTENTION, *GATED, *SANDWICH_NORMS),
+        ),
+        Architecture(
+            "phi3",
+            "Phi3ForCausalLM",
+            (*COMMON, RMS, PARTIAL_ROPE, activation("hidden_act"), EVERY_LAYER_WINDOWED),
+            (
+                Slot("attn/q", "self_attn.qkv_proj.weight", STACKED_Q),
+                Slot("attn/k", "self_attn.qkv_proj.weight", STACKED_K),
+                Slot("attn/v", "self_attn.qkv_proj.weight", STACKED_V),
+                Slot("attn/o", "self_attn.o_proj.weight"),
+                Slot("mlp/gate", "mlp.gate_up_proj.weight", STACKED_GATE),
+                Slot("mlp/up", "mlp.gate_up_proj.weight", STACKED_UP),
+                Slot("mlp/down", "mlp.down_proj.weight"),
+                *PRE_NORMS,
+            ),
+            refuse=_longrope,
+        ),
+        Architecture(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            (
+                *(*COMMON, RMS, ROPE, activation("hidden_act")),
+                fixed(norm_position="post", qk_norm=True, qk_norm_joint=True),
+                biases("attention_bias", "qkv_bias", "out_bias"),
+            ),
+            (*SEPARATE_ATTENTION, *GATED, *POST_NORMS),
+        ),
+        Architecture(
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            (
+                *(*COMMON, RMS, ROPE, activation("hidden_act"), NO_ROPE_LAYERS),
+                *(biases("attention_bias", "qkv_bias", "out_bias"), biases("mlp_bias", "mlp_bias")),
+            ),
+            LLAMA_BLOCK,
+        ),
+        Architecture(
+            "granite",
+            "GraniteForCausalLM",
+            (
+                *(*COMMON, RMS, ROPE, activation("hidden_act")),
+                *(biases("attention_bias", "qkv_bias", "out_bias"), biases("mlp_bias", "mlp_bias")),
+                same("embed_scale", "embedding_multiplier"),
+                same("residual_scale", "residual_multiplier"),
+                same("attn_scale", "attention_multiplier"),
+                converted("logit_scale", "logits_scaling", lambda value: 1 / value, lambda value: 1 / value),
+            ),
+            LLAMA_BLOCK,
+        ),
+        Architecture(
+            "starcoder2",
+            "Starcoder2ForCausalLM",
+            (
+                *(*COMMON, same("norm_eps", "norm_epsilon"), ROPE, activation("hidden_act"), EVERY_LAYER_WINDOWED),
+                *(fixed(norm="layer", gated=False), biases("use_bias", "qkv_bias", "out_bias", "mlp_bias")),
+            ),
+            (
+                *SEPARATE_ATTENTION,
+                *matrix("mlp/up", "mlp.c_fc"),
+                *matrix("mlp/down", "mlp.c_proj"),
+                *PRE_NORMS,
+            ),
+        ),
+        Architecture(
+            "gpt_neox",
+            "GPTNeoXForCausalLM",
+            (
+                *(*SHAPE, D_FF, EVEN_HEAD_DIM, PARTIAL_ROPE, activation("hidden_act")),
+                same("norm_eps", "layer_norm_eps"),
+                fixed(norm="layer", gated=False, mlp_bias=True),
+                Setting(
+                    lambda given: {
+                        "num_kv_heads": given("num_attention_heads"),
+                        "norm_position": "parallel" if given("use_parallel_residual") else "pre",
+                    },
+                    lambda model: {"use_parallel_residual": model.norm_position == "parallel"},
+                ),
+                biases("attention_bias", "qkv_bias", "out_bias"),
+            ),
+            (
+                *matrix("attn/q", "attention.query_key_value", _interleaved(0)),
+                *matrix("attn/k", "attention.query_key_value", _interleaved(1)),
+                *matrix("attn/v", "attention.query_key_value", _interleaved(2)),
+                *matrix("attn/o", "attention.dense"),
+                *matrix("mlp/up", "mlp.dense_h_to_4h"),
+                *matrix("mlp/down", "mlp.dense_4h_to_h"),
+                *PRE_NORMS,
+            ),
+            layer="gpt_neox.layers.{i}.",
+            embed="gpt_neox.embed_in.weight",
+            final_norm="gpt_neox.final_layer_norm",
+            unembed="embed_out.weight",
+            also={"embed_out.weight": "lm_head.weight"},
+            buffers=("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias"),
+        ),
+    )
+}
+
+
+def _meta_width(given: Given) -> dict[str, Any]:
+    """Two thirds of four times the width, by default, rounded up to a multiple."""
+    width = int(8 * given("dim") / 3)
+    width = int((given("ffn_dim_multiplier", None) or 1) * width)
+    multiple = given("multiple_of")
+    return {"d_ff": -(-width // multiple) * multiple}
+
+
+def _meta_heads(given: Given) -> dict[str, Any]:
+    heads, wide = given("n_heads"), given("dim")
+    return {"num_heads": heads, "num_kv_heads": given("n_kv_heads", None) or heads, "head_dim": wide // heads}
+
+
+def _written_meta(model: ModelConfig) -> dict[str, Any]:
+    """Meta's inner width is a formula; a multiple of the whole width says the same."""
+    if model.num_heads * model.head_dim != model.d_model:
+        raise UserError(f"Meta's layout has heads of {model.d_model // model.num_heads}, not {model.head_dim}")
+    kv_heads = {} if model.num_kv_heads == model.num_heads else {"n_kv_heads": model.num_kv_heads}
+    return {"multiple_of": model.d_ff, "ffn_dim_multiplier": 1e-3, "n_heads": model.num_heads, **kv_heads}
+
+
+def _turned_pairs(heads: Callable[[ModelConfig], int]) -> Rows:
+    """Meta turns neighbouring dimensions, 2i and 2i + 1; we turn i and i + H/2."""
+
+    def rows(model: ModelConfig) -> np.ndarray:
+        count = heads(model)
+        pairs_NhP = np.arange(count * model.head_dim).reshape(count, model.head_dim // 2, 2)
+        return pairs_NhP.swapaxes(1, 2).reshape(-1)
+
+    return rows
+
+
+META = Architecture(
+    "meta",
+    "Transformer",
+    (
+        *(same("vocab_size"), same("num_layers", "n_layers"), same("d_model", "dim"), same("norm_eps")),
+        *(Setting(_meta_heads, _written_meta), Setting(_meta_width, lambda model: {})),
+        *(same("max_seq_len", default=4096), same("rope_theta", default=10_000.0)),
+        fixed(tie_embeddings=False),
+    ),
+    (
+        Slot("attn/q", "attention.wq.weight", _turned_pairs(lambda model: model.num_heads)),
+        Slot("attn/k", "attention.wk.weight", _turned_pairs(lambda model: model.num_kv_heads)),
+        Slot("attn/v", "attention.wv.weight"),
+        Slot("attn/o", "attention.wo.weight"),
+        Slot("mlp/gate", "feed_forward.w1.weight"),
+        Slot("mlp/up", "feed_forward.w3.weight"),
+        Slot("mlp/down", "feed_forward.w2.weight"),
+        Slot("attn_norm/scale", "attention_norm.weight"),
+        Slot("mlp_norm/scale", "ffn_norm.weight"),
+    ),
+    layer="layers.{i}.",
+    embed="tok_embeddings.weight",
+    final_norm="norm",
+    unembed="output.weight",
+    buffers=("rope.freqs",),
+)
+"""The state dict of Meta's own Llama code, in which the multi-token models were released (params.json beside it)."""
+
+REFUSED = {
+    "gpt2": "learned position embeddings and transposed matrices; use a rotary model of its size",
+    "gemma3": "a model of text and images; take the text model out of it (model_type gemma3_text)",
+    "deepseek_v3": "multi-head latent attention (MLA) and DeepSeek's router, of which we have neither",
+    "deepseek_v2": "multi-head latent attention (MLA), which we do not have",
+    "glm4_moe": "shared experts and GLM's router, of which we have neither",
+    "qwen3_next": "linear attention (gated delta net), which we do not have",
+    "qwen3_5": "linear attention (gated delta net), which we do not have",
+    "qwen3_5_text": "linear attention (gated delta net), which we do not have",
+}
+"""What a refused architecture would need."""
+
+
+def architecture(raw: dict[str, Any], origin: str) -> Architecture:
+    """The entry of a config file.
+
+    Raises:
+      UserError: an architecture that we do not have, by name, or a setting of one that is beyond us.
+    """
+    name = raw.get("model_type")
+    if name not in ARCHITECTURES:
+        need = f": it needs {REFUSED[name]}" if name in REFUSED else f"; implemented: {', '.join(ARCHITECTURES)}"
+        raise UserError(f"{origin}: model_type={name!r} is not implemented{need}")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "an unknown method")
+        raise UserError(
+            f"{origin}: the weights are quantised ({method}), which we do not read; take the checkpoint before that"
+        )
+    if beyond := ARCHITECTURES[name].refuse(raw):
+        raise UserError(f"{origin}: {beyond}, is not implemented")
+    return ARCHITECTURES[name]

@@ -1,0 +1,246 @@
+"""Tensors in files, by name: read from memory-mapped safetensors or torch files, written as safetensors.
+
+Reading copies nothing: a tensor is a view of the mapped file, and `Tensor.release` gives its pages back once it was
+used. Writing holds one tensor at a time.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mtp_jax.convert.pickled import read_pickled
+from mtp_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+PAGE = mmap.ALLOCATIONGRANULARITY
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a mapped file."""
+
+    name: str
+    array: np.ndarray
+    """A read-only view of the file."""
+    file: pathlib.Path
+    mapped: mmap.mmap
+    start: int
+    """Its first byte in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype in the file."""
+        return self.array.dtype
+
+    def release(self) -> None:
+        """Lets go of the memory that holds the tensor; reading it again maps it again."""
+        first = -(-self.start // PAGE) * PAGE
+        last = (self.start + self.array.nbytes) // PAGE * PAGE
+        if last > first:
+            self.mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+Tensors = dict[str, Tensor]
+
+
+def open_directory(directory: pathlib.Path) -> Tensors:
+    """The tensors of a Hugging Face directory: one safetensors file, several with an index, or torch files.
+
+    Raises:
+      UserError: no weights, a file that the index names and that is not there, a tensor that is missing, in two files
+        or not in the index, or a damaged file.
+    """
+    for single, index in ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if (directory / single).is_file():
+            return open_file(directory / single)
+        if (directory / index).is_file():
+            return _open_index(directory, directory / index)
+    raise UserError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX} (nor pytorch_model.bin)")
+
+
+def _open_index(directory: pathlib.Path, index: pathlib.Path) -> Tensors:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{index} has no weight_map, which says where tensors lie; fetch the file again")
+    tensors: Tensors = {}
+    for name in sorted(set(where.values())):
+        file = directory / name
+        if not file.is_file():
+            raise UserError(f"{index} names {name}, which is not in {directory}; fetch the missing file")
+        for tensor in open_file(file).values():
+            if tensor.name in tensors:
+                raise UserError(f"{tensor.name} is in {tensors[tensor.name].file.name} and in {name}; keep one of them")
+            if tensor.name not in where:
+                raise UserError(f"{name} holds {tensor.name}, which {index} does not name; fetch the files again")
+            tensors[tensor.name] = tensor
+    missing = sorted(where.keys() - tensors.keys())
+    if missing:
+        raise UserError(f"{index} says that {where[missing[0]]} holds {missing[0]}, but it does not; fetch it again")
+    return tensors
+
+
+def open_file(path: pathlib.Path) -> Tensors:
+    """The tensors of a safetensors file, or of a torch file (`.pt`, `.pth`, `.bin`) without running its code.
+
+    Raises:
+      UserError: no such file, a damaged one, one with code in it, or a tensor in a dtype that we do not read.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    found = read_pickled(path, mapped) if path.suffix in (".pt", ".pth", ".bin") else _header(path, mapped)
+    tensors = {}
+    for name, (dtype, shape, start) in found.items():
+        flat = np.frombuffer(mapped, dtype, math.prod(shape), start)
+        tensors[name] = Tensor(name, flat.reshape(shape), path, mapped, start)
+    return tensors
+
+
+Place = tuple[np.dtype, tuple[int, ...], int]
+"""Dtype, shape and first byte."""
+
+
+def _header(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, Place]:
+    """What a safetensors file holds: 8 bytes of length, that much JSON, and the data."""
+    size = len(mapped)
+    length = int.from_bytes(mapped[:8], "little")
+    if size < 8 or 8 + length > size:
+        raise UserError(f"{path} is cut off: {size} bytes are too few for its header; fetch it again")
+    try:
+        pairs = json.loads(mapped[8 : 8 + length], object_pairs_hook=lambda items: _once(items, path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no safetensors file: its header is not JSON; fetch it again") from error
+    found = {}
+    for name, entry in pairs.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype_name, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            elements = math.prod(shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no safetensors file: {name} has no dtype, shape and place") from error
+        if dtype_name not in DTYPES:
+            remedy = "give the checkpoint that was not quantised, or convert it to bfloat16"
+            raise UserError(f"{name} in {path} has dtype {dtype_name}, which we do not read; {remedy}")
+        dtype = np.dtype(DTYPES[dtype_name])
+        if last - first != elements * dtype.itemsize or first < 0:
+            raise UserError(f"{name} in {path} has {last - first} bytes for {dtype_name}{list(shape)}; fetch it again")
+        if 8 + length + last > size:
+            raise UserError(
+                f"{path} is cut off inside {name}: it has {size} bytes of {8 + length + last}; fetch it again"
+            )
+        found[name] = (dtype, shape, 8 + length + first)
+    return found
+
+
+def _once(items: list[tuple[str, Any]], path: pathlib.Path) -> dict[str, Any]:
+    names = [name for name, _ in items]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise UserError(f"{path} holds {twice} twice; fetch it again")
+    return dict(items)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+      UserError: not readable, not JSON, or no object.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+    """Its values, when its turn comes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(directory: pathlib.Path, entries: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `model.safetensors`, or numbered shards of at most `shard_bytes` with an index.
+
+    A tensor larger than that has a shard of its own.
+    """
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(one.nbytes for one in shards[-1]) + entry.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        write_file(directory / SINGLE, shards[0])
+        return
+    where, total = {}, 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_file(directory / name, shard)
+        where |= {entry.name: name for entry in shard}
+        total += sum(entry.nbytes for entry in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_file(path: pathlib.Path, entries: Iterable[Entry]) -> None:
+    """Writes one safetensors file, tensor by tensor."""
+    # Wide dtypes first: safetensors wants every tensor aligned to its element size.
+    entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in entries:
+        place = [at, at + entry.nbytes]
+        header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": place}
+        at += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            value = np.asarray(entry.make(), entry.dtype, order="C")
+            if value.shape != entry.shape:
+                raise ValueError(f"{entry.name} was made with shape {value.shape}, not {entry.shape}")
+            file.write(value.reshape(-1).view(np.uint8).data)

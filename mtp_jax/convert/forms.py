@@ -1,0 +1,392 @@
+"""The forms in which heads come: where their tensors lie, and what of their make the names do not say.
+
+    mtp        sequential            mtp.layers.{k}.{enorm, hnorm, eh_proj, post_norm} + a decoder layer  (transformers)
+    qwen       sequential, 1 module  mtp.{fc, pre_fc_norm_embedding, pre_fc_norm_hidden, norm}, mtp.layers.0 (Qwen)
+    deepseek   sequential            model.layers.{L+k}.{enorm, hnorm, eh_proj, shared_head.*} + a decoder layer
+    mimo       sequential            model.mtp_layers.{k}.{token_layernorm, hidden_layernorm, input_proj, ...}
+    eagle      recursive             fc, embedding_layernorm, hidden_states_layernorm, layers.0      (vLLM, EAGLE-1)
+    medusa     medusa                {k}.{j}.linear, {k}.{layers}                                    (Medusa's own)
+    vllm       medusa                blocks.{k}.layers.{j}, lm_heads.{k}                             (vLLM's Medusa)
+    caft       parallel or medusa    {k}.layers.{j} + a decoder layer, or .linear                    (heads.pth)
+    meta       parallel              extra_heads.{k} + a layer of Meta's
+
+What the names do not say (which state the heads read, before or after the final norm, the order of the projection's
+inputs, whether norms scale by w or 1 + w, whose norm stands at the end) is in `Form.heads`, as the code that trained or
+serves such heads has it, and an `mtp_config.json` beside the weights overrules it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.config import Config, HeadsConfig, ModelConfig
+from mtp_jax.convert import mapping
+from mtp_jax.convert.architectures import Architecture, Slot, both
+from mtp_jax.convert.files import Tensor, Tensors, open_file, read_json
+from mtp_jax.convert.mapping import Piece
+from mtp_jax.errors import UserError
+
+RECORD = "mtp_config.json"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One of the forms."""
+
+    name: str
+    marks: tuple[str, ...]
+    """Regular expressions of tensor names, one of which every such checkpoint matches; group 1 is the head."""
+    heads: Callable[[ModelConfig], dict[str, Any]]
+    """Settings of `HeadsConfig` that go with it, but for how many."""
+    slots: Callable[[Architecture, Config], tuple[Slot, ...]]
+    repeats: Callable[[Architecture, int], dict[str, str]] = lambda entry, number: {}
+    """Tensors of a head that repeat one of the model's."""
+    first: Callable[[ModelConfig], int] = lambda model: 0
+    """Number of the first head in names."""
+    inside: bool = True
+    """Part of the model's own files, or a file beside them."""
+    kinds: tuple[str, ...] = ("sequential", "recursive")
+    """Families that it can hold."""
+    free: tuple[str, ...] = ()
+    """Settings of the heads that it can hold either way."""
+    modules: int = 0
+    """Most sets of parameters; 0 is any number."""
+
+
+def _sequential(base: str, names: dict[str, str]) -> Callable[[Architecture, Config], tuple[Slot, ...]]:
+    """Two norms, a projection, a decoder layer and a final norm."""
+
+    def slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
+        block = (Slot(f"heads/blocks/{ours}", names["block"] + theirs, rows) for ours, theirs, rows in entry.block)
+        return (
+            *both("heads/embed_norm", base + names["embed_norm"]),
+            *both("heads/hidden_norm", base + names["hidden_norm"]),
+            Slot("heads/proj", f"{base}{names['proj']}.weight"),
+            *(both("heads/norm", base + names["norm"]) if "norm" in names else ()),
+            *((Slot("heads/unembed/table", base + names["unembed"]),) if "unembed" in names else ()),
+            *block,
+        )
+
+    return slots
+
+
+def _reads_end(model: ModelConfig) -> dict[str, Any]:
+    """Heads on the state behind the last block and the final norm."""
+    return {"tap": model.num_layers, "tap_norm": True}
+
+
+def _depths(**more: Any) -> Callable[[ModelConfig], dict[str, Any]]:
+    def heads(model: ModelConfig) -> dict[str, Any]:
+        common = {"kind": "sequential", "norm": "own", "chain": "post_norm", "norm_plus_one": model.norm_plus_one}
+        return _reads_end(model) | common | more
+
+    return heads
+
+
+def _medusa_slots(layer: str, unembed: str) -> Callable[[Architecture, Config], tuple[Slot, ...]]:
+    def slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
+        return (
+            Slot("heads/residual/w", f"{layer}.weight"),
+            Slot("heads/residual/bias", f"{layer}.bias"),
+            Slot("heads/unembed/table", unembed.replace("{n}", str(config.heads.layers))),
+        )
+
+    return slots
+
+
+def _caft_slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
+    unembed = Slot("heads/unembed/table", "{i}.lm_head.weight")
+    if config.heads.kind == "medusa":
+        return (*_medusa_slots("{m}.layers.{j}.linear", "{i}.lm_head.weight")(entry, config)[:2], unembed)
+    layers = (Slot(f"heads/blocks/{ours}", "{m}.layers.{j}." + theirs, rows) for ours, theirs, rows in entry.block)
+    return (*layers, unembed)
+
+
+def _meta_slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
+    return tuple(Slot(f"heads/blocks/{ours}", "extra_heads.{i}." + theirs, rows) for ours, theirs, rows in entry.block)
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form(
+            "mtp",
+            (r"mtp\.layers\.(\d+)\.eh_proj\.weight",),
+            _depths(),
+            _sequential(
+                "mtp.layers.{i}.",
+                {"embed_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "post_norm"}
+                | {"block": "mtp.layers.{i}."},
+            ),
+            free=("concat",),
+        ),
+        Form(
+            "qwen",
+            (r"mtp\.fc\.weight()",),
+            _depths(norm_plus_one=True),
+            _sequential(
+                "mtp.",
+                {"embed_norm": "pre_fc_norm_embedding", "hidden_norm": "pre_fc_norm_hidden", "proj": "fc"}
+                | {"norm": "norm", "block": "mtp.layers.{i}."},
+            ),
+            modules=1,
+        ),
+        Form(
+            "deepseek",
+            (r"model\.layers\.(\d+)\.eh_proj\.weight",),
+            _depths(),
+            _sequential(
+                "model.layers.{i}.",
+                {"embed_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "shared_head.norm"}
+                | {"unembed": "shared_head.head.weight", "block": "model.layers.{i}."},
+            ),
+            repeats=lambda entry, number: {
+                f"model.layers.{number}.embed_tokens.weight": entry.embed,
+                f"model.layers.{number}.shared_head.head.weight": entry.unembed,
+            },
+            first=lambda model: model.num_layers,
+            free=("unembed",),
+        ),
+        Form(
+            "mimo",
+            (r"model\.mtp_layers\.(\d+)\.input_proj\.weight",),
+            _depths(concat="hidden_first"),
+            _sequential(
+                "model.mtp_layers.{i}.",
+                {"embed_norm": "token_layernorm", "hidden_norm": "hidden_layernorm", "proj": "input_proj"}
+                | {"norm": "final_layernorm", "block": "model.mtp_layers.{i}."},
+            ),
+        ),
+        Form(
+            "eagle",
+            (r"fc\.weight()",),
+            lambda model: (
+                _reads_end(model)
+                | {"kind": "recursive", "norm": "none", "input_norm": False, "norm_plus_one": model.norm_plus_one}
+            ),
+            _sequential(
+                "",
+                {"embed_norm": "embedding_layernorm", "hidden_norm": "hidden_states_layernorm", "proj": "fc"}
+                | {"block": "layers.{i}."},
+            ),
+            inside=False,
+            modules=1,
+        ),
+        Form(
+            "medusa",
+            (r"(?:medusa_head\.)?(\d+)\.0\.linear\.weight",),
+            lambda model: _reads_end(model) | {"kind": "medusa", "norm": "none", "unembed": "own"},
+            _medusa_slots("{m}.{j}.linear", "{i}.{n}.weight"),
+            inside=False,
+            kinds=("medusa",),
+            free=("layers",),
+        ),
+        Form(
+            "vllm",
+            (r"blocks\.(\d+)\.layers\.0\.weight",),
+            lambda model: _reads_end(model) | {"kind": "medusa", "norm": "none", "unembed": "own"},
+            _medusa_slots("blocks.{m}.layers.{j}", "lm_heads.{i}.weight"),
+            inside=False,
+            kinds=("medusa",),
+            free=("layers",),
+        ),
+        Form(
+            "caft",
+            (r"(\d+)\.layers\.0\.(?:linear|self_attn\.q_proj)\.weight",),
+            lambda model: {"tap": -1, "norm": "none", "norm_plus_one": model.norm_plus_one},
+            _caft_slots,
+            inside=False,
+            kinds=("parallel", "medusa"),
+            free=("layers", "unembed"),
+        ),
+        Form(
+            "meta",
+            (r"extra_heads\.(\d+)\.attention\.wq\.weight",),
+            lambda model: {"kind": "parallel", "tap": -1},
+            _meta_slots,
+            kinds=("parallel",),
+        ),
+    )
+}
+
+
+def preset(form: str, model: ModelConfig, **settings: Any) -> HeadsConfig:
+    """Heads that can be written in a form.
+
+    Args:
+      form: its name.
+      model: the trunk's config.
+      settings: more fields of `HeadsConfig`, such as `num_future`.
+
+    Raises:
+      UserError: no such form, or settings that heads cannot have.
+    """
+    if form not in FORMS:
+        raise UserError(f"form={form!r} is none of {', '.join(FORMS)}")
+    settings = {"kind": FORMS[form].kinds[0]} | FORMS[form].heads(model) | settings
+    if FORMS[form].modules == 1 and settings.get("num_future", 2) > 2:
+        settings["kind"] = "recursive"
+    return HeadsConfig(**settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Heads in the files."""
+
+    form: Form
+    heads: HeadsConfig
+    tensors: Tensors
+    """Those of a file beside the model; none for heads inside it."""
+    repeated: dict[str, str]
+    """Tensors that repeat another one."""
+
+    def pieces(self, entry: Architecture, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
+        """Where the parameters of the heads lie."""
+        return pieces(self.form, entry, config, shapes)
+
+
+def pieces(form: Form, entry: Architecture, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
+    """Where the parameters of heads lie in a form."""
+    layers, first = config.heads.layers, form.first(config.model)
+    numbers = lambda i: {"i": first + i, "m": i // layers, "j": i % layers}  # noqa: E731
+    return mapping.expand(form.slots(entry, config), shapes, config.model, numbers)
+
+
+def find(
+    entry: Architecture,
+    model: ModelConfig,
+    tensors: Tensors,
+    directory: pathlib.Path,
+    heads_from: str | pathlib.Path | None = None,
+) -> Found | None:
+    """The heads in a checkpoint, or those of another file.
+
+    Args:
+      entry: the trunk's architecture.
+      model: its config.
+      tensors: its tensors.
+      directory: where an `mtp_config.json` may lie.
+      heads_from: a file of heads, or a directory with one; None looks among `tensors`.
+
+    Raises:
+      UserError: a file in which no form is recognised, or tensors that ought to repeat others and do not.
+    """
+    beside: Tensors = {}
+    if heads_from is not None:
+        path = _heads_file(pathlib.Path(heads_from))
+        directory = path.parent
+        beside = {name.removeprefix("medusa_head."): tensor for name, tensor in open_file(path).items()}
+    among = beside or tensors
+    for form in FORMS.values():
+        if form.inside == bool(beside):
+            continue
+        matches = (re.fullmatch(mark, name) for mark in form.marks for name in among)
+        numbers = sorted({int(match[1] or 0) for match in matches if match})
+        if numbers:
+            return _understood(form, entry, model, tensors, beside, directory, numbers)
+    if beside:
+        raise UserError(
+            f"{path} holds no heads in a form that we know ({', '.join(FORMS)}); its first tensor is {min(beside)}"
+        )
+    return None
+
+
+def _heads_file(path: pathlib.Path) -> pathlib.Path:
+    if path.is_file():
+        return path
+    names = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "heads.pth", "model.safetensors", "heads.safetensors")
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{path} is no file of heads, nor a directory with one of {', '.join(names)}")
+    return found
+
+
+def _understood(
+    form: Form,
+    entry: Architecture,
+    model: ModelConfig,
+    tensors: Tensors,
+    beside: Tensors,
+    directory: pathlib.Path,
+    numbers: list[int],
+) -> Found:
+    first, origin = form.first(model), directory
+    if numbers != list(range(first, first + len(numbers))):
+        raise UserError(f"{origin} holds heads {numbers} in the form {form.name!r}; expected {first}, {first + 1}, ...")
+    settings = {"num_future": len(numbers) + 1} | form.heads(model) | _by_names(form, beside)
+    same, different = _repeated(form, entry, tensors, numbers)
+    if different:
+        settings["unembed"] = "own"
+    record = directory / RECORD
+    if record.is_file():
+        settings |= read_json(record).get("heads", {})
+    try:
+        heads = HeadsConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    except (UserError, TypeError) as error:
+        raise UserError(f"{record if record.is_file() else origin}: {error}") from error
+    return Found(form, heads, beside, same)
+
+
+def _by_names(form: Form, tensors: Tensors) -> dict[str, Any]:
+    """Settings that the names of a file of heads do say."""
+    settings: dict[str, Any] = {}
+    if form.name == "caft":
+        linear = any(".linear." in name for name in tensors)
+        settings = {"kind": "medusa" if linear else "parallel"}
+        settings |= {"unembed": "own"} if "0.lm_head.weight" in tensors else {}
+    if form.name in ("medusa", "vllm", "caft"):
+        layer = {"medusa": r"0\.(\d+)\.linear", "vllm": r"blocks\.0\.layers\.(\d+)", "caft": r"0\.layers\.(\d+)"}
+        found = {int(m[1]) for name in tensors if (m := re.match(layer[form.name] + r"\.", name))}
+        settings["layers"] = len(found)
+    return settings
+
+
+def _repeated(
+    form: Form, entry: Architecture, tensors: Tensors, numbers: list[int]
+) -> tuple[dict[str, str], list[str]]:
+    """Tensors of heads that repeat one of the model's, and unembeddings that do not."""
+    same, different = {}, []
+    for number in numbers:
+        for name, model_name in form.repeats(entry, number).items():
+            original = model_name if model_name in tensors else entry.embed
+            if name not in tensors:
+                continue
+            if alike(tensors[name], tensors[original]):
+                same[name] = original
+            elif model_name == entry.embed:
+                raise UserError(f"{name} differs from {original}; heads with own embeddings are not implemented")
+            else:
+                different.append(name)
+    return ({}, different) if different else (same, different)
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    same = one.shape == other.shape and one.dtype == other.dtype
+    same = same and np.array_equal(one.array.view(np.uint8), other.array.view(np.uint8))
+    one.release()
+    other.release()
+    return same
+
+
+def record(form: str, config: Config) -> str:
+    """The text of `mtp_config.json`: what the names of the tensors do not say."""
+    heads = config.heads
+    said = {
+        "version": VERSION,
+        "form": form,
+        "concat": heads.concat,
+        "reads_state_of_layer": config.tap,
+        "reads_after_final_norm": heads.tap_norm,
+        "zero_embedding_at_position_0": False,
+        "norm_scales_by": "1 + w" if heads.norm_plus_one else "w",
+        "final_norm": {"shared": "the model's", "own": "its own", "none": "none"}[heads.norm],
+        "heads": dataclasses.asdict(heads),
+    }
+    return json.dumps(said, indent=2) + "\n"

@@ -1,0 +1,223 @@
+"""Our parameters to tensors of files and back: one list of pieces, used in both directions.
+
+A matrix of ours is [inputs..., outputs...], stacked over layers; in the files it is [outputs, inputs], one tensor per
+layer, and it may be some rows of a fused tensor. Norms, biases and embeddings have the same layout in both.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.convert.architectures import Slot
+from mtp_jax.convert.files import Entry, Tensor, Tensors
+
+IN_FLIGHT = 2
+"""Tensors that are on their way to the device at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A parameter of one layer and the tensor, or rows of it, that holds it."""
+
+    path: str
+    """Of the stacked parameter, as `blocks/attn/q`."""
+    at: tuple[int, ...]
+    """Where on its leading axes."""
+    name: str
+    """Of the tensor."""
+    shape: tuple[int, ...]
+    """Of the parameter of one layer."""
+    rows: np.ndarray | None = None
+    """Of the tensor; None is all."""
+
+    @property
+    def flat(self) -> tuple[int, ...]:
+        """The shape that its rows have in the tensor."""
+        if not is_matrix(self.path):
+            return self.shape if self.path.endswith("table") else (math.prod(self.shape),)
+        inputs = 2 if self.path.endswith("/o") else 1
+        return math.prod(self.shape[inputs:]), math.prod(self.shape[:inputs])
+
+    def ours(self, tensor: np.ndarray) -> np.ndarray:
+        """The parameter, out of the tensor: a view of it unless rows were picked."""
+        part = tensor if self.rows is None else tensor[self.rows]
+        return (part.T if is_matrix(self.path) else part).reshape(self.shape)
+
+    def theirs(self, parameter: np.ndarray) -> np.ndarray:
+        """What stands in the tensor's rows."""
+        return parameter.reshape(self.flat[::-1]).T if is_matrix(self.path) else parameter.reshape(self.flat)
+
+
+def is_matrix(path: str) -> bool:
+    """Whether a parameter is transposed in the files."""
+    return not path.endswith(("table", "scale", "bias", "mask_embed", "tap_mix"))
+
+
+Numbers = Callable[[int], dict[str, int]]
+
+
+def expand(
+    slots: Iterable[Slot],
+    shapes: Mapping[str, tuple[int, ...]],
+    model: ModelConfig,
+    numbers: Numbers = lambda i: {"i": i},
+) -> list[Piece]:
+    """The pieces of every slot whose parameter is in `shapes`.
+
+    Args:
+      slots: the table; `{i}` and other letters of `numbers` in a name count the first axis, `{e}` counts the second.
+      shapes: of our parameters by path.
+      model: the shape of the model, for the rows of fused tensors.
+      numbers: from a place on the first axis to the letters in names.
+    """
+    pieces = []
+    for path, name, rows in slots:
+        if path not in shapes:
+            continue
+        shape, picked = shapes[path], None if rows is None else rows(model)
+        stacked = path.startswith(("blocks/", "heads/"))
+        experts = shape[1] if "{e}" in name else 1
+        for i in range(shape[0] if stacked else 1):
+            for e in range(experts):
+                at = (i, e)[: stacked + (experts > 1 or "{e}" in name)]
+                filled = name.format(**numbers(i), e=e)
+                pieces.append(Piece(path, at, filled, shape[len(at) :], picked))
+    return pieces
+
+
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of a tree's leaves by path."""
+    return {path: leaf.shape for path, leaf in by_path(tree).items()}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def tensor_shapes(pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that hold these pieces."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for piece in pieces:
+        rows = piece.flat[0] if piece.rows is None else shapes.get(piece.name, (0,))[0] + len(piece.rows)
+        shapes[piece.name] = (rows, *piece.flat[1:])
+    return shapes
+
+
+# Reading.
+
+
+def read(pieces: list[Piece], tensors: Tensors, abstract: Any, step: Callable[[str], None]) -> Any:
+    """Parameters on their devices.
+
+    Tensors go from the mapped file to the device one by one, each device taking its part of it, and are written into
+    their stack there; the host holds none of them.
+
+    Args:
+      pieces: all of them, for every leaf.
+      tensors: what was opened, shapes checked.
+      abstract: a tree of `jax.ShapeDtypeStruct` with shardings.
+      step: called with the name of every tensor that was read.
+    """
+    leaves = by_path(abstract)
+    counts = collections.Counter(piece.name for piece in pieces)
+    # In the order of the files, so that a disk reads forwards, and one stack after the other.
+    first = {path: min(tensors[p.name].start for p in group) for path, group in _grouped(pieces).items()}
+    order = sorted(pieces, key=lambda p: (str(tensors[p.name].file), first[p.path], p.path, p.at))
+    stacks: dict[str, jax.Array] = {}
+    for piece, value in _ahead(order, lambda piece: _put(piece, tensors[piece.name], leaves[piece.path])):
+        leaf = leaves[piece.path]
+        if piece.path not in stacks:
+            stacks[piece.path] = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
+        stacks[piece.path] = _write(stacks[piece.path], value, tuple(map(jnp.int32, piece.at)))
+        counts[piece.name] -= 1
+        if not counts[piece.name]:
+            tensors[piece.name].release()
+        step(piece.name)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: stacks[jax.tree_util.keystr(path, simple=True, separator="/")], abstract
+    )
+
+
+def _grouped(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    groups: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.path, []).append(piece)
+    return groups
+
+
+def _ahead(pieces: list[Piece], put: Callable[[Piece], jax.Array]) -> Iterator[tuple[Piece, jax.Array]]:
+    """Every piece with its array, the next ones being on their way meanwhile."""
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        waiting = collections.deque()
+        for piece in pieces:
+            waiting.append((piece, pool.submit(put, piece)))
+            if len(waiting) > IN_FLIGHT:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+
+
+def _put(piece: Piece, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """One layer's parameter on the leaf's devices, in the dtype of the file."""
+    value = piece.ours(tensor.array)
+    if isinstance(leaf.sharding, NamedSharding):
+        spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
+        sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec[len(piece.at) :]))
+    else:
+        sharding = leaf.sharding
+    parts = [
+        jax.device_put(value[index], device, may_alias=False)
+        for device, index in sharding.addressable_devices_indices_map(value.shape).items()
+    ]
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(value.shape, sharding, parts))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(stack: jax.Array, value: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    start = (*at, *(jnp.int32(0),) * value.ndim)
+    return jax.lax.dynamic_update_slice(stack, value.astype(stack.dtype)[(None,) * len(at)], start)
+
+
+# Writing.
+
+
+def entries(pieces: Iterable[Piece], params: Any, dtype_of: Callable[[str], np.dtype]) -> list[Entry]:
+    """The tensors that hold these pieces, made one at a time."""
+    pieces, leaves = list(pieces), by_path(params)
+    shapes, groups = tensor_shapes(pieces), {}
+    for piece in pieces:
+        groups.setdefault(piece.name, []).append(piece)
+
+    def made(name: str, dtype: np.dtype) -> np.ndarray:
+        first = groups[name][0]
+        if first.rows is None:
+            return first.theirs(_fetch(leaves[first.path], first.at)).astype(dtype, copy=False)
+        whole = np.empty(shapes[name], dtype)
+        for piece in groups[name]:
+            whole[piece.rows] = piece.theirs(_fetch(leaves[piece.path], piece.at))
+        return whole
+
+    return [Entry(name, shapes[name], dtype_of(name), functools.partial(made, name, dtype_of(name))) for name in groups]
+
+
+def _fetch(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(jax.device_get(leaf[at] if at else leaf))

@@ -1,0 +1,301 @@
+"""A Hugging Face directory as our config, parameters and tokenizer."""
+
+import dataclasses
+import fnmatch
+import logging
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from mtp_jax import sharding
+from mtp_jax.config import CHAINED_TOKENS, Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
+from mtp_jax.convert import forms, mapping
+from mtp_jax.convert.architectures import META, Architecture, architecture
+from mtp_jax.convert.files import FLOATS, NAMES, Tensors, open_directory, open_file, read_json
+from mtp_jax.convert.mapping import Piece
+from mtp_jax.convert.settings import Given
+from mtp_jax.errors import UserError
+from mtp_jax.model import mtp
+
+Notify = Callable[[str], None]
+
+
+def to_stderr(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+PARAMS = "params.json"
+META_WEIGHTS = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A directory that was understood, before any tensor was read."""
+
+    directory: pathlib.Path
+    raw: dict[str, Any]
+    """Its config.json."""
+    architecture: Architecture
+    config: Config
+    pieces: list[Piece]
+    tensors: Tensors
+    repeated: dict[str, str]
+    """Tensors that hold what another one holds."""
+    untouched: tuple[str, ...]
+    """Tensors that nothing of ours comes from."""
+    form: str
+    """Of the heads; "" without heads."""
+    renamed: dict[str, str]
+    """What a file calls a tensor that our table calls otherwise."""
+
+
+def is_checkpoint(directory: pathlib.Path) -> bool:
+    """Whether a directory holds a Hugging Face config (ours has sections), or Meta's parameters."""
+    path = directory / "config.json"
+    try:
+        return (directory / PARAMS).is_file() or (path.is_file() and "model_type" in read_json(path))
+    except UserError:
+        return False
+
+
+def locate(source: str | pathlib.Path) -> pathlib.Path:
+    """The local directory of a path or a hub id, which is downloaded.
+
+    Raises:
+      UserError: neither.
+    """
+    path = pathlib.Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise UserError(
+            f"{source} is not a directory; give the workdir of `mtp train`, `mtp quickstart` or `mtp import`, a "
+            "Hugging Face directory, or a hub id such as Qwen/Qwen3-0.6B"
+        )
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{source} is not a directory, and the Hugging Face hub does not give it: {reason}") from error
+
+
+def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config's fields as today's transformers reads them, its defaults filled in, and the defaults."""
+    logging.getLogger("transformers").addFilter(_no_advice)
+    from transformers import CONFIG_MAPPING
+    from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+
+    kind, before = CONFIG_MAPPING[raw["model_type"]], get_verbosity()
+    set_verbosity_error()  # it remarks on defaults of its own
+    try:
+        return kind.from_dict(dict(raw)).to_dict(), kind().to_dict()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{origin} is refused by transformers: {reason}") from error
+    finally:
+        set_verbosity(before)
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    """We need no PyTorch, so nobody has to hear that it is not there."""
+    return "PyTorch was not found" not in record.getMessage()
+
+
+def model_config(
+    entry: Architecture, values: dict[str, Any], defaults: dict[str, Any], origin: str, ignore: Sequence[str] = ()
+) -> ModelConfig:
+    """The `model` section that a config file's fields stand for.
+
+    Raises:
+      UserError: a field that is missing, or that we do not implement.
+    """
+    given, fields = Given(values, origin), {}
+    for setting in entry.settings:
+        fields |= setting.read(given)
+    given.check_all_read(defaults, ignore)
+    try:
+        return ModelConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+
+
+def open_checkpoint(
+    source: str | pathlib.Path,
+    dtype: str | None = None,
+    *,
+    ignore: Sequence[str] = (),
+    heads_from: str | pathlib.Path | None = None,
+    notify: Notify,
+) -> Checkpoint:
+    """Reads what a directory says about itself and checks every name and shape.
+
+    Args:
+      source: the directory, or a hub id.
+      dtype: of parameters and activations; None keeps that of the files.
+      ignore: patterns of config fields and tensor names to leave out of account; the tensors travel along.
+      heads_from: a file or directory of heads; None takes those that the checkpoint itself holds.
+      notify: receives a line about what is unusual.
+
+    Raises:
+      UserError: whatever is missing, unexpected, damaged, of another shape, or not implemented, by name.
+    """
+    directory = locate(source)
+    if (directory / PARAMS).is_file() and not (directory / "config.json").is_file():
+        path, entry = directory / PARAMS, META
+        tensors = _open_meta(directory)
+        raw = _meta_fields(read_json(path), tensors, str(path))
+        model = model_config(entry, raw, {}, str(path), (*ignore, *META_IGNORED))
+    else:
+        path = directory / "config.json"
+        raw = read_json(path)
+        entry = architecture(raw, str(path))
+        model = model_config(entry, *normalised(raw, str(path)), str(path), ignore)
+        tensors = open_directory(directory)
+    renamed = {name: other for name, other in entry.also.items() if name not in tensors and other in tensors}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in renamed.values()} | {
+        name: tensors[other] for name, other in renamed.items()
+    }
+    model, repeated = _tied(model, entry, tensors, directory, notify)
+    model = _with_dtype(model, tensors, dtype, notify)
+    found = forms.find(entry, model, tensors, directory, heads_from)
+    config = config_for(model, found.heads if found else HeadsConfig(num_future=1), directory)
+    shapes = mapping.shapes_of(jax.eval_shape(lambda: mtp.init(config, jax.random.key(0))))
+    pieces = mapping.expand(entry.slots(), shapes, model)
+    if found:
+        tensors, repeated = tensors | found.tensors, repeated | found.repeated
+        pieces += found.pieces(entry, config, shapes)
+        notify(f"{directory}: {_described(found.form.name, config)}")
+    untouched = _check(pieces, tensors, entry, directory, ignore, repeated, notify)
+    form = found.form.name if found else ""
+    return Checkpoint(directory, raw, entry, config, pieces, tensors, repeated, untouched, form, renamed)
+
+
+META_IGNORED = ("multiple_of", "n_future_tokens", "max_batch_size", "use_scaled_rope")
+
+
+def _open_meta(directory: pathlib.Path) -> Tensors:
+    """The one file of weights; larger models come cut into several, which nobody puts together for us."""
+    if (directory / "consolidated.01.pth").is_file():
+        raise UserError(f"{directory} holds weights cut for several devices (consolidated.01.pth); join them first")
+    found = next((directory / name for name in META_WEIGHTS if (directory / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{directory} has {PARAMS} but no weights: {' or '.join(META_WEIGHTS)}")
+    return open_file(found)
+
+
+def _meta_fields(raw: dict[str, Any], tensors: Tensors, origin: str) -> dict[str, Any]:
+    """Meta's fields, with layers counted as we count them and the vocabulary that the embedding has."""
+    if raw.get("use_scaled_rope"):
+        raise UserError(f"{origin}: use_scaled_rope is not implemented for Meta's layout; take the Hugging Face one")
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
+    embed, width = tensors.get(META.embed), tensors.get("layers.0.feed_forward.w1.weight")
+    if embed is None or width is None:
+        raise UserError(f"{origin}: its weights lack {META.embed} or layers.0.feed_forward.w1.weight")
+    return raw | {"vocab_size": embed.shape[0], "n_layers": len(layers)}
+
+
+def _described(form: str, config: Config) -> str:
+    """What was taken for granted about heads, in one line."""
+    heads = config.heads
+    after = " and the final norm" if heads.tap_norm else ""
+    said = [
+        f"{heads.num_future - 1} {heads.kind} heads ({form!r})",
+        f"reading the state after block {config.tap}{after}",
+    ]
+    if heads.kind in CHAINED_TOKENS:
+        said.append(f"{heads.concat.replace('_', ' ')} in the projection")
+        said.append(f"norms scale by {'1 + w' if heads.norm_plus_one else 'w'}")
+    said.append(
+        {"shared": "the model's final norm", "own": "final norms of their own", "none": "no final norm"}[heads.norm]
+    )
+    return ", ".join(said) + f" ({forms.RECORD} overrules this)"
+
+
+def config_for(model: ModelConfig, heads: HeadsConfig, directory: pathlib.Path) -> Config:
+    """A run's config around a model that was not trained by us."""
+    longest = model.max_seq_len
+    decode = DecodeConfig()
+    if decode.prompt_tokens + decode.max_new_tokens > longest:
+        decode = DecodeConfig(prompt_tokens=max(longest // 3, 1), max_new_tokens=max(longest // 3, 2))
+    data = DataConfig(tokenizer=str(directory), seq_len=min(DataConfig.seq_len, longest))
+    return Config(model=model, heads=heads, data=data, decode=decode)
+
+
+def read_params(checkpoint: Checkpoint, mesh: Mesh, step: Notify = lambda name: None) -> Any:
+    """The parameters, on the mesh, by the table in `sharding`."""
+    sharding.check_mesh(mesh, checkpoint.config)
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(checkpoint.config, jax.random.key(0)))
+    abstract = sharding.place_abstract(nn.meta.unbox(boxed), sharding.param_shardings(mesh, boxed))
+    return mapping.read(checkpoint.pieces, checkpoint.tensors, abstract, step)
+
+
+def _tied(
+    model: ModelConfig, entry: Architecture, tensors: Tensors, directory: pathlib.Path, notify: Notify
+) -> tuple[ModelConfig, dict[str, str]]:
+    """A tied unembedding that is in the files too must be the embedding; if it differs, it is one of its own."""
+    if not model.tie_embeddings or entry.unembed not in tensors or entry.embed not in tensors:
+        return model, {}
+    if forms.alike(tensors[entry.embed], tensors[entry.unembed]):
+        return model, {entry.unembed: entry.embed}
+    notify(
+        f"{directory}: tie_word_embeddings is set, but {entry.unembed} differs from {entry.embed}; "
+        "taking them as two matrices (model.tie_embeddings=False)"
+    )
+    return dataclasses.replace(model, tie_embeddings=False), {}
+
+
+def _with_dtype(model: ModelConfig, tensors: Tensors, dtype: str | None, notify: Notify) -> ModelConfig:
+    """The dtype that was asked for, or the narrowest of ours that loses nothing."""
+    found = {NAMES[tensor.dtype] for tensor in tensors.values()} & set(FLOATS)
+    if "F64" in found:
+        notify("float64 tensors are read as float32")
+    own = "bfloat16" if found == {"BF16"} else "float32"
+    return dataclasses.replace(model, dtype=dtype or own, param_dtype=dtype or own)
+
+
+def _check(
+    pieces: list[Piece],
+    tensors: Tensors,
+    entry: Architecture,
+    directory: pathlib.Path,
+    ignore: Sequence[str],
+    repeated: dict[str, str],
+    notify: Notify,
+) -> tuple[str, ...]:
+    """Every tensor is there with its shape; returns those that belong to nothing, which must be known or ignored."""
+    expected = mapping.tensor_shapes(pieces)
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"{directory} lacks {missing[0]}{more}, which a {entry.model_type} of this config has")
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise UserError(
+                f"{name} in {tensor.file} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+            )
+        if NAMES[tensor.dtype] not in FLOATS:
+            raise UserError(f"{name} in {tensor.file} has dtype {tensor.dtype}; weights are floating-point numbers")
+    rest = sorted(tensors.keys() - expected.keys() - repeated.keys())
+    known = (*entry.buffers, *ignore)
+    unexpected = [name for name in rest if not any(fnmatch.fnmatch(name, pattern) for pattern in known)]
+    if unexpected:
+        more = f" and {len(unexpected) - 1} more" if unexpected[1:] else ""
+        raise UserError(
+            f"{directory} holds {unexpected[0]}{more}, which a {entry.model_type} of this config does not have; "
+            f"if the model is complete without, pass ignore={unexpected[0].split('.')[0] + '.*'!r}"
+        )
+    ignored = [name for name in rest if any(fnmatch.fnmatch(name, pattern) for pattern in ignore)]
+    if ignored:
+        notify(f"{directory}: {len(ignored)} tensors are left out of account, among them {ignored[0]}")
+    return tuple(rest)

@@ -1,0 +1,292 @@
+"""Config fields of Hugging Face checkpoints to `ModelConfig` and back.
+
+A `Setting` is a pair of functions, so that one list per architecture serves both directions. Reading notes which
+fields were asked for; a field that nobody asked for, and that says something else than the architecture's default, is
+refused by name, because leaving it out would be a silent approximation.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.errors import UserError
+
+# Of training and generation; of loading; read through other fields, or off the names of the heads' tensors.
+HARMLESS = """
+    *dropout* *_pdrop initializer_range use_cache *_token_id output_* cache_implementation problem_type label2id id2label
+    return_dict chunk_size_feed_forward gradient_checkpointing router_aux_loss_coef router_jitter_noise pretraining_tp
+    task_specific_* finetuning_* tokenizer_class
+
+    model_type architectures auto_map torch_dtype dtype *_version *name_or_path *attn_implementation* _commit_hash unsloth*
+    transformers_weights
+
+    max_window_layers no_rope_layer_interval *sliding_window_pattern use_sliding_window
+    num_nextn_predict_layers num_mtp_layers mtp_* *_mtp_* medusa_*
+""".split()
+"""Fields that do not change what the model computes, or that are read through others."""
+
+REQUIRED = object()
+
+
+class Given:
+    """The fields of a config file, which remember that they were read."""
+
+    def __init__(self, values: dict[str, Any], origin: str) -> None:
+        self._values, self._read, self.origin = values, set(), origin
+
+    def __call__(self, name: str, default: Any = REQUIRED) -> Any:
+        """The value of a field; without a default it must be there."""
+        self._read.add(name)
+        if name not in self._values and default is REQUIRED:
+            raise UserError(f"{self.origin} has no {name}; it is not whole")
+        return self._values.get(name, default)
+
+    def one_of(self, name: str, known: Sequence[Any], default: Any = REQUIRED) -> Any:
+        """`__call__`, of a field that has these values only."""
+        value = self(name, default)
+        if value not in known:
+            names = ", ".join(map(repr, known))
+            raise UserError(f"{self.origin}: {name}={value!r} is not implemented; implemented: {names}")
+        return value
+
+    def check_all_read(self, defaults: dict[str, Any], ignore: Sequence[str] = ()) -> None:
+        """Refuses fields that nobody read, unless they say nothing new or match `ignore`."""
+        for name, value in self._values.items():
+            known = name in self._read or any(fnmatch.fnmatch(name, pattern) for pattern in (*HARMLESS, *ignore))
+            says_nothing = value == defaults[name] if name in defaults else not value
+            if not known and not says_nothing:
+                raise UserError(
+                    f"{self.origin}: {name}={value!r} is not implemented; if it changes nothing in what the model "
+                    f"computes, delete it there, or pass ignore={name!r}"
+                )
+
+
+class Setting(NamedTuple):
+    """Some fields of ours, and the same in a config file."""
+
+    read: Callable[[Given], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+
+
+def same(ours: str, theirs: str = "", default: Any = REQUIRED) -> Setting:
+    """A field that differs in its name at most."""
+    theirs = theirs or ours
+    return Setting(lambda given: {ours: given(theirs, default)}, lambda model: {theirs: getattr(model, ours)})
+
+
+def fixed(**values: Any) -> Setting:
+    """What the architecture always is; a model with other values is none of its kind."""
+    return Setting(lambda given: values, lambda model: {})
+
+
+def converted(ours: str, theirs: str, read: Callable[[Any], Any], write: Callable[[Any], Any]) -> Setting:
+    """A field in other units."""
+    return Setting(lambda given: {ours: read(given(theirs))}, lambda model: {theirs: write(getattr(model, ours))})
+
+
+def off_is_none(ours: str, theirs: str) -> Setting:
+    """A number of ours that is 0, and of theirs that is null, when switched off."""
+    return converted(ours, theirs, lambda value: value or 0.0, lambda value: value or None)
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+
+
+def activation(name: str) -> Setting:
+    """The non-linearity, under the name that this field has."""
+    spelled = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    return Setting(
+        lambda given: {"activation": ACTIVATIONS[given.one_of(name, tuple(ACTIVATIONS))]},
+        lambda model: {name: spelled[model.activation]},
+    )
+
+
+def biases(name: str, *ours: str) -> Setting:
+    """One switch for several biases."""
+    return Setting(
+        lambda given: dict.fromkeys(ours, bool(given(name, False))), lambda model: {name: getattr(model, ours[0])}
+    )
+
+
+OWN_HEAD_DIM = Setting(
+    lambda given: {"head_dim": given("head_dim", None) or given("hidden_size") // given("num_attention_heads")},
+    lambda model: {"head_dim": model.head_dim},
+)
+EVEN_HEAD_DIM = Setting(
+    lambda given: {"head_dim": given("hidden_size") // given("num_attention_heads")}, lambda model: {}
+)
+KV_HEADS = Setting(
+    lambda given: {"num_kv_heads": given("num_key_value_heads", None) or given("num_attention_heads")},
+    lambda model: {"num_key_value_heads": model.num_kv_heads},
+)
+SHAPE = (
+    same("vocab_size"),
+    same("num_layers", "num_hidden_layers"),
+    same("d_model", "hidden_size"),
+    same("num_heads", "num_attention_heads"),
+    same("max_seq_len", "max_position_embeddings"),
+    same("tie_embeddings", "tie_word_embeddings"),
+)
+
+
+# Rotary positions.
+
+SCALINGS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+ROPE_FIELDS = {
+    "none": {},
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor",
+        "original_max_position_embeddings": "rope_original_len",
+        "low_freq_factor": "rope_low",
+        "high_freq_factor": "rope_high",
+    },
+    "yarn": {
+        "factor": "rope_factor",
+        "original_max_position_embeddings": "rope_original_len",
+        "beta_slow": "rope_beta_slow",
+        "beta_fast": "rope_beta_fast",
+        "attention_factor": "rope_attention_factor",
+    },
+}
+ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+def _read_rope(rope: dict[str, Any], longest: int, origin: str) -> dict[str, Any]:
+    kind = rope.get("rope_type", "default")
+    if kind not in SCALINGS:
+        raise UserError(f"{origin}: rope_type={kind!r} is not implemented; implemented: {', '.join(SCALINGS)}")
+    names = ROPE_FIELDS[SCALINGS[kind]]
+    for name, value in rope.items():
+        if name not in (*ALWAYS, "original_max_position_embeddings", *names) and value:
+            raise UserError(f"{origin}: {name}={value!r} of rope_type={kind!r} is not implemented")
+    if SCALINGS[kind] == "none" or rope.get("factor") == 1:
+        return {"rope_theta": float(rope["rope_theta"])}
+    given = {ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None}
+    if "original_max_position_embeddings" in names:
+        given.setdefault("rope_original_len", longest)
+    floats = {name: value if name == "rope_original_len" else float(value) for name, value in given.items()}
+    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": SCALINGS[kind]} | floats
+
+
+def _written_rope(model: ModelConfig) -> dict[str, Any]:
+    kind = next(theirs for theirs, ours in SCALINGS.items() if ours == model.rope_scaling)
+    fields = {theirs: getattr(model, ours) for theirs, ours in ROPE_FIELDS[model.rope_scaling].items()}
+    fields = {name: value for name, value in fields.items() if value}
+    return {"rope_type": kind, "rope_theta": model.rope_theta} | fields
+
+
+def _whole(given: Given) -> dict[str, Any]:
+    rope = given("rope_parameters")
+    share = rope.get("partial_rotary_factor")
+    if share not in (None, 1, 1.0):
+        raise UserError(f"{given.origin}: partial_rotary_factor={share} is not implemented for this architecture")
+    return _read_rope(rope, given("max_position_embeddings"), given.origin)
+
+
+ROPE = Setting(_whole, lambda model: {"rope_parameters": _written_rope(model)})
+PARTIAL_ROPE = Setting(
+    lambda given: (
+        {"rope_fraction": float(given("rope_parameters").get("partial_rotary_factor") or 1.0)}
+        | _read_rope(given("rope_parameters"), given("max_position_embeddings"), given.origin)
+    ),
+    lambda model: {"rope_parameters": _written_rope(model) | {"partial_rotary_factor": model.rope_fraction}},
+)
+
+
+def _read_two_ropes(given: Given) -> dict[str, Any]:
+    """Gemma 3: windows have a base of their own and are never stretched."""
+    ropes = given("rope_parameters")
+    local = ropes["sliding_attention"]
+    if local.get("rope_type", "default") != "default":
+        raise UserError(f"{given.origin}: rope_type={local['rope_type']!r} of sliding_attention is not implemented")
+    windows = "sliding_attention" in given("layer_types")
+    full = _read_rope(ropes["full_attention"], given("max_position_embeddings"), given.origin)
+    return full | ({"rope_theta_window": float(local["rope_theta"])} if windows else {})
+
+
+TWO_ROPES = Setting(
+    _read_two_ropes,
+    lambda model: {
+        "rope_parameters": {
+            "full_attention": _written_rope(model),
+            "sliding_attention": {"rope_type": "default", "rope_theta": model.rope_theta_window or model.rope_theta},
+        }
+    },
+)
+
+
+# Kinds of layers.
+
+
+def shortest_pattern(layers: Sequence[str]) -> tuple[str, ...]:
+    """The shortest tuple whose repetition gives these layers."""
+    layers = tuple(layers)
+    count = next(n for n in range(1, len(layers) + 1) if layers == (layers[:n] * len(layers))[: len(layers)])
+    return layers[:count]
+
+
+KINDS = {"full_attention": "full", "sliding_attention": "window"}
+
+
+def _read_layers(given: Given, layers: Sequence[str], width: int | None) -> dict[str, Any]:
+    unknown = next((layer for layer in layers if layer not in KINDS), None)
+    if unknown is not None:
+        raise UserError(f"{given.origin}: layer type {unknown!r} is not implemented; implemented: {', '.join(KINDS)}")
+    kinds = [KINDS[layer] for layer in layers]
+    return {"layer_pattern": shortest_pattern(kinds), "window": width or 0 if "window" in kinds else 0}
+
+
+def _layer_types(model: ModelConfig) -> dict[str, Any]:
+    theirs = {ours: name for name, ours in KINDS.items()}
+    window = {"sliding_window": model.window} if model.window else {}
+    return {"layer_types": [theirs[layer] for layer in model.layers]} | window
+
+
+LAYER_TYPES = Setting(
+    lambda given: _read_layers(given, given("layer_types"), given("sliding_window", None)), _layer_types
+)
+SWITCHED_LAYER_TYPES = Setting(
+    LAYER_TYPES.read,
+    lambda model: _layer_types(model) | {"use_sliding_window": bool(model.window)},
+)
+"""Qwen2 and 3: a window counts only if it is switched on."""
+
+
+def _all_windows(given: Given) -> dict[str, Any]:
+    width = given("sliding_window", None)
+    return {"layer_pattern": ("window",) if width else ("full",), "window": width or 0}
+
+
+EVERY_LAYER_WINDOWED = Setting(_all_windows, lambda model: {"sliding_window": model.window or None})
+
+
+def _read_nope(given: Given) -> dict[str, Any]:
+    if any(layer != "full_attention" for layer in given("layer_types", None) or ()):
+        raise UserError(f"{given.origin}: windows (layer_types) beside no_rope_layers are not implemented")
+    return {"layer_pattern": shortest_pattern(["full" if rope else "nope" for rope in given("no_rope_layers")])}
+
+
+NO_ROPE_LAYERS = Setting(_read_nope, lambda model: {"no_rope_layers": [int(kind != "nope") for kind in model.layers]})
+
+
+# Factors.
+
+ATTENTION_SCALE = Setting(
+    lambda given: {"attn_scale": float(given("query_pre_attn_scalar")) ** -0.5},
+    lambda model: {"query_pre_attn_scalar": _whole_if_whole((model.attn_scale or model.head_dim**-0.5) ** -2)},
+)
+ROOT_EMBED_SCALE = Setting(lambda given: {"embed_scale": math.sqrt(given("hidden_size"))}, lambda model: {})
+
+
+def _whole_if_whole(value: float) -> float | int:
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
