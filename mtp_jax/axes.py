@@ -8,11 +8,12 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | B      | batch rows                                                                             |
 | C      | tokens of one chunk of the loss                                                        |
 | D      | model width                                                                            |
-| E      | positions before a round whose entries it makes again                                  |
+| E      | experts of a feed-forward layer                                                        |
 | F      | feed-forward width                                                                     |
 | G      | query heads per key/value head, N = K G                                                |
 | H      | width of one attention head                                                            |
 | I, O   | inputs and outputs of any matrix                                                       |
+| J      | positions before a round whose entries it makes again                                  |
 | K      | key/value heads                                                                        |
 | L      | layers of the next-token path, where parameters are stacked                            |
 | M      | prediction heads; head m predicts token t+1+m, so head 0 is the ordinary language model |
@@ -27,6 +28,7 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | X      | anchors: positions beside which mask tokens stand                                      |
 | Y      | mask tokens of a row, X P of them                                                      |
 | Z      | tokens and mask tokens of a decoding forward, Q + Y                                    |
+| e      | experts that a token takes, of E                                                       |
 | h      | dimension pairs of a head that turn, H/2 or fewer                                      |
 """
 
@@ -38,6 +40,7 @@ HEADS = "heads"
 KV_HEADS = "kv_heads"
 HEAD_DIM = "head_dim"
 MLP = "mlp"
+EXPERTS = "experts"
 
 # Logical axes of activations and batches.
 BATCH = "batch"

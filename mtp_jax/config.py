@@ -98,6 +98,11 @@ class Config:
             train.trainable == "all" or heads.kind != "registers",
             "train.trainable='heads' with heads.kind='registers' trains nothing that is used afterwards; train all",
         )
+        require(
+            heads.lora_rank == 0 or model.num_experts == 0,
+            f"heads.lora_rank={heads.lora_rank} with model.num_experts={model.num_experts}: LoRA of experts is not "
+            "implemented; use lora_rank=0",
+        )
         extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
         require(
             train.trainable == "all" or extra,

@@ -7,7 +7,7 @@ config and nothing more.
 import dataclasses
 from typing import Literal
 
-from mtp_jax.checks import check_fields, positive, require
+from mtp_jax.checks import check_fields, only_with, positive, require
 
 SCALES = ("embed_scale", "residual_scale", "logit_scale")
 Layer = Literal["full", "window", "nope"]
@@ -30,7 +30,7 @@ class ModelConfig:
     head_dim: int = 64
     """Width of one attention head (H), independent of d_model / num_heads; even, for the rotary halves."""
     d_ff: int = 704
-    """Inner width of the feed-forward layer (F)."""
+    """Inner width of the feed-forward layer, or of one expert (F)."""
     max_seq_len: int = 2048
     """Most positions of a row, prompt and generated tokens together."""
 
@@ -65,6 +65,13 @@ class ModelConfig:
     """down(act(gate(x)) * up(x)) as in SwiGLU, or down(act(up(x))) (GPT-NeoX, StarCoder 2)."""
     mlp_bias: bool = False
     """Biases of the feed-forward layer."""
+    num_experts: int = 0
+    """Gated feed-forward layers of every block, of which a token takes some (Mixtral, Qwen3-MoE) (E); 0 is one layer
+    that every token takes."""
+    experts_per_token: int = 0
+    """How many of them, those with the highest probabilities (2 in Mixtral, 8 in Qwen3-MoE)."""
+    renormalise_experts: bool = True
+    """The chosen experts' probabilities are divided by their sum (Mixtral, and Qwen3-MoE with norm_topk_prob)."""
 
     layer_pattern: tuple[Layer, ...] = ("full",)
     """Kinds of the layers, repeated to the last one: attention over all before, over a window, or over all without
@@ -140,6 +147,7 @@ class ModelConfig:
         for name in ("logit_softcap", "attn_softcap"):
             require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} is negative; 0 switches it off")
         self._check_layers()
+        self._check_experts()
         self._check_rope()
 
     def _check_layers(self) -> None:
@@ -157,6 +165,23 @@ class ModelConfig:
         require(
             self.qk_norm or not self.qk_norm_joint,
             "model.qk_norm_joint says over what model.qk_norm goes; set model.qk_norm too",
+        )
+
+    def _check_experts(self) -> None:
+        E = self.num_experts
+        require(E >= 0, f"model.num_experts={E} is negative; 0 is one feed-forward layer")
+        only_with("model", self, "experts_per_token renormalise_experts", E > 0, "model.num_experts")
+        require(
+            E == 0 or 1 <= self.experts_per_token <= E,
+            f"model.experts_per_token={self.experts_per_token} with model.num_experts={E}; use 1..{E}",
+        )
+        require(
+            E == 0 or not self.mlp_bias,
+            f"model.mlp_bias=True with model.num_experts={E}: experts have no biases; leave it out",
+        )
+        require(
+            E == 0 or self.gated,
+            f"model.gated=False with model.num_experts={E}: every expert is gated; leave it out",
         )
 
     def _check_rope(self) -> None:

@@ -92,7 +92,7 @@ def make_optimizer(
 def _matrix_axes(params: Any) -> Any:
     """Input and output axes of matrices inside blocks and heads, with layers as a batch; None for what AdamW updates.
 
-    Embeddings, unembeddings and norm scales stay with AdamW (Jordan 2024, "Muon").
+    Each expert has matrices of its own. Embeddings, unembeddings and norm scales stay with AdamW (Jordan 2024, "Muon").
     """
 
     def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
@@ -100,7 +100,8 @@ def _matrix_axes(params: Any) -> Any:
         inside = "blocks/" in name or (name.startswith("heads/") and not name.endswith("table"))
         if not inside or leaf.ndim < 3:
             return None
-        inputs = 2 if name.endswith("attn/o") else 1
-        return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, leaf.ndim)))
+        first = 2 if "/mlp/" in name and leaf.ndim == 4 else 1
+        outer = first + (2 if name.endswith("attn/o") else 1)
+        return MuonDimensionNumbers(tuple(range(first, outer)), tuple(range(outer, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(axes, params)

@@ -25,6 +25,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.KV_HEADS, "tensor"),
     (axes.HEAD_DIM, None),
     (axes.MLP, "tensor"),
+    (axes.EXPERTS, None),
 )
 
 

@@ -155,6 +155,31 @@ REFUSED = [
     (lambda: ModelConfig(layer_pattern=("window",)), "model.window=0 with model.layer_pattern=('window',)"),
     (lambda: ModelConfig(layer_pattern=()), "model.layer_pattern is empty"),
     (lambda: ModelConfig(norm="layer", norm_plus_one=True), "model.norm_plus_one is a form of RMSNorm"),
+    (lambda: ModelConfig(num_experts=-1), "model.num_experts=-1 is negative; 0 is one feed-forward layer"),
+    (lambda: ModelConfig(num_experts=4), "model.experts_per_token=0 with model.num_experts=4; use 1..4"),
+    (
+        lambda: ModelConfig(num_experts=4, experts_per_token=5),
+        "model.experts_per_token=5 with model.num_experts=4; use 1..4",
+    ),
+    (lambda: ModelConfig(experts_per_token=2), "model.experts_per_token=2 means nothing without model.num_experts"),
+    (
+        lambda: ModelConfig(renormalise_experts=False),
+        "model.renormalise_experts=False means nothing without model.num_experts",
+    ),
+    (
+        lambda: ModelConfig(num_experts=4, experts_per_token=2, mlp_bias=True),
+        "model.mlp_bias=True with model.num_experts=4: experts have no biases",
+    ),
+    (
+        lambda: ModelConfig(num_experts=4, experts_per_token=2, gated=False),
+        "model.gated=False with model.num_experts=4: every expert is gated",
+    ),
+    (
+        lambda: Config(
+            model=ModelConfig(num_experts=4, experts_per_token=2), heads=HeadsConfig(kind="masks", lora_rank=2)
+        ),
+        "heads.lora_rank=2 with model.num_experts=4: LoRA of experts is not implemented; use lora_rank=0",
+    ),
     (lambda: ModelConfig(qk_norm_joint=True), "model.qk_norm_joint says over what model.qk_norm goes"),
     (lambda: ModelConfig(rope_scaling="linear"), "model.rope_scaling='linear' needs model.rope_factor"),
     (lambda: ModelConfig(rope_scaling="yarn", rope_factor=2.0), "model.rope_scaling='yarn' needs model.rope_original"),

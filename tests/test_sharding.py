@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from reference.models import small_config
+from reference.models import BLOCKS, small_config
 
 from mtp_jax import axes, sharding
 from mtp_jax.config import MeshConfig
@@ -80,6 +80,23 @@ def test_specs_are_literal():
     expected |= {"embed/table": ("tensor", "fsdp"), "unembed/table": ("tensor", "fsdp"), "final_norm/scale": ("fsdp",)}
     leaves = jax.tree_util.tree_leaves_with_path(shardings)
     assert {param_path(path): tuple(where.spec) for path, where in leaves} == expected
+
+
+def test_specs_of_experts_are_literal():
+    """Each expert's matrices are split as those of one feed-forward layer, and no device is without an expert.
+
+    Breaks if two axes of `Experts` change places, or without the rule of EXPERTS.
+    """
+    config = small_config(BLOCKS["as Qwen3-MoE"])
+    shardings = sharding.param_shardings(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), boxed(config))
+    expected = {
+        "router": (None, "fsdp", None),
+        "gate": (None, None, "fsdp", "tensor"),
+        "up": (None, None, "fsdp", "tensor"),
+        "down": (None, None, "tensor", "fsdp"),
+    }
+    for stack in (shardings["blocks"], shardings["heads"]["blocks"]):
+        assert {name: tuple(where.spec) for name, where in stack["mlp"].items()} == expected
 
 
 def test_parameter_without_names_is_refused():

@@ -24,6 +24,7 @@ from mtp_jax.convert.settings import (
     ROPE,
     SHAPE,
     SWITCHED_LAYER_TYPES,
+    SWITCHED_WINDOW,
     TWO_ROPES,
     Given,
     Setting,
@@ -66,6 +67,8 @@ class Architecture:
     """Tensors of old files that hold no parameter."""
     also: dict[str, str] = dataclasses.field(default_factory=dict)
     """Other names that files have for a tensor."""
+    unused: tuple[str, ...] = ()
+    """Fields that say nothing about this architecture."""
     refuse: Callable[[dict[str, Any]], str | None] = lambda raw: None
     """What in a config file is beyond us, in words, if anything."""
 
@@ -193,6 +196,45 @@ ARCHITECTURES = {
             "MistralForCausalLM",
             (*COMMON, RMS, ROPE, activation("hidden_act"), EVERY_LAYER_WINDOWED),
             LLAMA_BLOCK,
+        ),
+        Architecture(
+            "mixtral",
+            "MixtralForCausalLM",
+            (
+                *(*COMMON, RMS, ROPE, activation("hidden_act"), EVERY_LAYER_WINDOWED, fixed(renormalise_experts=True)),
+                *(same("num_experts", "num_local_experts"), same("experts_per_token", "num_experts_per_tok")),
+            ),
+            (
+                *SEPARATE_ATTENTION,
+                Slot("mlp/router", "block_sparse_moe.gate.weight"),
+                Slot("mlp/gate", "block_sparse_moe.experts.{e}.w1.weight"),
+                Slot("mlp/up", "block_sparse_moe.experts.{e}.w3.weight"),
+                Slot("mlp/down", "block_sparse_moe.experts.{e}.w2.weight"),
+                *PRE_NORMS,
+            ),
+        ),
+        Architecture(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            (
+                *(*SHAPE, KV_HEADS, OWN_HEAD_DIM, same("d_ff", "moe_intermediate_size")),
+                *(RMS, ROPE, activation("hidden_act"), SWITCHED_WINDOW, fixed(qk_norm=True)),
+                biases("attention_bias", "qkv_bias", "out_bias"),
+                *(same("num_experts", "num_local_experts"), same("experts_per_token", "num_experts_per_tok")),
+                Setting(
+                    lambda given: {"renormalise_experts": bool(given("norm_topk_prob"))},
+                    lambda model: {"norm_topk_prob": model.renormalise_experts},
+                ),
+            ),
+            (
+                *SEPARATE_ATTENTION,
+                Slot("mlp/router", "mlp.gate.weight"),
+                Slot("mlp/gate", "mlp.experts.{e}.gate_proj.weight"),
+                Slot("mlp/up", "mlp.experts.{e}.up_proj.weight"),
+                Slot("mlp/down", "mlp.experts.{e}.down_proj.weight"),
+                *PRE_NORMS,
+            ),
+            unused=("intermediate_size",),
         ),
         Architecture(
             "gemma",

@@ -122,7 +122,7 @@ def model_config(
     given, fields = Given(values, origin), {}
     for setting in entry.settings:
         fields |= setting.read(given)
-    given.check_all_read(defaults, ignore)
+    given.check_all_read(defaults, (*entry.unused, *ignore))
     try:
         return ModelConfig(**fields)
     except UserError as error:

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 from mtp_jax.config import ModelConfig
 from mtp_jax.errors import UserError
 
-# Of training and generation; of loading; read through other fields, or off the names of the heads' tensors.
-HARMLESS = """
-    *dropout* *_pdrop initializer_range use_cache *_token_id output_* cache_implementation problem_type label2id id2label
-    return_dict chunk_size_feed_forward gradient_checkpointing router_aux_loss_coef router_jitter_noise pretraining_tp
-    task_specific_* finetuning_* tokenizer_class
-
-    model_type architectures auto_map torch_dtype dtype *_version *name_or_path *attn_implementation* _commit_hash unsloth*
-    transformers_weights
-
-    max_window_layers no_rope_layer_interval *sliding_window_pattern use_sliding_window
-    num_nextn_predict_layers num_mtp_layers mtp_* *_mtp_* medusa_*
-""".split()
+HARMLESS = (
+    # Training and generation.
+    *("*dropout*", "*_pdrop", "initializer_range", "use_cache", "*_token_id", "output_*", "cache_implementation"),
+    *("problem_type", "label2id", "id2label", "return_dict", "chunk_size_feed_forward", "gradient_checkpointing"),
+    *("router_aux_loss_coef", "router_jitter_noise", "pretraining_tp", "task_specific_*", "finetuning_*"),
+    # Loading.
+    *("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "*_version", "*name_or_path", "_commit_hash"),
+    *("*attn_implementation*", "tokenizer_class", "unsloth*", "transformers_weights"),
+    # Read through other fields, or off the names of the heads' tensors.
+    *("max_window_layers", "no_rope_layer_interval", "*sliding_window_pattern", "use_sliding_window"),
+    *("num_nextn_predict_layers", "num_mtp_layers", "mtp_*", "*_mtp_*", "medusa_*"),
+)
 """Fields that do not change what the model computes, or that are read through others."""
 
 REQUIRED = object()
@@ -268,6 +268,9 @@ def _all_windows(given: Given) -> dict[str, Any]:
 
 
 EVERY_LAYER_WINDOWED = Setting(_all_windows, lambda model: {"sliding_window": model.window or None})
+SWITCHED_WINDOW = Setting(
+    _all_windows, lambda model: {"sliding_window": model.window or None, "use_sliding_window": bool(model.window)}
+)
 
 
 def _read_nope(given: Given) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.axes import EMBED, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
+from mtp_jax.axes import EMBED, EXPERTS, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.attention import Anchors, Form, attention, attention_beside
 from mtp_jax.kernels.linear import linear
@@ -116,6 +116,48 @@ class FeedForward(nn.Module):
         return _linear(self, act(_linear(self, x_BTD, gate)) * _linear(self, x_BTD, up), down)
 
 
+class Experts(nn.Module):
+    """Mixture of gated feed-forward layers (Shazeer et al. 2017): a token takes those that its router prefers.
+
+    The reference: every expert computes every token, and counts nothing where it was not chosen. The forward pass holds
+    one expert's activations at a time.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        c, act = self.config, ACTIVATIONS[self.config.activation]
+        inner = (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model)
+        gate_EDF, up_EDF = self._stack("gate", *inner), self._stack("up", *inner)
+        down_EFD = self._stack("down", (c.d_ff, c.d_model), (MLP, EMBED), _residual(c, c.d_ff))
+        router = _matrix(self, "router", (c.d_model, c.num_experts), (EMBED, EXPERTS), _fan_in(c.d_model), bias=False)
+        weight_BTE = mixture(c, linear(x_BTD, router.w_IO))
+
+        def add(sum_BTD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            weight_BT, gate_DF, up_DF, down_FD = expert
+            y_BTD = linear(act(linear(x_BTD, gate_DF)) * linear(x_BTD, up_DF), down_FD)
+            return sum_BTD + weight_BT[..., None] * y_BTD, None
+
+        experts = (jnp.moveaxis(weight_BTE, -1, 0), gate_EDF, up_EDF, down_EFD)
+        return jax.lax.scan(add, jnp.zeros(x_BTD.shape, jnp.float32), experts)[0].astype(x_BTD.dtype)
+
+    def _stack(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> jax.Array:
+        """One matrix per expert."""
+        c, boxed = self.config, nn.with_logical_partitioning(init, (EXPERTS, *axes))
+        return self.param(name, boxed, (c.num_experts, *shape), jnp.dtype(c.param_dtype))
+
+
+def mixture(config: ModelConfig, logits_BTE: jax.Array) -> jax.Array:
+    """Weights of the experts [B, T, E], in float32: the router's highest probabilities, and zero for all others."""
+    probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
+    chosen_BTe, index_BTe = jax.lax.top_k(probs_BTE, config.experts_per_token)
+    if config.renormalise_experts:
+        chosen_BTe /= jnp.sum(chosen_BTe, axis=-1, keepdims=True)
+    return jnp.sum(chosen_BTe[..., None] * jax.nn.one_hot(index_BTe, config.num_experts), axis=-2)
+
+
 def _residual(config: ModelConfig, fan_in: int) -> Init:
     """Small writes into the residual stream keep its variance from growing with depth (Radford et al. 2019)."""
     return _fan_in(fan_in, (2 * config.num_layers) ** -0.5)
@@ -220,7 +262,7 @@ BARE_ATTENTION = ("post", "mlp")
 
 
 class Block(nn.Module):
-    """Decoder block: attention, then a feed-forward layer, with norms where `norm_position` has them.
+    """Decoder block: attention, then a feed-forward layer or experts, with norms where `norm_position` has them.
 
     Given a collection "lora" with factors a [in, R] and b [R, out] per matrix, they add to what the positions from
     `lora_from` on compute.
@@ -231,7 +273,8 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.attn, self.mlp = Attention(c, self.lora_from), FeedForward(c, self.lora_from)
+        self.attn = Attention(c, self.lora_from)
+        self.mlp = Experts(c) if c.num_experts else FeedForward(c, self.lora_from)
         if c.norm_position not in BARE_ATTENTION:
             self.attn_norm = Norm(c)
         if c.norm_position != "post":

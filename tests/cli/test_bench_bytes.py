@@ -21,6 +21,19 @@ HEADS = {
 }
 
 
+def test_bytes_of_experts():
+    """A step reads every expert of every block, chosen or not, and the routers; heads with blocks do so too.
+
+    Breaks if only the experts that a token takes are counted.
+    """
+    experts = {"num_experts": 3, "experts_per_token": 2, "d_ff": 8}
+    attention_and_norms = BLOCK - 3 * 16 * 24
+    block = attention_and_norms + 16 * 3 + 3 * 3 * 16 * 8
+    plain, drafted = bytes_touched(small_config(experts), 1, 5, 2)
+    assert plain == 4 * (2 * (block + CACHE) + TABLE)
+    assert drafted - plain == 4 * (2 * (block + CACHE) + TABLE)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_bytes_of_a_round(name):
     """A step reads blocks, unembedding and cache; a round also the heads that draft, with what they go through.

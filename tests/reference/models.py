@@ -35,6 +35,7 @@ BLOCKS = {
     "as OLMo 2": {"norm_position": "post", "qk_norm": True, "qk_norm_joint": True, "tie_embeddings": False},
     "as SmolLM 3": {"layer_pattern": ("full", "nope")},
     "as Granite": {"residual_scale": 0.3, "logit_scale": 0.5, "embed_scale": 6.0, "attn_scale": 0.1},
+    "as Qwen3-MoE": {"qk_norm": True, "num_experts": 3, "experts_per_token": 2, "d_ff": 8},
     "as GPT-NeoX": {
         "norm": "layer",
         "norm_position": "parallel",

@@ -108,6 +108,22 @@ def attention(
     return out_BTNH
 
 
+def experts(x_BTD, params, count, *, renormalise):
+    """Sum over the `count` most probable experts of p down(silu(gate x) * up x), one token and one expert at a time."""
+    x_BTD, params = np.asarray(x_BTD, np.float64), {name: np.asarray(w, np.float64) for name, w in params.items()}
+    out_BTD = np.zeros_like(x_BTD)
+    for b, t in np.ndindex(x_BTD.shape[:2]):
+        x_D = x_BTD[b, t]
+        score_E = x_D @ params["router"]
+        prob_E = np.exp(score_E) / np.sum(np.exp(score_E))
+        chosen = sorted(range(len(prob_E)), key=lambda e: -prob_E[e])[:count]
+        total = sum(prob_E[e] for e in chosen) if renormalise else 1.0
+        for e in chosen:
+            gate_F, up_F = x_D @ params["gate"][e], x_D @ params["up"][e]
+            out_BTD[b, t] += prob_E[e] / total * ((gate_F / (1 + np.exp(-gate_F)) * up_F) @ params["down"][e])
+    return out_BTD
+
+
 def rotary(x_BTNH, positions_BT, theta):
     """(x_i + i x_{i+H/2}) exp(i position theta^(-2i/H)), as complex numbers."""
     x_BTNH = np.asarray(x_BTNH, np.float64)

@@ -96,15 +96,15 @@ class SequentialCache(NamedTuple):
     """Caches of P depths, and what making entries again takes."""
 
     layers: tuple
-    tail_BED: jax.Array
+    tail_BJD: jax.Array
     """Tapped states of the P-1 positions before the next round's first one."""
 
 
 def init_cache(config: Config, batch: int, slots: int, count: int) -> SequentialCache:
     """Empty caches of `count` depths; a window of a round may be longer by count-1 positions than the round."""
     tail = max(count - 1, 0)
-    tail_BED = jnp.zeros((batch, tail, config.model.d_model), config.model.dtype)
-    return SequentialCache(base.block_caches(config, batch, slots + tail, count), tail_BED)
+    tail_BJD = jnp.zeros((batch, tail, config.model.d_model), config.model.dtype)
+    return SequentialCache(base.block_caches(config, batch, slots + tail, count), tail_BJD)
 
 
 class _Window(NamedTuple):
@@ -119,20 +119,20 @@ class _Window(NamedTuple):
 def _window(cache: SequentialCache, now: Round) -> tuple[_Window, jax.Array]:
     """The window, and the tail for the next round. At a row's beginning, where fewer positions lie before the round,
     the window reaches behind it; what stands there is made again before anything sees it."""
-    tail = cache.tail_BED.shape[1]
-    both_BWD = jnp.concatenate([cache.tail_BED, now.tap_BQD], axis=1)
+    tail = cache.tail_BJD.shape[1]
+    both_BWD = jnp.concatenate([cache.tail_BJD, now.tap_BQD], axis=1)
     back_B = jnp.minimum(now.start_B, tail)
     width = both_BWD.shape[1]
     at_BW = jnp.minimum(tail - back_B[:, None] + jnp.arange(width)[None, :], width - 1)
     take = lambda at_BX: jnp.take_along_axis(both_BWD, at_BX[..., None], axis=1)  # noqa: E731
-    next_tail_BED = take(now.index_B[:, None] + 1 + jnp.arange(tail)[None, :])
-    next_tail_BED = jnp.where(now.live_B[:, None, None], next_tail_BED, cache.tail_BED)
-    return _Window(now.start_B - back_B, take(at_BW), now.index_B + back_B), next_tail_BED
+    next_tail_BJD = take(now.index_B[:, None] + 1 + jnp.arange(tail)[None, :])
+    next_tail_BJD = jnp.where(now.live_B[:, None, None], next_tail_BJD, cache.tail_BJD)
+    return _Window(now.start_B - back_B, take(at_BW), now.index_B + back_B), next_tail_BJD
 
 
 def draft(config: Config, params: Params, cache: SequentialCache, now: Round) -> tuple[tuple, SequentialCache]:
     """Depth by depth, each reading the draft of the one before."""
-    window, tail_BED = _window(cache, now)
+    window, tail_BJD = _window(cache, now)
     hidden_BWD, drafts, written = window.tap_BWD, [], []
     for depth, layers in enumerate(cache.layers, start=1):
         head = base.set_of(config, depth)
@@ -149,7 +149,7 @@ def draft(config: Config, params: Params, cache: SequentialCache, now: Round) ->
             state_B1D, layers = base.blocks_at(config, module["blocks"], x_BWD, *where, layers, wanted)
         drafts += [now.propose(state_B1D, depth)] if wanted else []
         written.append(layers)
-    return tuple(drafts), SequentialCache(tuple(written), tail_BED)
+    return tuple(drafts), SequentialCache(tuple(written), tail_BJD)
 
 
 def _tokens(window: _Window, now: Round, drafts: list, depth: int) -> jax.Array:
