@@ -126,7 +126,7 @@ def _load_checkpoint(
     checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
     tokenizer = load_hub_tokenizer(checkpoint.directory)
     check_size(tokenizer, checkpoint.config, checkpoint.directory)
-    return LoadedModel(checkpoint.config, read_params(checkpoint, mesh), tokenizer, mesh, origin_of(checkpoint))
+    return LoadedModel(checkpoint.config, read_params(checkpoint, mesh, notify), tokenizer, mesh, origin_of(checkpoint))
 
 
 def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:

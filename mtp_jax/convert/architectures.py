@@ -381,10 +381,9 @@ def _meta_heads(given: Given) -> dict[str, Any]:
 
 def _written_meta(model: ModelConfig) -> dict[str, Any]:
     """Meta's inner width is a formula; a multiple of the whole width says the same."""
-    if model.num_heads * model.head_dim != model.d_model:
-        raise UserError(f"Meta's layout has heads of {model.d_model // model.num_heads}, not {model.head_dim}")
     kv_heads = {} if model.num_kv_heads == model.num_heads else {"n_kv_heads": model.num_kv_heads}
-    return {"multiple_of": model.d_ff, "ffn_dim_multiplier": 1e-3, "n_heads": model.num_heads, **kv_heads}
+    share = model.d_ff / int(8 * model.d_model / 3)
+    return {"multiple_of": model.d_ff, "ffn_dim_multiplier": share, "n_heads": model.num_heads, **kv_heads}
 
 
 def _turned_pairs(heads: Callable[[ModelConfig], int]) -> Rows:

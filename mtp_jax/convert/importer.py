@@ -70,7 +70,7 @@ def import_model(
         checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
         check_size(load_hub_tokenizer(checkpoint.directory), checkpoint.config, checkpoint.directory)
         config, mesh = checkpoint.config, mesh or sharding.make_mesh(MeshConfig())
-        params = read_params(checkpoint, mesh)
+        params = read_params(checkpoint, mesh, notify)
         if form is not None:
             heads = forms.preset(form[0], config.model, **form[1])
         if heads is not None:

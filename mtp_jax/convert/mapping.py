@@ -128,33 +128,26 @@ def read(pieces: list[Piece], tensors: Tensors, abstract: Any, step: Callable[[s
       pieces: all of them, for every leaf.
       tensors: what was opened, shapes checked.
       abstract: a tree of `jax.ShapeDtypeStruct` with shardings.
-      step: called with the name of every tensor that was read.
+      step: called with the name of every tensor once it was read.
     """
     leaves = by_path(abstract)
     counts = collections.Counter(piece.name for piece in pieces)
-    # In the order of the files, so that a disk reads forwards, and one stack after the other.
-    first = {path: min(tensors[p.name].start for p in group) for path, group in _grouped(pieces).items()}
-    order = sorted(pieces, key=lambda p: (str(tensors[p.name].file), first[p.path], p.path, p.at))
-    stacks: dict[str, jax.Array] = {}
+    # The large tables come before there are stacks, and what is stacked in the order of the files, as disks like it.
+    order = sorted(pieces, key=lambda p: (bool(p.at), str(tensors[p.name].file), tensors[p.name].start))
+    params: dict[str, jax.Array] = {}
     for piece, value in _ahead(order, lambda piece: _put(piece, tensors[piece.name], leaves[piece.path])):
-        leaf = leaves[piece.path]
-        if piece.path not in stacks:
-            stacks[piece.path] = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
-        stacks[piece.path] = _write(stacks[piece.path], value, tuple(map(jnp.int32, piece.at)))
+        if piece.at and piece.path not in params:
+            params |= _zeros({piece.path: leaves[piece.path] for piece in pieces if piece.at})
+        if piece.at:
+            params[piece.path] = _write(params[piece.path], value, np.array(piece.at, np.int32))
+        else:
+            params[piece.path] = value.astype(leaves[piece.path].dtype)
         counts[piece.name] -= 1
         if not counts[piece.name]:
-            tensors[piece.name].release()
-        step(piece.name)
+            step(piece.name)
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: stacks[jax.tree_util.keystr(path, simple=True, separator="/")], abstract
+        lambda path, _: params[jax.tree_util.keystr(path, simple=True, separator="/")], abstract
     )
-
-
-def _grouped(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
-    groups: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        groups.setdefault(piece.path, []).append(piece)
-    return groups
 
 
 def _ahead(pieces: list[Piece], put: Callable[[Piece], jax.Array]) -> Iterator[tuple[Piece, jax.Array]]:
@@ -163,7 +156,7 @@ def _ahead(pieces: list[Piece], put: Callable[[Piece], jax.Array]) -> Iterator[t
         waiting = collections.deque()
         for piece in pieces:
             waiting.append((piece, pool.submit(put, piece)))
-            if len(waiting) > IN_FLIGHT:
+            if len(waiting) == IN_FLIGHT:
                 done, future = waiting.popleft()
                 yield done, future.result()
         while waiting:
@@ -183,18 +176,26 @@ def _put(piece: Piece, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         jax.device_put(value[index], device, may_alias=False)
         for device, index in sharding.addressable_devices_indices_map(value.shape).items()
     ]
-    return jax.block_until_ready(jax.make_array_from_single_device_arrays(value.shape, sharding, parts))
+    made = jax.block_until_ready(jax.make_array_from_single_device_arrays(value.shape, sharding, parts))
+    tensor.release()
+    return made
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+def _zeros(leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Empty stacks, by one program."""
+    shardings = {path: leaf.sharding for path, leaf in leaves.items()}
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def made() -> dict[str, jax.Array]:
+        return {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
+    return made()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(stack: jax.Array, value: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
-    start = (*at, *(jnp.int32(0),) * value.ndim)
-    return jax.lax.dynamic_update_slice(stack, value.astype(stack.dtype)[(None,) * len(at)], start)
+def _write(stack: jax.Array, value: jax.Array, at: np.ndarray) -> jax.Array:
+    value = value.astype(stack.dtype).reshape((1,) * at.size + value.shape)
+    return jax.lax.dynamic_update_slice(stack, value, (*at, *(0,) * (value.ndim - at.size)))
 
 
 # Writing.

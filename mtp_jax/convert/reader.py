@@ -6,6 +6,7 @@ import logging
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+SAY_EVERY = 3.0
+"""Seconds between lines of progress."""
 PARAMS = "params.json"
 META_WEIGHTS = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
 
@@ -231,8 +234,17 @@ def config_for(model: ModelConfig, heads: HeadsConfig, directory: pathlib.Path) 
     return Config(model=model, heads=heads, data=data, decode=decode)
 
 
-def read_params(checkpoint: Checkpoint, mesh: Mesh, step: Notify = lambda name: None) -> Any:
-    """The parameters, on the mesh, by the table in `sharding`."""
+def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
+    """The parameters, on the mesh, by the table in `sharding`; says every few seconds how far it has come."""
+    total, done, said = sum(tensor.array.nbytes for tensor in checkpoint.tensors.values()), 0, time.monotonic()
+
+    def step(name: str) -> None:
+        nonlocal done, said
+        done += checkpoint.tensors[name].array.nbytes
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            notify(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
     sharding.check_mesh(mesh, checkpoint.config)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(checkpoint.config, jax.random.key(0)))
     abstract = sharding.place_abstract(nn.meta.unbox(boxed), sharding.param_shardings(mesh, boxed))

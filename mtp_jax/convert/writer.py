@@ -252,14 +252,22 @@ def _read_back(entry: Architecture, raw: dict[str, Any]) -> ModelConfig | None:
 def _meta_config(config: Config, origin: Origin | None) -> dict[str, Any]:
     """Meta's params.json; it counts the layers of a model with one head."""
     raw = {} if origin is None or origin.architecture is not META else dict(origin.raw)
+    model = config.model
+    if model.num_heads * model.head_dim != model.d_model:
+        raise _not_meta(f"model.head_dim={model.head_dim} (it has d_model / num_heads)")
     for setting in META.settings:
         raw |= setting.write(config.model)
     heads = config.heads.num_future
     raw |= {"n_layers": config.model.num_layers + heads - 1, "n_future_tokens": heads}
     values = raw | {"n_layers": config.model.num_layers}
     if different := _same_model(model_config(META, values, {}, PARAMS, ("*",)), config.model):
-        raise UserError(f"Meta's layout cannot hold model.{different[0]}={getattr(config.model, different[0])!r}")
+        raise _not_meta(f"model.{different[0]}={getattr(config.model, different[0])!r}")
     return raw
+
+
+def _not_meta(what: str) -> UserError:
+    remedy = "use form 'none' to write the model without its heads"
+    return UserError(f"parallel heads are written in Meta's layout (form 'meta'), which cannot hold {what}; {remedy}")
 
 
 def _pieces(entry: Architecture, config: Config, params: Any) -> list[mapping.Piece]:
@@ -312,6 +320,15 @@ def _repeats(entries: list[Entry], origin: Origin | None) -> list[Entry]:
 # The heads.
 
 
+FITTING = {
+    "sequential": ("mtp", "mimo", "eagle"),
+    "recursive": ("eagle", "mtp", "qwen"),
+    "medusa": ("vllm", "caft"),
+    "parallel": ("caft", "meta"),
+}
+"""Forms in which the heads of a family are written by default, the first that holds them."""
+
+
 def _form(config: Config, origin: Origin | None, form: str | None) -> str:
     """The form that heads are written in; "" for none."""
     heads = config.heads
@@ -320,8 +337,8 @@ def _form(config: Config, origin: Origin | None, form: str | None) -> str:
     if form is None and origin is not None and origin.form and not _misfit(forms.FORMS[origin.form], config):
         return origin.form
     if form is None:
-        default = {"sequential": "mtp", "recursive": "eagle", "medusa": "vllm", "parallel": "meta"}
-        form = default.get(heads.kind)
+        candidates = [name for name in FITTING.get(heads.kind, ()) if not _misfit(forms.FORMS[name], config)]
+        form = next(iter(candidates), next(iter(FITTING.get(heads.kind, ())), None))
     if form not in forms.FORMS:
         known = ", ".join(forms.FORMS)
         what = f"heads.kind={heads.kind!r} has no form that others read" if form is None else f"form={form!r} is none"
@@ -339,6 +356,8 @@ def _misfit(form: forms.Form, config: Config) -> str:
         return f"it holds {' or '.join(kinds)} heads, not {heads.kind}"
     if form.modules and sets(config) > form.modules:
         return f"it holds one module, not {sets(config)}"
+    if form.name == "mtp" and sets(config) > config.model.num_layers:
+        return f"transformers mistakes heads beyond the model's {config.model.num_layers} layers for layers"
     expected.pop("kind", None)
     tap = expected.pop("tap")
     tap = tap if tap >= 0 else config.model.num_layers + tap
