@@ -263,7 +263,6 @@ ARCHITECTURES = {
                 *(*COMMON, RMS, TWO_ROPES, TANH_GELU, ROOT_EMBED_SCALE, GEMMA),
                 fixed(norm_position="sandwich", qk_norm=True),
                 *(LAYER_TYPES, ATTENTION_SCALE, biases("attention_bias", "qkv_bias", "out_bias")),
-                off_is_none("attn_softcap", "attn_logit_softcapping"),
                 off_is_none("logit_softcap", "final_logit_softcapping"),
             ),
             (*SEPARATE_ATTENTION, *GATED, *SANDWICH_NORMS),

@@ -161,7 +161,8 @@ def export_model(
             (directory / PARAMS).write_text(json.dumps(raw, indent=2) + "\n")
         else:
             write(directory, entries, shard_bytes)
-            raw |= _head_fields(form, config) | _dtype_fields(raw, entries) | _token_fields(raw, lm.tokenizer)
+            raw |= _head_fields(form, config) | _dtype_fields(raw, entries)
+            raw |= _token_fields(lm.tokenizer) if origin is None else {}
             (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         if origin is not None:
             copy_sidecars(origin.directory, directory)
@@ -227,7 +228,7 @@ def _architecture(model: ModelConfig, origin: Origin | None) -> tuple[Architectu
     nearest: tuple[list[str], str] | None = None
     for entry in ARCHITECTURES.values():
         try:
-            raw = {"architectures": [entry.class_name], "model_type": entry.model_type}
+            raw = {"architectures": [entry.class_name], "model_type": entry.model_type, **NO_TOKENS}
             for setting in entry.settings:
                 raw |= setting.write(model)
         except (KeyError, UserError):
@@ -299,11 +300,13 @@ def _dtype_fields(raw: dict[str, Any], entries: list[Entry]) -> dict[str, str]:
     return {"torch_dtype" if "torch_dtype" in raw else "dtype": max(entries, key=lambda one: one.nbytes).dtype.name}
 
 
-def _token_fields(raw: dict[str, Any], tokenizer: Any) -> dict[str, int | None]:
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+"""Said in so many words, because every architecture has defaults of its own."""
+
+
+def _token_fields(tokenizer: Any) -> dict[str, int | None]:
     """The special tokens of a tokenizer of ours."""
-    if tokenizer is None or "eos_token_id" in raw:
-        return {}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def _repeats(entries: list[Entry], origin: Origin | None) -> list[Entry]:

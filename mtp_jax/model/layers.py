@@ -13,7 +13,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.attention import Anchors, Form, attention, attention_beside
 from mtp_jax.kernels.linear import linear
 from mtp_jax.model.cache import LayerCache, write_cache
-from mtp_jax.model.rope import attention_factor, rotary
+from mtp_jax.model.rope import rotary
 
 Init = jax.nn.initializers.Initializer
 
@@ -166,8 +166,8 @@ def _residual(config: ModelConfig, fan_in: int) -> Init:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; keys and queries are separate calls, because decoding needs so.
 
-    The collection "constants" holds what is the layer's own and no parameter: `frequency` [h] of the rotary embedding,
-    and `window` [], if any layer has one.
+    The collection "constants" holds what is the layer's own and no parameter: `frequency` [h] and, with yarn, `factor`
+    [] of the rotary embedding, and `window` [], if any layer has one.
     """
 
     config: ModelConfig
@@ -240,7 +240,8 @@ class Attention(nn.Module):
         if norm is not None:
             y_BTO = norm(y_BTO) if c.qk_norm_joint else norm(self._to_heads(y_BTO))
         frequency_h = self.get_variable("constants", "frequency")
-        return rotary(self._to_heads(y_BTO), positions_BT, frequency_h, attention_factor(c))
+        factor = self.get_variable("constants", "factor") if c.rope_scaling == "yarn" else 1.0
+        return rotary(self._to_heads(y_BTO), positions_BT, frequency_h, factor)
 
     def _to_heads(self, y_BTO: jax.Array) -> jax.Array:
         return y_BTO.reshape(*y_BTO.shape[:2], -1, self.config.head_dim)

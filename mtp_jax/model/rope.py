@@ -18,7 +18,9 @@ import numpy as np
 from mtp_jax.config import ModelConfig
 
 
-def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, frequency_h: jax.Array, factor: float = 1.0) -> jax.Array:
+def rotary(
+    x_BTNH: jax.Array, positions_BT: jax.Array, frequency_h: jax.Array, factor: float | jax.Array = 1.0
+) -> jax.Array:
     """Turns dimension pair (i, i + h) of every head by the angle `position * frequency_h[i]`.
 
     Args:
@@ -74,8 +76,9 @@ def _dimension(config: ModelConfig, turns: float) -> float:
     return config.rotary_dim / 2 * ratio
 
 
-def attention_factor(config: ModelConfig) -> float:
-    """What turned queries and keys are multiplied by."""
-    if config.rope_scaling != "yarn":
+def attention_factor(config: ModelConfig, layer: str) -> float:
+    """What turned queries and keys of a layer of that kind are multiplied by; only stretched ones are."""
+    stretched = layer == "full" or (layer == "window" and not config.rope_theta_window)
+    if config.rope_scaling != "yarn" or not stretched:
         return 1.0
     return config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1

@@ -85,7 +85,11 @@ def test_stretched_frequencies():
     np.testing.assert_allclose(divided_by(rope_scaling="llama3", rope_low=0.1), expected, rtol=1e-5)
     yarn = {"rope_scaling": "yarn", "rope_beta_slow": 0.1, "rope_beta_fast": 4.0}
     np.testing.assert_allclose(divided_by(**yarn), [1, mixed(2 / 3), mixed(1 / 3), 4], rtol=1e-5)
-    assert rope.attention_factor(ModelConfig(**stretch | yarn)) == 0.1 * np.log(4) + 1
+    assert rope.attention_factor(ModelConfig(**stretch | yarn), "full") == 0.1 * np.log(4) + 1
+    windows = stretch | yarn | {"layer_pattern": ("window", "full"), "window": 5}
+    assert rope.attention_factor(ModelConfig(**windows), "window") == 0.1 * np.log(4) + 1
+    assert rope.attention_factor(ModelConfig(**windows, rope_theta_window=100.0), "window") == 1
+    assert rope.attention_factor(ModelConfig(**stretch | yarn), "nope") == 1
     local = {"rope_scaling": "linear", "rope_theta_window": 100.0, "layer_pattern": ("window", "full"), "window": 5}
     np.testing.assert_allclose(rope.frequencies(ModelConfig(**stretch | local), "window"), 100.0 ** (-np.arange(4) / 4))
     np.testing.assert_array_equal(rope.frequencies(ModelConfig(head_dim=8), "nope"), 0)

@@ -1,0 +1,152 @@
+"""A checkpoint of another library: used as it is, imported, given heads, trained on, exported again.
+
+The checkpoint is a trained model of ours that was exported, so that it has a tokenizer and text that it knows."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from reference.tiny import tiny_config
+
+import mtp_jax
+from mtp_jax.cli import run as mtp
+from mtp_jax.config import HeadsConfig
+from mtp_jax.convert.files import open_directory
+from mtp_jax.errors import UserError
+
+PROMPTS = ["def return self", "open close read", "print if else", "range in"]
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def with_heads(hub, tmp_path_factory):
+    out = tmp_path_factory.mktemp("import") / "model"
+    heads = HeadsConfig(kind="parallel", num_future=3, init="copy_block")
+    mtp_jax.import_model(hub, out, heads=heads, notify=str)
+    return out
+
+
+def bits(directory):
+    return {name: (tensor.dtype, tensor.array.tobytes()) for name, tensor in open_directory(directory).items()}
+
+
+def same_trees(one, other):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+def test_the_trunk_is_a_plain_checkpoint(trained, hub):
+    """transformers finds the tokens of ours, and splits text as ours does; nothing of the heads is there."""
+    ours, tokenizer = mtp_jax.load(trained), transformers.AutoTokenizer.from_pretrained(hub)
+    for prompt in [*PROMPTS, "<|eos|> é"]:
+        ids = tokenizer.encode(prompt, split_special_tokens=True)
+        assert ids == ours.tokenizer.encode_prompt(prompt)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hub).eval()
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")
+    theirs = model.generate(**ids, max_new_tokens=20, do_sample=False, eos_token_id=257)[0].tolist()
+    expected = mtp_jax.generate(ours, PROMPTS[:1], max_new_tokens=20).tokens[0]
+    assert theirs[ids["input_ids"].shape[1] :] == expected
+    assert not any("heads" in name or "mtp" in name for name in open_directory(hub))
+
+
+def test_used_as_it_is(trained, hub, text, tmp_path, monkeypatch, capsys):
+    """`mtp generate` and `mtp eval` on the directory itself: lookup drafts, the text is that of the run, and nothing is
+    written into the directory."""
+    before = sorted(path.name for path in hub.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for source in (trained, hub):
+        assert mtp(["generate", str(source), "--prompt", PROMPTS[0], "--max-new-tokens", "20", "--json"]) == 0
+    run, direct = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert direct["completions"][0]["text"] == run["completions"][0]["text"]
+    assert direct["stats"]["rounds"] > 0
+    for source in (trained, hub):
+        data = ["--data", str(text), "--num-prompts", "2", "--max-new-tokens", "8"]
+        assert mtp(["eval", str(source), *data, "--output", str(tmp_path / "page"), "--json"]) == 0
+    run, direct = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert run["bits_per_byte"] < 2 and direct["bits_per_byte"] < 2  # rows of another length; untrained it is 8
+    assert sorted(path.name for path in hub.iterdir()) == before
+
+
+def test_generation_ends_at_every_end_token(hub):
+    """The end tokens of the generation config count besides the tokenizer's own."""
+    assert mtp_jax.load(hub).tokenizer.end_ids == (257, 9)
+
+
+def test_fresh_heads_leave_the_next_token_path_alone(hub, with_heads):
+    """import(heads=...): every parameter of the trunk and every logit of head 0 keeps its bits; copied blocks are the
+    last block."""
+    plain, grown = mtp_jax.load(hub), mtp_jax.load(with_heads)
+    params = {name: tree for name, tree in grown.params.items() if name != "heads"}
+    same_trees(params, plain.params)
+    tokens = np.random.default_rng(0).integers(0, 258, (2, 9))
+    np.testing.assert_array_equal(grown.logits(tokens)[0], plain.logits(tokens)[0])
+    last = jax.tree.map(lambda leaf: np.stack([leaf[-1]] * 2), jax.device_get(plain.params["blocks"]))
+    same_trees(grown.params["heads"]["blocks"], last)
+
+
+def test_training_goes_on_from_an_import(text, finished, hub, with_heads, tmp_path):
+    """`train.init_from` takes an imported model. Where the heads alone were trained, the trunk goes back as it came:
+    its tensors bit for bit, and the files beside them."""
+    start = mtp_jax.load(with_heads)
+    settings = {"init_from": str(with_heads), "init_heads": "same", "steps": 2, "trainable": "heads"}
+    config = tiny_config(
+        text,
+        model=dataclasses.asdict(start.config.model),
+        heads=dataclasses.asdict(start.config.heads),
+        train=settings,
+        data={"tokenizer": start.config.data.tokenizer},
+    )
+    run = finished(config, tmp_path / "run")
+    mtp_jax.export_model(mtp_jax.load(run), tmp_path / "out", form="none", notify=str)
+    assert bits(tmp_path / "out") == bits(hub)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [257, 9]
+
+
+def test_options_of_the_command(hub, tmp_path, capsys):
+    """The issue's own line; heads for a form; settings without heads and two kinds of heads are refused."""
+    fresh = ["--heads", "parallel", "--num-future", "4", "--init", "copy_block"]
+    assert mtp(["import", str(hub), str(tmp_path / "a"), *fresh, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_future"] == 4
+    assert mtp(["import", str(hub), str(tmp_path / "b"), "--form", "eagle", "--num-future", "3"]) == 0
+    assert mtp(["export", str(tmp_path / "b"), str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["form"] == "eagle"
+    assert mtp(["import", str(hub), str(tmp_path / "d"), "--num-future", "3"]) == 2
+    assert mtp(["import", str(hub), str(tmp_path / "d"), "--heads", "linear", "--form", "mtp"]) == 2
+    assert mtp(["export", str(tmp_path / "a"), str(tmp_path / "d"), "--form", "mimo"]) == 2
+    assert "cannot hold these heads: it holds sequential or recursive heads, not parallel" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+def test_bfloat16_checkpoints_stay_so(trained, tmp_path):
+    """Export as bfloat16, load, export: two bytes a number throughout; asked for, float32 parameters come of it."""
+    mtp_jax.export_model(mtp_jax.load(trained), tmp_path / "half", dtype="bfloat16", notify=str)
+    half = mtp_jax.load(tmp_path / "half")
+    assert (half.config.model.dtype, half.config.model.param_dtype) == ("bfloat16", "bfloat16")
+    mtp_jax.export_model(half, tmp_path / "again", notify=str)
+    assert bits(tmp_path / "half") == bits(tmp_path / "again")
+    assert {dtype.name for dtype, _ in bits(tmp_path / "half").values()} == {"bfloat16"}
+    wide = mtp_jax.load(tmp_path / "half", dtype="float32")
+    same_trees(wide.params, jax.tree.map(lambda leaf: leaf.astype("float32"), half.params))
+
+
+def test_shards_with_an_index(hub, trained, tmp_path):
+    """Above shard_bytes a checkpoint is cut, and both libraries read the pieces."""
+    lm = mtp_jax.load(trained)
+    mtp_jax.export_model(lm, tmp_path / "cut", form="none", shard_bytes=60_000, notify=str)
+    assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 2
+    same_trees(mtp_jax.load(tmp_path / "cut").params, mtp_jax.load(hub).params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut").state_dict()
+    np.testing.assert_array_equal(theirs["model.norm.weight"].numpy(), lm.params["final_norm"]["scale"])
+
+
+def test_what_no_architecture_holds(tmp_path):
+    """A block that no Hugging Face class has is refused with the field that stands in the way."""
+    config = tiny_config(model={"norm_position": "sandwich"}, heads={"num_future": 1})
+    lm = mtp_jax.LoadedModel(config, {}, None, None)
+    with pytest.raises(UserError, match=r"no Hugging Face architecture.* but for model\.norm_position"):
+        mtp_jax.export_model(lm, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
