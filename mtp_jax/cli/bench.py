@@ -18,7 +18,7 @@ from rich.table import Table
 from mtp_jax import sharding
 from mtp_jax.cli.common import parse, print_json, read_config, say
 from mtp_jax.config import CHAINED_TOKENS, Config, MeshConfig
-from mtp_jax.data.loader import heldout_prompts
+from mtp_jax.data.loader import heldout_prompts, load_heldout
 from mtp_jax.data.store import open_prepared
 from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts, make_drafter
 from mtp_jax.decode.stats import none_for_nan
@@ -35,15 +35,18 @@ class Args:
     """What to measure."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of a trained model, or a CONFIG.py: random weights of that shape."""
+    """Workdir of a trained or imported model, Hugging Face directory, or CONFIG.py: random weights of that shape."""
+    data: str = ""
+    """Text to take prompts from, as `mtp eval --data`; by default the run's held-out text, and `stdlib` for a model
+    that we did not train."""
     batch_size: int = 1
     """Prompts decoded together. Acceptance needs many: its rounds are counted in the output."""
     prompt_tokens: int = 64
-    """Tokens of each prompt: held-out text of a trained model's run, random ids for random weights."""
+    """Tokens of each prompt; random ids for random weights."""
     max_new_tokens: int = 128
     """Tokens decoded per prompt."""
-    draft: Literal["heads", "lookup", "heads+lookup"] = "heads"
-    """Who drafts."""
+    draft: Literal["heads", "lookup", "heads+lookup", "auto"] = "auto"
+    """Who drafts; auto is heads, and lookup where there are none."""
     num_draft: int = -1
     """Drafts per round; -1 drafts with every head, or the default of lookup. num_draft=auto is measured beside it."""
     dtype: Literal["config", "float32", "bfloat16"] = "config"
@@ -64,6 +67,8 @@ def main(argv: list[str]) -> None:
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     lm = _model(args)
+    if args.draft == "auto":
+        args = dataclasses.replace(args, draft="heads" if lm.config.heads.num_future > 1 else "lookup")
     if not lm.config.heads.draft and args.draft != "lookup":
         heads = lm.config.heads
         why = "has no extra heads" if heads.num_future == 1 else f"has heads.kind={heads.kind!r}, which has nothing"
@@ -114,7 +119,12 @@ def _prompts(lm: LoadedModel, args: Args) -> list[list[int]]:
     if args.source.endswith(".py"):
         shape = (args.batch_size, args.prompt_tokens)
         return np.random.default_rng(0).integers(0, lm.config.model.vocab_size, shape).tolist()
-    rows = open_prepared(pathlib.Path(args.source) / "data", lm.config.data.seq_len).heldout
+    data, text = lm.config.data, args.data or ("stdlib" if lm.origin is not None else "")
+    if text:
+        split = (data.seed, data.eval_fraction) if text == "stdlib" else None
+        rows = load_heldout(text, data.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
+    else:
+        rows = open_prepared(pathlib.Path(args.source) / "data", data.seq_len).heldout
     return [prompt for prompt, _ in heldout_prompts(rows, args.batch_size, args.prompt_tokens, args.max_new_tokens)]
 
 
