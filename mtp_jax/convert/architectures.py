@@ -159,8 +159,8 @@ TANH_GELU = activation("hidden_activation")
 
 
 def _longrope(raw: dict[str, Any]) -> str | None:
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type")
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters")
+    kind = (scaling.get("rope_type") or scaling.get("type")) if isinstance(scaling, dict) else None
     return "rope scaling 'longrope', whose factors differ by length" if kind in ("longrope", "su") else None
 
 
@@ -444,11 +444,12 @@ def architecture(raw: dict[str, Any], origin: str) -> Architecture:
       UserError: an architecture that we do not have, by name, or a setting of one that is beyond us.
     """
     name = raw.get("model_type")
-    if name not in ARCHITECTURES:
-        need = f": it needs {REFUSED[name]}" if name in REFUSED else f"; implemented: {', '.join(ARCHITECTURES)}"
+    if name not in tuple(ARCHITECTURES):  # a tuple takes any value, also one without a hash
+        need = f": it needs {REFUSED[name]}" if name in tuple(REFUSED) else f"; implemented: {', '.join(ARCHITECTURES)}"
         raise UserError(f"{origin}: model_type={name!r} is not implemented{need}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
+    if quantised := raw.get("quantization_config"):
+        known = isinstance(quantised, dict) and quantised.get("quant_method")
+        method = known or f"quantization_config={quantised!r}"
         raise UserError(
             f"{origin}: the weights are quantised ({method}), which we do not read; take the checkpoint before that"
         )

@@ -5,9 +5,11 @@ used. Writing holds one tensor at a time.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import mmap
+import os.path
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -90,10 +92,13 @@ def _open_index(directory: pathlib.Path, index: pathlib.Path) -> Tensors:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index} has no weight_map, which says where tensors lie; fetch the file again")
+    for name, file in where.items():
+        if not isinstance(file, str) or pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
+            raise UserError(f"{index} says that {name} lies in {file!r}, which is no file beside it; fetch it again")
     tensors: Tensors = {}
     for name in sorted(set(where.values())):
         file = directory / name
-        if not file.is_file():
+        if not os.path.isfile(file):  # pathlib's raises for a name that is too long
             raise UserError(f"{index} names {name}, which is not in {directory}; fetch the missing file")
         for tensor in open_file(file).values():
             if tensor.name in tensors:
@@ -121,8 +126,11 @@ def open_file(path: pathlib.Path) -> Tensors:
     found = read_pickled(path, mapped) if path.suffix in (".pt", ".pth", ".bin") else _header(path, mapped)
     tensors = {}
     for name, (dtype, shape, start) in found.items():
-        flat = np.frombuffer(mapped, dtype, math.prod(shape), start)
-        tensors[name] = Tensor(name, flat.reshape(shape), path, mapped, start)
+        try:
+            flat = np.frombuffer(mapped, dtype, math.prod(shape), start)
+            tensors[name] = Tensor(name, flat.reshape(shape), path, mapped, start)
+        except ValueError as error:  # more axes, or longer ones, than an array can have
+            raise UserError(f"{name} in {path} has the shape {list(shape)}: {error}; fetch it again") from error
     return tensors
 
 
@@ -138,28 +146,39 @@ def _header(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, Place]:
         raise UserError(f"{path} is cut off: {size} bytes are too few for its header; fetch it again")
     try:
         pairs = json.loads(mapped[8 : 8 + length], object_pairs_hook=lambda items: _once(items, path))
+    except UserError:  # of `_once`; it is a ValueError too
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no safetensors file: its header is not JSON; fetch it again") from error
-    found = {}
+    if not isinstance(pairs, dict):
+        raise UserError(f"{path} is no safetensors file: its header is no JSON object; fetch it again")
+    found, taken = {}, []
     for name, entry in pairs.items():
         if name == "__metadata__":
             continue
         try:
-            dtype_name, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            elements = math.prod(shape)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no safetensors file: {name} has no dtype, shape and place") from error
+            dtype_name, shape, (first, last) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            understood = all(type(number) is int for number in (*shape, first, last)) and min(shape, default=0) >= 0
+        except (KeyError, TypeError, ValueError):
+            understood = False
+        if not understood:
+            raise UserError(f"{path} is no safetensors file: {name} has no dtype, shape and place; fetch it again")
         if dtype_name not in DTYPES:
             remedy = "give the checkpoint that was not quantised, or convert it to bfloat16"
             raise UserError(f"{name} in {path} has dtype {dtype_name}, which we do not read; {remedy}")
         dtype = np.dtype(DTYPES[dtype_name])
-        if last - first != elements * dtype.itemsize or first < 0:
-            raise UserError(f"{name} in {path} has {last - first} bytes for {dtype_name}{list(shape)}; fetch it again")
+        if last - first != math.prod(shape) * dtype.itemsize or first < 0:
+            place = f"bytes {first} to {last}"
+            raise UserError(f"{name} in {path} has {place} for {dtype_name}{list(shape)}; fetch it again")
         if 8 + length + last > size:
             raise UserError(
                 f"{path} is cut off inside {name}: it has {size} bytes of {8 + length + last}; fetch it again"
             )
         found[name] = (dtype, shape, 8 + length + first)
+        taken += [(first, last, name)] if last > first else []
+    for (_, end, one), (start, _, other) in itertools.pairwise(sorted(taken)):
+        if start < end:
+            raise UserError(f"{one} and {other} in {path} lie on the same bytes; fetch it again")
     return found
 
 

@@ -5,6 +5,7 @@ call any function by name; here it may rebuild tensors and make ordered dictiona
 """
 
 import collections
+import functools
 import math
 import mmap
 import pathlib
@@ -51,20 +52,23 @@ def read_pickled(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[np.dt
             members = {pathlib.PurePosixPath(info.filename).name: info for info in archive.infolist()}
             with archive.open(members["data.pkl"]) as pickled:
                 tree = _Unpickler(pickled, path).load()
-            places = {name: _data_start(info, mapped, path) for name, info in members.items()}
+            places = {name: (_data_start(info, mapped, path), info.file_size) for name, info in members.items()}
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
         raise UserError(f"{path} is no torch file of tensors ({error}); save it again with a recent torch") from error
     tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
-    if not isinstance(tree, dict) or not all(isinstance(value, _Lazy) for value in tree.values()):
+    if not isinstance(tree, dict) or not all(
+        isinstance(name, str) and isinstance(value, _Lazy) for name, value in tree.items()
+    ):
         raise UserError(f"{path} holds no flat dictionary of tensors; save model.state_dict()")
     found = {}
     for name, lazy in tree.items():
-        start = places[lazy.storage] + lazy.offset * lazy.dtype.itemsize
-        if start + math.prod(lazy.shape) * lazy.dtype.itemsize > len(mapped):
+        start, size = places.get(lazy.storage, (0, -1))
+        first, last = (at * lazy.dtype.itemsize for at in (lazy.offset, lazy.offset + math.prod(lazy.shape)))
+        if last > size or start + last > len(mapped):
             raise UserError(f"{path} is cut off inside {name}; fetch it again")
-        found[name] = (lazy.dtype, lazy.shape, start)
+        found[name] = (lazy.dtype, lazy.shape, start + first)
     return found
 
 
@@ -86,7 +90,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
+            return functools.partial(_rebuild, self._path)
         if module in ("torch", "torch.storage") and name in STORAGES:
             return np.dtype(STORAGES[name])
         raise UserError(
@@ -101,12 +105,16 @@ class _Unpickler(pickle.Unpickler):
         return key, dtype
 
 
-def _rebuild(storage: tuple[str, np.dtype], offset: int, shape: tuple, stride: tuple, *_: Any) -> _Lazy:
+def _rebuild(
+    path: pathlib.Path, storage: tuple[str, np.dtype], offset: int, shape: tuple, stride: tuple, *_: Any
+) -> _Lazy:
     key, dtype = storage
+    if not all(type(number) is int and number >= 0 for number in (offset, *shape)):
+        raise ValueError(f"a tensor at {offset!r} with the shape {shape!r}")
     dense, step = [], 1
     for size in reversed(shape):
         dense.append(step)
         step *= size
     if any(have != want for have, want, size in zip(stride, reversed(dense), shape, strict=True) if size > 1):
-        raise UserError("a tensor of this torch file is a view with strides; save it with .contiguous()")
+        raise UserError(f"{path} holds a tensor that is a view with strides; save it with .contiguous()")
     return _Lazy(key, dtype, offset, tuple(shape))

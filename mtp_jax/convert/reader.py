@@ -124,7 +124,7 @@ def model_config(
     """
     given, fields = Given(values, origin), {}
     for setting in entry.settings:
-        fields |= setting.read(given)
+        fields |= given.through(setting)
     given.check_all_read(defaults, (*entry.unused, *ignore))
     try:
         return ModelConfig(**fields)
@@ -202,7 +202,7 @@ def _meta_fields(raw: dict[str, Any], tensors: Tensors, origin: str) -> dict[str
         raise UserError(f"{origin}: use_scaled_rope is not implemented for Meta's layout; take the Hugging Face one")
     layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
     embed, width = tensors.get(META.embed), tensors.get("layers.0.feed_forward.w1.weight")
-    if embed is None or width is None:
+    if embed is None or width is None or not embed.shape:
         raise UserError(f"{origin}: its weights lack {META.embed} or layers.0.feed_forward.w1.weight")
     return raw | {"vocab_size": embed.shape[0], "n_layers": len(layers)}
 

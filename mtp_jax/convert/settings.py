@@ -35,10 +35,12 @@ class Given:
 
     def __init__(self, values: dict[str, Any], origin: str) -> None:
         self._values, self._read, self.origin = values, set(), origin
+        self._asked: list[str] = []
 
     def __call__(self, name: str, default: Any = REQUIRED) -> Any:
         """The value of a field; without a default it must be there."""
         self._read.add(name)
+        self._asked.append(name)
         if name not in self._values and default is REQUIRED:
             raise UserError(f"{self.origin} has no {name}; it is not whole")
         return self._values.get(name, default)
@@ -50,6 +52,17 @@ class Given:
             names = ", ".join(map(repr, known))
             raise UserError(f"{self.origin}: {name}={value!r} is not implemented; implemented: {names}")
         return value
+
+    def through(self, setting: "Setting") -> dict[str, Any]:
+        """What a setting reads here; values that it can make nothing of are refused by the fields it asked for."""
+        self._asked = []
+        try:
+            return setting.read(self)
+        except UserError:
+            raise
+        except Exception as error:
+            given = ", ".join(f"{name}={self._values.get(name)!r}" for name in dict.fromkeys(self._asked))
+            raise UserError(f"{self.origin}: {given} cannot be understood ({error}); mend it there") from error
 
     def check_all_read(self, defaults: dict[str, Any], ignore: Sequence[str] = ()) -> None:
         """Refuses fields that nobody read, unless they say nothing new or match `ignore`."""
@@ -163,19 +176,29 @@ ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 def _read_rope(rope: dict[str, Any], longest: int, origin: str) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
-    if kind not in SCALINGS:
+    if kind not in tuple(SCALINGS):
         raise UserError(f"{origin}: rope_type={kind!r} is not implemented; implemented: {', '.join(SCALINGS)}")
     names = ROPE_FIELDS[SCALINGS[kind]]
     for name, value in rope.items():
-        if name not in (*ALWAYS, "original_max_position_embeddings", *names) and value:
+        if name not in (*ALWAYS, "truncate", "original_max_position_embeddings", *names) and value:
             raise UserError(f"{origin}: {name}={value!r} of rope_type={kind!r} is not implemented")
-    if SCALINGS[kind] == "none" or rope.get("factor") == 1:
-        return {"rope_theta": float(rope["rope_theta"])}
-    given = {ours: rope[theirs] for theirs, ours in names.items() if rope.get(theirs) is not None}
+    theta = _number(rope, "rope_theta", origin)
+    if kind == "yarn" and not rope.get("truncate", True):  # unlike other switches, it is on by default
+        raise UserError(f"{origin}: truncate={rope['truncate']!r} of rope_type={kind!r} is not implemented")
+    if SCALINGS[kind] == "none" or _number(rope, "factor", origin) == 1:
+        return {"rope_theta": theta}
+    given = {ours: _number(rope, theirs, origin) for theirs, ours in names.items() if rope.get(theirs) is not None}
     if "original_max_position_embeddings" in names:
         given.setdefault("rope_original_len", longest)
-    floats = {name: value if name == "rope_original_len" else float(value) for name, value in given.items()}
-    return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": SCALINGS[kind]} | floats
+    return {"rope_theta": theta, "rope_scaling": SCALINGS[kind]} | given
+
+
+def _number(rope: dict[str, Any], name: str, origin: str) -> int | float:
+    """A number among the rope parameters, whole if it counts positions."""
+    value = rope.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{origin}: {name}={value!r} of the rope parameters is no number; give it there")
+    return value if name == "original_max_position_embeddings" else float(value)
 
 
 def _written_rope(model: ModelConfig) -> dict[str, Any]:
@@ -193,12 +216,15 @@ def _whole(given: Given) -> dict[str, Any]:
     return _read_rope(rope, given("max_position_embeddings"), given.origin)
 
 
+def _partial(given: Given) -> dict[str, Any]:
+    rope, name = given("rope_parameters"), "partial_rotary_factor"
+    share = 1.0 if rope.get(name) is None else _number(rope, name, given.origin)
+    return {"rope_fraction": share} | _read_rope(rope, given("max_position_embeddings"), given.origin)
+
+
 ROPE = Setting(_whole, lambda model: {"rope_parameters": _written_rope(model)})
 PARTIAL_ROPE = Setting(
-    lambda given: (
-        {"rope_fraction": float(given("rope_parameters").get("partial_rotary_factor") or 1.0)}
-        | _read_rope(given("rope_parameters"), given("max_position_embeddings"), given.origin)
-    ),
+    _partial,
     lambda model: {"rope_parameters": _written_rope(model) | {"partial_rotary_factor": model.rope_fraction}},
 )
 

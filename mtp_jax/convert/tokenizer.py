@@ -86,8 +86,11 @@ def check_size(tokenizer: Any, config: Config, directory: pathlib.Path) -> None:
 
 
 def _ends(path: pathlib.Path) -> list[int]:
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    return ends if isinstance(ends, list) else [ends]
+    given = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = given if isinstance(given, list) else [given]
+    if not all(end is None or type(end) is int for end in ends):
+        raise UserError(f"{path}: eos_token_id={given!r} is no token id, nor a list of them; mend it there")
+    return ends
 
 
 def save_for_transformers(tokenizer: Any, directory: pathlib.Path) -> None:
