@@ -33,6 +33,7 @@ from mtp_jax.convert.settings import (
     converted,
     fixed,
     off_is_none,
+    only,
     same,
 )
 from mtp_jax.errors import UserError
@@ -241,7 +242,10 @@ ARCHITECTURES = {
             "GemmaForCausalLM",
             (
                 *(*COMMON, RMS, ROPE, activation("hidden_act"), ROOT_EMBED_SCALE, GEMMA),
-                biases("attention_bias", "qkv_bias", "out_bias"),
+                *(
+                    biases("attention_bias", "qkv_bias", "out_bias"),
+                    only("hidden_activation", None, "gelu_pytorch_tanh"),
+                ),
             ),
             LLAMA_BLOCK,
         ),
@@ -255,6 +259,7 @@ ARCHITECTURES = {
                 off_is_none("logit_softcap", "final_logit_softcapping"),
             ),
             (*SEPARATE_ATTENTION, *GATED, *SANDWICH_NORMS),
+            unused=("hidden_act",),
         ),
         Architecture(
             "gemma3_text",
@@ -266,6 +271,7 @@ ARCHITECTURES = {
                 off_is_none("logit_softcap", "final_logit_softcapping"),
             ),
             (*SEPARATE_ATTENTION, *GATED, *SANDWICH_NORMS),
+            unused=("hidden_act",),
         ),
         Architecture(
             "phi3",
@@ -321,6 +327,7 @@ ARCHITECTURES = {
             (
                 *(*COMMON, same("norm_eps", "norm_epsilon"), ROPE, activation("hidden_act"), EVERY_LAYER_WINDOWED),
                 *(fixed(norm="layer", gated=False), biases("use_bias", "qkv_bias", "out_bias", "mlp_bias")),
+                *(only("norm_type", "layer_norm"), only("mlp_type", "default"), only("scale_attn_weights", True)),
             ),
             (
                 *SEPARATE_ATTENTION,
@@ -328,6 +335,7 @@ ARCHITECTURES = {
                 *matrix("mlp/down", "mlp.c_proj"),
                 *PRE_NORMS,
             ),
+            unused=("activation_function", "layer_norm_epsilon", "*softmax_in_fp32"),
         ),
         Architecture(
             "gpt_neox",

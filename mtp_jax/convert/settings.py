@@ -94,6 +94,16 @@ def fixed(**values: Any) -> Setting:
     return Setting(lambda given: values, lambda model: {})
 
 
+def only(name: str, *known: Any) -> Setting:
+    """A field that is implemented with these values alone; it may be missing, and is not written."""
+
+    def read(given: Given) -> dict[str, Any]:
+        given.one_of(name, known, known[0])
+        return {}
+
+    return Setting(read, lambda model: {})
+
+
 def converted(ours: str, theirs: str, read: Callable[[Any], Any], write: Callable[[Any], Any]) -> Setting:
     """A field in other units."""
     return Setting(lambda given: {ours: read(given(theirs))}, lambda model: {theirs: write(getattr(model, ours))})
