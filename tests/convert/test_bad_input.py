@@ -328,6 +328,14 @@ def test_rope_parameters_are_read_to_the_last_or_refused_by_name(llama, key, rop
     refused(llama, says)
 
 
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("rope", ["longrope", 3, True, ["su"]])
+def test_rope_parameters_that_are_no_object_are_refused(llama, key, rope):
+    """Breaks if `_longrope` takes any value for a dictionary."""
+    write_config(llama, model_type="phi3", **{key: rope})
+    refused(llama, "config.json")
+
+
 @pytest.mark.parametrize("theta", ["x", "48", True, [], {}, [1e4], -1.0, 0])
 def test_a_rope_base_that_is_no_positive_number_is_refused(llama, theta):
     """Breaks if `_number` goes from `theta`."""
