@@ -16,23 +16,20 @@ serves such heads has it, and an `mtp_config.json` beside the weights overrules 
 """
 
 import dataclasses
-import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from mtp_jax.config import Config, HeadsConfig, ModelConfig
-from mtp_jax.convert import mapping
+from mtp_jax.convert import mapping, record
 from mtp_jax.convert.architectures import Architecture, Slot, both
-from mtp_jax.convert.files import Tensor, Tensors, open_file, read_json
+from mtp_jax.convert.files import Tensor, Tensors, open_file
 from mtp_jax.convert.mapping import Piece
 from mtp_jax.errors import UserError
-
-RECORD = "mtp_config.json"
-VERSION = 1
+from mtp_jax.model.heads.base import sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +195,7 @@ FORMS = {
         ),
         Form(
             "caft",
-            (r"(\d+)\.layers\.0\.(?:linear|self_attn\.q_proj)\.weight",),
+            (r"(\d+)\.layers\.0\..+",),
             lambda model: {"tap": -1, "norm": "none", "norm_plus_one": model.norm_plus_one},
             _caft_slots,
             inside=False,
@@ -258,42 +255,50 @@ def pieces(form: Form, entry: Architecture, config: Config, shapes: dict[str, tu
     return mapping.expand(form.slots(entry, config), shapes, config.model, numbers)
 
 
-def find(
-    entry: Architecture,
-    model: ModelConfig,
-    tensors: Tensors,
-    directory: pathlib.Path,
-    heads_from: str | pathlib.Path | None = None,
-) -> Found | None:
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """The checkpoint that the heads belong to."""
+
+    entry: Architecture
+    model: ModelConfig
+    raw: dict[str, Any]
+    """Its config file."""
+    tensors: Tensors
+    directory: pathlib.Path
+
+
+def find(trunk: Trunk, heads_from: str | pathlib.Path | None = None) -> Found | None:
     """The heads in a checkpoint, or those of another file.
 
     Args:
-      entry: the trunk's architecture.
-      model: its config.
-      tensors: its tensors.
-      directory: where an `mtp_config.json` may lie.
-      heads_from: a file of heads, or a directory with one; None looks among `tensors`.
+      trunk: the checkpoint; an `mtp_config.json` may lie beside it.
+      heads_from: a file of heads, or a directory with one, and with the `mtp_config.json` that counts then; None looks
+        among the tensors of the trunk.
 
     Raises:
       UserError: a file in which no form is recognised, or tensors that ought to repeat others and do not.
     """
-    beside: Tensors = {}
-    if heads_from is not None:
-        path = _heads_file(pathlib.Path(heads_from))
-        directory = path.parent
-        beside = {name.removeprefix("medusa_head."): tensor for name, tensor in open_file(path).items()}
-    among = beside or tensors
+    if heads_from is None:
+        return _found(trunk, trunk.directory, {})
+    path = _heads_file(pathlib.Path(heads_from))
+    beside = {name.removeprefix("medusa_head."): tensor for name, tensor in open_file(path).items()}
+    found = _found(trunk, path.parent, beside) if beside else None
+    if found is None:
+        first = f"; its first tensor is {min(beside)}" if beside else ", and no tensor at all"
+        raise UserError(f"{path} holds no heads in a form that we know ({', '.join(FORMS)}){first}")
+    for name in beside.keys() & trunk.tensors.keys():
+        if not alike(beside[name], trunk.tensors[name]):
+            raise UserError(f"{path} holds a {name} other than that of {trunk.directory}; delete it in one of them")
+    return found
+
+
+def _found(trunk: Trunk, directory: pathlib.Path, beside: Tensors) -> Found | None:
     for form in FORMS.values():
         if form.inside == bool(beside):
             continue
-        matches = (re.fullmatch(mark, name) for mark in form.marks for name in among)
-        numbers = sorted({int(match[1] or 0) for match in matches if match})
-        if numbers:
-            return _understood(form, entry, model, tensors, beside, directory, numbers)
-    if beside:
-        raise UserError(
-            f"{path} holds no heads in a form that we know ({', '.join(FORMS)}); its first tensor is {min(beside)}"
-        )
+        matches = (re.fullmatch(mark, name) for mark in form.marks for name in beside or trunk.tensors)
+        if numbers := sorted({int(match[1] or 0) for match in matches if match}):
+            return _understood(form, trunk, directory, beside, numbers)
     return None
 
 
@@ -307,30 +312,36 @@ def _heads_file(path: pathlib.Path) -> pathlib.Path:
     return found
 
 
-def _understood(
-    form: Form,
-    entry: Architecture,
-    model: ModelConfig,
-    tensors: Tensors,
-    beside: Tensors,
-    directory: pathlib.Path,
-    numbers: list[int],
-) -> Found:
-    first, origin = form.first(model), directory
+def _understood(form: Form, trunk: Trunk, directory: pathlib.Path, beside: Tensors, numbers: list[int]) -> Found:
+    first = form.first(trunk.model)
     if numbers != list(range(first, first + len(numbers))):
-        raise UserError(f"{origin} holds heads {numbers} in the form {form.name!r}; expected {first}, {first + 1}, ...")
-    settings = {"num_future": len(numbers) + 1} | form.heads(model) | _by_names(form, beside)
-    same, different = _repeated(form, entry, tensors, numbers)
-    if different:
-        settings["unembed"] = "own"
-    record = directory / RECORD
-    if record.is_file():
-        settings |= read_json(record).get("heads", {})
-    try:
-        heads = HeadsConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
-    except (UserError, TypeError) as error:
-        raise UserError(f"{record if record.is_file() else origin}: {error}") from error
+        raise UserError(
+            f"{directory} holds heads {numbers} in the form {form.name!r}; expected {first}, {first + 1}, ..."
+        )
+    settings = {"num_future": len(numbers) + 1} | form.heads(trunk.model) | _by_names(form, beside)
+    settings |= {"concat": "hidden_first"} if _is_hidden_first(form, trunk) else {}
+    same, own = _repeated(form, trunk, numbers)
+    settings |= {"unembed": "own"} if own else {}
+    heads = record.overruled(directory, form.name, settings, trunk.model.num_layers)
     return Found(form, heads, beside, same)
+
+
+def _is_hidden_first(form: Form, trunk: Trunk) -> bool:
+    """The one switch that a config file of transformers speaks of."""
+    return form.name == "mtp" and bool(trunk.raw.get("mtp_hidden_states_first"))
+
+
+def attention_type(config: Config) -> str:
+    """What transformers calls the attention of the blocks inside heads."""
+    return "sliding_attention" if config.model.layers[config.heads.init_block] == "window" else "full_attention"
+
+
+def check_attention(form: Form, config: Config, raw: dict[str, Any]) -> None:
+    """Refuses heads whose attention, by the config file, is another than ours will be."""
+    ours = attention_type(config)
+    other = set(raw.get("mtp_layer_types") or ()) - {ours} if form.name == "mtp" else ()
+    if other:
+        raise UserError(f"mtp_layer_types names {min(other)!r}, but the heads of this trunk would have {ours!r}")
 
 
 def _by_names(form: Form, tensors: Tensors) -> dict[str, Any]:
@@ -347,23 +358,37 @@ def _by_names(form: Form, tensors: Tensors) -> dict[str, Any]:
     return settings
 
 
-def _repeated(
-    form: Form, entry: Architecture, tensors: Tensors, numbers: list[int]
-) -> tuple[dict[str, str], list[str]]:
-    """Tensors of heads that repeat one of the model's, and unembeddings that do not."""
-    same, different = {}, []
-    for number in numbers:
-        for name, model_name in form.repeats(entry, number).items():
-            original = model_name if model_name in tensors else entry.embed
-            if name not in tensors:
-                continue
-            if alike(tensors[name], tensors[original]):
-                same[name] = original
-            elif model_name == entry.embed:
-                raise UserError(f"{name} differs from {original}; heads with own embeddings are not implemented")
-            else:
-                different.append(name)
-    return ({}, different) if different else (same, different)
+def _repeated(form: Form, trunk: Trunk, numbers: list[int]) -> tuple[dict[str, str], bool]:
+    """Tensors of heads that repeat one of the model's, and whether the heads have unembeddings of their own.
+
+    If one of them has, none counts as a repetition: they are parameters then, all of them.
+    """
+    entry, tensors = trunk.entry, trunk.tensors
+    original = lambda theirs: theirs if theirs in tensors else entry.embed  # noqa: E731
+    same, own = {}, False
+    for name, theirs in _repeats(form, entry, numbers).items():
+        if name not in tensors:
+            continue
+        if alike(tensors[name], tensors[original(theirs)]):
+            same[name] = theirs
+        elif theirs == entry.embed:
+            raise UserError(f"{name} differs from {theirs}; heads with own embeddings are not implemented")
+        else:
+            own = True
+    return {name: original(theirs) for name, theirs in same.items() if theirs == entry.embed or not own}, own
+
+
+def _repeats(form: Form, entry: Architecture, numbers: Iterable[int]) -> dict[str, str]:
+    return {name: theirs for number in numbers for name, theirs in form.repeats(entry, number).items()}
+
+
+def repeats(form: Form, entry: Architecture, config: Config) -> dict[str, str]:
+    """Tensors that heads of this config repeat from the model, as the published files of a form do."""
+    first = form.first(config.model)
+    named = _repeats(form, entry, range(first, first + sets(config)))
+    if config.heads.unembed == "own":
+        named = {name: theirs for name, theirs in named.items() if theirs == entry.embed}
+    return {name: entry.embed if config.model.tie_embeddings else theirs for name, theirs in named.items()}
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
@@ -373,20 +398,3 @@ def alike(one: Tensor, other: Tensor) -> bool:
     one.release()
     other.release()
     return same
-
-
-def record(form: str, config: Config) -> str:
-    """The text of `mtp_config.json`: what the names of the tensors do not say."""
-    heads = config.heads
-    said = {
-        "version": VERSION,
-        "form": form,
-        "concat": heads.concat,
-        "reads_state_of_layer": config.tap,
-        "reads_after_final_norm": heads.tap_norm,
-        "zero_embedding_at_position_0": False,
-        "norm_scales_by": "1 + w" if heads.norm_plus_one else "w",
-        "final_norm": {"shared": "the model's", "own": "its own", "none": "none"}[heads.norm],
-        "heads": dataclasses.asdict(heads),
-    }
-    return json.dumps(said, indent=2) + "\n"

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import CHAINED_TOKENS, Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
-from mtp_jax.convert import forms, mapping
+from mtp_jax.convert import forms, mapping, record
 from mtp_jax.convert.architectures import META, Architecture, architecture
 from mtp_jax.convert.files import FLOATS, NAMES, Tensors, open_directory, open_file, read_json
 from mtp_jax.convert.mapping import Piece
@@ -169,14 +169,15 @@ def open_checkpoint(
         name: tensors[other] for name, other in renamed.items()
     }
     model, repeated = _tied(model, entry, tensors, directory, notify)
-    model = _with_dtype(model, tensors, dtype, notify)
-    found = forms.find(entry, model, tensors, directory, heads_from)
+    found = forms.find(forms.Trunk(entry, model, raw, tensors, directory), heads_from)
+    model = _with_dtype(model, tensors | (found.tensors if found else {}), dtype, notify)
     config = config_for(model, found.heads if found else HeadsConfig(num_future=1), directory)
     shapes = mapping.shapes_of(jax.eval_shape(lambda: mtp.init(config, jax.random.key(0))))
     pieces = mapping.expand(entry.slots(), shapes, model)
     if found:
         tensors, repeated = tensors | found.tensors, repeated | found.repeated
         pieces += found.pieces(entry, config, shapes)
+        forms.check_attention(found.form, config, raw)
         notify(f"{directory}: {_described(found.form.name, config)}")
     untouched = _check(pieces, tensors, entry, directory, ignore, repeated, notify)
     form = found.form.name if found else ""
@@ -221,7 +222,7 @@ def _described(form: str, config: Config) -> str:
     said.append(
         {"shared": "the model's final norm", "own": "final norms of their own", "none": "no final norm"}[heads.norm]
     )
-    return ", ".join(said) + f" ({forms.RECORD} overrules this)"
+    return ", ".join(said) + f" ({record.RECORD} overrules this)"
 
 
 def config_for(model: ModelConfig, heads: HeadsConfig, directory: pathlib.Path) -> Config:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from mtp_jax.config import Config, ModelConfig
-from mtp_jax.convert import forms, mapping
+from mtp_jax.convert import forms, mapping, record
 from mtp_jax.convert.architectures import ARCHITECTURES, META, Architecture
 from mtp_jax.convert.files import DTYPES, NAMES, SHARD_BYTES, Entry, Tensors, open_file, read_json, write, write_file
 from mtp_jax.convert.reader import PARAMS, Checkpoint, Notify, model_config, normalised, to_stderr
@@ -31,7 +31,7 @@ UNTOUCHED = "untouched.safetensors"
 NOT_COMPUTED = ("dtype", "param_dtype", "remat", "max_seq_len")
 """Settings of the model that its config file does not speak of, or that may grow."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
-OURS = ("config.json", PARAMS, forms.RECORD, "*.index.json", MANIFEST)
+OURS = ("config.json", PARAMS, record.RECORD, "*.index.json", MANIFEST)
 SIDECAR_BYTES = 200 * 10**6
 
 
@@ -49,6 +49,8 @@ class Origin:
     repeated: dict[str, str]
     renamed: dict[str, str]
     untouched: Tensors
+    heads: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the heads that it came with, by name."""
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
@@ -56,7 +58,8 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
     dtypes = {name: NAMES[tensor.dtype] for name, tensor in checkpoint.tensors.items()}
     untouched = {name: checkpoint.tensors[name] for name in checkpoint.untouched}
     c = checkpoint
-    return Origin(c.directory, c.raw, c.architecture, c.form, dtypes, c.repeated, c.renamed, untouched)
+    heads = dataclasses.asdict(c.config.heads)
+    return Origin(c.directory, c.raw, c.architecture, c.form, dtypes, c.repeated, c.renamed, untouched, heads)
 
 
 def keep_origin(origin: Origin, directory: pathlib.Path) -> None:
@@ -65,7 +68,7 @@ def keep_origin(origin: Origin, directory: pathlib.Path) -> None:
     copy_sidecars(origin.directory, directory)
     name = PARAMS if origin.architecture is META else "config.json"
     (directory / name).write_text(json.dumps(origin.raw, indent=2) + "\n")
-    kept = {name: getattr(origin, name) for name in ("form", "dtypes", "repeated", "renamed")}
+    kept = {name: getattr(origin, name) for name in ("form", "dtypes", "repeated", "renamed", "heads")}
     (directory / MANIFEST).write_text(json.dumps(kept, indent=1) + "\n")
     if origin.untouched:
         write_file(directory / UNTOUCHED, _copied(origin.untouched))
@@ -149,7 +152,7 @@ def export_model(
         pieces, beside = (pieces + head_pieces, []) if inside else (pieces, head_pieces)
     dtype_of = _dtype_of(config, origin, dtype)
     entries = mapping.entries(pieces, params, dtype_of)
-    entries += _repeats(entries, origin)
+    entries += _repeats(entries, _repeated(entry, config, origin, form))
     written = {entry.name for entry in entries}
     if origin is not None:
         stale = {name: one for name, one in origin.untouched.items() if name not in written}
@@ -161,15 +164,15 @@ def export_model(
             (directory / PARAMS).write_text(json.dumps(raw, indent=2) + "\n")
         else:
             write(directory, entries, shard_bytes)
-            raw |= _head_fields(form, config) | _dtype_fields(raw, entries)
-            raw |= _token_fields(lm.tokenizer) if origin is None else {}
+            raw = _with_head_fields(raw, form, config)
+            raw |= _dtype_fields(raw, entries) | (_token_fields(lm.tokenizer) if origin is None else {})
             (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         if origin is not None:
             copy_sidecars(origin.directory, directory)
         elif lm.tokenizer is not None:
             save_for_transformers(lm.tokenizer, directory)
         if form and not beside:
-            (directory / forms.RECORD).write_text(forms.record(form, config))
+            (directory / record.RECORD).write_text(record.text(form, config))
         if beside:
             _write_beside(directory, form, config, mapping.entries(beside, params, dtype_of), raw)
     kind = f"{entry.class_name}, {len(entries)} tensors, {sum(one.nbytes for one in entries) / 1e9:.2f} GB"
@@ -309,10 +312,18 @@ def _token_fields(tokenizer: Any) -> dict[str, int | None]:
     return {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
-def _repeats(entries: list[Entry], origin: Origin | None) -> list[Entry]:
-    """Tensors that repeat another one, where the checkpoint had them."""
+def _repeated(entry: Architecture, config: Config, origin: Origin | None, form: str) -> dict[str, str]:
+    """Which tensors repeat which: those that came so, but none of heads that are no longer there."""
+    came = origin.repeated if origin is not None else {}
+    heads = forms.repeats(forms.FORMS[form], entry, config) if form else {}
+    if origin is not None and origin.form == form and _as_it_came(config, origin):
+        heads = {name: theirs for name, theirs in heads.items() if name in came}
+    return {name: theirs for name, theirs in came.items() if name == entry.unembed} | heads
+
+
+def _repeats(entries: list[Entry], repeated: dict[str, str]) -> list[Entry]:
+    """Tensors that repeat another one."""
     by_name = {one.name: one for one in entries}
-    repeated = dict(origin.repeated) if origin is not None else {}
     return [
         dataclasses.replace(by_name[original], name=name)
         for name, original in repeated.items()
@@ -337,8 +348,10 @@ def _form(config: Config, origin: Origin | None, form: str | None) -> str:
     heads = config.heads
     if heads.num_future == 1 or form == "none":
         return ""
-    if form is None and origin is not None and origin.form and not _misfit(forms.FORMS[origin.form], config):
-        return origin.form
+    came = origin.form if origin is not None else ""
+    # What a record overruled when they came is in the record that goes with them.
+    if came and form in (None, came) and (_as_it_came(config, origin) or not _misfit(forms.FORMS[came], config)):
+        return came
     if form is None:
         candidates = [name for name in FITTING.get(heads.kind, ()) if not _misfit(forms.FORMS[name], config)]
         form = next(iter(candidates), next(iter(FITTING.get(heads.kind, ())), None))
@@ -349,6 +362,11 @@ def _form(config: Config, origin: Origin | None, form: str | None) -> str:
     if misfit := _misfit(forms.FORMS[form], config):
         raise UserError(f"the form {form!r} cannot hold these heads: {misfit}; use another form, or 'none'")
     return form
+
+
+def _as_it_came(config: Config, origin: Origin | None) -> bool:
+    """Whether the heads are set as those that the model came with."""
+    return origin is not None and dataclasses.asdict(config.heads) == origin.heads
 
 
 def _misfit(form: forms.Form, config: Config) -> str:
@@ -376,16 +394,22 @@ def _misfit(form: forms.Form, config: Config) -> str:
     return ""
 
 
-def _head_fields(form: str, config: Config) -> dict[str, Any]:
-    """What config.json says of heads inside the checkpoint."""
-    depths = sets(config)
+COUNTS = {"deepseek": "num_nextn_predict_layers", "mimo": "num_nextn_predict_layers", "qwen": "mtp_num_hidden_layers"}
+HEAD_FIELDS = ("num_mtp_layers", "mtp_layer_types", "mtp_hidden_states_first", *COUNTS.values())
+
+
+def _with_head_fields(raw: dict[str, Any], form: str, config: Config) -> dict[str, Any]:
+    """A config.json that speaks of the heads inside the checkpoint, and of none that were there before."""
+    depths, fields = sets(config), {}
     if form == "mtp":
-        kind = "sliding_attention" if config.model.layers[config.heads.init_block] == "window" else "full_attention"
-        first = {"mtp_hidden_states_first": True} if config.heads.concat == "hidden_first" else {}
-        return {"num_mtp_layers": depths, "mtp_layer_types": [kind] * depths} | first
-    if form in ("deepseek", "mimo"):
-        return {"num_nextn_predict_layers": depths}
-    return {"mtp_num_hidden_layers": depths} if form == "qwen" else {}
+        kind = forms.attention_type(config)
+        fields = {"num_mtp_layers": depths, "mtp_layer_types": [kind] * depths}
+        fields |= {"mtp_hidden_states_first": True} if config.heads.concat == "hidden_first" else {}
+    elif form in COUNTS:
+        # Qwen's families differ in what they call it.
+        known = [name for name in (COUNTS["deepseek"], COUNTS["qwen"]) if form == "qwen" and name in raw]
+        fields = dict.fromkeys(known or [COUNTS[form]], depths)
+    return {name: value for name, value in raw.items() if name not in HEAD_FIELDS} | fields
 
 
 def _write_beside(
@@ -416,4 +440,4 @@ def _write_beside(
     }
     if form in fields:
         (target / "config.json").write_text(json.dumps(fields[form], indent=2) + "\n")
-    (target / forms.RECORD).write_text(forms.record(form, config))
+    (target / record.RECORD).write_text(record.text(form, config))

@@ -1,0 +1,60 @@
+"""`mtp_config.json`: what the names of the heads' tensors do not say, beside them."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from mtp_jax.config import Config, HeadsConfig
+from mtp_jax.convert.files import read_json
+from mtp_jax.errors import UserError
+
+RECORD = "mtp_config.json"
+VERSION = 1
+
+
+def text(form: str, config: Config) -> str:
+    """Its text: the form, the switches in words for those who read the heads elsewhere, and our settings."""
+    said = {"version": VERSION, "form": form} | _switches(config.heads, config.model.num_layers)
+    return json.dumps(said | {"heads": dataclasses.asdict(config.heads)}, indent=2) + "\n"
+
+
+def _switches(heads: HeadsConfig, num_layers: int) -> dict[str, Any]:
+    """In which checkpoints differ without a word."""
+    return {
+        "reads_state_of_layer": heads.tap if heads.tap >= 0 else num_layers + heads.tap,
+        "concat": heads.concat,
+        "reads_after_final_norm": heads.tap_norm,
+        "zero_embedding_at_position_0": False,
+        "norm_scales_by": "1 + w" if heads.norm_plus_one else "w",
+        "final_norm": {"shared": "the model's", "own": "its own", "none": "none"}[heads.norm],
+    }
+
+
+def overruled(directory: pathlib.Path, form: str, settings: dict[str, Any], num_layers: int) -> HeadsConfig:
+    """Heads as their form has them, but for what a record in their directory says otherwise.
+
+    Raises:
+      UserError: settings that heads cannot have, or a record that is about others or contradicts itself.
+    """
+    path = directory / RECORD
+    said = _said(path, form) if path.is_file() else {}
+    try:
+        heads = HeadsConfig(**settings | said.get("heads", {}))
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path if said else directory}: {error}") from error
+    for name, value in _switches(heads, num_layers).items():
+        if said.get(name, value) != value:
+            raise UserError(f"{path}: {name} is {said[name]!r}, but its heads say {value!r}; make them agree")
+    return heads
+
+
+def _said(path: pathlib.Path, form: str) -> dict[str, Any]:
+    said = read_json(path)
+    if not isinstance(said.get("heads", {}), dict):
+        raise UserError(f"{path}: heads={said['heads']!r}; it must hold settings of heads by name")
+    if said.get("version", VERSION) != VERSION:
+        raise UserError(f"{path}: version={said['version']!r} is not one that we read, which is {VERSION}")
+    if said.get("form", form) != form:
+        raise UserError(f"{path} is about heads in the form {said['form']!r}, but these are in the form {form!r}")
+    return said
