@@ -367,7 +367,7 @@ def _repeated(form: Form, trunk: Trunk, numbers: list[int]) -> tuple[dict[str, s
     original = lambda theirs: theirs if theirs in tensors else entry.embed  # noqa: E731
     same, own = {}, False
     for name, theirs in _repeats(form, entry, numbers).items():
-        if name not in tensors:
+        if name not in tensors or original(theirs) not in tensors:
             continue
         if alike(tensors[name], tensors[original(theirs)]):
             same[name] = theirs

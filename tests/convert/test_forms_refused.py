@@ -164,3 +164,13 @@ def test_nonsense_in_the_record(trunk, tmp_path, record, what):
     (source / "mtp_config.json").write_text(record)
     with pytest.raises(UserError, match=what):
         load(source)
+
+
+def test_copies_of_a_missing_original(trunk, tmp_path):
+    """A trunk without its embedding lacks that, whatever its heads repeat. Breaks with a KeyError without the second
+    condition in `_repeated`."""
+    kept = {name: x for name, x in trunk.tensors.items() if "embed_tokens" not in name}
+    tensors = CASES["deepseek"].tensors(trunk)
+    source, _ = inside(trunk._replace(tensors=kept), tmp_path / "made", tensors)
+    with pytest.raises(UserError, match=r"lacks model\.embed_tokens\.weight"):
+        load(source)
