@@ -4,25 +4,18 @@ A matrix of ours is [inputs..., outputs...], stacked over layers; in the files i
 layer, and it may be some rows of a fused tensor. Norms, biases and embeddings have the same layout in both.
 """
 
-import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.convert.architectures import Slot
-from mtp_jax.convert.files import Entry, Tensor, Tensors
-
-IN_FLIGHT = 2
-"""Tensors that are on their way to the device at once."""
+from mtp_jax.convert.files import Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,89 +106,6 @@ def tensor_shapes(pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
         rows = piece.flat[0] if piece.rows is None else shapes.get(piece.name, (0,))[0] + len(piece.rows)
         shapes[piece.name] = (rows, *piece.flat[1:])
     return shapes
-
-
-# Reading.
-
-
-def read(pieces: list[Piece], tensors: Tensors, abstract: Any, step: Callable[[str], None]) -> Any:
-    """Parameters on their devices.
-
-    Tensors go from the mapped file to the device one by one, each device taking its part of it, and are written into
-    their stack there; the host holds none of them.
-
-    Args:
-      pieces: all of them, for every leaf.
-      tensors: what was opened, shapes checked.
-      abstract: a tree of `jax.ShapeDtypeStruct` with shardings.
-      step: called with the name of every tensor once it was read.
-    """
-    leaves = by_path(abstract)
-    counts = collections.Counter(piece.name for piece in pieces)
-    # The large tables come before there are stacks, and what is stacked in the order of the files, as disks like it.
-    order = sorted(pieces, key=lambda p: (bool(p.at), str(tensors[p.name].file), tensors[p.name].start))
-    params: dict[str, jax.Array] = {}
-    for piece, value in _ahead(order, lambda piece: _put(piece, tensors[piece.name], leaves[piece.path])):
-        if piece.at and piece.path not in params:
-            params |= _zeros({piece.path: leaves[piece.path] for piece in pieces if piece.at})
-        if piece.at:
-            params[piece.path] = _write(params[piece.path], value, np.array(piece.at, np.int32))
-        else:
-            params[piece.path] = value.astype(leaves[piece.path].dtype)
-        counts[piece.name] -= 1
-        if not counts[piece.name]:
-            step(piece.name)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: params[jax.tree_util.keystr(path, simple=True, separator="/")], abstract
-    )
-
-
-def _ahead(pieces: list[Piece], put: Callable[[Piece], jax.Array]) -> Iterator[tuple[Piece, jax.Array]]:
-    """Every piece with its array, the next ones being on their way meanwhile."""
-    with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        waiting = collections.deque()
-        for piece in pieces:
-            waiting.append((piece, pool.submit(put, piece)))
-            if len(waiting) == IN_FLIGHT:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-
-
-def _put(piece: Piece, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """One layer's parameter on the leaf's devices, in the dtype of the file."""
-    value = piece.ours(tensor.array)
-    if isinstance(leaf.sharding, NamedSharding):
-        spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
-        sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec[len(piece.at) :]))
-    else:
-        sharding = leaf.sharding
-    parts = [
-        jax.device_put(value[index], device, may_alias=False)
-        for device, index in sharding.addressable_devices_indices_map(value.shape).items()
-    ]
-    made = jax.block_until_ready(jax.make_array_from_single_device_arrays(value.shape, sharding, parts))
-    tensor.release()
-    return made
-
-
-def _zeros(leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Empty stacks, by one program."""
-    shardings = {path: leaf.sharding for path, leaf in leaves.items()}
-
-    @functools.partial(jax.jit, out_shardings=shardings)
-    def made() -> dict[str, jax.Array]:
-        return {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-
-    return made()
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(stack: jax.Array, value: jax.Array, at: np.ndarray) -> jax.Array:
-    value = value.astype(stack.dtype).reshape((1,) * at.size + value.shape)
-    return jax.lax.dynamic_update_slice(stack, value, (*at, *(0,) * (value.ndim - at.size)))
 
 
 # Writing.

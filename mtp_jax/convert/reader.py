@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import CHAINED_TOKENS, Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
-from mtp_jax.convert import forms, mapping, record
+from mtp_jax.convert import forms, mapping, placing, record
 from mtp_jax.convert.architectures import META, Architecture, architecture
 from mtp_jax.convert.files import FLOATS, NAMES, Tensors, open_directory, open_file, read_json
 from mtp_jax.convert.mapping import Piece
@@ -249,7 +249,7 @@ def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
     sharding.check_mesh(mesh, checkpoint.config)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(checkpoint.config, jax.random.key(0)))
     abstract = sharding.place_abstract(nn.meta.unbox(boxed), sharding.param_shardings(mesh, boxed))
-    return mapping.read(checkpoint.pieces, checkpoint.tensors, abstract, step)
+    return placing.read(checkpoint.pieces, checkpoint.tensors, abstract, step)
 
 
 def _tied(
