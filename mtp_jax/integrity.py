@@ -1,10 +1,16 @@
 """Files that are whole or not there: atomic writes, and manifests that show damage."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 import zlib
+from collections.abc import Iterator
+
+from mtp_jax.errors import UserError
 
 MANIFEST = "manifest.json"
 WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
@@ -19,6 +25,30 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new directory that takes its place under its name once it is whole, and leaves nothing on failure.
+
+    Raises:
+      UserError: the place is taken, or cannot be written.
+    """
+    out = pathlib.Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; give a new directory, or delete it")
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        temporary.chmod(0o755)
+        yield temporary
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {short_reason(error)}; nothing was left there") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_manifest(directory: pathlib.Path) -> None:

@@ -119,9 +119,9 @@ def _load_checkpoint(
     ignore: Sequence[str],
     heads_from: str | pathlib.Path | None,
 ) -> LoadedModel:
+    from mtp_jax.convert.origin import origin_of
     from mtp_jax.convert.reader import open_checkpoint, read_params
     from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
-    from mtp_jax.convert.writer import origin_of
 
     checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
     tokenizer = load_hub_tokenizer(checkpoint.directory)
@@ -132,8 +132,8 @@ def _load_checkpoint(
 def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
     # Checkpointing and tokenizers are slow to import; `import mtp_jax` stays free of them.
     from mtp_jax.checkpoint import restore_params
+    from mtp_jax.convert.origin import ORIGIN
     from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
-    from mtp_jax.convert.writer import ORIGIN
     from mtp_jax.data.tokenize import load_tokenizer
 
     config = _read_config(workdir)
@@ -171,7 +171,7 @@ def _read_config(workdir: pathlib.Path) -> Config:
 
 def _origin(workdir: pathlib.Path, config: Config) -> Any:
     """What the model, or the one that its training started from, was before it was imported; None if nothing."""
-    from mtp_jax.convert.writer import ORIGIN, read_origin
+    from mtp_jax.convert.origin import ORIGIN, read_origin
 
     while not (workdir / ORIGIN).is_dir():
         workdir = pathlib.Path(config.train.init_from)

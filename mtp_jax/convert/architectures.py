@@ -4,13 +4,20 @@ An entry says what the config's fields mean and where each tensor lies. `{i}` is
 that holds several of ours, as a fused query-key-value matrix does, lists the rows of each.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from mtp_jax.config import ModelConfig
+from mtp_jax.convert.layout import (
+    STACKED_GATE,
+    STACKED_K,
+    STACKED_Q,
+    STACKED_UP,
+    STACKED_V,
+    Architecture,
+    Slot,
+    both,
+    interleaved,
+    matrix,
+)
 from mtp_jax.convert.settings import (
     ATTENTION_SCALE,
     EVEN_HEAD_DIM,
@@ -26,7 +33,6 @@ from mtp_jax.convert.settings import (
     SWITCHED_LAYER_TYPES,
     SWITCHED_WINDOW,
     TWO_ROPES,
-    Given,
     Setting,
     activation,
     biases,
@@ -37,93 +43,6 @@ from mtp_jax.convert.settings import (
     same,
 )
 from mtp_jax.errors import UserError
-
-Rows = Callable[[ModelConfig], np.ndarray]
-
-
-class Slot(NamedTuple):
-    """A parameter of ours and the tensor that holds it."""
-
-    ours: str
-    theirs: str
-    rows: Rows | None = None
-    """Which rows of that tensor; all of them by default."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A `model_type` of Hugging Face."""
-
-    model_type: str
-    class_name: str
-    """The class with a language model head."""
-    settings: tuple[Setting, ...]
-    block: tuple[Slot, ...]
-    """Of one block, below `layer`."""
-    layer: str = "model.layers.{i}."
-    embed: str = "model.embed_tokens.weight"
-    final_norm: str = "model.norm"
-    unembed: str = "lm_head.weight"
-    buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
-    """Tensors of old files that hold no parameter."""
-    also: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Other names that files have for a tensor."""
-    unused: tuple[str, ...] = ()
-    """Fields that say nothing about this architecture."""
-    refuse: Callable[[dict[str, Any]], str | None] = lambda raw: None
-    """What in a config file is beyond us, in words, if anything."""
-
-    def slots(self) -> tuple[Slot, ...]:
-        """The whole model; blocks of all layers."""
-        outer = (
-            Slot("embed/table", self.embed),
-            *both("final_norm", self.final_norm),
-            Slot("unembed/table", self.unembed),
-        )
-        return (*outer, *(Slot(f"blocks/{ours}", self.layer + theirs, rows) for ours, theirs, rows in self.block))
-
-
-def both(ours: str, theirs: str) -> tuple[Slot, Slot]:
-    """Scale and bias of a norm; a norm without a bias has no such parameter, and the slot goes unused."""
-    return Slot(f"{ours}/scale", f"{theirs}.weight"), Slot(f"{ours}/bias", f"{theirs}.bias")
-
-
-def matrix(ours: str, theirs: str, rows: Rows | None = None) -> tuple[Slot, Slot]:
-    """A matrix and its bias, if it has one."""
-    return Slot(ours, f"{theirs}.weight", rows), Slot(f"{ours}_bias", f"{theirs}.bias", rows)
-
-
-# Rows of fused matrices.
-
-
-def _span(start: Callable[[ModelConfig], int], count: Callable[[ModelConfig], int]) -> Rows:
-    return lambda model: np.arange(start(model), start(model) + count(model))
-
-
-def _queries(model: ModelConfig) -> int:
-    return model.num_heads * model.head_dim
-
-
-def _keys(model: ModelConfig) -> int:
-    return model.num_kv_heads * model.head_dim
-
-
-STACKED_Q = _span(lambda model: 0, _queries)
-STACKED_K = _span(_queries, _keys)
-STACKED_V = _span(lambda model: _queries(model) + _keys(model), _keys)
-STACKED_GATE = _span(lambda model: 0, lambda model: model.d_ff)
-STACKED_UP = _span(lambda model: model.d_ff, lambda model: model.d_ff)
-
-
-def _interleaved(part: int) -> Rows:
-    """Query, key and value of each head lie together (GPT-NeoX)."""
-
-    def rows(model: ModelConfig) -> np.ndarray:
-        count = 3 * model.num_heads * model.head_dim
-        return np.arange(count).reshape(model.num_heads, 3, model.head_dim)[:, part].reshape(-1)
-
-    return rows
-
 
 # Tensors of a block.
 
@@ -354,9 +273,9 @@ ARCHITECTURES = {
                 biases("attention_bias", "qkv_bias", "out_bias"),
             ),
             (
-                *matrix("attn/q", "attention.query_key_value", _interleaved(0)),
-                *matrix("attn/k", "attention.query_key_value", _interleaved(1)),
-                *matrix("attn/v", "attention.query_key_value", _interleaved(2)),
+                *matrix("attn/q", "attention.query_key_value", interleaved(0)),
+                *matrix("attn/k", "attention.query_key_value", interleaved(1)),
+                *matrix("attn/v", "attention.query_key_value", interleaved(2)),
                 *matrix("attn/o", "attention.dense"),
                 *matrix("mlp/up", "mlp.dense_h_to_4h"),
                 *matrix("mlp/down", "mlp.dense_4h_to_h"),
@@ -373,64 +292,8 @@ ARCHITECTURES = {
 }
 
 
-def _meta_width(given: Given) -> dict[str, Any]:
-    """Two thirds of four times the width, by default, rounded up to a multiple."""
-    width = int(8 * given("dim") / 3)
-    width = int((given("ffn_dim_multiplier", None) or 1) * width)
-    multiple = given("multiple_of")
-    return {"d_ff": -(-width // multiple) * multiple}
-
-
-def _meta_heads(given: Given) -> dict[str, Any]:
-    heads, wide = given("n_heads"), given("dim")
-    return {"num_heads": heads, "num_kv_heads": given("n_kv_heads", None) or heads, "head_dim": wide // heads}
-
-
-def _written_meta(model: ModelConfig) -> dict[str, Any]:
-    """Meta's inner width is a formula; a multiple of the whole width says the same."""
-    kv_heads = {} if model.num_kv_heads == model.num_heads else {"n_kv_heads": model.num_kv_heads}
-    share = model.d_ff / int(8 * model.d_model / 3)
-    return {"multiple_of": model.d_ff, "ffn_dim_multiplier": share, "n_heads": model.num_heads, **kv_heads}
-
-
-def _turned_pairs(heads: Callable[[ModelConfig], int]) -> Rows:
-    """Meta turns neighbouring dimensions, 2i and 2i + 1; we turn i and i + H/2."""
-
-    def rows(model: ModelConfig) -> np.ndarray:
-        count = heads(model)
-        pairs_NhP = np.arange(count * model.head_dim).reshape(count, model.head_dim // 2, 2)
-        return pairs_NhP.swapaxes(1, 2).reshape(-1)
-
-    return rows
-
-
-META = Architecture(
-    "meta",
-    "Transformer",
-    (
-        *(same("vocab_size"), same("num_layers", "n_layers"), same("d_model", "dim"), same("norm_eps")),
-        *(Setting(_meta_heads, _written_meta), Setting(_meta_width, lambda model: {})),
-        *(same("max_seq_len", default=4096), same("rope_theta", default=10_000.0)),
-        fixed(tie_embeddings=False),
-    ),
-    (
-        Slot("attn/q", "attention.wq.weight", _turned_pairs(lambda model: model.num_heads)),
-        Slot("attn/k", "attention.wk.weight", _turned_pairs(lambda model: model.num_kv_heads)),
-        Slot("attn/v", "attention.wv.weight"),
-        Slot("attn/o", "attention.wo.weight"),
-        Slot("mlp/gate", "feed_forward.w1.weight"),
-        Slot("mlp/up", "feed_forward.w3.weight"),
-        Slot("mlp/down", "feed_forward.w2.weight"),
-        Slot("attn_norm/scale", "attention_norm.weight"),
-        Slot("mlp_norm/scale", "ffn_norm.weight"),
-    ),
-    layer="layers.{i}.",
-    embed="tok_embeddings.weight",
-    final_norm="norm",
-    unembed="output.weight",
-    buffers=("rope.freqs",),
-)
-"""The state dict of Meta's own Llama code, in which the multi-token models were released (params.json beside it)."""
+MOST_LAYERS = 10_000
+"""Beyond it a config file is damaged, and would keep everybody busy for hours."""
 
 REFUSED = {
     "gpt2": "learned position embeddings and transposed matrices; use a rotary model of its size",
@@ -455,6 +318,8 @@ def architecture(raw: dict[str, Any], origin: str) -> Architecture:
     if name not in tuple(ARCHITECTURES):  # a tuple takes any value, also one without a hash
         need = f": it needs {REFUSED[name]}" if name in tuple(REFUSED) else f"; implemented: {', '.join(ARCHITECTURES)}"
         raise UserError(f"{origin}: model_type={name!r} is not implemented{need}")
+    if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
+        raise UserError(f"{origin}: num_hidden_layers={layers} is above {MOST_LAYERS}")
     if quantised := raw.get("quantization_config"):
         known = isinstance(quantised, dict) and quantised.get("quant_method")
         method = known or f"quantization_config={quantised!r}"

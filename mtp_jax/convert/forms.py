@@ -25,8 +25,8 @@ import numpy as np
 
 from mtp_jax.config import Config, HeadsConfig, ModelConfig
 from mtp_jax.convert import mapping, record
-from mtp_jax.convert.architectures import Architecture, Slot, both
 from mtp_jax.convert.files import Tensor, Tensors, open_file
+from mtp_jax.convert.layout import Architecture, Slot, both
 from mtp_jax.convert.mapping import Piece
 from mtp_jax.errors import UserError
 from mtp_jax.model.heads.base import sets

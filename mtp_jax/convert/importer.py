@@ -13,11 +13,12 @@ from mtp_jax import sharding
 from mtp_jax.checkpoint import CONFIG, Checkpoints
 from mtp_jax.config import Config, HeadsConfig, MeshConfig, to_json
 from mtp_jax.convert import forms
+from mtp_jax.convert.origin import ORIGIN, keep_origin, origin_of
 from mtp_jax.convert.reader import Notify, open_checkpoint, read_params, to_stderr
 from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
-from mtp_jax.convert.writer import ORIGIN, keep_origin, origin_of, whole_directory
 from mtp_jax.data.tokenize import load_tokenizer
 from mtp_jax.errors import UserError
+from mtp_jax.integrity import whole_directory
 from mtp_jax.model import mtp
 
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.convert.architectures import Slot
 from mtp_jax.convert.files import Entry
+from mtp_jax.convert.layout import Slot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import CHAINED_TOKENS, Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
-from mtp_jax.convert import forms, mapping, placing, record
-from mtp_jax.convert.architectures import META, Architecture, architecture
-from mtp_jax.convert.files import FLOATS, NAMES, Tensors, open_directory, open_file, read_json
+from mtp_jax.convert import forms, mapping, meta, placing, record
+from mtp_jax.convert.architectures import architecture
+from mtp_jax.convert.files import FLOATS, NAMES, Tensors, open_directory, read_json
+from mtp_jax.convert.layout import Architecture
 from mtp_jax.convert.mapping import Piece
-from mtp_jax.convert.settings import Given
+from mtp_jax.convert.meta import META, PARAMS
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 
@@ -34,8 +35,6 @@ def to_stderr(line: str) -> None:
 
 SAY_EVERY = 3.0
 """Seconds between lines of progress."""
-PARAMS = "params.json"
-META_WEIGHTS = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,24 +113,6 @@ def _no_advice(record: logging.LogRecord) -> bool:
     return "PyTorch was not found" not in record.getMessage()
 
 
-def model_config(
-    entry: Architecture, values: dict[str, Any], defaults: dict[str, Any], origin: str, ignore: Sequence[str] = ()
-) -> ModelConfig:
-    """The `model` section that a config file's fields stand for.
-
-    Raises:
-      UserError: a field that is missing, or that we do not implement.
-    """
-    given, fields = Given(values, origin), {}
-    for setting in entry.settings:
-        fields |= given.through(setting)
-    given.check_all_read(defaults, (*entry.unused, *ignore))
-    try:
-        return ModelConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from error
-
-
 def open_checkpoint(
     source: str | pathlib.Path,
     dtype: str | None = None,
@@ -155,14 +136,14 @@ def open_checkpoint(
     directory = locate(source)
     if (directory / PARAMS).is_file() and not (directory / "config.json").is_file():
         path, entry = directory / PARAMS, META
-        tensors = _open_meta(directory)
-        raw = _meta_fields(read_json(path), tensors, str(path))
-        model = model_config(entry, raw, {}, str(path), (*ignore, *META_IGNORED))
+        tensors = meta.open_weights(directory)
+        raw = meta.fields(read_json(path), tensors, str(path))
+        model = entry.read(raw, {}, str(path), (*ignore, *meta.IGNORED))
     else:
         path = directory / "config.json"
         raw = read_json(path)
         entry = architecture(raw, str(path))
-        model = model_config(entry, *normalised(raw, str(path)), str(path), ignore)
+        model = entry.read(*normalised(raw, str(path)), str(path), ignore)
         tensors = open_directory(directory)
     renamed = {name: other for name, other in entry.also.items() if name not in tensors and other in tensors}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in renamed.values()} | {
@@ -182,30 +163,6 @@ def open_checkpoint(
     untouched = _check(pieces, tensors, entry, directory, ignore, repeated, notify)
     form = found.form.name if found else ""
     return Checkpoint(directory, raw, entry, config, pieces, tensors, repeated, untouched, form, renamed)
-
-
-META_IGNORED = ("multiple_of", "n_future_tokens", "max_batch_size", "use_scaled_rope")
-
-
-def _open_meta(directory: pathlib.Path) -> Tensors:
-    """The one file of weights; larger models come cut into several, which nobody puts together for us."""
-    if (directory / "consolidated.01.pth").is_file():
-        raise UserError(f"{directory} holds weights cut for several devices (consolidated.01.pth); join them first")
-    found = next((directory / name for name in META_WEIGHTS if (directory / name).is_file()), None)
-    if found is None:
-        raise UserError(f"{directory} has {PARAMS} but no weights: {' or '.join(META_WEIGHTS)}")
-    return open_file(found)
-
-
-def _meta_fields(raw: dict[str, Any], tensors: Tensors, origin: str) -> dict[str, Any]:
-    """Meta's fields, with layers counted as we count them and the vocabulary that the embedding has."""
-    if raw.get("use_scaled_rope"):
-        raise UserError(f"{origin}: use_scaled_rope is not implemented for Meta's layout; take the Hugging Face one")
-    layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
-    embed, width = tensors.get(META.embed), tensors.get("layers.0.feed_forward.w1.weight")
-    if embed is None or width is None or not embed.shape:
-        raise UserError(f"{origin}: its weights lack {META.embed} or layers.0.feed_forward.w1.weight")
-    return raw | {"vocab_size": embed.shape[0], "n_layers": len(layers)}
 
 
 def _described(form: str, config: Config) -> str:

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import mtp_jax
+from mtp_jax import integrity
 from mtp_jax.convert import importer, writer
-from mtp_jax.convert.architectures import ARCHITECTURES, META, REFUSED, architecture
+from mtp_jax.convert.architectures import ARCHITECTURES, REFUSED, architecture
 from mtp_jax.convert.files import INDEX, SINGLE
 from mtp_jax.convert.importer import import_model
-from mtp_jax.convert.reader import model_config, normalised, open_checkpoint
+from mtp_jax.convert.meta import META
+from mtp_jax.convert.reader import normalised, open_checkpoint
 from mtp_jax.convert.writer import export_model
 from mtp_jax.loading import load
 
@@ -347,7 +349,7 @@ def test_a_rope_base_that_is_no_positive_number_is_refused(llama, theta):
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
 def test_a_size_that_is_no_positive_whole_number_is_refused(llama, name, value):
     """By the field, or by our name for it, with the value. Breaks if `except Exception` goes from `normalised`, or
-    `except UserError` from `model_config`."""
+    `except UserError` from `Architecture.read`."""
     write_config(llama, **{name: value})
     ours = {"hidden_size": "hidden size", "num_hidden_layers": "num_layers", "intermediate_size": "d_ff"}
     spelled = name if value != -1 else ours.get(name, name)
@@ -364,18 +366,18 @@ def test_a_size_that_is_missing_is_refused(llama, name):
 def test_a_field_without_default_that_is_missing_is_refused():
     """Meta's params.json has no defaults. Breaks if REQUIRED goes from `Given.__call__`."""
     fields = {"dim": 16, "n_layers": 2, "n_heads": 4, "vocab_size": 24, "multiple_of": 8, "norm_eps": 1e-5}
-    assert model_config(META, fields, {}, "params.json").d_ff == 48
+    assert META.read(fields, {}, "params.json").d_ff == 48
     for name in fields:
         less = {other: value for other, value in fields.items() if other != name}
-        assert refusal(model_config, META, less, {}, "params.json") == f"params.json has no {name}; it is not whole"
+        assert refusal(META.read, less, {}, "params.json") == f"params.json has no {name}; it is not whole"
 
 
 def test_fields_that_cannot_be_calculated_with_are_refused_by_all_that_took_part():
     """heads of no width, a multiple of text: the fields and the reason. Breaks if `through` goes."""
     fields = {"dim": 16, "n_layers": 2, "n_heads": 4, "vocab_size": 24, "multiple_of": 8, "norm_eps": 1e-5}
-    said = refusal(model_config, META, fields | {"n_heads": 0}, {}, "params.json")
+    said = refusal(META.read, fields | {"n_heads": 0}, {}, "params.json")
     assert said.startswith("params.json: n_heads=0, dim=16, n_kv_heads=None cannot be understood (")
-    said = refusal(model_config, META, fields | {"multiple_of": "8"}, {}, "params.json")
+    said = refusal(META.read, fields | {"multiple_of": "8"}, {}, "params.json")
     assert "dim=16, ffn_dim_multiplier=None, multiple_of='8' cannot be understood (" in said
 
 
@@ -398,7 +400,7 @@ def test_garbage_in_a_field_is_refused_or_read(kind, data):
     name = data.draw(st.sampled_from([*fields, "rope_scaling", "rope_theta", "quantization_config"]))
     raw = fields | {name: data.draw(GARBAGE)}
     try:
-        model_config(architecture(raw, "config.json"), *normalised(raw, "config.json"), "config.json")
+        architecture(raw, "config.json").read(*normalised(raw, "config.json"), "config.json")
     except mtp_jax.UserError as error:
         assert "config.json" in str(error)
 
@@ -561,6 +563,13 @@ def test_an_empty_directory_may_become_the_export(lm, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_billion_layers_are_refused(llama):
+    """A damaged number would keep everything busy for hours. Breaks without `MOST_LAYERS`."""
+    write_config(llama, num_hidden_layers=10**9)
+    said = refusal(open_checkpoint, llama, notify=quiet)
+    assert said == f"{llama / 'config.json'}: num_hidden_layers=1000000000 is above 10000"
+
+
 @pytest.mark.parametrize("reason", ["file", "read-only"])
 def test_a_place_that_cannot_be_written_is_refused(llama, lm, tmp_path, monkeypatch, reason):
     """A parent that is a file, or read-only (root writes anywhere, so the system's answer is played). Breaks if
@@ -573,7 +582,7 @@ def test_a_place_that_cannot_be_written_is_refused(llama, lm, tmp_path, monkeypa
             raise PermissionError(errno.EACCES, "Permission denied", f"{dir}/{prefix}")
 
         out.parent.mkdir()
-        monkeypatch.setattr(writer.tempfile, "mkdtemp", read_only)
+        monkeypatch.setattr(integrity.tempfile, "mkdtemp", read_only)
     before = listing(tmp_path)
     for call in (lambda: export_model(lm, out, notify=quiet), lambda: import_model(llama, out, notify=quiet)):
         assert refusal(call).startswith(f"{out} cannot be written: ")

@@ -232,7 +232,7 @@ def test_heads_in_another_precision(trunk, tmp_path, wide):
 
 def test_repetitions_as_they_came(trunk, tmp_path):
     """DeepSeek's heads without copies of the model's matrices stay without; where other heads take their place, or
-    none, no copy stays behind. Breaks without the first, or the second, comprehension of `_repeated` in the writer."""
+    none, no copy stays behind. Breaks without the first, or the second, comprehension of `head_writer.repeated`."""
     copies = ("embed_tokens.weight", "shared_head.head.weight")
     tensors = {name: x for name, x in CASES["deepseek"].tensors(trunk).items() if not name.endswith(copies)}
     source, _ = inside(trunk, tmp_path / "without", tensors)

@@ -4,6 +4,7 @@ The checkpoint is a trained model of ours that was exported, so that it has a to
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -141,6 +142,15 @@ def test_shards_with_an_index(hub, trained, tmp_path):
     same_trees(mtp_jax.load(tmp_path / "cut").params, mtp_jax.load(hub).params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut").state_dict()
     np.testing.assert_array_equal(theirs["model.norm.weight"].numpy(), lm.params["final_norm"]["scale"])
+
+
+def test_a_damaged_origin_is_refused(with_heads, tmp_path):
+    """Without its list of tensors an import cannot be given back: one line says so."""
+    copy = shutil.copytree(with_heads, tmp_path / "copy")
+    for broken in ("{}", '{"form": "", "dtypes": 1, "else": 2}'):
+        (copy / "hf" / "tensors.json").write_text(broken)
+        with pytest.raises(UserError, match=r"hf is damaged .*import the checkpoint again"):
+            mtp_jax.load(copy)
 
 
 def test_what_no_architecture_holds(tmp_path):

@@ -191,7 +191,7 @@ PUBLISHED = {
 
 def read(raw):
     entry = architecture(raw, "config.json")
-    return reader.model_config(entry, *reader.normalised(raw, "config.json"), "config.json")
+    return entry.read(*reader.normalised(raw, "config.json"), "config.json")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,0 +1,131 @@
+"""How heads leave: the form that holds them, and what is said of them beside the weights."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from mtp_jax.config import Config
+from mtp_jax.convert import forms, record
+from mtp_jax.convert.files import Entry, write_file
+from mtp_jax.convert.layout import Architecture
+from mtp_jax.convert.origin import Origin
+from mtp_jax.errors import UserError
+from mtp_jax.model.heads.base import sets
+
+FITTING = {
+    "sequential": ("mtp", "mimo", "eagle"),
+    "recursive": ("eagle", "mtp", "qwen"),
+    "medusa": ("vllm", "caft"),
+    "parallel": ("caft", "meta"),
+}
+"""Forms in which the heads of a family are written by default, the first that holds them."""
+
+
+def choose_form(config: Config, origin: Origin | None, form: str | None) -> str:
+    """The form that heads are written in; "" for none."""
+    heads = config.heads
+    if heads.num_future == 1 or form == "none":
+        return ""
+    came = origin.form if origin is not None else ""
+    # What a record overruled when they came is in the record that goes with them.
+    if came and form in (None, came) and (_as_it_came(config, origin) or not _misfit(forms.FORMS[came], config)):
+        return came
+    if form is None:
+        candidates = [name for name in FITTING.get(heads.kind, ()) if not _misfit(forms.FORMS[name], config)]
+        form = next(iter(candidates), next(iter(FITTING.get(heads.kind, ())), None))
+    if form not in forms.FORMS:
+        known = ", ".join(forms.FORMS)
+        what = f"heads.kind={heads.kind!r} has no form that others read" if form is None else f"form={form!r} is none"
+        raise UserError(f"{what}; give a form ({known}), or 'none' to write the model without its heads")
+    if misfit := _misfit(forms.FORMS[form], config):
+        raise UserError(f"the form {form!r} cannot hold these heads: {misfit}; use another form, or 'none'")
+    return form
+
+
+def _as_it_came(config: Config, origin: Origin | None) -> bool:
+    """Whether the heads are set as those that the model came with."""
+    return origin is not None and dataclasses.asdict(config.heads) == origin.heads
+
+
+def _misfit(form: forms.Form, config: Config) -> str:
+    """Why a form cannot hold these heads; "" if it can."""
+    heads, expected = config.heads, form.heads(config.model)
+    kinds = form.kinds
+    if heads.kind not in kinds:
+        return f"it holds {' or '.join(kinds)} heads, not {heads.kind}"
+    if form.modules and sets(config) > form.modules:
+        return f"it holds one module, not {sets(config)}"
+    if form.name == "mtp" and sets(config) > config.model.num_layers:
+        return f"transformers mistakes heads beyond the model's {config.model.num_layers} layers for layers"
+    expected.pop("kind", None)
+    tap = expected.pop("tap")
+    tap = tap if tap >= 0 else config.model.num_layers + tap
+    if config.tap != tap:
+        return f"its heads read the state after block {tap}, not {config.tap}"
+    free = {*form.free, *(("chain",) if heads.num_future == 2 else ())}
+    fields = ("tap_norm", "tap_mix", "norm", "unembed", "norm_plus_one", "concat", "chain", "input_norm", "layers")
+    plain = type(heads)(kind=heads.kind, num_future=heads.num_future)
+    for name in fields:
+        want, have = expected.get(name, getattr(plain, name)), getattr(heads, name)
+        if want != have and name not in free:
+            return f"it has heads.{name}={want!r}, not {have!r}"
+    return ""
+
+
+COUNTS = {"deepseek": "num_nextn_predict_layers", "mimo": "num_nextn_predict_layers", "qwen": "mtp_num_hidden_layers"}
+HEAD_FIELDS = ("num_mtp_layers", "mtp_layer_types", "mtp_hidden_states_first", *COUNTS.values())
+
+
+def with_head_fields(raw: dict[str, Any], form: str, config: Config) -> dict[str, Any]:
+    """A config.json that speaks of the heads inside the checkpoint, and of none that were there before."""
+    depths, fields = sets(config), {}
+    if form == "mtp":
+        kind = forms.attention_type(config)
+        fields = {"num_mtp_layers": depths, "mtp_layer_types": [kind] * depths}
+        fields |= {"mtp_hidden_states_first": True} if config.heads.concat == "hidden_first" else {}
+    elif form in COUNTS:
+        # Qwen's families differ in what they call it.
+        known = [name for name in (COUNTS["deepseek"], COUNTS["qwen"]) if form == "qwen" and name in raw]
+        fields = dict.fromkeys(known or [COUNTS[form]], depths)
+    return {name: value for name, value in raw.items() if name not in HEAD_FIELDS} | fields
+
+
+def write_beside(
+    directory: pathlib.Path, form: str, config: Config, entries: list[Entry], trunk: dict[str, Any]
+) -> None:
+    """A directory `heads` beside the weights, as the code that reads this form wants it."""
+    model, heads, target = config.model, config.heads, directory / "heads"
+    target.mkdir()
+    names = {"medusa": "medusa_lm_head.safetensors", "caft": "heads.safetensors"}
+    write_file(target / names.get(form, "model.safetensors"), entries)
+    fields = {
+        "vllm": {
+            "model_type": "medusa",
+            "architectures": ["MedusaModel"],
+            "hidden_size": model.d_model,
+            "vocab_size": model.vocab_size,
+            "num_heads": heads.num_future - 1,
+            "num_hidden_layers": heads.layers,
+            "medusa_fc_bias": True,
+            "original_lm_head": False,
+        },
+        "medusa": {
+            "medusa_num_heads": heads.num_future - 1,
+            "medusa_num_layers": heads.layers,
+            "base_model_name_or_path": "..",
+        },
+        "eagle": trunk | {"architectures": ["EagleLlamaForCausalLM"], "num_hidden_layers": 1, "add_para_norm": True},
+    }
+    if form in fields:
+        (target / "config.json").write_text(json.dumps(fields[form], indent=2) + "\n")
+    (target / record.RECORD).write_text(record.text(form, config))
+
+
+def repeated(entry: Architecture, config: Config, origin: Origin | None, form: str) -> dict[str, str]:
+    """Which tensors repeat which: those that came so, but none of heads that are no longer there."""
+    came = origin.repeated if origin is not None else {}
+    heads = forms.repeats(forms.FORMS[form], entry, config) if form else {}
+    if origin is not None and origin.form == form and _as_it_came(config, origin):
+        heads = {name: theirs for name, theirs in heads.items() if name in came}
+    return {name: theirs for name, theirs in came.items() if name == entry.unembed} | heads
