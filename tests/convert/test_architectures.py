@@ -12,6 +12,7 @@ import transformers
 from reference import hub
 
 import mtp_jax
+from mtp_jax import sharding
 from mtp_jax.convert import reader
 from mtp_jax.convert.architectures import ARCHITECTURES
 from mtp_jax.convert.files import open_directory
@@ -93,13 +94,14 @@ def test_a_model_of_ours_finds_its_architecture(checkpoint, lm, tmp_path):
     assert read_back == lm.config.model
 
 
-def test_on_a_mesh(checkpoint, lm):
-    """Read straight onto 2 x 2 x 2 devices: every parameter is what it is on one, and none is on one device alone."""
-    model = lm.config.model
-    shape = {"fsdp": 2, "tensor": 2, "data": 2}
-    if model.vocab_size % 2 or model.num_kv_heads % 2 or model.num_heads % 2:
-        shape = {"fsdp": 2}
-    mesh = mtp_jax.sharding.make_mesh(mtp_jax.MeshConfig(**shape))
-    spread = mtp_jax.load(checkpoint[1], mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, spread.params, lm.params)
+MESHES = {"llama": {"fsdp": 2}, "gpt_neox": {"fsdp": 2}, "mixtral": {"data": 2, "fsdp": 2}}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_on_a_mesh(name, tmp_path):
+    """Read straight onto devices: every parameter is what it is on one, and lies on all of them."""
+    source = hub.save(hub.random_model(hub.awkward(name, 0)), tmp_path / "model")
+    mesh = sharding.make_mesh(mtp_jax.MeshConfig(**MESHES[name]))
+    one, spread = mtp_jax.load(source), mtp_jax.load(source, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, spread.params, one.params)
     assert all(len(leaf.sharding.device_set) == mesh.size for leaf in jax.tree.leaves(spread.params))

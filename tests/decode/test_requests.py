@@ -289,13 +289,16 @@ def test_drafts_of_no_token(rule):
 
 
 def test_registers_draft_nothing():
-    """A model with registers decodes plainly, and asking its heads for drafts says why not."""
+    """A model with registers drafts by lookup, and asking its heads for drafts says why not."""
     config = tiny_config(heads={"kind": "registers", "num_future": 3})
     lm = loaded(config, loud_params(config))
     with pytest.raises(UserError, match=r"heads.kind='registers' is for training only; use draft='lookup'"):
-        generate(lm, [[1, 2]], max_new_tokens=4)
+        generate(lm, [[1, 2]], max_new_tokens=4, draft="heads")
     assert len(generate(lm, [[1, 2]], max_new_tokens=4, draft="none").tokens[0]) == 4
     assert config.num_draft == 0
+    auto, lookup = (generate(lm, [[1, 2, 1, 2]], max_new_tokens=8, draft=draft) for draft in ("auto", "lookup"))
+    assert auto.stats.histogram == lookup.stats.histogram
+    assert len(auto.stats.histogram) > 1
 
 
 def test_a_path_is_no_model():
