@@ -34,11 +34,10 @@ def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UserError: the place is taken, or cannot be written.
     """
-    out = pathlib.Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; give a new directory, or delete it")
-    temporary = None
+    out, temporary = pathlib.Path(out), None
     try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists already; give a new directory, or delete it")
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         temporary.chmod(0o755)

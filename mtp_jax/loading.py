@@ -24,13 +24,13 @@ class LoadedModel:
     """A model ready for inference."""
 
     config: Config
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     """Parameters stacked over layers, in the dtype they were loaded as."""
     tokenizer: Any
     """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`; None where the model was trained on token files."""
     mesh: Mesh
     """Where the parameters lie."""
-    origin: Any = None
+    origin: Any = dataclasses.field(default=None, repr=False)
     """The Hugging Face checkpoint that it was, for export; None where there was none."""
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
@@ -132,7 +132,6 @@ def _load_checkpoint(
 def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
     # Checkpointing and tokenizers are slow to import; `import mtp_jax` stays free of them.
     from mtp_jax.checkpoint import restore_params
-    from mtp_jax.convert.origin import ORIGIN
     from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
     from mtp_jax.data.tokenize import load_tokenizer
 
@@ -146,7 +145,7 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     abstract = sharding.place_abstract(nn.meta.unbox(boxed), shardings)
     params, _ = restore_params(workdir, abstract, notify=notify)
     origin = _origin(workdir, config)
-    tokenizer = load_hub_tokenizer(workdir / ORIGIN) if (workdir / ORIGIN).is_dir() else None
+    tokenizer = load_hub_tokenizer(origin.directory) if origin is not None else None
     if tokenizer is None:
         path = workdir / "data" / "tokenizer.json"
         if not path.is_file() and config.data.tokenizer != "none":
@@ -157,8 +156,11 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
 
 
 def _read_config(workdir: pathlib.Path) -> Config:
+    from mtp_jax.convert.reader import check_kind
+
     path = workdir / "config.json"
     if not path.is_file():
+        check_kind(workdir)
         raise UserError(
             f"{workdir} has no config.json; give the workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a "
             "Hugging Face directory"

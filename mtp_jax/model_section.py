@@ -100,7 +100,8 @@ class ModelConfig:
     rope_beta_fast: float = 32.0
     """yarn: as `rope_high`."""
     rope_attention_factor: float = 0.0
-    """yarn: turned queries and keys are multiplied by this; 0 is 0.1 ln(rope_factor) + 1."""
+    """yarn: turned queries and keys are multiplied by this; 0 is 0.1 ln(rope_factor) + 1, and 1
+    for a factor below 1."""
 
     embed_scale: float = 1.0
     """Embeddings are multiplied by this (Gemma: the root of d_model)."""

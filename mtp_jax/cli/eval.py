@@ -32,6 +32,10 @@ class Args:
     """Tokens to decode per prompt; 0 takes the config's decode.max_new_tokens."""
     output: str = ""
     """Directory for the report and plots; by default SOURCE/eval, and NAME-eval here for a Hugging Face checkpoint."""
+    heads_from: str = ""
+    """File or directory of heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
+    ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pattern of config fields and tensors of a Hugging Face checkpoint to leave out of account; may be repeated."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -40,7 +44,7 @@ def main(argv: list[str]) -> None:
     """Evaluates."""
     args = parse(Args, argv, "mtp eval", "Evaluate a trained model: loss by head, bits per byte, acceptance, speed.")
     keep_compiled(own_directory(args.source))
-    lm = load(args.source)
+    lm = load(args.source, ignore=args.ignore, heads_from=args.heads_from or None)
     settings = lm.config.decode
     changes = {name: getattr(args, name) for name in ("num_prompts", "max_new_tokens") if getattr(args, name)}
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, decode=dataclasses.replace(settings, **changes)))

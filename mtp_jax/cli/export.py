@@ -10,7 +10,7 @@ from mtp_jax.cli.import_ import Form
 from mtp_jax.convert.writer import export_model
 from mtp_jax.loading import load
 
-FormOrNone = Literal[(*get_args(Form), "none")]
+FormOrAuto = Literal[("auto", *get_args(Form))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Args:
     """What to export as what."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory."""
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory or hub id."""
     out: tyro.conf.Positional[str]
     """Directory to make."""
-    form: FormOrNone | None = None
-    """Form of the heads; the one they came in, or the one that fits, by default; none leaves them out."""
+    form: FormOrAuto = "auto"
+    """Form of the heads; auto is the one they came in or were made for, or one that fits; none leaves them out."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Dtype of the tensors; every tensor keeps its own by default."""
     shard_gb: float = 5.0
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     form = export_model(
         load(args.source),
         args.out,
-        form=args.form,
+        form=None if args.form == "auto" else args.form,
         dtype=None if args.dtype == "keep" else args.dtype,
         shard_bytes=int(args.shard_gb * 1e9),
         notify=say,

@@ -53,6 +53,10 @@ class Args:
     """A string that ends the output; may be given several times."""
     dtype: Literal["config", "float32", "bfloat16"] = "config"
     """Dtype of parameters and activations."""
+    heads_from: str = ""
+    """File or directory of heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
+    ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Pattern of config fields and tensors of a Hugging Face checkpoint to leave out of account; may be repeated."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -61,7 +65,8 @@ def main(argv: list[str]) -> None:
     """Generates."""
     args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
     keep_compiled(own_directory(args.source))
-    lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype)
+    others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
+    lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype, **others)
     prompts = _prompts(args)
     options = {
         "max_new_tokens": args.max_new_tokens,

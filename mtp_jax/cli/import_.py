@@ -11,8 +11,8 @@ from mtp_jax.convert.forms import FORMS
 from mtp_jax.convert.importer import import_model
 from mtp_jax.errors import UserError
 
-Form = Literal["mtp", "qwen", "deepseek", "mimo", "eagle", "medusa", "vllm", "caft", "meta"]
-assert set(get_args(Form)) == set(FORMS)
+Form = Literal["none", "mtp", "qwen", "deepseek", "mimo", "eagle", "medusa", "vllm", "caft", "meta"]
+assert set(get_args(Form)) == {*FORMS, "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Args:
     """Hugging Face directory or hub id, or a directory in Meta's layout (params.json)."""
     out: tyro.conf.Positional[str]
     """Directory to make; `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it."""
-    heads: Family | None = None
+    heads: Literal[("none", *get_args(Family))] = "none"
     """Add fresh heads of this family."""
-    form: Form | None = None
+    form: Form = "none"
     """Add fresh heads with the settings that this form needs, so that `mtp export --form` can write them."""
-    num_future: int = 4
-    """M, prediction heads including the next-token head, of --heads or --form."""
+    num_future: int = 0
+    """M, prediction heads including the next-token head, of --heads or --form; 4 if not given."""
     init: Literal["default", "random", "copy_block", "zero"] = "default"
     """How fresh heads start; see heads.init."""
     init_block: int = -1
@@ -50,17 +50,19 @@ class Args:
 def main(argv: list[str]) -> None:
     """Imports."""
     args = parse(Args, argv, "mtp import", "Make a model directory from a Hugging Face checkpoint.")
-    if args.heads and args.form:
+    fresh = [name for name in (args.heads, args.form) if name != "none"]
+    if len(fresh) > 1:
         raise UserError("--heads and --form both say what heads to add; give one of them")
-    if not (args.heads or args.form) and (args.init, args.tap, args.num_future) != ("default", None, 4):
+    if not fresh and (args.init, args.init_block, args.tap, args.num_future) != ("default", -1, None, 0):
         raise UserError("--num-future, --init and --tap are settings of fresh heads; say which, with --heads or --form")
-    settings = {"num_future": args.num_future, "init": args.init, "init_block": args.init_block}
+    settings = {"num_future": args.num_future or 4, "init": args.init, "init_block": args.init_block}
     settings |= {"tap": args.tap} if args.tap is not None else {}
     config = import_model(
         args.source,
         args.out,
-        heads=HeadsConfig(kind=args.heads, **settings) if args.heads else None,
-        form=(args.form, settings) if args.form else None,
+        heads=HeadsConfig(kind=args.heads, **settings) if args.heads != "none" else None,
+        form=args.form if args.form != "none" else None,
+        head_settings=settings if args.form != "none" else None,
         heads_from=args.heads_from or None,
         dtype=None if args.dtype == "files" else args.dtype,
         ignore=args.ignore,

@@ -190,7 +190,7 @@ ARCHITECTURES = {
                 off_is_none("logit_softcap", "final_logit_softcapping"),
             ),
             (*SEPARATE_ATTENTION, *GATED, *SANDWICH_NORMS),
-            unused=("hidden_act",),
+            unused=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern"),
         ),
         Architecture(
             "phi3",
@@ -206,6 +206,7 @@ ARCHITECTURES = {
                 Slot("mlp/down", "mlp.down_proj.weight"),
                 *PRE_NORMS,
             ),
+            unused=("partial_rotary_factor",),  # transformers keeps it beside the rope parameters that it went into
             refuse=_longrope,
         ),
         Architecture(

@@ -305,6 +305,7 @@ def _found(trunk: Trunk, directory: pathlib.Path, beside: Tensors) -> Found | No
 def _heads_file(path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
+    path = path / "heads" if (path / "heads").is_dir() else path
     names = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "heads.pth", "model.safetensors", "heads.safetensors")
     found = next((path / name for name in names if (path / name).is_file()), None)
     if found is None:

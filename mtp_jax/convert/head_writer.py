@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from mtp_jax.config import Config
+from mtp_jax.config import Config, ModelConfig
 from mtp_jax.convert import forms, record
 from mtp_jax.convert.files import Entry, write_file
 from mtp_jax.convert.layout import Architecture
@@ -17,7 +17,7 @@ FITTING = {
     "sequential": ("mtp", "mimo", "eagle"),
     "recursive": ("eagle", "mtp", "qwen"),
     "medusa": ("vllm", "caft"),
-    "parallel": ("caft", "meta"),
+    "parallel": ("caft",),
 }
 """Forms in which the heads of a family are written by default, the first that holds them."""
 
@@ -25,21 +25,28 @@ FITTING = {
 def choose_form(config: Config, origin: Origin | None, form: str | None) -> str:
     """The form that heads are written in; "" for none."""
     heads = config.heads
+    if form not in (None, "none", *forms.FORMS):
+        raise UserError(f"form={form!r} is none of {', '.join(forms.FORMS)}, none")
+    if heads.num_future == 1 and form not in (None, "none"):
+        raise UserError(f"form={form!r}, but the model has no extra heads; leave it out")
     if heads.num_future == 1 or form == "none":
         return ""
     came = origin.form if origin is not None else ""
     # What a record overruled when they came is in the record that goes with them.
     if came and form in (None, came) and (_as_it_came(config, origin) or not _misfit(forms.FORMS[came], config)):
         return came
+    if form is None and origin is not None and origin.wanted:
+        form = origin.wanted
     if form is None:
         candidates = [name for name in FITTING.get(heads.kind, ()) if not _misfit(forms.FORMS[name], config)]
         form = next(iter(candidates), next(iter(FITTING.get(heads.kind, ())), None))
-    if form not in forms.FORMS:
-        known = ", ".join(forms.FORMS)
-        what = f"heads.kind={heads.kind!r} has no form that others read" if form is None else f"form={form!r} is none"
-        raise UserError(f"{what}; give a form ({known}), or 'none' to write the model without its heads")
+    if form is None:
+        remedy = "use form 'none' to write the model without them"
+        raise UserError(f"heads.kind={heads.kind!r} has no form that others read; {remedy}")
     if misfit := _misfit(forms.FORMS[form], config):
-        raise UserError(f"the form {form!r} cannot hold these heads: {misfit}; use another form, or 'none'")
+        meta = "'meta' (Meta's layout, which no server takes) or " if heads.kind == "parallel" else ""
+        remedy = f"use form {meta}'none' (without heads), or heads that `mtp import --form` made"
+        raise UserError(f"the form {form!r} cannot hold these heads: {misfit}; {remedy}")
     return form
 
 
@@ -58,6 +65,8 @@ def _misfit(form: forms.Form, config: Config) -> str:
         return f"it holds one module, not {sets(config)}"
     if form.name == "mtp" and sets(config) > config.model.num_layers:
         return f"transformers mistakes heads beyond the model's {config.model.num_layers} layers for layers"
+    if "sequential" in kinds and (why := _unlike_llama(config.model)):
+        return why
     expected.pop("kind", None)
     tap = expected.pop("tap")
     tap = tap if tap >= 0 else config.model.num_layers + tap
@@ -70,6 +79,18 @@ def _misfit(form: forms.Form, config: Config) -> str:
         want, have = expected.get(name, getattr(plain, name)), getattr(heads, name)
         if want != have and name not in free:
             return f"it has heads.{name}={want!r}, not {have!r}"
+    return ""
+
+
+def _unlike_llama(model: ModelConfig) -> str:
+    """What a model does that those who read sequential heads leave out in heads; "" if nothing."""
+    if model.norm == "layer":
+        return "others build these heads with RMSNorm, and the model has LayerNorm"
+    for name in ("residual_scale", "logit_scale"):
+        if getattr(model, name) != 1:
+            return f"others build these heads without model.{name}={getattr(model, name)}"
+    if "nope" in model.layers:
+        return "others build these heads with positions in every layer, and the model has layers without"
     return ""
 
 

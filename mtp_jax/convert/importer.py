@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,10 @@ from mtp_jax import sharding
 from mtp_jax.checkpoint import CONFIG, Checkpoints
 from mtp_jax.config import Config, HeadsConfig, MeshConfig, to_json
 from mtp_jax.convert import forms
-from mtp_jax.convert.origin import ORIGIN, keep_origin, origin_of
+from mtp_jax.convert.head_writer import choose_form
+from mtp_jax.convert.origin import ORIGIN, Origin, keep_origin, origin_of
 from mtp_jax.convert.reader import Notify, open_checkpoint, read_params, to_stderr
-from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
-from mtp_jax.data.tokenize import load_tokenizer
+from mtp_jax.convert.tokenizer import HubTokenizer, check_size, load_hub_tokenizer, save_for_training
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import whole_directory
 from mtp_jax.model import mtp
@@ -37,7 +38,8 @@ def import_model(
     out: str | pathlib.Path,
     *,
     heads: HeadsConfig | None = None,
-    form: tuple[str, dict[str, Any]] | None = None,
+    form: str | None = None,
+    head_settings: Mapping[str, Any] | None = None,
     heads_from: str | pathlib.Path | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
@@ -51,7 +53,8 @@ def import_model(
       source: a Hugging Face directory or hub id, or one in Meta's layout.
       out: the directory to make; it must not exist, or be empty.
       heads: fresh heads to add, in place of those of the checkpoint; the next-token path keeps every bit.
-      form: fresh heads as a form of `convert.forms` needs them: its name, and more settings of `HeadsConfig`.
+      form: fresh heads as this form of `convert.forms` needs them; export then writes them so.
+      head_settings: more fields of `HeadsConfig` with `form`, such as `num_future`.
       heads_from: a file or directory of trained heads, in a form of `convert.forms`.
       dtype: `float32` or `bfloat16`; None keeps that of the files.
       ignore: patterns of config fields and tensor names to leave out of account; such tensors travel along to export.
@@ -67,23 +70,29 @@ def import_model(
     """
     if (heads is not None) + (form is not None) + (heads_from is not None) > 1:
         raise UserError("fresh heads (heads, form) and heads_from exclude one another; choose one of them")
+    if 1 in ((head_settings or {}).get("num_future"), heads and heads.num_future):
+        raise UserError("num_future=1 is the model without extra heads; leave heads out, or use 2 or more")
     with whole_directory(out) as directory:
         checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
-        check_size(load_hub_tokenizer(checkpoint.directory), checkpoint.config, checkpoint.directory)
+        tokenizer = load_hub_tokenizer(checkpoint.directory)
+        check_size(tokenizer, checkpoint.config, checkpoint.directory)
         config, mesh = checkpoint.config, mesh or sharding.make_mesh(MeshConfig())
         params = read_params(checkpoint, mesh, notify)
         if form is not None:
-            heads = forms.preset(form[0], config.model, **form[1])
+            heads = forms.preset(form, config.model, **(head_settings or {}))
         if heads is not None:
             params = {name: tree for name, tree in params.items() if name != "heads"}
             config = dataclasses.replace(config, heads=heads)
             sharding.check_mesh(mesh, config)
             params["heads"] = _fresh_heads(config, mesh, params, seed)
-            notify(f"added {heads.num_future - 1} {heads.kind} heads, untrained")
-        place = _save_tokenizer(directory, checkpoint.directory, pathlib.Path(out), notify)
+            came = f" in place of {checkpoint.config.heads.num_future - 1}" if checkpoint.form else ""
+            notify(f"added {heads.num_future - 1} {heads.kind} head(s), untrained{came}")
+        place = _save_tokenizer(directory, tokenizer, pathlib.Path(out), notify)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=place))
         (directory / CONFIG).write_text(to_json(config) + "\n")
-        keep_origin(origin_of(checkpoint), directory / ORIGIN)
+        origin = dataclasses.replace(origin_of(checkpoint), wanted=form or "")
+        keep_origin(origin, directory / ORIGIN)
+        _warn_of_export(config, origin, notify)
         with Checkpoints(directory, keep=1, notify=notify) as checkpoints:
             checkpoints.save(0, {"params": params}, _NoData())
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -103,15 +112,23 @@ def _fresh_heads(config: Config, mesh: Mesh, trunk: Any, seed: int) -> Any:
     return made(trunk)
 
 
-def _save_tokenizer(directory: pathlib.Path, source: pathlib.Path, out: pathlib.Path, notify: Notify) -> str:
-    """Keeps the tokenizer where training looks for it; returns what `data.tokenizer` is to be."""
-    if not (source / "tokenizer.json").is_file():
-        return "none"
+def _warn_of_export(config: Config, origin: Origin, notify: Notify) -> None:
+    """Says now, and not after training, that nobody else reads such heads."""
     try:
-        tokenizer = load_tokenizer(source)
+        choose_form(config, origin, None)
     except UserError as error:
-        notify(f"training needs another tokenizer: {error}")
+        notify(f"note for `mtp export`: {error}")
+
+
+def _save_tokenizer(directory: pathlib.Path, tokenizer: HubTokenizer | None, out: pathlib.Path, notify: Notify) -> str:
+    """Keeps the tokenizer where training looks for it; returns what `data.tokenizer` is to be."""
+    if tokenizer is None:
         return "none"
     (directory / "data").mkdir()
-    tokenizer.save(directory / "data" / "tokenizer.json")
+    try:
+        save_for_training(tokenizer, directory / "data" / "tokenizer.json")
+    except UserError as error:
+        shutil.rmtree(directory / "data")
+        notify(f"training needs another tokenizer: {error}")
+        return "none"
     return str(out.absolute() / "data" / "tokenizer.json")

@@ -20,6 +20,7 @@ MANIFEST = "tensors.json"
 UNTOUCHED = "untouched.safetensors"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
 OURS = ("config.json", PARAMS, record.RECORD, "*.index.json", MANIFEST)
+TEMPLATES = "additional_chat_templates"
 SIDECAR_BYTES = 200 * 10**6
 
 
@@ -39,6 +40,8 @@ class Origin:
     untouched: Tensors
     heads: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of the heads that it came with, by name."""
+    wanted: str = ""
+    """The form that fresh heads were made for."""
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
@@ -56,7 +59,7 @@ def keep_origin(origin: Origin, directory: pathlib.Path) -> None:
     copy_sidecars(origin.directory, directory)
     name = PARAMS if origin.architecture is META else "config.json"
     (directory / name).write_text(json.dumps(origin.raw, indent=2) + "\n")
-    kept = {name: getattr(origin, name) for name in ("form", "dtypes", "repeated", "renamed", "heads")}
+    kept = {name: getattr(origin, name) for name in ("form", "dtypes", "repeated", "renamed", "heads", "wanted")}
     (directory / MANIFEST).write_text(json.dumps(kept, indent=1) + "\n")
     if origin.untouched:
         write_file(directory / UNTOUCHED, copied(origin.untouched))
@@ -86,6 +89,9 @@ def copy_sidecars(source: pathlib.Path, target: pathlib.Path) -> list[str]:
         if path.is_file() and not skip and path.stat().st_size < SIDECAR_BYTES and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
             copied.append(path.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
+        copied.append(TEMPLATES)
     return copied
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import logging
 import pathlib
 import re
 import sys
@@ -22,6 +21,7 @@ from mtp_jax.convert.files import FLOATS, NAMES, Tensors, open_directory, read_j
 from mtp_jax.convert.layout import Architecture
 from mtp_jax.convert.mapping import Piece
 from mtp_jax.convert.meta import META, PARAMS
+from mtp_jax.convert.tokenizer import quiet_transformers
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 
@@ -33,6 +33,8 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+BESIDE = "heads"
+"""Folder of heads in a directory that we exported; they are read with the model."""
 SAY_EVERY = 3.0
 """Seconds between lines of progress."""
 
@@ -76,7 +78,7 @@ def locate(source: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(source)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
         raise UserError(
             f"{source} is not a directory; give the workdir of `mtp train`, `mtp quickstart` or `mtp import`, a "
             "Hugging Face directory, or a hub id such as Qwen/Qwen3-0.6B"
@@ -93,7 +95,7 @@ def locate(source: str | pathlib.Path) -> pathlib.Path:
 
 def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A config's fields as today's transformers reads them, its defaults filled in, and the defaults."""
-    logging.getLogger("transformers").addFilter(_no_advice)
+    quiet_transformers()
     from transformers import CONFIG_MAPPING
     from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
@@ -106,11 +108,6 @@ def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[s
         raise UserError(f"{origin} is refused by transformers: {reason}") from error
     finally:
         set_verbosity(before)
-
-
-def _no_advice(record: logging.LogRecord) -> bool:
-    """We need no PyTorch, so nobody has to hear that it is not there."""
-    return "PyTorch was not found" not in record.getMessage()
 
 
 def open_checkpoint(
@@ -134,6 +131,7 @@ def open_checkpoint(
       UserError: whatever is missing, unexpected, damaged, of another shape, or not implemented, by name.
     """
     directory = locate(source)
+    check_kind(directory)
     if (directory / PARAMS).is_file() and not (directory / "config.json").is_file():
         path, entry = directory / PARAMS, META
         tensors = meta.open_weights(directory)
@@ -150,6 +148,8 @@ def open_checkpoint(
         name: tensors[other] for name, other in renamed.items()
     }
     model, repeated = _tied(model, entry, tensors, directory, notify)
+    if heads_from is None and (directory / BESIDE / record.RECORD).is_file():
+        heads_from = directory / BESIDE
     found = forms.find(forms.Trunk(entry, model, raw, tensors, directory), heads_from)
     model = _with_dtype(model, tensors | (found.tensors if found else {}), dtype, notify)
     config = config_for(model, found.heads if found else HeadsConfig(num_future=1), directory)
@@ -163,6 +163,26 @@ def open_checkpoint(
     untouched = _check(pieces, tensors, entry, directory, ignore, repeated, notify)
     form = found.form.name if found else ""
     return Checkpoint(directory, raw, entry, config, pieces, tensors, repeated, untouched, form, renamed)
+
+
+def check_kind(directory: pathlib.Path) -> None:
+    """Refuses directories that are no whole checkpoint of their own."""
+    if "model" in _config_keys(directory):
+        raise UserError(f"{directory} is a directory of ours already; `mtp generate`, `train` and `export` take it")
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} holds a LoRA adapter; merge it into its model first (peft: merge_and_unload)")
+    if any(directory.glob("*.gguf")) and not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} holds GGUF files, which are not read; take the checkpoint that they were made from"
+        )
+
+
+def _config_keys(directory: pathlib.Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        return read_json(path) if path.is_file() else {}
+    except UserError:
+        return {}
 
 
 def _described(form: str, config: Config) -> str:
@@ -247,6 +267,8 @@ def _check(
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        if missing[0].split(".", 1)[-1] in tensors:
+            more += " (without its first part the name is there: save the model with its language model head)"
         raise UserError(f"{directory} lacks {missing[0]}{more}, which a {entry.model_type} of this config has")
     for name, shape in expected.items():
         tensor = tensors[name]
@@ -261,9 +283,10 @@ def _check(
     unexpected = [name for name in rest if not any(fnmatch.fnmatch(name, pattern) for pattern in known)]
     if unexpected:
         more = f" and {len(unexpected) - 1} more" if unexpected[1:] else ""
+        pattern = unexpected[0].split(".")[0] + ".*"
         raise UserError(
             f"{directory} holds {unexpected[0]}{more}, which a {entry.model_type} of this config does not have; "
-            f"if the model is complete without, pass ignore={unexpected[0].split('.')[0] + '.*'!r}"
+            f"if the model is complete without, ignore them: ignore=[{pattern!r}], --ignore '{pattern}'"
         )
     ignored = [name for name in rest if any(fnmatch.fnmatch(name, pattern) for pattern in ignore)]
     if ignored:

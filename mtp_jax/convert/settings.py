@@ -15,18 +15,22 @@ from mtp_jax.errors import UserError
 
 HARMLESS = (
     # Training and generation.
-    *("*dropout*", "*_pdrop", "initializer_range", "use_cache", "*_token_id", "output_*", "cache_implementation"),
-    *("problem_type", "label2id", "id2label", "return_dict", "chunk_size_feed_forward", "gradient_checkpointing"),
-    *("router_aux_loss_coef", "router_jitter_noise", "pretraining_tp", "task_specific_*", "finetuning_*"),
+    *("*dropout*", "*_pdrop", "initializer_range", "use_cache", "*_token_id", "cache_implementation", "problem_type"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "label2id", "id2label", "return_dict"),
+    *("chunk_size_feed_forward", "gradient_checkpointing", "router_aux_loss_coef", "router_jitter_noise"),
+    *("pretraining_tp", "task_specific_*", "finetuning_*"),
     # Loading.
     *("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "*_version", "*name_or_path", "_commit_hash"),
     *("*attn_implementation*", "tokenizer_class", "unsloth*", "transformers_weights"),
     # Read through other fields, or off the names of the heads' tensors.
-    *("max_window_layers", "no_rope_layer_interval", "*sliding_window_pattern", "use_sliding_window"),
-    *("num_nextn_predict_layers", "num_mtp_layers", "mtp_*", "*_mtp_*", "medusa_*"),
+    *("max_window_layers", "no_rope_layer_interval", "use_sliding_window"),
+    *("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_num_hidden_layers"),
+    *("mtp_hidden_states_first", "medusa_num_heads", "medusa_num_layers"),
 )
 """Fields that do not change what the model computes, or that are read through others."""
 
+ON_BY_DEFAULT = ("is_causal", "scale_attn_weights")
+"""Switches that no config file names unless they are off, which changes the model."""
 REQUIRED = object()
 
 
@@ -66,13 +70,16 @@ class Given:
 
     def check_all_read(self, defaults: dict[str, Any], ignore: Sequence[str] = ()) -> None:
         """Refuses fields that nobody read, unless they say nothing new or match `ignore`."""
+        for name in ON_BY_DEFAULT:
+            if not self._values.get(name, True) and name not in ignore:
+                raise UserError(f"{self.origin}: {name}={self._values[name]!r} is not implemented")
         for name, value in self._values.items():
             known = name in self._read or any(fnmatch.fnmatch(name, pattern) for pattern in (*HARMLESS, *ignore))
             says_nothing = value == defaults[name] if name in defaults else not value
             if not known and not says_nothing:
                 raise UserError(
                     f"{self.origin}: {name}={value!r} is not implemented; if it changes nothing in what the model "
-                    f"computes, delete it there, or pass ignore={name!r}"
+                    f"computes, delete it there, or ignore it: ignore=[{name!r}], --ignore {name}"
                 )
 
 
@@ -195,8 +202,15 @@ def _read_rope(rope: dict[str, Any], longest: int, origin: str) -> dict[str, Any
     theta = _number(rope, "rope_theta", origin)
     if kind == "yarn" and not rope.get("truncate", True):  # unlike other switches, it is on by default
         raise UserError(f"{origin}: truncate={rope['truncate']!r} of rope_type={kind!r} is not implemented")
-    if SCALINGS[kind] == "none" or _number(rope, "factor", origin) == 1:
+    if SCALINGS[kind] == "none":
         return {"rope_theta": theta}
+    own = rope.get("attention_factor")
+    if _number(rope, "factor", origin) == 1:
+        if own not in (None, 1):
+            raise UserError(f"{origin}: attention_factor={own!r} with factor=1 is not implemented")
+        return {"rope_theta": theta}
+    if own == 0:
+        raise UserError(f"{origin}: attention_factor=0 silences the turned dimensions, which is not implemented")
     given = {ours: _number(rope, theirs, origin) for theirs, ours in names.items() if rope.get(theirs) is not None}
     if "original_max_position_embeddings" in names:
         given.setdefault("rope_original_len", longest)

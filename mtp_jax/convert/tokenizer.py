@@ -1,12 +1,14 @@
 """The tokenizer of a Hugging Face directory, as transformers makes it."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mtp_jax.config import Config
 from mtp_jax.convert.files import read_json
+from mtp_jax.data.tokenize import load_tokenizer
 from mtp_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -62,8 +64,12 @@ def load_hub_tokenizer(directory: pathlib.Path) -> HubTokenizer | None:
     Raises:
       UserError: one that transformers cannot read.
     """
+    lost = next((name for name in FILES if (directory / name).is_symlink() and not (directory / name).exists()), None)
+    if lost is not None:
+        raise UserError(f"{directory / lost} points to a file that is not there; fetch it again")
     if not any((directory / name).is_file() for name in FILES):
         return None
+    quiet_transformers()
     from transformers import AutoTokenizer
 
     try:
@@ -74,6 +80,34 @@ def load_hub_tokenizer(directory: pathlib.Path) -> HubTokenizer | None:
     size = max([*inner.get_vocab().values(), len(inner) - 1]) + 1
     ends = [inner.eos_token_id, *_ends(directory / "generation_config.json"), *_ends(directory / "config.json")]
     return HubTokenizer(inner, size, tuple(dict.fromkeys(token for token in ends if token is not None)))
+
+
+def save_for_training(tokenizer: HubTokenizer, path: pathlib.Path) -> None:
+    """Writes a tokenizer.json that training reads with the same first token, or the same lack of one.
+
+    Raises:
+      UserError: a tokenizer that is not one of the tokenizers library, or without a known end of a text.
+    """
+    import tokenizers
+    from tokenizers.processors import Sequence as NothingAdded
+
+    backend = getattr(tokenizer.inner, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError("the tokenizer has no tokenizer.json")
+    inner = tokenizers.Tokenizer.from_str(backend.to_str())
+    if tokenizer.encode_prompt("a") == tokenizer.encode("a"):
+        inner.post_processor = NothingAdded([])
+    inner.save(str(path))
+    load_tokenizer(path).save(path)
+
+
+def quiet_transformers() -> None:
+    """Keeps transformers from saying that PyTorch is missing: nothing here needs it."""
+    logging.getLogger("transformers").addFilter(_no_advice)
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
 
 
 def check_size(tokenizer: Any, config: Config, directory: pathlib.Path) -> None:
@@ -95,6 +129,7 @@ def _ends(path: pathlib.Path) -> list[int]:
 
 def save_for_transformers(tokenizer: Any, directory: pathlib.Path) -> None:
     """Writes a tokenizer of ours so that transformers encodes prompts as we do, bos first where there is one."""
+    quiet_transformers()
     import tokenizers
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -62,6 +63,10 @@ def export_model(
       UserError: a model that no Hugging Face architecture can hold, heads that the form cannot hold, a directory that
         is taken, or one that cannot be written; nothing half-written is left.
     """
+    if isinstance(lm, str | os.PathLike):
+        raise UserError(f"{str(lm)!r} is a path; load it first: export_model(mtp_jax.load({str(lm)!r}), ...)")
+    if shard_bytes < 1:
+        raise UserError(f"shard_bytes={shard_bytes}; it must be at least 1")
     config, params, origin = lm.config, lm.params, lm.origin
     form = head_writer.choose_form(config, origin, form)
     if form == "meta" or (origin is not None and origin.architecture is META and form in ("", "meta")):
@@ -100,7 +105,7 @@ def export_model(
             (directory / record.RECORD).write_text(record.text(form, config))
         if beside:
             head_writer.write_beside(directory, form, config, mapping.entries(beside, params, dtype_of), raw)
-    kind = f"{entry.class_name}, {len(entries)} tensors, {sum(one.nbytes for one in entries) / 1e9:.2f} GB"
+    kind = f"{entry.class_name}, {len(entries)} tensors, {sum(one.nbytes for one in entries) / 1e6:,.1f} MB"
     notify(f"{out}: {kind}" + (f", {config.heads.num_future - 1} heads in the form {form!r}" if form else ", no heads"))
     return form
 

@@ -152,10 +152,18 @@ def _byte_symbol(byte: int) -> str:
     return chr(byte) if byte in shown else chr(0x100 + sum(other not in shown for other in range(byte)))
 
 
+def _begins_with(inner: tokenizers.Tokenizer, vocab: dict[str, int]) -> int | None:
+    """The token that the tokenizer itself puts first, if it says anything about that, or else a known one by name."""
+    if inner.post_processor is None:
+        return next((vocab[name] for name in _BOS_NAMES if name in vocab), None)
+    plain, whole = (inner.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return whole[0] if whole[:1] != plain[:1] else None
+
+
 def _wrap(inner: tokenizers.Tokenizer, origin: str) -> Tokenizer:
     vocab = inner.get_vocab(with_added_tokens=True)
     eos = next((vocab[name] for name in _EOS_NAMES if name in vocab), None)
-    bos = next((vocab[name] for name in _BOS_NAMES if name in vocab), None)
+    bos = _begins_with(inner, vocab)
     if eos is None:
         raise UserError(f"{origin} has no end-of-text token; add one of {', '.join(_EOS_NAMES)}")
     inner.no_truncation()

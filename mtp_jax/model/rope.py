@@ -81,4 +81,4 @@ def attention_factor(config: ModelConfig, layer: str) -> float:
     stretched = layer == "full" or (layer == "window" and not config.rope_theta_window)
     if config.rope_scaling != "yarn" or not stretched:
         return 1.0
-    return config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1
+    return config.rope_attention_factor or 0.1 * math.log(max(config.rope_factor, 1)) + 1

@@ -6,13 +6,59 @@ from collections.abc import Callable
 from typing import Any
 
 from mtp_jax.checkpoint import restore_params
-from mtp_jax.config import Config, HeadsConfig, ModelConfig, from_json
+from mtp_jax.config import Config, HeadsConfig, ModelConfig, OptimConfig, TrainConfig, from_json, override
 from mtp_jax.errors import UserError
 
 FREE = ("dtype", "param_dtype", "remat", "max_seq_len")
 """Settings of the model that may change: how it is computed, and for how long rows."""
 AUXILIARY = ("token_order",)
 """Parameters that serve training only."""
+
+
+def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config:
+    """The config of a run that starts from the model of another run, or of an import.
+
+    Model, tokenizer and heads are those of the source, so that only what is new has to be said:
+
+        config = mtp_jax.start_from(
+            "runs/qwen", data={"source": "my/text/*.txt", "seq_len": 512}, train={"steps": 2000, "trainable": "heads"}
+        )
+
+    Args:
+      source: the workdir of `mtp train` or `mtp import`.
+      sections: fields by section that differ. New heads (`heads=...`) start as `heads.init` says. The learning rate is
+        1e-4 for heads alone and 1e-5 for the whole model, constant after warm-up and without weight decay, unless
+        `optim` says otherwise: a trained model is not to be torn apart.
+
+    Raises:
+      UserError: no such directory, an unknown section or field, or a value that the schema refuses.
+    """
+    directory = pathlib.Path(source)
+    start = _config_of(directory, "start_from")
+    tokenizer = directory.absolute() / "data" / "tokenizer.json"
+    heads_only = sections.get("train", {}).get("trainable") == "heads"
+    settled = {
+        "data": {"tokenizer": str(tokenizer) if tokenizer.is_file() else "none"},
+        "train": {"init_from": str(source), "init_heads": "new" if "heads" in sections else "same"},
+        "optim": {"learning_rate": 1e-4 if heads_only else 1e-5, "schedule": "constant", "weight_decay": 0.0},
+    }
+    if start.heads.num_future == 1 and "heads" not in sections:
+        settled["train"]["init_heads"] = "new"
+    fresh = dataclasses.replace(start, optim=OptimConfig(), train=TrainConfig())
+    changes = {name: settled.get(name, {}) | sections.get(name, {}) for name in (*settled, *sections)}
+    flat = {f"{section}.{field}": value for section, fields in changes.items() for field, value in fields.items()}
+    return override(fresh, flat)
+
+
+def _config_of(directory: pathlib.Path, who: str) -> Config:
+    """The config in a run's directory; `who` asks."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{who}={str(directory)!r} has no config.json; give the workdir of `mtp train` or `mtp import`")
+    text = path.read_text(encoding="utf-8")
+    if '"model_type"' in text:
+        raise UserError(f"{who}={str(directory)!r} is a Hugging Face checkpoint; make a run of it first: mtp import")
+    return from_json(text, str(path))
 
 
 def parameters_to_start_from(
@@ -30,10 +76,7 @@ def parameters_to_start_from(
       UserError: no run there, or one of another model, other heads or another tokenizer.
     """
     settings, source = config.train, pathlib.Path(config.train.init_from)
-    path = source / "config.json"
-    if not path.is_file():
-        raise UserError(f"train.init_from={settings.init_from!r} has no config.json; give the workdir of `mtp train`")
-    other = from_json(path.read_text(encoding="utf-8"), str(path))
+    other = _config_of(source, "train.init_from")
     _check_same("model", other.model, config.model, source)
     if settings.init_heads == "same":
         _check_same("heads", other.heads, config.heads, source)
@@ -58,10 +101,14 @@ def parameters_to_start_from(
 def _check_same(
     section: str, old: ModelConfig | HeadsConfig, new: ModelConfig | HeadsConfig, source: pathlib.Path
 ) -> None:
-    for field in dataclasses.fields(old):
-        before, after = getattr(old, field.name), getattr(new, field.name)
-        if before != after and field.name not in FREE:
-            raise UserError(
-                f"{section}.{field.name}={after!r}, but the run of train.init_from={str(source)!r} has {before!r}; "
-                f"use {section}.{field.name}={before!r}"
-            )
+    names = [field.name for field in dataclasses.fields(old) if field.name not in FREE]
+    changed = [
+        (name, getattr(old, name), getattr(new, name)) for name in names if getattr(old, name) != getattr(new, name)
+    ]
+    if changed:
+        ours = ", ".join(f"{section}.{name}={after!r}" for name, _, after in changed)
+        theirs = ", ".join(f"{section}.{name}={before!r}" for name, before, _ in changed)
+        raise UserError(
+            f"{ours}, but the run of train.init_from={str(source)!r} has {theirs}; use those, or mtp_jax.start_from, "
+            "which takes them over"
+        )

@@ -140,7 +140,11 @@ def test_tensors_that_are_missing_or_too_many_are_refused(llama):
     save_file({name: one for name, one in TENSORS.items() if name not in (Q, UNEMBED)}, llama / SINGLE)
     refused(llama, f"lacks {UNEMBED} and 1 more, which a llama of this config has")
     save_file(TENSORS | {"model.vision.w": np.ones(3, np.float32)}, llama / SINGLE)
-    refused(llama, "holds model.vision.w, which a llama of this config does not have", "pass ignore='model.*'")
+    refused(
+        llama,
+        "holds model.vision.w, which a llama of this config does not have",
+        "ignore=['model.*'], --ignore 'model.*'",
+    )
 
 
 def test_a_tensor_of_another_shape_is_refused_with_both(llama):
@@ -295,7 +299,11 @@ def test_a_quantised_model_is_refused_by_its_method(llama, given, method):
 def test_a_field_that_nobody_reads_is_refused_by_name_or_ignored(llama, value):
     """A field that says something is implemented, ignored on request, or refused. Breaks if `check_all_read` goes."""
     write_config(llama, attention_sinks=value)
-    refused(llama, f"attention_sinks={value!r} is not implemented", "delete it there, or pass ignore='attention_sinks'")
+    refused(
+        llama,
+        f"attention_sinks={value!r} is not implemented",
+        "delete it there, or ignore it: ignore=['attention_sinks']",
+    )
     plain = open_checkpoint(llama, notify=quiet, ignore=("attention_s*",)).config
     write_config(llama, attention_sinks=type(value)())
     assert open_checkpoint(llama, notify=quiet).config == plain

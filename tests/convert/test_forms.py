@@ -240,7 +240,7 @@ def test_repetitions_as_they_came(trunk, tmp_path):
 
     source, _ = inside(trunk, tmp_path / "with", CASES["deepseek"].tensors(trunk))
     assert tensors_of(export(load(source), tmp_path / "none", form="none")).keys() == trunk.tensors.keys()
-    import_model(source, tmp_path / "ours", form=("deepseek", {"num_future": 2}), notify=quiet)
+    import_model(source, tmp_path / "ours", form="deepseek", head_settings={"num_future": 2}, notify=quiet)
     written = tensors_of(export(load(tmp_path / "ours"), tmp_path / "fewer", form="deepseek"))
     assert written.keys() - trunk.tensors.keys() == {name for name in MANIFESTS["deepseek"] if ".layers.3." in name}
 
@@ -249,7 +249,7 @@ def test_other_heads_leave_no_trace(made, trunk, tmp_path):
     """config.json speaks of the heads that are written, not of those that were there: hidden-first `mtp` heads whose
     place fresh ones take, or that are left out. Breaks when `_with_head_fields` keeps HEAD_FIELDS."""
     case = made("mtp, hidden first")
-    import_model(case.source, tmp_path / "ours", form=("mimo", {"num_future": 2}), notify=quiet)
+    import_model(case.source, tmp_path / "ours", form="mimo", head_settings={"num_future": 2}, notify=quiet)
     for form, want in (("mimo", {"num_nextn_predict_layers": 1}), ("none", {})):
         out = export(load(tmp_path / "ours"), tmp_path / form, form=form)
         fields = json.loads((out / "config.json").read_text())
@@ -270,7 +270,7 @@ def test_every_trunk_reads_its_own_heads(tmp_path):
     fields = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "vocab_size": V, "hidden_size": 32}
     fields |= {"num_hidden_layers": L, "num_attention_heads": 4, "intermediate_size": 48}
     GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(fields)).save_pretrained(tmp_path / "trunk")
-    import_model(tmp_path / "trunk", tmp_path / "ours", form=("caft", {"num_future": 3}), notify=quiet)
+    import_model(tmp_path / "trunk", tmp_path / "ours", form="caft", head_settings={"num_future": 3}, notify=quiet)
     ours = load(tmp_path / "ours")
     out = export(ours, tmp_path / "out", form="caft")
     back = load(out, heads_from=out / "heads")

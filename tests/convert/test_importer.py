@@ -2,7 +2,6 @@
 
 The checkpoint is a trained model of ours that was exported, so that it has a tokenizer and text that it knows."""
 
-import dataclasses
 import json
 import shutil
 
@@ -16,8 +15,10 @@ import mtp_jax
 from mtp_jax.cli import run as mtp
 from mtp_jax.config import HeadsConfig
 from mtp_jax.convert.files import open_directory
+from mtp_jax.data.tokenize import load_tokenizer
 from mtp_jax.errors import UserError
 
+SEQUENTIAL = {"kind": "sequential", "num_future": 3, "tap": 3, "tap_norm": True, "norm": "own", "chain": "post_norm"}
 PROMPTS = ["def return self", "open close read", "print if else", "range in"]
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -91,20 +92,58 @@ def test_fresh_heads_leave_the_next_token_path_alone(hub, with_heads):
 def test_training_goes_on_from_an_import(text, finished, hub, with_heads, tmp_path):
     """`train.init_from` takes an imported model. Where the heads alone were trained, the trunk goes back as it came:
     its tensors bit for bit, and the files beside them."""
-    start = mtp_jax.load(with_heads)
-    settings = {"init_from": str(with_heads), "init_heads": "same", "steps": 2, "trainable": "heads"}
-    config = tiny_config(
-        text,
-        model=dataclasses.asdict(start.config.model),
-        heads=dataclasses.asdict(start.config.heads),
-        train=settings,
-        data={"tokenizer": start.config.data.tokenizer},
-    )
+    changes = {"data": {"source": str(text), "seq_len": 32}, "train": {"steps": 2, "trainable": "heads"}}
+    config = mtp_jax.start_from(with_heads, **changes, decode={"num_prompts": 2, "prompt_tokens": 8})
     run = finished(config, tmp_path / "run")
     mtp_jax.export_model(mtp_jax.load(run), tmp_path / "out", form="none", notify=str)
     assert bits(tmp_path / "out") == bits(hub)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [257, 9]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_tokenizer_begins_as_it_did(adds_bos, hub, text, finished, tmp_path):
+    """Whether a checkpoint's tokenizer puts a first token is its own affair: the checkpoint, its import, and a run that
+    started from it split text alike, for training too."""
+    copy = shutil.copytree(hub, tmp_path / "hub")
+    path = copy / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    if not adds_bos:
+        path.write_text(json.dumps(fields | {"post_processor": None}))
+    mtp_jax.import_model(copy, tmp_path / "imported", notify=str)
+    config = mtp_jax.start_from(tmp_path / "imported", data={"source": str(text)}, train={"steps": 1, "eval_rows": 8})
+    run = finished(config, tmp_path / "run")
+    ids = [mtp_jax.load(source).tokenizer.encode_prompt("def x") for source in (copy, tmp_path / "imported", run)]
+    assert ids[0] == ids[1] == ids[2]
+    assert (ids[0][0] == 256) == adds_bos
+    trained_with = load_tokenizer(run / "data" / "tokenizer.json")
+    assert trained_with.encode_document("def x") == [*ids[0], 257]
+
+
+def test_heads_beside_the_model_are_found(hub, tmp_path):
+    """What export puts into the folder `heads` is read with the model; `heads_from` takes the whole directory too."""
+    mtp_jax.import_model(hub, tmp_path / "a", form="medusa", head_settings={"num_future": 3}, notify=str)
+    assert mtp_jax.export_model(mtp_jax.load(tmp_path / "a"), tmp_path / "out", notify=str) == "medusa"
+    again = mtp_jax.load(tmp_path / "out", notify=str)
+    assert again.config.heads == mtp_jax.load(tmp_path / "a").config.heads
+    same_trees(again.params["heads"], mtp_jax.load(tmp_path / "a").params["heads"])
+    assert mtp_jax.load(hub, heads_from=tmp_path / "out", notify=str).config.heads == again.config.heads
+
+
+def test_what_cannot_leave_is_said_at_once(hub, tmp_path):
+    """Heads that no form holds are made, with a note; parallel ones do not lose the trunk's directory by default."""
+    notes = []
+    mtp_jax.import_model(hub, tmp_path / "a", heads=HeadsConfig(num_future=2), notify=notes.append)
+    assert any(note.startswith("note for `mtp export`: the form 'caft' cannot hold these heads") for note in notes)
+    with pytest.raises(UserError, match=r"use form 'meta' \(Meta's layout, which no server takes\) or 'none'"):
+        mtp_jax.export_model(mtp_jax.load(tmp_path / "a"), tmp_path / "out")
+    with pytest.raises(UserError, match="num_future=1 is the model without extra heads"):
+        mtp_jax.import_model(hub, tmp_path / "b", heads=HeadsConfig(num_future=1), notify=str)
+    with pytest.raises(UserError, match="is a directory of ours already"):
+        mtp_jax.import_model(tmp_path / "a", tmp_path / "b", notify=str)
+    with pytest.raises(UserError, match="is a path; load it first"):
+        mtp_jax.export_model(str(hub), tmp_path / "b")
+    assert len(repr(mtp_jax.load(hub))) < 5000
 
 
 def test_options_of_the_command(hub, tmp_path, capsys):
@@ -142,6 +181,30 @@ def test_shards_with_an_index(hub, trained, tmp_path):
     same_trees(mtp_jax.load(tmp_path / "cut").params, mtp_jax.load(hub).params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut").state_dict()
     np.testing.assert_array_equal(theirs["model.norm.weight"].numpy(), lm.params["final_norm"]["scale"])
+
+
+def test_directories_that_are_no_checkpoint(hub, tmp_path):
+    """A LoRA adapter and GGUF files are called by their names; chat templates in their folder travel along."""
+    copy = shutil.copytree(hub, tmp_path / "copy")
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    mtp_jax.export_model(mtp_jax.load(copy), tmp_path / "out", notify=str)
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "tool"
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a LoRA adapter; merge it into its model first"):
+        mtp_jax.load(copy)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model-q4.gguf").write_text("")
+    with pytest.raises(UserError, match="holds GGUF files"):
+        mtp_jax.load(tmp_path / "gguf")
+
+
+@pytest.mark.parametrize("model", [{"norm": "layer"}, {"logit_scale": 0.5}, {"layer_pattern": ("full", "nope")}])
+def test_heads_that_others_would_compute_otherwise(model, tmp_path):
+    """transformers builds sequential heads without what these models do: not exported in silence."""
+    lm = mtp_jax.LoadedModel(tiny_config(model={"num_layers": 3} | model, heads=SEQUENTIAL), {}, None, None)
+    with pytest.raises(UserError, match="cannot hold these heads: others build these heads with"):
+        mtp_jax.export_model(lm, tmp_path / "out", form="mtp")
 
 
 def test_a_damaged_origin_is_refused(with_heads, tmp_path):

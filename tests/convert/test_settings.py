@@ -8,6 +8,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.convert import reader
 from mtp_jax.convert.architectures import architecture
 from mtp_jax.errors import UserError
+from mtp_jax.model.rope import attention_factor
 
 COMMON = {"use_cache": True, "transformers_version": "4.42.0", "torch_dtype": "bfloat16", "initializer_range": 0.02}
 LLAMA_3_1 = {
@@ -225,3 +226,33 @@ def test_what_it_all_comes_to():
         qkv_bias=True,
         rope_theta=1e6,
     )
+
+
+def test_switches_that_are_off_are_refused():
+    """No config names them unless they are off: is_causal=False is another model. Breaks without ON_BY_DEFAULT."""
+    with pytest.raises(UserError, match="is_causal=False is not implemented"):
+        read(COMMON | LLAMA_3_1 | {"is_causal": False})
+
+
+@pytest.mark.parametrize("name", ["output_multiplier", "mtp_foo", "sliding_window_pattern"])
+def test_harmless_names_are_no_more_than_that(name):
+    """A pattern that is too wide would let a field through that changes the model."""
+    with pytest.raises(UserError, match=f"{name}=2 is not implemented"):
+        read(COMMON | LLAMA_3_1 | {name: 2})
+
+
+def test_yarn_at_its_edges():
+    """Its factor of attention is 1 up to a stretch of 1; what we cannot say is refused."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    plain = COMMON | LLAMA_3_1 | {"rope_scaling": None}
+    half = read(plain | {"rope_parameters": yarn | {"factor": 0.5}})
+    assert attention_factor(half, "full") == 1
+    for factors in ({"factor": 1.0, "attention_factor": 1.5}, {"factor": 4.0, "attention_factor": 0.0}):
+        with pytest.raises(UserError, match="attention_factor="):
+            read(plain | {"rope_parameters": yarn | factors})
+
+
+def test_partial_positions_of_phi():
+    """transformers keeps the share beside the rope parameters; both spellings are read."""
+    old = COMMON | PHI_3 | {"partial_rotary_factor": 0.5}
+    assert read(old).rope_fraction == 0.5

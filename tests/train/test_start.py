@@ -10,6 +10,7 @@ from mtp_jax.loading import load
 from mtp_jax.metrics import read_metrics
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
+from mtp_jax.train.start import start_from
 
 
 def run(config, workdir):
@@ -86,7 +87,9 @@ def test_what_does_not_fit_is_refused(text, source, tmp_path):
     other = tiny_config(text, model={"rope_theta": 5.0}, train=start)
     assert "model.rope_theta=5.0, but the run of train.init_from=" in refused(other, tmp_path / "a")
     heads = tiny_config(text, heads={"num_future": 2}, train=start | {"init_heads": "same"})
-    assert "use heads.num_future=3" in refused(heads, tmp_path / "b")
+    assert "has heads.num_future=3; use those, or mtp_jax.start_from" in refused(heads, tmp_path / "b")
+    several = tiny_config(text, model={"rope_theta": 5.0, "norm_eps": 0.1}, train=start)
+    assert "model.norm_eps=0.1, model.rope_theta=5.0, but" in refused(several, tmp_path / "e")
     bpe = tiny_config(text, data={"tokenizer": "bpe"}, train=start)
     message = refused(bpe, tmp_path / "c")
     assert "data.tokenizer='bpe' is not the tokenizer of train.init_from=" in message
@@ -100,3 +103,23 @@ def test_heads_on_random_parameters_are_pointed_out(text, tmp_path, capsys):
     with RunConsole() as console:
         train(tiny_config(text, train={"trainable": "heads", "steps": 1}), tmp_path, console)
     assert "the heads learn from a model of random parameters" in " ".join(capsys.readouterr().err.split())
+
+
+def test_start_from_takes_over_what_is_there(text, source, tmp_path):
+    """The source's model, tokenizer and heads, a gentle optimizer, and what is said; the run goes through. Breaks if
+    any of them comes from the defaults."""
+    there = load(source).config
+    config = start_from(source, data={"source": str(text)}, train={"steps": 2, "trainable": "heads", "eval_rows": 8})
+    assert (config.model, config.heads) == (there.model, there.heads)
+    assert (config.train.init_heads, config.optim.learning_rate, config.optim.weight_decay) == ("same", 1e-4, 0.0)
+    result = run(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, result.state.params["blocks"], load(source).params["blocks"])
+    fresh = start_from(source, heads=MEDUSA, optim={"learning_rate": 1e-3}, train={"batch_size": 8})
+    assert (fresh.heads.kind, fresh.train.init_heads, fresh.optim.learning_rate) == ("medusa", "new", 1e-3)
+    assert start_from(source).optim.learning_rate == 1e-5
+    with pytest.raises(UserError, match="unknown key 'step'; did you mean 'steps'"):
+        start_from(source, train={"step": 3})
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="is a Hugging Face checkpoint; make a run of it first: mtp import"):
+        start_from(tmp_path / "hub")
