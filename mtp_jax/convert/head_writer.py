@@ -35,11 +35,11 @@ def choose_form(config: Config, origin: Origin | None, form: str | None) -> str:
     # What a record overruled when they came is in the record that goes with them.
     if came and form in (None, came) and (_as_it_came(config, origin) or not _misfit(forms.FORMS[came], config)):
         return came
-    if form is None and origin is not None and origin.wanted:
-        form = origin.wanted
     if form is None:
-        candidates = [name for name in FITTING.get(heads.kind, ()) if not _misfit(forms.FORMS[name], config)]
-        form = next(iter(candidates), next(iter(FITTING.get(heads.kind, ())), None))
+        wanted = (origin.wanted,) if origin is not None and origin.wanted else ()
+        usual = FITTING.get(heads.kind, ())
+        fitting = [name for name in (*wanted, *usual) if not _misfit(forms.FORMS[name], config)]
+        form = next(iter((*fitting, *usual)), None)
     if form is None:
         remedy = "use form 'none' to write the model without them"
         raise UserError(f"heads.kind={heads.kind!r} has no form that others read; {remedy}")

@@ -132,17 +132,7 @@ def open_checkpoint(
     """
     directory = locate(source)
     check_kind(directory)
-    if (directory / PARAMS).is_file() and not (directory / "config.json").is_file():
-        path, entry = directory / PARAMS, META
-        tensors = meta.open_weights(directory)
-        raw = meta.fields(read_json(path), tensors, str(path))
-        model = entry.read(raw, {}, str(path), (*ignore, *meta.IGNORED))
-    else:
-        path = directory / "config.json"
-        raw = read_json(path)
-        entry = architecture(raw, str(path))
-        model = entry.read(*normalised(raw, str(path)), str(path), ignore)
-        tensors = open_directory(directory)
+    entry, raw, model, tensors = _open_trunk(directory, ignore)
     renamed = {name: other for name, other in entry.also.items() if name not in tensors and other in tensors}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in renamed.values()} | {
         name: tensors[other] for name, other in renamed.items()
@@ -163,6 +153,20 @@ def open_checkpoint(
     untouched = _check(pieces, tensors, entry, directory, ignore, repeated, notify)
     form = found.form.name if found else ""
     return Checkpoint(directory, raw, entry, config, pieces, tensors, repeated, untouched, form, renamed)
+
+
+def _open_trunk(
+    directory: pathlib.Path, ignore: Sequence[str]
+) -> tuple[Architecture, dict[str, Any], ModelConfig, Tensors]:
+    """The architecture, the config file, what it means, and the tensors under the names that they have."""
+    if (directory / PARAMS).is_file() and not (directory / "config.json").is_file():
+        path, tensors = directory / PARAMS, meta.open_weights(directory)
+        raw = meta.fields(read_json(path), tensors, str(path))
+        return META, raw, META.read(raw, {}, str(path), (*ignore, *meta.IGNORED)), tensors
+    path = directory / "config.json"
+    raw = read_json(path)
+    entry = architecture(raw, str(path))
+    return entry, raw, entry.read(*normalised(raw, str(path)), str(path), ignore), open_directory(directory)
 
 
 def check_kind(directory: pathlib.Path) -> None:
