@@ -4,6 +4,7 @@ The checkpoint is a trained model of ours that was exported, so that it has a to
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -15,7 +16,8 @@ import mtp_jax
 from mtp_jax.cli import run as mtp
 from mtp_jax.config import HeadsConfig
 from mtp_jax.convert.files import open_directory
-from mtp_jax.data.tokenize import load_tokenizer
+from mtp_jax.convert.tokenizer import HubTokenizer, save_for_training
+from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer
 from mtp_jax.errors import UserError
 
 SEQUENTIAL = {"kind": "sequential", "num_future": 3, "tap": 3, "tap_norm": True, "norm": "own", "chain": "post_norm"}
@@ -116,8 +118,21 @@ def test_a_tokenizer_begins_as_it_did(adds_bos, hub, text, finished, tmp_path):
     ids = [mtp_jax.load(source).tokenizer.encode_prompt("def x") for source in (copy, tmp_path / "imported", run)]
     assert ids[0] == ids[1] == ids[2]
     assert (ids[0][0] == 256) == adds_bos
+    assert [mtp_jax.load(source).tokenizer.end_ids for source in (copy, tmp_path / "imported", run)] == [(257, 9)] * 3
     trained_with = load_tokenizer(run / "data" / "tokenizer.json")
     assert trained_with.encode_document("def x") == [*ids[0], 257]
+
+
+def test_a_tokenizer_that_says_nothing_of_its_first_token(tmp_path):
+    """A tokenizer.json that names a bos and adds none is saved so that training adds none either: by its name alone we
+    would. Breaks without the empty sequence in `save_for_training`."""
+    ours = bytes_tokenizer()
+    inner = types.SimpleNamespace(
+        backend_tokenizer=ours.inner, encode=lambda text, add_special_tokens=True: ours.encode(text)
+    )
+    assert ours.bos_id == 256
+    save_for_training(HubTokenizer(inner, 258, (257,)), tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "tokenizer.json").bos_id is None
 
 
 def test_heads_beside_the_model_are_found(hub, tmp_path):
