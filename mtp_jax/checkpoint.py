@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 from mtp_jax.config import Config, differences, from_json, to_json
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import damage, short_reason, write_atomically, write_manifest
+from mtp_jax.trees import by_path
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -375,9 +376,9 @@ def _attempt(path: pathlib.Path, restore: Callable[[pathlib.Path], Any]) -> tupl
 
 def _check_tree(path: pathlib.Path, abstract: Any, *, partial: bool) -> None:
     """Raises unless the checkpoint holds the arrays of `abstract` and, if not partial, no others nor other dtypes."""
-    saved = _by_name(ocp.PyTreeCheckpointHandler().metadata(path / "state").tree)
+    saved = by_path(ocp.PyTreeCheckpointHandler().metadata(path / "state").tree)
     remedy = "use the config beside it"
-    for name, leaf in _by_name(abstract).items():
+    for name, leaf in by_path(abstract).items():
         if name not in saved:
             raise UserError(f"{path} has no {name}, it was saved by another model; {remedy}")
         array = saved.pop(name)
@@ -386,12 +387,6 @@ def _check_tree(path: pathlib.Path, abstract: Any, *, partial: bool) -> None:
             raise UserError(f"{name} is {there} in {path} but {here} in this model; {remedy}")
     if saved and not partial:
         raise UserError(f"{path} also holds {next(iter(saved))}, which this model lacks; {remedy}")
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    """Leaves by path. Orbax's metadata has a dict for a named tuple and a list for a tuple: key types are ignored."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _steps(root: pathlib.Path) -> list[int]:

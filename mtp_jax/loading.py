@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,9 +140,7 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
         config = dataclasses.replace(config, model=model)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
     sharding.check_mesh(mesh, config)
-    shardings = sharding.param_shardings(mesh, boxed)
-    abstract = sharding.place_abstract(nn.meta.unbox(boxed), shardings)
-    params, _ = restore_params(workdir, abstract, notify=notify)
+    params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
     origin = _origin(workdir, config)
     tokenizer = load_hub_tokenizer(origin.directory) if origin is not None else None
     if tokenizer is None:

@@ -112,6 +112,11 @@ def place_abstract(tree: Any, shardings: Any) -> Any:
     )
 
 
+def abstract_params(mesh: Mesh, boxed: Any) -> Any:
+    """`place_abstract` of a model's parameters, boxed with their logical names, by the table."""
+    return place_abstract(nn.meta.unbox(boxed), param_shardings(mesh, boxed))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over the data-parallel axes; for arrays [B, T]."""
     return NamedSharding(mesh, logical_spec((axes.BATCH, axes.LENGTH)))

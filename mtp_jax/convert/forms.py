@@ -60,14 +60,13 @@ def _sequential(base: str, names: dict[str, str]) -> Callable[[Architecture, Con
     """Two norms, a projection, a decoder layer and a final norm."""
 
     def slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
-        block = (Slot(f"heads/blocks/{ours}", names["block"] + theirs, rows) for ours, theirs, rows in entry.block)
         return (
             *both("heads/embed_norm", base + names["embed_norm"]),
             *both("heads/hidden_norm", base + names["hidden_norm"]),
             Slot("heads/proj", f"{base}{names['proj']}.weight"),
             *(both("heads/norm", base + names["norm"]) if "norm" in names else ()),
             *((Slot("heads/unembed/table", base + names["unembed"]),) if "unembed" in names else ()),
-            *block,
+            *entry.block_slots("heads/blocks", names["block"]),
         )
 
     return slots
@@ -97,16 +96,28 @@ def _medusa_slots(layer: str, unembed: str) -> Callable[[Architecture, Config], 
     return slots
 
 
+def _medusa(name: str, mark: str, layer: str, unembed: str) -> Form:
+    """Heads as published, under other names."""
+    return Form(
+        name,
+        (mark,),
+        lambda model: _reads_end(model) | {"kind": "medusa", "norm": "none", "unembed": "own"},
+        _medusa_slots(layer, unembed),
+        inside=False,
+        kinds=("medusa",),
+        free=("layers",),
+    )
+
+
 def _caft_slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
     unembed = Slot("heads/unembed/table", "{i}.lm_head.weight")
     if config.heads.kind == "medusa":
         return (*_medusa_slots("{m}.layers.{j}.linear", "{i}.lm_head.weight")(entry, config)[:2], unembed)
-    layers = (Slot(f"heads/blocks/{ours}", "{m}.layers.{j}." + theirs, rows) for ours, theirs, rows in entry.block)
-    return (*layers, unembed)
+    return (*entry.block_slots("heads/blocks", "{m}.layers.{j}."), unembed)
 
 
 def _meta_slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
-    return tuple(Slot(f"heads/blocks/{ours}", "extra_heads.{i}." + theirs, rows) for ours, theirs, rows in entry.block)
+    return entry.block_slots("heads/blocks", "extra_heads.{i}.")
 
 
 FORMS = {
@@ -175,24 +186,8 @@ FORMS = {
             inside=False,
             modules=1,
         ),
-        Form(
-            "medusa",
-            (r"(?:medusa_head\.)?(\d+)\.0\.linear\.weight",),
-            lambda model: _reads_end(model) | {"kind": "medusa", "norm": "none", "unembed": "own"},
-            _medusa_slots("{m}.{j}.linear", "{i}.{n}.weight"),
-            inside=False,
-            kinds=("medusa",),
-            free=("layers",),
-        ),
-        Form(
-            "vllm",
-            (r"blocks\.(\d+)\.layers\.0\.weight",),
-            lambda model: _reads_end(model) | {"kind": "medusa", "norm": "none", "unembed": "own"},
-            _medusa_slots("blocks.{m}.layers.{j}", "lm_heads.{i}.weight"),
-            inside=False,
-            kinds=("medusa",),
-            free=("layers",),
-        ),
+        _medusa("medusa", r"(?:medusa_head\.)?(\d+)\.0\.linear\.weight", "{m}.{j}.linear", "{i}.{n}.weight"),
+        _medusa("vllm", r"blocks\.(\d+)\.layers\.0\.weight", "blocks.{m}.layers.{j}", "lm_heads.{i}.weight"),
         Form(
             "caft",
             (r"(\d+)\.layers\.0\..+",),
@@ -242,10 +237,6 @@ class Found:
     """Those of a file beside the model; none for heads inside it."""
     repeated: dict[str, str]
     """Tensors that repeat another one."""
-
-    def pieces(self, entry: Architecture, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
-        """Where the parameters of the heads lie."""
-        return pieces(self.form, entry, config, shapes)
 
 
 def pieces(form: Form, entry: Architecture, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:

@@ -52,7 +52,11 @@ class Architecture:
             *both("final_norm", self.final_norm),
             Slot("unembed/table", self.unembed),
         )
-        return (*outer, *(Slot(f"blocks/{ours}", self.layer + theirs, rows) for ours, theirs, rows in self.block))
+        return (*outer, *self.block_slots("blocks", self.layer))
+
+    def block_slots(self, ours: str, theirs: str) -> tuple[Slot, ...]:
+        """Blocks below a path of ours, and below a prefix of their names."""
+        return tuple(Slot(f"{ours}/{slot.ours}", theirs + slot.theirs, slot.rows) for slot in self.block)
 
     def read(
         self, values: dict[str, Any], defaults: dict[str, Any], origin: str, ignore: Sequence[str] = ()

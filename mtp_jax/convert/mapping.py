@@ -16,6 +16,7 @@ import numpy as np
 from mtp_jax.config import ModelConfig
 from mtp_jax.convert.files import Entry
 from mtp_jax.convert.layout import Slot
+from mtp_jax.trees import by_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,10 @@ def expand(
             continue
         shape, picked = shapes[path], None if rows is None else rows(model)
         stacked = path.startswith(("blocks/", "heads/"))
-        experts = shape[1] if "{e}" in name else 1
+        expert = "{e}" in name
         for i in range(shape[0] if stacked else 1):
-            for e in range(experts):
-                at = (i, e)[: stacked + (experts > 1 or "{e}" in name)]
+            for e in range(shape[1] if expert else 1):
+                at = (i, e)[: stacked + expert]
                 filled = name.format(**numbers(i), e=e)
                 pieces.append(Piece(path, at, filled, shape[len(at) :], picked))
     return pieces
@@ -91,12 +92,6 @@ def expand(
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of a tree's leaves by path."""
     return {path: leaf.shape for path, leaf in by_path(tree).items()}
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def tensor_shapes(pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:

@@ -81,18 +81,14 @@ def read_origin(directory: pathlib.Path) -> Origin:
         raise UserError(f"{directory} is damaged ({error}); import the checkpoint again") from error
 
 
-def copy_sidecars(source: pathlib.Path, target: pathlib.Path) -> list[str]:
+def copy_sidecars(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies what lies beside the weights: tokenizer, chat template, generation config, licence."""
-    copied = []
     for path in sorted(source.iterdir()):
         skip = any(path.match(pattern) for pattern in (*WEIGHTS, *OURS))
         if path.is_file() and not skip and path.stat().st_size < SIDECAR_BYTES and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
-            copied.append(path.name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, target / TEMPLATES)
-        copied.append(TEMPLATES)
-    return copied
 
 
 def copied(tensors: Tensors) -> list[Entry]:

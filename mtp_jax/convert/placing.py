@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtp_jax.convert.files import Tensor, Tensors
-from mtp_jax.convert.mapping import Piece, by_path, is_matrix
+from mtp_jax.convert.mapping import Piece, is_matrix
+from mtp_jax.trees import by_path
 
 IN_FLIGHT = 2
 """Tensors that are on their way at once."""
@@ -51,9 +52,7 @@ def read(pieces: list[Piece], tensors: Tensors, abstract: Any, step: Callable[[s
     # The large tables come before there are stacks, and what is stacked in the order of the files, as disks like it.
     order = sorted(pieces, key=lambda p: (bool(p.at), str(tensors[p.name].file), tensors[p.name].start))
     params = place(order, tensors, leaves, read_one)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: params[jax.tree_util.keystr(path, simple=True, separator="/")], abstract
-    )
+    return jax.tree.unflatten(jax.tree.structure(abstract), [params[path] for path in leaves])
 
 
 def fills_in_place(leaves: Leaves) -> bool:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -147,7 +146,7 @@ def open_checkpoint(
     pieces = mapping.expand(entry.slots(), shapes, model)
     if found:
         tensors, repeated = tensors | found.tensors, repeated | found.repeated
-        pieces += found.pieces(entry, config, shapes)
+        pieces += forms.pieces(found.form, entry, config, shapes)
         forms.check_attention(found.form, config, raw)
         notify(f"{directory}: {_described(found.form.name, config)}")
     untouched = _check(pieces, tensors, entry, directory, ignore, repeated, notify)
@@ -229,8 +228,7 @@ def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
 
     sharding.check_mesh(mesh, checkpoint.config)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(checkpoint.config, jax.random.key(0)))
-    abstract = sharding.place_abstract(nn.meta.unbox(boxed), sharding.param_shardings(mesh, boxed))
-    return placing.read(checkpoint.pieces, checkpoint.tensors, abstract, step)
+    return placing.read(checkpoint.pieces, checkpoint.tensors, sharding.abstract_params(mesh, boxed), step)
 
 
 def _tied(

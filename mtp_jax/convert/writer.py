@@ -22,6 +22,7 @@ from mtp_jax.convert.settings import shortest_pattern
 from mtp_jax.convert.tokenizer import save_for_transformers
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import whole_directory
+from mtp_jax.trees import by_path
 
 
 class Exportable(Protocol):
@@ -159,7 +160,7 @@ def _pieces(entry: Architecture, config: Config, params: Any) -> list[mapping.Pi
 
 def _check_all_written(name: str, pieces: list[mapping.Piece], params: Any) -> None:
     written = {piece.path for piece in pieces}
-    left = [path for path in mapping.by_path(params) if path not in written and not path.startswith("token_order")]
+    left = [path for path in by_path(params) if path not in written and not path.startswith("token_order")]
     if left:
         raise UserError(f"{name!r} has no place for {left[0]}")
 
