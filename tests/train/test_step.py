@@ -177,7 +177,7 @@ def test_mesh_errors():
         sharding.make_mesh(MeshConfig(data=16))
     with pytest.raises(ValueError, match=r"8 devices are not a multiple of 3"):
         sharding.make_mesh(MeshConfig(data=-1, tensor=3))
-    assert sharding.make_mesh(MeshConfig(data=-1, tensor=2)).shape == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert sharding.make_mesh(MeshConfig(data=-1, tensor=2)).shape == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2}
 
 
 def test_parameter_count():
