@@ -296,6 +296,7 @@ REFUSED = [
     (lambda: OptimConfig(decay_start=2.0), "optim.decay_start=2.0; it must lie in [0, 1]"),
     (lambda: Config(mesh=MeshConfig(context=3)), "data.seq_len=256 does not divide over mesh.context=3 devices"),
     (lambda: LossConfig(chunk_bytes=-1), "loss.chunk_bytes=-1 is negative"),
+    (lambda: MeshConfig(context=0), "mesh.context=0; use a size of at least 1, or -1"),
     (lambda: MeshConfig(data=0), "mesh.data=0; use a size of at least 1, or -1"),
     (lambda: MeshConfig(fsdp=0), "mesh.fsdp=0; use a size of at least 1, or -1"),
     (lambda: MeshConfig(tensor=-2), "mesh.tensor=-2; use a size of at least 1, or -1"),

@@ -143,7 +143,7 @@ def test_every_logical_axis_has_one_rule():
     ],
 )
 def test_make_mesh(sizes, shape):
-    """Sizes in the order data, fsdp, context, tensor; -1 takes what is left; fewer take the first devices; axes are Auto.
+    """Sizes in the order of MESH_AXES; -1 takes what is left; fewer take the first devices; axes are Auto.
 
     Breaks without `sizes.index(-1)`, without `devices[:needed]`, or without `axis_types`.
     """
@@ -164,7 +164,8 @@ def test_make_mesh_refuses():
     with pytest.raises(UserError) as caught:
         sharding.make_mesh(MeshConfig(data=-1, tensor=3))
     assert str(caught.value) == (
-        "mesh.data=-1 * mesh.fsdp=1 * mesh.context=1 * mesh.tensor=3: 8 devices are not a multiple of 3, so -1 has no value"
+        "mesh.data=-1 * mesh.fsdp=1 * mesh.context=1 * mesh.tensor=3: 8 devices are not a multiple of 3, "
+        "so -1 has no value"
     )
     with pytest.raises(UserError, match="needs 4 devices, but 2 are here"):
         sharding.make_mesh(MeshConfig(data=4), jax.devices()[:2])
