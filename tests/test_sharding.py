@@ -196,6 +196,20 @@ def test_check_mesh():
         sharding.check_mesh(sharding.make_mesh(MeshConfig(tensor=-1)), config)
 
 
+def test_on_mesh():
+    """Inside, names and the mesh are known to a model that is traced; without a mesh the names alone.
+
+    Breaks without `use_abstract_mesh`: constraints of a step that is compiled without `jax.set_mesh` would do nothing.
+    """
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    with sharding.on_mesh(mesh):
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+        assert nn.logical_to_mesh_axes((axes.BATCH, axes.LENGTH)) == PartitionSpec(("data", "fsdp"), "context")
+    with sharding.on_mesh(None):
+        assert jax.sharding.get_abstract_mesh().empty
+    assert not nn.get_logical_axis_rules()
+
+
 def test_loss_placement():
     """The loss splits its vocabulary and W's width only over axes longer than 1, and needs no mesh on one device.
 

@@ -226,7 +226,7 @@ def test_only_wanted_tokens_count(impl, count):
 
 @pytest.mark.parametrize(("count", "chunks"), [(0, 0), (1, 1), (5, 1), (6, 2), (22, 5)])
 def test_loop_ends_with_the_last_wanted_token(count, chunks):
-    """ceil(count / C) turns over chunks of C = 5 hold the wanted tokens in order, and what fills them up lies behind all
+    """ceil(count / C) turns over chunks of C = 5 hold the wanted tokens in order; what fills them up lies behind all
     tokens. Breaks if `_chunks_of` returns `most`, or without its `where`.
     """
     wanted_N = np.zeros(22, bool)
