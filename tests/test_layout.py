@@ -16,6 +16,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "errors": set(),
     "axes": set(),
+    "hardware": set(),
     "trees": set(),
     "checks": set(),
     "model_section": {"checks"},
