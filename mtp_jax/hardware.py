@@ -4,8 +4,8 @@ Everything is per jax device, dense (no structured sparsity) and in decimal unit
 give in binary gigabytes is counted so. Sources:
 
   TPU v4, v5e, v5p, v6e, 7x: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, the tables of chip specifications.
-    Google gives what a chip sends and receives together; half of that leaves it. jax shows a v4 or v5p chip as one device,
-    and each half of a 7x chip as one.
+    Google gives what a chip sends and receives together; half of that leaves it. jax shows a v4 or v5p chip as one
+    device, and each half of a 7x chip as one.
   A100, H100, H200, B200, L4, L40S, T4: NVIDIA's data sheets of these products. Figures that they give "with sparsity"
     are halved; NVLink is given in both directions together, and half of it is counted. T4 has no bfloat16: its float16
     peak stands here, which bfloat16 does not reach.
@@ -36,7 +36,7 @@ _H100 = {"bf16_flops": 989.4e12, "link_bandwidth": 450 * GB}
 
 # Device kinds that begin so; the first match counts, so the more special names stand before the plain ones.
 _CHIPS = (
-    ("TPU v4", Chip("TPU v4", 275e12, 32 * GIB, 1228 * GB, 150 * GB)),
+    ("TPU v4", Chip("TPU v4", 275e12, 32 * GIB, 1228 * GB, 300 * GB)),
     ("TPU v5 lite", Chip("TPU v5e", 197e12, 16 * GIB, 819 * GB, 200 * GB)),
     ("TPU v5e", Chip("TPU v5e", 197e12, 16 * GIB, 819 * GB, 200 * GB)),
     ("TPU v5", Chip("TPU v5p", 459e12, 95 * GIB, 2765 * GB, 600 * GB)),
