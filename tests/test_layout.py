@@ -37,7 +37,23 @@ ALLOWED = {
     "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data", "trees"},
     "loading": {"config", "model", "sharding", "checkpoint", "data", "convert"},
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
-    "cli": {"config", "convert", "data", "decode", "eval", "loading", "metrics", "model", "sharding", "train"},
+    "cli": {
+        *("config", "convert", "data", "decode", "eval", "flops", "loading", "losses", "metrics", "model", "sharding"),
+        "train",
+    },
+        "config",
+        "convert",
+        "data",
+        "decode",
+        "eval",
+        "flops",
+        "loading",
+        "losses",
+        "metrics",
+        "model",
+        "sharding",
+        "train",
+    },
 }
 
 
