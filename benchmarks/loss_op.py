@@ -5,8 +5,8 @@
     python benchmarks/loss_op.py --vocab 4096 --tokens 512 --heads 2 --runs 1 --results ''     # a trial, seconds
 
 Each line is `mtp bench loss` at that shape: value and gradient of naive logits, optax, remat per chunk and the fused op
-in turns with square matrix products of as many operations, width 512, float32. Fewer tokens for the large vocabulary keep
-naive logits within memory. Ratios are medians over turns; gradient errors are against float64 on 32 tokens a head.
+in turns with square matrix products of as many operations, width 512, float32. Fewer tokens for the large vocabulary
+keep naive logits within memory. Ratios are medians over turns; gradient errors are against float64 on 32 tokens a head.
 """
 
 import dataclasses

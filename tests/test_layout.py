@@ -41,19 +41,6 @@ ALLOWED = {
         *("config", "convert", "data", "decode", "eval", "flops", "loading", "losses", "metrics", "model", "sharding"),
         "train",
     },
-        "config",
-        "convert",
-        "data",
-        "decode",
-        "eval",
-        "flops",
-        "loading",
-        "losses",
-        "metrics",
-        "model",
-        "sharding",
-        "train",
-    },
 }
 
 
