@@ -45,7 +45,7 @@ def main() -> None:
     rows, temporaries = [], {}
     for vocab, tokens in zip(args.vocab, args.tokens, strict=True):
         for heads in args.heads:
-            shape = Shape(heads, vocab, tokens, dtype=args.dtype, runs=args.runs, budget=args.budget)
+            shape = Shape(heads=heads, vocab=vocab, tokens=tokens, dtype=args.dtype, runs=args.runs, budget=args.budget)
             result = measure(shape)
             temporaries.setdefault(vocab, []).append(result["fused"]["temp_bytes"])
             for name in FORMS:

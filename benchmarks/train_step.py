@@ -4,10 +4,10 @@
     python benchmarks/train_step.py --heads 1 4 --runs 3 --remat dots
     python benchmarks/train_step.py --heads 1 2 --layers 2 --vocab 512 --runs 1 --results ''    # a trial
 
-Width 512, feed-forward 1,408, 4 rows of 512 tokens, float32, AdamW, parallel heads whose blocks come out of the trunk.
+Width 512, feed-forward 1,408, 4 rows of 512 tokens, float32, AdamW, parallel heads with blocks taken from the trunk.
 All steps run in turns in one process, each followed by matrix products of as many operations. `time over first` is the
-median over turns of the step's time over that of the first M, `excess` is that over the ratio of operations: 1.05 is the
-target at M = 4.
+median over turns of the step's time over that of the first M, `excess` is that over the ratio of operations: 1.05 is
+the target at M = 4.
 """
 
 import dataclasses

@@ -39,6 +39,8 @@ class Args:
     """V, size of the vocabulary."""
     tokens: int = 2048
     """Tokens of the batch."""
+    rows: int = 4
+    """Rows that they stand in."""
     width: int = 512
     """D, width of the states."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -65,10 +67,12 @@ class Args:
 def main(argv: list[str]) -> None:
     """Measures."""
     args = parse(Args, argv, "mtp bench loss", __doc__)
-    least = {"heads": 1, "vocab": 2, "tokens": 1, "width": 1, "runs": 1, "chunk_bytes": 1, "error_tokens": 0}
+    least = {"heads": 1, "vocab": 2, "tokens": 1, "rows": 1, "width": 1, "runs": 1, "chunk_bytes": 1, "error_tokens": 0}
     for name, smallest in least.items():
         if getattr(args, name) < smallest:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {smallest}")
+    if args.tokens % args.rows:
+        raise UserError(f"--tokens {args.tokens} do not divide into --rows {args.rows} rows")
     say(f"{', '.join(args.forms)} and the floor, {args.runs} turns")
     result = measure(args)
     print_json(result) if args.json else _print(result, args)
@@ -79,7 +83,7 @@ def measure(args: Args) -> dict[str, Any]:
 
     A form that would not fit into the machine's free memory has `temp_bytes` and no `seconds`.
     """
-    arrays = make_arrays(args, args.tokens)
+    arrays = make_arrays(args, args.rows, args.tokens // args.rows)
     result: dict[str, Any] = {}
     compiled, runnable = {}, {}
     for name in args.forms:
@@ -115,14 +119,14 @@ def _fits(compiled: Any) -> bool:
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes < 0.9 * psutil.virtual_memory().available
 
 
-def make_arrays(args: Args, tokens: int) -> tuple[jax.Array, ...]:
+def make_arrays(args: Args, rows: int, length: int) -> tuple[jax.Array, ...]:
     """States, unembedding, targets and weights; logits have a variance of 1, one token in eight weighs nothing."""
     hidden_key, table_key, target_key, weight_key = jax.random.split(jax.random.key(0), 4)
-    shape = (args.heads, 1, tokens)
+    shape = (args.heads, rows, length)
     hidden_MBTD = jax.random.normal(hidden_key, (*shape, args.width), args.dtype)
     table_VD = jax.random.normal(table_key, (args.vocab, args.width), args.dtype) * args.width**-0.5
     targets_MBT = jax.random.randint(target_key, shape, 0, args.vocab)
-    weights_MBT = (jax.random.uniform(weight_key, shape) > 1 / 8) / tokens
+    weights_MBT = (jax.random.uniform(weight_key, shape) > 1 / 8) / (rows * length)
     return hidden_MBTD, table_VD, targets_MBT, weights_MBT.astype(jnp.float32)
 
 
@@ -146,7 +150,7 @@ def form(name: str, args: Args) -> Loss:
 
 def gradient_error(args: Args, name: str) -> float:
     """Norm of the error of a form's two gradients over that of the gradients, the larger of both, against float64."""
-    arrays = make_arrays(args, min(args.error_tokens, args.tokens))
+    arrays = make_arrays(args, 1, min(args.error_tokens, args.tokens))
     found = jax.jit(jax.grad(form(name, args), (0, 1)))(*arrays)
     errors = []
     for ours, exact in zip(found, exact_gradients(*arrays), strict=True):

@@ -52,9 +52,10 @@ class Products:
 
     def __init__(self, flops: float, dtype: str, most: float = 1e12) -> None:
         # As large as the machine multiplies best, and small where little is measured.
-        width = int(min(max((flops / 2) ** (1 / 3), 64), 2048))
+        timed = min(flops, most)
+        width = int(min(max((timed / 2) ** (1 / 3), 64), 2048))
         self._flops, self._one = flops, 2 * width**3
-        self._count = max(round(min(flops, most) / self._one), 1)
+        self._count = max(round(timed / self._one), 1)
         self._matrix = jnp.full((width, width), width**-0.5, dtype)
         self._product = jax.jit(lambda a, b: a @ b)
 

@@ -61,15 +61,18 @@ class Step:
 
     def __init__(self, config: Config) -> None:
         self.config, began = config, time.perf_counter()
-        steps = compile_steps(config, sharding.make_mesh(config.mesh))
+        self._steps = compile_steps(config, sharding.make_mesh(config.mesh))
         B, T = config.train.batch_size, config.data.seq_len
         tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T), np.int32)
         positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-        rows = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)}
-        self._batch = place(rows, steps)
-        self.compiled = steps.train.lower(steps.abstract_state, self._batch).compile()
+        self.feed({"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)})
+        self.compiled = self._steps.train.lower(self._steps.abstract_state, self._batch).compile()
         self.compile_seconds = time.perf_counter() - began
-        self._state = steps.init(jax.random.key(0))
+        self._state = self._steps.init(jax.random.key(0))
+
+    def feed(self, batch: dict[str, np.ndarray]) -> None:
+        """Takes another batch in the place of the random one."""
+        self._batch = place(batch, self._steps)
 
     def __call__(self, count: int = 1) -> StepMetrics:
         """Runs `count` steps."""
