@@ -107,7 +107,10 @@ def test_flatten_and_differences():
         ('{"model": {"rope_theta": "x"}}', "run.json.model.rope_theta is 'x'; a number is needed"),
         ('{"model": {"rope_theta": true}}', "run.json.model.rope_theta is True; a number is needed"),
         ('{"data": {"source": 3}}', "run.json.data.source is 3; a string is needed"),
-        ('{"model": {"remat": "blocks"}}', "run.json.model.remat is 'blocks'; choose one of 'none', 'dots', 'block'"),
+        (
+            '{"model": {"remat": "blocks"}}',
+            "run.json.model.remat is 'blocks'; choose one of 'none', 'dots', 'block', 'offload'",
+        ),
         ('{"loss": {"head_weights": 1}}', "run.json.loss.head_weights is 1; use a tuple (a list in JSON)"),
         ('{"loss": {"head_weights": [1, "x"]}}', "run.json.loss.head_weights is 'x'; a number is needed"),
         ('{"model": {"head_dim": 3}}', "model.head_dim=3 with model.rope_fraction=1.0 turns an odd"),
@@ -458,7 +461,10 @@ def test_every_layer_may_be_the_tap(layers):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ModelConfig(remat="blocks"), "model.remat is 'blocks'; choose one of 'none', 'dots', 'block'"),
+        (
+            lambda: ModelConfig(remat="blocks"),
+            "model.remat is 'blocks'; choose one of 'none', 'dots', 'block', 'offload'",
+        ),
         (lambda: ModelConfig(dtype="float16"), "model.dtype is 'float16'; choose one of 'float32', 'bfloat16'"),
         (lambda: HeadsConfig(kind="medus"), "heads.kind is 'medus'; choose one of"),
         (lambda: LossConfig(impl="naive"), "loss.impl is 'naive'; choose one of 'fused', 'remat'"),

@@ -51,7 +51,6 @@ def test_formula_counts_heads_alone(family):
 OTHERS = {
     "plain": {"heads": {"num_future": 1}},
     "ungated": {"model": {"gated": False, "norm_position": "parallel", "tie_embeddings": False}},
-    "experts": {"model": {"num_experts": 4, "experts_per_token": 2, "d_ff": 8}},
     "accumulated": {"train": {"grad_accum": 2}},
     "distil": {"loss": {"distil": "kl"}},
     "entropy": {"loss": {"entropy": "keep_top"}},
@@ -67,16 +66,18 @@ def test_formula_counts_other_settings(sections):
 
 
 def test_recomputation_is_not_counted():
-    """remat adds products to the step and none to the formula; an expert that a token does not take is no work either:
-    2 of 4 experts are 3 * 2 * 3 d_ff d_model * 2 fewer operations per token and block.
+    """remat adds products to the step and none to the formula, and an expert that a token does not take is no work
+    either. Breaks with `c.num_experts` in the place of `c.experts_per_token`.
     """
     config = tiny_config(model={"remat": "block"})
     rows = config.train.batch_size, config.data.seq_len
     assert step_flops(config, *rows, computed=True) == step_flops(tiny_config(), *rows, computed=True)
     assert traced_flops(config) > 1.1 * step_flops(config, *rows)
-    moe = tiny_config(heads={"num_future": 1}, **{"model": {"num_experts": 4, "experts_per_token": 2}})
-    spared = step_flops(moe, *rows, computed=True) - step_flops(moe, *rows)
-    assert spared == 2 * 3 * 2 * 3 * 16 * 24 * 2 * 8 * 32
+    moe = tiny_config(heads={"num_future": 1}, model={"num_experts": 4, "experts_per_token": 2})
+    expert = 2 * 3 * 16 * 24 * 2 * 8 * 32
+    assert step_flops(moe, *rows, computed=True) - step_flops(moe, *rows) == 3 * 2 * expert
+    # Every expert's three products are computed once more on the way back.
+    assert traced_flops(moe) == step_flops(moe, *rows, computed=True) + 4 * expert
 
 
 def test_six_times_parameters_and_attention():

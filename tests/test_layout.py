@@ -17,6 +17,7 @@ ALLOWED = {
     "errors": set(),
     "axes": set(),
     "hardware": set(),
+    "compiled": set(),
     "trees": set(),
     "checks": set(),
     "model_section": {"checks"},
@@ -32,13 +33,17 @@ ALLOWED = {
     "integrity": set(),
     "checkpoint": {"axes", "config", "integrity", "trees"},
     "metrics": {"axes", "config"},
-    "train": {"config", "model", "losses", "sharding", "optim", "data", "checkpoint", "metrics", "flops", "hardware"},
+    "train": {
+        *("compiled", "config", "model", "losses", "sharding", "optim", "data", "checkpoint", "metrics", "flops"),
+        "hardware",
+    },
     "decode": {"config", "model", "sharding"},
     "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data", "trees"},
     "loading": {"config", "model", "sharding", "checkpoint", "data", "convert"},
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
     "cli": {
-        *("config", "convert", "data", "decode", "eval", "flops", "loading", "losses", "metrics", "model", "sharding"),
+        *("compiled", "config", "convert", "data", "decode", "eval", "flops", "loading", "losses", "metrics", "model"),
+        "sharding",
         "train",
     },
 }
