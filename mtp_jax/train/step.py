@@ -79,8 +79,10 @@ def train_step(
     else:
         micros = _split(whole, config.train.grad_accum)
         shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], micros))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        # Float32, whatever the parameters are: a sum of many micro-batches loses nothing.
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, micros)
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, learned)
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     params = optax.apply_updates(learned, updates) | rest
     metrics = StepMetrics(loss, parts.sums, parts.token_order, optax.tree.norm(grads), w_M)
