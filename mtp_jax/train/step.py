@@ -132,6 +132,8 @@ def heldout_sums(
 
 def compile_steps(config: Config, mesh: Mesh) -> Steps:
     """Binds the statics and jits: shardings from the table, the state donated to the step that replaces it."""
+    if config.model.remat == "offload":
+        sharding.check_host_memory(mesh)
     abstract_params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
     select = lambda tree: split_params(config, tree)[0]  # noqa: E731
     optimizer = make_optimizer(config.optim, config.train.steps, abstract_params, select)
