@@ -5,8 +5,8 @@
     python benchmarks/remat.py --layers 3 --vocab 512 --runs 1 --results ''     # a trial
 
 Width 512, feed-forward 1,408, AdamW, parallel heads with blocks taken from the trunk. All steps run in turns in one
-process. `recomputed` is what the step's trace multiplies beyond what the model asks for, as a share of that. On a CPU the
-host's memory is the device's, so that offload saves nothing over block there.
+process. `recomputed` is what the step's trace multiplies beyond what the model asks for, as a share of that. On a CPU
+the host's memory is the device's, so that offload saves nothing over block there.
 """
 
 import dataclasses

@@ -1,5 +1,7 @@
 """Every optimizer by name: the same contract for all, and the first update of each against its formula in numpy."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,11 +31,27 @@ def config_of(name, **sections):
     return tiny_config(**small | sections)
 
 
-@pytest.fixture(scope="module", params=RATES)
-def trained(request):
+@functools.cache
+def trained(name):
     """A config and three steps of it on one device."""
-    config = config_of(request.param)
+    config = config_of(name)
     return config, *run(config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """Programs and states stay no longer than this module."""
+    yield
+    trained.cache_clear()
+
+
+# Those whose state lies otherwise than AdamW's, whose sharded steps are in test_step.
+SHARDED = [
+    "muon",
+    "adafactor",
+    "schedule_free",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "lion")),
+]
 
 
 def test_every_name_is_here():
@@ -51,12 +69,13 @@ class Position:
         pass
 
 
-def test_sharded_equals_unsharded(trained):
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_equals_unsharded(name):
     """step on 2 x 2 x 2 devices = step on one, and every leaf of the state comes back where it lay.
 
     Breaks if `state._like` takes the wrong axis out of a factored moment's sharding.
     """
-    config, state, history, _ = trained
+    config, state, history, _ = trained(name)
     other, other_history, compiled = run(config_of(config.optim.name, mesh=CUBE))
     chex.assert_trees_all_close(other_history, history, rtol=2e-4, atol=1e-5)
     # The sign of a gradient near 0 is a matter of rounding, and a lion steps by nothing else.
@@ -66,9 +85,10 @@ def test_sharded_equals_unsharded(trained):
     assert all(jax.tree.leaves(kept))
 
 
-def test_saved_and_restored_goes_on_bitwise(trained, tmp_path):
+@pytest.mark.parametrize("name", RATES)
+def test_saved_and_restored_goes_on_bitwise(name, tmp_path):
     """step(restore(save(state))) = step(state), bit for bit. Breaks if a leaf of the optimizer's state is not saved."""
-    config, state, _, compiled = trained
+    config, state, _, compiled = trained(name)
     copy = jax.tree.map(jnp.copy, state)
     with Checkpoints(tmp_path, 1, print) as checkpoints:
         checkpoints.save(3, state, Position())
@@ -76,9 +96,10 @@ def test_saved_and_restored_goes_on_bitwise(trained, tmp_path):
     chex.assert_trees_all_equal(*(compiled.train(one, batch_of(config, 3)) for one in (copy, restored)))
 
 
-def test_loss_falls(trained):
+@pytest.mark.parametrize("name", RATES)
+def test_loss_falls(name):
     """Ten steps on one batch take a quarter off the next-token loss. Breaks with the sign of an update."""
-    config, _, _, compiled = trained
+    config, _, _, compiled = trained(name)
     state, losses = compiled.init(jax.random.key(1)), []
     for _ in range(10):
         state, metrics = compiled.train(state, batch_of(config))
@@ -124,29 +145,78 @@ def is_factored(node):
     return hasattr(node, "v_row")
 
 
-def test_heads_alone_have_a_state():
-    """With trainable="heads" the rest of the model has no state, stays bitwise, and the heads move, averaged too."""
-    config = config_of("schedule_free", train={"trainable": "heads"})
-    state, _, compiled = run(config, steps=2)
-    start = compiled.init(jax.random.key(0)).params
+def test_heads_alone_are_averaged():
+    """With trainable="heads" the rest of the model has no state and stays bitwise. The heads' gradient is taken beside
+    their average: the step reports the losses at `gradient_point`, evaluation those of the average itself.
+
+    Breaks if `train_step` takes the gradient at the parameters.
+    """
+    optim = {"name": "schedule_free", "schedule": "constant", "learning_rate": 0.2, "warmup_steps": 1}
+    config = config_of("schedule_free", train={"trainable": "heads"}, optim=optim)
+    state, _, compiled = run(config)
+    start, batch = compiled.init(jax.random.key(0)).params, batch_of(config, 3)
     chex.assert_trees_all_equal(*({k: v for k, v in p.items() if k != "heads"} for p in (start, state.params)))
-    assert np.abs(start["heads"]["map"] - state.params["heads"]["map"]).max() > 1e-3
     assert list(state.opt_state.z) == ["heads"]
+    point = state.params | gradient_point(state.opt_state, {"heads": state.params["heads"]})
+    beside, average = (compiled.evaluate(params, batch).ce_M[1] for params in (point, state.params))
+    assert abs(beside - average) > 1e-4 * abs(average)
+    np.testing.assert_allclose(compiled.train(state, batch)[1].sums.ce_M[1], beside, rtol=1e-6)
 
-
-# The first updates, written out.
 
 LR, WD, B1, B2 = 0.1, 0.5, 0.9, 0.95
 
 
-def updates_of(name, shape=(1, 6, 4), steps=1, **options):
-    """Parameters before each step, gradients, and updates, of one decayed matrix without warm-up or clipping."""
-    options |= {"schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0, "weight_decay": WD, "no_decay": ()}
-    options |= {"muon_learning_rate": LR} if name == "muon" else {}
+def options_of(name, **options):
+    """Settings without warm-up, decay of the rate, or clipping."""
+    plain = {"schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0, "weight_decay": WD, "learning_rate": LR}
+    return OptimConfig(name=name, **plain | ({"muon_learning_rate": LR} if name == "muon" else {}) | options)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_weight_decay_by_path(name):
+    """With zero gradients a step scales decayed parameters by 1 - lr * decay and leaves the others.
+
+    Breaks without the mask of any rule, or without `weight_decay * rate` in `_adafactor`.
+    """
+    one = jnp.ones((1, 3, 3))
+    params = {"blocks": {"mlp": {"gate": one}, "mlp_norm": {"scale": one[0]}}, "embed": {"table": one[0]}}
+    optimizer = make_optimizer(options_of(name), 10, params)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -LR * WD, rtol=1e-5)
+    np.testing.assert_array_equal(updates["blocks"]["mlp_norm"]["scale"], 0)
+    np.testing.assert_array_equal(updates["embed"]["table"], 0)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_clipping_comes_first(name):
+    """Two gradients, the first of norm 30: with clip_norm = 1 the updates are those of both scaled to norm 1.
+
+    Breaks without the clip, or behind a rule's moments.
+    """
+    params, rng = {"blocks": {"mlp": {"gate": jnp.ones((1, 4, 3))}}}, np.random.default_rng(0)
+    grads = [g / np.linalg.norm(g) for g in rng.normal(size=(2, 1, 4, 3)).astype(np.float32)]
+
+    def second_update(scale, clip):
+        optimizer = make_optimizer(options_of(name, clip_norm=clip, no_decay=()), 10, params)
+        state, at = optimizer.init(params), params
+        for gradient in (scale * grads[0], grads[1]):
+            updates, state = optimizer.update({"blocks": {"mlp": {"gate": jnp.asarray(gradient)}}}, state, at)
+            at = optax.apply_updates(at, updates)
+        return updates["blocks"]["mlp"]["gate"]
+
+    np.testing.assert_allclose(second_update(30, 1.0), second_update(1, 0.0), rtol=1e-4, atol=1e-6)
+    assert np.abs(second_update(30, 0.0) - second_update(1, 0.0)).max() > 1e-3
+
+
+# The first updates, written out.
+
+
+def updates_of(name, shape=(1, 6, 4), steps=1):
+    """Parameters before each step, gradients, and updates, of one decayed matrix."""
     rng = np.random.default_rng(0)
     w, grads = rng.normal(size=shape).astype(np.float32), rng.normal(size=(steps, *shape)).astype(np.float32)
     params = {"blocks": {"mlp": {"gate": jnp.asarray(w)}}}
-    optimizer = make_optimizer(OptimConfig(name=name, learning_rate=LR, **options), 100, params)
+    optimizer = make_optimizer(options_of(name, no_decay=()), 100, params)
     state, before, updates = optimizer.init(params), [], []
     for grad in grads:
         before.append(np.asarray(params["blocks"]["mlp"]["gate"]))
