@@ -18,6 +18,8 @@ from mtp_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 """From the outermost to the innermost: what talks most has the nearest neighbours."""
+HOST_MEMORY = "pinned_host"
+"""The kind of memory in which states wait under `model.remat="offload"`."""
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.BATCH, ("data", "fsdp")),
     (axes.LENGTH, "context"),
@@ -74,6 +76,17 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
             f"make one with mtp_jax.sharding.make_mesh: {', '.join(MESH_AXES)}, all of them Auto"
         )
     check_divisible(config, mesh.shape["fsdp"] * mesh.shape["context"], mesh.shape["tensor"])
+
+
+def check_host_memory(mesh: Mesh) -> None:
+    """Refuses `model.remat="offload"` on devices that cannot reach the host's memory."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"model.remat='offload' needs devices with {HOST_MEMORY} memory, and {device.device_kind} has "
+            f"{', '.join(kinds)}; use 'block'"
+        )
 
 
 def logical_spec(names: tuple[str | None, ...]) -> PartitionSpec:

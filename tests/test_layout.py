@@ -16,6 +16,8 @@ ALLOWED = {
     "__main__": {"cli"},
     "errors": set(),
     "axes": set(),
+    "hardware": set(),
+    "compiled": set(),
     "trees": set(),
     "checks": set(),
     "model_section": {"checks"},
@@ -26,16 +28,24 @@ ALLOWED = {
     "losses": {"axes"},
     "sharding": {"axes", "config"},
     "data": {"axes", "config", "integrity"},
+    "flops": {"config"},
     "optim": {"axes", "config"},
     "integrity": set(),
     "checkpoint": {"axes", "config", "integrity", "trees"},
     "metrics": {"axes", "config"},
-    "train": {"config", "model", "losses", "sharding", "optim", "data", "checkpoint", "metrics"},
+    "train": {
+        *("compiled", "config", "model", "losses", "sharding", "optim", "data", "checkpoint", "metrics", "flops"),
+        "hardware",
+    },
     "decode": {"config", "model", "sharding"},
     "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data", "trees"},
     "loading": {"config", "model", "sharding", "checkpoint", "data", "convert"},
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
-    "cli": {"config", "convert", "data", "decode", "eval", "loading", "metrics", "model", "sharding", "train"},
+    "cli": {
+        *("compiled", "config", "convert", "data", "decode", "eval", "flops", "loading", "losses", "metrics", "model"),
+        "sharding",
+        "train",
+    },
 }
 
 

@@ -6,10 +6,12 @@ Each docstring names the line whose deletion breaks the test.
 import math
 import pathlib
 import runpy
+import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from reference.models import BLOCKS, small_config
@@ -237,3 +239,12 @@ def test_place_abstract():
     assert (leaf.shape, leaf.dtype, leaf.sharding) == ((8, 2), jnp.bfloat16, sharding.batch_sharding(mesh))
     assert leaf.sharding.shard_shape(leaf.shape) == (1, 2)
     assert sharding.replicated(mesh).shard_shape((8, 2)) == (8, 2)
+
+
+def test_offload_needs_the_hosts_memory():
+    """Devices without pinned host memory are refused by name before anything is compiled; those of a CPU have it."""
+    sharding.check_host_memory(sharding.make_mesh(MeshConfig()))
+    device = types.SimpleNamespace(device_kind="toy", addressable_memories=lambda: [types.SimpleNamespace(kind="hbm")])
+    mesh = types.SimpleNamespace(devices=np.array([device], object))
+    with pytest.raises(UserError, match="needs devices with pinned_host memory, and toy has hbm; use 'block'"):
+        sharding.check_host_memory(mesh)

@@ -4,7 +4,8 @@ import dataclasses
 import pathlib
 import time
 
-from mtp_jax.cli.common import keep_compiled, parse, print_evaluation, print_json, say
+from mtp_jax.cli.common import parse, print_evaluation, print_json, say
+from mtp_jax.compiled import keep_compiled
 from mtp_jax.config import (
     Config,
     DataConfig,

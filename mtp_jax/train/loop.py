@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.checkpoint import Checkpoints, claim, open_run, record_corpus, trained_on
+from mtp_jax.compiled import kept_compiled
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.loader import heldout_batches, prepare, train_batches
 from mtp_jax.data.sources import is_inside
@@ -28,9 +29,13 @@ from mtp_jax.errors import UserError
 from mtp_jax.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.optim import schedule
 from mtp_jax.train.console import RunConsole
+from mtp_jax.train.meter import Meter
 from mtp_jax.train.start import parameters_to_start_from
 from mtp_jax.train.state import TrainState
 from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
+
+IN_FLIGHT = 8
+"""Steps that the device may still have to do while the host goes on; enough to hide a late batch."""
 
 
 class TrainResult(NamedTuple):
@@ -80,7 +85,7 @@ def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainRe
     if is_inside(workdir, config.data.source):
         raise UserError(f"--workdir {workdir} lies inside data.source={config.data.source!r}; use one outside it")
     resumed = open_run(workdir, config)
-    with claim(workdir):
+    with claim(workdir), kept_compiled(workdir):
         return _train(config, workdir, mesh, resumed, console)
 
 
@@ -100,7 +105,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, con
                 f"{workdir}: " + (f"trained already, {first} steps" if done else f"continuing from step {first}")
             )
         with MetricsWriter(workdir, resume_step=first if resumed else None) as writer, StopRequest() as stop:
-            run = _Run(config, steps, corpus, checkpoints, writer, console, stop)
+            run = _Run(config, mesh, steps, corpus, checkpoints, writer, console, stop)
             state, step = run.advance(state, first, batches)
     if stop.signal_name:
         console.note(f"{stop.signal_name}: saved step {step} and stopped; the same command continues from there")
@@ -123,6 +128,7 @@ class _Run:
     def __init__(
         self,
         config: Config,
+        mesh: Mesh,
         steps: Steps,
         corpus: Corpus,
         checkpoints: Checkpoints,
@@ -134,7 +140,7 @@ class _Run:
         self.checkpoints, self.writer, self.console, self.stop = checkpoints, writer, console, stop
         self.learning_rate = schedule(config.optim, config.train.steps)
         self.pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self.since, self.since_step = 0.0, 0
+        self.meter = Meter(config, mesh)
 
     def advance(self, state: TrainState, step: int, batches: Any) -> tuple[TrainState, int]:
         """Steps until the end or a stop request; the newest state is on disk when this returns."""
@@ -144,15 +150,20 @@ class _Run:
         if step < settings.steps:
             self.console.note("compiling the training step ...")
         while step < settings.steps and not self.stop.signal_name:
-            batch = place(next(batches), self.steps)
+            batch = place(self.meter.next(batches), self.steps)
+            called = time.monotonic()
             state, metrics = self.steps.train(state, batch)
             step += 1
             self.pending.append((step, metrics))
             if step == first:
                 # The compiler took most of this step's time; speed and time left count from here.
+                compile_seconds = time.monotonic() - called
                 jax.block_until_ready(metrics)
                 self.console.start(settings.steps, step)
-                self.since, self.since_step = time.monotonic(), step
+                self.meter.start(step, compile_seconds)
+            elif len(self.pending) > IN_FLIGHT:
+                # Only so far ahead of the device: batches take memory, and a stop request is not to wait for long.
+                jax.block_until_ready(self.pending[-1 - IN_FLIGHT][1].loss)
             last = step == settings.steps
             if step % settings.log_every == 0 or last:
                 self.drain(last_step=step)
@@ -170,7 +181,8 @@ class _Run:
     def save(self, state: TrainState, step: int, batches: Any) -> int:
         """Saves, after making sure that what is saved is finite."""
         self.drain(last_step=None)
-        self.checkpoints.save(step, state, batches)
+        with self.meter.paused():
+            self.checkpoints.save(step, state, batches)
         return step
 
     def drain(self, last_step: int | None) -> None:
@@ -190,17 +202,10 @@ class _Run:
                 "learning_rate": float(self.config.optim.learning_rate * self.learning_rate(step - 1)),
             }
             if step == last_step:
-                record["tokens_per_second"] = self.tokens_per_second(step)
-                self.console.update(step, head_losses, record["tokens_per_second"])
+                costs = self.meter.read(step)
+                self.console.update(step, head_losses, costs)
+                record |= costs
             self.writer.write(step, record)
-
-    def tokens_per_second(self, step: int) -> float:
-        """Speed since the last call, evaluation and saving included."""
-        now = time.monotonic()
-        tokens = (step - self.since_step) * self.config.train.batch_size * self.config.data.seq_len
-        speed = tokens / (now - self.since)
-        self.since, self.since_step = now, step
-        return speed
 
     def check_finite(self, step: int, metrics: StepMetrics) -> list[float]:
         """Mean loss of every head; a loss or gradient that is not finite ends the run."""
@@ -219,6 +224,11 @@ class _Run:
     def evaluate(self, state: TrainState, step: int) -> None:
         """Held-out loss and accuracy of every head."""
         self.drain(last_step=None)
+        with self.meter.paused():
+            self.write_heldout(state, step)
+
+    def write_heldout(self, state: TrainState, step: int) -> None:
+        """`evaluate`, when nothing is pending."""
         settings, rows = self.config.train, self.corpus.heldout
         batches = heldout_batches(rows, settings.batch_size // settings.grad_accum, settings.eval_rows)
         sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)
