@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,9 +25,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from mtp_jax.config import Config, differences, from_json, to_json
+from mtp_jax.distributed import check_everywhere, check_same, from_first, on_first
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import damage, short_reason, write_atomically, write_manifest
 from mtp_jax.trees import by_path
@@ -37,6 +38,9 @@ LOCK = ".lock"
 CORPUS = "corpus.json"
 VERSION = 1
 """Layout of a checkpoint, stored in its `meta`."""
+
+VISIBLE_WITHIN = 60
+"""Seconds in which every process must see what process 0 wrote; caches of network file systems are younger."""
 
 RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data", "data.new", "compiled", LOCK, CORPUS)
 """Names that a run's directory may hold before its config.json is written."""
@@ -73,16 +77,9 @@ def open_run(workdir: pathlib.Path | str, config: Config) -> bool:
     Raises:
       UserError: a setting that changes the result differs, or the directory belongs to something else.
     """
-    workdir, existing, refusal = pathlib.Path(workdir), False, None
-    if jax.process_index() == 0:
-        try:
-            existing = _open_run(workdir, config)
-        except UserError as error:
-            refusal = error
-    verdict = _from_first_process(2 if refusal else int(existing))
-    if verdict == 2:
-        raise refusal or UserError(f"process 0 refused --workdir {workdir}; its message says why")
-    return bool(verdict)
+    workdir = pathlib.Path(workdir)
+    check_same(to_json(config), "has another config than process 0; give every process the same file and options")
+    return bool(from_first(int(on_first(lambda: _open_run(workdir, config)) or 0)))
 
 
 def _open_run(workdir: pathlib.Path, config: Config) -> bool:
@@ -108,22 +105,46 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes of this machine from training in the directory at the same time.
+    """Keeps other runs on this machine from training in the directory at the same time.
 
-    The operating system gives the claim back when the process ends, however it ends.
+    The operating system gives the claim back when the process that holds it, process 0, ends, however it ends.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another run holds it, or a process of this run sees another directory under this name.
     """
-    if jax.process_index() != 0:
+    mark = from_first(int.from_bytes(os.urandom(4)) >> 1)
+    with contextlib.ExitStack() as stack:
+        on_first(lambda: stack.enter_context(_locked(workdir / LOCK, str(mark))))
+        check_everywhere(
+            _sees(workdir / LOCK, str(mark)),
+            f"does not see the --workdir {workdir} of process 0; put it on a file system that all hosts share",
+        )
         yield
-        return
-    with open(workdir / LOCK, "w") as file:
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path, mark: str) -> Iterator[None]:
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            workdir = path.parent
             raise UserError(f"--workdir {workdir} is in use by another process; wait for it, or use another") from error
+        file.truncate(0)
+        file.write(mark)
+        file.flush()
+        os.fsync(file.fileno())
         yield
+
+
+def _sees(path: pathlib.Path, mark: str) -> bool:
+    """Whether the file holds the mark; a network file system may show it a minute late."""
+    deadline = time.monotonic() + VISIBLE_WITHIN
+    while not (path.is_file() and path.read_text() == mark):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def trained_on(workdir: pathlib.Path) -> str:
@@ -288,7 +309,7 @@ class Checkpoints:
                 path.rename(aside)
             self._notify(f"checkpoint {path} is broken ({reason}); moved to {aside.name}, going on from step {used}")
         if broken:
-            _from_first_process(0)  # Every process lists the directory after the renames.
+            from_first(0)  # Every process lists the directory after the renames.
             self._manager.reload()
 
     def close(self) -> None:
@@ -369,7 +390,7 @@ def _attempt(path: pathlib.Path, restore: Callable[[pathlib.Path], Any]) -> tupl
     Bytes that match their manifest are not broken, so what fails on them is somebody else's fault and is raised.
     """
     found = _damage(path) if jax.process_index() == 0 else ""
-    if _from_first_process(int(bool(found))):
+    if from_first(int(bool(found))):
         return None, found or "see process 0"
     return restore(path), ""
 
@@ -399,10 +420,3 @@ def _steps(root: pathlib.Path) -> list[int]:
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Keeps Orbax's traces off the terminal: whatever it logs as an error it raises as well, and we report that."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _from_first_process(value: int) -> int:
-    """Process 0's value on every process, so that all take the same branch."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
