@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mtp_jax.config import Config, differences, from_json, to_json
-from mtp_jax.distributed import check_everywhere, check_same, from_first, on_first
+from mtp_jax.distributed import check_everywhere, check_same, from_first, list_from_first, on_first
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import damage, short_reason, write_atomically, write_manifest
 from mtp_jax.trees import by_path
@@ -284,8 +284,8 @@ class Checkpoints:
           UserError: there are checkpoints, but none is whole, or they hold another model.
         """
         self.wait()
-        steps = _steps(self._root)
-        if not steps and not any(self._root.glob("broken-*")):
+        steps = list_from_first(_steps(self._root))
+        if not steps and not from_first(any(self._root.glob("broken-*"))):
             return None
         restored, step, broken = _newest_whole(self._root, steps, lambda path: self._restore(path, abstract_state))
         iterator.set_state(restored.data)
@@ -339,7 +339,7 @@ def restore_params(
       UserError: no such checkpoint, none that is whole, or a parameter that is missing or has another shape.
     """
     root = pathlib.Path(workdir).absolute() / CHECKPOINTS
-    steps = _steps(root)
+    steps = list_from_first(_steps(root))
     if not steps or step not in (None, *steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         have = f"it has {', '.join(map(str, steps))}" if steps else "train first, or name another directory"

@@ -233,6 +233,14 @@ def from_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def list_from_first(values: list[int]) -> list[int]:
+    """Process 0's list on every process."""
+    if jax.process_count() == 1:
+        return values
+    own = np.resize(np.array(values, np.int32), from_first(len(values)))
+    return multihost_utils.broadcast_one_to_all(own).tolist()
+
+
 def on_first(do: Callable[[], T]) -> T | None:
     """What `do` returns, on process 0, and None on the others, which wait for it.
 

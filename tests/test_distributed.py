@@ -1,4 +1,4 @@
-"""Who counts as one of several processes, and what JAX is then told. `tests/train/test_processes.py` starts real ones."""
+"""Who counts as one of several processes, and what JAX is then told. Real ones: `tests/train/test_processes.py`."""
 
 import types
 
@@ -119,7 +119,7 @@ def placement(processes_by_shard, batch):
     ],
 )
 def test_rows_here_are_those_of_the_devices(shards, rows):
-    """rows_here = union over this process's devices of their slices of the batch. Breaks if processes count, not devices."""
+    """rows_here = union over this process's devices of their slices. Breaks if processes count instead of devices."""
     assert list(rows_here(placement(shards, 8), 8)) == rows
 
 

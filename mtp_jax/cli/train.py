@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
     sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
     args = parse(Args, argv[1:] if path else argv, "mtp train CONFIG.py", DESCRIPTION, Args(**sections))
     config = Config(**{name: getattr(args, name) for name in sections})
+    if "://" in args.workdir:
+        raise UserError(f"--workdir {args.workdir} is an address; give a directory, of a shared file system if need be")
     workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")
     keep_compiled(workdir)
     with together(args.distributed):

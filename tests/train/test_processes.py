@@ -35,8 +35,9 @@ STEPS = 100_000  # never reached
 class Processes:
     """`mtp train` in several processes of this machine, sharing four devices."""
 
-    def __init__(self, count, config, workdir, *options, each=(), start=None):
-        """`each`: options of one process alone, by its number. `start`: processes that are started; all by default."""
+    def __init__(self, count, config, workdir, *options, each=(), start=None, by_slurm=False):
+        """`each`: options of one process alone, by its number. `start`: processes that are started; all by default.
+        `by_slurm`: they find each other by what srun sets instead of by JAX_... of ours."""
         with socket.socket() as free:
             free.bind(("", 0))
             port = free.getsockname()[1]
@@ -45,9 +46,13 @@ class Processes:
             "XLA_FLAGS": flags,
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(count),
         }
+        if by_slurm:
+            environment |= {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
+            environment |= {"JAX_COORDINATOR_PORT": str(port)}
+        else:
+            environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+        numbers = ("SLURM_PROCID", "SLURM_LOCALID") if by_slurm else ("JAX_PROCESS_ID",)
         path = pathlib.Path(f"{workdir}.py")
         path.write_text(f"from mtp_jax.config import from_json\nconfig = from_json('''{to_json(config)}''')\n")
         command = [sys.executable, "-c", "from mtp_jax.cli import main; main()", "train", str(path)]
@@ -56,7 +61,7 @@ class Processes:
         self.running = [
             subprocess.Popen(
                 [*command, *dict(each).get(index, ())],
-                env=environment | {"JAX_PROCESS_ID": str(index)},
+                env=environment | dict.fromkeys(numbers, str(index)),
                 stderr=self._file(index),
                 stdout=subprocess.DEVNULL,
             )
@@ -148,9 +153,9 @@ def killed(text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(killed, text):
-    """The same two processes, started again, one of them told to stop."""
+    """The same two processes, started again as srun would, one of them told to stop."""
     workdir, _, _, before = killed
-    with Processes(2, config_of(text, {"data": 4}), workdir) as two:
+    with Processes(2, config_of(text, {"data": 4}), workdir, by_slurm=True) as two:
         two.until(lambda: max(step for step, _ in history(workdir)) > before[-1] + 10)
         two.running[1].send_signal(signal.SIGTERM)
         statuses = two.statuses(timeout=120)
