@@ -237,8 +237,9 @@ def list_from_first(values: list[int]) -> list[int]:
     """Process 0's list on every process."""
     if jax.process_count() == 1:
         return values
-    own = np.resize(np.array(values, np.int32), from_first(len(values)))
-    return multihost_utils.broadcast_one_to_all(own).tolist()
+    count = from_first(len(values))
+    own = np.resize(np.array(values, np.int32), count)
+    return multihost_utils.broadcast_one_to_all(own).tolist() if count else []
 
 
 def on_first(do: Callable[[], T]) -> T | None:

@@ -29,11 +29,14 @@ ALLOWED = {
     "optim": {"axes", "config"},
     "distributed": set(),
     "integrity": set(),
-    "checkpoint": {"axes", "config", "distributed", "integrity", "trees"},
+    "workdir": {"config", "distributed", "integrity"},
+    "checkpoint": {"distributed", "integrity", "trees", "workdir"},
     "metrics": {"axes", "config"},
-    "train": {"config", "model", "losses", "sharding", "optim", "data", "distributed", "checkpoint", "metrics"},
+    "train": {
+        *("config", "model", "losses", "sharding", "optim", "data", "distributed", "workdir", "checkpoint", "metrics"),
+    },
     "decode": {"config", "model", "sharding"},
-    "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data", "trees"},
+    "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data", "trees", "workdir"},
     "loading": {"config", "model", "sharding", "checkpoint", "data", "convert"},
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
     "cli": {

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.checkpoint import Checkpoints, claim, open_run, record_corpus, trained_on
+from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.loader import heldout_batches, prepare, train_batches
 from mtp_jax.data.sources import is_inside
@@ -34,6 +34,7 @@ from mtp_jax.train.console import RunConsole
 from mtp_jax.train.start import parameters_to_start_from
 from mtp_jax.train.state import TrainState
 from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
+from mtp_jax.workdir import claim, open_run, record_corpus, trained_on
 
 
 class TrainResult(NamedTuple):
