@@ -44,6 +44,7 @@ _SPEAKER = """
 import signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
+print("ready", flush=True)
 words = ""
 for line in sys.stdin:
     words = line.strip()
@@ -209,17 +210,22 @@ class _LastWords:
 
     def __enter__(self) -> "_LastWords":
         command = [sys.executable, "-I", "-S", "-c", _SPEAKER]
-        self._speaker = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._speaker = subprocess.Popen(command, start_new_session=True, **pipes)
+        self._speaker.stdout.readline()  # from here on no signal ends it before its word
         return self
 
     def leave(self, line: str) -> None:
-        """Replaces the line; an empty one is silence."""
-        print(line, file=self._speaker.stdin, flush=True)
+        """Replaces the line; an empty one is silence. A speaker that was killed must not end the run."""
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=self._speaker.stdin, flush=True)
 
     def close(self) -> None:
         """Ends the speaker, which says its line if it has one."""
-        self._speaker.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._speaker.stdin.close()
         self._speaker.wait()
+        self._speaker.stdout.close()
 
     def __exit__(self, *error: object) -> None:
         self.leave("")

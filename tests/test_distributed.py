@@ -1,5 +1,9 @@
 """Who counts as one of several processes, and what JAX is then told. Real ones: `tests/train/test_processes.py`."""
 
+import signal
+import subprocess
+import sys
+import textwrap
 import types
 
 import numpy as np
@@ -95,6 +99,33 @@ def test_alone_the_first_process_is_this_one():
     check_everywhere(True, "is wrong")
     with pytest.raises(UserError, match="process 0 is wrong"):
         check_everywhere(False, "is wrong")
+
+
+@pytest.mark.parametrize(("words", "said"), [("it is over", "mtp: error: it is over\n"), ("", "")])
+def test_last_words_outlive_an_abort(words, said):
+    """The line that was left last is said after the process has aborted; an empty one is silence.
+
+    Breaks if `_SPEAKER` is ended by the signals that end its run, or says the first line instead of the last.
+    """
+    child = f"""
+        import os, signal
+        from mtp_jax.distributed import _LastWords
+        with _LastWords() as speaker:
+            speaker.leave("it begins")
+            speaker.leave({words!r})
+            os.killpg(os.getpgid(speaker._speaker.pid), signal.SIGTERM)
+            os.abort()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(child)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGABRT, said)
+
+
+def test_a_killed_speaker_does_not_end_the_run():
+    """leave() to a speaker that is gone is no error. Breaks without `suppress`."""
+    with distributed._LastWords() as words:
+        words._speaker.kill()
+        words._speaker.wait()
+        words.leave("nobody hears this")
 
 
 def placement(processes_by_shard, batch):

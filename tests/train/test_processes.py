@@ -174,7 +174,8 @@ def one_process(stopped, text, tmp_path_factory):
 def test_a_killed_process_ends_the_others(killed):
     """SIGKILL of process 1 ends process 0 within the heartbeat timeout, with a line that says so.
 
-    Breaks without `words.leave` behind `_initialize`: JAX aborts with a stack trace as the last word.
+    Two ways lead there: a broken connection is an exception in `together`, a hanging one is ended by JAX's abort, whose
+    last words are left behind `_initialize`. Breaks without the one where that way is taken, and without both always.
     """
     _, (other, victim), words, _ = killed
     assert victim == -signal.SIGKILL and other != 0
@@ -184,7 +185,7 @@ def test_a_killed_process_ends_the_others(killed):
 def test_two_processes_killed_and_started_again_train_as_one(killed, stopped, one_process):
     """Losses, gradient norms and held-out losses of two processes = those of one, across the restart.
 
-    Breaks if `rows_here` gives every process the same rows, or without `iterator.set_state`.
+    Breaks if `rows_here` gives every process the rows of the first.
     """
     workdir, before = killed[0], killed[-1]
     assert f"continuing from step {before[-1]}" in stopped[2]
