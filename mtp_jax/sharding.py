@@ -147,6 +147,32 @@ def on_mesh(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+def rows_here(where: NamedSharding, batch_size: int) -> tuple[int, ...]:
+    """Positions in a global batch of the rows that this process's devices hold, ascending.
+
+    Processes hold rows of their own, or the very rows of others where `tensor` or `context` reaches across processes.
+
+    Args:
+      where: sharding of a batch.
+      batch_size: B.
+
+    Raises:
+      UserError: a mesh under which two processes share a part of their rows.
+    """
+    held: dict[int, set[int]] = {}
+    shape = (batch_size, where.mesh.shape["context"])
+    for device, (rows, *_) in where.devices_indices_map(shape).items():
+        held.setdefault(device.process_index, set()).update(range(batch_size)[rows])
+    mine = held[jax.process_index()]
+    if any(rows != mine and rows & mine for rows in held.values()):
+        sizes = ", ".join(f"mesh.{name}={size}" for name, size in where.mesh.shape.items())
+        raise UserError(
+            f"{sizes} cuts the rows across processes of {jax.local_device_count()} devices; let mesh.context * "
+            "mesh.tensor divide that number, or be a multiple of it"
+        )
+    return tuple(sorted(mine))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -8,6 +8,7 @@ The loop waits for the device at log steps only; nothing is saved before every s
 import collections
 import dataclasses
 import math
+import os
 import pathlib
 import signal
 import time
@@ -16,15 +17,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.checkpoint import Checkpoints, claim, open_run, record_corpus, trained_on
+from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.compiled import kept_compiled
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.loader import heldout_batches, prepare, train_batches
 from mtp_jax.data.sources import is_inside
-from mtp_jax.data.store import Corpus
+from mtp_jax.data.store import Corpus, open_prepared
+from mtp_jax.distributed import on_first
 from mtp_jax.errors import UserError
 from mtp_jax.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.optim import schedule
@@ -33,6 +36,7 @@ from mtp_jax.train.meter import Meter
 from mtp_jax.train.start import parameters_to_start_from
 from mtp_jax.train.state import TrainState
 from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
+from mtp_jax.workdir import claim, open_run, record_corpus, trained_on
 
 IN_FLIGHT = 8
 """Steps that the device may still have to do while the host goes on; enough to hide a late batch."""
@@ -48,24 +52,42 @@ class TrainResult(NamedTuple):
     finished: bool
     """False where a signal stopped it; started again it continues."""
     corpus: Corpus
+    stopped_by: str = ""
+    """That signal's name."""
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag for the time of a `with` block, so that a step is never cut in two."""
+    """Turns SIGTERM and SIGINT into a flag for the time of a `with` block, so that a step is never cut in two.
+
+    With several processes JAX listens for SIGTERM, lets one process tell the others, and finds a step that none of them
+    has passed. SIGINT is turned into SIGTERM there.
+    """
 
     def __init__(self) -> None:
         self.signal_name = ""
+        self._several = jax.process_count() > 1
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signal_name = signal.Signals(number).name
+
+    def after(self, step: int) -> bool:
+        """Whether to stop behind this step. Every process asks behind every step, and all get the same answer."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            self.signal_name = "SIGTERM"
+        return bool(self.signal_name)
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # A handler that Python did not set is None here, and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainResult:
@@ -90,12 +112,14 @@ def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainRe
 
 
 def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, console: RunConsole) -> TrainResult:
-    corpus = prepare(config, workdir / "data", trained_on(workdir))
+    # One process prepares, and the others need nothing but the workdir.
+    corpus = on_first(lambda: prepare(config, workdir / "data", trained_on(workdir)))
+    corpus = corpus or open_prepared(workdir / "data", config.data.seq_len)
     record_corpus(workdir, corpus.digest)
     console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
     steps = compile_steps(config, mesh)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, **processes)
+    mine = sharding.rows_here(steps.batch_sharding, config.train.batch_size)
+    batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, mine)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints, console.note) as checkpoints:
         restored = checkpoints.restore_latest(steps.abstract_state, batches)
         state, first = restored or (_first_state(config, workdir, steps, console), 0)
@@ -109,7 +133,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, con
             state, step = run.advance(state, first, batches)
     if stop.signal_name:
         console.note(f"{stop.signal_name}: saved step {step} and stopped; the same command continues from there")
-    return TrainResult(state, step, first, step == config.train.steps, corpus)
+    return TrainResult(state, step, first, step == config.train.steps, corpus, stop.signal_name)
 
 
 def _first_state(config: Config, workdir: pathlib.Path, steps: Steps, console: RunConsole) -> TrainState:
@@ -149,8 +173,8 @@ class _Run:
         first = step + 1
         if step < settings.steps:
             self.console.note("compiling the training step ...")
-        while step < settings.steps and not self.stop.signal_name:
-            batch = place(self.meter.next(batches), self.steps)
+        while step < settings.steps and not self.stop.after(step):
+            batch = place(self.meter.next(batches), self.steps, settings.batch_size)
             called = time.monotonic()
             state, metrics = self.steps.train(state, batch)
             step += 1
@@ -239,8 +263,9 @@ class _Run:
         self.writer.write(step, means)
 
 
-def place(batch: dict[str, np.ndarray], steps: Steps) -> dict[str, jax.Array]:
-    """This process's rows as part of the global batch on the mesh."""
-    return {
-        name: jax.make_array_from_process_local_data(steps.batch_sharding, rows_BT) for name, rows_BT in batch.items()
-    }
+def place(batch: dict[str, np.ndarray], steps: Steps, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows, whole, as part of the global batch on the mesh, where positions may be split too."""
+    onto = lambda rows_BT: jax.make_array_from_process_local_data(  # noqa: E731
+        steps.batch_sharding, rows_BT, (batch_size, rows_BT.shape[1])
+    )
+    return {name: onto(rows_BT) for name, rows_BT in batch.items()}

@@ -125,9 +125,15 @@ def heldout_sums(
     """
     total = None
     for batch in batches:
-        sums = [np.asarray(part, np.float64) for part in jax.device_get(run(params, jax.device_put(batch, where)))]
+        placed = {name: _from_all_rows(rows_BT, where) for name, rows_BT in batch.items()}
+        sums = [np.asarray(part, np.float64) for part in jax.device_get(run(params, placed))]
         total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
     return HeadSums(*total)
+
+
+def _from_all_rows(rows_BT: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """Rows that every process has read, on the devices of all of them."""
+    return jax.make_array_from_callback(rows_BT.shape, where, lambda index: rows_BT[index])
 
 
 def compile_steps(config: Config, mesh: Mesh) -> Steps:
