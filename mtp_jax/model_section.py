@@ -118,6 +118,8 @@ class ModelConfig:
     """Dtype of the parameters at rest."""
     remat: Literal["none", "dots", "block"] = "none"
     """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """How whole rows attend: cuDNN's kernel on a GPU, splash attention on a TPU, XLA; auto takes what can be had."""
 
     def __post_init__(self) -> None:
         check_fields("model", self)
