@@ -117,8 +117,7 @@ def _refusal(name: str, platform: str | None, q_BTNH: jax.Array, form: Form, at:
         return f"queries of shape {q_BTNH.shape} do not divide over the mesh axes {at.queries}"
     if name == "cudnn":
         return cudnn.refusal(q_BTNH, form, cudnn.capability())
-    T = q_BTNH.shape[1]
-    return splash.refusal(T if at is None else T // at.shards(1), T, form)
+    return splash.refusal(q_BTNH, 1 if at is None else at.shards(1), form)
 
 
 def _divides(q_BTNH: jax.Array, placement: Placement | None) -> bool:

@@ -15,16 +15,22 @@ from mtp_jax.kernels.linear import LINEAR
 
 LANES = 128
 """The kernel's tiles are multiples of this long."""
+NATIVE = (None, "default", "bfloat16", "fastest")
+"""Precisions of products in which bfloat16 stays bfloat16."""
 Kernels = tuple[splash.SplashAttentionKernel, ...]
 """One per window of `Form.windows`, or one."""
 
 
-def refusal(queries: int, slots: int, form: Form) -> str | None:
-    """Why the kernel cannot attend for so many queries of a device over so many slots, or None if it can."""
+def refusal(q_BTNH: jax.Array, shards: int, form: Form) -> str | None:
+    """Why the kernel cannot attend for these queries, of which each device of `shards` has its share, or None."""
+    slots, precision = q_BTNH.shape[1], jax.config.jax_default_matmul_precision
+    queries = slots // shards
     if queries % LANES or slots % LANES:
         return f"it takes multiples of {LANES} tokens, not {queries} queries of a device over {slots} tokens"
     if form.window is not None and not form.windows:
         return "its masks are static, and the window is known at run time only"
+    if q_BTNH.dtype == jnp.bfloat16 and precision not in NATIVE:
+        return f"in bfloat16 it multiplies at TPUs' own precision only, and jax_default_matmul_precision={precision!r}"
     return None
 
 

@@ -164,7 +164,7 @@ def test_blocks_sum_gradients_in_float32(monkeypatch):
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if not form.softcap])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 4)])
 def test_cudnn_asks_for_the_reference(name, sizes, monkeypatch):
-    """What cuDNN is asked for = reference, if XLA answers: mask, scale, groups and layout, whole and with queries split.
+    """What cuDNN is asked for = reference, if XLA answers: mask, scale, groups, layout, whole and with queries split.
 
     Breaks without the mask, the scale, `swapaxes`, or with `is_causal=True` for queries that begin inside their row.
     """
@@ -247,6 +247,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("path", "platform", "sizes", "q_BTNH", "form", "outcome"), CASES)
+@jax.default_matmul_precision("default")
 def test_choice(path, platform, sizes, q_BTNH, form, outcome, monkeypatch):
     """The table of what is taken where, and of why not. Breaks without any one of the reasons."""
     monkeypatch.setattr(cudnn, "capability", lambda: cudnn.HOPPER)
@@ -255,6 +256,20 @@ def test_choice(path, platform, sizes, q_BTNH, form, outcome, monkeypatch):
     else:
         with pytest.raises(UserError, match=rf"^model\.attention='{path}' cannot be used: .*{outcome}.*; model\.att"):
             rows.choose(path, q_BTNH, form, at(platform, sizes))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "expected"),
+    [
+        (jnp.bfloat16, "highest", "xla"),
+        (jnp.bfloat16, None, "splash"),
+        (jnp.float32, "highest", "splash"),
+    ],
+)
+def test_choice_by_precision(dtype, precision, expected):
+    """Products of bfloat16 in more than bfloat16 are not for splash. Breaks without the check of the precision."""
+    with jax.default_matmul_precision(precision):
+        assert rows.choose("auto", queries(dtype=dtype), Form(1.0), at("tpu")) == expected
 
 
 def test_choice_on_older_gpus(monkeypatch):
