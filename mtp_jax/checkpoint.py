@@ -42,9 +42,8 @@ RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data
 """Names that a run's directory may hold before its config.json is written."""
 
 FREE_FIELDS = re.compile(
-    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows)|loss\.chunk_bytes"
-    r"|model\.(remat|attention)"
-    r"|decode\..*|mesh\..*"
+    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows)|loss\.(chunk_bytes|skip|gather)"
+    r"|model\.(remat|attention)|decode\..*|mesh\..*"
 )
 """Config fields that may change between a run and its continuation: none of them changes what is learned."""
 

@@ -164,7 +164,12 @@ class Config:
             f"a micro-batch of {micro} rows (train.batch_size / train.grad_accum) does not divide over "
             f"mesh.data * mesh.fsdp = {rows} devices",
         )
-        check_divisible(self, max(self.mesh.fsdp, 1), max(self.mesh.tensor, 1))
+        context = max(self.mesh.context, 1)
+        require(
+            data.seq_len % context == 0,
+            f"data.seq_len={data.seq_len} does not divide over mesh.context={context} devices",
+        )
+        check_divisible(self, max(self.mesh.fsdp, 1) * context, max(self.mesh.tensor, 1))
 
     @property
     def tap(self) -> int:
@@ -184,13 +189,16 @@ class Config:
         return self.heads.num_future - 1 if self.decode.num_draft < 0 else self.decode.num_draft
 
 
-def check_divisible(config: Config, fsdp: int, tensor: int) -> None:
-    """Refuses a model that does not split over this many devices."""
+def check_divisible(config: Config, width: int, tensor: int) -> None:
+    """Refuses a model whose width does not split over so many devices, or its heads and the like over so many."""
     model = config.model
     for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
         value = getattr(model, name)
         require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
-    require(model.d_model % fsdp == 0, f"model.d_model={model.d_model} does not divide over mesh.fsdp={fsdp}")
+    require(
+        model.d_model % width == 0,
+        f"model.d_model={model.d_model} does not divide over mesh.fsdp * mesh.context = {width} devices",
+    )
 
 
 def to_json(config: Config) -> str:

@@ -164,13 +164,18 @@ class LossConfig:
     prompt and dummies, not from `generate`, which feeds tokens. -1 feeds the tokens themselves."""
     z_loss: float = 0.0
     """Coefficient of logsumexp(logits)^2, weighted like the cross-entropy."""
-    chunk_bytes: int = 4 * 2**20
-    """Most bytes of float32 logits alive at once on one device."""
+    chunk_bytes: int = 0
+    """Most bytes of float32 logits alive at once on one device; 0 suits it to the device."""
+    skip: bool = True
+    """Leave tokens without weight out of the logits, and end with the last one that has any."""
+    gather: Literal["step", "chunk"] = "step"
+    """Under FSDP: the unembedding is gathered once per step, or for every chunk, so that no device holds all of it."""
 
     def __post_init__(self) -> None:
         check_fields("loss", self)
-        positive("loss", self, "chunk_bytes", "order_window")
-        for name in ("z_loss", "extra_weight", "decay", "token_order", "schedule_final", "heads_per_step"):
+        positive("loss", self, "order_window")
+        switched = "z_loss extra_weight decay token_order schedule_final heads_per_step chunk_bytes"
+        for name in switched.split():
             value = getattr(self, name)
             require(value >= 0, f"loss.{name}={value} is negative; 0 switches it off")
         for name in ("label_smoothing", "distil_mix", "schedule_at", "entropy_fraction"):
@@ -280,16 +285,16 @@ class MeshConfig:
     data: int = 1
     """Rows are split, parameters are copied."""
     fsdp: int = 1
-    """Rows and parameters are split."""
+    """Rows and parameters are split (ZeRO 3)."""
     tensor: int = 1
     """Attention heads, feed-forward width and vocabulary are split."""
     context: int = 1
-    """Positions are split; only 1 is implemented."""
+    """Positions of a row are split, and parameters: for rows too long for one device. Attention gathers the keys and
+    values of a row, a layer at a time."""
 
     def __post_init__(self) -> None:
         check_fields("mesh", self)
         sizes = dataclasses.asdict(self)
-        require(self.context == 1, f"mesh.context={self.context}: splitting positions is not implemented; use 1")
         for name, size in sizes.items():
             require(size >= 1 or size == -1, f"mesh.{name}={size}; use a size of at least 1, or -1 for the rest")
         require(

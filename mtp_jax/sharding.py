@@ -3,7 +3,9 @@
 Mesh names appear here and in configs only.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -14,12 +16,14 @@ from mtp_jax import axes
 from mtp_jax.config import Config, MeshConfig, check_divisible
 from mtp_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+"""From the outermost to the innermost: what talks most has the nearest neighbours."""
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.BATCH, ("data", "fsdp")),
-    (axes.LENGTH, None),
+    (axes.LENGTH, "context"),
     (axes.LAYERS, None),
-    (axes.EMBED, "fsdp"),
+    # Devices that share a row would otherwise hold the same parameters.
+    (axes.EMBED, ("fsdp", "context")),
     (axes.VOCAB, "tensor"),
     (axes.HEADS, "tensor"),
     (axes.KV_HEADS, "tensor"),
@@ -69,7 +73,7 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
             f"this mesh has axes {dict(zip(mesh.axis_names, map(str, mesh.axis_types), strict=True))}; "
             f"make one with mtp_jax.sharding.make_mesh: {', '.join(MESH_AXES)}, all of them Auto"
         )
-    check_divisible(config, mesh.shape["fsdp"], mesh.shape["tensor"])
+    check_divisible(config, mesh.shape["fsdp"] * mesh.shape["context"], mesh.shape["tensor"])
 
 
 def logical_spec(names: tuple[str | None, ...]) -> PartitionSpec:
@@ -118,8 +122,16 @@ def abstract_params(mesh: Mesh, boxed: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data-parallel axes; for arrays [B, T]."""
+    """Rows over the data-parallel axes, positions over the context; for arrays [B, T]."""
     return NamedSharding(mesh, logical_spec((axes.BATCH, axes.LENGTH)))
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Gives logical names their meaning while a model is traced: the table, and the mesh; None is one device."""
+    where = contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with nn.logical_axis_rules(RULES), where:
+        yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -131,10 +143,15 @@ def loss_placement(mesh: Mesh) -> dict[str, Any]:
     """Where `losses.xent` finds its rows and its vocabulary: the mesh fields of an `XentSpec`."""
     if mesh.size == 1:
         return {}
-    split = lambda logical: dict(RULES)[logical] if mesh.shape[dict(RULES)[logical]] > 1 else None  # noqa: E731
+
+    def split(logical: str) -> tuple[str, ...]:
+        rule = dict(RULES)[logical]
+        return tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if mesh.shape[axis] > 1)
+
     return {
         "mesh": mesh,
-        "batch_axes": dict(RULES)[axes.BATCH],
-        "vocab_axis": split(axes.VOCAB),
-        "embed_axis": split(axes.EMBED),
+        "batch_axes": split(axes.BATCH),
+        "length_axes": split(axes.LENGTH),
+        "vocab_axes": split(axes.VOCAB),
+        "embed_axes": split(axes.EMBED),
     }

@@ -294,7 +294,9 @@ REFUSED = [
     (lambda: OptimConfig(b2=-0.5), "optim.b2=-0.5; it must lie in [0, 1]"),
     (lambda: OptimConfig(final_fraction=2.0), "optim.final_fraction=2.0; it must lie in [0, 1]"),
     (lambda: OptimConfig(decay_start=2.0), "optim.decay_start=2.0; it must lie in [0, 1]"),
-    (lambda: MeshConfig(context=2), "mesh.context=2: splitting positions is not implemented"),
+    (lambda: Config(mesh=MeshConfig(context=3)), "data.seq_len=256 does not divide over mesh.context=3 devices"),
+    (lambda: LossConfig(chunk_bytes=-1), "loss.chunk_bytes=-1 is negative"),
+    (lambda: MeshConfig(context=0), "mesh.context=0; use a size of at least 1, or -1"),
     (lambda: MeshConfig(data=0), "mesh.data=0; use a size of at least 1, or -1"),
     (lambda: MeshConfig(fsdp=0), "mesh.fsdp=0; use a size of at least 1, or -1"),
     (lambda: MeshConfig(tensor=-2), "mesh.tensor=-2; use a size of at least 1, or -1"),
@@ -350,7 +352,7 @@ REFUSED = [
     ),
     (
         lambda: Config(mesh=MeshConfig(fsdp=4), model=ModelConfig(d_model=258)),
-        "model.d_model=258 does not divide over mesh.fsdp=4",
+        "model.d_model=258 does not divide over mesh.fsdp * mesh.context = 4",
     ),
 ]
 
@@ -367,7 +369,7 @@ def test_refused_with_the_numbers(build, message):
 POSITIVE = [
     ("model", ModelConfig, "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff max_seq_len"),
     ("heads", HeadsConfig, "num_future layers"),
-    ("loss", LossConfig, "chunk_bytes order_window"),
+    ("loss", LossConfig, "order_window"),
     ("train", TrainConfig, "steps batch_size grad_accum log_every checkpoint_every keep_checkpoints"),
     ("decode", DecodeConfig, "num_prompts prompt_tokens"),
 ]

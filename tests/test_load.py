@@ -257,7 +257,7 @@ def test_mesh_that_does_not_fit(run, sizes):
 @pytest.mark.parametrize("axis_type", ["names", "explicit"])
 def test_mesh_of_another_kind(run, axis_type):
     """A mesh without our axis names, or with the Explicit axes that jax.make_mesh makes by default."""
-    names, shape = (("x",), (8,)) if axis_type == "names" else (sharding.MESH_AXES, (2, 2, 2))
+    names, shape = (("x",), (8,)) if axis_type == "names" else (sharding.MESH_AXES, (2, 2, 1, 2))
     with pytest.raises(UserError, match="mesh"):
         load(run[0], mesh=jax.make_mesh(shape, names))
 

@@ -20,6 +20,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 from mtp_jax.optim import param_path
 
+FSDP = ("fsdp", "context")
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 # A new file in configs/ adds its number here, worked out by hand:
 # V D (twice if untied) + (L + M - 1) (2 D H (N + K) + 3 D F + 2 D) + D.
@@ -64,20 +65,20 @@ def test_specs_are_literal():
     config = small_config(model={"tie_embeddings": False, "qk_norm": True})
     shardings = sharding.param_shardings(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), boxed(config))
     block = {
-        "attn/q": (None, "fsdp", "tensor", None),
-        "attn/k": (None, "fsdp", "tensor", None),
-        "attn/v": (None, "fsdp", "tensor", None),
-        "attn/o": (None, "tensor", None, "fsdp"),
+        "attn/q": (None, FSDP, "tensor", None),
+        "attn/k": (None, FSDP, "tensor", None),
+        "attn/v": (None, FSDP, "tensor", None),
+        "attn/o": (None, "tensor", None, FSDP),
         "attn/q_norm/scale": (None, None),
         "attn/k_norm/scale": (None, None),
-        "attn_norm/scale": (None, "fsdp"),
-        "mlp/gate": (None, "fsdp", "tensor"),
-        "mlp/up": (None, "fsdp", "tensor"),
-        "mlp/down": (None, "tensor", "fsdp"),
-        "mlp_norm/scale": (None, "fsdp"),
+        "attn_norm/scale": (None, FSDP),
+        "mlp/gate": (None, FSDP, "tensor"),
+        "mlp/up": (None, FSDP, "tensor"),
+        "mlp/down": (None, "tensor", FSDP),
+        "mlp_norm/scale": (None, FSDP),
     }
     expected = {f"{stack}{name}": spec for stack in ("blocks/", "heads/blocks/") for name, spec in block.items()}
-    expected |= {"embed/table": ("tensor", "fsdp"), "unembed/table": ("tensor", "fsdp"), "final_norm/scale": ("fsdp",)}
+    expected |= {"embed/table": ("tensor", FSDP), "unembed/table": ("tensor", FSDP), "final_norm/scale": (FSDP,)}
     leaves = jax.tree_util.tree_leaves_with_path(shardings)
     assert {param_path(path): tuple(where.spec) for path, where in leaves} == expected
 
@@ -90,10 +91,10 @@ def test_specs_of_experts_are_literal():
     config = small_config(BLOCKS["as Qwen3-MoE"])
     shardings = sharding.param_shardings(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), boxed(config))
     expected = {
-        "router": (None, "fsdp", None),
-        "gate": (None, None, "fsdp", "tensor"),
-        "up": (None, None, "fsdp", "tensor"),
-        "down": (None, None, "tensor", "fsdp"),
+        "router": (None, FSDP, None),
+        "gate": (None, None, FSDP, "tensor"),
+        "up": (None, None, FSDP, "tensor"),
+        "down": (None, None, "tensor", FSDP),
     }
     for stack in (shardings["blocks"], shardings["heads"]["blocks"]):
         assert {name: tuple(where.spec) for name, where in stack["mlp"].items()} == expected
@@ -108,8 +109,8 @@ def test_parameter_without_names_is_refused():
 
 def test_logical_spec():
     """Names become mesh axes in order; None stays whole. Breaks if a name is looked up in another order."""
-    assert sharding.logical_spec((axes.BATCH, axes.LENGTH)) == PartitionSpec(("data", "fsdp"), None)
-    assert sharding.logical_spec((axes.VOCAB, None, axes.EMBED)) == PartitionSpec("tensor", None, "fsdp")
+    assert sharding.logical_spec((axes.BATCH, axes.LENGTH)) == PartitionSpec(("data", "fsdp"), "context")
+    assert sharding.logical_spec((axes.VOCAB, None, axes.EMBED)) == PartitionSpec("tensor", None, FSDP)
     assert sharding.logical_spec(()) == PartitionSpec()
 
 
@@ -133,24 +134,24 @@ def test_every_logical_axis_has_one_rule():
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (1, 1, 1)),
-        ({"data": -1}, (8, 1, 1)),
-        ({"fsdp": -1, "tensor": 2}, (1, 4, 2)),
-        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
-        ({"data": 3, "tensor": 2}, (3, 1, 2)),
-        ({"data": 8, "fsdp": -1}, (8, 1, 1)),
+        ({}, (1, 1, 1, 1)),
+        ({"data": -1}, (8, 1, 1, 1)),
+        ({"fsdp": -1, "tensor": 2}, (1, 4, 1, 2)),
+        ({"fsdp": 2, "context": 2, "tensor": -1}, (1, 2, 2, 2)),
+        ({"data": 3, "tensor": 2}, (3, 1, 1, 2)),
+        ({"data": 8, "fsdp": -1}, (8, 1, 1, 1)),
     ],
 )
 def test_make_mesh(sizes, shape):
-    """Sizes in the order data, fsdp, tensor; -1 takes what is left; fewer take the first devices; axes are Auto.
+    """Sizes in the order of MESH_AXES; -1 takes what is left; fewer take the first devices; axes are Auto.
 
     Breaks without `sizes.index(-1)`, without `devices[:needed]`, or without `axis_types`.
     """
     mesh = sharding.make_mesh(MeshConfig(**sizes))
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
     assert mesh.devices.shape == shape
     assert set(mesh.devices.ravel()) == set(jax.devices()[: math.prod(shape)])
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_types == (AxisType.Auto,) * 4
 
 
 def test_make_mesh_refuses():
@@ -158,12 +159,13 @@ def test_make_mesh_refuses():
     with pytest.raises(UserError) as caught:
         sharding.make_mesh(MeshConfig(data=4, fsdp=2, tensor=2))
     assert str(caught.value) == (
-        "mesh.data=4 * mesh.fsdp=2 * mesh.tensor=2 needs 16 devices, but 8 are here; lower the sizes"
+        "mesh.data=4 * mesh.fsdp=2 * mesh.context=1 * mesh.tensor=2 needs 16 devices, but 8 are here; lower the sizes"
     )
     with pytest.raises(UserError) as caught:
         sharding.make_mesh(MeshConfig(data=-1, tensor=3))
     assert str(caught.value) == (
-        "mesh.data=-1 * mesh.fsdp=1 * mesh.tensor=3: 8 devices are not a multiple of 3, so -1 has no value"
+        "mesh.data=-1 * mesh.fsdp=1 * mesh.context=1 * mesh.tensor=3: 8 devices are not a multiple of 3, "
+        "so -1 has no value"
     )
     with pytest.raises(UserError, match="needs 4 devices, but 2 are here"):
         sharding.make_mesh(MeshConfig(data=4), jax.devices()[:2])
@@ -184,10 +186,10 @@ def test_check_mesh():
     config = small_config()
     sharding.check_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), config)
     devices = jax.devices()[:2]
-    for shape, names, kind in (((2, 1), ("data", "tensor"), "Auto"), ((2, 1, 1), sharding.MESH_AXES, "Explicit")):
+    for shape, names, kind in (((2, 1), ("data", "tensor"), "Auto"), ((2, 1, 1, 1), sharding.MESH_AXES, "Explicit")):
         mesh = jax.make_mesh(shape, names, axis_types=(AxisType[kind],) * len(names), devices=devices)
         with pytest.raises(
-            UserError, match=rf"this mesh has axes {{'data': 'AxisType\.{kind}'.*: data, fsdp, tensor, all"
+            UserError, match=rf"this mesh has axes {{'data': 'AxisType\.{kind}'.*: data, fsdp, context, tensor, all"
         ):
             sharding.check_mesh(mesh, config)
     with pytest.raises(UserError, match=r"model\.num_heads=4 does not divide over mesh\.tensor=8 devices"):
@@ -201,12 +203,16 @@ def test_loss_placement():
     """
     place = lambda **sizes: sharding.loss_placement(sharding.make_mesh(MeshConfig(**sizes)))  # noqa: E731
     assert place() == {}
-    rows = ("data", "fsdp")
-    mesh = sharding.make_mesh(MeshConfig(data=8))
-    assert place(data=8) == {"mesh": mesh, "batch_axes": rows, "vocab_axis": None, "embed_axis": None}
-    for sizes, vocab_axis, embed_axis in (({"fsdp": 8}, None, "fsdp"), ({"tensor": 2}, "tensor", None)):
+    names = ("batch_axes", "length_axes", "vocab_axes", "embed_axes")
+    for sizes, *expected in (
+        ({"data": 8}, ("data",), (), (), ()),
+        ({"fsdp": 8}, ("fsdp",), (), (), ("fsdp",)),
+        ({"tensor": 2}, (), (), ("tensor",), ()),
+        ({"fsdp": 2, "context": 2}, ("fsdp",), ("context",), (), ("fsdp", "context")),
+    ):
         placed = place(**sizes)
-        assert (placed["vocab_axis"], placed["embed_axis"]) == (vocab_axis, embed_axis)
+        assert [placed[name] for name in names] == expected
+        assert placed["mesh"] == sharding.make_mesh(MeshConfig(**sizes))
 
 
 def test_place_abstract():

@@ -72,6 +72,7 @@ def mtp_loss(
     *,
     learn_MBT: jax.Array | None = None,
     frozen: bool = False,
+    skip: bool = True,
 ) -> tuple[jax.Array, HeadSums]:
     """This micro-batch's share of the loss, and its sums for reporting.
 
@@ -87,12 +88,15 @@ def mtp_loss(
       spec: options of the cross-entropy; smoothing applies to every head, mix to the extra ones.
       impl: `fused` or `remat`.
       learn_MBT: token weights of the loss, where they are others than those of the sums.
+      skip: leave tokens without weight out of the logits. Without it their number is fixed, which is easier to reason
+        about for a compiler.
       frozen: only the extra heads learn: no gradient for head 0's states, nor for an unembedding shared with it.
 
     Returns:
       The scalar to differentiate, and the per-head sums (no gradient).
     """
     _check(hidden_MBTD, tables, targets_MBT, weights_MBT, scale_M, impl)
+    wanted_MBT = _wanted(weights_MBT, learn_MBT) if skip else None
     scaled_MBT = (weights_MBT if learn_MBT is None else learn_MBT) * scale_M[:, None, None]
     parts = []
     for heads in _parts(len(hidden_MBTD), isinstance(tables, tuple), bool(spec.mix) or frozen):
@@ -101,8 +105,9 @@ def mtp_loss(
         options = dataclasses.replace(spec, mix=spec.mix if first else 0.0, learn_table=not still)
         hidden = jax.lax.stop_gradient(hidden_MBTD[heads]) if frozen and not first else hidden_MBTD[heads]
         table = jax.lax.stop_gradient(table) if still else table
+        wanted = None if wanted_MBT is None else wanted_MBT[heads]
         teacher = _teacher(hidden_MBTD[0], tables, heads) if options.mix else None
-        parts.append(XENT[impl](hidden, table, targets_MBT[heads], scaled_MBT[heads], options, teacher))
+        parts.append(XENT[impl](hidden, table, targets_MBT[heads], scaled_MBT[heads], options, teacher, wanted))
     join = lambda field: jnp.concatenate([getattr(part, field) for part in parts])  # noqa: E731
     ce_MBT, rank_MBT = join("ce_MBT"), join("rank_MBT")
 
@@ -111,6 +116,11 @@ def mtp_loss(
 
     sums = HeadSums(total(ce_MBT), total(rank_MBT == 1), total(rank_MBT <= 5), jnp.sum(weights_MBT, (1, 2)))
     return sum(part.loss for part in parts), sums
+
+
+def _wanted(weights_MBT: jax.Array, learn_MBT: jax.Array | None) -> jax.Array:
+    """Tokens that count in the sums or in the loss."""
+    return weights_MBT != 0 if learn_MBT is None else (weights_MBT != 0) | (learn_MBT != 0)
 
 
 def _check(hidden_MBTD: Any, tables: Any, targets_MBT: Any, weights_MBT: Any, scale_M: Any, impl: str) -> None:

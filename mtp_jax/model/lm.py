@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.axes import BATCH, LAYERS, LENGTH
+from mtp_jax.axes import BATCH, LAYERS, LENGTH, VOCAB
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.linear import LINEAR
 from mtp_jax.model.cache import LayerCache
@@ -75,7 +75,9 @@ def init_unembed(config: ModelConfig, key: jax.Array) -> Params:
 
 def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """Token ids to the first residual state [B, T, D]."""
-    x_BTD = params["embed"]["table"][tokens_BT].astype(config.dtype)
+    # Whole rows of the table: looking up rows that are split over the devices of the batch has no good placement.
+    table_VD = nn.with_logical_constraint(params["embed"]["table"], (VOCAB, None))
+    x_BTD = table_VD[tokens_BT].astype(config.dtype)
     if config.embed_scale != 1:
         x_BTD *= jnp.asarray(config.embed_scale, x_BTD.dtype)
     return constrain(x_BTD)
@@ -157,9 +159,12 @@ def run_blocks_mixed(
     return x_BTD, mix_BTD.astype(config.dtype)
 
 
-def constrain(x_BTD: jax.Array) -> jax.Array:
-    """Rows stay on their devices, whatever the sharding of the parameters that touch them."""
-    return nn.with_logical_constraint(x_BTD, (BATCH, LENGTH, None))
+def constrain(x_BTD: jax.Array, length: str | None = LENGTH) -> jax.Array:
+    """Rows and their positions stay on their devices, whatever the sharding of the parameters that touch them.
+
+    With a `length` of None positions are not split.
+    """
+    return nn.with_logical_constraint(x_BTD, (BATCH, length, None))
 
 
 def unstack(blocks: Params) -> tuple[Params, ...]:

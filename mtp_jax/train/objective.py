@@ -4,9 +4,9 @@
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.losses.entropy import EntropyWeights, entropy_weights
+from mtp_jax.losses.logits import default_chunk_bytes
 from mtp_jax.losses.mtp import XENT, HeadSums, mtp_loss
 from mtp_jax.losses.order import order_targets
 from mtp_jax.losses.schedules import HeadSchedule
@@ -26,15 +27,17 @@ Batch = dict[str, jax.Array]
 
 def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
     """The cross-entropy's static options for a run."""
-    loss = config.loss
+    loss, platform, placement = config.loss, mesh.devices.flat[0].platform, sharding.loss_placement(mesh)
+    shards = math.prod(mesh.shape[axis] for axis in placement.get("vocab_axes", ()))
     return XentSpec(
-        chunk_bytes=loss.chunk_bytes,
+        chunk_bytes=loss.chunk_bytes or default_chunk_bytes(platform, config.model.vocab_size // shards),
+        gather_chunks=loss.gather == "chunk",
         softcap=config.model.logit_softcap,
         z_loss=loss.z_loss,
         smoothing=loss.label_smoothing,
         distance="kl" if loss.distil == "none" else loss.distil,
         mix=0.0 if loss.distil == "none" else loss.distil_mix,
-        **sharding.loss_placement(mesh),
+        **placement,
     )
 
 
@@ -82,12 +85,12 @@ def loss_sums(
     config: Config, spec: XentSpec, params: dict, batch: Batch, targets: Targets, scale_M: jax.Array
 ) -> tuple[jax.Array, HeadSums]:
     """The micro-batch's share of the loss and its sums."""
-    hidden_MBTD = _hidden(config, params, batch)
+    hidden_MBTD = _hidden(config, spec, params, batch)
     return _heads_loss(config, spec, params, hidden_MBTD, targets, scale_M)
 
 
-def _hidden(config: Config, params: dict, batch: Batch) -> jax.Array:
-    with nn.logical_axis_rules(sharding.RULES):
+def _hidden(config: Config, spec: XentSpec, params: dict, batch: Batch) -> jax.Array:
+    with sharding.on_mesh(spec.mesh):
         return mtp.apply(config, params, inputs(config, batch), batch["positions"], batch["segment_ids"])
 
 
@@ -114,6 +117,7 @@ def _heads_loss(
         loss.impl,
         learn_MBT=learn_MBT,
         frozen=config.train.trainable == "heads",
+        skip=loss.skip,
     )
 
 
@@ -131,7 +135,9 @@ def order_loss(
     targets, _ = order_targets(batch["tokens"], batch["segment_ids"], config.loss.order_window)
     options = dataclasses.replace(spec, smoothing=0.0, mix=0.0)
     table_VD = params["token_order"]["table"]
-    return XENT[config.loss.impl](hidden_1BTD, table_VD, targets, weight_BT[None], options).loss
+    weights_1BT = weight_BT[None]
+    wanted_1BT = weights_1BT != 0 if config.loss.skip else None
+    return XENT[config.loss.impl](hidden_1BTD, table_VD, targets, weights_1BT, options, None, wanted_1BT).loss
 
 
 class Parts(NamedTuple):
@@ -145,7 +151,7 @@ def total_loss(
     config: Config, spec: XentSpec, params: dict, batch: Batch, targets: Targets, order_weight_BT: Any, scale_M: Any
 ) -> tuple[jax.Array, Parts]:
     """Everything that is trained."""
-    hidden_MBTD = _hidden(config, params, batch)
+    hidden_MBTD = _hidden(config, spec, params, batch)
     loss, sums = _heads_loss(config, spec, params, hidden_MBTD, targets, scale_M)
     if not config.loss.token_order:
         return loss, Parts(sums, jnp.float32(0))

@@ -167,6 +167,24 @@ def test_sums_and_means_by_hand():
     np.testing.assert_allclose([means["loss"], means["top1"], means["top5"]], np.array([[ce_sum], [1], [7]]) / 15, 1e-6)
 
 
+def test_skipping_changes_nothing():
+    """Loss, sums and gradients are the same whether tokens without weight are left out, also where a token is learned
+    that does not count, or counts and is not learned. Breaks if `_wanted` forgets either weight.
+    """
+    hidden_MBTD, table_VD, targets_MBT, weights_MBT = problem(M=3)
+    learn_MBT = np.roll(weights_MBT, 1, axis=-1)
+
+    def run(skip):
+        def loss(hidden_MBTD, table_VD):
+            arrays = (hidden_MBTD, table_VD, targets_MBT, weights_MBT, jnp.ones(3))
+            return mtp_loss(*arrays, SPEC, learn_MBT=learn_MBT, skip=skip)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_MBTD, table_VD)
+
+    for one, other in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

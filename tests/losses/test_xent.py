@@ -198,6 +198,48 @@ def test_logits_never_exist_beyond_one_chunk(impl, with_grads):
     assert max(logits, key=np.prod) == (16, V)
 
 
+@pytest.mark.parametrize("count", [0, 1, 9, 15, 22])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_only_wanted_tokens_count(impl, count):
+    """xent(wanted) = naive with the weights of all other tokens 0, value and gradient, in chunks of 5; and the others
+    have a ce and a rank of 0.
+
+    Breaks without `count` in `_chunks_of`, or with `mode="clip"` in the gather or the scatter (the last chunk is
+    ragged), or for remat without either `where`.
+    """
+    hidden_MBTD, table_VD, targets_MBT, weights_MBT = problem()
+    chosen = np.random.default_rng(count).permutation(22)[:count]
+    wanted_MBT = np.isin(np.arange(22), chosen).reshape(2, 1, 11)
+    inputs, spec = (hidden_MBTD, table_VD, targets_MBT, weights_MBT), XentSpec(4 * 37 * 5, 2.0, 0.03)
+    plain, xent, grads = xent_and_grads(impl, spec, *inputs, -2.5, wanted_MBT)
+    loss, ce_MBT, *expected = naive.xent_grads(*inputs[:3], weights_MBT * wanted_MBT, 2.0, 0.03)
+    z_MBTV = 2 * np.tanh(np.einsum("MBTD,VD->MBTV", hidden_MBTD, table_VD) / 2)
+    for one in (plain, xent):
+        assert_close(one.loss, loss)
+        assert_close(one.ce_MBT, ce_MBT * wanted_MBT)
+        np.testing.assert_array_equal(one.rank_MBT, naive.rank(z_MBTV, targets_MBT) * wanted_MBT)
+    expected[2] = expected[2] * wanted_MBT
+    for actual, value in zip(grads, expected, strict=True):
+        assert_close(actual, -2.5 * value)
+
+
+def test_unwanted_tokens_are_not_read():
+    """States that are nan change nothing where no token is wanted: they take no part in any product.
+
+    Breaks if the loop goes over all chunks, or takes tokens in their order.
+    """
+    inputs, spec = problem(), XentSpec(4 * 37 * 4)
+    wanted_MBT = np.arange(22).reshape(2, 1, 11) % 3 == 0  # 8 tokens are 2 chunks of 4.
+    spoiled = np.where(wanted_MBT[..., None], inputs[0], np.nan)
+    expected = xent_and_grads("fused", spec, *inputs, 1.0, wanted_MBT)
+    for one, other in zip(
+        jax.tree.leaves(expected),
+        jax.tree.leaves(xent_and_grads("fused", spec, spoiled, *inputs[1:], 1.0, wanted_MBT)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_fused_memory_does_not_grow_with_heads():
     """temporaries(M = 4) - temporaries(M = 1) <= the 3 extra heads' own dh, and temporaries(M = 4) = dW and a few
     chunks, below a sixth of one head's logits.

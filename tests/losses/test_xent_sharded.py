@@ -17,7 +17,7 @@ from mtp_jax.sharding import loss_placement, make_mesh
 
 SHAPE = {"M": 2, "B": 8, "T": 17, "D": 8, "V": 40}
 # Tokens of a chunk at most; no number in (most / 2, most] divides a head's tokens on a shard: every tail is ragged.
-CHUNKS = {"data": 7, "fsdp": 7, "tensor": 16, "all": 9, "data-tensor": 9, "fsdp-tensor": 16}
+CHUNKS = {"data": 7, "fsdp": 7, "tensor": 16, "all": 9, "data-tensor": 9, "fsdp-tensor": 16, "context": 10, "cube": 9}
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
@@ -25,30 +25,35 @@ MESHES = {
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "data-tensor": {"data": 4, "tensor": 2},
     "fsdp-tensor": {"fsdp": 2, "tensor": 4},
+    "context": {"context": 8},
+    "cube": {"fsdp": 2, "context": 2, "tensor": 2},
 }
+OF_CONTEXT = {"context": {"B": 5, "T": 88}, "cube": {"T": 22}}
 
 
 def spread(mesh, inputs):
-    """Rows over data and fsdp, the table over tensor and fsdp, as training holds them."""
-    rows = ("data", "fsdp")
-    specs = [(None, rows, None, None), ("tensor", "fsdp"), (None, rows, None), (None, rows, None)]
+    """Rows over data and fsdp, positions over context, the table over tensor and fsdp, as training holds them."""
+    tokens = (None, ("data", "fsdp"), "context")
+    specs = [(*tokens, None), ("tensor", ("fsdp", "context")), tokens, tokens]
     shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
     return jax.device_put(inputs, tuple(shardings)), shardings[1]
 
 
-def assert_equals_one_device(impl, name, flags, chunk_tokens):
+def assert_equals_one_device(impl, name, flags, chunk_tokens, wanted_MBT=None, **options):
     mesh = make_mesh(MeshConfig(**MESHES[name]))
-    inputs = problem(**SHAPE)
+    inputs = problem(**SHAPE | OF_CONTEXT.get(name, {}))
+    kept_MBT = np.ones(inputs[3].shape, bool) if wanted_MBT is None else wanted_MBT
     sharded, table_sharding = spread(mesh, inputs)
     local_vocab = SHAPE["V"] // mesh.shape["tensor"]
-    spec = XentSpec(4 * local_vocab * chunk_tokens, *flags, **loss_placement(mesh))
-    plain, xent, grads = xent_and_grads(impl, spec, *sharded, -2.5)
-    loss, ce_MBT, *expected = naive.xent_grads(*inputs, *flags)
+    spec = XentSpec(4 * local_vocab * chunk_tokens, *flags, **loss_placement(mesh), **options)
+    plain, xent, grads = xent_and_grads(impl, spec, *sharded, -2.5, wanted_MBT)
+    loss, ce_MBT, *expected = naive.xent_grads(*inputs[:3], inputs[3] * kept_MBT, *flags)
+    expected[2] = expected[2] * kept_MBT
     rank_MBT = naive.rank(np.einsum("MBTD,VD->MBTV", *inputs[:2]), inputs[2])
     for one in (plain, xent):
         np.testing.assert_allclose(one.loss, loss, rtol=1e-5)
-        np.testing.assert_allclose(one.ce_MBT, ce_MBT, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(one.rank_MBT, rank_MBT)
+        np.testing.assert_allclose(one.ce_MBT, ce_MBT * kept_MBT, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(one.rank_MBT, rank_MBT * kept_MBT)
     for actual, wanted in zip(grads, expected, strict=True):
         np.testing.assert_allclose(actual, -2.5 * wanted, rtol=1e-5, atol=1e-5)
     return grads, table_sharding
@@ -59,7 +64,7 @@ def test_fused_on_a_mesh_equals_one_device(name):
     """xent on a mesh = float64 naive: loss, ce, rank and all gradients, with soft cap and z-loss, shards ragged.
 
     dW comes back split like W at rest. Breaks without any one `_across(...)` of `_scan_chunks` (maximum, sum, label,
-    rank, dh, loss), without `- offset`, without the `where` in `_pick`, or without either reduction of `_reduce_table`.
+    rank, dh, loss), without `- offset`, without the `where` in `pick`, without `_scattered` or the sum over `rest`.
     """
     grads, table_sharding = assert_equals_one_device("fused", name, (2.0, 0.03), CHUNKS[name])
     assert grads[1].sharding.is_equivalent_to(table_sharding, 2)
@@ -71,6 +76,27 @@ def test_plain_flags_on_a_mesh(impl):
     assert_equals_one_device(impl, "all", (0.0, 0.0), 9)
 
 
+@pytest.mark.parametrize("name", ["fsdp", "cube"])
+def test_table_gathered_for_every_chunk(name):
+    """The same equation where no device ever holds all of W or dW.
+
+    Breaks without `_gathered`, or if `_scattered` is applied again after the loop.
+    """
+    grads, table_sharding = assert_equals_one_device("fused", name, (2.0, 0.03), CHUNKS[name], gather_chunks=True)
+    assert grads[1].sharding.is_equivalent_to(table_sharding, 2)
+
+
+@pytest.mark.parametrize("gather_chunks", [False, True])
+def test_devices_may_want_different_numbers_of_tokens(gather_chunks):
+    """The same equation where one device wants no token, another all of its own: 0 to 5 chunks of 7.
+
+    Without `pmax` in `_chunks_of` devices that gather W together would wait for one another for ever.
+    """
+    wanted_MBT = np.arange(8)[None, :, None] * 17 > 7 * np.arange(17)[None, None, :] + np.zeros((2, 1, 1))
+    options = {"wanted_MBT": wanted_MBT, "gather_chunks": gather_chunks}
+    assert_equals_one_device("fused", "fsdp", (0.0, 0.0), 7, **options)
+
+
 COLLECTIVES = {"psum", "psum2", "psum_invariant", "pmax", "all_gather", "reduce_scatter", "all_to_all", "ppermute"}
 
 
@@ -78,7 +104,7 @@ COLLECTIVES = {"psum", "psum2", "psum_invariant", "pmax", "all_gather", "reduce_
 def test_only_a_chunk_travels_inside_the_scan(name, most):
     """Inside the scan no collective without a split vocabulary, and at most [C, D] (dh) with one: dW never travels.
 
-    Breaks if `_reduce_table` moves into `step`.
+    Breaks if `_scattered` moves into `body`.
     """
     mesh = make_mesh(MeshConfig(**MESHES[name]))
     spec = XentSpec(4 * SHAPE["V"] // mesh.shape["tensor"] * 9, 2.0, 0.03, **loss_placement(mesh))

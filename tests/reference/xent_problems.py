@@ -20,13 +20,14 @@ def problem(M=2, B=1, T=11, D=8, V=37, seed=0):
 
 
 @functools.partial(quick_jit, static_argnums=(0, 1))
-def xent_and_grads(impl, spec, hidden_MBTD, table_VD, targets_MBT, weights_MBT, cotangent=1.0):
+def xent_and_grads(impl, spec, hidden_MBTD, table_VD, targets_MBT, weights_MBT, cotangent=1.0, wanted_MBT=None):
     """(Xent without gradients, Xent of the differentiated call, cotangent * gradients of hidden, table, weights)."""
+    wanted = {"wanted_MBT": wanted_MBT}
 
     def loss(hidden_MBTD, table_VD, weights_MBT):
-        xent = XENT[impl](hidden_MBTD, table_VD, targets_MBT, weights_MBT, spec)
+        xent = XENT[impl](hidden_MBTD, table_VD, targets_MBT, weights_MBT, spec, **wanted)
         return xent.loss, xent
 
-    plain = XENT[impl](hidden_MBTD, table_VD, targets_MBT, weights_MBT, spec)
+    plain = XENT[impl](hidden_MBTD, table_VD, targets_MBT, weights_MBT, spec, **wanted)
     _, pull, xent = jax.vjp(loss, hidden_MBTD, table_VD, weights_MBT, has_aux=True)
     return plain, xent, pull(cotangent)

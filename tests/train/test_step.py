@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.families import KINDS, SETTINGS, heads_of
 from reference.stepping import batch_of, run
 from reference.tiny import tiny_config
 
@@ -22,23 +23,59 @@ def one_device():
     return run(tiny_config())
 
 
-MESHES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "tensor": {"tensor": 2}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 2},
+    "context": {"context": 8},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "long": {"fsdp": 2, "context": 2, "tensor": 2},
+}
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("impl", ["fused", "remat"])
+def assert_same_training(actual, expected):
+    """Metrics of every step and the parameters after the last are the same, and shardings are kept."""
+    state, history, compiled = actual
+    chex.assert_trees_all_close(history, expected[1], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(expected[0].params), atol=2e-5)
+    kept = jax.tree.map(lambda leaf, abstract: leaf.sharding == abstract.sharding, state, compiled.abstract_state)
+    assert all(jax.tree.leaves(kept))
+
+
+@pytest.mark.parametrize(("mesh", "impl"), [*((name, "fused") for name in MESHES), ("all", "remat")])
 def test_sharded_equals_unsharded(one_device, mesh, impl):
     """step_mesh(state, batch) = step_1(state, batch), parameters and sums, and shardings are kept.
 
-    Breaks without the psum over `batch_axes` in xent._reduce_table, or with a wrong table in sharding.RULES.
+    Breaks without the sum over `rest` in losses/fused.py, or with a wrong table in sharding.RULES.
     """
-    config = tiny_config(mesh=mesh, loss={"impl": impl})
-    state, history, compiled = run(config)
-    expected_state, expected_history, _ = one_device
-    chex.assert_trees_all_close(history, expected_history, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(expected_state.params), atol=2e-5)
-    kept = jax.tree.map(lambda leaf, abstract: leaf.sharding == abstract.sharding, state, compiled.abstract_state)
-    assert all(jax.tree.leaves(kept))
+    assert_same_training(run(tiny_config(mesh=MESHES[mesh], loss={"impl": impl})), one_device)
+
+
+@pytest.mark.parametrize("gather", ["step", "chunk"])
+def test_loss_settings_change_nothing(one_device, gather):
+    """Neither leaving tokens out nor where W is gathered changes a step; chunks of 15 tokens, ragged on every shard."""
+    loss = {"skip": gather == "step", "gather": gather, "chunk_bytes": 4 * 264 * 15}
+    assert_same_training(run(tiny_config(mesh=MESHES["fsdp"], loss=loss)), one_device)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "parallel"])
+def test_families_on_a_mesh(kind):
+    """The same equation for a step of every family, positions, parameters and vocabulary split.
+
+    Breaks if a family constrains a dimension that its rows do not have.
+    """
+    heads = heads_of(kind)
+    actual = run(tiny_config(heads=heads, mesh=MESHES["long"]), steps=1)
+    assert_same_training(actual, run(tiny_config(heads=heads), steps=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ten_steps_of_every_setting_on_every_mesh(name, mesh):
+    """The same equation for ten steps."""
+    heads = heads_of(name)
+    assert_same_training(run(tiny_config(heads=heads, mesh=MESHES[mesh]), 10), run(tiny_config(heads=heads), 10))
 
 
 def test_fsdp_splits_parameters_and_moments():
@@ -177,7 +214,7 @@ def test_mesh_errors():
         sharding.make_mesh(MeshConfig(data=16))
     with pytest.raises(ValueError, match=r"8 devices are not a multiple of 3"):
         sharding.make_mesh(MeshConfig(data=-1, tensor=3))
-    assert sharding.make_mesh(MeshConfig(data=-1, tensor=2)).shape == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert sharding.make_mesh(MeshConfig(data=-1, tensor=2)).shape == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2}
 
 
 def test_parameter_count():

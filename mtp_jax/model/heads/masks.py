@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.axes import EMBED, LAYERS
+from mtp_jax.axes import EMBED, LAYERS, LENGTH
 from mtp_jax.config import Config
 from mtp_jax.kernels.attention import Anchors
 from mtp_jax.model import lm
@@ -96,13 +96,15 @@ def run(
 ) -> tuple[jax.Array, jax.Array]:
     """Both streams through all blocks: states of the tokens [B, T, D] and of the masks [B, Y, D]."""
     block_of = Block(config.model)
+    # Masks beside every position divide over devices as the positions do; with a stride they need not.
+    length = LENGTH if masks.anchors.slots_BXP.shape[1] == x_BTD.shape[1] else None
 
     def both(blocks: tuple, x_BTD: jax.Array, y_BYD: jax.Array) -> tuple[jax.Array, jax.Array]:
         block, lora = blocks
         x_BTD, *keys_values = block_of.apply(variables(block), x_BTD, positions_BT, segment_ids_BT, method="row")
         arrays = (y_BYD, masks.positions_BY, *keys_values, masks.anchors)
         y_BYD = block_of.apply(variables(block) | adapters(config, lora), *arrays, method="beside")
-        return lm.constrain(x_BTD), lm.constrain(y_BYD)
+        return lm.constrain(x_BTD), lm.constrain(y_BYD, length)
 
     step = both if config.model.remat == "none" else jax.checkpoint(both)
     layers = (params["blocks"], params["heads"].get("lora"))

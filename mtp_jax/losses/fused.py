@@ -1,0 +1,242 @@
+"""The fused cross-entropy: one loop over chunks that forms the loss and its gradients together.
+
+`xent.fused_xent` says what it computes; here is how, on each shard.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from mtp_jax.losses.logits import (
+    Targets,
+    Teacher,
+    XentSpec,
+    across,
+    as_soft,
+    chunk_size,
+    pick,
+    softmax,
+    spread,
+    teach,
+)
+from mtp_jax.losses.objectives import logit_gradient, token_terms
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused(spec: XentSpec, hidden: jax.Array, table: jax.Array, *arrays: Any) -> tuple:
+    """`xent.fused_xent` as (loss, ce, rank); `arrays` are targets, weights, wanted and teacher."""
+    return _on_mesh(spec, False, hidden, table, *arrays)[0]
+
+
+def _fused_fwd(spec: XentSpec, hidden: jax.Array, table: jax.Array, *arrays: Any) -> tuple:
+    return _on_mesh(spec, True, hidden, table, *arrays)
+
+
+def _fused_bwd(spec: XentSpec, residuals: tuple, cotangents: tuple) -> tuple:
+    dhidden_MBTD, dtable_VD, dweights_MBT, table_dtype = residuals
+    scale = cotangents[0]
+    dhidden_MBTD = (dhidden_MBTD.astype(jnp.float32) * scale).astype(dhidden_MBTD.dtype)
+    dtable_VD = (dtable_VD * scale).astype(table_dtype.dtype) if spec.learn_table else None
+    return dhidden_MBTD, dtable_VD, None, dweights_MBT * scale, None, None
+
+
+fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _on_mesh(
+    spec: XentSpec,
+    with_grads: bool,
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: Targets,
+    weights: jax.Array,
+    wanted: jax.Array | None,
+    teacher: Teacher | None,
+) -> tuple:
+    """Runs the local loop on every shard. Returns (loss, ce, rank) and what the backward pass needs."""
+    local = functools.partial(_loop_over_chunks, spec, with_grads)
+    if teacher is not None:
+        teacher = Teacher(teacher.hidden_MBTD, teacher.table_VD.astype(teacher.hidden_MBTD.dtype))
+    if spec.mesh is not None:
+        tokens = (None, spec.batch_axes or None, spec.length_axes or None)
+        by_token = lambda tree: jax.tree.map(lambda x: PartitionSpec(*tokens, *[None] * (x.ndim - 3)), tree)  # noqa: E731
+        vocab, embed = spec.vocab_axes or None, spec.embed_axes or None
+        table_spec = PartitionSpec(vocab, embed if spec.gather_chunks else None)
+        dtable = PartitionSpec(vocab, embed) if spec.learn_table else PartitionSpec()
+        rows, states = PartitionSpec(*tokens), PartitionSpec(*tokens, None)
+        local = jax.shard_map(
+            local,
+            mesh=spec.mesh,
+            in_specs=(
+                states,
+                table_spec,
+                by_token(targets),
+                rows,
+                by_token(wanted),
+                None if teacher is None else Teacher(states, table_spec),
+            ),
+            out_specs=((PartitionSpec(), rows, rows), (states, dtable, rows) if with_grads else ()),
+            check_vma=False,
+        )
+    outputs, gradients = local(hidden, table.astype(hidden.dtype), targets, weights, wanted, teacher)
+    return outputs, (*gradients, jnp.zeros((0,), table.dtype))
+
+
+class _Sums(NamedTuple):
+    """What the loop carries: sums over the chunks so far, and what each token has got."""
+
+    loss: jax.Array
+    dtable_DV: jax.Array | None
+    ce_N: jax.Array
+    rank_N: jax.Array
+    dhidden_ND: jax.Array | None
+    term_N: jax.Array | None
+
+
+def _loop_over_chunks(
+    spec: XentSpec,
+    with_grads: bool,
+    hidden_MBTD: jax.Array,
+    table_VD: jax.Array,
+    targets: Targets,
+    weights_MBT: jax.Array,
+    wanted_MBT: jax.Array | None,
+    teacher: Teacher | None,
+) -> tuple:
+    """The loop over this shard's N = M B T tokens and this shard's part of the vocabulary."""
+    (M, B, T, D), N = hidden_MBTD.shape, weights_MBT.size
+    V, C = table_VD.shape[0], chunk_size(B * T, table_VD.shape[0], spec)
+    taught_by = None if teacher is None else teacher.hidden_MBTD
+    arrays = (hidden_MBTD, targets, weights_MBT, taught_by)
+    flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(N, *x.shape[3:]), arrays)
+    tokens, chunks = _chunks_of(N if wanted_MBT is None else wanted_MBT.reshape(N), C, spec)
+
+    def body(i: jax.Array, sums: _Sums) -> _Sums:
+        token_C = jax.lax.dynamic_slice_in_dim(tokens, i * C, C)
+        chunk_of = jax.tree.map(lambda x: x.at[token_C].get(mode="fill", fill_value=0), flat)
+        chunk = _chunk(spec, with_grads, _gathered(table_VD, spec), *chunk_of, _gathered_teacher(teacher, spec))
+
+        def enter(x: jax.Array | None, value: jax.Array | None) -> jax.Array | None:
+            where = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
+            return None if x is None else x.at[token_C].set(value, **where)
+
+        dtable_DV = sums.dtable_DV
+        if dtable_DV is not None:
+            # [D, V], not [V, D]: a CPU would write a transposed copy of the chunk's logits for the latter.
+            new_DV = jnp.einsum("CD,CV->DV", chunk_of[0], chunk.dz_CV, preferred_element_type=jnp.float32)
+            dtable_DV += _scattered(new_DV, spec) if spec.gather_chunks else new_DV
+        return _Sums(
+            sums.loss + chunk.loss,
+            dtable_DV,
+            enter(sums.ce_N, chunk.ce_C),
+            enter(sums.rank_N, chunk.rank_C),
+            enter(sums.dhidden_ND, chunk.dh_CD),
+            enter(sums.term_N, chunk.term_C),
+        )
+
+    learn = with_grads and spec.learn_table
+    start = _Sums(
+        loss=jnp.float32(0),
+        dtable_DV=jnp.zeros((table_VD.shape[1], V), jnp.float32) if learn else None,
+        ce_N=jnp.zeros(N, jnp.float32),
+        rank_N=jnp.zeros(N, jnp.int32),
+        dhidden_ND=jnp.zeros((N, D), hidden_MBTD.dtype) if with_grads else None,
+        term_N=jnp.zeros(N, jnp.float32) if with_grads else None,
+    )
+    sums = jax.lax.fori_loop(0, chunks, body, start)
+    outputs = across(jax.lax.psum, sums.loss, spec.token_axes), *(x.reshape(M, B, T) for x in (sums.ce_N, sums.rank_N))
+    if not with_grads:
+        return outputs, ()
+    dtable_VD = jnp.zeros((0, 0), jnp.float32)
+    if learn:
+        dtable_DV = sums.dtable_DV if spec.gather_chunks else _scattered(sums.dtable_DV, spec)
+        rest = tuple(axis for axis in spec.token_axes if axis not in spec.embed_axes)
+        dtable_VD = across(jax.lax.psum, dtable_DV, rest).T
+    return outputs, (sums.dhidden_ND.reshape(M, B, T, D), dtable_VD, sums.term_N.reshape(M, B, T))
+
+
+class _Chunk(NamedTuple):
+    """What a chunk's logits give."""
+
+    loss: jax.Array
+    ce_C: jax.Array
+    rank_C: jax.Array
+    term_C: jax.Array
+    dz_CV: jax.Array | None = None
+    dh_CD: jax.Array | None = None
+
+
+def _chunk(
+    spec: XentSpec,
+    with_grads: bool,
+    table_VD: jax.Array,
+    h_CD: jax.Array,
+    target: Targets,
+    weight_C: jax.Array,
+    teacher_CD: jax.Array | None,
+    teacher_table_VD: jax.Array | None,
+) -> _Chunk:
+    """A chunk, while its logits are alive; V is this shard's part of the vocabulary."""
+    V, objective, axes = table_VD.shape[0], spec.objective, spec.vocab_axes
+    offset = jax.lax.axis_index(axes) * V if axes else 0
+    vocab = across(jax.lax.psum, V, axes)
+    total = lambda x_CV: across(jax.lax.psum, jnp.sum(x_CV, axis=-1), axes)  # noqa: E731
+    ids_CW, probs_CW = as_soft(target)
+    soft = softmax(spec, axes, h_CD, table_VD)
+    labels_CW = across(jax.lax.psum, pick(soft.z_CV, ids_CW - offset), axes)
+    rank_C = across(jax.lax.psum, jnp.sum(soft.z_CV >= labels_CW[:, :1], axis=-1, dtype=jnp.int32), axes)
+    ce_C = soft.lse_C - jnp.sum(probs_CW * labels_CW, axis=-1)
+    taught = None if teacher_CD is None else teach(spec, axes, teacher_CD, teacher_table_VD)
+    term_C = token_terms(objective, soft, ce_C, taught, total, vocab)
+    chunk = _Chunk(jnp.sum(weight_C * term_C), ce_C, rank_C, term_C)
+    if not with_grads:
+        return chunk
+    target_CV = spread(ids_CW - offset, probs_CW, V)
+    dz_CV = weight_C[:, None] * logit_gradient(objective, soft, target_CV, taught, total, vocab)
+    if spec.softcap:
+        dz_CV *= 1 - (soft.z_CV / spec.softcap) ** 2
+    dz_CV = dz_CV.astype(h_CD.dtype)
+    dh_CD = jnp.einsum("CV,VD->CD", dz_CV, table_VD, preferred_element_type=jnp.float32)
+    return chunk._replace(dz_CV=dz_CV, dh_CD=across(jax.lax.psum, dh_CD, axes).astype(h_CD.dtype))
+
+
+def _chunks_of(wanted_N: jax.Array | int, size: int, spec: XentSpec) -> tuple[jax.Array, jax.Array | int]:
+    """Indices of the tokens chunk by chunk, the last chunk filled with indices behind all tokens, and how many chunks.
+
+    Args:
+      wanted_N: which tokens are wanted, or the number of tokens, all of them wanted.
+      size: C.
+      spec: static options.
+    """
+    N = wanted_N if isinstance(wanted_N, int) else wanted_N.size
+    most = -(-N // size)
+    place = jnp.arange(most * size, dtype=jnp.int32)
+    if isinstance(wanted_N, int):
+        return place, most
+    (index,) = jnp.nonzero(wanted_N, size=most * size, fill_value=N)
+    count = jnp.sum(wanted_N, dtype=jnp.int32)
+    chunks = (count + size - 1) // size
+    if spec.gather_chunks:  # Devices that gather W together take as many turns.
+        chunks = across(jax.lax.pmax, chunks, spec.token_axes)
+    return jnp.where(place < count, index.astype(jnp.int32), N + place), chunks
+
+
+def _gathered(table_VD: jax.Array, spec: XentSpec) -> jax.Array:
+    """W, or this shard's part of the vocabulary, in its whole width."""
+    if not (spec.gather_chunks and spec.embed_axes):
+        return table_VD
+    return jax.lax.all_gather(table_VD, spec.embed_axes, axis=1, tiled=True)
+
+
+def _gathered_teacher(teacher: Teacher | None, spec: XentSpec) -> jax.Array | None:
+    return None if teacher is None else _gathered(teacher.table_VD, spec)
+
+
+def _scattered(dtable_DV: jax.Array, spec: XentSpec) -> jax.Array:
+    """W's gradient summed over the devices that split its width, each keeping its part."""
+    if not spec.embed_axes:
+        return dtable_DV
+    return jax.lax.psum_scatter(dtable_DV, spec.embed_axes, scatter_dimension=0, tiled=True)

@@ -1,0 +1,180 @@
+"""One chunk of logits of a linear unembedding, on one device or with the vocabulary split over several.
+
+What both forms of the cross-entropy and the entropy share: options, kinds of targets, and cutting tokens into chunks.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtp_jax.errors import UserError
+from mtp_jax.losses.objectives import Distance, Objective, Softmax
+
+
+class SoftTargets(NamedTuple):
+    """Targets that are distributions over W tokens each; `rank` is that of the first."""
+
+    ids_MBTW: jax.Array
+    """Token ids, all different where the probability is not 0."""
+    probs_MBTW: jax.Array
+
+
+class Teacher(NamedTuple):
+    """Who the states are to agree with, where `Objective.mix` is above 0; gets no gradient."""
+
+    hidden_MBTD: jax.Array
+    """The teacher's states for the same targets."""
+    table_VD: jax.Array
+
+
+Targets = jax.Array | SoftTargets
+
+
+@dataclasses.dataclass(frozen=True)
+class XentSpec:
+    """Static options.
+
+    Attributes:
+      chunk_bytes: most bytes of float32 logits alive at once on one device; see `default_chunk_bytes`.
+      softcap: c in `c * tanh(logits / c)`; 0 is off.
+      z_loss: coefficient of logsumexp^2.
+      mesh: devices that the arrays are spread over; None for one device.
+      batch_axes: mesh axes that split the rows.
+      length_axes: mesh axes that split the positions.
+      vocab_axes: mesh axes that split the vocabulary.
+      embed_axes: mesh axes that split the width of W at rest; W's gradient comes back split the same way.
+      gather_chunks: W is gathered over `embed_axes` for every chunk, not once for all.
+      smoothing, distance, mix: see `objectives.Objective`.
+      learn_table: whether W gets a gradient.
+    """
+
+    chunk_bytes: int = 32 * 2**20
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    mesh: Mesh | None = None
+    batch_axes: tuple[str, ...] = ()
+    length_axes: tuple[str, ...] = ()
+    vocab_axes: tuple[str, ...] = ()
+    embed_axes: tuple[str, ...] = ()
+    gather_chunks: bool = False
+    smoothing: float = 0.0
+    distance: str = "kl"
+    mix: float = 0.0
+    learn_table: bool = True
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes < 1:
+            raise UserError(f"XentSpec.chunk_bytes={self.chunk_bytes}; it must be at least 1")
+        if self.distance not in get_args(Distance):
+            raise UserError(f"XentSpec.distance={self.distance!r}; choose one of {', '.join(get_args(Distance))}")
+        for name in ("smoothing", "mix"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"XentSpec.{name}={getattr(self, name)}; it must lie in [0, 1]")
+        for name in ("softcap", "z_loss"):
+            if getattr(self, name) < 0:
+                raise UserError(f"XentSpec.{name}={getattr(self, name)} is negative; 0 switches it off")
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """Mesh axes that split the tokens."""
+        return self.batch_axes + self.length_axes
+
+    @property
+    def objective(self) -> Objective:
+        """What a token's logits are worth."""
+        return Objective(self.z_loss, self.smoothing, self.distance, self.mix)
+
+
+def default_chunk_bytes(platform: str, vocab: int) -> int:
+    """A chunk that is large enough for W's gradient, which is read and written once per chunk, to cost little.
+
+    Args:
+      platform: of the devices, "cpu", "gpu" or "tpu".
+      vocab: V, on one device.
+    """
+    least, tokens = (4 * 2**20, 256) if platform == "cpu" else (256 * 2**20, 1024)
+    return max(least, 4 * vocab * tokens)
+
+
+def softmax(spec: XentSpec, vocab_axes: tuple[str, ...], h_CD: jax.Array, table_VD: jax.Array) -> Softmax:
+    """Softmax of the logits of a chunk, its sums over the whole vocabulary."""
+    z_CV = cap(products(h_CD, table_VD), spec.softcap)
+    max_C = across(jax.lax.pmax, jax.lax.stop_gradient(jnp.max(z_CV, axis=-1)), vocab_axes)
+    exp_CV = jnp.exp(z_CV - max_C[:, None])
+    sum_C = across(jax.lax.psum, jnp.sum(exp_CV, axis=-1), vocab_axes)
+    return Softmax(z_CV, exp_CV, sum_C, max_C + jnp.log(sum_C))
+
+
+def teach(spec: XentSpec, vocab_axes: tuple[str, ...], teacher_CD: jax.Array, table_VD: jax.Array) -> Softmax:
+    """`softmax` of a teacher's states, without a gradient."""
+    return jax.lax.stop_gradient(softmax(spec, vocab_axes, teacher_CD, table_VD.astype(teacher_CD.dtype)))
+
+
+def as_soft(target: Targets) -> tuple[jax.Array, jax.Array]:
+    """Ids and probabilities, [C, W]; a single target has W = 1."""
+    if isinstance(target, SoftTargets):
+        return target
+    return target[:, None], jnp.ones(target.shape, jnp.float32)[:, None]
+
+
+def spread(column_CW: jax.Array, probs_CW: jax.Array, V: int) -> jax.Array:
+    """Targets as distributions over this shard's part of the vocabulary."""
+    if column_CW.shape[1] == 1:
+        return (jnp.arange(V, dtype=jnp.int32)[None, :] == column_CW) * probs_CW
+    column_CW = jnp.where((column_CW >= 0) & (column_CW < V), column_CW, V)  # not -1, which counts from the end
+    row_C1 = jnp.arange(len(column_CW))[:, None]
+    return jnp.zeros((len(column_CW), V), jnp.float32).at[row_C1, column_CW].add(probs_CW, mode="drop")
+
+
+def products(h_CD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """h W^T, in float32."""
+    return jnp.einsum("CD,VD->CV", h_CD, table_VD, preferred_element_type=jnp.float32)
+
+
+def cap(z_CV: jax.Array, softcap: float) -> jax.Array:
+    """c tanh(z / c), or z for a cap of 0."""
+    return softcap * jnp.tanh(z_CV / softcap) if softcap else z_CV
+
+
+def across(reduce: Any, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The reduction over mesh axes, or x where there are none."""
+    return reduce(x, axes) if axes else x
+
+
+def pick(z_CV: jax.Array, column_CW: jax.Array) -> jax.Array:
+    """Each token's logits at its columns; 0 where a column lies in another shard of the vocabulary."""
+    V = z_CV.shape[1]
+    picked_CW = jnp.take_along_axis(z_CV, jnp.clip(column_CW, 0, V - 1), axis=1)
+    return jnp.where((column_CW >= 0) & (column_CW < V), picked_CW, 0)
+
+
+def chunk_size(tokens: int, vocab: int, spec: XentSpec) -> int:
+    """Tokens per chunk: within the byte budget, and a divisor of `tokens` where one at least half as large exists."""
+    most = min(max(spec.chunk_bytes // (4 * vocab), 1), tokens)
+    divisors = (size for size in range(most, most // 2, -1) if tokens % size == 0)
+    return next(divisors, most)
+
+
+def to_chunks(tree: Any, size: int) -> Any:
+    """A tree of [M, B, T, ...] to [chunks, C, ...], head after head: a head's sums do not depend on how many follow it.
+
+    The ragged tail of every head is filled with zeros, which weigh nothing.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])
+        padding = -x.shape[1] % size
+        if padding:
+            x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(-1, size, *x.shape[2:])
+
+    return jax.tree.map(split, tree)
+
+
+def from_chunks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What `to_chunks` cut, as [M, B, T, ...] again."""
+    M, B, T = shape[:3]
+    return x.reshape(M, -1, *x.shape[2:])[:, : B * T].reshape(shape)
