@@ -3,6 +3,7 @@
 Each docstring names the line whose deletion breaks the test.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -17,10 +18,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from reference.jaxprs import results
+from reference.models import BLOCKS, random_params, small_config
+from reference.quick import quick_jit
 
+from mtp_jax import sharding
+from mtp_jax.config import MeshConfig
 from mtp_jax.errors import UserError
 from mtp_jax.kernels import blocks, cudnn, rows, splash
 from mtp_jax.kernels.attention import Form, attention
+from mtp_jax.model import mtp
 
 AXES = ("data", "tensor", "context")
 QUERIES, KEYS = PartitionSpec("data", "context", "tensor", None), PartitionSpec("data", "tensor", None, None)
@@ -194,6 +200,42 @@ def test_cudnn_lowers(monkeypatch):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert all(f"@__cudnn$fmhaScaleBiasSoftmax{part}(" in text for part in ("", "Backward"))
     assert text.count("mask_type\\22: \\22CAUSAL") == 2
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2, "context": 2}], ids=["one", "split"])
+def test_model_by_splash_equals_by_xla(mesh, monkeypatch):
+    """A model with windows, soft caps and documents has the same states by splash attention, interpreted, as by XLA.
+
+    Breaks if `Form.windows` in model/layers.py lacks a kind of layer, or if the mesh does not reach the kernels.
+    """
+    config = small_config(BLOCKS["as Gemma 2"])
+    params, ids_BT = random_params(config), jnp.asarray(np.random.default_rng(0).integers(0, 24, (2, 256)))
+    segments_BT = jnp.broadcast_to(jnp.arange(256)[None, :] // 90, (2, 256))
+    where = sharding.make_mesh(MeshConfig(**mesh))
+    given = jax.device_put((ids_BT, segments_BT), sharding.batch_sharding(where))
+
+    def states(path, params, ids_BT, segments_BT):
+        model = dataclasses.replace(config.model, attention=path)
+        with sharding.on_mesh(where):
+            return mtp.apply(dataclasses.replace(config, model=model), params, ids_BT, ids_BT, segments_BT)
+
+    expected_MBTD = quick_jit(functools.partial(states, "xla"))(params, *given)
+    make, made = splash.make_kernels, []
+    monkeypatch.setattr(rows, "_refusal", lambda *given: None)
+    monkeypatch.setattr(splash, "make_kernels", lambda *given: made.append(given) or make(*given, interpret=True))
+    actual_MBTD = quick_jit(functools.partial(states, "splash"))(params, *given)
+    np.testing.assert_allclose(actual_MBTD, expected_MBTD, atol=1e-4)
+    assert made[0][3:] == ((2, 2) if mesh else (4, 1))  # heads of a device, and parts of a row
+
+
+def test_a_kernel_that_is_not_here_is_refused():
+    """model.attention='splash' on a CPU is an error of one line. Breaks if layers do not hand on the setting."""
+    config = small_config({"attention": "splash"})
+    with (
+        sharding.on_mesh(sharding.make_mesh(MeshConfig(data=2))),
+        pytest.raises(UserError, match="it runs on a tpu, and this is compiled for a cpu"),
+    ):
+        jax.eval_shape(lambda: mtp.apply(config, random_params(config), *[jnp.zeros((2, 128), jnp.int32)] * 3))
 
 
 # Which path.
