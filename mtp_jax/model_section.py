@@ -119,6 +119,8 @@ class ModelConfig:
     remat: Literal["none", "dots", "block", "offload"] = "none"
     """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks; or whole blocks from
     inputs that wait in the host's memory."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """How whole rows attend: cuDNN's kernel on a GPU, splash attention on a TPU, XLA; auto takes what can be had."""
 
     def __post_init__(self) -> None:
         check_fields("model", self)

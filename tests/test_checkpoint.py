@@ -396,7 +396,7 @@ def test_open_run_continues_with_the_same_settings_only(tmp_path):
         train={"log_every": 1, "checkpoint_every": 3, "keep_checkpoints": 9, "eval_every": 4, "eval_rows": 8},
         decode={"max_new_tokens": 5},
         loss={"chunk_bytes": 1024},
-        model={"remat": "block"},
+        model={"remat": "block", "attention": "xla"},
         mesh={"fsdp": 2},
     )
     assert open_run(workdir, free) is True

@@ -80,7 +80,7 @@ class Architecture:
         return {name: value for setting in self.settings for name, value in setting.write(model).items()}
 
 
-NOT_COMPUTED = ("dtype", "param_dtype", "remat", "max_seq_len")
+NOT_COMPUTED = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
 """Settings of the model that its config file does not speak of, or that may grow."""
 
 

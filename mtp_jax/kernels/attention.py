@@ -1,5 +1,8 @@
 """Grouped-query attention over slots, the one signature for training rows and for decoding caches.
 
+This is the reference: what is faster on some device, or needs less memory, has this signature too and must equal it.
+`rows.py` says which path whole rows take.
+
 Keys stand in slots 0..S-1. A query knows its own slot and sees the slots up to and including it, so causality is
 `slot_s <= query_slot`, and a window `slot_s > query_slot - window`. In a training row a token's slot is its index; in a
 cache it is the number of tokens before it, which also hides everything that a rolled-back round has left behind.
@@ -20,6 +23,8 @@ class Form(NamedTuple):
     """c in `c * tanh(scores / c)`; 0 is none."""
     window: jax.Array | None = None
     """Slots that a query sees, its own included; None is all before it."""
+    windows: tuple[int, ...] = ()
+    """Every value that `window` may have, for kernels that are compiled for one; needed beside a traced window only."""
 
 
 def attention(
@@ -37,7 +42,7 @@ def attention(
       k_BKSH: keys by slot.
       v_BKSH: values by slot.
       query_slots_BT: slot of every query; it sees slots 0..query_slot.
-      segment_ids_BS: document of every slot, for packed rows (S = T, query t in slot t): a query sees its own document.
+      segment_ids_BS: document of every slot, for packed rows: a query sees the document of its own slot.
       form: scale, soft cap and window.
 
     Returns:
@@ -50,15 +55,28 @@ def attention(
     q_BKRH = q_BKGTH.reshape(B, K, N // K * T, H)
     scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
     scores_BKGTS = _capped(scores_BKRS, form).reshape(B, K, N // K, T, S)
-    visible_BTS = jnp.arange(S)[None, None, :] <= query_slots_BT[:, :, None]
-    if form.window is not None:
-        visible_BTS &= jnp.arange(S)[None, None, :] > query_slots_BT[:, :, None] - form.window
-    if segment_ids_BS is not None:
-        visible_BTS &= segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+    visible_BTS = visible(query_slots_BT, segment_ids_BS, S, form.window)
     scores_BKGTS = jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, jnp.finfo(jnp.float32).min)
     probs_BKRS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
     mixed_BKRH = jnp.einsum("BKRS,BKSH->BKRH", probs_BKRS, v_BKSH)
     return mixed_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def visible(
+    query_slots_BT: jax.Array, segment_ids_BS: jax.Array | None, slots: int, window: jax.Array | None
+) -> jax.Array:
+    """Whether each query sees each slot, [B, T, S]; see `attention`."""
+    visible_BTS = jnp.arange(slots)[None, None, :] <= query_slots_BT[:, :, None]
+    if window is not None:
+        visible_BTS &= jnp.arange(slots)[None, None, :] > query_slots_BT[:, :, None] - window
+    if segment_ids_BS is not None:
+        visible_BTS &= own_segments(query_slots_BT, segment_ids_BS)[:, :, None] == segment_ids_BS[:, None, :]
+    return visible_BTS
+
+
+def own_segments(query_slots_BT: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
+    """Document of every query, [B, T]."""
+    return jnp.take_along_axis(segment_ids_BS, query_slots_BT, axis=1)
 
 
 def _capped(scores: jax.Array, form: Form) -> jax.Array:

@@ -8,14 +8,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.axes import EMBED, EXPERTS, HEAD_DIM, HEADS, KV_HEADS, MLP, VOCAB
+from mtp_jax.axes import BATCH, EMBED, EXPERTS, HEAD_DIM, HEADS, KV_HEADS, LENGTH, MLP, VOCAB
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.attention import Anchors, Form, attention, attention_beside
 from mtp_jax.kernels.linear import linear
+from mtp_jax.kernels.rows import Placement, row_attention
 from mtp_jax.model.cache import LayerCache, write_cache
 from mtp_jax.model.rope import rotary
 
 Init = jax.nn.initializers.Initializer
+NO_WINDOW = 2**30
+"""The window of a layer that has none, in a model where others do."""
+QUERIES = (BATCH, LENGTH, HEADS, None)
+"""Axes of q_BTNH."""
+WHOLE_ROW = (BATCH, KV_HEADS, None, None)
+"""Axes of the keys and values of a row: each of its queries, on whatever device, sees all slots."""
 
 
 class Matrix(NamedTuple):
@@ -198,22 +205,27 @@ class Attention(nn.Module):
         k_BKSH: jax.Array,
         v_BKSH: jax.Array,
         query_slots_BT: jax.Array,
-        segment_ids_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Queries of x over the given slots, projected back to [B, T, D]."""
-        q_BTNH = self.queries(x_BTD, positions_BT)
-        return self.output(self.mix(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS))
+        return self.output(self.mix(self.queries(x_BTD, positions_BT), k_BKSH, v_BKSH, query_slots_BT))
 
-    def mix(
-        self,
-        q_BTNH: jax.Array,
-        k_BKSH: jax.Array,
-        v_BKSH: jax.Array,
-        query_slots_BT: jax.Array,
-        segment_ids_BS: jax.Array | None = None,
-    ) -> jax.Array:
+    def mix(self, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, query_slots_BT: jax.Array) -> jax.Array:
         """Attended values [B, T, N, H]."""
-        return attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, self._form())
+        return attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, None, self._form())
+
+    def attend_row(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        k_BKTH: jax.Array,
+        v_BKTH: jax.Array,
+        segment_ids_BT: jax.Array,
+    ) -> jax.Array:
+        """Queries of x over its own row, by the path that `attention` in the config means."""
+        q_BTNH = self.queries(x_BTD, positions_BT)
+        path, placement = self.config.attention, _placement()
+        mixed_BTNH = row_attention(q_BTNH, k_BKTH, v_BKTH, segment_ids_BT, self._form(), path, placement)
+        return self.output(mixed_BTNH)
 
     def mix_beside(
         self,
@@ -222,7 +234,7 @@ class Attention(nn.Module):
         slots: tuple[jax.Array, jax.Array],
         where: Anchors,
     ) -> jax.Array:
-        """`attention_beside` for Y = X P queries in the order of their anchors."""
+        """`attention_beside` for Y = X P queries in the order of their anchors; in XLA, as no kernel has its masks."""
         B, X = where.visible_BXS.shape[:2]
         q_BXPNH, *own_BXPKH = (x.reshape(B, X, -1, *x.shape[2:]) for x in (q_BYNH, *own))
         mixed_BXPNH = attention_beside(q_BXPNH, *slots, *own_BXPKH, where, self._form())
@@ -250,7 +262,16 @@ class Attention(nn.Module):
     def _form(self) -> Form:
         c = self.config
         window = self.get_variable("constants", "window") if self.has_variable("constants", "window") else None
-        return Form(c.attn_scale or c.head_dim**-0.5, c.attn_softcap, window)
+        windows = {c.window if layer == "window" else NO_WINDOW for layer in c.layers} if window is not None else ()
+        return Form(c.attn_scale or c.head_dim**-0.5, c.attn_softcap, window, tuple(sorted(windows)))
+
+
+def _placement() -> Placement | None:
+    """How the arrays of a row's attention lie on the mesh in whose context this is traced, by the axis rules there."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not nn.get_logical_axis_rules():
+        return None
+    return Placement(mesh, nn.logical_to_mesh_axes(QUERIES), nn.logical_to_mesh_axes(WHOLE_ROW))
 
 
 def variables(block: dict[str, Any]) -> dict[str, Any]:
@@ -309,9 +330,9 @@ class Block(nn.Module):
         """A whole row at once, with its keys and values, [B, K, T, H] each."""
         h_BTD = self._normed(x_BTD)
         k_BTKH, v_BTKH = self.attn.keys_values(h_BTD, positions_BT)
-        slots_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None, :], x_BTD.shape[:2])
-        k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        attended_BTD = self.attn.attend(h_BTD, positions_BT, k_BKTH, v_BKTH, slots_BT, segment_ids_BT)
+        # One gather where the length of rows is split, for whatever reads them.
+        k_BKTH, v_BKTH = (nn.with_logical_constraint(x.swapaxes(1, 2), WHOLE_ROW) for x in (k_BTKH, v_BTKH))
+        attended_BTD = self.attn.attend_row(h_BTD, positions_BT, k_BKTH, v_BKTH, segment_ids_BT)
         return self._finished(x_BTD, attended_BTD), k_BKTH, v_BKTH
 
     def beside(

@@ -21,7 +21,7 @@ from mtp_jax.axes import BATCH, LAYERS, LENGTH, VOCAB
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.linear import LINEAR
 from mtp_jax.model.cache import LayerCache
-from mtp_jax.model.layers import Block, Embed, Norm, unit_rms, variables
+from mtp_jax.model.layers import NO_WINDOW, Block, Embed, Norm, unit_rms, variables
 from mtp_jax.model.rope import attention_factor, frequencies
 
 Params = dict[str, Any]
@@ -47,7 +47,7 @@ def with_constants(config: ModelConfig, blocks: Params, layers: Sequence[str]) -
     if config.rope_scaling == "yarn":
         own["factor"] = np.array([attention_factor(config, layer) for layer in layers], np.float32)
     if "window" in config.layers:
-        own["window"] = np.array([config.window if layer == "window" else 2**30 for layer in layers], np.int32)
+        own["window"] = np.array([config.window if layer == "window" else NO_WINDOW for layer in layers], np.int32)
     return blocks | {"constants": jax.tree.map(jnp.asarray, own)}
 
 

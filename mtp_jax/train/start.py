@@ -9,7 +9,7 @@ from mtp_jax.checkpoint import restore_params
 from mtp_jax.config import Config, HeadsConfig, ModelConfig, OptimConfig, TrainConfig, from_json, override
 from mtp_jax.errors import UserError
 
-FREE = ("dtype", "param_dtype", "remat", "max_seq_len")
+FREE = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
 """Settings of the model that may change: how it is computed, and for how long rows."""
 AUXILIARY = ("token_order",)
 """Parameters that serve training only."""

@@ -1,0 +1,123 @@
+"""Which attention is fastest for packed rows? Each path that this device has, forward alone and with gradients.
+
+    python benchmarks/attention.py [--tokens 2048 8192] [--heads 32] [--kv-heads 8] [--head-dim 128] [--window 1024]
+
+Every row holds four documents. `xla` is the reference in one piece, `blocks` the same by blocks of queries; `cudnn`
+runs on an NVIDIA GPU, `splash` on a TPU. Errors are the largest difference from float32 `blocks` on the same inputs,
+over the largest entry, of the result and of the gradient of the keys. A path that runs out of memory says so.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from mtp_jax.kernels import cudnn, splash
+from mtp_jax.kernels.attention import Form, attention
+from mtp_jax.kernels.blocks import attention_by_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Shapes, and how often to time."""
+
+    tokens: tuple[int, ...] = (512, 2048, 8192)
+    """Tokens of a row, multiples of 128."""
+    batch_tokens: int = 16_384
+    """Tokens of all rows; at least one row."""
+    heads: int = 32
+    """Query heads."""
+    kv_heads: int = 8
+    """Key/value heads."""
+    head_dim: int = 128
+    """Width of a head."""
+    window: int = 0
+    """Slots that a query sees; 0 is all before it."""
+    dtype: str = "bfloat16"
+    """Of queries, keys and values."""
+    repeats: int = 10
+    """Timed runs, of which the median counts."""
+
+
+def paths(args: Args, form: Form, tokens: int) -> dict[str, Callable[..., jax.Array]]:
+    """The paths of this device by name."""
+    found = {
+        "xla": functools.partial(attention, form=form),
+        "blocks": functools.partial(attention_by_blocks, form=form),
+    }
+    platform = jax.default_backend()
+    if platform == "tpu":
+        kernels = splash.make_kernels(form, tokens, tokens, args.heads)
+        found["splash"] = functools.partial(splash.splash_attention, form=form, kernels=kernels)
+    q_BTNH = jax.ShapeDtypeStruct((1, tokens, args.heads, args.head_dim), args.dtype)
+    if platform == "gpu" and cudnn.refusal(q_BTNH, form, cudnn.capability()) is None:
+        found["cudnn"] = functools.partial(cudnn.cudnn_attention, form=form)
+    return found
+
+
+def milliseconds(run: Callable[..., object], arrays: tuple[jax.Array, ...], repeats: int) -> float:
+    """Median of the timed runs, the first one left out."""
+    jax.block_until_ready(run(*arrays))
+    took = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        took.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(took)
+
+
+def with_gradients(path: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """The result, and the gradients of queries, keys and values of half the sum of its squares."""
+
+    def run(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *where: jax.Array) -> tuple[jax.Array, ...]:
+        mixed_BTNH, pull = jax.vjp(lambda *given: path(*given, *where), q_BTNH, k_BKSH, v_BKSH)
+        return mixed_BTNH, *pull(mixed_BTNH)
+
+    return run
+
+
+def error(actual: jax.Array, exact: jax.Array) -> float:
+    """The largest difference over the largest entry."""
+    exact = np.asarray(exact, np.float32)
+    return float(np.abs(np.asarray(actual, np.float32) - exact).max() / np.abs(exact).max())
+
+
+def main() -> None:
+    """Times and prints."""
+    args = tyro.cli(Args, description=__doc__)
+    window = (jnp.int32(args.window), (args.window,)) if args.window else (None, ())
+    form = Form(args.head_dim**-0.5, 0.0, *window)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args}")
+    print("| tokens | rows | path | forward, ms | with gradients, ms | error of the result | of dk |")
+    print("|---|---|---|---|---|---|---|")
+    for tokens in args.tokens:
+        rows, rng = max(1, args.batch_tokens // tokens), np.random.default_rng(tokens)
+        shapes = [(rows, tokens, args.heads, args.head_dim), *[(rows, args.kv_heads, tokens, args.head_dim)] * 2]
+        qkv = [jnp.asarray(rng.standard_normal(shape, np.float32), args.dtype) for shape in shapes]
+        slots_BT = jnp.broadcast_to(jnp.arange(tokens)[None, :], (rows, tokens))
+        where = slots_BT, slots_BT // -(-tokens // 4)
+        with jax.default_matmul_precision("highest"):
+            exactly = jax.jit(with_gradients(functools.partial(attention_by_blocks, form=form)))
+            exact = exactly(*(x.astype(jnp.float32) for x in qkv), *where)
+        for name, path in paths(args, form, tokens).items():
+            forward, whole = jax.jit(path), jax.jit(with_gradients(path))
+            try:
+                times = [milliseconds(run, (*qkv, *where), args.repeats) for run in (forward, whole)]
+                actual = whole(*qkv, *where)
+                errors = [error(actual[i], exact[i]) for i in (0, 2)]
+                figures = f"{times[0]:,.2f} | {times[1]:,.2f} | {errors[0]:.1e} | {errors[1]:.1e}"
+            except jax.errors.JaxRuntimeError as failure:
+                if "RESOURCE_EXHAUSTED" not in str(failure):
+                    raise
+                figures = "out of memory | | |"
+            print(f"| {tokens:,} | {rows} | {name} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

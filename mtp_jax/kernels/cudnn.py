@@ -1,0 +1,57 @@
+"""Flash attention of cuDNN, for rows on NVIDIA GPUs.
+
+Documents and windows go in as a mask [B, 1, T, S] in q's dtype, which is exact for any packing and any window, a traced
+one too. It costs 2 B T S bytes in bfloat16 for all heads together, where scores in XLA take 4 B N T S. Tiles above the
+diagonal are left out.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.kernels.attention import Form, visible
+
+AMPERE, HOPPER = 8.0, 9.0
+
+
+def refusal(q_BTNH: jax.Array, form: Form, capability: float) -> str | None:
+    """Why cuDNN cannot attend for these queries on a GPU of this compute capability, or None if it can."""
+    (_, T, _, H), dtype = q_BTNH.shape, q_BTNH.dtype
+    most = 128 if capability < HOPPER else 256
+    if capability < AMPERE:
+        return f"its flash attention needs a GPU of compute capability {AMPERE}, and this one has {capability}"
+    if dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, not {dtype}: set model.dtype='bfloat16'"
+    if form.softcap:
+        return f"it has no soft cap, and model.attn_softcap={form.softcap}"
+    if most < H or H % 8:
+        return f"on this GPU it takes a model.head_dim of at most {most} that is a multiple of 8, not {H}"
+    return f"it takes rows of an even number of tokens, not {T}" if T % 2 else None
+
+
+def capability() -> float:
+    """Compute capability of the GPU here, 0 where it is not of NVIDIA."""
+    device = jax.local_devices(backend="gpu")[0]
+    return float(device.compute_capability) if "cuda" in device.client.platform_version else 0.0
+
+
+def cudnn_attention(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    query_slots_BT: jax.Array,
+    segment_ids_BS: jax.Array | None,
+    form: Form,
+) -> jax.Array:
+    """`attention` by cuDNN; arguments and result are the reference's."""
+    T, S = q_BTNH.shape[1], k_BKSH.shape[2]
+    mask_B1TS = visible(query_slots_BT, segment_ids_BS, S, form.window)[:, None]
+    # Whole rows have the diagonal where cuDNN looks for it; a shard's queries begin somewhere inside their row.
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BKSH.swapaxes(1, 2),
+        v_BKSH.swapaxes(1, 2),
+        mask=mask_B1TS,
+        scale=form.scale,
+        is_causal=T == S,
+        implementation="cudnn",
+    )

@@ -1,0 +1,143 @@
+"""Which attention whole rows take: splash attention on a TPU, cuDNN's on a GPU, XLA's elsewhere.
+
+    auto      splash or cudnn, where it can; else xla
+    splash    `splash.py`
+    cudnn     `cudnn.py`
+    xla       the reference, `attention.py`; above 512 tokens by blocks of queries, `blocks.py`
+
+All equal the reference. Neither kernel can be split by the partitioner, so they run inside `jax.shard_map`: rows and
+heads stay on their devices, and where the length of rows is split each device has its own queries and all keys and
+values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from mtp_jax.errors import UserError
+from mtp_jax.kernels import cudnn, splash
+from mtp_jax.kernels.attention import Form, attention
+from mtp_jax.kernels.blocks import LONG, attention_by_blocks
+
+HOMES = {"splash": "tpu", "cudnn": "gpu"}
+"""The platform of each kernel."""
+
+
+class Placement(NamedTuple):
+    """How a row's arrays lie on a mesh."""
+
+    mesh: AbstractMesh
+    queries: PartitionSpec
+    """Mesh axes of q_BTNH."""
+    keys: PartitionSpec
+    """Mesh axes of k_BKSH and v_BKSH; their slots are whole."""
+
+    def shards(self, dimension: int) -> int:
+        """Parts into which a dimension of q_BTNH is split."""
+        axes = self.queries[dimension]
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return math.prod(self.mesh.shape[name] for name in names)
+
+
+def row_attention(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segment_ids_BS: jax.Array,
+    form: Form,
+    path: str = "auto",
+    placement: Placement | None = None,
+) -> jax.Array:
+    """`attention` of rows whose query t stands in slot t.
+
+    Args:
+      q_BTNH: queries.
+      k_BKSH: keys by slot, S = T.
+      v_BKSH: values by slot.
+      segment_ids_BS: document of every slot.
+      form: scale, soft cap and window.
+      path: one of the names above.
+      placement: how the arrays lie on a mesh; None is on one device, or wherever the partitioner puts them.
+
+    Returns:
+      Attended values [B, T, N, H] in q's dtype.
+
+    Raises:
+      UserError: a path was asked for that is not to be had here.
+    """
+    chosen = choose(path, q_BTNH, form, placement)
+    slots_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1])[None, :], q_BTNH.shape[:2])
+    arrays = q_BTNH, k_BKSH, v_BKSH, slots_BT, segment_ids_BS
+    if chosen == "splash":
+        shards = (1, 1) if placement is None else (placement.shards(1), placement.shards(2))
+        kernels = splash.make_kernels(form, q_BTNH.shape[1], k_BKSH.shape[2], q_BTNH.shape[2] // shards[1], shards[0])
+        return on_shards(splash.splash_attention, arrays, form, placement, kernels)
+    if chosen == "cudnn":
+        return on_shards(cudnn.cudnn_attention, arrays, form, placement)
+    # The partitioner splits one product well, a loop over blocks badly.
+    if q_BTNH.shape[1] <= LONG:
+        return attention(*arrays, form)
+    return on_shards(attention_by_blocks, arrays, form, placement)
+
+
+def choose(path: str, q_BTNH: jax.Array, form: Form, placement: Placement | None) -> str:
+    """The path that `path` means for these queries: `splash`, `cudnn` or `xla`.
+
+    Raises:
+      UserError: `path` is a kernel that cannot be had here.
+    """
+    platform = _platform(placement)
+    for name in HOMES if path == "auto" else {path} & HOMES.keys():
+        why = _refusal(name, platform, q_BTNH, form, placement)
+        if why is None:
+            return name
+        if name == path:
+            raise UserError(f"model.attention={path!r} cannot be used: {why}; model.attention='auto' takes what can")
+    return "xla"
+
+
+def _platform(placement: Placement | None) -> str | None:
+    """Of the mesh that is compiled for, which need not be here; without one several devices leave it open."""
+    if placement is not None and placement.mesh.abstract_device is not None:
+        return placement.mesh.abstract_device.platform
+    return jax.default_backend() if jax.device_count() == 1 else None
+
+
+def _refusal(name: str, platform: str | None, q_BTNH: jax.Array, form: Form, at: Placement | None) -> str | None:
+    """Why a kernel cannot be used, or None if it can."""
+    if platform is None:
+        return "there are several devices, and no mesh says which of them hold the rows"
+    if platform != HOMES[name]:
+        return f"it runs on a {HOMES[name]}, and this is compiled for a {platform}"
+    if not _divides(q_BTNH, at):
+        return f"queries of shape {q_BTNH.shape} do not divide over the mesh axes {at.queries}"
+    if name == "cudnn":
+        return cudnn.refusal(q_BTNH, form, cudnn.capability())
+    return splash.refusal(q_BTNH, 1 if at is None else at.shards(1), form)
+
+
+def _divides(q_BTNH: jax.Array, placement: Placement | None) -> bool:
+    return placement is None or all(q_BTNH.shape[i] % placement.shards(i) == 0 for i in range(3))
+
+
+def on_shards(
+    attend: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], form: Form, placement: Placement | None, *more: Any
+) -> jax.Array:
+    """`attend(*arrays, form, *more)` with every device's own rows, heads and queries."""
+    if placement is None or not _divides(arrays[0], placement):
+        return attend(*arrays, form, *more)
+    rows, length = placement.queries[:2]
+    given = (placement.queries, placement.keys, placement.keys, PartitionSpec(rows, length), PartitionSpec(rows, None))
+    masks = tuple(splash.kernel_specs(kernels, placement.mesh, length) for kernels in more)
+
+    def local(window: jax.Array | None, arrays: tuple[jax.Array, ...], *more: Any) -> jax.Array:
+        return attend(*arrays, form._replace(window=window), *more)
+
+    specs = (PartitionSpec(), given, *masks)
+    # Unchecked: the kernels do not say over which axes their results vary.
+    split = jax.shard_map(local, mesh=placement.mesh, in_specs=specs, out_specs=placement.queries, check_vma=False)
+    return split(form.window, arrays, *more)
