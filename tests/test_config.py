@@ -285,6 +285,36 @@ REFUSED = [
     (lambda: DataConfig(eval_fraction=0.0), "data.eval_fraction=0.0; it must lie between 0 and 1"),
     (lambda: DataConfig(eval_fraction=1.0), "data.eval_fraction=1.0; it must lie between 0 and 1"),
     (lambda: OptimConfig(learning_rate=0.0), "optim.learning_rate=0.0; it must be above 0"),
+    (
+        lambda: OptimConfig(muon_learning_rate=0.1),
+        "optim.muon_learning_rate=0.1 means nothing without optim.name='muon'",
+    ),
+    (
+        lambda: OptimConfig(name="adafactor", b1=0.8),
+        "optim.b1=0.8 means nothing without optim.name='adamw' or 'muon' or",
+    ),
+    (
+        lambda: OptimConfig(name="adafactor", b2=0.8),
+        "optim.b2=0.8 means nothing without optim.name='adamw' or 'muon' or",
+    ),
+    (
+        lambda: OptimConfig(name="lion", eps=1e-6),
+        "optim.eps=1e-06 means nothing without optim.name='adamw' or 'muon' or",
+    ),
+    (
+        lambda: OptimConfig(name="schedule_free"),
+        "optim.schedule='cosine' with optim.name='schedule_free', which averages",
+    ),
+    (
+        lambda: OptimConfig(name="schedule_free", schedule="constant", b1=0.0),
+        "optim.b1=0.0 with optim.name='schedule_free'; it must be above 0",
+    ),
+    (
+        lambda: Config(
+            optim=OptimConfig(name="schedule_free", schedule="constant"), model=ModelConfig(param_dtype="bfloat16")
+        ),
+        "optim.name='schedule_free' with model.param_dtype='bfloat16'",
+    ),
     (lambda: OptimConfig(muon_learning_rate=-1.0), "optim.muon_learning_rate=-1.0; it must be above 0"),
     (lambda: OptimConfig(eps=0.0), "optim.eps=0.0; it must be above 0"),
     (lambda: OptimConfig(warmup_steps=-1), "optim.warmup_steps=-1 is negative"),

@@ -16,7 +16,7 @@ from mtp_jax.losses.mtp import HeadSums, head_scale
 from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import mtp
-from mtp_jax.optim import make_optimizer
+from mtp_jax.optim import gradient_point, make_optimizer
 from mtp_jax.train.objective import Batch, Parts, batch_targets, head_schedule, loss_sums, total_loss, xent_spec
 from mtp_jax.train.state import TrainState, init_state, split_params, state_shardings
 
@@ -57,17 +57,18 @@ def train_step(
       batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each.
 
     Returns:
-      The next state and the step's metrics, those of the parameters before the update.
+      The next state and the step's metrics, those of the parameters at which the gradient was taken.
     """
     targets = batch_targets(config, batch)
     w_M = head_weights(head_schedule(config), state.step)
     scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
     order_BT = _order_weights(targets.weights_MBT[0])
     learned, rest = split_params(config, state.params)
+    point = gradient_point(state.opt_state, learned)
 
     def value_and_grad(micro: tuple) -> tuple[tuple[jax.Array, Parts], dict]:
-        loss = lambda learned: total_loss(config, spec, learned | rest, *micro, scale_M)  # noqa: E731
-        return jax.value_and_grad(loss, has_aux=True)(learned)
+        loss = lambda point: total_loss(config, spec, point | rest, *micro, scale_M)  # noqa: E731
+        return jax.value_and_grad(loss, has_aux=True)(point)
 
     def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(micro)), None

@@ -118,15 +118,6 @@ def test_bfloat16_step_keeps_float32_parameters():
     np.testing.assert_allclose(history[0].grad_norm, exact.grad_norm, rtol=5e-2)
 
 
-def test_muon_shards_like_adamw(one_device):
-    """The muon step on data 2 x fsdp 2 x tensor 2 equals the one on one device."""
-    optim = {"name": "muon"}
-    expected = run(tiny_config(optim=optim))[1]
-    history = run(tiny_config(optim=optim, mesh=MESHES["all"]))[1]
-    chex.assert_trees_all_close(history, expected, rtol=1e-4, atol=1e-5)
-    assert abs(float(expected[-1].loss) - float(one_device[1][-1].loss)) > 1e-4
-
-
 def test_weight_decay_by_path():
     """With zero gradients and no warm-up, a step scales decayed parameters by 1 - lr * decay and leaves the others.
 
