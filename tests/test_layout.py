@@ -37,7 +37,22 @@ ALLOWED = {
     "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data", "trees"},
     "loading": {"config", "model", "sharding", "checkpoint", "data", "convert"},
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
-    "cli": {"config", "convert", "data", "decode", "eval", "loading", "metrics", "model", "sharding", "train"},
+    "fit": {"axes", "config", "decode", "flops", "hardware", "model", "sharding", "train"},
+    "cli": {
+        "config",
+        "convert",
+        "data",
+        "decode",
+        "eval",
+        "fit",
+        "flops",
+        "hardware",
+        "loading",
+        "metrics",
+        "model",
+        "sharding",
+        "train",
+    },
 }
 
 
