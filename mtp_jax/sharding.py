@@ -178,6 +178,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the tokens of a batch are split into."""
+    split = batch_sharding(mesh).shard_shape((mesh.size, mesh.size))
+    return mesh.size**2 // math.prod(split)
+
+
 def loss_placement(mesh: Mesh) -> dict[str, Any]:
     """Where `losses.xent` finds its rows and its vocabulary: the mesh fields of an `XentSpec`."""
     if mesh.size == 1:

@@ -43,9 +43,10 @@ ALLOWED = {
     "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data", "trees", "workdir"},
     "loading": {"config", "model", "sharding", "checkpoint", "data", "convert"},
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
+    "fit": {"axes", "config", "decode", "flops", "hardware", "model", "sharding", "train"},
     "cli": {
-        *("compiled", "config", "convert", "data", "decode", "distributed", "eval", "flops", "loading", "losses"),
-        *("metrics", "model"),
+        *("compiled", "config", "convert", "data", "decode", "distributed", "eval", "fit", "flops", "hardware"),
+        *("loading", "losses", "metrics", "model"),
         "sharding",
         "train",
     },
