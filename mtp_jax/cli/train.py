@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from mtp_jax.cli.common import parse, print_json, read_config
+from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.metrics import read_metrics
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv[1:] if path else argv, "mtp train CONFIG.py", DESCRIPTION, Args(**sections))
     config = Config(**{name: getattr(args, name) for name in sections})
     workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")
+    keep_freed_memory()
     with RunConsole() as console:
         result = train(config, workdir, console)
     records = read_metrics(workdir)
