@@ -2,7 +2,7 @@
 
     python3.12 -m venv DIR && DIR/bin/pip install 'maxtext[tpu]==0.2.5'         # 2.4 GB; a Python of its own
     python benchmarks/maxtext.py --maxtext-python DIR/bin/python            # about 6 minutes on two cores, 5 GB free
-    python benchmarks/maxtext.py --maxtext-python DIR/bin/python --steps 5 --layers 2 --seq-len 128 --results ''
+    python benchmarks/maxtext.py --maxtext-python DIR/bin/python --steps 5 --layers 4 --seq-len 128 --results ''
 
 Width 512, 8 layers, feed-forward 1,408, vocabulary 32,000, 4 rows of 512 tokens, float32, AdamW with clipping. Three
 pairs: no extra heads; three sequential depths in both; and three parallel heads at the parameters of the plain model,

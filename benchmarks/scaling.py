@@ -1,7 +1,7 @@
 """How do time and memory grow? The training step as batch, length, layers, vocabulary and heads grow, one at a time.
 
     python benchmarks/scaling.py                                     # about 6 minutes on two cores, 4 GB free
-    python benchmarks/scaling.py --points 2 --only layers --runs 1 --results ''      # a trial
+    python benchmarks/scaling.py --points 2 --only batch_size --runs 1 --results ''      # a trial
 
 Width 256, feed-forward 704, float32, AdamW. From 4 rows of 256 tokens, 4 blocks, vocabulary 8,192 and M = 4 parallel
 heads at equal parameters, one dimension at a time doubles a few times. The exponent p of `c * size^p` is fitted to step
@@ -12,6 +12,7 @@ smaller means that fixed costs still count.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import tyro
@@ -33,7 +34,7 @@ class Args:
 
     points: int = 4
     """Sizes of each dimension, each twice the one before; three of M."""
-    only: tuple[str, ...] = tuple(STARTS)
+    only: tuple[Literal["batch_size", "seq_len", "total_layers", "vocab_size", "num_future"], ...] = tuple(STARTS)
     """Dimensions."""
     remat: str = "dots"
     """`model.remat`."""

@@ -8,6 +8,7 @@ import sys
 import jax
 
 from mtp_jax.cli.common import parse, print_json, read_config
+from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config
 from mtp_jax.distributed import Distributed, together
 from mtp_jax.errors import UserError
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     if "://" in args.workdir:
         raise UserError(f"--workdir {args.workdir} is an address; give a directory, of a shared file system if need be")
     workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")
+    keep_freed_memory()
     with together(args.distributed):
         first = jax.process_index() == 0
         with RunConsole(quiet=not first) as console:

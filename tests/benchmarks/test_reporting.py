@@ -1,5 +1,6 @@
 """What the benchmarks compute beside their measurements: fitted exponents, expected bytes, tables and their origin."""
 
+import importlib
 import pathlib
 import re
 import sys
@@ -18,6 +19,12 @@ def scripts(monkeypatch):
     for name in names & set(sys.modules):
         if pathlib.Path(sys.modules[name].__file__ or "").parent == BENCHMARKS:
             del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_script_imports(scripts, name):
+    """What a script takes from the package is still there. Breaks if a name that one of them uses moves away."""
+    assert importlib.import_module(name).__doc__
 
 
 @pytest.mark.parametrize("power", [-0.5, 0.0, 1.0, 1.7])

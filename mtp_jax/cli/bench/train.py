@@ -20,6 +20,7 @@ from rich.table import Table
 from mtp_jax import sharding
 from mtp_jax.cli.bench.timing import FLOOR, Products, in_turns, ratio, temp_bytes
 from mtp_jax.cli.common import parse, print_json, read_config, say
+from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.flops import step_flops
@@ -60,6 +61,7 @@ class Step:
     """The compiled training step of a config with a state that it trains: a function to call again and again."""
 
     def __init__(self, config: Config) -> None:
+        keep_freed_memory()  # as `mtp train` does
         self.config, began = config, time.perf_counter()
         self._steps = compile_steps(config, sharding.make_mesh(config.mesh))
         B, T = config.train.batch_size, config.data.seq_len
