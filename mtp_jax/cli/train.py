@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
     if "://" in args.workdir:
         raise UserError(f"--workdir {args.workdir} is an address; give a directory, of a shared file system if need be")
     workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")
-    keep_freed_memory()
     with together(args.distributed):
+        keep_freed_memory()
         first = jax.process_index() == 0
         with RunConsole(quiet=not first) as console:
             result = train(config, workdir, console)
