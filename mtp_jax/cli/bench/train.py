@@ -74,7 +74,7 @@ class Step:
 
     def feed(self, batch: dict[str, np.ndarray]) -> None:
         """Takes another batch in the place of the random one."""
-        self._batch = place(batch, self._steps)
+        self._batch = place(batch, self._steps, self.config.train.batch_size)
 
     def __call__(self, count: int = 1) -> StepMetrics:
         """Runs `count` steps."""

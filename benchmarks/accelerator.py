@@ -1,0 +1,101 @@
+"""What an accelerator gets out of the training step: MFU with one head and with four, and where the time goes.
+
+    python benchmarks/accelerator.py [--config configs/bench_1b.py] [--rows 8] [--tokens 2048] [--remat dots]
+
+1.1B parameters in bfloat16 by default, at equal parameters with and without extra heads. MFU is operations that the
+model asks for (`flops.step_flops`) over time and the chip's published peak. The costs are the device's own times by
+kernel or operation, from a profile of three steps. On one H100 about five minutes, most of them in the compiler.
+"""
+
+import collections
+import dataclasses
+import functools
+import pathlib
+import re
+import tempfile
+
+import jax
+import tyro
+from jax.profiler import ProfileData
+from reporting import RESULTS, Report
+
+from mtp_jax.cli.bench.timing import in_turns
+from mtp_jax.cli.bench.train import Step, memory
+from mtp_jax.cli.common import read_config, say
+from mtp_jax.config import Config, DecodeConfig
+from mtp_jax.hardware import chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Shapes, and how often to time."""
+
+    config: str = "configs/bench_1b.py"
+    """The model; its heads are those of the second row."""
+    rows: int = 8
+    """Rows of a step."""
+    tokens: int = 2048
+    """Tokens of a row."""
+    remat: str = "dots"
+    """What is computed again in the backward pass."""
+    dtype: str = "bfloat16"
+    """Dtype of activations; parameters are float32."""
+    runs: int = 5
+    """Timed turns of four steps each; the fastest counts."""
+    results: str = RESULTS
+    """File to append the table to; empty prints it only."""
+
+
+def config_of(args: Args, plain: bool) -> Config:
+    """The config at these shapes; a plain one has the blocks of the heads in its trunk."""
+    base = read_config(args.config)
+    layers = base.model.num_layers + (base.heads.num_future - 1) * base.heads.layers if plain else base.model.num_layers
+    fields = {"dtype": args.dtype, "remat": args.remat, "num_layers": layers}
+    model = dataclasses.replace(base.model, max_seq_len=max(args.tokens, 64), **fields)
+    heads = dataclasses.replace(base.heads, num_future=1) if plain else base.heads
+    data = dataclasses.replace(base.data, seq_len=args.tokens)
+    train = dataclasses.replace(base.train, batch_size=args.rows)
+    decode = DecodeConfig(prompt_tokens=16, max_new_tokens=16)
+    return dataclasses.replace(base, model=model, heads=heads, data=data, train=train, decode=decode)
+
+
+def costs(step: Step, count: int = 3) -> list[tuple[str, float]]:
+    """What the device did in some steps: (kernel or operation, share of its busy time), the largest first."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(step(count))
+        (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
+        planes = list(ProfileData.from_file(str(path)).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    times: collections.Counter[str] = collections.Counter()
+    for plane in devices[:1] or planes:
+        for line in plane.lines:
+            if line.name.startswith(("Stream", "XLA Ops", "tf_XLA")):
+                for event in line.events:
+                    times[re.sub(r"[.\d]+$", "", event.name)] += event.duration_ns
+    total = sum(times.values())
+    return [(name, time / total) for name, time in times.most_common()]
+
+
+def main(args: Args) -> None:
+    """Measures both and prints the table."""
+    peak, rows, notes = chip(jax.devices()[0].device_kind), [], []
+    for name, plain in (("one head", True), ("with its heads", False)):
+        say(f"compiling {name}")
+        step = Step(config_of(args, plain))
+        seconds = min(in_turns({name: functools.partial(step, 4)}, args.runs)[name]) / 4
+        mfu = "-" if peak is None else f"{step.flops / seconds / peak.bf16_flops / len(jax.devices()):.1%}"
+        used = memory(step.compiled)
+        held = used["temp_bytes"] + used["argument_bytes"]
+        figures = (f"{1e3 * seconds:.1f}", f"{step.tokens / seconds:,.0f}", f"{step.flops / seconds / 1e12:.1f}", mfu)
+        rows.append((name, str(step.config.heads.num_future), *figures, f"{held / 1e9:.1f}"))
+        largest = ", ".join(f"{what} {share:.0%}" for what, share in costs(step)[:3])
+        notes.append(f"Largest costs, {name}: {largest}.")
+    shape = f"{args.rows} x {args.tokens} tokens, {args.dtype}, remat {args.remat}"
+    columns = ("", "M", "ms", "tokens/s", "TFLOP/s", "MFU", "GB per device")
+    report = Report(f"Training step of {args.config}, {shape}", columns, rows, " ".join(notes))
+    report.publish(args.results, jax.devices()[0].device_kind)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
