@@ -1,8 +1,10 @@
 """The commands as a person or a program meets them."""
 
 import json
+import os
 import pathlib
 import re
+import signal
 
 import matplotlib.image
 import pytest
@@ -13,6 +15,7 @@ from mtp_jax.config import to_json
 from mtp_jax.decode.generate import generate
 from mtp_jax.loading import load
 from mtp_jax.metrics import read_metrics
+from mtp_jax.train import loop
 
 OVERRIDES = {
     "model.vocab_size": 264,
@@ -126,6 +129,27 @@ def test_train_prints_and_resumes(config_file, tmp_path, capsys):
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 2]
     assert run(arguments) == 0
     assert "trained already, 2 steps" in capsys.readouterr().err
+
+
+def test_train_that_a_signal_stops_exits_with_it(config_file, tmp_path, capsys, monkeypatch):
+    """SIGTERM behind the first step: exit status 128 + 15 and `finished` false, so that a scheduler starts it again."""
+    original = loop.place
+
+    def place_and_stop(batch, steps):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch, steps)
+
+    monkeypatch.setattr(loop, "place", place_and_stop)
+    with pytest.raises(SystemExit) as end:
+        run(["train", str(config_file), "--workdir", str(tmp_path / "run"), "--json"])
+    assert end.value.code == 143
+    result = only_json(capsys)
+    assert (result["step"], result["finished"]) == (1, False)
+
+
+def test_an_address_is_no_workdir(config_file, capsys):
+    """gs://... would become a directory `gs:`. Breaks without the check in `mtp train`."""
+    assert "is an address; give a directory" in error_line(capsys, ["train", config_file, "--workdir", "gs://b/run"])
 
 
 def test_generate_json_is_the_same_with_and_without_drafts(quickstart, capsys):
