@@ -77,20 +77,23 @@ def costs(step: Step, count: int = 3) -> list[tuple[str, float]]:
     return [(name, time / total) for name, time in times.most_common()]
 
 
+def measure(args: Args, name: str, plain: bool) -> tuple[tuple[str, ...], str]:
+    """A row of the table and the largest costs; nothing stays on the device."""
+    say(f"compiling {name}")
+    step, peak = Step(config_of(args, plain)), chip(jax.devices()[0].device_kind)
+    seconds = min(in_turns({name: functools.partial(step, 4)}, args.runs)[name]) / 4
+    mfu = "-" if peak is None else f"{step.flops / seconds / peak.bf16_flops / len(jax.devices()):.1%}"
+    used = memory(step.compiled)
+    held = used["temp_bytes"] + used["argument_bytes"]
+    figures = (f"{1e3 * seconds:.1f}", f"{step.tokens / seconds:,.0f}", f"{step.flops / seconds / 1e12:.1f}", mfu)
+    largest = ", ".join(f"{what} {share:.0%}" for what, share in costs(step)[:3])
+    row = (name, str(step.config.heads.num_future), *figures, f"{held / 1e9:.1f}")
+    return row, f"Largest costs, {name}: {largest}."
+
+
 def main(args: Args) -> None:
     """Measures both and prints the table."""
-    peak, rows, notes = chip(jax.devices()[0].device_kind), [], []
-    for name, plain in (("one head", True), ("with its heads", False)):
-        say(f"compiling {name}")
-        step = Step(config_of(args, plain))
-        seconds = min(in_turns({name: functools.partial(step, 4)}, args.runs)[name]) / 4
-        mfu = "-" if peak is None else f"{step.flops / seconds / peak.bf16_flops / len(jax.devices()):.1%}"
-        used = memory(step.compiled)
-        held = used["temp_bytes"] + used["argument_bytes"]
-        figures = (f"{1e3 * seconds:.1f}", f"{step.tokens / seconds:,.0f}", f"{step.flops / seconds / 1e12:.1f}", mfu)
-        rows.append((name, str(step.config.heads.num_future), *figures, f"{held / 1e9:.1f}"))
-        largest = ", ".join(f"{what} {share:.0%}" for what, share in costs(step)[:3])
-        notes.append(f"Largest costs, {name}: {largest}.")
+    rows, notes = zip(*(measure(args, *case) for case in (("one head", True), ("with its heads", False))), strict=True)
     shape = f"{args.rows} x {args.tokens} tokens, {args.dtype}, remat {args.remat}"
     columns = ("", "M", "ms", "tokens/s", "TFLOP/s", "MFU", "GB per device")
     report = Report(f"Training step of {args.config}, {shape}", columns, rows, " ".join(notes))
