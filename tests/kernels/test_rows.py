@@ -227,13 +227,15 @@ def test_model_by_splash_equals_by_xla(mesh, monkeypatch):
 
 
 def test_a_kernel_that_is_not_here_is_refused():
-    """model.attention='splash' on a CPU is an error of one line. Breaks if layers do not hand on the setting."""
-    config = small_config({"attention": "splash"})
-    with (
-        sharding.on_mesh(sharding.make_mesh(MeshConfig(data=2))),
-        pytest.raises(UserError, match="it runs on a tpu, and this is compiled for a cpu"),
-    ):
-        jax.eval_shape(lambda: mtp.apply(config, random_params(config), *[jnp.zeros((2, 128), jnp.int32)] * 3))
+    """model.attention='splash' on a CPU is an error of one line, at the first row, not while parameters are made.
+
+    Breaks if layers do not hand on the setting, or without `attention="xla"` in lm.init_blocks.
+    """
+    config, where = small_config({"attention": "splash"}), sharding.make_mesh(MeshConfig(data=2))
+    with sharding.on_mesh(where):
+        params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+        with pytest.raises(UserError, match="it runs on a tpu, and this is compiled for a cpu"):
+            jax.eval_shape(functools.partial(mtp.apply, config), params, *[jnp.zeros((2, 128), jnp.int32)] * 3)
 
 
 # Which path.
