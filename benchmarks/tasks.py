@@ -25,7 +25,8 @@ import numpy as np
 import tyro
 
 from mtp_jax import Config, load
-from mtp_jax.cli.common import keep_compiled, read_config
+from mtp_jax.cli.common import read_config
+from mtp_jax.compiled import keep_compiled
 from mtp_jax.data import synthetic
 from mtp_jax.data.loader import prepare
 from mtp_jax.eval.answers import answers

@@ -8,44 +8,29 @@ manifest first. The newest whole checkpoint is used; a broken one is reported an
 whose checkpoints are all broken does not silently begin again.
 """
 
-import contextlib
-import fcntl
 import itertools
 import json
 import logging
 import os
 import pathlib
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from mtp_jax.config import Config, differences, from_json, to_json
+from mtp_jax.distributed import from_first
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import damage, short_reason, write_atomically, write_manifest
+from mtp_jax.integrity import damage, short_reason, write_manifest
 from mtp_jax.trees import by_path
+from mtp_jax.workdir import CHECKPOINTS, saved_steps
 
-CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"
-LOCK = ".lock"
-CORPUS = "corpus.json"
 VERSION = 1
 """Layout of a checkpoint, stored in its `meta`."""
 
-RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data", "data.new", "compiled", LOCK, CORPUS)
-"""Names that a run's directory may hold before its config.json is written."""
-
-FREE_FIELDS = re.compile(
-    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows)|loss\.(chunk_bytes|skip|gather)"
-    r"|model\.(remat|attention)|decode\..*|mesh\..*"
-)
-"""Config fields that may change between a run and its continuation: none of them changes what is learned."""
 
 Notify = Callable[[str], None]
 
@@ -58,104 +43,6 @@ class Resumable(Protocol):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Moves to where `get_state` was called."""
-
-
-def open_run(workdir: pathlib.Path | str, config: Config) -> bool:
-    """Creates a run's directory, or checks that an existing run has the same settings.
-
-    Args:
-      workdir: the run's directory; created when it is missing, and accepted when it is empty.
-      config: the settings of this run, written to `config.json`.
-
-    Returns:
-      True when the directory holds a run that is to be continued.
-
-    Raises:
-      UserError: a setting that changes the result differs, or the directory belongs to something else.
-    """
-    workdir, existing, refusal = pathlib.Path(workdir), False, None
-    if jax.process_index() == 0:
-        try:
-            existing = _open_run(workdir, config)
-        except UserError as error:
-            refusal = error
-    verdict = _from_first_process(2 if refusal else int(existing))
-    if verdict == 2:
-        raise refusal or UserError(f"process 0 refused --workdir {workdir}; its message says why")
-    return bool(verdict)
-
-
-def _open_run(workdir: pathlib.Path, config: Config) -> bool:
-    path = workdir / CONFIG
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8") if path.exists() else None
-        if text is None:
-            _check_new(workdir)
-        else:
-            _check_same(workdir, from_json(text, str(path)), config)
-        write_atomically(path, to_json(config) + "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--workdir {workdir} cannot be used: {short_reason(error)}; use another directory") from error
-    return text is not None
-
-
-def has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether a run has saved anything yet, broken or whole."""
-    root = workdir / CHECKPOINTS
-    return root.is_dir() and any(not path.name.endswith(".orbax-checkpoint-tmp") for path in root.iterdir())
-
-
-@contextlib.contextmanager
-def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes of this machine from training in the directory at the same time.
-
-    The operating system gives the claim back when the process ends, however it ends.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    if jax.process_index() != 0:
-        yield
-        return
-    with open(workdir / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--workdir {workdir} is in use by another process; wait for it, or use another") from error
-        yield
-
-
-def trained_on(workdir: pathlib.Path) -> str:
-    """Digest of the corpus that the run's checkpoints were trained on; "" before the first checkpoint."""
-    path = workdir / CORPUS
-    return json.loads(path.read_text())["digest"] if path.exists() and has_checkpoints(workdir) else ""
-
-
-def record_corpus(workdir: pathlib.Path, digest: str) -> None:
-    """Notes what the run is trained on, for `trained_on`."""
-    if jax.process_index() == 0:
-        write_atomically(workdir / CORPUS, json.dumps({"digest": digest}))
-
-
-def _check_new(workdir: pathlib.Path) -> None:
-    foreign = sorted({entry.name for entry in workdir.iterdir()}.difference(RUN_FILES))
-    if foreign:
-        names = ", ".join(foreign[:3]) + (" and more" if foreign[3:] else "")
-        reason, remedy = f"{names} but no {CONFIG}: it is not a run", "use another --workdir, or an empty directory"
-    elif _steps(workdir / CHECKPOINTS):
-        reason, remedy = f"checkpoints but no {CONFIG} with their settings", "put it back, or use another --workdir"
-    else:
-        return
-    raise UserError(f"--workdir {workdir} holds {reason}; {remedy}")
-
-
-def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
-    changed = "; ".join(d for d in differences(old, new) if not FREE_FIELDS.fullmatch(d.split(":")[0]))
-    # Before the first checkpoint there is nothing to lose: a run that failed on its settings may start with others.
-    if changed and has_checkpoints(workdir):
-        remedy = "use another --workdir, or the old values"
-        raise UserError(f"--workdir {workdir} holds a run with other settings ({changed}); {remedy}")
 
 
 class Checkpoints:
@@ -263,8 +150,8 @@ class Checkpoints:
           UserError: there are checkpoints, but none is whole, or they hold another model.
         """
         self.wait()
-        steps = _steps(self._root)
-        if not steps and not any(self._root.glob("broken-*")):
+        steps = saved_steps(self._root)
+        if not steps and not from_first(any(self._root.glob("broken-*"))):
             return None
         restored, step, broken = _newest_whole(self._root, steps, lambda path: self._restore(path, abstract_state))
         iterator.set_state(restored.data)
@@ -288,7 +175,7 @@ class Checkpoints:
                 path.rename(aside)
             self._notify(f"checkpoint {path} is broken ({reason}); moved to {aside.name}, going on from step {used}")
         if broken:
-            _from_first_process(0)  # Every process lists the directory after the renames.
+            from_first(0)  # Every process lists the directory after the renames.
             self._manager.reload()
 
     def close(self) -> None:
@@ -318,7 +205,7 @@ def restore_params(
       UserError: no such checkpoint, none that is whole, or a parameter that is missing or has another shape.
     """
     root = pathlib.Path(workdir).absolute() / CHECKPOINTS
-    steps = _steps(root)
+    steps = saved_steps(root)
     if not steps or step not in (None, *steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         have = f"it has {', '.join(map(str, steps))}" if steps else "train first, or name another directory"
@@ -369,7 +256,7 @@ def _attempt(path: pathlib.Path, restore: Callable[[pathlib.Path], Any]) -> tupl
     Bytes that match their manifest are not broken, so what fails on them is somebody else's fault and is raised.
     """
     found = _damage(path) if jax.process_index() == 0 else ""
-    if _from_first_process(int(bool(found))):
+    if from_first(int(bool(found))):
         return None, found or "see process 0"
     return restore(path), ""
 
@@ -389,20 +276,6 @@ def _check_tree(path: pathlib.Path, abstract: Any, *, partial: bool) -> None:
         raise UserError(f"{path} also holds {next(iter(saved))}, which this model lacks; {remedy}")
 
 
-def _steps(root: pathlib.Path) -> list[int]:
-    """Steps that were committed, oldest first. Unfinished saves and broken ones have other names."""
-    if not root.is_dir():
-        return []
-    return sorted(int(path.name) for path in root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
-
-
 def _not_orbax(record: logging.LogRecord) -> bool:
     """Keeps Orbax's traces off the terminal: whatever it logs as an error it raises as well, and we report that."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _from_first_process(value: int) -> int:
-    """Process 0's value on every process, so that all take the same branch."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -152,6 +152,11 @@ class Config:
             f"decode.num_draft={decode.num_draft}, but heads.num_future={heads.num_future} heads draft at most "
             f"{heads.num_future - 1} tokens",
         )
+        require(
+            self.optim.name != "schedule_free" or model.param_dtype == "float32",
+            f"optim.name='schedule_free' with model.param_dtype={model.param_dtype!r}: an average of many steps needs "
+            "float32; use model.param_dtype='float32'",
+        )
         longest = decode.prompt_tokens + decode.max_new_tokens
         require(
             longest <= model.max_seq_len,

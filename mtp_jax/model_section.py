@@ -116,8 +116,9 @@ class ModelConfig:
     """Dtype of activations and matrix products. Norm statistics, softmax and losses are float32 in any case."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the parameters at rest."""
-    remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks."""
+    remat: Literal["none", "dots", "block", "offload"] = "none"
+    """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks; or whole blocks from
+    inputs that wait in the host's memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """How whole rows attend: cuDNN's kernel on a GPU, splash attention on a TPU, XLA; auto takes what can be had."""
 

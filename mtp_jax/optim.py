@@ -1,4 +1,4 @@
-"""The optimizer of a run: schedule, clipping, decay by parameter path, AdamW or Muon, all from optax."""
+"""The optimizer of a run, by name: schedule, clipping, decay by parameter path and update rule, all from optax."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,13 @@ from typing import Any
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import (
+    MuonDimensionNumbers,
+    ScheduleFreeState,
+    muon,
+    schedule_free,
+    schedule_free_eval_params,
+)
 
 from mtp_jax.config import OptimConfig
 from mtp_jax.errors import UserError
@@ -69,24 +75,96 @@ def make_optimizer(
       steps: length of the run, which the schedule needs.
       params: all parameters, or their abstract shapes; only paths and ranks are read.
       select: from a tree over all parameters the part that is trained.
+
+    Returns:
+      A transformation whose gradients are to be taken at `gradient_point`.
     """
     skip = select(match_paths(params, config.no_decay))
     decay = jax.tree.map(lambda no_decay: not no_decay, skip)
+    rule = RULES[config.name](config, steps, decay, lambda: select(_matrix_axes(params)))
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name == "schedule_free":
+        # Outermost, because its state is what `gradient_point` looks for.
+        return _averaged(optax.chain(*clip, rule), config, steps)
+    return optax.chain(*clip, rule) if clip else rule
+
+
+def gradient_point(opt_state: Any, params: Any) -> Any:
+    """Where the gradient of a step is taken: at the parameters themselves, but for schedule_free (`_averaged`)."""
+    if not isinstance(opt_state, ScheduleFreeState):
+        return params
+    b1 = opt_state.b1
+    return jax.tree.map(lambda x, z: b1 * x + (1 - b1) * z, params, opt_state.z)
+
+
+def _averaged(
+    base: optax.GradientTransformation, config: OptimConfig, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-free averaging (Defazio et al. 2024, "The Road Less Scheduled") around a rule without momentum.
+
+    Three sequences: z takes the rule's steps, x is their average, and gradients are taken at y = b1 x + (1 - b1) z.
+    optax's transformation carries y as the parameters and z in its state. Here the parameters are x, so that whatever
+    reads a run's parameters (evaluation, checkpoints, export) reads those that are meant to be used.
+    """
     rate = _scaled(config.learning_rate, config, steps)
-    if config.name == "adamw":
-        rule = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay)
-    else:
-        rule = muon(
-            _scaled(config.muon_learning_rate, config, steps),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_learning_rate=rate,
-            muon_weight_dimension_numbers=select(_matrix_axes(params)),
-        )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule
+    # optax counts this one's steps from 1, and all others from 0.
+    inner = schedule_free(base, lambda count: rate(count - 1), config.b1)
+
+    def update(grads: Any, state: ScheduleFreeState, x: Any = None, **_: Any) -> tuple[Any, ScheduleFreeState]:
+        y = gradient_point(state, x)
+        updates, state = inner.update(grads, state, y)
+        averaged = schedule_free_eval_params(state, optax.apply_updates(y, updates))
+        return jax.tree.map(lambda new, old: new - old, averaged, x), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _adamw(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.GradientTransformation:
+    rate = _scaled(config.learning_rate, config, steps)
+    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay)
+
+
+def _muon(config: OptimConfig, steps: int, decay: Any, matrix_axes: Callable) -> optax.GradientTransformation:
+    return muon(
+        _scaled(config.muon_learning_rate, config, steps),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_learning_rate=_scaled(config.learning_rate, config, steps),
+        muon_weight_dimension_numbers=matrix_axes(),
+    )
+
+
+def _lion(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.GradientTransformation:
+    rate = _scaled(config.learning_rate, config, steps)
+    return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decay)
+
+
+def _adafactor(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.GradientTransformation:
+    rate = _scaled(config.learning_rate, config, steps)
+    # optax does not multiply this one's weight decay by the learning rate.
+    per_step = lambda count: config.weight_decay * rate(count)  # noqa: E731
+    return optax.adafactor(rate, weight_decay_rate=per_step, weight_decay_mask=decay)
+
+
+def _rms_without_momentum(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.GradientTransformation:
+    """AdamW with b1 = 0: what schedule_free averages."""
+    return optax.chain(
+        optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True),
+        optax.add_decayed_weights(config.weight_decay, decay),
+        optax.scale_by_learning_rate(_scaled(config.learning_rate, config, steps)),
+    )
+
+
+RULES = {
+    "adamw": _adamw,
+    "muon": _muon,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "schedule_free": _rms_without_momentum,
+}
 
 
 def _matrix_axes(params: Any) -> Any:

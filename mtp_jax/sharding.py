@@ -18,6 +18,8 @@ from mtp_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 """From the outermost to the innermost: what talks most has the nearest neighbours."""
+HOST_MEMORY = "pinned_host"
+"""The kind of memory in which states wait under `model.remat="offload"`."""
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.BATCH, ("data", "fsdp")),
     (axes.LENGTH, "context"),
@@ -74,6 +76,17 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
             f"make one with mtp_jax.sharding.make_mesh: {', '.join(MESH_AXES)}, all of them Auto"
         )
     check_divisible(config, mesh.shape["fsdp"] * mesh.shape["context"], mesh.shape["tensor"])
+
+
+def check_host_memory(mesh: Mesh) -> None:
+    """Refuses `model.remat="offload"` on devices that cannot reach the host's memory."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise UserError(
+            f"model.remat='offload' needs devices with {HOST_MEMORY} memory, and {device.device_kind} has "
+            f"{', '.join(kinds)}; use 'block'"
+        )
 
 
 def logical_spec(names: tuple[str | None, ...]) -> PartitionSpec:
@@ -134,9 +147,41 @@ def on_mesh(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
+def rows_here(where: NamedSharding, batch_size: int) -> tuple[int, ...]:
+    """Positions in a global batch of the rows that this process's devices hold, ascending.
+
+    Processes hold rows of their own, or the very rows of others where `tensor` or `context` reaches across processes.
+
+    Args:
+      where: sharding of a batch.
+      batch_size: B.
+
+    Raises:
+      UserError: a mesh under which two processes share a part of their rows.
+    """
+    held: dict[int, set[int]] = {}
+    shape = (batch_size, where.mesh.shape["context"])
+    for device, (rows, *_) in where.devices_indices_map(shape).items():
+        held.setdefault(device.process_index, set()).update(range(batch_size)[rows])
+    mine = held[jax.process_index()]
+    if any(rows != mine and rows & mine for rows in held.values()):
+        sizes = ", ".join(f"mesh.{name}={size}" for name, size in where.mesh.shape.items())
+        raise UserError(
+            f"{sizes} cuts the rows across processes of {jax.local_device_count()} devices; let mesh.context * "
+            "mesh.tensor divide that number, or be a multiple of it"
+        )
+    return tuple(sorted(mine))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the tokens of a batch are split into."""
+    split = batch_sharding(mesh).shard_shape((mesh.size, mesh.size))
+    return mesh.size**2 // math.prod(split)
 
 
 def loss_placement(mesh: Mesh) -> dict[str, Any]:

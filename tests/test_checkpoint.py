@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from mtp_jax.checkpoint import CHECKPOINTS, Checkpoints, claim, open_run, restore_params
+from mtp_jax.checkpoint import Checkpoints, restore_params
 from mtp_jax.config import Config, to_json
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import MANIFEST
+from mtp_jax.workdir import CHECKPOINTS, claim, open_run
 
 
 class State(NamedTuple):

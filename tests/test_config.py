@@ -107,7 +107,10 @@ def test_flatten_and_differences():
         ('{"model": {"rope_theta": "x"}}', "run.json.model.rope_theta is 'x'; a number is needed"),
         ('{"model": {"rope_theta": true}}', "run.json.model.rope_theta is True; a number is needed"),
         ('{"data": {"source": 3}}', "run.json.data.source is 3; a string is needed"),
-        ('{"model": {"remat": "blocks"}}', "run.json.model.remat is 'blocks'; choose one of 'none', 'dots', 'block'"),
+        (
+            '{"model": {"remat": "blocks"}}',
+            "run.json.model.remat is 'blocks'; choose one of 'none', 'dots', 'block', 'offload'",
+        ),
         ('{"loss": {"head_weights": 1}}', "run.json.loss.head_weights is 1; use a tuple (a list in JSON)"),
         ('{"loss": {"head_weights": [1, "x"]}}', "run.json.loss.head_weights is 'x'; a number is needed"),
         ('{"model": {"head_dim": 3}}', "model.head_dim=3 with model.rope_fraction=1.0 turns an odd"),
@@ -285,6 +288,36 @@ REFUSED = [
     (lambda: DataConfig(eval_fraction=0.0), "data.eval_fraction=0.0; it must lie between 0 and 1"),
     (lambda: DataConfig(eval_fraction=1.0), "data.eval_fraction=1.0; it must lie between 0 and 1"),
     (lambda: OptimConfig(learning_rate=0.0), "optim.learning_rate=0.0; it must be above 0"),
+    (
+        lambda: OptimConfig(muon_learning_rate=0.1),
+        "optim.muon_learning_rate=0.1 means nothing without optim.name='muon'",
+    ),
+    (
+        lambda: OptimConfig(name="adafactor", b1=0.8),
+        "optim.b1=0.8 means nothing without optim.name='adamw' or 'muon' or",
+    ),
+    (
+        lambda: OptimConfig(name="adafactor", b2=0.8),
+        "optim.b2=0.8 means nothing without optim.name='adamw' or 'muon' or",
+    ),
+    (
+        lambda: OptimConfig(name="lion", eps=1e-6),
+        "optim.eps=1e-06 means nothing without optim.name='adamw' or 'muon' or",
+    ),
+    (
+        lambda: OptimConfig(name="schedule_free"),
+        "optim.schedule='cosine' with optim.name='schedule_free', which averages",
+    ),
+    (
+        lambda: OptimConfig(name="schedule_free", schedule="constant", b1=0.0),
+        "optim.b1=0.0 with optim.name='schedule_free'; it must be above 0",
+    ),
+    (
+        lambda: Config(
+            optim=OptimConfig(name="schedule_free", schedule="constant"), model=ModelConfig(param_dtype="bfloat16")
+        ),
+        "optim.name='schedule_free' with model.param_dtype='bfloat16'",
+    ),
     (lambda: OptimConfig(muon_learning_rate=-1.0), "optim.muon_learning_rate=-1.0; it must be above 0"),
     (lambda: OptimConfig(eps=0.0), "optim.eps=0.0; it must be above 0"),
     (lambda: OptimConfig(warmup_steps=-1), "optim.warmup_steps=-1 is negative"),
@@ -430,7 +463,10 @@ def test_every_layer_may_be_the_tap(layers):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ModelConfig(remat="blocks"), "model.remat is 'blocks'; choose one of 'none', 'dots', 'block'"),
+        (
+            lambda: ModelConfig(remat="blocks"),
+            "model.remat is 'blocks'; choose one of 'none', 'dots', 'block', 'offload'",
+        ),
         (lambda: ModelConfig(dtype="float16"), "model.dtype is 'float16'; choose one of 'float32', 'bfloat16'"),
         (lambda: HeadsConfig(kind="medus"), "heads.kind is 'medus'; choose one of"),
         (lambda: LossConfig(impl="naive"), "loss.impl is 'naive'; choose one of 'fused', 'remat'"),

@@ -6,10 +6,12 @@ Each docstring names the line whose deletion breaks the test.
 import math
 import pathlib
 import runpy
+import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 from reference.models import BLOCKS, small_config
@@ -196,6 +198,20 @@ def test_check_mesh():
         sharding.check_mesh(sharding.make_mesh(MeshConfig(tensor=-1)), config)
 
 
+def test_on_mesh():
+    """Inside, names and the mesh are known to a model that is traced; without a mesh the names alone.
+
+    Breaks without `use_abstract_mesh`: constraints of a step that is compiled without `jax.set_mesh` would do nothing.
+    """
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    with sharding.on_mesh(mesh):
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+        assert nn.logical_to_mesh_axes((axes.BATCH, axes.LENGTH)) == PartitionSpec(("data", "fsdp"), "context")
+    with sharding.on_mesh(None):
+        assert jax.sharding.get_abstract_mesh().empty
+    assert not nn.get_logical_axis_rules()
+
+
 def test_loss_placement():
     """The loss splits its vocabulary and W's width only over axes longer than 1, and needs no mesh on one device.
 
@@ -223,3 +239,12 @@ def test_place_abstract():
     assert (leaf.shape, leaf.dtype, leaf.sharding) == ((8, 2), jnp.bfloat16, sharding.batch_sharding(mesh))
     assert leaf.sharding.shard_shape(leaf.shape) == (1, 2)
     assert sharding.replicated(mesh).shard_shape((8, 2)) == (8, 2)
+
+
+def test_offload_needs_the_hosts_memory():
+    """Devices without pinned host memory are refused by name before anything is compiled; those of a CPU have it."""
+    sharding.check_host_memory(sharding.make_mesh(MeshConfig()))
+    device = types.SimpleNamespace(device_kind="toy", addressable_memories=lambda: [types.SimpleNamespace(kind="hbm")])
+    mesh = types.SimpleNamespace(devices=np.array([device], object))
+    with pytest.raises(UserError, match="needs devices with pinned_host memory, and toy has hbm; use 'block'"):
+        sharding.check_host_memory(mesh)

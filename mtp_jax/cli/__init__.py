@@ -13,7 +13,8 @@ COMMANDS = {
     "eval": "loss by head, bits per byte, acceptance by depth",
     "import": "make a model directory from a Hugging Face checkpoint, with fresh heads if wanted",
     "export": "write a model as a Hugging Face directory",
-    "bench": "measure decoding against its memory floor",
+    "compile": "compile a config for devices that are not here: memory, operations, traffic, does it fit",
+    "bench": "measure decoding, the loss op or the training step against its floor",
 }
 
 

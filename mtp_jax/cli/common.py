@@ -94,15 +94,6 @@ def own_directory(source: str) -> pathlib.Path:
     return cache / "mtp_jax" / source.strip("/.").replace("/", "--")
 
 
-def keep_compiled(directory: pathlib.Path | str) -> None:
-    """Keeps compiled programs in a run's directory, so that the next start does not compile them again."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(directory).absolute() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
 def say(text: str) -> None:
     """A line of progress on standard error."""
     print(text, file=sys.stderr, flush=True)

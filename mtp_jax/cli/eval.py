@@ -5,7 +5,8 @@ import pathlib
 
 import tyro
 
-from mtp_jax.cli.common import keep_compiled, own_directory, parse, print_evaluation, print_json, say
+from mtp_jax.cli.common import own_directory, parse, print_evaluation, print_json, say
+from mtp_jax.compiled import keep_compiled
 from mtp_jax.data.loader import load_heldout
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError

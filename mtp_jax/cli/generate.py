@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mtp_jax.cli.common import keep_compiled, own_directory, parse, print_json, say
+from mtp_jax.cli.common import own_directory, parse, print_json, say
+from mtp_jax.compiled import keep_compiled
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError

@@ -4,7 +4,9 @@ import dataclasses
 import pathlib
 import time
 
-from mtp_jax.cli.common import keep_compiled, parse, print_evaluation, print_json, say
+from mtp_jax.cli.common import parse, print_evaluation, print_json, say
+from mtp_jax.cli.memory import keep_freed_memory
+from mtp_jax.compiled import keep_compiled
 from mtp_jax.config import (
     Config,
     DataConfig,
@@ -70,6 +72,7 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(args.workdir)
     say(f"mtp quickstart: {count_params(config) / 1e6:.2f}M parameters, {config.heads.num_future} heads, in {workdir}")
     keep_compiled(workdir)
+    keep_freed_memory()
     with RunConsole() as console:
         result = train(config, workdir, console)
     trained = time.monotonic()

@@ -2,14 +2,19 @@
 
 import dataclasses
 import pathlib
+import signal
 import sys
 
-from mtp_jax.cli.common import keep_compiled, parse, print_json, read_config
+import jax
+
+from mtp_jax.cli.common import parse, print_json, read_config
+from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config
+from mtp_jax.distributed import Distributed, together
 from mtp_jax.errors import UserError
 from mtp_jax.metrics import read_metrics
 from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.train.loop import TrainResult, train
 
 DESCRIPTION = (
     "Train CONFIG.py, or continue where the workdir stopped. Any field of the config can be overridden by its dotted "
@@ -25,6 +30,7 @@ class Args(Config):
     """The run's directory; runs/NAME for NAME.py by default."""
     json: bool = False
     """Print one JSON object at the end."""
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
 
 def main(argv: list[str]) -> None:
@@ -38,12 +44,24 @@ def main(argv: list[str]) -> None:
     sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
     args = parse(Args, argv[1:] if path else argv, "mtp train CONFIG.py", DESCRIPTION, Args(**sections))
     config = Config(**{name: getattr(args, name) for name in sections})
+    if "://" in args.workdir:
+        raise UserError(f"--workdir {args.workdir} is an address; give a directory, of a shared file system if need be")
     workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")
-    keep_compiled(workdir)
-    with RunConsole() as console:
-        result = train(config, workdir, console)
+    with together(args.distributed):
+        keep_freed_memory()
+        first = jax.process_index() == 0
+        with RunConsole(quiet=not first) as console:
+            result = train(config, workdir, console)
+    if first:
+        _report(workdir, result, args.json)
+    if not result.finished:
+        # As a shell reports that signal: whoever restarts failed jobs is to restart this one.
+        raise SystemExit(128 + signal.Signals[result.stopped_by])
+
+
+def _report(workdir: pathlib.Path, result: TrainResult, as_json: bool) -> None:
     records = read_metrics(workdir)
-    if args.json:
+    if as_json:
         print_json(
             {
                 "workdir": str(workdir),

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.checkpoint import CONFIG, Checkpoints
+from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.config import Config, HeadsConfig, MeshConfig, to_json
 from mtp_jax.convert import forms
 from mtp_jax.convert.head_writer import choose_form
@@ -21,6 +21,7 @@ from mtp_jax.convert.tokenizer import HubTokenizer, check_size, load_hub_tokeniz
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import whole_directory
 from mtp_jax.model import mtp
+from mtp_jax.workdir import CONFIG
 
 
 class _NoData:

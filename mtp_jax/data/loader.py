@@ -8,7 +8,7 @@ import io
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -134,32 +134,31 @@ def load_heldout(
 
 
 def train_batches(
-    rows: PackedRows, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    rows: PackedRows, batch_size: int, seed: int, mine: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
     """Endless batches of shuffled rows; each epoch has an order of its own, and no row is dropped at its end.
 
-    The order is that of the global batches. Process p takes the p-th share of each, so that the shares side by side are
-    the same batch for every number of processes, and `get_state()` is one position that any number of them continues.
+    The order is that of the global batches, whatever the number of processes. A process reads its own positions of each
+    and no others; `get_state()` is the number of batches, from which any number of processes continues.
 
     Args:
       rows: N rows of T tokens.
       batch_size: B, rows of the global batch.
       seed: of the order, 0 to 2**32 - 1.
-      process_index: p of this process.
-      process_count: processes that share a batch; divides B.
+      mine: positions in the global batch of the rows to read, b of them; all by default.
 
     Returns:
-      An iterator of dicts of int32 [B / process_count, T], with `get_state` and `set_state`.
+      An iterator of dicts of int32 [b, T], with `get_state` and `set_state`.
     """
-    if process_count < 1 or batch_size % process_count:
-        raise UserError(f"train.batch_size={batch_size} does not divide over {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index={process_index} is not below process_count={process_count}")
-    endless = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    # Nothing remains of an endless sequence; grain's other way to count its batches overflows for batches of one row.
-    shares = endless.batch(batch_size // process_count, drop_remainder=True)
-    mine = shares.slice(slice(process_index, None, process_count))
-    return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    mine = range(batch_size) if mine is None else mine
+    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+
+    def share(batch: int) -> dict[str, np.ndarray]:
+        items = [order[batch * batch_size + position] for position in mine]
+        return {name: np.stack([item[name] for item in items]) for name in items[0]}
+
+    shares = grain.MapDataset.range(len(order) // batch_size).map(share)
+    return iter(shares.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 def heldout_batches(rows: PackedRows, batch_size: int, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:

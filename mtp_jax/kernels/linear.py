@@ -45,7 +45,16 @@ def _backward(residuals: tuple[jax.Array, jax.Array], dy_BTO: jax.Array) -> tupl
 
 def outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
     """Sum over all leading axes of the outer products of the last ones: [..., I] and [..., O] to float32 [I, O]."""
-    # Flat: XLA's CPU backend has no bfloat16 product with a float32 result over two contracted axes.
+    return jax.lax.platform_dependent(x, y, cpu=_flat_outer_sum, default=_plain_outer_sum)
+
+
+def _plain_outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The leading axes stay apart: rows and positions may be split over devices, each in its own way."""
+    return jnp.einsum("...i,...o->io", x, y, preferred_element_type=jnp.float32)
+
+
+def _flat_outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    """One axis is contracted: with two, a CPU copies the left operand and cannot sum bfloat16 products in float32."""
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if x.shape[1] <= y.shape[1]:
         return jnp.einsum("ti,to->io", x, y, preferred_element_type=jnp.float32)

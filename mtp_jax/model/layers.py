@@ -126,8 +126,8 @@ class FeedForward(nn.Module):
 class Experts(nn.Module):
     """Mixture of gated feed-forward layers (Shazeer et al. 2017): a token takes those that its router prefers.
 
-    The reference: every expert computes every token, and counts nothing where it was not chosen. The forward pass holds
-    one expert's activations at a time.
+    The reference: every expert computes every token, and counts nothing where it was not chosen. One expert's
+    activations are held at a time: the backward pass computes them once more.
     """
 
     config: ModelConfig
@@ -142,6 +142,7 @@ class Experts(nn.Module):
         router = _matrix(self, "router", (c.d_model, c.num_experts), (EMBED, EXPERTS), _fan_in(c.d_model), bias=False)
         weight_BTE = mixture(c, linear(x_BTD, router.w_IO))
 
+        @jax.checkpoint
         def add(sum_BTD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
             weight_BT, gate_DF, up_DF, down_FD = expert
             y_BTD = linear(act(linear(x_BTD, gate_DF)) * linear(x_BTD, up_DF), down_FD)

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.axes import BATCH, LAYERS, LENGTH, VOCAB
 from mtp_jax.config import ModelConfig
@@ -116,16 +117,40 @@ def project(config: ModelConfig, table_VD: jax.Array, hidden: jax.Array) -> jax.
     return config.logit_softcap * jnp.tanh(z / config.logit_softcap) if config.logit_softcap else z
 
 
+BLOCK_INPUT = "block_input"
+"""Checkpoint name of the states that a block reads."""
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+"""What stays of a forward pass for the backward pass, by `model.remat`."""
+
+
+def rematerialised(config: ModelConfig, run: Callable[..., Any], states: int = 1) -> Callable[..., Any]:
+    """`run(block, *states, *rest)` under the configured policy; with "none" it is `run` itself."""
+    if config.remat == "none":
+        return run
+
+    def named(block: Any, *arrays: Any) -> Any:
+        return run(block, *(checkpoint_name(x_BTD, BLOCK_INPUT) for x_BTD in arrays[:states]), *arrays[states:])
+
+    return jax.checkpoint(named, policy=REMAT_POLICIES[config.remat])
+
+
 def run_block(config: ModelConfig) -> Callable[..., jax.Array]:
     """`(block_params, x_BTD, positions_BT, segment_ids_BT) -> x_BTD`, under the configured remat policy."""
 
     def run(block: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         return constrain(Block(config).apply(variables(block), x_BTD, positions_BT, segment_ids_BT))
 
-    if config.remat == "none":
-        return run
-    keep_products = jax.checkpoint_policies.save_only_these_names(LINEAR)
-    return jax.checkpoint(run, policy=keep_products if config.remat == "dots" else None)
+    return rematerialised(config, run)
 
 
 def run_blocks(

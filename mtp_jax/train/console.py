@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -32,10 +33,9 @@ class RunConsole:
             self._task = self._progress.add_task("train", total=total, completed=done, status="")
             self._progress.start()
 
-    def update(self, step: int, head_losses: list[float], tokens_per_second: float) -> None:
-        """Moves the bar, or prints a line where there is no terminal."""
-        shown = " ".join(f"{loss:.3f}" for loss in head_losses)
-        status = f"loss by head {shown}  {tokens_per_second:,.0f} tokens/s"
+    def update(self, step: int, head_losses: list[float], costs: Mapping[str, float]) -> None:
+        """Moves the bar, or prints a line where there is no terminal; `costs` are those of `Meter.read`."""
+        status = "  ".join([f"loss by head {' '.join(f'{loss:.3f}' for loss in head_losses)}", *_shown(costs)])
         if self._progress is not None:
             self._progress.update(self._task, completed=step, status=status)
             return
@@ -56,3 +56,14 @@ class RunConsole:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+
+def _shown(costs: Mapping[str, float]) -> list[str]:
+    """What fits on a line of what a run costs."""
+    parts = {
+        "tokens_per_second": lambda speed: f"{speed:,.0f} tokens/s",
+        "mfu": lambda share: f"MFU {share:.1%}",
+        "device_peak_bytes": lambda most: f"{most / 2**30:.1f} GiB",
+        "compile_seconds": lambda seconds: f"compiled in {seconds:.1f} s",
+    }
+    return [show(costs[name]) for name, show in parts.items() if name in costs]

@@ -8,6 +8,7 @@ The loop waits for the device at log steps only; nothing is saved before every s
 import collections
 import dataclasses
 import math
+import os
 import pathlib
 import signal
 import time
@@ -16,21 +17,29 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.checkpoint import Checkpoints, claim, open_run, record_corpus, trained_on
+from mtp_jax.checkpoint import Checkpoints
+from mtp_jax.compiled import kept_compiled
 from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.loader import heldout_batches, prepare, train_batches
 from mtp_jax.data.sources import is_inside
-from mtp_jax.data.store import Corpus
+from mtp_jax.data.store import Corpus, open_prepared
+from mtp_jax.distributed import on_first
 from mtp_jax.errors import UserError
 from mtp_jax.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.optim import schedule
 from mtp_jax.train.console import RunConsole
+from mtp_jax.train.meter import Meter
 from mtp_jax.train.start import parameters_to_start_from
 from mtp_jax.train.state import TrainState
 from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
+from mtp_jax.workdir import claim, open_run, record_corpus, trained_on
+
+IN_FLIGHT = 8
+"""Steps that the device may still have to do while the host goes on; enough to hide a late batch."""
 
 
 class TrainResult(NamedTuple):
@@ -43,24 +52,42 @@ class TrainResult(NamedTuple):
     finished: bool
     """False where a signal stopped it; started again it continues."""
     corpus: Corpus
+    stopped_by: str = ""
+    """That signal's name."""
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag for the time of a `with` block, so that a step is never cut in two."""
+    """Turns SIGTERM and SIGINT into a flag for the time of a `with` block, so that a step is never cut in two.
+
+    With several processes JAX listens for SIGTERM, lets one process tell the others, and finds a step that none of them
+    has passed. SIGINT is turned into SIGTERM there.
+    """
 
     def __init__(self) -> None:
         self.signal_name = ""
+        self._several = jax.process_count() > 1
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.signal_name = signal.Signals(number).name
+
+    def after(self, step: int) -> bool:
+        """Whether to stop behind this step. Every process asks behind every step, and all get the same answer."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            self.signal_name = "SIGTERM"
+        return bool(self.signal_name)
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # A handler that Python did not set is None here, and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainResult:
@@ -80,17 +107,19 @@ def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainRe
     if is_inside(workdir, config.data.source):
         raise UserError(f"--workdir {workdir} lies inside data.source={config.data.source!r}; use one outside it")
     resumed = open_run(workdir, config)
-    with claim(workdir):
+    with claim(workdir), kept_compiled(workdir):
         return _train(config, workdir, mesh, resumed, console)
 
 
 def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, console: RunConsole) -> TrainResult:
-    corpus = prepare(config, workdir / "data", trained_on(workdir))
+    # One process prepares, and the others need nothing but the workdir.
+    corpus = on_first(lambda: prepare(config, workdir / "data", trained_on(workdir)))
+    corpus = corpus or open_prepared(workdir / "data", config.data.seq_len)
     record_corpus(workdir, corpus.digest)
     console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
     steps = compile_steps(config, mesh)
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, **processes)
+    mine = sharding.rows_here(steps.batch_sharding, config.train.batch_size)
+    batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, mine)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints, console.note) as checkpoints:
         restored = checkpoints.restore_latest(steps.abstract_state, batches)
         state, first = restored or (_first_state(config, workdir, steps, console), 0)
@@ -100,11 +129,11 @@ def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, con
                 f"{workdir}: " + (f"trained already, {first} steps" if done else f"continuing from step {first}")
             )
         with MetricsWriter(workdir, resume_step=first if resumed else None) as writer, StopRequest() as stop:
-            run = _Run(config, steps, corpus, checkpoints, writer, console, stop)
+            run = _Run(config, mesh, steps, corpus, checkpoints, writer, console, stop)
             state, step = run.advance(state, first, batches)
     if stop.signal_name:
         console.note(f"{stop.signal_name}: saved step {step} and stopped; the same command continues from there")
-    return TrainResult(state, step, first, step == config.train.steps, corpus)
+    return TrainResult(state, step, first, step == config.train.steps, corpus, stop.signal_name)
 
 
 def _first_state(config: Config, workdir: pathlib.Path, steps: Steps, console: RunConsole) -> TrainState:
@@ -123,6 +152,7 @@ class _Run:
     def __init__(
         self,
         config: Config,
+        mesh: Mesh,
         steps: Steps,
         corpus: Corpus,
         checkpoints: Checkpoints,
@@ -134,7 +164,7 @@ class _Run:
         self.checkpoints, self.writer, self.console, self.stop = checkpoints, writer, console, stop
         self.learning_rate = schedule(config.optim, config.train.steps)
         self.pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self.since, self.since_step = 0.0, 0
+        self.meter = Meter(config, mesh)
 
     def advance(self, state: TrainState, step: int, batches: Any) -> tuple[TrainState, int]:
         """Steps until the end or a stop request; the newest state is on disk when this returns."""
@@ -143,16 +173,21 @@ class _Run:
         first = step + 1
         if step < settings.steps:
             self.console.note("compiling the training step ...")
-        while step < settings.steps and not self.stop.signal_name:
-            batch = place(next(batches), self.steps)
+        while step < settings.steps and not self.stop.after(step):
+            batch = place(self.meter.next(batches), self.steps, settings.batch_size)
+            called = time.monotonic()
             state, metrics = self.steps.train(state, batch)
             step += 1
             self.pending.append((step, metrics))
             if step == first:
                 # The compiler took most of this step's time; speed and time left count from here.
+                compile_seconds = time.monotonic() - called
                 jax.block_until_ready(metrics)
                 self.console.start(settings.steps, step)
-                self.since, self.since_step = time.monotonic(), step
+                self.meter.start(step, compile_seconds)
+            elif len(self.pending) > IN_FLIGHT:
+                # Only so far ahead of the device: batches take memory, and a stop request is not to wait for long.
+                jax.block_until_ready(self.pending[-1 - IN_FLIGHT][1].loss)
             last = step == settings.steps
             if step % settings.log_every == 0 or last:
                 self.drain(last_step=step)
@@ -170,7 +205,8 @@ class _Run:
     def save(self, state: TrainState, step: int, batches: Any) -> int:
         """Saves, after making sure that what is saved is finite."""
         self.drain(last_step=None)
-        self.checkpoints.save(step, state, batches)
+        with self.meter.paused():
+            self.checkpoints.save(step, state, batches)
         return step
 
     def drain(self, last_step: int | None) -> None:
@@ -190,17 +226,10 @@ class _Run:
                 "learning_rate": float(self.config.optim.learning_rate * self.learning_rate(step - 1)),
             }
             if step == last_step:
-                record["tokens_per_second"] = self.tokens_per_second(step)
-                self.console.update(step, head_losses, record["tokens_per_second"])
+                costs = self.meter.read(step)
+                self.console.update(step, head_losses, costs)
+                record |= costs
             self.writer.write(step, record)
-
-    def tokens_per_second(self, step: int) -> float:
-        """Speed since the last call, evaluation and saving included."""
-        now = time.monotonic()
-        tokens = (step - self.since_step) * self.config.train.batch_size * self.config.data.seq_len
-        speed = tokens / (now - self.since)
-        self.since, self.since_step = now, step
-        return speed
 
     def check_finite(self, step: int, metrics: StepMetrics) -> list[float]:
         """Mean loss of every head; a loss or gradient that is not finite ends the run."""
@@ -219,6 +248,11 @@ class _Run:
     def evaluate(self, state: TrainState, step: int) -> None:
         """Held-out loss and accuracy of every head."""
         self.drain(last_step=None)
+        with self.meter.paused():
+            self.write_heldout(state, step)
+
+    def write_heldout(self, state: TrainState, step: int) -> None:
+        """`evaluate`, when nothing is pending."""
         settings, rows = self.config.train, self.corpus.heldout
         batches = heldout_batches(rows, settings.batch_size // settings.grad_accum, settings.eval_rows)
         sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)
@@ -229,8 +263,9 @@ class _Run:
         self.writer.write(step, means)
 
 
-def place(batch: dict[str, np.ndarray], steps: Steps) -> dict[str, jax.Array]:
-    """This process's rows as part of the global batch on the mesh."""
-    return {
-        name: jax.make_array_from_process_local_data(steps.batch_sharding, rows_BT) for name, rows_BT in batch.items()
-    }
+def place(batch: dict[str, np.ndarray], steps: Steps, batch_size: int) -> dict[str, jax.Array]:
+    """This process's rows, whole, as part of the global batch on the mesh, where positions may be split too."""
+    onto = lambda rows_BT: jax.make_array_from_process_local_data(  # noqa: E731
+        steps.batch_sharding, rows_BT, (batch_size, rows_BT.shape[1])
+    )
+    return {name: onto(rows_BT) for name, rows_BT in batch.items()}

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax import sharding
 from mtp_jax.config import Config
@@ -40,18 +40,42 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
     """A sharding for every leaf of the state: optimizer moments lie where their parameters lie.
 
     Built abstractly, before anything is allocated.
+
+    Raises:
+      ValueError: a leaf of the optimizer's state that belongs to a parameter in no known way.
     """
     key = jax.random.key(0)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(config, key))
     params = sharding.param_shardings(mesh, boxed)
     abstract = jax.eval_shape(lambda: init_state(config, optimizer, key))
-    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+    placed = sharding.place_abstract(abstract.params, params)
+    by_path = dict(jax.tree_util.tree_leaves_with_path(placed))
     everywhere = sharding.replicated(mesh)
 
-    def of_leaf(path: tuple, _: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
-        """A moment's path ends in the path of its parameter; counters and the like match none."""
-        matches = (by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path)
-        return next(matches, everywhere)
+    def of_leaf(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        """A moment's path ends in the path of its parameter; counters and short lists of constants match none."""
+        param = next((by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path), None)
+        if leaf.size == 1 or (param is None and leaf.ndim == 1):
+            return everywhere
+        found = None if param is None else _like(param, leaf, path)
+        if found is None:
+            raise ValueError(f"optimizer state {jax.tree_util.keystr(path)} {leaf.shape} is like no parameter")
+        return found
 
     opt_state = jax.tree_util.tree_map_with_path(of_leaf, abstract.opt_state)
     return TrainState(everywhere, params, opt_state)
+
+
+def _like(param: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct, path: tuple) -> NamedSharding | None:
+    """Where a moment of this parameter lies: with it, if it is of its shape, and so do the rows and columns into which
+    adafactor factors one; None for any other shape."""
+    if leaf.shape == param.shape:
+        return param.sharding
+    without = lambda sizes, axis: tuple(sizes[:axis]) + tuple(sizes[axis + 1 :])  # noqa: E731
+    left_out = [axis for axis in range(len(param.shape)) if without(param.shape, axis) == leaf.shape]
+    if not left_out:
+        return None
+    # Of two axes of one size, the rows are what is left without the later one.
+    rows = any(getattr(entry, "name", "") == "v_row" for entry in path)
+    spec = (*param.sharding.spec, *(None,) * (len(param.shape) - len(param.sharding.spec)))
+    return NamedSharding(param.sharding.mesh, PartitionSpec(*without(spec, left_out[-1 if rows else 0])))

@@ -16,7 +16,7 @@ from mtp_jax.losses.mtp import HeadSums, head_scale
 from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import mtp
-from mtp_jax.optim import make_optimizer
+from mtp_jax.optim import gradient_point, make_optimizer
 from mtp_jax.train.objective import Batch, Parts, batch_targets, head_schedule, loss_sums, total_loss, xent_spec
 from mtp_jax.train.state import TrainState, init_state, split_params, state_shardings
 
@@ -57,17 +57,18 @@ def train_step(
       batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each.
 
     Returns:
-      The next state and the step's metrics, those of the parameters before the update.
+      The next state and the step's metrics, those of the parameters at which the gradient was taken.
     """
     targets = batch_targets(config, batch)
     w_M = head_weights(head_schedule(config), state.step)
     scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
     order_BT = _order_weights(targets.weights_MBT[0])
     learned, rest = split_params(config, state.params)
+    point = gradient_point(state.opt_state, learned)
 
     def value_and_grad(micro: tuple) -> tuple[tuple[jax.Array, Parts], dict]:
-        loss = lambda learned: total_loss(config, spec, learned | rest, *micro, scale_M)  # noqa: E731
-        return jax.value_and_grad(loss, has_aux=True)(learned)
+        loss = lambda point: total_loss(config, spec, point | rest, *micro, scale_M)  # noqa: E731
+        return jax.value_and_grad(loss, has_aux=True)(point)
 
     def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(micro)), None
@@ -78,8 +79,10 @@ def train_step(
     else:
         micros = _split(whole, config.train.grad_accum)
         shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], micros))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        # Float32, whatever the parameters are: a sum of many micro-batches loses nothing.
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, micros)
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, learned)
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     params = optax.apply_updates(learned, updates) | rest
     metrics = StepMetrics(loss, parts.sums, parts.token_order, optax.tree.norm(grads), w_M)
@@ -122,13 +125,21 @@ def heldout_sums(
     """
     total = None
     for batch in batches:
-        sums = [np.asarray(part, np.float64) for part in jax.device_get(run(params, jax.device_put(batch, where)))]
+        placed = {name: _from_all_rows(rows_BT, where) for name, rows_BT in batch.items()}
+        sums = [np.asarray(part, np.float64) for part in jax.device_get(run(params, placed))]
         total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
     return HeadSums(*total)
 
 
+def _from_all_rows(rows_BT: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """Rows that every process has read, on the devices of all of them."""
+    return jax.make_array_from_callback(rows_BT.shape, where, lambda index: rows_BT[index])
+
+
 def compile_steps(config: Config, mesh: Mesh) -> Steps:
     """Binds the statics and jits: shardings from the table, the state donated to the step that replaces it."""
+    if config.model.remat == "offload":
+        sharding.check_host_memory(mesh)
     abstract_params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
     select = lambda tree: split_params(config, tree)[0]  # noqa: E731
     optimizer = make_optimizer(config.optim, config.train.steps, abstract_params, select)

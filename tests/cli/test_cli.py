@@ -255,7 +255,7 @@ BAD = {
     "cold": (["generate", "RUN", "--prompt", "x", "--temperature", -1], r"temperature=-1.0; it must be 0 for greedy"),
     "drafts in words": (["generate", "RUN", "--prompt", "x", "--num-draft", "many"], r"--num-draft many is neither"),
     "nothing to compare": (["bench", "decode", "RUN", "--num-draft", 0], r"there are no drafts to measure"),
-    "no benchmark": (["bench", "coffee"], r"what to measure is 'decode'"),
+    "no benchmark": (["bench", "coffee"], r"what to measure is one of decode, loss, train"),
 }
 
 

@@ -72,9 +72,9 @@ def test_an_epoch_holds_every_row_once_and_the_next_another_order():
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_shares_of_the_processes_side_by_side_are_the_global_batch(count):
-    """concat over p of batch(p of n) = batch(0 of 1), every step. Breaks without `slice`, or if it comes first."""
+    """concat over p of batch(positions of p) = batch(all positions), every step. Breaks without `+ position`."""
     whole = take(loader.train_batches(ROWS, 4, seed=3), 7)
-    shares = [take(loader.train_batches(ROWS, 4, 3, index, count), 7) for index in range(count)]
+    shares = [take(loader.train_batches(ROWS, 4, 3, mine), 7) for mine in np.split(np.arange(4), count)]
     joined = [{name: np.concatenate([one[name] for one in step]) for name in step[0]} for step in zip(*shares)]  # noqa: B905
     assert_same(joined, whole)
 
@@ -96,7 +96,7 @@ def test_state_of_one_process_restores_four():
     whole = take(loader.train_batches(ROWS, 4, seed=1), 6)
     before = loader.train_batches(ROWS, 4, seed=1)
     take(before, 3)
-    shares = [loader.train_batches(ROWS, 4, 1, index, 4) for index in range(4)]
+    shares = [loader.train_batches(ROWS, 4, 1, [position]) for position in range(4)]
     for share in shares:
         share.set_state(before.get_state())
     for step in (3, 4):
@@ -114,12 +114,27 @@ def test_fewer_rows_than_a_batch_repeat_within_it():
     assert sorted(batch["tokens"][:, 0].tolist()) == [1, 1, 1, 4, 4, 4]
 
 
-def test_batches_that_do_not_divide_are_refused():
-    """Breaks without the checks of train_batches."""
-    with raises("train.batch_size=6 does not divide over 4 processes"):
-        loader.train_batches(ROWS, 6, 0, 0, 4)
-    with raises("process_index=2 is not below process_count=2"):
-        loader.train_batches(ROWS, 6, 0, 2, 2)
+def test_processes_read_disjoint_rows():
+    """Within an epoch, rows read for positions {1, 3} of batches of 4 = every second row of the order, and none of the
+    others. Breaks if a process reads whole batches and drops what is not its own.
+    """
+    rows, read = PackedRows(np.arange(1, 66), np.array([0]), 2, 0), []
+
+    class Watched:
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, row):
+            read.append(int(rows[row]["tokens"][0]))
+            return rows[row]
+
+    assert len(rows) == 64
+    whole = take(loader.train_batches(rows, 4, seed=2), 16)
+    order = np.concatenate([batch["tokens"][:, 0] for batch in whole]).tolist()
+    assert len(set(order)) == 64
+    take(loader.train_batches(Watched(), 4, 2, [1, 3]), 4)
+    # The threads that read ahead are at most a few batches beyond the fourth.
+    assert set(order[1:16:2]) <= set(read) <= set(order[1::2])
 
 
 @pytest.mark.parametrize(("limit", "count"), [(0, 10), (10, 10), (99, 10), (3, 3), (4, 4)])

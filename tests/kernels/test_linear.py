@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reference.jaxprs import equations
 
-from mtp_jax.kernels.linear import linear, outer_sum
+from mtp_jax.kernels.linear import _flat_outer_sum, _plain_outer_sum, linear, outer_sum
 
 WIDTHS = [(3, 7), (7, 3), (5, 5)]
 
@@ -66,11 +66,18 @@ def test_weight_gradient_is_summed_in_float32(inner, outer):
 
 
 def test_narrow_operand_stands_left():
-    """The left operand of dW is the narrower of x and dy: the reason for this kernel's existence.
+    """The left operand of dW is the narrower of x and dy on a CPU: the reason for this kernel's existence.
 
     Breaks if `outer_sum` always takes x or always dy as its left operand.
     """
     for inner, outer in WIDTHS:
         traced = jax.make_jaxpr(outer_sum)(normal(2, 4, inner), normal(2, 4, outer, seed=1))
-        (dot,) = (e for e in equations(traced) if e.primitive.name == "dot_general")
-        assert [operand.aval.shape[-1] for operand in dot.invars] == sorted([inner, outer])
+        on_cpu, _ = (e for e in equations(traced) if e.primitive.name == "dot_general")
+        assert [operand.aval.shape[-1] for operand in on_cpu.invars] == sorted([inner, outer])
+
+
+@pytest.mark.parametrize(("inner", "outer"), WIDTHS)
+def test_both_forms_of_the_weight_gradient(inner, outer):
+    """The form of accelerators equals that of CPUs. Breaks without the `.T`, or if either leaves out an axis."""
+    x, y = normal(2, 3, 4, inner), normal(2, 3, 4, outer, seed=1)
+    np.testing.assert_allclose(_flat_outer_sum(x, y), _plain_outer_sum(x, y), rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ from reference import naive
 from reference.jaxprs import results
 from reference.xent_problems import problem, xent_and_grads
 
+from mtp_jax.losses.fused import _chunks_of
 from mtp_jax.losses.mtp import XENT
 from mtp_jax.losses.xent import XentSpec
 
@@ -221,6 +222,20 @@ def test_only_wanted_tokens_count(impl, count):
     expected[2] = expected[2] * wanted_MBT
     for actual, value in zip(grads, expected, strict=True):
         assert_close(actual, -2.5 * value)
+
+
+@pytest.mark.parametrize(("count", "chunks"), [(0, 0), (1, 1), (5, 1), (6, 2), (22, 5)])
+def test_loop_ends_with_the_last_wanted_token(count, chunks):
+    """ceil(count / C) turns over chunks of C = 5 hold the wanted tokens in order; what fills them up lies behind all
+    tokens. Breaks if `_chunks_of` returns `most`, or without its `where`.
+    """
+    wanted_N = np.zeros(22, bool)
+    wanted_N[np.random.default_rng(count).permutation(22)[:count]] = True
+    index, turns = _chunks_of(jnp.asarray(wanted_N), 5, XentSpec())
+    assert turns == chunks
+    np.testing.assert_array_equal(index[:count], np.flatnonzero(wanted_N))
+    assert len(set(index.tolist())) == len(index) == 25
+    assert np.all(index[count:] >= 22)
 
 
 def test_unwanted_tokens_are_not_read():

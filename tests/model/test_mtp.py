@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.families import KINDS, READS_TOKENS, SETTINGS, heads_of
-from reference.jaxprs import equations
+from reference.jaxprs import equations, results
 from reference.models import BLOCKS, random_params, rows, small_config
 from reference.quick import fused_jit, quick_jit
 
@@ -310,15 +310,16 @@ def test_lora_adds_to_every_matrix_behind_the_gate():
     assert not np.allclose(gated[:, 3], bare[:, 3])
 
 
-def test_remat_changes_no_number():
-    """Value and gradient under remat = dots and block equal those without. (No block below the tap: one scan less.)
+@pytest.mark.parametrize("heads", [{"tap": 0}, {"kind": "masks"}], ids=["blocks", "masks"])
+def test_remat_changes_no_number(heads):
+    """Value and gradient under every policy equal those without. (No block below the tap: one scan less.)
 
     Breaks if the rematerialised function reads anything that changes between its two runs.
     """
-    heads, batch = {"tap": 0, "num_future": 2}, rows(FIRST, SECOND, length=10)
+    heads, batch = heads | {"num_future": 2}, rows(FIRST, SECOND, length=10)
     params = random_params(small_config(heads=heads))
     plain = value_and_grad(small_config(heads=heads), params, batch)
-    for remat in ("dots", "block"):
+    for remat in lm.REMAT_POLICIES:
         other = value_and_grad(small_config({"remat": remat}, heads), params, batch)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), other, plain)
 
@@ -326,9 +327,10 @@ def test_remat_changes_no_number():
 def test_remat_recomputes_what_it_says():
     """Matrix products in the gradient's trace, per block: a block has 7 with parameters and 2 of attention.
 
-    none: 9 forward, 18 backward. dots: attention's 2 again, because its result is not kept. block: all but the last one
-    again, whose result only the next block needs. Breaks without the policy in `run_block`, and if `linear` hides its
-    product from the policy.
+    none: 9 forward, 18 backward. dots: attention's 2 again, because its result is not kept. block and offload: all but
+    the last one again, whose result only the next block needs; offload keeps what blocks read in the host's memory, and
+    the others nothing. Breaks without the policy in `rematerialised`, and if `linear` hides its product from the
+    policy.
     """
     batch, blocks = rows(FIRST, length=5), 3  # Below the tap, above it, heads: one scanned body each.
 
@@ -336,13 +338,31 @@ def test_remat_recomputes_what_it_says():
         config = small_config(model={"remat": remat})
         params = random_params(config)
         traced = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(mtp.apply(config, params, *batch))))(params)
+        kinds = [equation.primitive.name for equation in equations(traced)]
+        moved = {str(result.memory_space) for result in results(traced) if hasattr(result, "memory_space")}
+        return kinds.count("dot_general"), any("Host" in space for space in moved)
+
+    assert {remat: products(remat) for remat in ("none", *lm.REMAT_POLICIES)} == {
+        "none": (blocks * 27, False),
+        "dots": (blocks * (27 + 2), False),
+        "block": (blocks * (27 + 8), False),
+        "offload": (blocks * (27 + 8), True),
+    }
+
+
+def test_remat_of_masks_recomputes_what_it_says():
+    """The same for the two streams of masks: 7 products with parameters each, and of attention 2 for the tokens and 4
+    for the masks. Breaks if masks have a policy of their own.
+    """
+    batch = rows(FIRST, length=5)
+
+    def products(remat):
+        config = small_config(model={"remat": remat}, heads={"kind": "masks"})
+        params = random_params(config)
+        traced = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(mtp.apply(config, params, *batch))))(params)
         return sum(equation.primitive.name == "dot_general" for equation in equations(traced))
 
-    assert {remat: products(remat) for remat in ("none", "dots", "block")} == {
-        "none": blocks * 27,
-        "dots": blocks * (27 + 2),
-        "block": blocks * (27 + 8),
-    }
+    assert (products("none"), products("dots")) == (3 * 20, 3 * 20 + 6)
 
 
 def test_softcap_and_unembedding():

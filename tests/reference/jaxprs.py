@@ -30,6 +30,9 @@ def product_flops(jaxpr):
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        if equation.primitive.name == "cond":  # One branch runs, here those of one function on several platforms.
+            total += max(product_flops(branch) for branch in equation.params["branches"])
+            continue
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
             for inner in value if isinstance(value, list | tuple) else [value]:

@@ -17,6 +17,7 @@ from mtp_jax.metrics import read_metrics
 from mtp_jax.train import loop
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
+from mtp_jax.train.meter import FIELDS
 from mtp_jax.train.step import compile_steps
 
 
@@ -26,8 +27,8 @@ def text(tmp_path_factory):
 
 
 def history(workdir):
-    """Everything that a run measured, by step, apart from its speed."""
-    records = [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(workdir)]
+    """Everything that a run measured, by step, apart from what it cost."""
+    records = [{k: v for k, v in record.items() if k not in FIELDS} for record in read_metrics(workdir)]
     return {(record["step"], "heldout_loss" in record): record for record in records}
 
 

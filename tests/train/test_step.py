@@ -14,7 +14,7 @@ from reference.tiny import tiny_config
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, OptimConfig
 from mtp_jax.model import mtp
-from mtp_jax.optim import make_optimizer, match_paths, schedule
+from mtp_jax.optim import match_paths, schedule
 from mtp_jax.train.step import compile_steps
 
 
@@ -153,32 +153,6 @@ def test_bfloat16_step_keeps_float32_parameters():
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(history[0].loss, exact.loss, rtol=5e-3)
     np.testing.assert_allclose(history[0].grad_norm, exact.grad_norm, rtol=5e-2)
-
-
-def test_muon_shards_like_adamw(one_device):
-    """The muon step on data 2 x fsdp 2 x tensor 2 equals the one on one device."""
-    optim = {"name": "muon"}
-    expected = run(tiny_config(optim=optim))[1]
-    history = run(tiny_config(optim=optim, mesh=MESHES["all"]))[1]
-    chex.assert_trees_all_close(history, expected, rtol=1e-4, atol=1e-5)
-    assert abs(float(expected[-1].loss) - float(one_device[1][-1].loss)) > 1e-4
-
-
-def test_weight_decay_by_path():
-    """With zero gradients and no warm-up, a step scales decayed parameters by 1 - lr * decay and leaves the others.
-
-    Breaks without the mask in make_optimizer.
-    """
-    optim = OptimConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
-    params = {
-        "blocks": {"mlp": {"gate": jnp.ones(3)}, "mlp_norm": {"scale": jnp.ones(3)}},
-        "embed": {"table": jnp.ones(3)},
-    }
-    optimizer = make_optimizer(optim, 10, params)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    np.testing.assert_allclose(updates["blocks"]["mlp"]["gate"], -0.05, rtol=1e-6)
-    np.testing.assert_array_equal(updates["blocks"]["mlp_norm"]["scale"], 0)
-    np.testing.assert_array_equal(updates["embed"]["table"], 0)
 
 
 def test_pattern_that_matches_nothing_is_an_error():

@@ -106,7 +106,7 @@ def run(
         y_BYD = block_of.apply(variables(block) | adapters(config, lora), *arrays, method="beside")
         return lm.constrain(x_BTD), lm.constrain(y_BYD, length)
 
-    step = both if config.model.remat == "none" else jax.checkpoint(both)
+    step = lm.rematerialised(config.model, both, states=2)
     layers = (params["blocks"], params["heads"].get("lora"))
     start = (x_BTD, masks.embedded_BYD)
     return jax.lax.scan(lambda carry, blocks: (step(blocks, *carry), None), start, layers)[0]

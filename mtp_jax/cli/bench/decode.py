@@ -59,10 +59,7 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Measures."""
-    if argv[:1] != ["decode"] and not {"-h", "--help"} & set(argv):
-        given = f"{argv[0]!r}" if argv else "nothing"
-        raise UserError(f"mtp bench got {given}; what to measure is 'decode': mtp bench decode SOURCE")
-    args = parse(Args, argv[1:] if argv[:1] == ["decode"] else argv, "mtp bench decode", __doc__)
+    args = parse(Args, argv, "mtp bench decode", __doc__)
     for name, least in (("batch_size", 1), ("prompt_tokens", 1), ("max_new_tokens", 2), ("runs", 1), ("num_draft", -1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")

@@ -1,0 +1,66 @@
+"""What does the fused loss save? Time, temporaries and exactness of the loss op in four forms, by vocabulary and heads.
+
+    python benchmarks/loss_op.py                                       # about 8 minutes on two cores, 12 GB free
+    python benchmarks/loss_op.py --vocab 32000 --tokens 2048 --heads 1 4 --runs 5      # the targets alone, 2 minutes
+    python benchmarks/loss_op.py --vocab 4096 --tokens 512 --heads 2 --runs 1 --results ''     # a trial, seconds
+
+Each line is `mtp bench loss` at that shape: value and gradient of naive logits, optax, remat per chunk and the fused op
+in turns with square matrix products of as many operations, width 512, float32. Fewer tokens for the large vocabulary
+keep naive logits within memory. Ratios are medians over turns; gradient errors are against float64 on 32 tokens a head.
+"""
+
+import dataclasses
+
+import jax
+import tyro
+from reporting import RESULTS, Report
+
+from mtp_jax.cli.bench.loss import FORMS, cells, measure
+from mtp_jax.cli.bench.loss import Args as Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """The grid."""
+
+    vocab: tuple[int, ...] = (4096, 32_000, 152_064)
+    """Vocabularies."""
+    tokens: tuple[int, ...] = (2048, 2048, 512)
+    """Tokens, one number per vocabulary."""
+    heads: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of heads M."""
+    dtype: str = "float32"
+    """Dtype of states and unembedding."""
+    runs: int = 3
+    """Timed turns of each line."""
+    budget: float = 25.0
+    """Seconds after which no further turn of a line begins."""
+    results: str = RESULTS
+    """File to append to; empty only prints."""
+
+
+def main() -> None:
+    """Measures and reports."""
+    args = tyro.cli(Args, description=__doc__)
+    rows, temporaries = [], {}
+    for vocab, tokens in zip(args.vocab, args.tokens, strict=True):
+        for heads in args.heads:
+            shape = Shape(heads=heads, vocab=vocab, tokens=tokens, dtype=args.dtype, runs=args.runs, budget=args.budget)
+            result = measure(shape)
+            temporaries.setdefault(vocab, []).append(result["fused"]["temp_bytes"])
+            for name in FORMS:
+                rows.append((f"{vocab:,}", str(heads), f"{tokens:,}", name, *cells(result, name)))
+                print("  ".join(rows[-1]), flush=True)
+            rows.append(
+                (f"{vocab:,}", str(heads), f"{tokens:,}", "floor", f"{result['floor_seconds']:.3f}", *["-"] * 4)
+            )
+    flat = ", ".join(f"{max(sizes) / min(sizes):.3f} at V = {vocab:,}" for vocab, sizes in temporaries.items())
+    note = f"Fused temporaries, most over least of M = {', '.join(map(str, args.heads))}: {flat}."
+    columns = ("V", "M", "tokens", "form", "s", "over floor", "naive over it", "temporaries, MB", "gradient error")
+    Report("The loss op by vocabulary and heads", columns, rows, note).publish(
+        args.results, jax.devices()[0].device_kind
+    )
+
+
+if __name__ == "__main__":
+    main()

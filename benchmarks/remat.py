@@ -1,0 +1,120 @@
+"""What does recomputation cost, and what does it save? The training step under each `model.remat`, and accumulated.
+
+    python benchmarks/remat.py                                                  # about 5 minutes on two cores
+    python benchmarks/remat.py --heads 1 --accum 1 --batch-size 16 --dtype bfloat16
+    python benchmarks/remat.py --layers 3 --vocab 512 --runs 1 --results ''     # a trial
+
+Width 512, feed-forward 1,408, AdamW, parallel heads with blocks taken from the trunk. All steps run in turns in one
+process. `recomputed` is what the step's trace multiplies beyond what the model asks for, as a share of that. On a CPU
+the host's memory is the device's, so that offload saves nothing over block there.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.interpreters import partial_eval
+from reporting import RESULTS, Report
+from shapes import config
+
+from mtp_jax import sharding
+from mtp_jax.cli.bench.train import measure
+from mtp_jax.config import Config
+from mtp_jax.flops import step_flops
+from mtp_jax.train.step import compile_steps
+
+POLICIES = ("none", "dots", "block", "offload")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to measure."""
+
+    policies: tuple[str, ...] = POLICIES
+    """Values of `model.remat`; the first is what the others are compared with."""
+    accum: tuple[int, ...] = (1, 4)
+    """Micro-batches per step; other than 1 with the first policy only."""
+    heads: int = 4
+    """Prediction heads M."""
+    layers: int = 8
+    """Blocks in all, those of the heads included."""
+    vocab: int = 32_000
+    """Vocabulary."""
+    batch_size: int = 4
+    """Rows."""
+    seq_len: int = 512
+    """Tokens of a row."""
+    dtype: str = "float32"
+    """`model.dtype`."""
+    runs: int = 3
+    """Timed turns."""
+    results: str = RESULTS
+    """File to append to; empty only prints."""
+
+
+def configs(args: Args) -> dict[str, Config]:
+    """The runs by name, the one that the others are compared with first."""
+    shape = dict(total_layers=args.layers, vocab_size=args.vocab, batch_size=args.batch_size, seq_len=args.seq_len)
+    plain = config(num_future=args.heads, **shape)
+
+    def one(remat: str, accum: int) -> Config:
+        model = dataclasses.replace(plain.model, remat=remat, dtype=args.dtype)
+        return dataclasses.replace(plain, model=model, train=dataclasses.replace(plain.train, grad_accum=accum))
+
+    first = args.policies[0]
+    runs = {remat: one(remat, 1) for remat in args.policies}
+    return runs | {f"{first}, {count} micro-batches": one(first, count) for count in args.accum if count > 1}
+
+
+def recomputed(config: Config) -> float:
+    """Operations of the step's matrix products over those that the model asks for, less 1."""
+    B, T = config.train.batch_size, config.data.seq_len
+    steps = compile_steps(config, sharding.make_mesh(config.mesh))
+    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), jax.ShapeDtypeStruct((B, T), jnp.int32))
+    jaxpr = steps.train.trace(steps.abstract_state, batch).jaxpr.jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return products(needed) / step_flops(config, B, T) - 1
+
+
+def products(jaxpr: Any) -> float:
+    """Operations of all matrix products of a trace, bodies of scans as often as they run."""
+    jaxpr, total = getattr(jaxpr, "jaxpr", jaxpr), 0.0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        parts = [x for value in params.values() for x in (value if isinstance(value, list | tuple) else [value])]
+        inner = sum(products(part) for part in parts if hasattr(part, "eqns") or hasattr(part, "jaxpr"))
+        total += inner * (params["length"] if equation.primitive.name == "scan" else 1)
+    return total
+
+
+def main() -> None:
+    """Measures and reports."""
+    args = tyro.cli(Args, description=__doc__)
+    runs = configs(args)
+    rows = []
+    for name, result in measure(runs, args.runs).items():
+        memory = f"{result['temp_bytes'] / 1e6:,.0f}", f"{result['argument_bytes'] / 1e6:,.0f}"
+        time = f"{result['seconds']:.3f}", f"{result['over_first']:.3f}"
+        rows.append((name, *memory, *time, f"{recomputed(runs[name]):.1%}", f"{result['share_of_peak']:.0%}"))
+    columns = (
+        *("remat", "temporaries, MB", "arguments, MB", "s a step", "time over first"),
+        *("recomputed", "needed operations, of the machine's products"),
+    )
+    note = (
+        f"M = {args.heads}, {args.layers} blocks, {args.batch_size} rows of {args.seq_len} tokens, vocabulary "
+        f"{args.vocab:,}, {args.dtype}."
+    )
+    Report("Memory against time: remat and micro-batches", columns, rows, note).publish(
+        args.results, jax.devices()[0].device_kind
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Do extra heads cost what their arithmetic costs? The training step at equal parameters, by number of heads.
+
+    python benchmarks/train_step.py                                    # about 4 minutes on two cores, 8 GB free
+    python benchmarks/train_step.py --heads 1 4 --runs 3 --remat dots
+    python benchmarks/train_step.py --heads 1 2 --layers 2 --vocab 512 --runs 1 --results ''    # a trial
+
+Width 512, feed-forward 1,408, 4 rows of 512 tokens, float32, AdamW, parallel heads with blocks taken from the trunk.
+All steps run in turns in one process, each followed by matrix products of as many operations. `time over first` is the
+median over turns of the step's time over that of the first M, `excess` is that over the ratio of operations: 1.05 is
+the target at M = 4.
+"""
+
+import dataclasses
+
+import jax
+import tyro
+from reporting import RESULTS, Report
+from shapes import config
+
+from mtp_jax.cli.bench.train import measure
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to measure."""
+
+    heads: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of heads M; the first is what the others are compared with."""
+    layers: int = 8
+    """Blocks in all, those of the heads included."""
+    vocab: int = 32_000
+    """Vocabulary."""
+    batch_size: int = 4
+    """Rows."""
+    seq_len: int = 512
+    """Tokens of a row."""
+    remat: str = "none"
+    """`model.remat`."""
+    runs: int = 5
+    """Timed turns."""
+    results: str = RESULTS
+    """File to append to; empty only prints."""
+
+
+def main() -> None:
+    """Measures and reports."""
+    args = tyro.cli(Args, description=__doc__)
+    shape = dict(total_layers=args.layers, vocab_size=args.vocab, batch_size=args.batch_size, seq_len=args.seq_len)
+    configs = {f"M = {m}": config(num_future=m, remat=args.remat, **shape) for m in args.heads}
+    results, rows = measure(configs, args.runs), []
+    first = next(iter(results.values()))
+    for (name, result), m in zip(results.items(), args.heads, strict=True):
+        operations = result["flops"] / first["flops"]
+        rows.append(
+            (
+                str(m),
+                f"{configs[name].model.num_layers} + {m - 1}",
+                f"{result['parameters'] / 1e6:.1f}M",
+                f"{result['flops'] / 1e9:,.0f}",
+                f"{result['seconds']:.3f}",
+                f"{result['tokens_per_second']:,.0f}",
+                f"{result['share_of_peak']:.0%}",
+                f"{operations:.3f}",
+                f"{result['over_first']:.3f}",
+                f"{result['over_first'] / operations:.3f}",
+                f"{result['temp_bytes'] / 1e6:,.0f}",
+            )
+        )
+    columns = (
+        *("M", "blocks", "parameters", "GFLOP", "s a step", "tokens/s", "of the machine's products"),
+        *("operations over first", "time over first", "excess", "temporaries, MB"),
+    )
+    note = f"{args.batch_size} rows of {args.seq_len} tokens, vocabulary {args.vocab:,}, remat={args.remat}."
+    Report("The training step by number of heads", columns, rows, note).publish(
+        args.results, jax.devices()[0].device_kind
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""`mtp bench train CONFIG.py`: time and memory of the training step of a config, on random tokens.
+
+Any field of the config can be overridden by its dotted path. The share of peak is that of the matrix products which
+this device does on its own, measured in turns with the step; operations are those the model asks for, as in MFU.
+"""
+
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from mtp_jax import sharding
+from mtp_jax.cli.bench.timing import FLOOR, Products, in_turns, ratio, temp_bytes
+from mtp_jax.cli.common import parse, print_json, read_config, say
+from mtp_jax.cli.memory import keep_freed_memory
+from mtp_jax.config import Config
+from mtp_jax.errors import UserError
+from mtp_jax.flops import step_flops
+from mtp_jax.model import mtp
+from mtp_jax.train.loop import place
+from mtp_jax.train.step import StepMetrics, compile_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Config):
+    """A run's config and how long to measure."""
+
+    runs: int = 5
+    """Timed turns, each of them `steps` steps and as much time in matrix products; medians count."""
+    steps: int = 1
+    """Steps of a turn."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def main(argv: list[str]) -> None:
+    """Measures."""
+    path = argv[0] if argv and not argv[0].startswith("-") else ""
+    if not path and not {"-h", "--help"} & set(argv):
+        raise UserError("mtp bench train needs a config file: mtp bench train CONFIG.py [--section.field VALUE ...]")
+    base = read_config(path) if path else Config()
+    sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
+    args = parse(Args, argv[1:] if path else argv, "mtp bench train CONFIG.py", __doc__, Args(**sections))
+    for name in ("runs", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    config = Config(**{name: getattr(args, name) for name in sections})
+    result = measure({path: config}, args.runs, args.steps)[path]
+    print_json(result) if args.json else _print(result)
+
+
+class Step:
+    """The compiled training step of a config with a state that it trains: a function to call again and again."""
+
+    def __init__(self, config: Config) -> None:
+        keep_freed_memory()  # as `mtp train` does
+        self.config, began = config, time.perf_counter()
+        self._steps = compile_steps(config, sharding.make_mesh(config.mesh))
+        B, T = config.train.batch_size, config.data.seq_len
+        tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T), np.int32)
+        positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+        self.feed({"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)})
+        self.compiled = self._steps.train.lower(self._steps.abstract_state, self._batch).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self._state = self._steps.init(jax.random.key(0))
+
+    def feed(self, batch: dict[str, np.ndarray]) -> None:
+        """Takes another batch in the place of the random one."""
+        self._batch = place(batch, self._steps)
+
+    def __call__(self, count: int = 1) -> StepMetrics:
+        """Runs `count` steps."""
+        for _ in range(count):
+            self._state, metrics = self.compiled(self._state, self._batch)
+        return metrics
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.train.batch_size * self.config.data.seq_len
+
+    @property
+    def flops(self) -> float:
+        """Operations that the model asks for in a step."""
+        return step_flops(self.config, self.config.train.batch_size, self.config.data.seq_len)
+
+
+def measure(configs: dict[str, Config], runs: int, count: int = 1) -> dict[str, dict[str, Any]]:
+    """Training steps of several configs, in turns: a dict of figures for each, the keys of `mtp bench train --json`.
+
+    Where there are several, `over_first` is the median over turns of a step's time over that of the first.
+    """
+    steps = {}
+    for name, config in configs.items():
+        say(f"compiling {name or 'the step'}")
+        steps[name] = Step(config)
+    devices = len(jax.devices())
+    floors = {name: Products(step.flops / devices * count, step.config.model.dtype) for name, step in steps.items()}
+    functions = {name: functools.partial(step, count) for name, step in steps.items()}
+    times = in_turns(functions | {f"{name} {FLOOR}": floor for name, floor in floors.items()}, runs)
+    first, result = next(iter(steps)), {}
+    for name, step in steps.items():
+        over_floor = ratio(times[name], floors[name].seconds(times[f"{name} {FLOOR}"]))
+        seconds = statistics.median(times[name]) / count
+        result[name] = {
+            "seconds": seconds,
+            "tokens_per_second": step.tokens / seconds,
+            "flops": step.flops,
+            "flops_per_second": step.flops / seconds,
+            "share_of_peak": 1 / over_floor,
+            "over_first": ratio(times[name], times[first]),
+            "compile_seconds": step.compile_seconds,
+            **memory(step.compiled),
+            "parameters": mtp.count_params(step.config),
+            "devices": devices,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+    return result
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Bytes of a compiled step, per device, and the most that this process has held so far."""
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return {
+        "temp_bytes": temp_bytes(compiled),
+        "argument_bytes": compiled.memory_analysis().argument_size_in_bytes,
+        "resident_bytes": peak_resident(),
+    } | ({} if peak is None else {"device_peak_bytes": peak})
+
+
+def peak_resident() -> int:
+    """Most bytes of this process that were in memory at once; where the system does not tell, those that are now."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().rss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    rows = {
+        "step": f"{1e3 * result['seconds']:,.1f} ms, {result['tokens_per_second']:,.0f} tokens/s",
+        "operations": f"{result['flops'] / 1e9:,.1f} GFLOP, {result['flops_per_second'] / 1e9:,.0f} GFLOP/s",
+        "share of peak": f"{result['share_of_peak']:.1%} of this device's own matrix products",
+        "temporaries": f"{result['temp_bytes'] / 1e6:,.0f} MB per device",
+        "arguments": f"{result['argument_bytes'] / 1e6:,.0f} MB per device: parameters, optimizer, batch",
+        "resident": f"{result['resident_bytes'] / 1e6:,.0f} MB of the process at most, compiler included",
+        "parameters": f"{result['parameters'] / 1e6:,.2f}M",
+        "compile": f"{result['compile_seconds']:.1f} s",
+        "device": f"{result['devices']} x {result['device']}, jax {result['jax']}",
+    }
+    if "device_peak_bytes" in result:
+        rows["device memory"] = f"{result['device_peak_bytes'] / 1e6:,.0f} MB at most"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(file=sys.stdout, highlight=False, soft_wrap=True).print(table)

@@ -1,0 +1,156 @@
+"""`mtp compile CONFIG.py --topology v5e:16x16 [--section.field VALUE ...]`: does it fit, before anybody pays for it."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from mtp_jax.cli.common import parse, print_json, read_config, say
+from mtp_jax.config import Config
+from mtp_jax.errors import UserError
+from mtp_jax.fit import programs, topology
+from mtp_jax.fit.report import Report, report
+from mtp_jax.flops import step_flops
+from mtp_jax.hardware import Chip, chip
+from mtp_jax.model.mtp import count_params
+from mtp_jax.sharding import make_mesh
+
+DESCRIPTION = (
+    "Compile the train step and the decode round of CONFIG.py for devices that are not here, and say what they need. "
+    "Nothing runs and no parameter is made. Any field of the config can be overridden by its dotted path. Usage: mtp "
+    "compile CONFIG.py --topology v5e:16x16 [--program train|decode|both] [--json] [--section.field VALUE ...]"
+)
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(Config):
+    """A run's config, and what to compile it for."""
+
+    topology: str = ""
+    """Devices: a slice of TPUs (v5e:16x16, v5p:4x4x4, v6e:8x8), or CPUs (cpu:8)."""
+    program: Literal["both", "train", "decode"] = "both"
+    """What to compile."""
+    decode_rows: int = 0
+    """Prompts decoded together; 0 is decode.num_prompts."""
+    decode_tokens: int = 0
+    """Tokens of prompt and output that the caches have room for; 0 is model.max_seq_len."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def main(argv: list[str]) -> None:
+    """Compiles and reports; exits 0 whether it fits or not, the answer is in the output."""
+    path = argv[0] if argv and not argv[0].startswith("-") else ""
+    if not path and not {"-h", "--help"} & set(argv):
+        raise UserError("mtp compile needs a config file: mtp compile CONFIG.py --topology v5e:16x16")
+    base = read_config(path) if path else Config()
+    sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
+    args = parse(Args, argv[1:] if path else argv, "mtp compile CONFIG.py", DESCRIPTION, Args(**sections))
+    for name in ("decode_rows", "decode_tokens"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
+    config = Config(**{name: getattr(args, name) for name in sections})
+    if not args.topology:
+        raise UserError(f"mtp compile needs --topology, such as {topology.EXAMPLES}")
+    topology.prepare(args.topology)
+    mesh = make_mesh(config.mesh, topology.devices(args.topology))
+    reports = [_compile(config, mesh, args, which) for which in ("train", "decode") if args.program in ("both", which)]
+    facts = {
+        "config": pathlib.Path(path).name,
+        "topology": args.topology,
+        "devices": mesh.size,
+        "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
+        "parameters": count_params(config),
+    }
+    if args.json:
+        print_json(_json(config, facts, reports))
+        return
+    _print(config, facts, reports, chip(mesh.devices.flat[0].device_kind))
+
+
+def _compile(config: Config, mesh: Any, args: Args, which: str) -> Report:
+    began = "train step" if which == "train" else "decode round"
+    say(f"compiling the {began} for {args.topology}; minutes for a large model")
+    if which == "train":
+        program = programs.train_step(config, mesh)
+    else:
+        rows = args.decode_rows or config.decode.num_prompts
+        program = programs.decode_round(config, mesh, rows, args.decode_tokens or config.model.max_seq_len)
+    return report(config, mesh, program, programs.compile_program(program))
+
+
+def _json(config: Config, facts: dict[str, Any], reports: list[Report]) -> dict[str, Any]:
+    """The first program's keys at the top, the decode round's under `decode` too."""
+    result = facts | reports[0].as_json() | {"fits": all(one.fits for one in reports)}
+    if reports[0].name == "train step":
+        result |= {"train_fits": reports[0].fits, "model_flops": _model_flops(config)}
+    if reports[-1].name == "decode round":
+        result["decode"] = reports[-1].as_json()
+    return result
+
+
+def _model_flops(config: Config) -> float:
+    return step_flops(config, config.train.batch_size, config.data.seq_len)
+
+
+def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures: Chip | None) -> None:
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items()) or "one device"
+    console.print(
+        f"{facts['config']}: {facts['parameters'] / 1e9:.3f} billion parameters on {facts['topology']}, "
+        f"{facts['devices']} devices, mesh {mesh}"
+    )
+    for one in reports:
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        tokens = config.train.batch_size * config.data.seq_len if one.name == "train step" else 0
+        for row in _rows(config, one, figures, facts["devices"], tokens):
+            table.add_row(*row)
+        console.print(f"\n[bold]{one.name}[/bold]")
+        console.print(table)
+    for one in reports:
+        console.print(f"\n{_verdict(one)}", end="")
+    console.print()
+
+
+def _rows(config: Config, one: Report, figures: Chip | None, devices: int, tokens: int) -> list[tuple[str, str]]:
+    memory = one.memory
+    gib = lambda size: "unknown" if size is None else f"{size / GIB:9.3f} GiB"  # noqa: E731
+    rows = [(kind, gib(size)) for kind, size in memory.arguments.items()]
+    rest = None if memory.temp_bytes is None else memory.temp_bytes - memory.kept_bytes
+    rows += [("activations", gib(memory.kept_bytes))] if memory.kept_bytes else []
+    rows += [("temporaries", gib(rest))]
+    if memory.total is not None:
+        padding = memory.argument_bytes - sum(memory.arguments.values())
+        rows += [("padding", gib(padding)), ("results", gib(memory.output_bytes)), ("program", gib(memory.code_bytes))]
+    rows += [("per device", f"{gib(memory.total)} of {memory.hbm_bytes / GIB:.2f}")]
+    rows += [("operations", f"{one.flops:.3e}, {one.flops / devices:.3e} per device")]
+    if tokens:
+        rows += [("the model's", f"{_model_flops(config):.3e} of them")]
+    for kind, sent in (one.sent or {}).items():
+        rows += [(kind, f"{gib(sent.bytes)} sent per device in {sent.count}")]
+    roofline = one.roofline
+    if roofline is not None:
+        shown = [f"{1e3 * getattr(roofline, name):.2f} ms {name}" for name in ("compute", "memory", "network")]
+        rows += [("roofline", f"{', '.join(shown)} ({figures.name})")]
+        rows += [("at best", f"{1e3 * roofline.seconds:.2f} ms; {1e3 * roofline.apart:.2f} ms without overlap")]
+        if tokens:
+            rate, peak = tokens / roofline.seconds, figures.bf16_flops * devices
+            mfu = _model_flops(config) / roofline.seconds / peak
+            rows += [("that is", f"{rate:,.0f} tokens/s, {mfu:.1%} MFU")]
+    rows += [("compiled in", f"{one.compile_seconds:.0f} s")]
+    if one.open_loops:
+        rows += [("note", f"{one.open_loops} loops decide their length as they run, and count as one turn")]
+    return rows
+
+
+def _verdict(one: Report) -> str:
+    if one.fits:
+        return f"the {one.name} fits"
+    if one.error:
+        return f"the {one.name} does NOT fit: {one.error}"
+    over = one.memory.total - one.memory.hbm_bytes
+    return f"the {one.name} does NOT fit: {over / GIB:.2f} GiB too much on every device"

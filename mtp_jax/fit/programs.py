@@ -1,0 +1,156 @@
+"""The real programs of a run, traced and compiled without an array: its train step, and a round of decoding."""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtp_jax import axes, sharding
+from mtp_jax.config import Config
+from mtp_jax.decode.drafters import make_drafter
+from mtp_jax.decode.engine import Plan, decode_rounds, empty_state, slots_needed
+from mtp_jax.decode.options import Options
+from mtp_jax.model import mtp
+from mtp_jax.model.cache import LayerCache
+from mtp_jax.train.objective import batch_targets, total_loss, xent_spec
+from mtp_jax.train.state import split_params
+from mtp_jax.train.step import compile_steps
+
+
+class Program(NamedTuple):
+    """A program before it is compiled."""
+
+    name: str
+    traced: jax.stages.Traced
+    lowered: jax.stages.Lowered
+    arguments: dict[str, Any]
+    """Its arguments by kind, as shapes with shardings."""
+    kept: int
+    """Bytes, over all devices, that the forward pass keeps for the backward pass."""
+
+
+class Compiled(NamedTuple):
+    """What came of compiling it."""
+
+    executable: jax.stages.Compiled | None
+    """None where it does not fit into the devices' memory."""
+    error: str
+    """What the compiler said in that case."""
+    seconds: float
+
+
+def train_step(config: Config, mesh: Mesh) -> Program:
+    """The step of `mtp train`."""
+    steps = compile_steps(config, mesh)
+    batch = abstract_batch(config, steps.batch_sharding)
+    with jax.set_mesh(mesh):
+        traced = steps.train.trace(steps.abstract_state, batch)
+        lowered = traced.lower()
+        kept = _kept(config, mesh, steps.abstract_state.params, batch)
+    state = steps.abstract_state
+    arguments = {"parameters": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}
+    return Program("train step", traced, lowered, arguments, kept)
+
+
+def abstract_batch(config: Config, where: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of the run, without its numbers."""
+    shape = (config.train.batch_size, config.data.seq_len)
+    array_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+    return dict.fromkeys(("tokens", "segment_ids", "positions"), array_BT)
+
+
+def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
+    """Bytes of what differentiation carries from the forward to the backward pass, parameters apart."""
+    rows = config.train.batch_size // config.train.grad_accum
+    learned, rest = split_params(config, params)
+    spec = xent_spec(config, mesh)
+
+    def residuals(learned: Any, rest: Any, batch: dict) -> Any:
+        targets = batch_targets(config, batch)
+        scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
+        loss = lambda learned: total_loss(  # noqa: E731
+            config, spec, learned | rest, batch, targets, targets.weights_MBT[0], scale_M
+        )
+        return jax.vjp(loss, learned, has_aux=True)[1]
+
+    micro = {name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, learned, rest, micro))
+    has_rows = lambda leaf: rows in leaf.shape and config.data.seq_len in leaf.shape  # noqa: E731
+    return sum(_size(leaf) for leaf in leaves if has_rows(leaf))
+
+
+def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
+    """A round of `generate` in which every head drafts, in caches for rows of so many tokens.
+
+    Args:
+      config: the run's config.
+      mesh: where the parameters lie.
+      rows: prompts decoded together.
+      tokens: of prompt and output together.
+    """
+    drafter = make_drafter("heads" if config.num_draft else "none", config, config.num_draft)
+    plan, vocab = Plan(config, drafter, Options().sampler(), Options().rule()), config.model.vocab_size
+    params, everywhere = decode_params(config, mesh), sharding.replicated(mesh)
+    controls = jax.eval_shape(lambda: Options().controls(rows, vocab))
+    one_B, ends_E = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    slots, prompt_BT = slots_needed(tokens, drafter.num_draft), jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    state = jax.eval_shape(functools.partial(empty_state, plan, slots, slots), prompt_BT, one_B, one_B, ends_E)
+    state = place_state(mesh, state)
+    put = lambda tree: jax.tree.map(lambda leaf: _placed(leaf, everywhere), tree)  # noqa: E731
+    one = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    traced = decode_rounds.trace(plan, drafter.num_draft, params, put(controls), state, one)
+    caches = (state.caches, state.drafter_cache)
+    rest = (state._replace(caches=(), drafter_cache=()), put(controls), one)
+    arguments = {"parameters": params, "caches": caches, "rows": rest}
+    return Program("decode round", traced, traced.lower(), arguments, 0)
+
+
+def decode_params(config: Config, mesh: Mesh) -> Any:
+    """`LoadedModel.decode_params` of a model that lies on the mesh, as shapes with shardings."""
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
+    at_rest = sharding.abstract_params(mesh, boxed)
+    view = functools.partial(mtp.decode_view, config)
+    made = jax.jit(view).lower(at_rest).compile()
+    return sharding.place_abstract(jax.eval_shape(view, at_rest), made.output_shardings)
+
+
+def place_state(mesh: Mesh, state: Any) -> Any:
+    """Where the partitioner puts a decoding state: caches by the heads that made them, all else on every device."""
+    is_cache = lambda node: isinstance(node, LayerCache)  # noqa: E731
+    by_heads = jax.sharding.NamedSharding(mesh, sharding.logical_spec((None, axes.KV_HEADS, None, None)))
+    everywhere = sharding.replicated(mesh)
+    place = lambda leaf, where: _placed(leaf, where)  # noqa: E731
+
+    def of_node(node: Any) -> Any:
+        return jax.tree.map(lambda leaf: place(leaf, by_heads), node) if is_cache(node) else place(node, everywhere)
+
+    return jax.tree.map(of_node, state, is_leaf=is_cache)
+
+
+def _placed(leaf: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def compile_program(program: Program) -> Compiled:
+    """Compiles; running out of the devices' memory is an answer, anything else that goes wrong is raised."""
+    began = time.perf_counter()
+    try:
+        executable = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(None, str(error), time.perf_counter() - began)
+    return Compiled(executable, "", time.perf_counter() - began)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a tree's shards on one device."""
+    shard = lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)  # noqa: E731
+    return sum(_size(shard(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def _size(leaf: Any) -> int:
+    return leaf.size * leaf.dtype.itemsize

@@ -1,0 +1,78 @@
+"""Devices that are not here, to compile for: slices of TPUs through `libtpu`, and any number of CPUs."""
+
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from mtp_jax.errors import UserError
+
+SLICES = {"v5e": 2, "v5p": 3, "v6e": 2}
+"""TPU generations, and the axes of their slices."""
+EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8 or cpu:8"
+# What a TPU machine would learn from its surroundings; elsewhere libtpu asks for it at length.
+LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+def devices(name: str) -> list[jax.Device]:
+    """The devices of a topology; nothing can run on those of a TPU slice.
+
+    Args:
+      name: `cpu:COUNT`, or a TPU generation and its slice, such as `v5e:16x16`.
+
+    Raises:
+      UserError: no such topology, or `libtpu` is not installed.
+    """
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    kind, sizes = (match[1], [int(size) for size in match[2].split("x")]) if match else ("", [])
+    if kind == "cpu" and len(sizes) == 1:
+        return _cpus(sizes[0])
+    if len(sizes) != SLICES.get(kind):
+        raise UserError(f"{name!r} is no topology; give one such as {EXAMPLES}")
+    return _slice(name, sizes)
+
+
+def prepare(name: str) -> None:
+    """Keeps jax from taking this machine's accelerators, and makes as many CPUs as `cpu:COUNT` names.
+
+    Has to come before anything asks jax for a device; later it changes nothing.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    count = re.fullmatch(r"cpu:([1-9]\d*)", name)
+    if count and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", int(count[1]))
+
+
+def _cpus(count: int) -> list[jax.Device]:
+    here = jax.devices("cpu")
+    if len(here) < count:
+        raise UserError(
+            f"cpu:{count} needs {count} CPU devices, but jax has {len(here)} already; leave the device count out of "
+            "XLA_FLAGS"
+        )
+    return here[:count]
+
+
+def _slice(name: str, sizes: list[int]) -> list[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"compiling for {name} needs libtpu, which is not installed: pip install 'mtp_jax[tpu]'")
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # libtpu's own kinds of errors, RuntimeErrors most of them
+        raise UserError(f"{name} is no slice that libtpu knows; give one such as {EXAMPLES} ({error})") from error
+    if len(found) != math.prod(sizes):
+        raise UserError(f"libtpu shows {name} as {len(found)} devices, not {math.prod(sizes)}")
+    return list(found)

@@ -1,0 +1,98 @@
+"""What a run costs: time, the share of the chips' peak, memory, and what the host waited for.
+
+Time is read where the loop waits for the device anyway, so that measuring costs none.
+"""
+
+import contextlib
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mtp_jax.config import Config
+from mtp_jax.flops import step_flops
+from mtp_jax.hardware import chip
+
+FIELDS = {
+    "tokens_per_second": "tokens of all devices over all time since the last reading, evaluation and saving included",
+    "step_seconds": "mean time of a step since the last reading, evaluation and saving left out",
+    "mfu": "flops.step_flops over step_seconds, as a share of the devices' bfloat16 peak; only where that is known",
+    "data_wait": "share of that time in which the host waited for a batch",
+    "compile_seconds": "tracing and compiling of the step, or loading it from the cache; once per start",
+    "device_bytes": "memory in use on the fullest of this process's accelerators",
+    "device_peak_bytes": "its largest value so far",
+    "process_bytes": "on CPUs: resident memory of this process",
+    "process_peak_bytes": "its largest value so far",
+}
+"""What `Meter.read` returns; a field that is not known is left out."""
+
+
+class Meter:
+    """Clock and gauges of a run."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        rows = config.train.batch_size, config.data.seq_len
+        known = chip(mesh.devices.flat[0].device_kind)
+        self._tokens, self._flops = rows[0] * rows[1], step_flops(config, *rows)
+        self._peak = known.bf16_flops * mesh.size if known else None
+        self._devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+        self._compiled: float | None = None
+        self._start(0)
+
+    def _start(self, step: int) -> None:
+        self._step, self._since, self._waited, self._paused = step, time.monotonic(), 0.0, 0.0
+
+    def start(self, step: int, compile_seconds: float) -> None:
+        """Time counts from here, with `step` steps done, the first of which took the compiler so long."""
+        self._compiled = compile_seconds
+        self._start(step)
+
+    def next(self, batches: Iterable[Any]) -> Any:
+        """The next batch; the wait for it is counted."""
+        asked = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - asked
+        return batch
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training."""
+        began = time.monotonic()
+        yield
+        self._paused += time.monotonic() - began
+
+    def read(self, step: int) -> dict[str, float]:
+        """The fields since the last reading; all steps up to `step` must be done."""
+        done, total = step - self._step, time.monotonic() - self._since
+        busy, fields = total - self._paused, {}
+        if done:
+            fields = {"tokens_per_second": done * self._tokens / total, "step_seconds": busy / done}
+            if self._peak is not None:
+                fields["mfu"] = self._flops * done / busy / self._peak
+            fields["data_wait"] = self._waited / busy
+        if self._compiled is not None:
+            fields["compile_seconds"] = self._compiled
+        self._compiled = None
+        self._start(step)
+        return fields | _memory(self._devices)
+
+
+def _memory(devices: list[jax.Device]) -> dict[str, int]:
+    """Bytes in use and at most so far: of the fullest device, or of the process where devices have no memory of their
+    own."""
+    stats = [device.memory_stats() for device in devices]
+    if all(stats):
+        names = {"device_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
+        return {ours: max(each[name] for each in stats) for ours, name in names.items() if name in stats[0]}
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    statm = pathlib.Path("/proc/self/statm")
+    resident = {}
+    if statm.exists():
+        resident["process_bytes"] = int(statm.read_text().split()[1]) * resource.getpagesize()
+    # The kernel's own figure of the peak may lag behind.
+    return resident | {"process_peak_bytes": max([most, *resident.values()])}
