@@ -7,6 +7,7 @@ import tempfile
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Without LLVM's optimisations and, where a switch still turns them off, without XLA's newer fusions: neither changes an
 # equation, and programs compile in a quarter of the time.
@@ -35,3 +36,13 @@ def drop_programs():
     mappings = pathlib.Path("/proc/self/maps")
     if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture
+def uncached():
+    """For programs of devices that are not here: kept between runs like others, they could not be read again."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -7,6 +7,7 @@ Parameters are stacked over layers at rest and scanned in training:
 Decoding works on `unstack`ed blocks, one tree per layer, because a scan would copy every layer's cache in every step.
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,10 +33,12 @@ def init_blocks(config: ModelConfig, key: jax.Array, count: int) -> Params:
     x_BTD = jnp.zeros((1, 1, config.d_model), config.dtype)
     ids_BT = jnp.zeros((1, 1), jnp.int32)
     given = variables(jax.tree.map(operator.itemgetter(0), with_constants(config, {}, config.layers[:1])))
+    # One token has no need of a kernel, which might refuse it.
+    block = Block(dataclasses.replace(config, attention="xla"))
 
     def init_one(key: jax.Array) -> Params:
         rngs = {"params": key}
-        return Block(config).apply(given, x_BTD, ids_BT, ids_BT, rngs=rngs, mutable=["params"])[1]["params"]
+        return block.apply(given, x_BTD, ids_BT, ids_BT, rngs=rngs, mutable=["params"])[1]["params"]
 
     boxed = jax.vmap(init_one)(jax.random.split(key, count))
     return jax.tree.map(lambda box: box.replace(names=(LAYERS, *box.names)), boxed, is_leaf=is_box)
