@@ -141,7 +141,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Gives logical names their meaning while a model is traced: the table, and the mesh; None is one device."""
+    """Gives logical names their meaning while a model is traced: the table, and the mesh, if there is one."""
     where = contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     with nn.logical_axis_rules(RULES), where:
         yield
@@ -186,8 +186,6 @@ def row_shards(mesh: Mesh) -> int:
 
 def loss_placement(mesh: Mesh) -> dict[str, Any]:
     """Where `losses.xent` finds its rows and its vocabulary: the mesh fields of an `XentSpec`."""
-    if mesh.size == 1:
-        return {}
 
     def split(logical: str) -> tuple[str, ...]:
         rule = dict(RULES)[logical]

@@ -60,7 +60,7 @@ def _on_mesh(
     local = functools.partial(_loop_over_chunks, spec, with_grads)
     if teacher is not None:
         teacher = Teacher(teacher.hidden_MBTD, teacher.table_VD.astype(teacher.hidden_MBTD.dtype))
-    if spec.mesh is not None:
+    if spec.sharded:
         tokens = (None, spec.batch_axes or None, spec.length_axes or None)
         by_token = lambda tree: jax.tree.map(lambda x: PartitionSpec(*tokens, *[None] * (x.ndim - 3)), tree)  # noqa: E731
         vocab, embed = spec.vocab_axes or None, spec.embed_axes or None

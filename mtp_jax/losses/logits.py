@@ -78,6 +78,11 @@ class XentSpec:
                 raise UserError(f"XentSpec.{name}={getattr(self, name)} is negative; 0 switches it off")
 
     @property
+    def sharded(self) -> bool:
+        """Whether there is more than one device."""
+        return self.mesh is not None and self.mesh.size > 1
+
+    @property
     def token_axes(self) -> tuple[str, ...]:
         """Mesh axes that split the tokens."""
         return self.batch_axes + self.length_axes

@@ -139,7 +139,7 @@ def token_entropy(hidden_MBTD: jax.Array, table_VD: jax.Array, spec: XentSpec) -
         chunks = to_chunks(hidden_MBTD, chunk_size(B * T, table_VD.shape[0], spec))
         return from_chunks(jax.lax.scan(step, None, chunks)[1], (M, B, T))
 
-    if spec.mesh is not None:
+    if spec.sharded:
         rows = PartitionSpec(None, spec.batch_axes or None, spec.length_axes or None)
         in_specs = (PartitionSpec(*rows, None), PartitionSpec(spec.vocab_axes or None, None))
         local = jax.shard_map(local, mesh=spec.mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
