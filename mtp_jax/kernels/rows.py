@@ -128,7 +128,7 @@ def on_shards(
     attend: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], form: Form, placement: Placement | None, *more: Any
 ) -> jax.Array:
     """`attend(*arrays, form, *more)` with every device's own rows, heads and queries."""
-    if placement is None or not _divides(arrays[0], placement):
+    if placement is None or placement.mesh.size == 1 or not _divides(arrays[0], placement):
         return attend(*arrays, form, *more)
     rows, length = placement.queries[:2]
     given = (placement.queries, placement.keys, placement.keys, PartitionSpec(rows, length), PartitionSpec(rows, None))
