@@ -1,10 +1,11 @@
 """Memory that a process keeps for itself between training steps.
 
-The C library takes a block above 32 MB from the system when a program asks for it, and gives it back at once when it is
-freed. A training step on a CPU does that for every large array, packed copies inside matrix products included, and then
-touches hundreds of thousands of pages for the first time, which the system has to clear: 1.4 to 2 s of processor time in
-a step of 7.5 s (58M parameters, vocabulary 32,000), 0.5 s with the blocks kept. The one block of a program's temporaries
-stays a mapping of its own, because a thread of the runtime allocates it: kept too, it grew the process by a third.
+The C library takes a block above 32 MB from the system when a program asks for it, and gives it back at once when it
+is freed. A training step on a CPU does that for every large array, packed copies inside matrix products included, and
+then touches hundreds of thousands of pages for the first time, which the system has to clear: 1.4 to 2 s of processor
+time in a step of 7.5 s (58M parameters, vocabulary 32,000), 0.5 s with the blocks kept. The one block of a program's
+temporaries stays a mapping of its own, because a thread of the runtime allocates it: kept too, it grew the process by a
+third.
 """
 
 import ctypes
