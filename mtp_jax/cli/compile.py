@@ -99,7 +99,8 @@ def _model_flops(config: Config) -> float:
 
 
 def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures: Chip | None) -> None:
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 120  # in a file, lines of one length whatever the terminal was
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items()) or "one device"
     console.print(
         f"{facts['config']}: {facts['parameters'] / 1e9:.3f} billion parameters on {facts['topology']}, "
