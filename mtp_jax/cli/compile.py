@@ -37,7 +37,7 @@ class Args(Config):
     decode_rows: int = 0
     """Prompts decoded together; 0 is decode.num_prompts."""
     decode_tokens: int = 0
-    """Tokens of prompt and output that the caches have room for; 0 is model.max_seq_len."""
+    """Tokens of prompt and output that the caches have room for; 0 is decode.prompt_tokens + decode.max_new_tokens."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -78,8 +78,9 @@ def _compile(config: Config, mesh: Any, args: Args, which: str) -> Report:
     if which == "train":
         program = programs.train_step(config, mesh)
     else:
-        rows = args.decode_rows or config.decode.num_prompts
-        program = programs.decode_round(config, mesh, rows, args.decode_tokens or config.model.max_seq_len)
+        settings = config.decode
+        tokens = args.decode_tokens or settings.prompt_tokens + settings.max_new_tokens
+        program = programs.decode_round(config, mesh, args.decode_rows or settings.num_prompts, tokens)
     return report(config, mesh, program, programs.compile_program(program))
 
 
@@ -98,7 +99,8 @@ def _model_flops(config: Config) -> float:
 
 
 def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures: Chip | None) -> None:
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 120  # in a file, lines of one length whatever the terminal was
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items()) or "one device"
     console.print(
         f"{facts['config']}: {facts['parameters'] / 1e9:.3f} billion parameters on {facts['topology']}, "
