@@ -54,7 +54,7 @@ def attention(
     q_BKGTH = (q_BTNH * form.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     q_BKRH = q_BKGTH.reshape(B, K, N // K * T, H)
     scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = _capped(scores_BKRS, form).reshape(B, K, N // K, T, S)
+    scores_BKGTS = capped(scores_BKRS, form).reshape(B, K, N // K, T, S)
     visible_BTS = visible(query_slots_BT, segment_ids_BS, S, form.window)
     scores_BKGTS = jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, jnp.finfo(jnp.float32).min)
     probs_BKRS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
@@ -79,7 +79,8 @@ def own_segments(query_slots_BT: jax.Array, segment_ids_BS: jax.Array) -> jax.Ar
     return jnp.take_along_axis(segment_ids_BS, query_slots_BT, axis=1)
 
 
-def _capped(scores: jax.Array, form: Form) -> jax.Array:
+def capped(scores: jax.Array, form: Form) -> jax.Array:
+    """c tanh(scores / c), or the scores where there is no cap."""
     return form.softcap * jnp.tanh(scores / form.softcap) if form.softcap else scores
 
 
@@ -131,8 +132,8 @@ def attention_beside(
         visible_BXPS &= jnp.arange(S)[None, None, None, :] > first_BXP1
         sees_BXPW &= where.slots_BXP[:, :, None, :] > first_BXP1
     least = jnp.finfo(jnp.float32).min
-    scores_BKGXPS = jnp.where(visible_BXPS[:, None, None], _capped(scores_BKGXPS, form), least)
-    own_BKGXPW = jnp.where(sees_BXPW[:, None, None], _capped(own_BKGXPW, form), least)
+    scores_BKGXPS = jnp.where(visible_BXPS[:, None, None], capped(scores_BKGXPS, form), least)
+    own_BKGXPW = jnp.where(sees_BXPW[:, None, None], capped(own_BKGXPW, form), least)
     probs = jax.nn.softmax(jnp.concatenate([scores_BKGXPS, own_BKGXPW], axis=-1), axis=-1).astype(v_BKSH.dtype)
     mixed_BXPKGH = jnp.einsum("BKGXPS,BKSH->BXPKGH", probs[..., :S], v_BKSH)
     mixed_BXPKGH += jnp.einsum("BKGXPW,BXWKH->BXPKGH", probs[..., S:], own_v_BXPKH)

@@ -1,17 +1,31 @@
-"""Attention of long rows in XLA alone: a block of queries at a time, so that scores never exist for a whole row.
+"""Attention of rows in XLA alone: a block of queries at a time, so that scores never exist for a whole row.
 
-Both passes hold the scores of one block, [B, N, BLOCK, S]; the backward pass forms them again. The result is the
-reference's, and so is the gradient: every query still has all of its keys at once.
+Both passes hold the scores of one block, [B, N, block, S]. The backward pass forms them again from the logarithm of
+each query's sum of exponentials (Dao et al. 2022, "FlashAttention", section 3.1): nothing is kept for pairs of
+positions. Where queries and slots are the same row, the blocks of a quarter of the row read the slots up to its end:
+
+    queries   1st quarter    x                       10 of 16 parts of the scores
+              2nd quarter    x  x                    are formed
+              3rd quarter    x  x  x
+              4th quarter    x  x  x  x
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.kernels.attention import Form, attention
+from mtp_jax.kernels.attention import Form, attention, capped, visible
+from mtp_jax.kernels.linear import LINEAR
 
 BLOCK = 256
-"""Queries of a block."""
-LONG = 512
+"""Queries of a block at most."""
+PARTS = 4
+"""Parts of a row, each with slots of its own."""
+SHORT = 128
 """Rows up to this length are quicker in one piece, and their scores are small."""
 
 
@@ -23,23 +37,157 @@ def attention_by_blocks(
     segment_ids_BS: jax.Array | None,
     form: Form,
 ) -> jax.Array:
-    """`attention` of rows of any length; arguments and result are the reference's."""
-    B, T, N, H = q_BTNH.shape
-    if T <= LONG:
+    """`attention` of rows of any length; arguments and result are the reference's.
+
+    Where there are as many queries as slots, query t stands in slot t.
+    """
+    if q_BTNH.shape[1] <= SHORT:
         return attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, form)
-    blocks = -(-T // BLOCK)
-    # Queries that fill up the last block stand in slot 0; nobody reads what they get.
-    fill = ((0, 0), (0, blocks * BLOCK - T))
-    q_BTNH, slots_BT = jnp.pad(q_BTNH, (*fill, (0, 0), (0, 0))), jnp.pad(query_slots_BT, fill)
-    # Float32 outside the loop, so that the gradients of keys and values are summed over blocks in float32.
-    k32_BKSH, v32_BKSH = k_BKSH.astype(jnp.float32), v_BKSH.astype(jnp.float32)
+    row = _Row(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, form.window)
+    return _attend(form._replace(window=None), row)
 
-    @jax.checkpoint
-    def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q_BbNH, slots_Bb = block
-        keys_values = k32_BKSH.astype(k_BKSH.dtype), v32_BKSH.astype(v_BKSH.dtype)
-        return attention(q_BbNH, *keys_values, slots_Bb, segment_ids_BS, form)
 
-    q_bBTNH = q_BTNH.reshape(B, blocks, BLOCK, N, H).swapaxes(0, 1)
-    mixed_bBTNH = jax.lax.map(one, (q_bBTNH, slots_BT.reshape(B, blocks, BLOCK).swapaxes(0, 1)))
-    return mixed_bBTNH.swapaxes(0, 1).reshape(B, blocks * BLOCK, N, H)[:, :T]
+class _Row(NamedTuple):
+    """What attention is given."""
+
+    q_BTNH: jax.Array
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    slots_BT: jax.Array
+    segments_BS: jax.Array | None
+    window: jax.Array | None
+
+
+class _Part(NamedTuple):
+    """Blocks that read the same slots."""
+
+    blocks: slice
+    slots: int
+
+
+def _parts(queries: int, slots: int) -> tuple[int, list[_Part]]:
+    """Queries of a block, and the parts of a row."""
+    size = min(BLOCK, -(-queries // PARTS))
+    blocks = -(-queries // size)
+    if queries != slots:
+        return size, [_Part(slice(0, blocks), slots)]
+    each = -(-blocks // PARTS)
+    ends = [min(first + each, blocks) for first in range(0, blocks, each)]
+    return size, [_Part(slice(i * each, end), min(end * size, slots)) for i, end in enumerate(ends)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form: Form, row: _Row) -> jax.Array:
+    return _forward(form, row)[0]
+
+
+def _forward(form: Form, row: _Row) -> tuple[jax.Array, tuple[_Row, jax.Array, jax.Array]]:
+    (T, N), (K, S) = row.q_BTNH.shape[1:3], row.k_BKSH.shape[1:3]
+    size, parts = _parts(T, S)
+    queries = _cut(row.q_BTNH * form.scale, size, K), _cut_slots(row.slots_BT, size)
+
+    def attend(part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z_BKRs, seen = _scores(form, row, part, q_BKRH, slots_Bb)
+        z_BKRs = jnp.where(seen, z_BKRs, jnp.finfo(jnp.float32).min)
+        max_BKR1 = jnp.max(z_BKRs, axis=-1, keepdims=True)
+        exp_BKRs = jnp.exp(z_BKRs - max_BKR1)
+        sum_BKR1 = jnp.sum(exp_BKRs, axis=-1, keepdims=True)
+        v_BKsH = row.v_BKSH[:, :, : part.slots]
+        mixed_BKRH = _product("BKRs,BKsH->BKRH", exp_BKRs.astype(v_BKsH.dtype), v_BKsH) / sum_BKR1
+        return mixed_BKRH.astype(row.q_BTNH.dtype), (max_BKR1 + jnp.log(sum_BKR1))[..., 0]
+
+    done = [_each(functools.partial(attend, part), *(x[part.blocks] for x in queries)) for part in parts]
+    mixed_bBKRH, lse_bBKR = (jnp.concatenate(x) for x in zip(*done, strict=True))
+    # The name of products under remat policies: what they made is kept, and so is this.
+    mixed_BTNH, lse_bBKR = (checkpoint_name(x, LINEAR) for x in (_joined(mixed_bBKRH, T, N), lse_bBKR))
+    return mixed_BTNH, (row, mixed_BTNH, lse_bBKR)
+
+
+def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_BTNH: jax.Array) -> tuple[_Row]:
+    """With p the probabilities and a the attended values: dz = p (da v^T - da . a), then as for any product."""
+    row, mixed_BTNH, lse_bBKR = residuals
+    (T, N), (K, S) = row.q_BTNH.shape[1:3], row.k_BKSH.shape[1:3]
+    size, parts = _parts(T, S)
+    own_BTN1 = jnp.sum(dmixed_BTNH.astype(jnp.float32) * mixed_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
+    queries = (
+        _cut(row.q_BTNH * form.scale, size, K),
+        _cut_slots(row.slots_BT, size),
+        _cut(dmixed_BTNH, size, K),
+        _cut(own_BTN1, size, K),
+        lse_bBKR,
+    )
+
+    def gradients(part: _Part, sums: tuple, block: tuple) -> tuple[tuple, jax.Array]:
+        q_BKRH, slots_Bb, dmixed_BKRH, own_BKR1, lse_BKR = block
+        k_BKsH, v_BKsH = row.k_BKSH[:, :, : part.slots], row.v_BKSH[:, :, : part.slots]
+        z_BKRs, seen = _scores(form, row, part, q_BKRH, slots_Bb)
+        p_BKRs = jnp.where(seen, jnp.exp(z_BKRs - lse_BKR[..., None]), 0)
+        dz_BKRs = p_BKRs * (_product("BKRH,BKsH->BKRs", dmixed_BKRH, v_BKsH) - own_BKR1)
+        if form.softcap:
+            dz_BKRs *= 1 - (z_BKRs / form.softcap) ** 2
+        dz_BKRs = dz_BKRs.astype(q_BKRH.dtype)
+        # [H, s], not [s, H]: a CPU would write a transposed copy of the scores for the latter.
+        dk_BKHs = sums[0] + _product("BKRH,BKRs->BKHs", q_BKRH, dz_BKRs)
+        dv_BKHs = sums[1] + _product("BKRH,BKRs->BKHs", dmixed_BKRH, p_BKRs.astype(dmixed_BKRH.dtype))
+        return (dk_BKHs, dv_BKHs), _product("BKRs,BKsH->BKRH", dz_BKRs, k_BKsH)
+
+    sums_BKHS, dq_bBKRH = (jnp.zeros((*row.k_BKSH.shape[:2], row.k_BKSH.shape[3], S), jnp.float32),) * 2, []
+    for part in parts:
+        zeros = jax.tree.map(lambda sum_BKHS, part=part: jnp.zeros_like(sum_BKHS[..., : part.slots]), sums_BKHS)
+        sums, dq = _scan(functools.partial(gradients, part), zeros, tuple(x[part.blocks] for x in queries))
+        sums_BKHS = tuple(whole.at[..., : part.slots].add(new) for whole, new in zip(sums_BKHS, sums, strict=True))
+        dq_bBKRH.append(dq)
+    dq_BTNH = (_joined(jnp.concatenate(dq_bBKRH), T, N) * form.scale).astype(row.q_BTNH.dtype)
+    dk_BKSH, dv_BKSH = (sum_BKHS.swapaxes(2, 3).astype(row.k_BKSH.dtype) for sum_BKHS in sums_BKHS)
+    return (_Row(dq_BTNH, dk_BKSH, dv_BKSH, None, None, None),)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(form: Form, row: _Row, part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Capped scores of a block with the slots of its part, in float32, and which of them count."""
+    B, K, R, _ = q_BKRH.shape
+    size, s = slots_Bb.shape[1], part.slots
+    z_BKRs = capped(_product("BKRH,BKsH->BKRs", q_BKRH, row.k_BKSH[:, :, :s]), form)
+    segments_Bs = None if row.segments_BS is None else row.segments_BS[:, :s]
+    seen_Bbs = visible(slots_Bb, segments_Bs, s, row.window)
+    seen_BKGbs = jnp.broadcast_to(seen_Bbs[:, None, None], (B, K, R // size, size, s))
+    return z_BKRs, seen_BKGbs.reshape(B, K, R, s)
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _cut(x_BTNH: jax.Array, size: int, K: int) -> jax.Array:
+    """[B, T, N, H] to blocks [b, B, K, R, H]; queries that fill up the last block are zeros."""
+    B, T, N, H = x_BTNH.shape
+    x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
+    return x_BTNH.reshape(B, -1, size, K, N // K, H).transpose(1, 0, 3, 4, 2, 5).reshape(-1, B, K, N // K * size, H)
+
+
+def _cut_slots(slots_BT: jax.Array, size: int) -> jax.Array:
+    """[B, T] to blocks [b, B, size]; queries that fill up the last block stand in slot 0."""
+    B, T = slots_BT.shape
+    return jnp.pad(slots_BT, ((0, 0), (0, -T % size))).reshape(B, -1, size).swapaxes(0, 1)
+
+
+def _joined(x_bBKRH: jax.Array, T: int, N: int) -> jax.Array:
+    """What `_cut` cut, without what filled it up."""
+    b, B, K, R, H = x_bBKRH.shape
+    x_bBKGtH = x_bBKRH.reshape(b, B, K, N // K, R * K // N, H)
+    return x_bBKGtH.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
+
+
+def _each(function: Callable[..., Any], *blocks: jax.Array) -> Any:
+    """`function` of every block, in turn."""
+    return _scan(lambda _, block: (None, function(*block)), None, blocks)[1]
+
+
+def _scan(step: Callable[..., Any], carry: Any, blocks: tuple) -> tuple[Any, Any]:
+    """A scan; of one block without the loop."""
+    if blocks[0].shape[0] > 1:
+        return jax.lax.scan(step, carry, blocks)
+    carry, result = step(carry, jax.tree.map(lambda x: x[0], blocks))
+    return carry, jax.tree.map(lambda x: x[None], result)

@@ -3,7 +3,7 @@
     auto      splash or cudnn, where it can; else xla
     splash    `splash.py`
     cudnn     `cudnn.py`
-    xla       the reference, `attention.py`; above 512 tokens by blocks of queries, `blocks.py`
+    xla       the reference, `attention.py`; above 128 tokens by blocks of queries, `blocks.py`
 
 All equal the reference. Neither kernel can be split by the partitioner, so they run inside `jax.shard_map`: rows and
 heads stay on their devices, and where the length of rows is split each device has its own queries and all keys and
@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from mtp_jax.errors import UserError
 from mtp_jax.kernels import cudnn, splash
 from mtp_jax.kernels.attention import Form, attention
-from mtp_jax.kernels.blocks import LONG, attention_by_blocks
+from mtp_jax.kernels.blocks import SHORT, attention_by_blocks
 
 HOMES = {"splash": "tpu", "cudnn": "gpu"}
 """The platform of each kernel."""
@@ -79,7 +79,7 @@ def row_attention(
     if chosen == "cudnn":
         return on_shards(cudnn.cudnn_attention, arrays, form, placement)
     # The partitioner splits one product well, a loop over blocks badly.
-    if q_BTNH.shape[1] <= LONG:
+    if q_BTNH.shape[1] <= SHORT:
         return attention(*arrays, form)
     return on_shards(attention_by_blocks, arrays, form, placement)
 

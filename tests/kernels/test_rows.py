@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
-from reference.jaxprs import results
+from reference.jaxprs import product_flops, results
 from reference.models import BLOCKS, random_params, small_config
 from reference.quick import quick_jit
 
@@ -126,9 +126,10 @@ def test_splash_in_bfloat16():
 def test_blocks_equal_the_reference(name, monkeypatch):
     """Blocks of queries = reference, the last block a part: value and gradients, alone and with queries split.
 
-    Breaks if the slots of the blocks are not their queries' own, or without the cut `[:, :T]`.
+    Breaks if the slots of the blocks are not their queries' own, without the cut `[:, :T]`, without `own_BKR1` or the
+    derivative of the cap, or if a part reads fewer slots than the end of its blocks.
     """
-    monkeypatch.setattr(blocks, "LONG", 8)
+    monkeypatch.setattr(blocks, "SHORT", 8)
     monkeypatch.setattr(blocks, "BLOCK", 9)
     form, (arrays, ct_BTNH) = FORMS[name], problem(40)
     expected = value_and_grads(lambda *given: attention(*given, form), arrays, ct_BTNH)
@@ -142,7 +143,7 @@ def test_blocks_equal_the_reference(name, monkeypatch):
 def test_blocks_keep_no_scores():
     """No array of the gradient of a row of 2,048 tokens is larger than the scores of one block.
 
-    Breaks without `jax.checkpoint`, whose absence leaves every block's scores to the backward pass.
+    Breaks if the gradient is left to autodiff, which would keep every block's scores.
     """
     arrays, ct_BTNH = problem(2048)
     path = lambda *given: blocks.attention_by_blocks(*given, Form(1.0))  # noqa: E731
@@ -150,12 +151,25 @@ def test_blocks_keep_no_scores():
     assert max(np.prod(aval.shape, dtype=int) for aval in results(traced)) == 2 * 4 * blocks.BLOCK * 2048
 
 
+def test_blocks_read_no_slots_behind_their_part():
+    """Of a row's score products a quarter's blocks form those up to its end: 10/16 of the reference's, forward; and 7
+    products where the reference has 6, with gradients. Breaks if `_parts` gives every part all slots.
+    """
+    arrays, ct_BTNH = problem(512)
+    form, count = Form(1.0), lambda path: (path, lambda *given: value_and_grads(path, given, ct_BTNH))
+    whole, whole_grads = (product_flops(jax.make_jaxpr(f)(*arrays)) for f in count(lambda *g: attention(*g, form)))
+    by_blocks = lambda *given: blocks.attention_by_blocks(*given, form)  # noqa: E731
+    parts, parts_grads = (product_flops(jax.make_jaxpr(f)(*arrays)) for f in count(by_blocks))
+    assert parts == whole * 10 / 16
+    assert parts_grads == whole_grads * 10 / 16 * 7 / 6
+
+
 def test_blocks_sum_gradients_in_float32(monkeypatch):
     """In bfloat16 the gradient of the values, a sum over 256 blocks, = the float32 reference's within one rounding.
 
-    Breaks if the loop takes keys and values in bfloat16: then the sum is rounded after each block.
+    Breaks if the sums of the loop are bfloat16: then they are rounded after each block.
     """
-    monkeypatch.setattr(blocks, "LONG", 8)
+    monkeypatch.setattr(blocks, "SHORT", 8)
     monkeypatch.setattr(blocks, "BLOCK", 1)
     arrays, ct_BTNH = problem(256, N=1, K=1, dtype=jnp.bfloat16)
     form, ct_BTNH = Form(0.01), jnp.abs(ct_BTNH)

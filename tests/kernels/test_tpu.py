@@ -70,8 +70,8 @@ def test_layers_compile_with_their_kernels(name, chips, monkeypatch):
     Breaks if the platform is that of this machine (`abstract_device`), without `shard_map` (kernels cannot be split by
     the partitioner), or without `residual_checkpoint_name=LINEAR` (products kept, but the forward kernel run again).
     """
-    monkeypatch.setattr(rows, "LONG", 64)
-    monkeypatch.setattr(blocks, "LONG", 64)
+    monkeypatch.setattr(rows, "SHORT", 64)
+    monkeypatch.setattr(blocks, "SHORT", 64)
     monkeypatch.setattr(blocks, "BLOCK", 64)
     sizes, model, kernels = CASES[name]
     with jax.default_matmul_precision("default"):
