@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv[1:] if path else argv, "mtp compile CONFIG.py", DESCRIPTION, Args(**sections))
     for name in ("decode_rows", "decode_tokens"):
         if getattr(args, name) < 0:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0")
     config = Config(**{name: getattr(args, name) for name in sections})
     if not args.topology:
         raise UserError(f"mtp compile needs --topology, such as {topology.EXAMPLES}")

@@ -1,5 +1,6 @@
 """Devices that are not here, to compile for: slices of TPUs through `libtpu`, and any number of CPUs."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -51,7 +52,8 @@ def prepare(name: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     count = re.fullmatch(r"cpu:([1-9]\d*)", name)
     if count and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", int(count[1]))
+        with contextlib.suppress(RuntimeError):  # jax has its devices already; `devices` counts them
+            jax.config.update("jax_num_cpu_devices", int(count[1]))
 
 
 def _cpus(count: int) -> list[jax.Device]:

@@ -3,12 +3,10 @@
 import dataclasses
 import importlib.util
 import json
-import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from mtp_jax import sharding
@@ -22,7 +20,6 @@ from mtp_jax.fit.report import report
 from mtp_jax.flops import step_flops
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import mtp
-from mtp_jax.model.cache import LayerCache
 
 TINY = str(pathlib.Path(__file__).parents[2] / "configs" / "tiny.py")
 MESH = MeshConfig(fsdp=4, tensor=2)
@@ -133,12 +130,10 @@ def test_decode_round_counts_its_caches():
     slots = 64 + config.num_draft + 1
     assert told.memory.arguments["caches"] == caches * 2 * 8 * c.num_kv_heads * slots * c.head_dim * 4 // 2
     assert (told.open_loops, told.fits) == (0, True)
-    read = [leaf for leaf in jax.tree.leaves(program.arguments["caches"]) if isinstance(leaf, LayerCache)]
-    assert read == []
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("name", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.slow)])
 def test_compiles_for_a_tpu_slice(name):
     """The real step and the real round compile for a slice that is not here, and have a roofline."""
     config = tiny(MeshConfig(fsdp=2, tensor=2))
@@ -200,4 +195,4 @@ def test_what_does_not_fit_is_said(step):
     assert (refused.fits, refused.memory.total) == (False, None)
     assert refused.memory.temp_bytes == round(75.11 * 2**30)
     assert refused.memory.argument_bytes == sum(told.memory.arguments.values())
-    assert math.isfinite(refused.flops) and np.isfinite(refused.compile_seconds)
+    assert refused.flops == told.flops
