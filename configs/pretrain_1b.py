@@ -34,7 +34,7 @@ config = Config(
         remat="block",
     ),
     heads=HeadsConfig(num_future=4),
-    loss=LossConfig(chunk_bytes=2**26),
+    loss=LossConfig(skip=False),
     data=DataConfig(source="data/*.jsonl", tokenizer="data/tokenizer.json", seq_len=4096),
     optim=OptimConfig(learning_rate=3e-4, warmup_steps=2000),
     mesh=MeshConfig(fsdp=-1, tensor=2),
