@@ -82,7 +82,7 @@ def measure(args: Args, name: str, plain: bool) -> tuple[tuple[str, ...], str]:
     say(f"compiling {name}")
     step, peak = Step(config_of(args, plain)), chip(jax.devices()[0].device_kind)
     seconds = min(in_turns({name: functools.partial(step, 4)}, args.runs)[name]) / 4
-    mfu = "-" if peak is None else f"{step.flops / seconds / peak.bf16_flops / len(jax.devices()):.1%}"
+    mfu = "-" if peak is None else f"{step.flops / seconds / peak.bf16_flops / step.devices:.1%}"
     used = memory(step.compiled)
     held = used["temp_bytes"] + used["argument_bytes"]
     figures = (f"{1e3 * seconds:.1f}", f"{step.tokens / seconds:,.0f}", f"{step.flops / seconds / 1e12:.1f}", mfu)

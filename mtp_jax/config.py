@@ -103,6 +103,11 @@ class Config:
             f"heads.lora_rank={heads.lora_rank} with model.num_experts={model.num_experts}: LoRA of experts is not "
             "implemented; use lora_rank=0",
         )
+        require(
+            heads.lora_rank == 0 or model.gated,
+            f"heads.lora_rank={heads.lora_rank} with model.gated=False: LoRA of ungated layers is not implemented; use "
+            "lora_rank=0",
+        )
         extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
         require(
             train.trainable == "all" or extra,

@@ -69,6 +69,11 @@ class Distributed:
     timeout: int = 100
     """Seconds without a heartbeat after which a process counts as lost and the others end."""
 
+    def __post_init__(self) -> None:
+        for name in ("start_timeout", "timeout"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--distributed.{name}={getattr(self, name)}; give seconds, at least 1")
+
 
 @contextlib.contextmanager
 def together(settings: Distributed) -> Iterator[None]:
@@ -119,7 +124,8 @@ def _arguments(settings: Distributed) -> dict[str, Any] | None:
         return known
     if not (count > 1 and 0 <= index < count):
         raise UserError(f"--distributed.process={index} of --distributed.processes={count}; use 0 to {count - 1}")
-    if not re.fullmatch(r"(\[[^\]]+\]|[^:]+):\d+", known["coordinator_address"]):
+    address = re.fullmatch(r"(?:\[[^\]]+\]|[^:]+):(\d+)", known["coordinator_address"])
+    if address is None or not 0 < int(address[1]) < 2**16:
         raise UserError(f"--distributed.coordinator={known['coordinator_address']!r} is not HOST:PORT")
     return known | {"cluster_detection_method": "deactivate"}
 

@@ -170,13 +170,13 @@ RULES = {
 def _matrix_axes(params: Any) -> Any:
     """Input and output axes of matrices inside blocks and heads, with layers as a batch; None for what AdamW updates.
 
-    Each expert has matrices of its own. Embeddings, unembeddings and norm scales stay with AdamW (Jordan 2024, "Muon").
+    Each expert has its own matrices. Embeddings, unembeddings, norms and biases stay with AdamW (Jordan 2024, "Muon").
     """
 
     def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
         name = param_path(path)
         inside = "blocks/" in name or (name.startswith("heads/") and not name.endswith("table"))
-        if not inside or leaf.ndim < 3:
+        if not inside or leaf.ndim < 3 or name.endswith("bias"):
             return None
         first = 2 if "/mlp/" in name and leaf.ndim == 4 else 1
         outer = first + (2 if name.endswith("attn/o") else 1)

@@ -169,7 +169,8 @@ class LossConfig:
     skip: bool = True
     """Leave tokens without weight out of the logits, and end with the last one that has any."""
     gather: Literal["step", "chunk"] = "step"
-    """Under FSDP: the unembedding is gathered once per step, or for every chunk, so that no device holds all of it."""
+    """Under FSDP: the unembedding is gathered once per step, or for every chunk, so that no device holds a float32
+    gradient of all of it, nor all of it beyond a chunk."""
 
     def __post_init__(self) -> None:
         check_fields("loss", self)
@@ -190,6 +191,7 @@ class LossConfig:
             f"loss.entropy_fraction={self.entropy_fraction} with loss.entropy={self.entropy!r} leaves nothing to learn",
         )
         select, moves = self.entropy in ("keep_top", "drop_top"), self.schedule in ("linear", "switch")
+        only_with("loss", self, "gather", self.impl == "fused", "loss.impl='fused'")
         only_with("loss", self, "distil_mix", self.distil != "none", "loss.distil")
         only_with("loss", self, "schedule_final", moves, "loss.schedule='linear' or 'switch'")
         only_with("loss", self, "schedule_at", self.schedule == "switch", "loss.schedule='switch'")

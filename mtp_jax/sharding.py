@@ -4,6 +4,7 @@ Mesh names appear here and in configs only.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -62,6 +63,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto, devices=devices[:needed])
+
+
+def mesh_of(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
+    """`make_mesh` of a run's sizes, and the run's checks with those that a -1 stood for.
+
+    Raises:
+      UserError: sizes that do not fit the devices, or do not divide what they split.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
+    return mesh
 
 
 def check_mesh(mesh: Mesh, config: Config) -> None:

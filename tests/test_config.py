@@ -183,6 +183,10 @@ REFUSED = [
         ),
         "heads.lora_rank=2 with model.num_experts=4: LoRA of experts is not implemented; use lora_rank=0",
     ),
+    (
+        lambda: Config(heads=HeadsConfig(kind="masks", lora_rank=2), model=ModelConfig(gated=False)),
+        "heads.lora_rank=2 with model.gated=False: LoRA of ungated layers is not implemented; use lora_rank=0",
+    ),
     (lambda: ModelConfig(qk_norm_joint=True), "model.qk_norm_joint says over what model.qk_norm goes"),
     (lambda: ModelConfig(rope_scaling="linear"), "model.rope_scaling='linear' needs model.rope_factor"),
     (lambda: ModelConfig(rope_scaling="yarn", rope_factor=2.0), "model.rope_scaling='yarn' needs model.rope_original"),
@@ -222,6 +226,10 @@ REFUSED = [
             ("entropy_normaliser", "all"),
         )
     ],
+    (
+        lambda: LossConfig(impl="remat", gather="chunk"),
+        "loss.gather='chunk' means nothing without loss.impl='fused'",
+    ),
     (lambda: HeadsConfig(init_block=-2), "heads.init_block=-2 means nothing without heads.init='copy_block'"),
     (lambda: HeadsConfig(lora_alpha=8.0), "heads.lora_alpha=8.0 means nothing without heads.lora_rank"),
     (

@@ -76,6 +76,9 @@ def test_a_launcher_of_several_is_left_to_jax(monkeypatch, environment, several)
         ({"processes": 2, "process": 0}, "need --distributed.coordinator HOST:PORT as well"),
         ({"coordinator": "host:1", "processes": 2, "process": 2}, "distributed.process=2 of .*processes=2; use 0 to 1"),
         ({"coordinator": "host", "processes": 2, "process": 0}, "coordinator='host' is not HOST:PORT"),
+        ({"coordinator": "h:99999", "processes": 2, "process": 0}, "coordinator='h:99999' is not HOST:PORT"),
+        ({"timeout": 0}, "--distributed.timeout=0; give seconds, at least 1"),
+        ({"start_timeout": -1}, "--distributed.start_timeout=-1; give seconds, at least 1"),
     ],
 )
 def test_half_a_setting_is_refused(settings, message):

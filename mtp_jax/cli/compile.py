@@ -16,7 +16,7 @@ from mtp_jax.fit.report import Report, report
 from mtp_jax.flops import step_flops
 from mtp_jax.hardware import Chip, chip
 from mtp_jax.model.mtp import count_params
-from mtp_jax.sharding import make_mesh
+from mtp_jax.sharding import mesh_of
 
 DESCRIPTION = (
     "Compile the train step and the decode round of CONFIG.py for devices that are not here, and say what they need. "
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     if not args.topology:
         raise UserError(f"mtp compile needs --topology, such as {topology.EXAMPLES}")
     topology.prepare(args.topology)
-    mesh = make_mesh(config.mesh, topology.devices(args.topology))
+    mesh = mesh_of(config, topology.devices(args.topology))
     reports = [_compile(config, mesh, args, which) for which in ("train", "decode") if args.program in ("both", which)]
     facts = {
         "config": pathlib.Path(path).name,
@@ -80,6 +80,8 @@ def _compile(config: Config, mesh: Any, args: Args, which: str) -> Report:
     else:
         settings = config.decode
         tokens = args.decode_tokens or settings.prompt_tokens + settings.max_new_tokens
+        if tokens > config.model.max_seq_len:
+            raise UserError(f"--decode-tokens {tokens} is above model.max_seq_len={config.model.max_seq_len}")
         program = programs.decode_round(config, mesh, args.decode_rows or settings.num_prompts, tokens)
     return report(config, mesh, program, programs.compile_program(program))
 
@@ -126,7 +128,7 @@ def _rows(config: Config, one: Report, figures: Chip | None, devices: int, token
     rows += [("activations", gib(memory.kept_bytes))] if memory.kept_bytes else []
     rows += [("temporaries", gib(rest))]
     if memory.total is not None:
-        padding = memory.argument_bytes - sum(memory.arguments.values())
+        padding = max(memory.argument_bytes - sum(memory.arguments.values()), 0)
         rows += [("padding", gib(padding)), ("results", gib(memory.output_bytes)), ("program", gib(memory.code_bytes))]
     rows += [("per device", f"{gib(memory.total)} of {memory.hbm_bytes / GIB:.2f}")]
     rows += [("operations", f"{one.flops:.3e}, {one.flops / devices:.3e} per device")]

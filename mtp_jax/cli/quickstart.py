@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import signal
 import time
 
 from mtp_jax.cli.common import parse, print_evaluation, print_json, say
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
     if not result.finished:
         if args.json:
             print_json({"finished": False, "step": result.step, "workdir": str(workdir)})
-        return
+        raise SystemExit(128 + signal.Signals[result.stopped_by])
     evaluation = evaluate(load(workdir), result.corpus.heldout, progress=say)
     facts = {"parameters": f"{count_params(config):,}"}
     if result.first_step == 0:

@@ -1,5 +1,6 @@
 """The real programs of a run, traced and compiled without an array: its train step, and a round of decoding."""
 
+import dataclasses
 import functools
 import time
 from typing import Any, NamedTuple
@@ -43,7 +44,8 @@ class Compiled(NamedTuple):
 
 
 def train_step(config: Config, mesh: Mesh) -> Program:
-    """The step of `mtp train`."""
+    """The step of `mtp train`, in which every token has weight: a loop that may end earlier has no length to count."""
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, skip=False))
     steps = compile_steps(config, mesh)
     batch = abstract_batch(config, steps.batch_sharding)
     with jax.set_mesh(mesh):

@@ -13,6 +13,8 @@ from mtp_jax.errors import UserError
 
 SLICES = {"v5e": 2, "v5p": 3, "v6e": 2}
 """TPU generations, and the axes of their slices."""
+MOST_CPUS = 1024
+"""Devices that a CPU is divided into at most; jax takes long to make more."""
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8 or cpu:8"
 # What a TPU machine would learn from its surroundings; elsewhere libtpu asks for it at length.
 LIBTPU = {
@@ -37,7 +39,7 @@ def devices(name: str) -> list[jax.Device]:
     """
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     kind, sizes = (match[1], [int(size) for size in match[2].split("x")]) if match else ("", [])
-    if kind == "cpu" and len(sizes) == 1:
+    if kind == "cpu" and len(sizes) == 1 and sizes[0] <= MOST_CPUS:
         return _cpus(sizes[0])
     if len(sizes) != SLICES.get(kind):
         raise UserError(f"{name!r} is no topology; give one such as {EXAMPLES}")
@@ -51,7 +53,11 @@ def prepare(name: str) -> None:
     """
     jax.config.update("jax_platforms", "cpu")
     count = re.fullmatch(r"cpu:([1-9]\d*)", name)
-    if count and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if (
+        count
+        and int(count[1]) <= MOST_CPUS
+        and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
+    ):
         with contextlib.suppress(RuntimeError):  # jax has its devices already; `devices` counts them
             jax.config.update("jax_num_cpu_devices", int(count[1]))
 

@@ -17,9 +17,11 @@ from mtp_jax.losses.logits import (
     across,
     as_soft,
     chunk_size,
+    gathered,
     pick,
     softmax,
     spread,
+    table_split,
     teach,
 )
 from mtp_jax.losses.objectives import logit_gradient, token_terms
@@ -64,7 +66,7 @@ def _on_mesh(
         tokens = (None, spec.batch_axes or None, spec.length_axes or None)
         by_token = lambda tree: jax.tree.map(lambda x: PartitionSpec(*tokens, *[None] * (x.ndim - 3)), tree)  # noqa: E731
         vocab, embed = spec.vocab_axes or None, spec.embed_axes or None
-        table_spec = PartitionSpec(vocab, embed if spec.gather_chunks else None)
+        table_spec = table_split(spec)
         dtable = PartitionSpec(vocab, embed) if spec.learn_table else PartitionSpec()
         rows, states = PartitionSpec(*tokens), PartitionSpec(*tokens, None)
         local = jax.shard_map(
@@ -117,7 +119,7 @@ def _loop_over_chunks(
     def body(i: jax.Array, sums: _Sums) -> _Sums:
         token_C = jax.lax.dynamic_slice_in_dim(tokens, i * C, C)
         chunk_of = jax.tree.map(lambda x: x.at[token_C].get(mode="fill", fill_value=0), flat)
-        chunk = _chunk(spec, with_grads, _gathered(table_VD, spec), *chunk_of, _gathered_teacher(teacher, spec))
+        chunk = _chunk(spec, with_grads, gathered(table_VD, spec), *chunk_of, _gathered_teacher(teacher, spec))
 
         def enter(x: jax.Array | None, value: jax.Array | None) -> jax.Array | None:
             where = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
@@ -224,15 +226,8 @@ def _chunks_of(wanted_N: jax.Array | int, size: int, spec: XentSpec) -> tuple[ja
     return jnp.where(place < count, index.astype(jnp.int32), N + place), chunks
 
 
-def _gathered(table_VD: jax.Array, spec: XentSpec) -> jax.Array:
-    """W, or this shard's part of the vocabulary, in its whole width."""
-    if not (spec.gather_chunks and spec.embed_axes):
-        return table_VD
-    return jax.lax.all_gather(table_VD, spec.embed_axes, axis=1, tiled=True)
-
-
 def _gathered_teacher(teacher: Teacher | None, spec: XentSpec) -> jax.Array | None:
-    return None if teacher is None else _gathered(teacher.table_VD, spec)
+    return None if teacher is None else gathered(teacher.table_VD, spec)
 
 
 def _scattered(dtable_DV: jax.Array, spec: XentSpec) -> jax.Array:

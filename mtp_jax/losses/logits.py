@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mtp_jax.errors import UserError
 from mtp_jax.losses.objectives import Distance, Objective, Softmax
@@ -102,6 +102,18 @@ def default_chunk_bytes(platform: str, vocab: int) -> int:
     """
     least, tokens = (4 * 2**20, 256) if platform == "cpu" else (256 * 2**20, 1024)
     return max(least, 4 * vocab * tokens)
+
+
+def table_split(spec: XentSpec) -> PartitionSpec:
+    """How W enters a chunk: split over the vocabulary, and along its width too if chunks gather it."""
+    return PartitionSpec(spec.vocab_axes or None, (spec.embed_axes or None) if spec.gather_chunks else None)
+
+
+def gathered(table_VD: jax.Array, spec: XentSpec) -> jax.Array:
+    """W, or this shard's part of the vocabulary, in its whole width."""
+    if not (spec.gather_chunks and spec.embed_axes):
+        return table_VD
+    return jax.lax.all_gather(table_VD, spec.embed_axes, axis=1, tiled=True)
 
 
 def softmax(spec: XentSpec, vocab_axes: tuple[str, ...], h_CD: jax.Array, table_VD: jax.Array) -> Softmax:

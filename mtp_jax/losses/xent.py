@@ -13,8 +13,8 @@ Tokens that nobody asks for (context in fine-tuning, padding, positions without 
 are gathered from those that are wanted, and the loop ends with the last of them.
 
 With devices on a mesh the loop runs inside `shard_map`: chunks never cross a shard. W is gathered once before the loop,
-dW is summed locally and reduced once after it; or, with `gather_chunks`, both in every chunk, so that no device ever
-holds all of W or dW. With the vocabulary sharded only maxima, sums and dh of a chunk travel.
+dW is summed locally and reduced once after it; or, with `gather_chunks`, both in every chunk: then all of W, and the
+chunk's own dW, live as long as a chunk. With the vocabulary sharded only maxima, sums and dh of a chunk travel.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,9 @@ from mtp_jax.losses.logits import (
     as_soft,
     chunk_size,
     from_chunks,
+    gathered,
     softmax,
+    table_split,
     teach,
     to_chunks,
 )
@@ -131,7 +133,7 @@ def token_entropy(hidden_MBTD: jax.Array, table_VD: jax.Array, spec: XentSpec) -
 
     def local(hidden_MBTD: jax.Array, table_VD: jax.Array) -> jax.Array:
         def step(_: None, h_CD: jax.Array) -> tuple[None, jax.Array]:
-            soft = softmax(spec, spec.vocab_axes, h_CD, table_VD)
+            soft = softmax(spec, spec.vocab_axes, h_CD, gathered(table_VD, spec))
             mean_C = across(jax.lax.psum, jnp.sum(soft.exp_CV * soft.z_CV, axis=-1), spec.vocab_axes) / soft.sum_C
             return None, soft.lse_C - mean_C
 
@@ -141,6 +143,6 @@ def token_entropy(hidden_MBTD: jax.Array, table_VD: jax.Array, spec: XentSpec) -
 
     if spec.sharded:
         rows = PartitionSpec(None, spec.batch_axes or None, spec.length_axes or None)
-        in_specs = (PartitionSpec(*rows, None), PartitionSpec(spec.vocab_axes or None, None))
+        in_specs = (PartitionSpec(*rows, None), table_split(spec))
         local = jax.shard_map(local, mesh=spec.mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
     return local(hidden_MBTD, table_VD.astype(hidden_MBTD.dtype))

@@ -6,7 +6,6 @@ The loop waits for the device at log steps only; nothing is saved before every s
 """
 
 import collections
-import dataclasses
 import math
 import os
 import pathlib
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 from mtp_jax import sharding
 from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.compiled import kept_compiled
-from mtp_jax.config import Config, MeshConfig
+from mtp_jax.config import Config
 from mtp_jax.data.loader import heldout_batches, prepare, train_batches
 from mtp_jax.data.sources import is_inside
 from mtp_jax.data.store import Corpus, open_prepared
@@ -101,9 +100,7 @@ def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainRe
     Raises:
       UserError: bad input, a workdir of another run, a failed save, or a loss or gradient that is not finite.
     """
-    mesh = sharding.make_mesh(config.mesh)
-    # A size of -1 is known by now: the checks that divide by it apply.
-    dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
+    mesh = sharding.mesh_of(config)
     if is_inside(workdir, config.data.source):
         raise UserError(f"--workdir {workdir} lies inside data.source={config.data.source!r}; use one outside it")
     resumed = open_run(workdir, config)

@@ -133,6 +133,7 @@ def test_decode_round_counts_its_caches():
 
 
 @needs_libtpu
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("name", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.slow)])
 def test_compiles_for_a_tpu_slice(name):
     """The real step and the real round compile for a slice that is not here, and have a roofline."""
@@ -153,6 +154,7 @@ def test_compiles_for_a_tpu_slice(name):
         ("v5p:4x4", "is no topology"),
         ("v9z:2x2", "is no topology"),
         ("cpu:0", "is no topology"),
+        ("cpu:100000", "is no topology"),
         ("cpu:2x2", "is no topology"),
         ("cpu:9", "needs 9 CPU devices"),
         pytest.param("v5e:3x5", "is no slice that libtpu knows", marks=needs_libtpu),
@@ -183,6 +185,22 @@ def test_command_prints_one_json_object(capsys):
     assert {"argument_bytes", "temp_bytes", "output_bytes", "hbm_bytes"} <= set(memory)
     assert result["flops"] == result["model_flops"]
     assert run([*argv, "--mesh.fsdp", "3"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mesh.data", "-1", "--train.batch_size", "12"], "a micro-batch of 12 rows"),
+        (["--mesh.context", "-1", "--data.seq_len", "36"], "data.seq_len=36 does not divide over mesh.context=8"),
+        (["--mesh.fsdp", "-1", "--model.d_model", "20"], "model.d_model=20 does not divide over"),
+        (["--program", "decode", "--decode-tokens", "1000"], "--decode-tokens 1000 is above model.max_seq_len=256"),
+    ],
+)
+def test_what_does_not_divide_is_one_line(options, message, capsys):
+    """Exit 2 and one line, also for a size that -1 stood for. Breaks with `make_mesh` in the place of `mesh_of`."""
+    assert run(["compile", TINY, "--topology", "cpu:8", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error and error.startswith("mtp")
 
 
 def test_what_does_not_fit_is_said(step):

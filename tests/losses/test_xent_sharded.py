@@ -78,9 +78,9 @@ def test_plain_flags_on_a_mesh(impl):
 
 @pytest.mark.parametrize("name", ["fsdp", "cube"])
 def test_table_gathered_for_every_chunk(name):
-    """The same equation where no device ever holds all of W or dW.
+    """The same equation where W and dW are whole in no array that outlives a chunk.
 
-    Breaks without `_gathered`, or if `_scattered` is applied again after the loop.
+    Breaks without `gathered`, or if `_scattered` is applied again after the loop.
     """
     grads, table_sharding = assert_equals_one_device("fused", name, (2.0, 0.03), CHUNKS[name], gather_chunks=True)
     assert grads[1].sharding.is_equivalent_to(table_sharding, 2)

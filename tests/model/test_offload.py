@@ -38,6 +38,7 @@ def host_bytes(chip, remat):
     return jax.jit(gradient).lower(*arrays).compile().memory_analysis().host_temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.slow
 def test_states_wait_in_the_hosts_memory(chip):
     """On a TPU, offload holds exactly the blocks' inputs, layers * rows * positions * width * 4 bytes, in the memory of

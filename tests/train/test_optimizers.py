@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import MuonDimensionNumbers
 from reference.stepping import batch_of, run
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
 from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.config import OptimConfig
-from mtp_jax.optim import RULES, gradient_point, make_optimizer
+from mtp_jax.model import mtp
+from mtp_jax.optim import RULES, _matrix_axes, gradient_point, make_optimizer, param_path
 from mtp_jax.train.step import compile_steps
 
 RATES = {"adamw": 5e-3, "muon": 5e-3, "adafactor": 0.05, "lion": 1e-3, "schedule_free": 5e-3}
@@ -298,3 +300,18 @@ def test_parameters_are_the_average():
         y = optax.apply_updates(y, update)
         chex.assert_trees_all_close(x, optax.contrib.schedule_free_eval_params(states[1], y), rtol=1e-5)
     assert np.abs(x["w"] - y["w"]).max() > 1e-3
+
+
+def test_muon_turns_matrices_only():
+    """Every matrix inside blocks and heads is turned, and nothing else: no bias, which at rest has three axes too.
+
+    Breaks without the test of the name's end in `_matrix_axes`.
+    """
+    heads = {"kind": "sequential", "norm": "own", "unembed": "own"}
+    config = tiny_config(heads=heads, model={"qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True})
+    params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    is_axes = lambda leaf: leaf is None or isinstance(leaf, MuonDimensionNumbers)  # noqa: E731
+    axes = jax.tree_util.tree_leaves_with_path(_matrix_axes(params), is_leaf=is_axes)
+    turned = {param_path(path) for path, leaf in axes if leaf is not None}
+    names = [f"attn/{name}" for name in "qkvo"] + ["mlp/gate", "mlp/up", "mlp/down"]
+    assert turned == {f"{stack}blocks/{name}" for stack in ("", "heads/") for name in names} | {"heads/proj"}

@@ -74,6 +74,9 @@ def main(argv: list[str]) -> None:
     for name, smallest in least.items():
         if getattr(args, name) < smallest:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {smallest}")
+    if not args.forms:
+        raise UserError(f"--forms is empty; give some of {', '.join(FORMS)}")
+    ModelConfig(vocab_size=args.vocab)  # refuses what no model may have
     if args.tokens % args.rows:
         raise UserError(f"--tokens {args.tokens} do not divide into --rows {args.rows} rows")
     say(f"{', '.join(args.forms)} and the floor, {args.runs} turns")

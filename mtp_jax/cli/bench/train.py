@@ -63,7 +63,8 @@ class Step:
     def __init__(self, config: Config) -> None:
         keep_freed_memory()  # as `mtp train` does
         self.config, began = config, time.perf_counter()
-        self._steps = compile_steps(config, sharding.make_mesh(config.mesh))
+        mesh = sharding.mesh_of(config)
+        self.devices, self._steps = mesh.size, compile_steps(config, mesh)
         B, T = config.train.batch_size, config.data.seq_len
         tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T), np.int32)
         positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
@@ -102,8 +103,9 @@ def measure(configs: dict[str, Config], runs: int, count: int = 1) -> dict[str, 
     for name, config in configs.items():
         say(f"compiling {name or 'the step'}")
         steps[name] = Step(config)
-    devices = len(jax.devices())
-    floors = {name: Products(step.flops / devices * count, step.config.model.dtype) for name, step in steps.items()}
+    floors = {
+        name: Products(step.flops / step.devices * count, step.config.model.dtype) for name, step in steps.items()
+    }
     functions = {name: functools.partial(step, count) for name, step in steps.items()}
     times = in_turns(functions | {f"{name} {FLOOR}": floor for name, floor in floors.items()}, runs)
     first, result = next(iter(steps)), {}
@@ -120,7 +122,7 @@ def measure(configs: dict[str, Config], runs: int, count: int = 1) -> dict[str, 
             "compile_seconds": step.compile_seconds,
             **memory(step.compiled),
             "parameters": mtp.count_params(step.config),
-            "devices": devices,
+            "devices": step.devices,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
