@@ -57,12 +57,14 @@ def main(argv: list[str]) -> None:
     if not args.topology:
         raise UserError(f"mtp compile needs --topology, such as {topology.EXAMPLES}")
     topology.prepare(args.topology)
-    mesh = mesh_of(config, topology.devices(args.topology))
+    devices = topology.devices(args.topology)
+    mesh = mesh_of(config, devices)
     reports = [_compile(config, mesh, args, which) for which in ("train", "decode") if args.program in ("both", which)]
     facts = {
         "config": pathlib.Path(path).name,
         "topology": args.topology,
         "devices": mesh.size,
+        "topology_devices": len(devices),
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
         "parameters": count_params(config),
     }
@@ -100,14 +102,21 @@ def _model_flops(config: Config) -> float:
     return step_flops(config, config.train.batch_size, config.data.seq_len)
 
 
+LESS = "mesh.fsdp, mesh.tensor, model.remat and train.grad_accum take less"
+
+
 def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures: Chip | None) -> None:
     width = None if sys.stdout.isatty() else 120  # in a file, lines of one length whatever the terminal was
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items()) or "one device"
     console.print(
-        f"{facts['config']}: {facts['parameters'] / 1e9:.3f} billion parameters on {facts['topology']}, "
-        f"{facts['devices']} devices, mesh {mesh}"
+        f"{facts['config']}: {facts['parameters'] / 1e6:,.1f} million parameters on {facts['topology']}, "
+        f"devices: {facts['devices']}, mesh: {mesh}"
     )
+    there = facts["topology_devices"]
+    if facts["devices"] < there:
+        idle = there - facts["devices"]
+        console.print(f"the mesh leaves {idle} of {there} devices idle; --mesh.fsdp -1 takes all")
     for one in reports:
         table = Table(show_header=False, box=None, padding=(0, 2))
         tokens = config.train.batch_size * config.data.seq_len if one.name == "train step" else 0
@@ -122,20 +131,23 @@ def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures
 
 def _rows(config: Config, one: Report, figures: Chip | None, devices: int, tokens: int) -> list[tuple[str, str]]:
     memory = one.memory
-    gib = lambda size: "unknown" if size is None else f"{size / GIB:9.3f} GiB"  # noqa: E731
-    rows = [(kind, gib(size)) for kind, size in memory.arguments.items()]
+    rows = [(kind, _size(size)) for kind, size in memory.arguments.items()]
     rest = None if memory.temp_bytes is None else memory.temp_bytes - memory.kept_bytes
-    rows += [("activations", gib(memory.kept_bytes))] if memory.kept_bytes else []
-    rows += [("temporaries", gib(rest))]
+    rows += [("activations", _size(memory.kept_bytes))] if memory.kept_bytes else []
+    rows += [("temporaries", _size(rest))]
     if memory.total is not None:
         padding = max(memory.argument_bytes - sum(memory.arguments.values()), 0)
-        rows += [("padding", gib(padding)), ("results", gib(memory.output_bytes)), ("program", gib(memory.code_bytes))]
-    rows += [("per device", f"{gib(memory.total)} of {memory.hbm_bytes / GIB:.2f}")]
+        rows += [
+            ("padding", _size(padding)),
+            ("results", _size(memory.output_bytes)),
+            ("program", _size(memory.code_bytes)),
+        ]
+    rows += [("per device", f"{_size(memory.total)} of {memory.hbm_bytes / GIB:.2f} GiB")]
     rows += [("operations", f"{one.flops:.3e}, {one.flops / devices:.3e} per device")]
     if tokens:
         rows += [("the model's", f"{_model_flops(config):.3e} of them")]
     for kind, sent in (one.sent or {}).items():
-        rows += [(kind, f"{gib(sent.bytes)} sent per device in {sent.count}")]
+        rows += [(kind, f"{_size(sent.bytes)} sent per device in {sent.count}")]
     roofline = one.roofline
     if roofline is not None:
         shown = [f"{1e3 * getattr(roofline, name):.2f} ms {name}" for name in ("compute", "memory", "network")]
@@ -151,10 +163,16 @@ def _rows(config: Config, one: Report, figures: Chip | None, devices: int, token
     return rows
 
 
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    return f"{count / GIB:9.3f} GiB" if count >= GIB / 100 else f"{count / 2**20:9.3f} MiB"
+
+
 def _verdict(one: Report) -> str:
     if one.fits:
         return f"the {one.name} fits"
     if one.error:
-        return f"the {one.name} does NOT fit: {one.error}"
+        return f"the {one.name} does NOT fit: {one.error}; {LESS}"
     over = one.memory.total - one.memory.hbm_bytes
-    return f"the {one.name} does NOT fit: {over / GIB:.2f} GiB too much on every device"
+    return f"the {one.name} does NOT fit: {over / GIB:.2f} GiB too much on every device; {LESS}"

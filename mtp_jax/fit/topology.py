@@ -78,7 +78,9 @@ def _slice(name: str, sizes: list[int]) -> list[jax.Device]:
     for variable, value in LIBTPU.items():
         os.environ.setdefault(variable, value)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        # A host has four chips otherwise, and no slice would be smaller.
+        alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone).devices
     except Exception as error:  # libtpu's own kinds of errors, RuntimeErrors most of them
         raise UserError(f"{name} is no slice that libtpu knows; give one such as {EXAMPLES} ({error})") from error
     if len(found) != math.prod(sizes):

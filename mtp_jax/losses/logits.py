@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from mtp_jax.errors import UserError
 from mtp_jax.losses.objectives import Distance, Objective, Softmax
@@ -68,6 +68,7 @@ class XentSpec:
     def __post_init__(self) -> None:
         if self.chunk_bytes < 1:
             raise UserError(f"XentSpec.chunk_bytes={self.chunk_bytes}; it must be at least 1")
+        self._check_axes()
         if self.distance not in get_args(Distance):
             raise UserError(f"XentSpec.distance={self.distance!r}; choose one of {', '.join(get_args(Distance))}")
         for name in ("smoothing", "mix"):
@@ -76,6 +77,23 @@ class XentSpec:
         for name in ("softcap", "z_loss"):
             if getattr(self, name) < 0:
                 raise UserError(f"XentSpec.{name}={getattr(self, name)} is negative; 0 switches it off")
+
+    def _check_axes(self) -> None:
+        mesh, known = self.mesh, set(self.mesh.shape if self.mesh else ())
+        for name in ("batch_axes", "length_axes", "vocab_axes", "embed_axes"):
+            axes = getattr(self, name)
+            if (
+                not isinstance(axes, tuple)
+                or (mesh is None and axes)
+                or not set(axes) <= set(mesh.shape if mesh else ())
+            ):
+                have = "there is no mesh" if mesh is None else f"the mesh has {tuple(mesh.shape)}"
+                raise UserError(f"XentSpec.{name}={axes!r}; give a tuple of mesh axes, and {have}")
+        if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+            raise UserError(
+                f"XentSpec.mesh has axes of the kinds {', '.join(map(str, mesh.axis_types))}; make it with "
+                "axis_types=(jax.sharding.AxisType.Auto,) * len(axes)"
+            )
 
     @property
     def sharded(self) -> bool:

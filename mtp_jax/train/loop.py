@@ -115,22 +115,31 @@ def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, con
     record_corpus(workdir, corpus.digest)
     console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
     steps = compile_steps(config, mesh)
+    console.note(_devices(mesh, steps))
     mine = sharding.rows_here(steps.batch_sharding, config.train.batch_size)
     batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, mine)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints, console.note) as checkpoints:
         restored = checkpoints.restore_latest(steps.abstract_state, batches)
         state, first = restored or (_first_state(config, workdir, steps, console), 0)
         if resumed:
+            going_on = f"continuing from step {first}" if first else "no whole checkpoint yet, starting over"
             done = first == config.train.steps
-            console.note(
-                f"{workdir}: " + (f"trained already, {first} steps" if done else f"continuing from step {first}")
-            )
+            console.note(f"{workdir}: " + (f"trained already, {first} steps" if done else going_on))
         with MetricsWriter(workdir, resume_step=first if resumed else None) as writer, StopRequest() as stop:
             run = _Run(config, mesh, steps, corpus, checkpoints, writer, console, stop)
             state, step = run.advance(state, first, batches)
     if stop.signal_name:
         console.note(f"{stop.signal_name}: saved step {step} and stopped; the same command continues from there")
     return TrainResult(state, step, first, step == config.train.steps, corpus, stop.signal_name)
+
+
+def _devices(mesh: Mesh, steps: Steps) -> str:
+    """A line on what trains where."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_state.params))
+    split = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    idle = jax.device_count() - mesh.size
+    aside = f"; {idle} of {jax.device_count()} devices stay idle, --mesh.fsdp -1 takes all" if idle else ""
+    return f"{count / 1e6:,.2f}M parameters on {mesh.devices.flat[0].device_kind}, mesh: {split}{aside}"
 
 
 def _first_state(config: Config, workdir: pathlib.Path, steps: Steps, console: RunConsole) -> TrainState:

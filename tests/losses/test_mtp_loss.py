@@ -225,6 +225,13 @@ def test_other_misuse_is_refused():
     for num_future, segments in ((0, np.ones((1, 3), int)), (2, None), (2, np.ones((1, 4), int))):
         with pytest.raises(UserError, match="make_targets: num_future"):
             make_targets(np.ones((1, 3), int), segments, num_future)
-    for wrong in ({"distance": "l2"}, {"smoothing": 2.0}, {"mix": -1.0}, {"chunk_bytes": 0}, {"z_loss": -1.0}):
+    for wrong in (
+        {"distance": "l2"},
+        {"smoothing": 2.0},
+        {"mix": -1.0},
+        {"chunk_bytes": 0},
+        {"z_loss": -1.0},
+        {"batch_axes": ("x",)},
+    ):
         with pytest.raises(UserError, match=f"XentSpec.{next(iter(wrong))}="):
             XentSpec(**wrong)

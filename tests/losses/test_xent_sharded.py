@@ -6,12 +6,13 @@ Each docstring names the line whose deletion breaks the test.
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from reference import naive
 from reference.jaxprs import equations
 from reference.xent_problems import problem, xent_and_grads
 
 from mtp_jax.config import MeshConfig
+from mtp_jax.errors import UserError
 from mtp_jax.losses.xent import XentSpec, fused_xent
 from mtp_jax.sharding import loss_placement, make_mesh
 
@@ -120,3 +121,17 @@ def test_only_a_chunk_travels_inside_the_scan(name, most):
     outside = [e for e in equations(traced) if e.primitive.name in COLLECTIVES]
     assert len(outside) > len(inside)  # The names above are those of this version of jax.
     assert max((e.invars[0].aval.size for e in inside), default=0) == most
+
+
+def test_axes_that_a_mesh_does_not_have_are_refused():
+    """A name in the place of a tuple, a name that the mesh does not have, a mesh of explicit axes: one line each.
+
+    Breaks without `_check_axes`: shard_map's own errors name neither the field nor what it may be.
+    """
+    mesh = jax.make_mesh((4, 2), ("rows", "vocab"), axis_types=(AxisType.Auto,) * 2)
+    for name in ("batch_axes", "length_axes", "vocab_axes", "embed_axes"):
+        for given in ("rows", ("row",)):
+            with pytest.raises(UserError, match=rf"XentSpec.{name}=.*; give a tuple of mesh axes, and the mesh has"):
+                XentSpec(mesh=mesh, **{name: given})
+    with pytest.raises(UserError, match=r"axes of the kinds AxisType\.Explicit, AxisType\.Explicit; make it with"):
+        XentSpec(mesh=jax.make_mesh((4, 2), ("rows", "vocab")))

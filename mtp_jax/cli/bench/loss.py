@@ -194,7 +194,7 @@ def cells(result: dict[str, Any], name: str) -> tuple[str, ...]:
     return (*figures, f"{of['temp_bytes'] / 1e6:,.1f}", shown("gradient_error", ".1e"))
 
 
-COLUMNS = ("seconds", "over floor", "naive over it", "temporaries, MB", "gradient error")
+COLUMNS = ("seconds", "it / floor", "naive / it", "temp MB", "gradient error")
 
 
 def _print(result: dict[str, Any], args: Args) -> None:
