@@ -82,11 +82,7 @@ class XentSpec:
         mesh, known = self.mesh, set(self.mesh.shape if self.mesh else ())
         for name in ("batch_axes", "length_axes", "vocab_axes", "embed_axes"):
             axes = getattr(self, name)
-            if (
-                not isinstance(axes, tuple)
-                or (mesh is None and axes)
-                or not set(axes) <= set(mesh.shape if mesh else ())
-            ):
+            if not isinstance(axes, tuple) or not set(axes) <= known:
                 have = "there is no mesh" if mesh is None else f"the mesh has {tuple(mesh.shape)}"
                 raise UserError(f"XentSpec.{name}={axes!r}; give a tuple of mesh axes, and {have}")
         if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
