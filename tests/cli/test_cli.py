@@ -135,9 +135,9 @@ def test_train_that_a_signal_stops_exits_with_it(config_file, tmp_path, capsys, 
     """SIGTERM behind the first step: exit status 128 + 15 and `finished` false, so that a scheduler starts it again."""
     original = loop.place
 
-    def place_and_stop(batch, steps):
+    def place_and_stop(batch, steps, batch_size):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch, steps)
+        return original(batch, steps, batch_size)
 
     monkeypatch.setattr(loop, "place", place_and_stop)
     with pytest.raises(SystemExit) as end:

@@ -62,10 +62,10 @@ def test_sigterm_then_again_equals_uninterrupted(text, tmp_path, monkeypatch, un
     """stop at any step + run again = one run. Breaks if the data position is not restored, or a stop does not save."""
     batches, original = iter(range(100)), loop.place
 
-    def place_and_stop(batch, steps):
+    def place_and_stop(batch, steps, batch_size):
         if next(batches) == stop_after - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch, steps)
+        return original(batch, steps, batch_size)
 
     monkeypatch.setattr(loop, "place", place_and_stop)
     stopped = run(tiny_config(text), tmp_path / "run")
@@ -126,9 +126,9 @@ def test_resume_on_another_mesh(text, tmp_path, uninterrupted, monkeypatch):
     """A run stopped on one device and continued on a mesh of eight ends where the uninterrupted one does."""
     original = loop.place
 
-    def stop_at_once(batch, steps):
+    def stop_at_once(batch, steps, batch_size):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch, steps)
+        return original(batch, steps, batch_size)
 
     monkeypatch.setattr(loop, "place", stop_at_once)
     run(tiny_config(text), tmp_path)

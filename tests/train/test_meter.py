@@ -91,9 +91,9 @@ def waits(monkeypatch):
         log.append("wait")
         return wait(x)
 
-    def place(batch, steps):
+    def place(batch, steps, batch_size):
         log.append(1 + sum(isinstance(entry, int) for entry in log))
-        return dispatch(batch, steps)
+        return dispatch(batch, steps, batch_size)
 
     monkeypatch.setattr(ArrayImpl, "_value", property(read))
     monkeypatch.setattr(jax, "block_until_ready", wait_for)

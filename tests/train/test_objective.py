@@ -143,7 +143,10 @@ SHAPE = {"vocab_size": 128, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "h
 
 def abstract_step(num_layers, trainable):
     config = tiny_config(
-        model=SHAPE | {"num_layers": num_layers}, heads={"tap": num_layers}, train={"trainable": trainable}
+        model=SHAPE | {"num_layers": num_layers},
+        heads={"tap": num_layers},
+        train={"trainable": trainable},
+        loss={"skip": False},  # a loop of known length, whose products can be counted
     )
     steps = compile_steps(config, sharding.make_mesh(config.mesh))
     rows_BT = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len), jnp.int32)

@@ -131,7 +131,7 @@ def test_what_each_holds_in_memory():
 
 
 def test_factored_moments_lie_with_their_matrices():
-    """gate [L, D, F] is split (-, fsdp, tensor): its rows [L, D] over fsdp, its columns [L, F] over tensor; square
+    """gate [L, D, F] is split (-, width, tensor): its rows [L, D] as the width, its columns [L, F] over tensor; square
     matrices too. Breaks if rows and columns are exchanged.
     """
     for d_ff in (144, 128):
@@ -139,8 +139,9 @@ def test_factored_moments_lie_with_their_matrices():
         state = compile_steps(config, sharding.make_mesh(config.mesh)).abstract_state
         factored = next(part for part in jax.tree.leaves(state.opt_state, is_leaf=is_factored) if is_factored(part))
         gate = lambda tree: tuple(tree["blocks"]["mlp"]["gate"].sharding.spec)  # noqa: E731
-        assert gate(state.params)[1:] == ("fsdp", "tensor")
-        assert (gate(factored.v_row)[1:], gate(factored.v_col)[1:]) == (("fsdp",), ("tensor",))
+        width = ("fsdp", "context")
+        assert gate(state.params)[1:] == (width, "tensor")
+        assert (gate(factored.v_row)[1:], gate(factored.v_col)[1:]) == ((width,), ("tensor",))
 
 
 def is_factored(node):

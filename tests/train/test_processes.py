@@ -26,6 +26,7 @@ from mtp_jax.metrics import read_metrics
 from mtp_jax.train import loop
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
+from mtp_jax.train.meter import FIELDS
 
 HEARTBEAT = 10  # seconds; what the other process may take to notice a loss
 DEVICES = 4
@@ -116,7 +117,7 @@ def config_of(text, mesh, steps=STEPS):
 
 def history(workdir):
     """Everything that a run measured, by step, apart from its speed."""
-    records = [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(workdir)]
+    records = [{k: v for k, v in record.items() if k not in FIELDS} for record in read_metrics(workdir)]
     return {(record["step"], "heldout_loss" in record): record for record in records}
 
 
@@ -213,10 +214,10 @@ def test_one_process_continues_two_on_another_mesh(stopped, one_process, text, t
     shutil.copytree(stopped[0], workdir)
     batches, original = itertools.count(1), loop.place
 
-    def place_and_stop(batch, steps):
+    def place_and_stop(batch, steps, batch_size):
         if next(batches) == 12:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch, steps)
+        return original(batch, steps, batch_size)
 
     monkeypatch.setattr(loop, "place", place_and_stop)
     with RunConsole(quiet=True) as console:

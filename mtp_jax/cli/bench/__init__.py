@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     if argv[:1] and argv[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<6}  {text}" for name, text in SUBJECTS.items())
         print(f"usage: mtp bench WHAT ...\n\n{rows}\n\nmtp bench WHAT --help shows its options.")
-        return
+        raise SystemExit(0)
     if not argv or argv[0] not in SUBJECTS:
         given = repr(argv[0]) if argv else "nothing"
         raise UserError(f"mtp bench got {given}; what to measure is one of {', '.join(SUBJECTS)} (mtp bench --help)")
