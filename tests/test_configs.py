@@ -49,7 +49,12 @@ def test_config_builds(name, monkeypatch):
     ratio = flops.count(program.traced.jaxpr).flops / step_flops(
         config, config.train.batch_size, config.data.seq_len, computed=True
     )
-    assert ratio == pytest.approx(1) if config.model.remat == "none" else 1.2 < ratio < 4 / 3
+    if config.optim.name == "muon":
+        assert ratio > 1  # orthogonalising momentum is products, too
+    elif config.model.remat == "none":
+        assert ratio == pytest.approx(1)
+    else:
+        assert 1.2 < ratio < 4 / 3
 
 
 def test_equal_parameter_rule():
