@@ -23,6 +23,7 @@ from rich.table import Table
 from mtp_jax import sharding
 from mtp_jax.cli.bench.timing import FLOOR, Products, Times, in_turns, ratio, temp_bytes
 from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.losses.xent import XentSpec, fused_xent, remat_xent
@@ -89,6 +90,7 @@ def measure(args: Args) -> dict[str, Any]:
 
     A form that would not fit into the machine's free memory has `temp_bytes` and no `seconds`.
     """
+    keep_freed_memory()  # as `mtp train` does
     arrays = make_arrays(args, args.rows, args.tokens // args.rows)
     result: dict[str, Any] = {}
     compiled, runnable = {}, {}
