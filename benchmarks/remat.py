@@ -5,16 +5,14 @@
     python benchmarks/remat.py --layers 3 --vocab 512 --runs 1 --results ''     # a trial
 
 Width 512, feed-forward 1,408, AdamW, parallel heads with blocks taken from the trunk. All steps run in turns in one
-process. `recomputed` is what the step's trace multiplies beyond what the model asks for, as a share of that. On a CPU
-the host's memory is the device's, so that offload saves nothing over block there.
+process. `recomputed` is what the step's trace multiplies beyond what the model asks for, as a share of that; attention
+by blocks leaves out a part of what is masked, so that it may be below 0. On a CPU the host's memory is the device's, so
+that offload saves nothing over block there.
 """
 
 import dataclasses
-import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tyro
 from jax.interpreters import partial_eval
 from reporting import RESULTS, Report
@@ -23,8 +21,8 @@ from shapes import config
 from mtp_jax import sharding
 from mtp_jax.cli.bench.train import measure
 from mtp_jax.config import Config
+from mtp_jax.fit import flops, programs
 from mtp_jax.flops import step_flops
-from mtp_jax.train.step import compile_steps
 
 POLICIES = ("none", "dots", "block", "offload")
 
@@ -71,27 +69,9 @@ def configs(args: Args) -> dict[str, Config]:
 
 def recomputed(config: Config) -> float:
     """Operations of the step's matrix products over those that the model asks for, less 1."""
-    B, T = config.train.batch_size, config.data.seq_len
-    steps = compile_steps(config, sharding.make_mesh(config.mesh))
-    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), jax.ShapeDtypeStruct((B, T), jnp.int32))
-    jaxpr = steps.train.trace(steps.abstract_state, batch).jaxpr.jaxpr
+    jaxpr = programs.train_step(config, sharding.mesh_of(config)).traced.jaxpr.jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return products(needed) / step_flops(config, B, T) - 1
-
-
-def products(jaxpr: Any) -> float:
-    """Operations of all matrix products of a trace, bodies of scans as often as they run."""
-    jaxpr, total = getattr(jaxpr, "jaxpr", jaxpr), 0.0
-    for equation in jaxpr.eqns:
-        params = equation.params
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        parts = [x for value in params.values() for x in (value if isinstance(value, list | tuple) else [value])]
-        inner = sum(products(part) for part in parts if hasattr(part, "eqns") or hasattr(part, "jaxpr"))
-        total += inner * (params["length"] if equation.primitive.name == "scan" else 1)
-    return total
+    return flops.count(needed).flops / step_flops(config, config.train.batch_size, config.data.seq_len) - 1
 
 
 def main() -> None:

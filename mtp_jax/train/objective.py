@@ -28,7 +28,7 @@ Batch = dict[str, jax.Array]
 def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
     """The cross-entropy's static options for a run."""
     loss, platform, placement = config.loss, mesh.devices.flat[0].platform, sharding.loss_placement(mesh)
-    shards = math.prod(mesh.shape[axis] for axis in placement.get("vocab_axes", ()))
+    shards = math.prod(mesh.shape[axis] for axis in placement["vocab_axes"])
     return XentSpec(
         chunk_bytes=loss.chunk_bytes or default_chunk_bytes(platform, config.model.vocab_size // shards),
         gather_chunks=loss.gather == "chunk",
