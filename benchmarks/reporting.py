@@ -36,10 +36,12 @@ class Report:
           results: path of the file; empty only prints.
           device: what the figures were taken on, as `jax.Device.device_kind` says.
         """
-        print(f"\n{self.table()}\n{self.note}", flush=True)
+        note = [self.note] if self.note else []
+        print("", self.table(), *note, sep="\n", flush=True)
         if results:
             with open(results, "a", encoding="utf-8") as file:
-                file.write(f"\n## {self.title}\n\n{provenance(device)}\n{self.note}\n\n{self.table()}\n")
+                origin = "\n".join([provenance(device), *note])
+                file.write(f"\n## {self.title}\n\n{origin}\n\n{self.table()}\n")
 
 
 def provenance(device: str) -> str:

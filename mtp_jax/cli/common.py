@@ -1,6 +1,7 @@
 """What the commands share: parsing into dataclasses, reading config files, printing tables and JSON."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -22,6 +23,7 @@ from mtp_jax.eval.page import HEAD_COLUMNS, head_rows, summary
 from mtp_jax.eval.report import Evaluation
 
 T = TypeVar("T")
+Run = TypeVar("Run", bound=Config)
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
@@ -39,6 +41,38 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, description: str, defau
         if not end.code:
             raise
         raise UserError(_one_line(errors.getvalue()) or f"bad arguments; see {prog} --help") from None
+
+
+def parse_over(base: Config, kind: type[Run], argv: Sequence[str], prog: str, description: str) -> tuple[Run, Config]:
+    """`parse` of a config's fields, which start from those of `base`, together with a command's own.
+
+    Args:
+      base: the config that the arguments change.
+      kind: a `Config` with the command's own fields behind it.
+      argv, prog, description: as for `parse`.
+
+    Returns:
+      All of it, and the config alone.
+    """
+    names = [field.name for field in dataclasses.fields(Config)]
+    args = parse(kind, argv, prog, description, kind(**{name: getattr(base, name) for name in names}))
+    return args, Config(**{name: getattr(args, name) for name in names})
+
+
+def parse_run(kind: type[Run], argv: Sequence[str], command: str, description: str) -> tuple[str, Run, Config]:
+    """Parses `COMMAND CONFIG.py [--section.field VALUE ...]`.
+
+    Returns:
+      The path of CONFIG.py, and what `parse_over` does.
+
+    Raises:
+      UserError: no config file, or what `read_config` and `parse` complain of.
+    """
+    path = argv[0] if argv and not argv[0].startswith("-") else ""
+    if not path and not {"-h", "--help"} & set(argv):
+        raise UserError(f"{command} needs a config file: {command} CONFIG.py [--section.field VALUE ...]")
+    base = read_config(path) if path else Config()
+    return path, *parse_over(base, kind, argv[1:] if path else argv, f"{command} CONFIG.py", description)
 
 
 def _one_line(boxed: str) -> str:

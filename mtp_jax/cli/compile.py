@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax.cli.common import parse, print_json, read_config, say
+from mtp_jax.cli.common import parse_run, print_json, say
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.fit import programs, topology
@@ -44,16 +44,10 @@ class Args(Config):
 
 def main(argv: list[str]) -> None:
     """Compiles and reports; exits 0 whether it fits or not, the answer is in the output."""
-    path = argv[0] if argv and not argv[0].startswith("-") else ""
-    if not path and not {"-h", "--help"} & set(argv):
-        raise UserError("mtp compile needs a config file: mtp compile CONFIG.py --topology v5e:16x16")
-    base = read_config(path) if path else Config()
-    sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
-    args = parse(Args, argv[1:] if path else argv, "mtp compile CONFIG.py", DESCRIPTION, Args(**sections))
+    path, args, config = parse_run(Args, argv, "mtp compile", DESCRIPTION)
     for name in ("decode_rows", "decode_tokens"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0")
-    config = Config(**{name: getattr(args, name) for name in sections})
     if not args.topology:
         raise UserError(f"mtp compile needs --topology, such as {topology.EXAMPLES}")
     topology.prepare(args.topology)

@@ -5,7 +5,7 @@ import pathlib
 import signal
 import time
 
-from mtp_jax.cli.common import parse, print_evaluation, print_json, say
+from mtp_jax.cli.common import parse_over, print_evaluation, print_json, say
 from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.compiled import keep_compiled
 from mtp_jax.config import (
@@ -65,9 +65,7 @@ class Args(Config):
 def main(argv: list[str]) -> None:
     """Trains, decodes, reports."""
     began = time.monotonic()
-    sections = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(Config)}
-    args = parse(Args, argv, "mtp quickstart", DESCRIPTION, Args(**sections))
-    config = Config(**{name: getattr(args, name) for name in sections})
+    args, config = parse_over(CONFIG, Args, argv, "mtp quickstart", DESCRIPTION)
     if not config.num_draft:
         raise UserError("quickstart compares drafting with plain decoding; it needs heads.num_future >= 2 and a draft")
     workdir = pathlib.Path(args.workdir)

@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from mtp_jax.cli.common import parse, print_json, read_config
+from mtp_jax.cli.common import parse_run, print_json
 from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config
 from mtp_jax.distributed import Distributed, together
@@ -35,15 +35,7 @@ class Args(Config):
 
 def main(argv: list[str]) -> None:
     """Trains."""
-    path = argv[0] if argv and not argv[0].startswith("-") else ""
-    if not path and not {"-h", "--help"} & set(argv):
-        raise UserError(
-            "mtp train needs a config file: mtp train CONFIG.py [--workdir DIR] [--section.field VALUE ...]"
-        )
-    base = read_config(path) if path else Config()
-    sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
-    args = parse(Args, argv[1:] if path else argv, "mtp train CONFIG.py", DESCRIPTION, Args(**sections))
-    config = Config(**{name: getattr(args, name) for name in sections})
+    path, args, config = parse_run(Args, argv, "mtp train", DESCRIPTION)
     if "://" in args.workdir:
         raise UserError(f"--workdir {args.workdir} is an address; give a directory, of a shared file system if need be")
     workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")

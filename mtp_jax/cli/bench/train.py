@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mtp_jax import sharding
 from mtp_jax.cli.bench.timing import FLOOR, Products, in_turns, ratio, temp_bytes
-from mtp_jax.cli.common import parse, print_json, read_config, say
+from mtp_jax.cli.common import parse_run, print_json, say
 from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
@@ -43,16 +43,10 @@ class Args(Config):
 
 def main(argv: list[str]) -> None:
     """Measures."""
-    path = argv[0] if argv and not argv[0].startswith("-") else ""
-    if not path and not {"-h", "--help"} & set(argv):
-        raise UserError("mtp bench train needs a config file: mtp bench train CONFIG.py [--section.field VALUE ...]")
-    base = read_config(path) if path else Config()
-    sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(Config)}
-    args = parse(Args, argv[1:] if path else argv, "mtp bench train CONFIG.py", __doc__, Args(**sections))
+    path, args, config = parse_run(Args, argv, "mtp bench train", __doc__)
     for name in ("runs", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    config = Config(**{name: getattr(args, name) for name in sections})
     result = measure({path: config}, args.runs, args.steps)[path]
     print_json(result) if args.json else _print(result)
 
