@@ -31,7 +31,7 @@ config = Config(
         max_seq_len=4096,
         tie_embeddings=False,
         dtype="bfloat16",
-        remat="block",
+        remat="dots",
     ),
     heads=HeadsConfig(num_future=4),
     loss=LossConfig(skip=False),

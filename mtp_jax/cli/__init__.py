@@ -4,6 +4,7 @@ import importlib
 import keyword
 import sys
 
+from mtp_jax.cli.threads import enough_threads
 from mtp_jax.errors import UserError
 
 COMMANDS = {
@@ -36,6 +37,7 @@ def run(argv: list[str]) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise UserError(f"{argv[0]!r} is no command; choose one of {', '.join(COMMANDS)} (mtp --help)")
+        enough_threads()
         module = f"mtp_jax.cli.{argv[0]}" + "_" * keyword.iskeyword(argv[0])
         importlib.import_module(module).main(argv[1:])
     except UserError as error:

@@ -126,9 +126,11 @@ def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures
 def _rows(config: Config, one: Report, figures: Chip | None, devices: int, tokens: int) -> list[tuple[str, str]]:
     memory = one.memory
     rows = [(kind, _size(size)) for kind, size in memory.arguments.items()]
-    rest = None if memory.temp_bytes is None else memory.temp_bytes - memory.kept_bytes
-    rows += [("activations", _size(memory.kept_bytes))] if memory.kept_bytes else []
+    kept, rest = memory.kept_bytes, memory.temp_bytes
+    if rest is not None and 0 < kept < rest:
+        rows, rest = [*rows, ("activations", _size(kept))], rest - kept
     rows += [("temporaries", _size(rest))]
+    rows += [("activations", "at most all of the temporaries")] if rest and kept == rest else []
     if memory.total is not None:
         padding = max(memory.argument_bytes - sum(memory.arguments.values()), 0)
         rows += [
