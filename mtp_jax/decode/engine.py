@@ -28,7 +28,7 @@ from mtp_jax.decode.sampling import Controls, Sampler
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.model import lm, mtp
-from mtp_jax.model.cache import grow_caches
+from mtp_jax.model.cache import grow_caches, whole_tiles
 from mtp_jax.model.mtp import Ask
 
 CHUNK = 512
@@ -76,7 +76,7 @@ class DecodeState(NamedTuple):
 
 def slots_needed(total: int, num_draft: int) -> int:
     """Cache slots for rows of `total` tokens: the last round may write P entries that nobody keeps."""
-    return total + num_draft + 1
+    return whole_tiles(total + num_draft + 1)
 
 
 def bucket(total: int, num_draft: int, most: int) -> int:

@@ -34,6 +34,15 @@ class LayerCache(NamedTuple):
         return self.k_BKSH.shape[2]
 
 
+def whole_tiles(slots: int) -> int:
+    """At least `slots`, and as many as fill the tiles that a TPU keeps arrays in.
+
+    With others the TPU keeps the heads where attention wants the slots, and every call of a program that decodes copies
+    all caches from one order to the other and back.
+    """
+    return -(-slots // 8) * 8
+
+
 def init_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
     """A cache of zeros for `batch` rows of `slots` entries."""
     shape = (batch, kv_heads, slots, head_dim)

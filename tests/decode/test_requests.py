@@ -121,22 +121,22 @@ def test_bad_input_compiles_nothing():
 def test_a_cache_that_does_not_fit(monkeypatch):
     """The message holds the bytes needed and free, and what would fit; nothing is compiled."""
     lm = model("random")
-    needed = cache_bytes(Plan(CONFIG, make_drafter("heads", CONFIG)), 4, 36)
-    state_bytes = 2 * 4 * 4 * 36 * (2 + 3) * CONFIG.model.num_kv_heads * CONFIG.model.head_dim
+    needed = cache_bytes(Plan(CONFIG, make_drafter("heads", CONFIG)), 4, 40)
+    state_bytes = 2 * 4 * 4 * 40 * (2 + 3) * CONFIG.model.num_kv_heads * CONFIG.model.head_dim
     assert state_bytes <= needed <= 1.2 * state_bytes  # keys and values in float32, and little else
     with monkeypatch.context() as patched, compilations() as compiled:
         patched.setattr(memory, "free_bytes", lambda: needed // 2)
         with pytest.raises(UserError) as error:
             generate(lm, PROMPTS, max_new_tokens=NEW)
         patched.setattr(memory, "free_bytes", lambda: needed // 8)
-        with pytest.raises(UserError, match="no row of 36 slots would fit"):
+        with pytest.raises(UserError, match="no row of 40 slots would fit"):
             generate(lm, PROMPTS, max_new_tokens=NEW)
     assert compiled == []
     said = str(error.value)
-    assert f"a cache of 4 rows with 36 slots each needs {needed:,} bytes, and {needed // 2:,} are free" in str(
+    assert f"a cache of 4 rows with 40 slots each needs {needed:,} bytes, and {needed // 2:,} are free" in str(
         error.value
     )
-    assert "2 rows of 36 slots would fit, or 4 rows of 18: use fewer prompts" in said
+    assert "2 rows of 40 slots would fit, or 4 rows of 20: use fewer prompts" in said
     monkeypatch.setattr(memory, "free_bytes", lambda: needed)
     assert generate(lm, PROMPTS, max_new_tokens=NEW).tokens
 

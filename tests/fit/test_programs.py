@@ -127,7 +127,7 @@ def test_decode_round_counts_its_caches():
     program = programs.decode_round(config, mesh, rows=8, tokens=64)
     told = report(config, mesh, program, programs.compile_program(program))
     c, caches = config.model, config.model.num_layers + config.heads.num_future - 1
-    slots = 64 + config.num_draft + 1
+    slots = 72  # 64 tokens and a round's, in tiles of 8
     assert told.memory.arguments["caches"] == caches * 2 * 8 * c.num_kv_heads * slots * c.head_dim * 4 // 2
     assert (told.open_loops, told.fits) == (0, True)
 
@@ -144,6 +144,26 @@ def test_compiles_for_a_tpu_slice(name):
         assert (told.fits, told.open_loops, told.error) == (True, 0, "")
         assert told.memory.argument_bytes >= sum(told.memory.arguments.values())
         assert told.roofline.compute == told.flops / 4 / {"v5e": 197e12, "v5p": 459e12}[name[:3]]
+
+
+@needs_libtpu
+@pytest.mark.usefixtures("uncached")
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_a_tpu_decodes_in_place(kind):
+    """What a round needs beside its arguments is less than a quarter of its caches: none of them is copied.
+
+    Breaks if slots are not rounded to tiles, in `slots_needed` for the model and in `init_cache` for sequential depths.
+    """
+    base = tiny(MeshConfig())
+    model = dataclasses.replace(base.model, head_dim=128, num_heads=8, num_kv_heads=8)
+    heads = dataclasses.replace(
+        base.heads, num_future=3, kind=kind, tap=-1 if kind == "parallel" else base.model.num_layers
+    )
+    config = dataclasses.replace(base, model=model, heads=heads, mesh=MeshConfig(tensor=4))
+    mesh = sharding.make_mesh(config.mesh, topology.devices("v5e:2x2"))
+    program = programs.decode_round(config, mesh, rows=64, tokens=4096)
+    memory = report(config, mesh, program, programs.compile_program(program)).memory
+    assert memory.temp_bytes < memory.arguments["caches"] / 4
 
 
 @pytest.mark.parametrize(

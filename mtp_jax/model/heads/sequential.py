@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from mtp_jax.axes import EMBED, LAYERS
 from mtp_jax.config import Config
 from mtp_jax.kernels.linear import linear
+from mtp_jax.model.cache import whole_tiles
 from mtp_jax.model.heads import base
 from mtp_jax.model.heads.base import Params, Round, Rows
 from mtp_jax.model.layers import Norm
@@ -104,7 +105,7 @@ def init_cache(config: Config, batch: int, slots: int, count: int) -> Sequential
     """Empty caches of `count` depths; a window of a round may be longer by count-1 positions than the round."""
     tail = max(count - 1, 0)
     tail_BJD = jnp.zeros((batch, tail, config.model.d_model), config.model.dtype)
-    return SequentialCache(base.block_caches(config, batch, slots + tail, count), tail_BJD)
+    return SequentialCache(base.block_caches(config, batch, whole_tiles(slots + tail), count), tail_BJD)
 
 
 class _Window(NamedTuple):
