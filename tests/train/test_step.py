@@ -73,7 +73,7 @@ def test_families_on_a_mesh(kind):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_ten_steps_of_every_setting_on_every_mesh(name, mesh):
-    """The same equation for ten steps; with a smaller epsilon Adam takes whole steps along gradients that are rounding."""
+    """The same equation for ten steps. With a smaller epsilon Adam takes whole steps along a gradient of rounding."""
     settings = {"heads": heads_of(name), "optim": {"eps": 1e-6}}
     assert_same_training(run(tiny_config(**settings, mesh=MESHES[mesh]), 10), run(tiny_config(**settings), 10))
 
