@@ -126,11 +126,12 @@ def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures
 def _rows(config: Config, one: Report, figures: Chip | None, devices: int, tokens: int) -> list[tuple[str, str]]:
     memory = one.memory
     rows = [(kind, _size(size)) for kind, size in memory.arguments.items()]
-    kept, rest = memory.kept_bytes, memory.temp_bytes
-    if rest is not None and 0 < kept < rest:
-        rows, rest = [*rows, ("activations", _size(kept))], rest - kept
-    rows += [("temporaries", _size(rest))]
-    rows += [("activations", "at most all of the temporaries")] if rest and kept == rest else []
+    kept, whole = memory.kept_bytes, memory.temp_bytes
+    if whole is not None and 0 < kept < whole:
+        rows += [("activations", _size(kept)), ("temporaries", _size(whole - kept))]
+    else:
+        rows += [("temporaries", _size(whole))]
+        rows += [("activations", f"at most {_size(kept).strip()} of them")] if kept else []
     if memory.total is not None:
         padding = max(memory.argument_bytes - sum(memory.arguments.values()), 0)
         rows += [
