@@ -1,6 +1,7 @@
 """A strict environment for every test: eight fake CPU devices, f32 matrix products at full precision, no implicit
 rank promotion, warnings as errors (pyproject.toml), and a compilation cache kept between runs."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -11,6 +12,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from mtp_jax.cli.threads import enough_threads
+
+# Traced programs are millions of objects that live long; looking through them for cycles took part of every test.
+gc.set_threshold(200_000, 50, 100)
 
 # Without LLVM's optimisations and, where a switch still turns them off, without XLA's newer fusions: neither changes an
 # equation, and programs compile in a quarter of the time.
