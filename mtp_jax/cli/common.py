@@ -70,7 +70,8 @@ def parse_run(kind: type[Run], argv: Sequence[str], command: str, description: s
     """
     path = argv[0] if argv and not argv[0].startswith("-") else ""
     if not path and not {"-h", "--help"} & set(argv):
-        raise UserError(f"{command} needs a config file: {command} CONFIG.py [--section.field VALUE ...]")
+        usage = f"{command} CONFIG.py [--section.field VALUE ...]"
+        raise UserError(f"{command} needs a config file: {usage}; {command} --help lists the options")
     base = read_config(path) if path else Config()
     return path, *parse_over(base, kind, argv[1:] if path else argv, f"{command} CONFIG.py", description)
 
@@ -92,7 +93,8 @@ def read_config(path: str) -> Config:
       UserError: no such file, an error while running it, or no `config` in it.
     """
     if not pathlib.Path(path).is_file():
-        raise UserError(f"config file {path} does not exist")
+        problem = "is a directory" if pathlib.Path(path).is_dir() else "does not exist"
+        raise UserError(f"config file {path} {problem}")
     try:
         names = runpy.run_path(path)
     except UserError as error:

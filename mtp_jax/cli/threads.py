@@ -19,7 +19,7 @@ def enough_threads() -> None:
     Has to come before anything asks jax for a device. NPROC, which XLA reads the size from, stays if it is set.
     """
     places = f"JAX_NUM_CPU_DEVICES={os.environ.get('JAX_NUM_CPU_DEVICES')} {os.environ.get('XLA_FLAGS')}"
-    asked = re.findall(r"(?:JAX_NUM_CPU_DEVICES|--xla_force_host_platform_device_count)=(\d+)", places)
+    asked = re.findall(r"(?:JAX_NUM_CPU_DEVICES|--xla_force_host_platform_device_count)=['\" ]*(\d+)", places)
     devices = max(map(int, asked), default=1)
     if devices > 1:
         os.environ.setdefault("NPROC", str(PER_DEVICE * devices))

@@ -263,6 +263,7 @@ BAD = {
     "indivisible": (["train", "CONFIG", "--model.num_heads", 3], r"model.num_heads=3 .* model.num_kv_heads=2"),
     "M above the row": (["train", "CONFIG", "--heads.num_future", 40], r"heads.num_future=40 .* data.seq_len=32"),
     "no config": (["train", "nowhere.py"], r"config file nowhere.py does not exist"),
+    "a directory for a config": (["train", "."], r"config file \. is a directory"),
     "no config given": (["train"], r"needs a config file"),
     "missing corpus": (["train", "CONFIG", "--data.source", "/nowhere"], r"/nowhere"),
     "small vocabulary": (["train", "CONFIG", "--model.vocab_size", 100], r"258.*100|100.*258"),

@@ -19,6 +19,8 @@ FLAG = "--xla_force_host_platform_device_count"
         ({"XLA_FLAGS": "--xla_dump_to=x"}, None),
         ({"XLA_FLAGS": f"{FLAG}=8"}, str(8 * PER_DEVICE)),
         ({"XLA_FLAGS": f"{FLAG}=1"}, None),
+        ({"XLA_FLAGS": f"{FLAG}='8' --xla_dump_to=x"}, str(8 * PER_DEVICE)),
+        ({"JAX_NUM_CPU_DEVICES": " 4"}, str(4 * PER_DEVICE)),
         ({"JAX_NUM_CPU_DEVICES": "4"}, str(4 * PER_DEVICE)),
         ({"XLA_FLAGS": f"{FLAG}=8", "NPROC": "3"}, "3"),
     ],

@@ -12,6 +12,7 @@ import pytest
 from mtp_jax import sharding
 from mtp_jax.cli import run
 from mtp_jax.cli.common import read_config
+from mtp_jax.cli.compile import _rows, _size
 from mtp_jax.config import MeshConfig
 from mtp_jax.decode.generate import _Request
 from mtp_jax.decode.options import Options
@@ -118,6 +119,22 @@ def _same_places(real, abstract):
     ):
         assert one.shape == other.shape, path
         assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
+
+
+def test_a_bound_that_says_nothing_is_shown_as_one(step):
+    """Activations of at most all temporaries are no part that could be taken from them.
+
+    Breaks if the table takes them off whatever they are.
+    """
+    config, _, _, told = step
+    whole = told.memory.temp_bytes
+    shown = {}
+    for kept in (whole // 4, whole):
+        one = dataclasses.replace(told, memory=dataclasses.replace(told.memory, kept_bytes=kept))
+        rows = dict(_rows(config, one, None, 8, 0))
+        shown[kept] = rows["activations"].strip(), rows["temporaries"]
+    assert shown[whole // 4] == (_size(whole // 4).strip(), _size(whole - whole // 4))
+    assert shown[whole] == (f"at most {_size(whole).strip()} of them", _size(whole))
 
 
 def test_decode_round_counts_its_caches():
