@@ -1,20 +1,15 @@
 """A strict environment for every test: eight fake CPU devices, f32 matrix products at full precision, no implicit
 rank promotion, warnings as errors (pyproject.toml), and a compilation cache kept between runs."""
 
-import gc
 import os
 import pathlib
 import tempfile
-import time
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from mtp_jax.cli.threads import enough_threads
-
-# Traced programs are millions of objects that live long; looking through them for cycles took part of every test.
-gc.set_threshold(200_000, 50, 100)
 
 # Without LLVM's optimisations and, where a switch still turns them off, without XLA's newer fusions: neither changes an
 # equation, and programs compile in a quarter of the time.
@@ -33,25 +28,16 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-MOST_MAPPINGS = 40_000
+MOST_MAPPINGS = 20_000
 """Every compiled program holds some dozens of a process's memory mappings, of which Linux allows 65,530 by default."""
 
 
-@pytest.fixture(scope="session")
-def looked_at():
-    """When the mappings were last counted, which takes a tenth of a second where there are many."""
-    return [time.monotonic()]
-
-
-@pytest.fixture(autouse=True)
-def drop_programs(looked_at):
-    """Forgets compiled programs before there are too many: XLA aborts the process when no mapping is left."""
+@pytest.fixture(autouse=True, scope="module")
+def drop_programs():
+    """Forgets compiled programs between modules before there are too many: XLA aborts the process when none is left."""
     yield
     mappings = pathlib.Path("/proc/self/maps")
-    if time.monotonic() - looked_at[0] < 10 or not mappings.exists():
-        return
-    looked_at[0] = time.monotonic()
-    if len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
         jax.clear_caches()
 
 
