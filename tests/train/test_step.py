@@ -73,8 +73,10 @@ def test_families_on_a_mesh(kind):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_ten_steps_of_every_setting_on_every_mesh(name, mesh):
-    """The same equation for ten steps. With a smaller epsilon Adam takes whole steps along a gradient of rounding."""
-    settings = {"heads": heads_of(name), "optim": {"eps": 1e-6}}
+    """The same equation for ten steps."""
+    # The first gradient of one of EAGLE's weights is rounding alone, along which Adam takes a whole step.
+    optim = {"eps": 1e-6} if name == "recursive, as EAGLE" else {}
+    settings = {"heads": heads_of(name), "optim": optim}
     assert_same_training(run(tiny_config(**settings, mesh=MESHES[mesh]), 10), run(tiny_config(**settings), 10))
 
 
