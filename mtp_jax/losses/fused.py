@@ -127,8 +127,10 @@ def _loop_over_chunks(
 
         dtable_DV = sums.dtable_DV
         if dtable_DV is not None:
-            # [D, V], not [V, D]: a CPU would write a transposed copy of the chunk's logits for the latter.
-            new_DV = jnp.einsum("CD,CV->DV", chunk_of[0], chunk.dz_CV, preferred_element_type=jnp.float32)
+            # The narrow operand is written transposed: a CPU is slower at any product of the two that contracts leading
+            # axes. The barrier keeps XLA from folding the transpose into the product.
+            h_DC = jax.lax.optimization_barrier(chunk_of[0].T)
+            new_DV = jnp.einsum("DC,CV->DV", h_DC, chunk.dz_CV, preferred_element_type=jnp.float32)
             dtable_DV += _scattered(new_DV, spec) if spec.gather_chunks else new_DV
         return _Sums(
             sums.loss + chunk.loss,

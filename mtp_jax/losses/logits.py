@@ -114,7 +114,7 @@ def default_chunk_bytes(platform: str, vocab: int) -> int:
       platform: of the devices, "cpu", "gpu" or "tpu".
       vocab: V, on one device.
     """
-    least, tokens = (4 * 2**20, 256) if platform == "cpu" else (256 * 2**20, 1024)
+    least, tokens = (4 * 2**20, 512) if platform == "cpu" else (256 * 2**20, 1024)
     return max(least, 4 * vocab * tokens)
 
 
