@@ -16,6 +16,7 @@ from mtp_jax.losses.logits import (
     XentSpec,
     across,
     as_soft,
+    at_least,
     chunk_size,
     gathered,
     pick,
@@ -191,7 +192,7 @@ def _chunk(
     ids_CW, probs_CW = as_soft(target)
     soft = softmax(spec, axes, h_CD, table_VD)
     labels_CW = across(jax.lax.psum, pick(soft.z_CV, ids_CW - offset), axes)
-    rank_C = across(jax.lax.psum, jnp.sum(soft.z_CV >= labels_CW[:, :1], axis=-1, dtype=jnp.int32), axes)
+    rank_C = across(jax.lax.psum, at_least(soft.z_CV, labels_CW[:, 0]), axes)
     ce_C = soft.lse_C - jnp.sum(probs_CW * labels_CW, axis=-1)
     taught = None if teacher_CD is None else teach(spec, axes, teacher_CD, teacher_table_VD)
     term_C = token_terms(objective, soft, ce_C, taught, total, vocab)

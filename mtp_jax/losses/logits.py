@@ -182,6 +182,14 @@ def pick(z_CV: jax.Array, column_CW: jax.Array) -> jax.Array:
     return jnp.where((column_CW >= 0) & (column_CW < V), picked_CW, 0)
 
 
+def at_least(z_CV: jax.Array, label_C: jax.Array) -> jax.Array:
+    """How many logits of a row reach its label's.
+
+    Counted in float32, exact below 2^24 entries: for integers a CPU needs twice the time and another chunk of logits.
+    """
+    return jnp.sum((z_CV >= label_C[:, None]).astype(jnp.float32), axis=-1).astype(jnp.int32)
+
+
 def chunk_size(tokens: int, vocab: int, spec: XentSpec) -> int:
     """Tokens per chunk: within the byte budget, and a divisor of `tokens` where one at least half as large exists."""
     most = min(max(spec.chunk_bytes // (4 * vocab), 1), tokens)

@@ -31,6 +31,7 @@ from mtp_jax.losses.logits import (
     XentSpec,
     across,
     as_soft,
+    at_least,
     chunk_size,
     from_chunks,
     gathered,
@@ -111,7 +112,7 @@ def remat_xent(
         ce_C = soft.lse_C - jnp.sum(probs_CW * labels_CW, axis=-1)
         taught = None if teacher_CD is None else teach(spec, (), teacher_CD, teacher.table_VD)
         term_C = token_terms(spec.objective, soft, ce_C, taught, lambda x_CV: jnp.sum(x_CV, axis=-1), V)
-        rank_C = jnp.sum(soft.z_CV >= labels_CW[:, :1], axis=-1, dtype=jnp.int32)
+        rank_C = at_least(soft.z_CV, labels_CW[:, 0])
         return jnp.sum(weight_C * term_C), ce_C, rank_C
 
     def step(loss: jax.Array, xs: tuple) -> tuple:
