@@ -24,7 +24,7 @@ class LoadedModel:
 
     config: Config
     params: Any = dataclasses.field(repr=False)
-    """Parameters stacked over layers, in the dtype they were loaded as."""
+    """Parameters stacked over layers, in the dtype they were loaded as; None after `decode_only`."""
     tokenizer: Any
     """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`; None where the model was trained on token files."""
     mesh: Mesh
@@ -51,12 +51,35 @@ class LoadedModel:
             raise UserError(
                 f"logits got token ids {tokens_BT.min()}..{tokens_BT.max()}; the vocabulary is 0..{vocab - 1}"
             )
-        return _logits(self.config, self.params, jnp.asarray(tokens_BT, jnp.int32))
+        return _logits(self.config, self.stacked_params(), jnp.asarray(tokens_BT, jnp.int32))
+
+    def stacked_params(self) -> Any:
+        """`params`, or a UserError where they were given up."""
+        if self.params is None:
+            raise UserError("this model is for decoding alone (`decode_only`); load it anew for anything else")
+        return self.params
 
     @functools.cached_property
     def decode_params(self) -> Any:
         """The unstacked view that the decoding engine runs on, made at first use."""
         return jax.jit(mtp.decode_view, static_argnums=0)(self.config, self.params)
+
+    def decode_only(self) -> "LoadedModel":
+        """This model for decoding alone, its parameters in memory once and not twice.
+
+        The stacked parameters are taken apart and given up one after the other: `logits`, evaluation and export need
+        the model loaded anew, and this one is not to be used again.
+        """
+        taken = dataclasses.replace(self, params=None)
+        taken.__dict__["decode_params"] = mtp.decode_view(self.config, self.stacked_params(), _give_up)
+        return taken
+
+
+def _give_up(change: Callable[[jax.Array], Any], leaf: jax.Array) -> Any:
+    """change(leaf), and the leaf's memory is free before the next one's turn."""
+    result = jax.block_until_ready(jax.jit(change)(leaf))
+    leaf.delete()
+    return result
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.decoding import compilations, slow_greedy
+from reference.families import KINDS, heads_of
+from reference.models import random_params, small_config
 from reference.tiny import tiny_config, write_text
 
 import mtp_jax
@@ -19,7 +21,7 @@ from mtp_jax.checkpoint import restore_params
 from mtp_jax.config import MeshConfig, to_json
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.errors import UserError
-from mtp_jax.loading import load
+from mtp_jax.loading import LoadedModel, load
 from mtp_jax.model import lm as next_token
 from mtp_jax.model import mtp
 from mtp_jax.train.console import RunConsole
@@ -123,6 +125,35 @@ def test_generate(lm):
 def test_decoding_parameters_are_made_once(lm):
     """The unstacked view is kept. Breaks with `property` for `functools.cached_property`."""
     assert lm.decode_params is lm.decode_params
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2}], ids=["one", "mesh"])
+def test_decode_only_keeps_one_copy(run, lm, sizes):
+    """A model for decoding alone generates the same tokens, and refuses what it has no parameters for."""
+    given = load(run[0], mesh=sharding.make_mesh(MeshConfig(**sizes)))
+    only = given.decode_only()
+    same_trees(only.decode_params, lm.decode_params)
+    generated = [mtp_jax.generate(model, PROMPTS, max_new_tokens=12).tokens for model in (only, lm)]
+    assert generated[0] == generated[1]
+    for refused in (lambda: only.logits(TOKENS_BT), only.decode_only):
+        with pytest.raises(UserError, match="load it anew"):
+            refused()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_only_of_every_family(kind, dtype):
+    """decode_only's view is `decode_params` bit for bit, cast or not; of the stacked arrays only those are left that
+    the view holds as they are. Breaks without `leaf.delete()`, or where a call of `unstack` lacks its `replace`.
+    """
+    config = small_config({"dtype": dtype, "tie_embeddings": False}, heads_of(kind))
+    make = lambda: LoadedModel(config, random_params(config), None, sharding.make_mesh(MeshConfig()))  # noqa: E731
+    given = make()
+    view = given.decode_only().decode_params
+    same_trees(view, make().decode_params)
+    held = {id(leaf) for leaf in jax.tree.leaves(view)}
+    left = [path for path, leaf in jax.tree_util.tree_leaves_with_path(given.params) if not leaf.is_deleted()]
+    assert [path for path, leaf in jax.tree_util.tree_leaves_with_path(given.params) if id(leaf) in held] == left
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])

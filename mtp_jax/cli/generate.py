@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
-    lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype, **others)
+    lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype, **others).decode_only()
     prompts = _prompts(args)
     options = {
         "max_new_tokens": args.max_new_tokens,

@@ -96,7 +96,7 @@ def evaluate(
     run = jax.jit(functools.partial(eval_step, config, xent_spec(config, mesh)))
     batches = heldout_batches(rows, config.train.batch_size // config.train.grad_accum, limit)
     with jax.set_mesh(mesh):
-        sums = heldout_sums(run, lm.params, batches, sharding.batch_sharding(mesh))
+        sums = heldout_sums(run, lm.stacked_params(), batches, sharding.batch_sharding(mesh))
     answered = None
     if config.data.prompt_tokens:
         documents_BT = np.asarray(rows.tokens).reshape(len(rows.doc_starts), -1)[:MOST_ANSWERS]

@@ -195,10 +195,19 @@ def constrain(x_BTD: jax.Array, length: str | None = LENGTH) -> jax.Array:
     return nn.with_logical_constraint(x_BTD, (BATCH, length, None))
 
 
-def unstack(blocks: Params) -> tuple[Params, ...]:
+Replace = Callable[[Callable[[jax.Array], Any], jax.Array], Any]
+"""`replace(change, leaf)` is change(leaf), after which the leaf itself is not asked for again."""
+
+
+def changed(change: Callable[[jax.Array], Any], leaf: jax.Array) -> Any:
+    """The `Replace` that leaves the leaf alone."""
+    return change(leaf)
+
+
+def unstack(blocks: Params, replace: Replace = changed) -> tuple[Params, ...]:
     """Stacked blocks as one tree per layer, for decoding."""
-    count = jax.tree.leaves(blocks)[0].shape[0]
-    return tuple(jax.tree.map(operator.itemgetter(i), blocks) for i in range(count))
+    leaves, structure = jax.tree.flatten(blocks)
+    return tuple(structure.unflatten(layer) for layer in zip(*(replace(tuple, leaf) for leaf in leaves), strict=True))
 
 
 def decode_blocks(

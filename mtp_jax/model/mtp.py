@@ -7,6 +7,7 @@
 Dropping `params["heads"]` leaves a complete decoder. To the rest of the package the model is `init` and `apply`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -142,21 +143,24 @@ def count_params(config: Config) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def decode_view(config: Config, params: Params) -> Params:
+def decode_view(config: Config, params: Params, replace: lm.Replace = lm.changed) -> Params:
     """Parameters as decoding wants them: one tree per layer and per head, in the compute dtype. Made once at load."""
-    # What multiplies in float32 in training does so here too.
-    whole = ("scale", "bias", "tap_mix")
-    cast = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if path[-1].key in whole else leaf.astype(config.model.dtype), params
-    )
-    cast = with_constants(config, cast)
+    to_compute = functools.partial(jax.lax.convert_element_type, new_dtype=config.model.dtype)
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        # What multiplies in float32 in training does so here too.
+        if path[-1].key in ("scale", "bias", "tap_mix") or leaf.dtype == config.model.dtype:
+            return leaf
+        return replace(to_compute, leaf)
+
+    cast = with_constants(config, jax.tree_util.tree_map_with_path(cast, params))
     view = {name: tree for name, tree in cast.items() if name != "token_order"}
-    view["blocks"] = lm.unstack(cast["blocks"])
+    view["blocks"] = lm.unstack(cast["blocks"], replace)
     if "unembed" in view:
         # Products with few rows read it faster this way round on a CPU.
-        view["unembed"] = {"table_DV": view["unembed"]["table"].T}
+        view["unembed"] = {"table_DV": replace(jnp.transpose, view["unembed"]["table"])}
     if "heads" in params:
-        view["heads"] = base.unstack(config, cast["heads"])
+        view["heads"] = base.unstack(config, cast["heads"], replace)
     return view
 
 

@@ -159,13 +159,13 @@ def end_norm(config: Config, params: Params, states: jax.Array, norm: Params | N
 # Decoding.
 
 
-def unstack(config: Config, heads: Params) -> Params:
+def unstack(config: Config, heads: Params, replace: lm.Replace = lm.changed) -> Params:
     """Head parameters as decoding wants them: tuples over sets, and of blocks over layers."""
     whole = ("tap_mix", "mask_embed")
     view = {name: heads[name] for name in whole if name in heads}
-    view |= {name: lm.unstack(tree) for name, tree in heads.items() if name not in ("blocks", *whole)}
+    view |= {name: lm.unstack(tree, replace) for name, tree in heads.items() if name not in ("blocks", *whole)}
     if "blocks" in heads:
-        flat, n = lm.unstack(heads["blocks"]), config.heads.layers
+        flat, n = lm.unstack(heads["blocks"], replace), config.heads.layers
         view["blocks"] = tuple(flat[i : i + n] for i in range(0, len(flat), n))
     return view
 
