@@ -1,5 +1,6 @@
 """Loads a model for inference: `load(SOURCE)`."""
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -62,24 +63,37 @@ class LoadedModel:
     @functools.cached_property
     def decode_params(self) -> Any:
         """The unstacked view that the decoding engine runs on, made at first use."""
-        return jax.jit(mtp.decode_view, static_argnums=0)(self.config, self.params)
+        return jax.jit(mtp.decode_view, static_argnums=0)(self.config, self.stacked_params())
 
     def decode_only(self) -> "LoadedModel":
-        """This model for decoding alone, its parameters in memory once and not twice.
+        """Gives up `params`, so that a model that decodes is in memory once: they are taken apart one after the other.
 
-        The stacked parameters are taken apart and given up one after the other: `logits`, evaluation and export need
-        the model loaded anew, and this one is not to be used again.
+        `logits`, evaluation and export need the model loaded anew.
+
+        Returns:
+          This model.
         """
-        taken = dataclasses.replace(self, params=None)
-        taken.__dict__["decode_params"] = mtp.decode_view(self.config, self.stacked_params(), _give_up)
-        return taken
+        if "decode_params" not in self.__dict__:
+            self.__dict__["decode_params"] = _taken_apart(self.config, self.stacked_params(), self.mesh)
+        self.__dict__["params"] = None  # Frozen for everybody else.
+        return self
 
 
-def _give_up(change: Callable[[jax.Array], Any], leaf: jax.Array) -> Any:
-    """change(leaf), and the leaf's memory is free before the next one's turn."""
-    result = jax.block_until_ready(jax.jit(change)(leaf))
-    leaf.delete()
-    return result
+def _taken_apart(config: Config, params: Any, mesh: Mesh) -> Any:
+    """`mtp.decode_view` of parameters whose arrays are deleted as soon as the view holds their contents."""
+    uses = collections.Counter(id(leaf) for leaf in jax.tree.leaves(params))
+
+    def give_up(change: Callable[[jax.Array], Any], leaf: jax.Array) -> Any:
+        result = jax.block_until_ready(jax.jit(change)(leaf))
+        if isinstance(leaf, jax.Array) and uses[id(leaf)] < 2:
+            leaf.delete()
+        return result
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        made_here = jax.tree_util.DictKey("constants") in path
+        return jax.device_put(leaf, sharding.replicated(mesh)) if made_here else leaf
+
+    return jax.tree_util.tree_map_with_path(place, mtp.decode_view(config, params, give_up))
 
 
 @functools.partial(jax.jit, static_argnums=0)

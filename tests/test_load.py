@@ -130,14 +130,27 @@ def test_decoding_parameters_are_made_once(lm):
 @pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2}], ids=["one", "mesh"])
 def test_decode_only_keeps_one_copy(run, lm, sizes):
     """A model for decoding alone generates the same tokens, and refuses what it has no parameters for."""
-    given = load(run[0], mesh=sharding.make_mesh(MeshConfig(**sizes)))
-    only = given.decode_only()
-    same_trees(only.decode_params, lm.decode_params)
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    only, usual = load(run[0], mesh=mesh).decode_only(), load(run[0], mesh=mesh).decode_params
+    same_trees(only.decode_params, usual)
+    place = lambda leaf: (leaf.sharding.devices_indices_map(leaf.shape), leaf.committed)  # noqa: E731
+    assert jax.tree.map(place, only.decode_params) == jax.tree.map(place, usual)
     generated = [mtp_jax.generate(model, PROMPTS, max_new_tokens=12).tokens for model in (only, lm)]
     assert generated[0] == generated[1]
-    for refused in (lambda: only.logits(TOKENS_BT), only.decode_only):
+    assert only.decode_only() is only
+    for refused in (lambda: only.logits(TOKENS_BT), lambda: dataclasses.replace(only, tokenizer=None).decode_params):
         with pytest.raises(UserError, match="load it anew"):
             refused()
+
+
+def test_decode_only_of_arrays_that_are_held_twice(lm):
+    """An array that is two parameters, or numpy's, is left alone, and so is a view that was there before."""
+    config = small_config({"tie_embeddings": False})
+    make = lambda change: LoadedModel(config, change(random_params(config)), None, lm.mesh)  # noqa: E731
+    for change in (lambda params: params | {"unembed": params["embed"]}, jax.device_get):
+        same_trees(make(change).decode_only().decode_params, make(change).decode_params)
+    decoded = make(lambda params: params)
+    assert decoded.decode_params is decoded.decode_only().decode_params
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,11 +162,11 @@ def test_decode_only_of_every_family(kind, dtype):
     config = small_config({"dtype": dtype, "tie_embeddings": False}, heads_of(kind))
     make = lambda: LoadedModel(config, random_params(config), None, sharding.make_mesh(MeshConfig()))  # noqa: E731
     given = make()
-    view = given.decode_only().decode_params
+    params, view = given.params, given.decode_only().decode_params
     same_trees(view, make().decode_params)
     held = {id(leaf) for leaf in jax.tree.leaves(view)}
-    left = [path for path, leaf in jax.tree_util.tree_leaves_with_path(given.params) if not leaf.is_deleted()]
-    assert [path for path, leaf in jax.tree_util.tree_leaves_with_path(given.params) if id(leaf) in held] == left
+    left = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not leaf.is_deleted()]
+    assert [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if id(leaf) in held] == left
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
