@@ -153,14 +153,14 @@ def decode_view(config: Config, params: Params, replace: lm.Replace = lm.changed
             return leaf
         return replace(to_compute, leaf)
 
-    cast = with_constants(config, jax.tree_util.tree_map_with_path(cast, params))
-    view = {name: tree for name, tree in cast.items() if name != "token_order"}
-    view["blocks"] = lm.unstack(cast["blocks"], replace)
+    params = with_constants(config, jax.tree_util.tree_map_with_path(cast, params))
+    view = {name: tree for name, tree in params.items() if name != "token_order"}
+    view["blocks"] = lm.unstack(params["blocks"], replace)
     if "unembed" in view:
         # Products with few rows read it faster this way round on a CPU.
         view["unembed"] = {"table_DV": replace(jnp.transpose, view["unembed"]["table"])}
     if "heads" in params:
-        view["heads"] = base.unstack(config, cast["heads"], replace)
+        view["heads"] = base.unstack(config, params["heads"], replace)
     return view
 
 
