@@ -32,6 +32,19 @@ def test_bench_loss(capsys):
     assert "fused" in printed and "naive  " not in printed
 
 
+def test_weightless_share():
+    """The share that was asked for weighs nothing; states that are no numbers there harm `fused` and not `skip`.
+
+    Breaks if the share is that of the tokens that count, or if `skip` is measured with every token.
+    """
+    args = loss.Args(heads=2, vocab=8, tokens=2000, width=4, weightless=0.75)
+    hidden_MBTD, *others, weights_MBT = loss.make_arrays(args, 4, 500)
+    assert np.mean(weights_MBT == 0) == pytest.approx(0.75, abs=0.03)
+    hidden_MBTD = jax.numpy.where(weights_MBT[..., None] == 0, np.nan, hidden_MBTD)
+    finite = {name: np.isfinite(loss.form(name, args)(hidden_MBTD, *others, weights_MBT)) for name in ("fused", "skip")}
+    assert finite == {"fused": False, "skip": True}
+
+
 @pytest.mark.parametrize("name", loss.FORMS)
 def test_forms_are_one_loss(name):
     """Every form's gradients equal those by the formula in float64, weights included.
@@ -69,6 +82,7 @@ def test_bench_train(tmp_path, capsys):
 BAD = {
     "no tokens": (["loss", "--tokens", "0"], "--tokens is 0; it must be at least 1"),
     "ragged rows": (["loss", "--tokens", "10"], "--tokens 10 do not divide into --rows 4 rows"),
+    "all weightless": (["loss", "--weightless", "1"], "--weightless is 1; it must be at least 0 and below 1"),
     "no config": (["train"], "mtp bench train needs a config file"),
     "no runs": (["train", "configs/tiny.py", "--runs", "0"], "--runs is 0; it must be at least 1"),
     "nothing": ([], "mtp bench got nothing; what to measure is one of decode, loss, train"),

@@ -1,8 +1,9 @@
-"""`mtp bench loss`: value and gradient of the multi-token loss in four forms, against the bare matrix products.
+"""`mtp bench loss`: value and gradient of the multi-token loss in five forms, against the bare matrix products.
 
 The forms: `naive` holds the logits of all heads, `optax` does too and takes its cross-entropy of them, `remat` puts a
-checkpoint around each chunk of logits, `fused` is what training uses. The floor is the time of square matrix products
-of as many operations as three products of states and unembedding take.
+checkpoint around each chunk of logits, `fused` is our op over every token, `skip` the same without tokens that weigh
+nothing, as training runs it. The floor is the time of square matrix products of as many operations as three products of
+every token's states and the unembedding take.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from mtp_jax.losses.xent import XentSpec, fused_xent, remat_xent
 from mtp_jax.train.objective import xent_spec
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-FORMS = ("naive", "optax", "remat", "fused")
+FORMS = ("naive", "optax", "remat", "fused", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +50,12 @@ class Args:
     """D, width of the states."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of states and unembedding."""
-    forms: tuple[Literal["naive", "optax", "remat", "fused"], ...] = FORMS
+    weightless: float = 0.125
+    """Share of the tokens that weigh nothing, as prompts in fine-tuning do."""
+    forms: tuple[Literal["naive", "optax", "remat", "fused", "skip"], ...] = FORMS
     """Which of them."""
     chunk_bytes: int = 0
-    """`loss.chunk_bytes` of remat and fused; 0 is what training takes here."""
+    """`loss.chunk_bytes` of remat, fused and skip; 0 is what training takes here."""
     runs: int = 5
     """Timed turns, in each of which every form runs once; medians count."""
     budget: float = 120.0
@@ -64,7 +67,7 @@ class Args:
 
     @property
     def flops(self) -> float:
-        """Operations of value and gradient: three products per head and token."""
+        """Operations of value and gradient: three products per head and token, weightless or not."""
         return 3 * 2.0 * self.heads * self.tokens * self.width * self.vocab
 
 
@@ -78,6 +81,8 @@ def main(argv: list[str]) -> None:
     if not args.forms:
         raise UserError(f"--forms is empty; give some of {', '.join(FORMS)}")
     ModelConfig(vocab_size=args.vocab)  # refuses what no model may have
+    if not 0 <= args.weightless < 1:
+        raise UserError(f"--weightless is {args.weightless:g}; it must be at least 0 and below 1")
     if args.tokens % args.rows:
         raise UserError(f"--tokens {args.tokens} do not divide into --rows {args.rows} rows")
     say(f"{', '.join(args.forms)} and the floor, {args.runs} turns")
@@ -128,21 +133,25 @@ def _fits(compiled: Any) -> bool:
 
 
 def make_arrays(args: Args, rows: int, length: int) -> tuple[jax.Array, ...]:
-    """States, unembedding, targets and weights; logits have a variance of 1, one token in eight weighs nothing."""
+    """States, unembedding, targets and weights; logits have a variance of 1."""
     hidden_key, table_key, target_key, weight_key = jax.random.split(jax.random.key(0), 4)
     shape = (args.heads, rows, length)
     hidden_MBTD = jax.random.normal(hidden_key, (*shape, args.width), args.dtype)
     table_VD = jax.random.normal(table_key, (args.vocab, args.width), args.dtype) * args.width**-0.5
     targets_MBT = jax.random.randint(target_key, shape, 0, args.vocab)
-    weights_MBT = (jax.random.uniform(weight_key, shape) > 1 / 8) / (rows * length)
+    weights_MBT = (jax.random.uniform(weight_key, shape) >= args.weightless) / (rows * length)
     return hidden_MBTD, table_VD, targets_MBT, weights_MBT.astype(jnp.float32)
 
 
 def form(name: str, args: Args) -> Loss:
     """The loss in one of the forms, a function of states, unembedding, targets and weights."""
-    if name in ("remat", "fused"):
-        spec, op = XentSpec(chunk_bytes=_chunk_bytes(args)), {"remat": remat_xent, "fused": fused_xent}[name]
-        return lambda hidden, table, targets, weights: op(hidden, table, targets, weights, spec).loss
+    spec = XentSpec(chunk_bytes=_chunk_bytes(args))
+
+    def chunked(
+        hidden_MBTD: jax.Array, table_VD: jax.Array, targets_MBT: jax.Array, weights_MBT: jax.Array
+    ) -> jax.Array:
+        op, wanted = remat_xent if name == "remat" else fused_xent, weights_MBT != 0 if name == "skip" else None
+        return op(hidden_MBTD, table_VD, targets_MBT, weights_MBT, spec, wanted_MBT=wanted).loss
 
     def whole(hidden_MBTD: jax.Array, table_VD: jax.Array, targets_MBT: jax.Array, weights_MBT: jax.Array) -> jax.Array:
         z_MBTV = jnp.einsum("MBTD,VD->MBTV", hidden_MBTD, table_VD, preferred_element_type=jnp.float32)
@@ -153,7 +162,7 @@ def form(name: str, args: Args) -> Loss:
             ce_MBT = -jnp.take_along_axis(log_probs_MBTV, targets_MBT[..., None], axis=-1)[..., 0]
         return jnp.sum(weights_MBT * ce_MBT)
 
-    return whole
+    return whole if name in ("naive", "optax") else chunked
 
 
 def _chunk_bytes(args: Args) -> int:
@@ -167,7 +176,8 @@ def gradient_error(args: Args, name: str) -> float:
     found = jax.jit(jax.grad(form(name, args), (0, 1)))(*arrays)
     errors = []
     for ours, exact in zip(found, exact_gradients(*arrays), strict=True):
-        errors.append(np.linalg.norm(np.asarray(ours, np.float64) - exact) / np.linalg.norm(exact))
+        size = np.linalg.norm(exact) or 1.0  # 0 where no token weighs anything
+        errors.append(np.linalg.norm(np.asarray(ours, np.float64) - exact) / size)
     return float(max(errors))
 
 
@@ -207,8 +217,9 @@ def _print(result: dict[str, Any], args: Args) -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     console.print(table)
     console.print(
-        f"\n{args.heads} heads, {args.tokens:,} tokens, width {args.width:,}, vocabulary {args.vocab:,}, {args.dtype}; "
-        f"{result['flops'] / 1e9:,.0f} GFLOP, {result['turns']} turns, {result['device']}, jax {result['jax']}\n"
+        f"\n{args.heads} heads, {args.tokens:,} tokens ({args.weightless:.1%} weightless), width {args.width:,}, "
+        f"vocabulary {args.vocab:,}, {args.dtype}; {result['flops'] / 1e9:,.0f} GFLOP, {result['turns']} turns, "
+        f"{result['device']}, jax {result['jax']}\n"
         "floor: square matrix products of as many operations; ratios are medians over turns; a form without seconds "
         "needs more memory than is free"
     )
