@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens"
         + (f", {rows.bytes_ / 1e6:.2f} MB" if rows.bytes_ else "")
     )
-    result = evaluate(lm, rows, progress=say)
+    result = evaluate(lm, rows, progress=say, keep_params=False)
     page = write_page(directory, f"{args.source} on {source}", result, [], {})
     if args.json:
         print_json(result.as_json() | {"report": str(page)})

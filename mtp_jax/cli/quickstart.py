@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         if args.json:
             print_json({"finished": False, "step": result.step, "workdir": str(workdir)})
         raise SystemExit(128 + signal.Signals[result.stopped_by])
-    evaluation = evaluate(load(workdir), result.corpus.heldout, progress=say)
+    evaluation = evaluate(load(workdir), result.corpus.heldout, progress=say, keep_params=False)
     facts = {"parameters": f"{count_params(config):,}"}
     if result.first_step == 0:
         # A continued run has been trained for longer than this process knows.

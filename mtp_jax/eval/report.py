@@ -76,7 +76,12 @@ class Evaluation:
 
 
 def evaluate(
-    lm: LoadedModel, rows: PackedRows, *, limit: int = 0, progress: Callable[[str], None] = lambda _: None
+    lm: LoadedModel,
+    rows: PackedRows,
+    *,
+    limit: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+    keep_params: bool = True,
 ) -> Evaluation:
     """Evaluates a model on held-out rows: loss and accuracy by head, then drafted against plain decoding.
 
@@ -85,6 +90,8 @@ def evaluate(
       rows: held-out rows.
       limit: most rows for the losses; 0 is all. Bits per byte need all.
       progress: is told what is going on.
+      keep_params: False gives up `lm.params` before it decodes, so that a large model is in memory once; see
+        `LoadedModel.decode_only`.
 
     Raises:
       UserError: the model's run has prompts (data.prompt_tokens), and the rows cut documents.
@@ -102,6 +109,8 @@ def evaluate(
         documents_BT = np.asarray(rows.tokens).reshape(len(rows.doc_starts), -1)[:MOST_ANSWERS]
         progress(f"answers of {len(documents_BT)} documents")
         answered = answers(lm, documents_BT)
+    if not keep_params:
+        lm.decode_only()
     room = count_prompts(rows, settings.prompt_tokens + settings.max_new_tokens)
     # A teacherless model is no generator.
     wanted = settings.num_prompts if config.loss.teacherless < 0 else 0

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.decoding import CONFIG, model, plain, slow_greedy
@@ -58,6 +60,17 @@ def test_limit():
     result = evaluate(model("random"), rows, limit=2)
     np.testing.assert_allclose(result.sums.ce_M, direct_sums(model("random"), few).ce_M, rtol=1e-5)
     assert result.bits_per_byte is None and result.as_json()["bits_per_byte"] is None
+
+
+def test_keep_params():
+    """A model that gives up its stacked parameters is evaluated alike, and then has none; without being asked it keeps
+    them. Breaks when they are given up before the losses, or by default."""
+    usual = model("random")
+    lm = dataclasses.replace(usual, params=jax.tree.map(jnp.copy, usual.params))
+    result, expected = evaluate(lm, heldout(), keep_params=False), evaluation()
+    np.testing.assert_array_equal(result.sums.ce_M, expected.sums.ce_M)
+    assert result.decoding.drafted.tokens == expected.decoding.drafted.tokens
+    assert lm.params is None and usual.params is not None
 
 
 def test_decoding():
