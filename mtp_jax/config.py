@@ -64,8 +64,14 @@ class Config:
     decode: DecodeConfig = DecodeConfig()
 
     def __post_init__(self) -> None:
-        model, heads, loss, data = self.model, self.heads, self.loss, self.data
-        train, decode = self.train, self.decode
+        self._check_rows()
+        self._check_heads()
+        self._check_training()
+        self._check_mesh()
+
+    def _check_rows(self) -> None:
+        """Lengths of rows, prompts and outputs."""
+        model, heads, data, decode = self.model, self.heads, self.data, self.decode
         require(
             heads.num_future < data.seq_len,
             f"heads.num_future={heads.num_future} needs rows longer than that, but data.seq_len={data.seq_len}; "
@@ -76,6 +82,23 @@ class Config:
             f"data.seq_len={data.seq_len} is above model.max_seq_len={model.max_seq_len}",
         )
         require(
+            data.seq_len >= heads.mask_stride,
+            f"heads.mask_stride={heads.mask_stride} is above data.seq_len={data.seq_len}",
+        )
+        require(
+            data.prompt_tokens < data.seq_len,
+            f"data.prompt_tokens={data.prompt_tokens} leaves nothing to learn of rows of data.seq_len={data.seq_len}",
+        )
+        longest = decode.prompt_tokens + decode.max_new_tokens
+        require(
+            longest <= model.max_seq_len,
+            f"decode.prompt_tokens + decode.max_new_tokens = {longest} is above model.max_seq_len={model.max_seq_len}",
+        )
+
+    def _check_heads(self) -> None:
+        """Heads that the model can carry, and drafts that they can make."""
+        model, heads, decode = self.model, self.heads, self.decode
+        require(
             -model.num_layers <= heads.tap <= model.num_layers,
             f"heads.tap={heads.tap} is no layer of a model with model.num_layers={model.num_layers}; "
             f"use -{model.num_layers}..{model.num_layers} (-1 is the input of the last block)",
@@ -85,6 +108,33 @@ class Config:
             f"heads.init_block={heads.init_block} is no block of a model with model.num_layers={model.num_layers}; "
             f"use -{model.num_layers}..{model.num_layers - 1}",
         )
+        require(
+            heads.lora_rank == 0 or model.num_experts == 0,
+            f"heads.lora_rank={heads.lora_rank} with model.num_experts={model.num_experts}: LoRA of experts is not "
+            "implemented; use lora_rank=0",
+        )
+        require(
+            heads.lora_rank == 0 or model.gated,
+            f"heads.lora_rank={heads.lora_rank} with model.gated=False: LoRA of ungated layers is not implemented; use "
+            "lora_rank=0",
+        )
+        require(
+            heads.draft or heads.num_future == 1 or decode.num_draft < 1,
+            f"decode.num_draft={decode.num_draft}, but heads.kind={heads.kind!r} drafts nothing; use 0 or -1",
+        )
+        require(
+            heads.input_norm or model.norm_position == "pre",
+            f"heads.input_norm=False needs blocks with model.norm_position='pre', not {model.norm_position!r}",
+        )
+        require(
+            decode.num_draft < heads.num_future,
+            f"decode.num_draft={decode.num_draft}, but heads.num_future={heads.num_future} heads draft at most "
+            f"{heads.num_future - 1} tokens",
+        )
+
+    def _check_training(self) -> None:
+        """Objectives and what they train."""
+        model, heads, loss, data, train = self.model, self.heads, self.loss, self.data, self.train
         require(
             len(loss.head_weights) in (0, heads.num_future),
             f"loss.head_weights has {len(loss.head_weights)} values for heads.num_future={heads.num_future} heads; "
@@ -97,16 +147,6 @@ class Config:
         require(
             train.trainable == "all" or heads.kind != "registers",
             "train.trainable='heads' with heads.kind='registers' trains nothing that is used afterwards; train all",
-        )
-        require(
-            heads.lora_rank == 0 or model.num_experts == 0,
-            f"heads.lora_rank={heads.lora_rank} with model.num_experts={model.num_experts}: LoRA of experts is not "
-            "implemented; use lora_rank=0",
-        )
-        require(
-            heads.lora_rank == 0 or model.gated,
-            f"heads.lora_rank={heads.lora_rank} with model.gated=False: LoRA of ungated layers is not implemented; use "
-            "lora_rank=0",
         )
         extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
         require(
@@ -125,18 +165,6 @@ class Config:
             f"{heads.num_future - 1} extra heads; 0 trains all of them",
         )
         require(
-            heads.draft or heads.num_future == 1 or decode.num_draft < 1,
-            f"decode.num_draft={decode.num_draft}, but heads.kind={heads.kind!r} drafts nothing; use 0 or -1",
-        )
-        require(
-            heads.input_norm or model.norm_position == "pre",
-            f"heads.input_norm=False needs blocks with model.norm_position='pre', not {model.norm_position!r}",
-        )
-        require(
-            data.seq_len >= heads.mask_stride,
-            f"heads.mask_stride={heads.mask_stride} is above data.seq_len={data.seq_len}",
-        )
-        require(
             train.trainable == "all" or not loss.token_order,
             f"loss.token_order={loss.token_order} trains the model's own states; use train.trainable='all', or 0",
         )
@@ -149,37 +177,27 @@ class Config:
             "loss.teacherless replaces what follows the prompt; say with data.prompt_tokens how long prompts are",
         )
         require(
-            data.prompt_tokens < data.seq_len,
-            f"data.prompt_tokens={data.prompt_tokens} leaves nothing to learn of rows of data.seq_len={data.seq_len}",
-        )
-        require(
-            decode.num_draft < heads.num_future,
-            f"decode.num_draft={decode.num_draft}, but heads.num_future={heads.num_future} heads draft at most "
-            f"{heads.num_future - 1} tokens",
-        )
-        require(
             self.optim.name != "schedule_free" or model.param_dtype == "float32",
             f"optim.name='schedule_free' with model.param_dtype={model.param_dtype!r}: an average of many steps needs "
             "float32; use model.param_dtype='float32'",
         )
-        longest = decode.prompt_tokens + decode.max_new_tokens
-        require(
-            longest <= model.max_seq_len,
-            f"decode.prompt_tokens + decode.max_new_tokens = {longest} is above model.max_seq_len={model.max_seq_len}",
-        )
+
+    def _check_mesh(self) -> None:
+        """What is split over devices divides over them."""
+        data, train, mesh = self.data, self.train, self.mesh
         micro = train.batch_size // train.grad_accum
-        rows = max(self.mesh.data, 1) * max(self.mesh.fsdp, 1)
+        rows = max(mesh.data, 1) * max(mesh.fsdp, 1)
         require(
             micro % rows == 0,
             f"a micro-batch of {micro} rows (train.batch_size / train.grad_accum) does not divide over "
             f"mesh.data * mesh.fsdp = {rows} devices",
         )
-        context = max(self.mesh.context, 1)
+        context = max(mesh.context, 1)
         require(
             data.seq_len % context == 0,
             f"data.seq_len={data.seq_len} does not divide over mesh.context={context} devices",
         )
-        check_divisible(self, max(self.mesh.fsdp, 1) * context, max(self.mesh.tensor, 1))
+        check_divisible(self, max(mesh.fsdp, 1) * context, max(mesh.tensor, 1))
 
     @property
     def tap(self) -> int:
