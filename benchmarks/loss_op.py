@@ -57,18 +57,8 @@ def main() -> None:
             rows.append((*line, "floor", f"{result['floor_seconds']:.3f}", *["-"] * 4))
     flat = ", ".join(f"{max(sizes) / min(sizes):.3f} at V = {vocab:,}" for vocab, sizes in temporaries.items())
     note = f"Fused temporaries, most over least of M = {', '.join(map(str, args.heads))}: {flat}."
-    columns = (
-        "V",
-        "M",
-        "tokens",
-        "turns",
-        "form",
-        "s",
-        "over floor",
-        "naive over it",
-        "temporaries, MB",
-        "gradient error",
-    )
+    figures = ("s", "over floor", "naive over it", "temporaries, MB", "gradient error")
+    columns = ("V", "M", "tokens", "turns", "form", *figures)
     Report("The loss op by vocabulary and heads", columns, rows, note).publish(
         args.results, jax.devices()[0].device_kind
     )

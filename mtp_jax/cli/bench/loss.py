@@ -27,7 +27,8 @@ from mtp_jax.cli.common import parse, print_json, say
 from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.errors import UserError
-from mtp_jax.losses.xent import XentSpec, fused_xent, remat_xent
+from mtp_jax.losses.mtp import mtp_loss
+from mtp_jax.losses.xent import XentSpec
 from mtp_jax.train.objective import xent_spec
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -145,13 +146,10 @@ def make_arrays(args: Args, rows: int, length: int) -> tuple[jax.Array, ...]:
 
 def form(name: str, args: Args) -> Loss:
     """The loss in one of the forms, a function of states, unembedding, targets and weights."""
-    spec = XentSpec(chunk_bytes=_chunk_bytes(args))
-
-    def chunked(
-        hidden_MBTD: jax.Array, table_VD: jax.Array, targets_MBT: jax.Array, weights_MBT: jax.Array
-    ) -> jax.Array:
-        op, wanted = remat_xent if name == "remat" else fused_xent, weights_MBT != 0 if name == "skip" else None
-        return op(hidden_MBTD, table_VD, targets_MBT, weights_MBT, spec, wanted_MBT=wanted).loss
+    if name in ("remat", "fused", "skip"):
+        spec, scale_M = XentSpec(chunk_bytes=_chunk_bytes(args)), jnp.ones(args.heads)
+        impl = "remat" if name == "remat" else "fused"
+        return lambda *arrays: mtp_loss(*arrays, scale_M, spec, impl, skip=name == "skip")[0]
 
     def whole(hidden_MBTD: jax.Array, table_VD: jax.Array, targets_MBT: jax.Array, weights_MBT: jax.Array) -> jax.Array:
         z_MBTV = jnp.einsum("MBTD,VD->MBTV", hidden_MBTD, table_VD, preferred_element_type=jnp.float32)
@@ -162,7 +160,7 @@ def form(name: str, args: Args) -> Loss:
             ce_MBT = -jnp.take_along_axis(log_probs_MBTV, targets_MBT[..., None], axis=-1)[..., 0]
         return jnp.sum(weights_MBT * ce_MBT)
 
-    return whole if name in ("naive", "optax") else chunked
+    return whole
 
 
 def _chunk_bytes(args: Args) -> int:
