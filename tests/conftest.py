@@ -1,6 +1,10 @@
 """A strict environment for every test: eight fake CPU devices, f32 matrix products at full precision, no implicit
-rank promotion, warnings as errors (pyproject.toml), and a compilation cache kept between runs."""
+rank promotion, warnings as errors (pyproject.toml), and a compilation cache kept between runs.
 
+Tests stand in three tiers: the default one has every equation once, on the smallest case that can break it; `grid` has
+the other variants and settings; `slow` has what takes minutes."""
+
+import gc
 import os
 import pathlib
 import tempfile
@@ -32,6 +36,25 @@ CACHE = pathlib.Path(os.environ.get("MTP_JAX_TEST_CACHE", tempfile.gettempdir())
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Behind the settings above: these modules make arrays when they are imported.
+from reference.shared import shared_steps  # noqa: E402
+
+from mtp_jax.train import loop  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is slow stays out of the grid, also where another parameter of it is marked so."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "grid"]
+
+
+def pytest_collection_finish():
+    """Takes what was imported out of the garbage collector's sight: tracing makes it look at everything again."""
+    gc.collect()
+    gc.freeze()
+
 
 MOST_MAPPINGS = 20_000
 """Every compiled program holds some dozens of a process's memory mappings, of which Linux allows 65,530 by default."""
@@ -44,6 +67,14 @@ def drop_programs():
     mappings = pathlib.Path("/proc/self/maps")
     if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def share_programs_of_runs():
+    """Runs of one shape take one program; see `reference.shared`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_steps", shared_steps)
+        yield
 
 
 @pytest.fixture

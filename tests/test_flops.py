@@ -11,6 +11,7 @@ from jax.interpreters import partial_eval
 from reference.families import KINDS, SETTINGS, heads_of
 from reference.jaxprs import product_flops
 from reference.stepping import batch_of
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
@@ -18,6 +19,8 @@ from mtp_jax.flops import step_flops
 from mtp_jax.train.objective import xent_spec
 from mtp_jax.train.state import init_state
 from mtp_jax.train.step import train_step
+
+ALONE = [*(kind for kind in KINDS if kind != "registers"), "masks, with LoRA and own ends"]
 
 
 def traced_flops(config):
@@ -35,7 +38,7 @@ def assert_counted(config):
     np.testing.assert_allclose(formula, traced_flops(config), rtol=1e-12)
 
 
-@pytest.mark.parametrize("family", SETTINGS)
+@pytest.mark.parametrize("family", sampled(SETTINGS, "medusa", "recursive", "masks, with LoRA and own ends"))
 def test_formula_counts_the_traced_step(family):
     """step_flops(computed=True) = 2 m n k over every dot of the step's jaxpr, to the last operation, for every family.
 
@@ -44,7 +47,7 @@ def test_formula_counts_the_traced_step(family):
     assert_counted(tiny_config(heads={"num_future": 3} | heads_of(family)))
 
 
-@pytest.mark.parametrize("family", [*[kind for kind in KINDS if kind != "registers"], "masks, with LoRA and own ends"])
+@pytest.mark.parametrize("family", sampled(ALONE, "sequential"))
 def test_formula_counts_heads_alone(family):
     """The same where only the heads learn. Breaks with LEARNED in the place of READ for the trunk."""
     assert_counted(tiny_config(heads={"num_future": 3} | heads_of(family), train={"trainable": "heads"}))
@@ -61,10 +64,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("sections", OTHERS.values(), ids=OTHERS)
-def test_formula_counts_other_settings(sections):
+@pytest.mark.parametrize("name", sampled(OTHERS, "distil", "heads with own ends, frozen"))
+def test_formula_counts_other_settings(name):
     """The same for what else changes the products. Breaks without the teacher's logits in `_logits`."""
-    assert_counted(tiny_config(**sections))
+    assert_counted(tiny_config(**OTHERS[name]))
 
 
 def test_recomputation_is_not_counted():

@@ -13,6 +13,7 @@ import pytest
 from reference.decoding import compilations, slow_greedy
 from reference.families import KINDS, heads_of
 from reference.models import random_params, small_config
+from reference.tiers import sampled
 from reference.tiny import tiny_config, write_text
 
 import mtp_jax
@@ -127,7 +128,7 @@ def test_decoding_parameters_are_made_once(lm):
     assert lm.decode_params is lm.decode_params
 
 
-@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2}], ids=["one", "mesh"])
+@pytest.mark.parametrize("sizes", sampled([{}, {"fsdp": 2, "tensor": 2}], {}), ids=["one", "mesh"])
 def test_decode_only_keeps_one_copy(run, lm, sizes):
     """A model for decoding alone generates the same tokens, and refuses what it has no parameters for."""
     mesh = sharding.make_mesh(MeshConfig(**sizes))
@@ -153,8 +154,8 @@ def test_decode_only_of_arrays_that_are_held_twice(lm):
     assert decoded.decode_params is decoded.decode_only().decode_params
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", sampled(KINDS, "sequential"))
+@pytest.mark.parametrize("dtype", sampled(["float32", "bfloat16"], "bfloat16"))
 def test_decode_only_of_every_family(kind, dtype):
     """decode_only's view is `decode_params` bit for bit, cast or not; of the stacked arrays only those are left that
     the view holds as they are. Breaks without `leaf.delete()`, or where a call of `unstack` lacks its `replace`.
@@ -169,7 +170,7 @@ def test_decode_only_of_every_family(kind, dtype):
     assert [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if id(leaf) in held] == left
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", None])
+@pytest.mark.parametrize("dtype", sampled(["bfloat16", "float32", None], "bfloat16"))
 def test_dtype(run, dtype):
     """Parameters are the saved ones rounded once, activations follow, logits stay float32. Breaks without
     `param_dtype=dtype`, or `dtype=dtype`."""
@@ -283,6 +284,7 @@ def test_mesh_places_parameters(on_mesh, run):
     same_trees(on_mesh.params, run[2])
 
 
+@pytest.mark.grid
 def test_mesh_changes_no_result(on_mesh, run, lm):
     """logits and generated tokens on eight devices = those on one."""
     np.testing.assert_allclose(on_mesh.logits(TOKENS_BT), direct_logits(*run[1:], TOKENS_BT), atol=1e-5)

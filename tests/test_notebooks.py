@@ -25,6 +25,7 @@ TINY = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.filterwarnings("default")  # warnings of the Jupyter client are not ours
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path):

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from reference.tiers import sampled
 
 from mtp_jax.cli import run
 from mtp_jax.cli.bench import loss, timing
@@ -45,7 +46,7 @@ def test_weightless_share():
     assert finite == {"fused": False, "skip": True}
 
 
-@pytest.mark.parametrize("name", loss.FORMS)
+@pytest.mark.parametrize("name", sampled(loss.FORMS, "skip"))
 def test_forms_are_one_loss(name):
     """Every form's gradients equal those by the formula in float64, weights included.
 
@@ -59,6 +60,7 @@ def test_forms_are_one_loss(name):
     assert loss.gradient_error(args, name) < 1e-5
 
 
+@pytest.mark.grid
 def test_bench_train(tmp_path, capsys):
     """Speed times operations per token is operations per second; overrides count; operations are `step_flops`.
 

@@ -1,4 +1,4 @@
-"""A trained model of ours with heads that transformers can draft with, and its trunk as a Hugging Face directory."""
+"""Models of ours with heads that transformers can draft with, and their trunks as Hugging Face directories."""
 
 import json
 
@@ -29,19 +29,38 @@ def finished():
     return run
 
 
+def settings_of(text, steps):
+    """Steps of a run, saved and logged at its end."""
+    train = {"steps": steps, "batch_size": 16, "checkpoint_every": steps, "log_every": steps}
+    return tiny_config(text, model=MODEL, heads=SEQUENTIAL, train=train, data={"seq_len": 64})
+
+
+@pytest.fixture(scope="session")
+def fresh(text, finished, tmp_path_factory):
+    """A run of one step, for what does not depend on what a model has learned."""
+    return finished(settings_of(text, 1), tmp_path_factory.mktemp("fresh") / "run")
+
+
 @pytest.fixture(scope="session")
 def trained(text, finished, tmp_path_factory):
     """A run long enough for its heads to be right now and then."""
-    settings = {"steps": 120, "batch_size": 16, "checkpoint_every": 120, "log_every": 120}
-    config = tiny_config(text, model=MODEL, heads=SEQUENTIAL, train=settings, data={"seq_len": 64})
-    return finished(config, tmp_path_factory.mktemp("trained") / "run")
+    return finished(settings_of(text, 120), tmp_path_factory.mktemp("trained") / "run")
 
 
 @pytest.fixture(scope="session")
-def hub(trained, tmp_path_factory):
-    """A Hugging Face directory without heads, with a chat template and a generation config."""
-    out = tmp_path_factory.mktemp("hub") / "model"
-    mtp_jax.export_model(mtp_jax.load(trained), out, form="none", notify=str)
+def hub(fresh, tmp_path_factory):
+    """`fresh` as a Hugging Face directory without heads, with a chat template and a generation config."""
+    return as_hub(fresh, tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture(scope="session")
+def trained_hub(trained, tmp_path_factory):
+    """The same of `trained`."""
+    return as_hub(trained, tmp_path_factory.mktemp("trained hub") / "model")
+
+
+def as_hub(run, out):
+    mtp_jax.export_model(mtp_jax.load(run), out, form="none", notify=str)
     (out / "chat_template.jinja").write_text(CHAT)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 9], "do_sample": False}))
     return out

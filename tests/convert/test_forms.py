@@ -24,6 +24,7 @@ from reference.head_files import (
     make_trunk,
     quiet,
 )
+from reference.tiers import sampled
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 from transformers.modeling_layers import MtpModel
 
@@ -41,7 +42,7 @@ def made(trunk, tmp_path_factory):
     return Cases(trunk, tmp_path_factory.mktemp("made"))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, "mtp, hidden first", "eagle", "medusa", "meta"))
 def test_logits(made, trunk, name):
     """Logits of every head = the published formula, wherever the tokens that it reads are there. Breaks with any
     setting of `Form.heads`, or any name, that is not as published, and when `overruled` ignores the record."""
@@ -138,7 +139,7 @@ class LlamaWithHeads(LlamaForCausalLM):
     _keys_to_ignore_on_load_unexpected = (r"mtp\..*", r"model\.layers\.[3-9]\..*")
 
 
-@pytest.mark.parametrize("name", ["mtp", "mtp, hidden first", "deepseek"])
+@pytest.mark.parametrize("name", sampled(["mtp", "mtp, hidden first", "deepseek"], "mtp, hidden first"))
 def test_transformers_reads_what_we_write(made, tmp_path, name):
     """transformers loads our directory, trunk and heads, and has our logits. Breaks with a wrong name, a missing field
     of the config, or a transposed matrix."""
@@ -192,7 +193,7 @@ def check_there_and_back(case, lm, trunk_tensors, tmp_path):
     assert [(again / file).read_bytes() for file in files] == [(out / file).read_bytes() for file in files]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, "mtp, hidden first", "meta"))
 def test_there_and_back(made, trunk, tmp_path, name):
     """load(export(load(files))) = load(files), and the files too, bit for bit, with and without `import_model` between.
     Breaks without the record beside the heads, and without the tensors that repeat others."""
@@ -200,7 +201,7 @@ def test_there_and_back(made, trunk, tmp_path, name):
     check_there_and_back(case, case.lm, {} if name == "meta" else trunk.tensors, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mtp", "deepseek", "caft", "meta"])
+@pytest.mark.parametrize("name", sampled(["mtp", "deepseek", "caft", "meta"], "meta"))
 def test_bfloat16_stays(trunk, tmp_path, name):
     """There and back in bfloat16: read so, kept so. Breaks with float32 in `_with_dtype` or `_dtype_of`."""
     narrow = trunk._replace(tensors={name: x.bfloat16() for name, x in trunk.tensors.items()})
@@ -214,7 +215,7 @@ def test_bfloat16_stays(trunk, tmp_path, name):
     check_there_and_back(case, lm, {} if name == "meta" else narrow.tensors, tmp_path)
 
 
-@pytest.mark.parametrize("wide", ["trunk", "heads"])
+@pytest.mark.parametrize("wide", sampled(["trunk", "heads"], "trunk"))
 def test_heads_in_another_precision(trunk, tmp_path, wide):
     """Heads beside a trunk of another dtype: both are the very numbers, and go back as they came. Breaks when
     `_with_dtype` looks at the trunk alone, or export takes one dtype for all."""
@@ -230,6 +231,7 @@ def test_heads_in_another_precision(trunk, tmp_path, wide):
     check_there_and_back(Loaded(source, heads_from, tensors, lm), lm, trunk.tensors, tmp_path)
 
 
+@pytest.mark.grid
 def test_repetitions_as_they_came(trunk, tmp_path):
     """DeepSeek's heads without copies of the model's matrices stay without; where other heads take their place, or
     none, no copy stays behind. Breaks without the first, or the second, comprehension of `head_writer.repeated`."""
@@ -245,6 +247,7 @@ def test_repetitions_as_they_came(trunk, tmp_path):
     assert written.keys() - trunk.tensors.keys() == {name for name in MANIFESTS["deepseek"] if ".layers.3." in name}
 
 
+@pytest.mark.grid
 def test_other_heads_leave_no_trace(made, trunk, tmp_path):
     """config.json speaks of the heads that are written, not of those that were there: hidden-first `mtp` heads whose
     place fresh ones take, or that are left out. Breaks when `_with_head_fields` keeps HEAD_FIELDS."""
@@ -264,6 +267,7 @@ def test_qwen_families_name_the_count(trunk, tmp_path):
     assert {name: fields[name] for name in HEAD_FIELDS & fields.keys()} == {"num_nextn_predict_layers": 1}
 
 
+@pytest.mark.grid
 def test_every_trunk_reads_its_own_heads(tmp_path):
     """CAFT's form over a trunk whose layers have other names (GPT-NeoX): there and back. Breaks with a mark of the form
     that knows Llama's names alone."""

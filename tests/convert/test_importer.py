@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 import mtp_jax
@@ -41,37 +42,39 @@ def same_trees(one, other):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
 
 
-def test_the_trunk_is_a_plain_checkpoint(trained, hub):
+@pytest.mark.grid
+def test_the_trunk_is_a_plain_checkpoint(trained, trained_hub):
     """transformers finds the tokens of ours, and splits text as ours does; nothing of the heads is there."""
-    ours, tokenizer = mtp_jax.load(trained), transformers.AutoTokenizer.from_pretrained(hub)
+    ours, tokenizer = mtp_jax.load(trained), transformers.AutoTokenizer.from_pretrained(trained_hub)
     for prompt in [*PROMPTS, "<|eos|> é"]:
         ids = tokenizer.encode(prompt, split_special_tokens=True)
         assert ids == ours.tokenizer.encode_prompt(prompt)
-    model = transformers.AutoModelForCausalLM.from_pretrained(hub).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained_hub).eval()
     ids = tokenizer(PROMPTS[0], return_tensors="pt")
     theirs = model.generate(**ids, max_new_tokens=20, do_sample=False, eos_token_id=257)[0].tolist()
     expected = mtp_jax.generate(ours, PROMPTS[:1], max_new_tokens=20).tokens[0]
     assert theirs[ids["input_ids"].shape[1] :] == expected
-    assert not any("heads" in name or "mtp" in name for name in open_directory(hub))
+    assert not any("heads" in name or "mtp" in name for name in open_directory(trained_hub))
 
 
-def test_used_as_it_is(trained, hub, text, tmp_path, monkeypatch, capsys):
+@pytest.mark.grid
+def test_used_as_it_is(trained, trained_hub, text, tmp_path, monkeypatch, capsys):
     """`mtp generate` and `mtp eval` on the directory itself: lookup drafts, the text is that of the run, and nothing is
     written into the directory."""
-    before = sorted(path.name for path in hub.iterdir())
+    before = sorted(path.name for path in trained_hub.iterdir())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for source in (trained, hub):
+    for source in (trained, trained_hub):
         assert mtp(["generate", str(source), "--prompt", PROMPTS[0], "--max-new-tokens", "20", "--json"]) == 0
     run, direct = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert direct["completions"][0]["text"] == run["completions"][0]["text"]
     assert direct["stats"]["rounds"] > 0
-    for source in (trained, hub):
+    for source in (trained, trained_hub):
         data = ["--data", str(text), "--num-prompts", "2", "--max-new-tokens", "8"]
         assert mtp(["eval", str(source), *data, "--output", str(tmp_path / "page"), "--json"]) == 0
     run, direct = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert run["bits_per_byte"] < 2 and direct["bits_per_byte"] < 2  # rows of another length; untrained it is 8
-    assert sorted(path.name for path in hub.iterdir()) == before
+    assert sorted(path.name for path in trained_hub.iterdir()) == before
 
 
 def test_generation_ends_at_every_end_token(hub):
@@ -103,7 +106,7 @@ def test_training_goes_on_from_an_import(text, finished, hub, with_heads, tmp_pa
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [257, 9]
 
 
-@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("adds_bos", sampled([True, False], False))
 def test_a_tokenizer_begins_as_it_did(adds_bos, hub, text, finished, tmp_path):
     """Whether a checkpoint's tokenizer puts a first token is its own affair: the checkpoint, its import, and a run that
     started from it split text alike, for training too."""
@@ -161,6 +164,7 @@ def test_what_cannot_leave_is_said_at_once(hub, tmp_path):
     assert len(repr(mtp_jax.load(hub))) < 5000
 
 
+@pytest.mark.grid
 def test_options_of_the_command(hub, tmp_path, capsys):
     """The issue's own line; heads for a form; settings without heads and two kinds of heads are refused."""
     fresh = ["--heads", "parallel", "--num-future", "4", "--init", "copy_block"]
@@ -176,9 +180,9 @@ def test_options_of_the_command(hub, tmp_path, capsys):
     assert not (tmp_path / "d").exists()
 
 
-def test_bfloat16_checkpoints_stay_so(trained, tmp_path):
+def test_bfloat16_checkpoints_stay_so(fresh, tmp_path):
     """Export as bfloat16, load, export: two bytes a number throughout; asked for, float32 parameters come of it."""
-    mtp_jax.export_model(mtp_jax.load(trained), tmp_path / "half", dtype="bfloat16", notify=str)
+    mtp_jax.export_model(mtp_jax.load(fresh), tmp_path / "half", dtype="bfloat16", notify=str)
     half = mtp_jax.load(tmp_path / "half")
     assert (half.config.model.dtype, half.config.model.param_dtype) == ("bfloat16", "bfloat16")
     mtp_jax.export_model(half, tmp_path / "again", notify=str)
@@ -188,9 +192,9 @@ def test_bfloat16_checkpoints_stay_so(trained, tmp_path):
     same_trees(wide.params, jax.tree.map(lambda leaf: leaf.astype("float32"), half.params))
 
 
-def test_shards_with_an_index(hub, trained, tmp_path):
+def test_shards_with_an_index(hub, fresh, tmp_path):
     """Above shard_bytes a checkpoint is cut, and both libraries read the pieces."""
-    lm = mtp_jax.load(trained)
+    lm = mtp_jax.load(fresh)
     mtp_jax.export_model(lm, tmp_path / "cut", form="none", shard_bytes=60_000, notify=str)
     assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 2
     same_trees(mtp_jax.load(tmp_path / "cut").params, mtp_jax.load(hub).params)

@@ -5,6 +5,7 @@ import collections
 import jax
 import numpy as np
 import pytest
+from reference.tiers import sampled
 
 import mtp_jax
 from mtp_jax import sharding
@@ -30,7 +31,7 @@ def test_both_ways_are_the_same(hub, mesh, monkeypatch):
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == wanted
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("in_place", sampled([True, False], True))
 def test_another_dtype(hub, in_place, monkeypatch):
     """Asked for bfloat16, both ways round as XLA does."""
     monkeypatch.setattr(placing, "fills_in_place", lambda leaves: in_place)

@@ -30,6 +30,7 @@ def served(trained, tmp_path, monkeypatch):
     return model, accepted
 
 
+@pytest.mark.grid
 def test_transformers_drafts_with_our_heads(trained, served):
     """generate(use_mtp=True): the text of plain search, ours and theirs, and as many rounds that accept k drafts as
     with us. Fails on a projection in the other order, on the state before the final norm, or a chain before it."""

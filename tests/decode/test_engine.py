@@ -17,6 +17,7 @@ from reference.decoding import (
     scripted,
     with_script,
 )
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax.decode.drafters import NONE, make_drafter
@@ -58,7 +59,7 @@ def outputs(state, prompts=PROMPTS):
 LIMITS = [len(prompt) + NEW for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_state_after_rounds_is_that_of_a_prefill(name):
     """rounds(prefill(prompt)) = prefill(prompt + output): tokens, drafts, and every cache entry that counts, those of
     the heads as well, although drafts were rejected in between and the two ran in chunks of other sizes.
@@ -98,6 +99,7 @@ def test_drafts_are_what_the_heads_were_trained_to_say(name, rounds):
     assert state.drafts.tokens_BP.tolist() == trained_to_say(lm, state)
 
 
+@pytest.mark.grid
 def test_drafts_from_a_normed_tap():
     """The same for `tap_norm`, a tap behind the last layer, QK norm and a soft cap."""
     shape = {"vocab_size": 40, "num_kv_heads": 1, "qk_norm": True, "logit_softcap": 5.0, "tie_embeddings": False}
@@ -170,8 +172,8 @@ def test_state_is_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("drafter", [NONE, HEADS], ids=lambda drafter: drafter.name)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("drafter", sampled([NONE, HEADS], HEADS), ids=lambda drafter: drafter.name)
+@pytest.mark.parametrize("rows", sampled([1, 3], 1))
 def test_no_copy_of_a_cache(rows, drafter):
     """The compiled rounds hold no copy of anything as large as a cache. Breaks on a CPU when a single row is written by
     a scatter, or in a loop that XLA unrolls."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.decoding import CONFIG, NEW, PROMPTS, compilations, loaded, loud_params, model, plain, slow_greedy
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax.decode import engine
@@ -24,8 +25,8 @@ def test_bucket(total, width, slots, live):
     assert bucket(total, width, slots) == live
 
 
-@pytest.mark.parametrize("draft", ["heads", "none"])
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("draft", sampled(["heads", "none"], "heads"))
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_chunks_and_growing_caches_change_nothing(monkeypatch, name, draft):
     """tokens = reference when a prompt takes several chunks and a row outgrows its cache several times. Breaks
     without `fits` in `go_on`, without the heads' caches in `grow`, or when rows that end early are drafted for
@@ -36,7 +37,7 @@ def test_chunks_and_growing_caches_change_nothing(monkeypatch, name, draft):
     assert result.tokens == [plain(name, prompt)[:NEW] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_state_of_chunks_is_that_of_one(monkeypatch, name):
     """prefill in chunks of 4 = prefill at once: first tokens, drafts and all cache entries that count. Breaks without
     `start` in `last_B`, or `ends_B` in `keep`."""
@@ -61,6 +62,7 @@ def test_state_of_chunks_is_that_of_one(monkeypatch, name):
             np.testing.assert_allclose(a[b, :, :length], c[b, :, :length], atol=2e-5)
 
 
+@pytest.mark.grid
 def test_beyond_a_chunk_and_a_bucket():
     """The real sizes: prompts of 510, 513 and 700 tokens, one or two chunks of 512, and rows that outgrow a bucket."""
     shape = {"vocab_size": 50, "num_layers": 1, "d_model": 16, "max_seq_len": 1100}
@@ -104,6 +106,7 @@ def cut(caches, slots):
     return jax.tree.map(lambda x_BKSH: x_BKSH[:, :, :slots], caches)
 
 
+@pytest.mark.grid
 def test_a_short_row_has_a_small_cache():
     """Whatever the model's limit, a cache begins with 256 slots: what a round costs follows the rows. Breaks when all
     slots are allocated at once."""

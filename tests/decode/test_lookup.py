@@ -2,11 +2,15 @@
 
 import hypothesis
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from reference.decoding import NEW, PROMPTS, chain_model, following, model, plain
+from reference.quick import quick_jit
 
 from mtp_jax.decode.drafters import LONGEST_MATCH, lookup
 from mtp_jax.decode.generate import generate
+
+lookup_jit = quick_jit(lookup, static_argnums=2)
 
 
 def slow_lookup(tokens, count):
@@ -34,7 +38,7 @@ def test_is_a_search(rows, rubbish):
     tokens_BS = np.random.default_rng(rubbish).integers(0, 4, (2, 24)).astype(np.int32)
     for row_S, tokens in zip(tokens_BS, rows, strict=True):
         row_S[: len(tokens)] = tokens
-    drafts_BP, matched_B = lookup(tokens_BS, np.array([len(row) for row in rows]), 5)
+    drafts_BP, matched_B = lookup_jit(tokens_BS, np.array([len(row) for row in rows]), 5)
     for tokens, drafts_P, matched in zip(rows, drafts_BP.tolist(), matched_B.tolist(), strict=True):
         wanted, length = slow_lookup(tokens, 5)
         assert matched == length
@@ -57,6 +61,7 @@ def test_a_row_in_a_loop():
     assert result.stats.histogram[7] >= 3
 
 
+@pytest.mark.grid
 def test_takes_the_lookup_where_it_is_sure():
     """heads+lookup accepts what either would: text that stands in the prompt, although every head is wrong."""
     ids = tuple(range(10, 40))

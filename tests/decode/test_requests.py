@@ -18,6 +18,7 @@ from reference.decoding import (
     plain,
     slow_greedy,
 )
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax.decode import memory
@@ -141,7 +142,7 @@ def test_a_cache_that_does_not_fit(monkeypatch):
     assert generate(lm, PROMPTS, max_new_tokens=NEW).tokens
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", sampled([0.0, 1.0], 0.0))
 def test_logits_without_a_token(temperature):
     """NaN parameters, and a function that forbids everything at some length, end in an error that names the row."""
     params = jax.tree.map(lambda leaf: leaf, model("random").params)
@@ -215,7 +216,7 @@ def test_prompts_are_not_changed():
     assert prompts == [[7, 3, 11], [5], list(range(16)), [1, 2]]
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 3])
+@pytest.mark.parametrize("vocab", sampled([1, 2, 3], 1))
 def test_the_smallest_vocabularies(vocab):
     """heads = reference with one, two or three tokens, where drafts are mostly right."""
     shape = {"vocab_size": vocab, "num_layers": 1, "d_model": 8, "num_heads": 1, "num_kv_heads": 1, "d_ff": 8}
@@ -227,6 +228,7 @@ def test_the_smallest_vocabularies(vocab):
     assert sum(result.stats.histogram) == result.stats.rounds
 
 
+@pytest.mark.grid
 def test_a_batch_of_seventeen():
     """Rows beyond any power of two, lengths 1..17, the longest one beyond the smallest bucket."""
     prompts = [tuple((3 * i + j) % 40 for j in range(i + 1)) for i in range(17)]
@@ -268,7 +270,7 @@ WRONG_DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_DRAFTS)
+@pytest.mark.parametrize("name", sampled(WRONG_DRAFTS, "too many"))
 def test_wrong_drafts(name):
     """What a drafter of the caller's may not return is refused with its name and the shape that is wanted; fewer drafts
     than announced are fine."""
@@ -279,7 +281,7 @@ def test_wrong_drafts(name):
         assert tokens == [plain("random", PROMPTS[0])[:4]]
 
 
-@pytest.mark.parametrize("rule", ["rejection", Rule("typical", epsilon=0.0, delta=0.0)])
+@pytest.mark.parametrize("rule", sampled(["rejection", Rule("typical", epsilon=0.0, delta=0.0)], "rejection"))
 def test_drafts_of_no_token(rule):
     """Ids that do not exist count as token 0: none is ever returned. Breaks without `known_BP`."""
     wrong = own(Drafts(np.array([[-7, 2**30, -1]], np.int32)))
@@ -288,6 +290,7 @@ def test_drafts_of_no_token(rule):
     assert min(tokens) >= 0 and max(tokens) < model("random").config.model.vocab_size
 
 
+@pytest.mark.grid
 def test_registers_draft_nothing():
     """A model with registers drafts by lookup, and asking its heads for drafts says why not."""
     config = tiny_config(heads={"kind": "registers", "num_future": 3})
@@ -325,6 +328,7 @@ def test_wrong_number_of_drafts(count):
         Drafter("own", count, lambda *_: (), lambda *_: None)
 
 
+@pytest.mark.grid
 def test_numbers_of_numpy():
     """numpy's whole numbers and fractions are numbers."""
     settings = {"temperature": np.float32(0.5), "top_k": np.int32(3), "top_p": np.float64(0.75), "seed": np.uint64(5)}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.decoding import NEW, PROMPTS, loaded, loud_params, model, plain
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax.data.tokenize import bytes_tokenizer
@@ -19,15 +20,16 @@ from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 
 
-def test_rejection_without_noise_is_greedy():
+@pytest.mark.parametrize("draft", sampled(["heads", "lookup", "heads+lookup", "none"], "heads+lookup"))
+def test_rejection_without_noise_is_greedy(draft):
     """temperature 0 puts p on one token: rejection = reference. Breaks when q is compared with logits, or p with
     another position's."""
     for name in ("random", "trained"):
         wanted = [plain(name, prompt)[:NEW] for prompt in PROMPTS]
-        for draft in ("heads", "lookup", "heads+lookup", "none"):
-            assert generate(model(name), PROMPTS, max_new_tokens=NEW, draft=draft, accept="rejection").tokens == wanted
+        assert generate(model(name), PROMPTS, max_new_tokens=NEW, draft=draft, accept="rejection").tokens == wanted
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("draft", ["heads", "heads+lookup"])
 def test_joint_law_of_rejection(draft):
     """Frequencies of all 27 continuations by three of three tokens = products of the model's probabilities, within five
@@ -69,7 +71,7 @@ def known_law(logits_V, tokens_S, length):
 LAW = (0.05, 0.3, 0.65)
 
 
-@pytest.mark.parametrize("way", ["few", "auto"])
+@pytest.mark.parametrize("way", sampled(["few", "auto"], "few"))
 def test_law_where_drafts_are_missing(way):
     """Frequencies = the law, although a drafter returns fewer drafts than it announces, or the width changes. Breaks
     when a draft that nobody made has no probability at all: it would always be accepted."""
@@ -91,6 +93,7 @@ def test_what_a_rule_may_hold():
             Rule(**wrong)
 
 
+@pytest.mark.grid
 def test_lossy_rules_at_their_ends():
     """A bar that nothing reaches leaves the exact tokens; one that everything reaches takes every draft. Breaks when
     `replaced` counts what was not emitted, or drafts behind the end."""
@@ -105,7 +108,7 @@ def test_lossy_rules_at_their_ends():
         assert 0 < result.stats.replaced <= result.stats.emitted
 
 
-@pytest.mark.parametrize("cut", [None, 4, 9])
+@pytest.mark.parametrize("cut", sampled([None, 4, 9], 4))
 def test_replaced_counts_returned_tokens(cut):
     """replaced = returned tokens that are not the arg-max behind the tokens before them, with and without a stop
     string. Breaks when what stands behind the stop string is counted."""
@@ -120,6 +123,7 @@ def test_replaced_counts_returned_tokens(cut):
     assert result.stats.replaced == np.sum(logits_TV.argmax(-1) != tokens)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_lossy_rules_in_between(temperature):
     """The defaults accept more than the exact rule does, and say how many tokens are not the model's choice."""

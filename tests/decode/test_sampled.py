@@ -25,6 +25,7 @@ from reference.decoding import (
     slow_sampled,
     with_script,
 )
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax.decode.generate import generate, stream
@@ -55,9 +56,9 @@ def _reference(name, prompt, items, key_row, new):
     return slow_sampled(CONFIG, model(name).params, prompt, new, Options(**dict(items)), key_row)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize(("draft", "num_draft"), DRAFTERS, ids=str)
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("batch", sampled([1, 4], 4))
+@pytest.mark.parametrize(("draft", "num_draft"), sampled(DRAFTERS, ("none", None), ("heads", 3)), ids=str)
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "trained"))
 def test_drafts_change_nothing(name, draft, num_draft, batch):
     """any drafter, any P, any batch = reference, over a grid of temperature, top-p and seed. Breaks when noise is keyed
     on the round, the row's place or the width; with `position_BQ` off by one; without `total_B` in `_choose`."""
@@ -80,6 +81,7 @@ def test_every_accept_length():
     assert all(result.stats.histogram)
 
 
+@pytest.mark.grid
 def test_drafts_have_the_noise_of_their_position():
     """Where the noise decides, drafts with the same noise are mostly right; with any other, one in 258 would be.
     Breaks without `position_BP` in `propose`, or when it is off by one."""
@@ -87,6 +89,7 @@ def test_drafts_have_the_noise_of_their_position():
     assert generate(chain_model(), [[97], [98]], max_new_tokens=30, **settings).stats.draft_accept_rate > 0.8
 
 
+@pytest.mark.grid
 def test_continued():
     """generate(16) = generate(7), then generate(9) from its tokens: noise belongs to the position. Breaks when it is
     keyed on the number of new tokens."""
@@ -99,6 +102,7 @@ def test_continued():
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
 
 
+@pytest.mark.grid
 def test_a_row_alone():
     """generate(batch, seed=[a, b, c])[i] = generate([prompt i], seed=its own)."""
     lm, seeds = model("trained"), [7, 1, 7]
@@ -120,7 +124,7 @@ def forbid_last(logits_V, tokens_S, length):
     return logits_V.at[tokens_S[length - 1]].set(-jnp.inf)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", sampled([0.0, 0.8], 0.8))
 def test_processed_logits(temperature):
     """heads(P) = reference with penalty, bias and a function of the row's tokens; the drafts that stand before a
     position in its round count among them. Breaks without the drafts in `tokens_BS`, or `length_BQ` off by one."""
@@ -144,6 +148,7 @@ def test_no_program_for_another_number():
     assert compiled == []
 
 
+@pytest.mark.grid
 def test_streamed():
     """stream = generate with the same settings."""
     settings = {"temperature": 1.0, "top_k": 100, "seed": 3}
@@ -153,6 +158,7 @@ def test_streamed():
     assert ["".join(text for at, text in pieces if at == row) for row in (0, 1)] == whole.text
 
 
+@pytest.mark.grid
 @hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
 @hypothesis.given(
     layers=st.integers(1, 3),

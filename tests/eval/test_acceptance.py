@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 from reference.decoding import NEW, PROMPTS, model, plain
+from reference.tiers import sampled
 
 from mtp_jax.decode.generate import Generation
 from mtp_jax.decode.stats import DecodeStats
@@ -46,7 +47,7 @@ def test_rates():
     assert not Comparison(drafted=drafted, plain=other, drafted_seconds=1, plain_seconds=1).identical
 
 
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_compare(name):
     """Both sides hold what the slow reference writes, end tokens ignored, in batches of any size. Breaks without
     `ignore_eos` or when the last, smaller batch is lost."""
@@ -63,6 +64,7 @@ def test_compare(name):
     assert uneven.drafted.stats.histogram == result.drafted.stats.histogram
 
 
+@pytest.mark.grid
 def test_number_of_drafts():
     """num_draft reaches the drafted side, and that side only: the plain one has no drafts at all."""
     result = compare(model("random"), PROMPTS, max_new_tokens=NEW, num_draft=2, batch_size=4, timed_runs=1)

@@ -64,6 +64,7 @@ def test_teacherless_answers_come_from_dummies():
     assert result.decoding is None and result.answers.documents == 20
 
 
+@pytest.mark.grid
 def test_evaluation_of_a_task():
     """Answers stand in the figures and in the JSON; bits per byte do not, because a prompt's tokens do not count; and
     what has no 4-gram shows none."""

@@ -62,6 +62,7 @@ def test_limit():
     assert result.bits_per_byte is None and result.as_json()["bits_per_byte"] is None
 
 
+@pytest.mark.grid
 def test_keep_params():
     """A model that gives up its stacked parameters is evaluated alike, and then has none; without being asked it keeps
     them. Breaks when they are given up before the losses, or by default."""
@@ -132,6 +133,7 @@ def test_a_model_without_extra_heads():
         assert generated == Letters().decode(slow_greedy(lm.config, lm.params, ids, lm.config.decode.max_new_tokens))
 
 
+@pytest.mark.grid
 def test_no_drafts_by_config():
     """decode.num_draft = 0 evaluates a model with heads as a plain one: all losses, no comparison."""
     lm = model("random")

@@ -95,6 +95,7 @@ def test_operations_of_branches_and_kernels():
     assert flops.count(jax.make_jaxpr(either)(square)) == (2 * product, 0)
 
 
+@pytest.mark.grid
 def test_decoding_lies_where_generation_puts_it():
     """Shapes and shardings of the abstract round = those of a real request's parameters and state on eight devices."""
     config = tiny()
@@ -149,9 +150,10 @@ def test_decode_round_counts_its_caches():
     assert (told.open_loops, told.fits) == (0, True)
 
 
+@pytest.mark.grid
 @needs_libtpu
 @pytest.mark.usefixtures("uncached")
-@pytest.mark.parametrize("name", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
 def test_compiles_for_a_tpu_slice(name):
     """The real step and the real round compile for a slice that is not here, and have a roofline."""
     config = tiny(MeshConfig(fsdp=2, tensor=2))
@@ -163,6 +165,7 @@ def test_compiles_for_a_tpu_slice(name):
         assert told.roofline.compute == told.flops / 4 / {"v5e": 197e12, "v5p": 459e12}[name[:3]]
 
 
+@pytest.mark.grid
 @needs_libtpu
 @pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
@@ -212,6 +215,7 @@ def test_missing_libtpu_says_what_to_install(monkeypatch, capsys):
     assert "needs libtpu, which is not installed: pip install 'mtp_jax[tpu]'" in capsys.readouterr().err
 
 
+@pytest.mark.grid
 def test_command_prints_one_json_object(capsys):
     """Stable keys; overrides reach the config; too many devices for the batch are refused as `mtp train` does."""
     argv = ["compile", TINY, "--topology", "cpu:8", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--program", "train"]

@@ -20,6 +20,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from reference.jaxprs import product_flops, results
 from reference.models import BLOCKS, random_params, small_config
 from reference.quick import quick_jit
+from reference.tiers import sampled
 
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig
@@ -88,7 +89,7 @@ def interpreted(form, placement, q_BTNH, *arrays):
     return rows.on_shards(splash.splash_attention, (q_BTNH, *arrays), form, placement, kernels)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", sampled(FORMS, "capped, window of two"))
 def test_splash_equals_the_reference(name):
     """Splash = reference under each flag, with documents and two query heads per key head: value and gradients.
 
@@ -99,6 +100,7 @@ def test_splash_equals_the_reference(name):
     assert_equal(value_and_grads(functools.partial(interpreted, FORMS[name], None), arrays, ct_BTNH), expected)
 
 
+@pytest.mark.grid
 def test_splash_on_a_mesh_equals_the_reference():
     """Splash with rows, heads and queries split = reference. Breaks if the masks of the second half of the queries are
     those of the first (`q_seq_shards=shards`), or if heads are counted whole (`// heads`)."""
@@ -109,6 +111,7 @@ def test_splash_on_a_mesh_equals_the_reference():
     assert_equal(value_and_grads(functools.partial(interpreted, form, placement), arrays, ct_BTNH), expected)
 
 
+@pytest.mark.grid
 def test_splash_in_bfloat16():
     """Splash in bfloat16 = the float32 reference over the same inputs within a few roundings (2^-8 each).
 
@@ -122,7 +125,7 @@ def test_splash_in_bfloat16():
     assert_equal(actual, expected, 4 * 2**-8)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", sampled(FORMS, "capped, window of two"))
 def test_blocks_equal_the_reference(name, monkeypatch):
     """Blocks of queries = reference, the last block a part: value and gradients, alone and with queries split.
 
@@ -179,7 +182,7 @@ def test_blocks_sum_gradients_in_float32(monkeypatch):
     assert np.sqrt(np.mean(error_BKSH**2)) < 2**-8
 
 
-@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if not form.softcap])
+@pytest.mark.parametrize("name", sampled((name for name, form in FORMS.items() if not form.softcap), "one window"))
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 4)])
 def test_cudnn_asks_for_the_reference(name, sizes, monkeypatch):
     """What cuDNN is asked for = reference, if XLA answers: mask, scale, groups, layout, whole and with queries split.
@@ -214,6 +217,7 @@ def test_cudnn_lowers(monkeypatch):
     assert text.count("mask_type\\22: \\22CAUSAL") == 2
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2, "context": 2}], ids=["one", "split"])
 def test_model_by_splash_equals_by_xla(mesh, monkeypatch):
     """A model with windows, soft caps and documents has the same states by splash attention, interpreted, as by XLA.

@@ -62,6 +62,7 @@ CASES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("name", CASES)
 def test_layers_compile_with_their_kernels(name, chips, monkeypatch):

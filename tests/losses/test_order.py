@@ -1,13 +1,18 @@
 """Token order targets: literal tables, and the list-wise loss over dense scores. Each docstring names the line whose
 deletion breaks the test."""
 
+import functools
+
 import jax
 import numpy as np
 from reference.models import rows
+from reference.quick import quick_jit
 from reference.xent_problems import problem
 
 from mtp_jax.losses.order import FAR, order_targets
 from mtp_jax.losses.xent import XentSpec, fused_xent
+
+targets_of = functools.partial(quick_jit, static_argnums=2)(order_targets)
 
 
 def test_literal_targets():
@@ -16,7 +21,7 @@ def test_literal_targets():
     Breaks without `~seen_BT`, `inside_BT`, or with scores that grow with d.
     """
     tokens_BT, _, segments_BT = rows([3, 1, 3, 2], [5, 5], length=8)
-    targets, weights_1BT = order_targets(tokens_BT, segments_BT, 3)
+    targets, weights_1BT = targets_of(tokens_BT, segments_BT, 3)
     e = np.exp(-np.arange(3.0))
     expected = {
         0: {1: e[0] / e.sum(), 3: e[1] / e.sum(), 2: e[2] / e.sum()},
@@ -38,7 +43,7 @@ def test_literal_targets():
 def test_a_wider_window_is_cut():
     """W beyond `FAR` gives the targets of `FAR`. Breaks without `min`."""
     tokens_BT, _, segments_BT = rows(list(range(20)), length=20)
-    wide, far = (order_targets(tokens_BT, segments_BT, window)[0] for window in (10_000, FAR))
+    wide, far = (targets_of(tokens_BT, segments_BT, window)[0] for window in (10_000, FAR))
     jax.tree.map(np.testing.assert_array_equal, wide, far)
 
 
@@ -49,7 +54,7 @@ def test_loss_is_list_net():
     """
     hidden_MBTD, table_VD, tokens_MBT, _ = problem(M=1, B=2, V=9)
     tokens_BT, segments_BT = tokens_MBT[0], np.ones_like(tokens_MBT[0])
-    targets, weights_1BT = order_targets(tokens_BT, segments_BT, 4)
+    targets, weights_1BT = targets_of(tokens_BT, segments_BT, 4)
     actual = fused_xent(hidden_MBTD, table_VD, targets, weights_1BT, XentSpec(4 * 9 * 5)).loss
     z_BTV, expected = np.einsum("BTD,VD->BTV", hidden_MBTD[0], table_VD, dtype=np.float64), 0.0
     for b, t in np.ndindex(tokens_BT.shape):

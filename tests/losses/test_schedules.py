@@ -1,13 +1,17 @@
 """How much heads count: literal tables of every schedule, and the expectation of head dropout. Each docstring names the
 line whose deletion breaks the test."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.quick import quick_jit
 
 from mtp_jax.losses.schedules import HeadSchedule, head_weights
 
+weights_of = functools.partial(quick_jit, static_argnums=0)(head_weights)
 ONES = (1.0, 1.0, 1.0, 1.0)
 HALF = np.sqrt(0.5)
 TABLES = {  # Options, and the extra heads' weights at steps 0, 5 and 9 of 10.
@@ -37,9 +41,9 @@ def test_tables(name):
     options, rows = TABLES[name]
     base = (2.0, 1.0, 0.5, 3.0)
     for step, row in zip((0, 5, 9), rows, strict=True):
-        plain = head_weights(HeadSchedule(ONES, steps=10, **options), jnp.int32(step))
+        plain = weights_of(HeadSchedule(ONES, steps=10, **options), jnp.int32(step))
         np.testing.assert_allclose(plain, [1, *row], rtol=1e-5, atol=1e-7)
-        scaled = head_weights(HeadSchedule(base, steps=10, **options), jnp.int32(step))
+        scaled = weights_of(HeadSchedule(base, steps=10, **options), jnp.int32(step))
         np.testing.assert_allclose(scaled, np.array([1, *row]) * base, rtol=1e-5, atol=1e-7)
 
 
@@ -60,4 +64,4 @@ def test_head_dropout(keep):
 def test_one_head_has_nothing_to_schedule():
     """M = 1: the weight is 1 under every schedule. Breaks without `max(M - 1, 1)`."""
     for options, _ in TABLES.values():
-        assert head_weights(HeadSchedule((1.0,), steps=10, **options), jnp.int32(9)).tolist() == [1.0]
+        assert weights_of(HeadSchedule((1.0,), steps=10, **options), jnp.int32(9)).tolist() == [1.0]

@@ -3,10 +3,15 @@
 Each docstring names the line whose deletion breaks the test. In the tables `-` is weight 0.
 """
 
+import functools
+
 import numpy as np
 import pytest
+from reference.quick import quick_jit
 
 from mtp_jax.losses.targets import make_targets
+
+targets_of = functools.partial(quick_jit, static_argnums=2)(make_targets)
 
 
 def table(tokens, segments, num_future, learn=None):
@@ -14,7 +19,7 @@ def table(tokens, segments, num_future, learn=None):
     tokens_BT = np.array([[ord(c) for c in tokens]], np.int32)
     segments_BT = np.array([[int(c) for c in segments]], np.int32)
     learn_BT = None if learn is None else np.array([[int(c) for c in learn]], np.int32)
-    targets_MBT, weights_MBT = make_targets(tokens_BT, segments_BT, num_future, learn_BT)
+    targets_MBT, weights_MBT = targets_of(tokens_BT, segments_BT, num_future, learn_BT)
     assert targets_MBT.shape == weights_MBT.shape == (num_future, 1, len(tokens))
     assert (targets_MBT.dtype, weights_MBT.dtype) == (np.int32, np.float32)
     assert set(np.unique(weights_MBT)) <= {0.0, 1.0}
@@ -57,7 +62,7 @@ def test_more_heads_than_tokens():
 
 
 def test_first_heads_do_not_depend_on_their_number():
-    """make_targets(.., M)[:m] = make_targets(.., m)."""
+    """make_targets(.., M)[:m] = targets_of(.., m)."""
     assert table("abcdxyz.", "11112220", 5)[:2] == table("abcdxyz.", "11112220", 2)
 
 
@@ -77,7 +82,7 @@ def test_rows_are_independent():
     """
     tokens_BT = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
     segments_BT = np.ones((2, 6), np.int32)
-    together = make_targets(tokens_BT, segments_BT, 3)
+    together = targets_of(tokens_BT, segments_BT, 3)
     for b in range(2):
-        for whole, alone in zip(together, make_targets(tokens_BT[b : b + 1], segments_BT[b : b + 1], 3), strict=True):
+        for whole, alone in zip(together, targets_of(tokens_BT[b : b + 1], segments_BT[b : b + 1], 3), strict=True):
             np.testing.assert_array_equal(whole[:, b : b + 1], alone)

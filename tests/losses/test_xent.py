@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import naive
 from reference.jaxprs import results
+from reference.tiers import sampled
 from reference.xent_problems import problem, xent_and_grads
 
 from mtp_jax.losses.fused import _chunks_of
@@ -43,8 +44,8 @@ CHUNKS = {  # Vocabulary, and bytes of a chunk at 4 * vocabulary bytes a token; 
 }
 
 
-@pytest.mark.parametrize("cotangent", [1.0, -2.5])
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("cotangent", sampled([1.0, -2.5], -2.5))
+@pytest.mark.parametrize("chunk", sampled(CHUNKS, "ragged"))
 @pytest.mark.parametrize("z_loss", [0.0, 0.03])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("impl", IMPLS)
@@ -60,6 +61,7 @@ def test_equals_naive(impl, softcap, z_loss, chunk, cotangent):
     assert_equals_naive(impl, problem(V=vocab), spec, cotangent)
 
 
+@pytest.mark.grid
 @settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 2, 5, 4, 40))),
@@ -102,7 +104,7 @@ def test_masked_tokens_weigh_nothing(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("softcap", sampled([0.0, 2.0], 0.0))
 def test_huge_logits(impl, softcap):
     """Logits of 1e4 in size, exact because they are integers, give the float64 loss and gradients.
 
@@ -199,7 +201,7 @@ def test_logits_never_exist_beyond_one_chunk(impl, with_grads):
     assert max(logits, key=np.prod) == (16, V)
 
 
-@pytest.mark.parametrize("count", [0, 1, 9, 15, 22])
+@pytest.mark.parametrize("count", sampled([0, 1, 9, 15, 22], 9))
 @pytest.mark.parametrize("impl", IMPLS)
 def test_only_wanted_tokens_count(impl, count):
     """xent(wanted) = naive with the weights of all other tokens 0, value and gradient, in chunks of 5; and the others

@@ -14,6 +14,7 @@ from reference.families import DRAFTING, KINDS, heads_of
 from reference.jaxprs import equations
 from reference.models import BLOCKS, random_params, small_config
 from reference.quick import quick_jit
+from reference.tiers import sampled
 
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.heads import FAMILIES
@@ -31,6 +32,9 @@ VARIANTS = (
     | {name: {"heads": heads_of(name)} for name in DRAFTING}
     | {name: {"model": model} for name, model in BLOCKS.items()}
 )
+
+IN_WINDOWS = ("sequential, in windows", "masks, in windows")
+DRAFTING_KINDS = [name for name in KINDS if name in DRAFTING]
 
 
 class Proposed(NamedTuple):
@@ -89,7 +93,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name in DRAFTING])
+@pytest.mark.parametrize("name", sampled(DRAFTING_KINDS, "sequential"))
 def test_every_split_point(name):
     """forward(tokens[:s]) then forward(tokens[s:]) = full(tokens), for every s, and so does one token at a time.
 
@@ -113,7 +117,7 @@ def test_every_split_point(name):
             start = end
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", sampled(VARIANTS, "medusa", "recursive, own ends", *IN_WINDOWS))
 def test_ragged_rounds_with_rejected_tokens(name):
     """Rows of different lengths, each round feeding 3 tokens of which 1 to 3 are right: logits at every kept position,
     and of every head behind it, = full forward of the kept tokens with the drafts behind them. What was rejected lies
@@ -150,7 +154,7 @@ def test_ragged_rounds_with_rejected_tokens(name):
     assert floats == {jnp.dtype(config.model.dtype)}
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name in DRAFTING])
+@pytest.mark.parametrize("name", sampled(DRAFTING_KINDS, "anticausal"))
 def test_fewer_drafts_are_the_first_heads(name):
     """P caches give the drafts of heads 1..P. Breaks if `draft` counts heads from the end, or runs only P of a chain
     that ends in head 1."""
@@ -164,7 +168,7 @@ def test_fewer_drafts_are_the_first_heads(name):
     assert_close(draft_BPV, expected_drafts(config, params, tokens_BS, zeros_B + T, drafts_BP))
 
 
-@pytest.mark.parametrize(("rank", "products"), [(0, 7 + 2 + 4), (2, 7 + 2 + 4 + 2 * 7)])
+@pytest.mark.parametrize(("rank", "products"), sampled([(0, 7 + 2 + 4), (2, 7 + 2 + 4 + 2 * 7)], (0, 7 + 2 + 4)))
 def test_masks_go_through_the_weights_with_the_tokens(rank, products):
     """Matrix products of a round with masks: each matrix of a block once, attention of tokens (2) and of masks (4), and
     two per matrix for LoRA. Breaks if the masks are a forward pass of their own, which reads the model again."""

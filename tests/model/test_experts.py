@@ -14,6 +14,7 @@ from reference import naive
 from reference.models import BLOCKS, random_params, rows, small_config
 from reference.quick import quick_jit
 from reference.stepping import run
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax.config import OptimConfig
@@ -44,7 +45,7 @@ def experts(model, params, x_BTD):
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", sampled([1, 2, 4], 2))
 def test_experts_equal_a_loop_over_tokens(count, renormalise):
     """experts(x) = sum over the `count` most probable experts of p_e down_e(silu(gate_e x) * up_e x), p over their sum
     if `renormalise`, token by token, to 1e-5; all experts without renormalising are the whole mixture.
@@ -58,7 +59,7 @@ def test_experts_equal_a_loop_over_tokens(count, renormalise):
     np.testing.assert_allclose(experts(model, params, x_BTD), expected_BTD, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("renormalise", sampled([True, False], True))
 def test_gradient_equals_a_difference_of_the_loop(renormalise):
     """The derivative along a random direction of all parameters and of x = that of the loop, by central differences in
     float64, to 1e-4.
@@ -141,6 +142,7 @@ def test_parameters_are_literal():
     assert mtp.count_params(config) == 24 * 64 + (2 + 2) * block + 64
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("heads", [{"tap": 2, "init": "zero"}, {"tap": -1, "init": "copy_block"}], ids=["zero", "copy"])
 def test_heads_of_experts_start_as_the_language_model(heads):
     """States of head m = those of head 0, with zero blocks over the top and with copies of the last block over its
@@ -153,6 +155,7 @@ def test_heads_of_experts_start_as_the_language_model(heads):
         np.testing.assert_allclose(hidden_MBTD[m], hidden_MBTD[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.grid
 def test_muon_updates_every_expert_by_itself():
     """The Muon update of stacked experts = the stack of each expert's own update; a router is one matrix.
 
@@ -174,6 +177,7 @@ def test_muon_updates_every_expert_by_itself():
         chex.assert_trees_all_close(ours, alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_sharded_equals_unsharded(remat):
     """Steps of a model with experts on data 2 x fsdp 2 x tensor 2 = those on one device without remat, metrics and

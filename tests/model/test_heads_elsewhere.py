@@ -3,12 +3,16 @@
 Each docstring names the line whose deletion breaks the test.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.families import SETTINGS, heads_of
 from reference.models import random_params, rows, small_config
+from reference.quick import quick_jit
+from reference.tiers import sampled
 
 from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import head_scale, mtp_loss
@@ -19,7 +23,7 @@ from mtp_jax.model import heads, lm, mtp
 ELSEWHERE = [name for name in SETTINGS if not name.startswith(("masks", "registers")) and "mixed" not in name]
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", sampled(ELSEWHERE, "sequential, as DeepSeek-V3"))
 def test_states_are_those_of_our_model(name):
     """apply_for over our trunk's states and embeddings = mtp.apply's heads, for every family.
 
@@ -27,14 +31,18 @@ def test_states_are_those_of_our_model(name):
     """
     config = small_config(heads=heads_of(name) | {"tap": 2})
     params, batch = random_params(config), rows([3, 1, 4, 1, 5], [9, 2, 6], length=10)
-    embedded_BTD = lm.embed(config.model, params, batch[0])
-    blocks = lm.with_constants(config.model, params["blocks"], config.model.layers)
-    tap_BTD = lm.run_blocks(config.model, blocks, embedded_BTD, *batch[1:])
-    if config.heads.tap_norm:
-        tap_BTD = lm.final_norm(config.model, params, tap_BTD)
-    given = heads.Rows(tap_BTD, embedded_BTD, *batch[1:])
-    states_MBTD = heads.apply_for(config, params["heads"], given, params["final_norm"])
-    np.testing.assert_allclose(states_MBTD, mtp.apply(config, params, *batch)[1:], rtol=1e-5, atol=1e-5)
+
+    def elsewhere(params):
+        embedded_BTD = lm.embed(config.model, params, batch[0])
+        blocks = lm.with_constants(config.model, params["blocks"], config.model.layers)
+        tap_BTD = lm.run_blocks(config.model, blocks, embedded_BTD, *batch[1:])
+        if config.heads.tap_norm:
+            tap_BTD = lm.final_norm(config.model, params, tap_BTD)
+        given = heads.Rows(tap_BTD, embedded_BTD, *batch[1:])
+        return heads.apply_for(config, params["heads"], given, params["final_norm"])
+
+    ours_MBTD = quick_jit(functools.partial(mtp.apply, config))(params, *batch)[1:]
+    np.testing.assert_allclose(quick_jit(elsewhere)(params), ours_MBTD, rtol=1e-5, atol=1e-5)
 
 
 def test_a_trainer_of_ones_own():
@@ -47,10 +55,10 @@ def test_a_trainer_of_ones_own():
     params = {
         "table": jnp.asarray(rng.standard_normal((24, 16)) / 4, jnp.float32),
         "mix": jnp.asarray(rng.standard_normal((16, 16)) / 4, jnp.float32),
-        "heads": heads.init_for(config, jax.random.key(0)),
+        "heads": quick_jit(lambda key: heads.init_for(config, key))(jax.random.key(0)),
     }
 
-    @jax.jit
+    @quick_jit
     def step(params):
         def loss(params):
             embedded_BTD = params["table"][tokens_BT]

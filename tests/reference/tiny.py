@@ -47,7 +47,8 @@ def tiny_config(source: str | pathlib.Path = "stdlib", **sections: dict[str, Any
         heads=HeadsConfig(num_future=3),
         loss=LossConfig(chunk_bytes=2**16),
         data=DataConfig(source=str(source), tokenizer="bytes", seq_len=32, eval_fraction=0.2),
-        optim=OptimConfig(learning_rate=5e-3, warmup_steps=2),
+        # A constant rate, so that runs of different lengths have one program.
+        optim=OptimConfig(learning_rate=5e-3, warmup_steps=2, schedule="constant"),
         mesh=MeshConfig(),
         train=TrainConfig(steps=12, batch_size=8, log_every=4, checkpoint_every=4, eval_rows=16),
         decode=DecodeConfig(num_prompts=2, prompt_tokens=8, max_new_tokens=8),

@@ -9,6 +9,8 @@ import time
 import jax
 import numpy as np
 import pytest
+from reference.shared import shared_steps
+from reference.tiers import sampled
 from reference.tiny import tiny_config, write_text
 
 from mtp_jax.config import to_json
@@ -18,7 +20,6 @@ from mtp_jax.train import loop
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
 from mtp_jax.train.meter import FIELDS
-from mtp_jax.train.step import compile_steps
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_every_step_is_recorded_once(uninterrupted):
     assert sorted(uninterrupted[1]) == [*((step, False) for step in range(1, 13)), (12, True)]
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 7])
+@pytest.mark.parametrize("stop_after", sampled([1, 4, 7], 7))
 def test_sigterm_then_again_equals_uninterrupted(text, tmp_path, monkeypatch, uninterrupted, stop_after):
     """stop at any step + run again = one run. Breaks if the data position is not restored, or a stop does not save."""
     batches, original = iter(range(100)), loop.place
@@ -83,6 +84,7 @@ def start(config_path, workdir):
         return subprocess.Popen([*command, "--workdir", str(workdir)], env=environment, stderr=stderr)
 
 
+@pytest.mark.grid
 def test_sigkill_then_again_equals_uninterrupted(text, tmp_path, uninterrupted):
     """SIGKILL while steps 5..12 run, then the same command again, gives the losses of one run, bit for bit.
 
@@ -111,6 +113,7 @@ def test_finished_run_is_reused(uninterrupted, text):
     assert_same_run(uninterrupted[2], result, uninterrupted)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=["data8", "data2-fsdp4"])
 def test_meshes_train_alike(text, tmp_path, uninterrupted, mesh):
     """12 steps on eight devices give the losses of one device to 1e-4."""
@@ -122,6 +125,7 @@ def test_meshes_train_alike(text, tmp_path, uninterrupted, mesh):
             np.testing.assert_allclose(other[name], record[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.grid
 def test_resume_on_another_mesh(text, tmp_path, uninterrupted, monkeypatch):
     """A run stopped on one device and continued on a mesh of eight ends where the uninterrupted one does."""
     original = loop.place
@@ -148,7 +152,7 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_path,
     calls = iter(range(100))
 
     def poisoned(config, mesh):
-        steps = compile_steps(config, mesh)
+        steps = shared_steps(config, mesh)
 
         def step(state, batch):
             state, metrics = steps.train(state, batch)
@@ -170,6 +174,7 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_path,
     assert run(tiny_config(text), tmp_path).finished
 
 
+@pytest.mark.grid
 def test_real_divergence_is_caught(text, tmp_path):
     """A learning rate of 1e30 ends in one clear error and leaves no checkpoint of its own making."""
     config = tiny_config(text, optim={"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 0.0})
@@ -193,7 +198,7 @@ def test_a_run_stays_with_its_text(tmp_path):
     Breaks without `trained_on` in the call of `prepare`.
     """
     source, workdir = write_text(tmp_path / "text"), tmp_path / "run"
-    config = tiny_config(source, data={"tokenizer": "bpe"}, model={"vocab_size": 280}, train={"steps": 2})
+    config = tiny_config(source, data={"tokenizer": "bpe"}, train={"steps": 2})
     run(config, workdir)
     tokenizer, old = (workdir / "data" / "tokenizer.json").read_bytes(), (source / "00.txt").read_text()
     (source / "00.txt").write_text(old + " zebra zebra zebra")
@@ -233,6 +238,7 @@ def test_bits_per_byte(text, tmp_path):
     assert rows.bytes_ == sum(len((text / name).read_bytes()) for name in result.corpus.heldout_documents)
 
 
+@pytest.mark.grid
 def test_prompts_have_no_bits_per_byte(tmp_path):
     """Where prompts do not count, nobody knows the bytes of what does. Breaks if the whole text's are taken."""
     (tmp_path / "text").mkdir()

@@ -34,6 +34,7 @@ def temporaries(model=None, **train):
 OPTIMIZERS = {"adamw": {}, "schedule_free": {"name": "schedule_free", "schedule": "constant"}}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("optim", "mesh"), [("adamw", {"fsdp": 2, "tensor": 2}), ("schedule_free", {})])
 def test_donated_buffers_are_used_again(optim, mesh):
     """Bytes that the step writes over its arguments = bytes of the state on one device: no leaf is held twice.
@@ -51,6 +52,7 @@ def whole():
     return temporaries()
 
 
+@pytest.mark.grid
 def test_accumulation_is_smaller(whole):
     """Four micro-batches need less than 0.4 of one batch's temporaries. Breaks if the scan keeps what a micro-batch's
     gradient has read.
@@ -74,12 +76,14 @@ def test_accumulators_are_float32():
     assert all(jax.tree.leaves(kept))
 
 
+@pytest.mark.grid
 def test_remat_is_smaller(whole):
     """Temporaries fall from none to dots to block. Breaks without `jax.checkpoint` in `rematerialised`."""
     dots, block = (temporaries({"remat": remat}) for remat in ("dots", "block"))
     assert block < 0.9 * dots and dots < 0.7 * whole
 
 
+@pytest.mark.grid
 def test_one_expert_is_held_at_a_time():
     """Eight experts need as much as two, but for their gradients. Breaks without the checkpoint around `add`."""
     few, many = (temporaries({"num_experts": E, "experts_per_token": 2, "num_layers": 2}) for E in (2, 8))

@@ -16,6 +16,7 @@ from mtp_jax.metrics import read_metrics
 from mtp_jax.train import loop, meter
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
+from mtp_jax.train.step import compile_steps
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +153,14 @@ def hits():
     jax.monitoring.unregister_event_listener(listen)
 
 
+@pytest.mark.grid
 def test_a_second_start_compiles_nothing_again(text, tmp_path, no_cache_set, hits, monkeypatch):
     """run 2 of a workdir finds the programs of run 1 in it; afterwards jax's settings are what they were.
 
     Breaks without `kept_compiled` in `train`.
     """
     monkeypatch.setattr(compiled, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "compile_steps", compile_steps)  # not one that another test has compiled
     run(small(text, steps=1), tmp_path)
     assert any((tmp_path / "compiled").iterdir()) and not hits
     shutil.rmtree(tmp_path / "checkpoints")

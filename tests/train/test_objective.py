@@ -14,6 +14,7 @@ from reference.families import KINDS, heads_of
 from reference.jaxprs import product_flops
 from reference.models import rows
 from reference.stepping import batch_of, run
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
@@ -34,6 +35,7 @@ def train_on(config, batch, steps):
     return before, jax.device_get(state), history
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_family_learns(kind):
     """40 steps on one batch take at least a quarter off every head's loss, in one program. Breaks if a family's
@@ -44,6 +46,7 @@ def test_every_family_learns(kind):
     assert np.all(last < 0.75 * first)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "name",
     [
@@ -76,6 +79,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.grid
 def test_accumulated_equals_whole_under_every_objective():
     """step(A micro-batches) = step(whole batch) with distillation, smoothing, token order, schedules and head dropout.
 
@@ -89,6 +93,7 @@ def test_accumulated_equals_whole_under_every_objective():
     assert all(metrics.token_order > 0 for metrics in history)
 
 
+@pytest.mark.grid
 def test_reported_losses_are_plain():
     """The sums are the plain cross-entropies whatever is trained: those of the first step do not change with any
     objective. Breaks if smoothing, weights or the teacher get into `ce_MBT`."""
@@ -98,6 +103,7 @@ def test_reported_losses_are_plain():
         chex.assert_trees_all_close(metrics.sums, expected, rtol=1e-5)
 
 
+@pytest.mark.grid
 def test_keeping_every_token_is_the_plain_loss():
     """Entropy weights that keep all tokens: the same losses and gradient norms, step by step. Breaks if the factor of
     `selected` is off."""
@@ -110,7 +116,9 @@ def test_keeping_every_token_is_the_plain_loss():
 # Head-only training.
 
 
-@pytest.mark.parametrize("kind", ["parallel", "sequential", "medusa", "masks, with LoRA and own ends"])
+@pytest.mark.parametrize(
+    "kind", sampled(["parallel", "sequential", "medusa", "masks, with LoRA and own ends"], "medusa")
+)
 def test_heads_alone_train(kind):
     """After steps with trainable = heads, everything else is bitwise what it was, and so are the next-token states;
     every head parameter has moved, and moments exist for head parameters only. The next-token loss is that of a run
@@ -167,6 +175,7 @@ def test_heads_alone_cost_no_trunk_backward():
     assert product_flops(traced) == 5 * block + 2 * 3 * block + 2 * N * D * V * (1 + 2 * 2)
 
 
+@pytest.mark.grid
 def test_heads_alone_keep_no_residual_of_the_trunk():
     """Temporaries of a head-only step do not grow with the trunk's depth; those of a whole step do, by more than five
     states a layer. Breaks if the trunk's residuals are kept for a backward pass."""
@@ -211,6 +220,7 @@ def test_teacherless_inputs():
     assert objective.batch_targets(config, batch).ids_MBT[0, 0].tolist()[1:3] == [3, 4]
 
 
+@pytest.mark.grid
 def test_teacherless_training_learns_the_whole_answer():
     """Teacherless training learns answers that the prompt fixes, all tokens at once."""
     config = tiny_config(
@@ -231,6 +241,7 @@ def test_teacherless_training_learns_the_whole_answer():
     assert history[-1].sums.weight_M[0] == 16 * 4
 
 
+@pytest.mark.grid
 def test_heads_per_step_changes_with_the_step():
     """The loss of a step is the sum over the heads that its number draws. Breaks if the step is not passed on."""
     config = tiny_config(loss={"heads_per_step": 1}, optim={"learning_rate": 1e-12})

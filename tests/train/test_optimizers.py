@@ -48,12 +48,7 @@ def forget():
 
 
 # Those whose state lies otherwise than AdamW's, whose sharded steps are in test_step.
-SHARDED = [
-    "muon",
-    "adafactor",
-    "schedule_free",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "lion")),
-]
+SHARDED = ["muon", "adafactor", "schedule_free", "adamw", "lion"]
 
 
 def test_every_name_is_here():
@@ -71,6 +66,7 @@ class Position:
         pass
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_equals_unsharded(name):
     """step on 2 x 2 x 2 devices = step on one, and every leaf of the state comes back where it lay.
@@ -87,6 +83,7 @@ def test_sharded_equals_unsharded(name):
     assert all(jax.tree.leaves(kept))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", RATES)
 def test_saved_and_restored_goes_on_bitwise(name, tmp_path):
     """step(restore(save(state))) = step(state), bit for bit. Breaks if a leaf of the optimizer's state is not saved."""
@@ -98,6 +95,7 @@ def test_saved_and_restored_goes_on_bitwise(name, tmp_path):
     chex.assert_trees_all_equal(*(compiled.train(one, batch_of(config, 3)) for one in (copy, restored)))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", RATES)
 def test_loss_falls(name):
     """Ten steps on one batch take a quarter off the next-token loss. Breaks with the sign of an update."""
@@ -148,6 +146,7 @@ def is_factored(node):
     return hasattr(node, "v_row")
 
 
+@pytest.mark.grid
 def test_heads_alone_are_averaged():
     """With trainable="heads" the rest of the model has no state and stays bitwise. The heads' gradient is taken beside
     their average: the step reports the losses at `gradient_point`, evaluation those of the average itself.

@@ -172,6 +172,7 @@ def one_process(stopped, text, tmp_path_factory):
     return history(workdir)
 
 
+@pytest.mark.grid
 def test_a_killed_process_ends_the_others(killed):
     """SIGKILL of process 1 ends process 0 within the heartbeat timeout, with a line that says so.
 
@@ -183,6 +184,7 @@ def test_a_killed_process_ends_the_others(killed):
     assert re.match(r"mtp: error: process 0 of 2.* another (one|process) is gone.* Start all of them again", words)
 
 
+@pytest.mark.grid
 def test_two_processes_killed_and_started_again_train_as_one(killed, stopped, one_process):
     """Losses, gradient norms and held-out losses of two processes = those of one, across the restart.
 
@@ -193,6 +195,7 @@ def test_two_processes_killed_and_started_again_train_as_one(killed, stopped, on
     assert_alike(workdir, one_process, rtol=1e-6)
 
 
+@pytest.mark.grid
 def test_sigterm_to_one_stops_all_at_one_step(stopped):
     """Both exit with the status of SIGTERM, and the newest checkpoint is that of the last step recorded.
 
@@ -205,6 +208,7 @@ def test_sigterm_to_one_stops_all_at_one_step(stopped):
     assert "mtp: error" not in first + second
 
 
+@pytest.mark.grid
 def test_one_process_continues_two_on_another_mesh(stopped, one_process, text, tmp_path, monkeypatch):
     """restore(saved by 2 processes, data 4) by one, fsdp 4, goes on with the rows that are due.
 

@@ -57,6 +57,7 @@ def test_heads_on_a_trained_model(text, source, tmp_path):
     np.testing.assert_allclose(logits_MBTV[1], logits_MBTV[0], atol=1e-4)
 
 
+@pytest.mark.grid
 def test_blocks_and_heads_that_are_taken_over(text, source, tmp_path):
     """copy_block copies the loaded block; init_heads="same" takes the heads too, so that nothing is fresh.
 
@@ -98,6 +99,7 @@ def test_what_does_not_fit_is_refused(text, source, tmp_path):
     assert "has no config.json; give the workdir of `mtp train`" in refused(nowhere, tmp_path / "d")
 
 
+@pytest.mark.grid
 def test_heads_on_random_parameters_are_pointed_out(text, tmp_path, capsys):
     """Head-only training without a model to stand on says so."""
     with RunConsole() as console:

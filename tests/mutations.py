@@ -1,0 +1,475 @@
+"""Breaks one line at a time, and shows which test of the default suite notices.
+
+    python tests/mutations.py              every mutation
+    python tests/mutations.py rope bonus   those with one of these words in their names
+    python tests/mutations.py --list
+
+Each mutation replaces a piece of a file in a copy of the tree and runs the default tier of the test files named with
+it. A mutation that no test notices is printed as SURVIVED, and the exit status is 1. `tests/test_mutations.py` keeps
+this list in step with the code: every piece must stand in its file exactly once.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One broken line."""
+
+    name: str
+    """What is lost."""
+    file: str
+    """Below `mtp_jax/`."""
+    old: str
+    new: str
+    tests: str
+    """Test files, below `tests/`, that should notice."""
+
+
+NAMED = (
+    Mutation(
+        "targets cross documents",
+        "losses/targets.py",
+        "keep_BT = same_document_BT & ahead(learned_BT, m + 1)",
+        "keep_BT = ahead(learned_BT, m + 1)",
+        "losses/test_targets.py",
+    ),
+    Mutation(
+        "one head learns the prompt",
+        "losses/targets.py",
+        "keep_BT = same_document_BT & ahead(learned_BT, m + 1)",
+        "keep_BT = same_document_BT & ahead(learned_BT if m != 2 else segment_ids_BT != 0, m + 1)",
+        "losses/test_targets.py train/test_objective.py",
+    ),
+    Mutation(
+        "cache slots behind the cursor are seen",
+        "kernels/attention.py",
+        "<= query_slots_BT[:, :, None]\n",
+        "<= jnp.max(query_slots_BT, axis=1)[:, None, None]\n",
+        "kernels/test_attention.py",
+    ),
+    Mutation(
+        "no bonus token",
+        "decode/verify.py",
+        "count_B = jnp.minimum(jnp.minimum(matched_B, first_end_B) + 1, room_B)",
+        "count_B = jnp.minimum(jnp.minimum(jnp.maximum(matched_B, 1), first_end_B + 1), room_B)",
+        "decode/test_verify.py",
+    ),
+    Mutation(
+        "rows share a cursor",
+        "model/cache.py",
+        "return jax.lax.dynamic_update_slice(old_BKSH, new_1KQH, (b, 0, start_B[b], 0))",
+        "return jax.lax.dynamic_update_slice(old_BKSH, new_1KQH, (b, 0, start_B[0], 0))",
+        "model/test_cache.py model/test_decode_forward.py",
+    ),
+    Mutation(
+        "dW is summed in the states' dtype",
+        "losses/fused.py",
+        'new_DV = jnp.einsum("DC,CV->DV", h_DC, chunk.dz_CV, preferred_element_type=jnp.float32)',
+        'new_DV = jnp.einsum("DC,CV->DV", h_DC, chunk.dz_CV)',
+        "losses/test_xent_precision.py",
+    ),
+    Mutation(
+        "the sum of dW is kept in the states' dtype",
+        "losses/fused.py",
+        "jnp.zeros((table_VD.shape[1], V), jnp.float32) if learn else None",
+        "jnp.zeros((table_VD.shape[1], V), hidden_MBTD.dtype) if learn else None",
+        "losses/test_xent_precision.py",
+    ),
+    Mutation(
+        "head_scale of each micro-batch alone",
+        "train/step.py",
+        "total_loss(config, spec, point | rest, *micro, scale_M)",
+        "total_loss(config, spec, point | rest, *micro, head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), w_M)"
+        " / config.train.grad_accum)",
+        "train/test_step.py",
+    ),
+    Mutation(
+        "two dimensions on one mesh axis",
+        "sharding.py",
+        "if len(used) != len(set(used)):",
+        "if False:",
+        "test_sharding.py",
+    ),
+    Mutation(
+        "the loss of a split vocabulary is not summed",
+        "losses/fused.py",
+        "labels_CW = across(jax.lax.psum, pick(soft.z_CV, ids_CW - offset), axes)",
+        "labels_CW = pick(soft.z_CV, ids_CW - offset)",
+        "losses/test_xent_sharded.py",
+    ),
+    Mutation(
+        "noise without the position",
+        "decode/sampling.py",
+        "(None, 0)))(controls.key_B, position_BQ)\n    return draw(",
+        "(None, 0)))(controls.key_B, 0 * position_BQ)\n    return draw(",
+        "decode/test_sampled.py decode/test_sampling.py",
+    ),
+    Mutation(
+        "rejection draws from p instead of the residual",
+        "decode/verify.py",
+        "residual_BQV = jnp.maximum(target_probs_BQV - jnp.pad(draft_probs_BPV, ((0, 0), (0, 1), (0, 0))), 0.0)",
+        "residual_BQV = target_probs_BQV",
+        "decode/test_verify.py",
+    ),
+    Mutation(
+        "tokens behind an end token are emitted",
+        "decode/verify.py",
+        "count_B = jnp.minimum(jnp.minimum(matched_B, first_end_B) + 1, room_B)",
+        "count_B = jnp.minimum(matched_B + 1, room_B)",
+        "decode/test_verify.py",
+    ),
+    Mutation(
+        "the limit comes after the end token",
+        "decode/verify.py",
+        "ended_B = first_end_B < count_B",
+        "ended_B = first_end_B <= matched_B",
+        "decode/test_verify.py decode/test_stopping.py",
+    ),
+    Mutation(
+        "sequential entries that rest on drafts stay",
+        "model/heads/sequential.py",
+        "back_B = jnp.minimum(now.start_B, tail)",
+        "back_B = jnp.zeros_like(now.start_B)",
+        "model/test_decode_forward.py",
+    ),
+    Mutation(
+        "no checksum of a checkpoint",
+        "integrity.py",
+        "if crc32(path) != crc:",
+        "if False:",
+        "test_checkpoint.py",
+    ),
+    Mutation(
+        "files are written in place",
+        "integrity.py",
+        "    os.replace(temporary, path)\n",
+        "    path.write_text(text)\n",
+        "test_checkpoint.py",
+    ),
+    Mutation(
+        "directories are published before they are whole",
+        "integrity.py",
+        "        os.replace(temporary, out)\n",
+        "        shutil.copytree(temporary, out, dirs_exist_ok=True)\n",
+        "convert/test_bad_input.py",
+    ),
+    Mutation(
+        "no manifest before a checkpoint is published",
+        "checkpoint.py",
+        "            write_manifest(directory)\n",
+        "            pass\n",
+        "test_checkpoint.py",
+    ),
+    Mutation(
+        "the data position is not restored",
+        "checkpoint.py",
+        "        iterator.set_state(restored.data)\n",
+        "",
+        "test_checkpoint.py",
+    ),
+    Mutation(
+        "one sign in rope",
+        "model/rope.py",
+        "low_BTNh * cos_BT1h - high_BTNh * sin_BT1h",
+        "low_BTNh * cos_BT1h + high_BTNh * sin_BT1h",
+        "model/test_rope.py",
+    ),
+    Mutation(
+        "Meta's q and k are not permuted",
+        "convert/layout.py",
+        "return pairs_NhP.swapaxes(1, 2).reshape(-1)",
+        "return pairs_NhP.reshape(-1)",
+        "convert/test_forms.py",
+    ),
+    Mutation(
+        "GPT-NeoX's q, k and v are not untangled",
+        "convert/layout.py",
+        "return np.arange(count).reshape(model.num_heads, 3, model.head_dim)[:, part].reshape(-1)",
+        "return np.arange(count).reshape(3, model.num_heads, model.head_dim)[part].reshape(-1)",
+        "convert/test_architectures.py",
+    ),
+    Mutation(
+        "an unknown config field is dropped",
+        "config.py",
+        "    types = typing.get_type_hints(cls)\n",
+        "    types = typing.get_type_hints(cls)\n    tree = {key: tree[key] for key in tree if key in types}\n",
+        "test_config.py",
+    ),
+    Mutation(
+        "torch files run their code",
+        "convert/pickled.py",
+        '        raise UserError(\n            f"{self._path} wants',
+        '        return super().find_class(module, name)\n        raise UserError(\n            f"{self._path} wants',
+        "convert/test_bad_input.py",
+    ),
+)
+"""The lines that the design names."""
+
+OTHERS = (
+    Mutation(
+        "positions do not restart with a document",
+        "data/pack.py",
+        'batch["positions"][:size] = np.arange(size) - np.repeat(begins, lengths)',
+        'batch["positions"][:size] = np.arange(size)',
+        "data/test_pack.py",
+    ),
+    Mutation(
+        "rows do not share a token",
+        "data/pack.py",
+        "start = row * (self.seq_len - 1)",
+        "start = row * self.seq_len",
+        "data/test_pack.py",
+    ),
+    Mutation(
+        "a giant document is held out",
+        "data/sources.py",
+        "if sizes[index] <= target:",
+        "if True:",
+        "data/test_sources.py",
+    ),
+    Mutation(
+        "every process reads all rows",
+        "data/loader.py",
+        "for position in mine]",
+        "for position in range(len(mine))]",
+        "data/test_loader.py",
+    ),
+    Mutation(
+        "half the gradient of the z-loss",
+        "losses/objectives.py",
+        "scale_C = (hard + 2 * objective.z_loss * soft.lse_C) / soft.sum_C",
+        "scale_C = (hard + objective.z_loss * soft.lse_C) / soft.sum_C",
+        "losses/test_xent.py",
+    ),
+    Mutation(
+        "no gradient through the soft cap",
+        "losses/fused.py",
+        "dz_CV *= 1 - (soft.z_CV / spec.softcap) ** 2",
+        "pass",
+        "losses/test_xent.py",
+    ),
+    Mutation(
+        "label smoothing without its gradient",
+        "losses/objectives.py",
+        "        dz_CV -= hard * s / vocab\n",
+        "        pass\n",
+        "losses/test_objectives.py",
+    ),
+    Mutation(
+        "the cotangent of the loss is ignored",
+        "losses/fused.py",
+        "dtable_VD = (dtable_VD * scale).astype(table_dtype.dtype)",
+        "dtable_VD = dtable_VD.astype(table_dtype.dtype)",
+        "losses/test_xent.py",
+    ),
+    Mutation(
+        "entropy weights round down",
+        "losses/entropy.py",
+        "jnp.ceil(options.fraction * jnp.sum(counted_BT) * (1 - 1e-6))",
+        "jnp.floor(options.fraction * jnp.sum(counted_BT))",
+        "losses/test_entropy.py",
+    ),
+    Mutation(
+        "a token counts twice in its order",
+        "losses/order.py",
+        "counts.append(inside_BT & ~seen_BT)",
+        "counts.append(inside_BT)",
+        "losses/test_order.py",
+    ),
+    Mutation(
+        "norms decay",
+        "optim.py",
+        "decay = jax.tree.map(lambda no_decay: not no_decay, skip)",
+        "decay = jax.tree.map(lambda no_decay: True, skip)",
+        "train/test_optimizers.py",
+    ),
+    Mutation(
+        "the first step has no learning rate",
+        "optim.py",
+        "return lambda step: joined(step + 1)",
+        "return lambda step: joined(step)",
+        "train/test_step.py train/test_optimizers.py",
+    ),
+    Mutation(
+        "lookup does not repeat what it runs out of",
+        "decode/drafters.py",
+        "source_P = at + 1 + jnp.arange(count) % period",
+        "source_P = at + 1 + jnp.arange(count)",
+        "decode/test_lookup.py",
+    ),
+    Mutation(
+        "top-p keeps one token too many",
+        "decode/sampling.py",
+        "kept = (before < controls.top_p) & (probs > 0) | (rank == 0)",
+        "kept = (before <= controls.top_p) & (probs > 0) | (rank == 0)",
+        "decode/test_sampling.py",
+    ),
+    Mutation(
+        "the tail of the vocabulary never wins",
+        "decode/sampling.py",
+        "return jnp.where(tail_wins, drawn, token).astype(jnp.int32)",
+        "return token.astype(jnp.int32)",
+        "decode/test_sampling.py",
+    ),
+    Mutation(
+        "rounds run over the end of the cache",
+        "decode/engine.py",
+        "return (rounds < max_rounds) & ~jnp.all(state.done_B) & fits",
+        "return (rounds < max_rounds) & ~jnp.all(state.done_B)",
+        "decode/test_long.py",
+    ),
+    Mutation(
+        "the width ignores what rounds cost",
+        "decode/adaptive.py",
+        "self.costs[width] * np.max(remaining_B / self.tokens_per_round(width))",
+        "np.max(remaining_B / self.tokens_per_round(width))",
+        "decode/test_adaptive.py",
+    ),
+    Mutation(
+        "half a stop string is shown",
+        "decode/stopping.py",
+        "longest = min(self.longest - 1, len(text))",
+        "longest = 0",
+        "decode/test_stream.py",
+    ),
+    Mutation(
+        "blockwise attention forgets a term of its gradient",
+        "kernels/blocks.py",
+        '_product("BKRH,BKsH->BKRs", dmixed_BKRH, v_BKsH) - own_BKR1)',
+        '_product("BKRH,BKsH->BKRs", dmixed_BKRH, v_BKsH))',
+        "kernels/test_rows.py",
+    ),
+    Mutation(
+        "yarn does not scale its queries",
+        "model/rope.py",
+        'if config.rope_scaling != "yarn" or not stretched:',
+        "if True:",
+        "model/test_rope.py convert/test_architectures.py",
+    ),
+    Mutation(
+        "sequential heads read their own token",
+        "model/heads/sequential.py",
+        "embedded_BTD = _shift(embedded_BTD, rows.segment_ids_BT)",
+        "embedded_BTD = embedded_BTD",
+        "model/test_mtp.py model/test_decode_forward.py",
+    ),
+    Mutation(
+        "attention is counted for half a row",
+        "flops.py",
+        "return 2 * 2 * queries * sees * c.num_heads * c.head_dim",
+        "return 2 * queries * sees * c.num_heads * c.head_dim",
+        "test_flops.py",
+    ),
+    Mutation(
+        "two runs train in one directory",
+        "workdir.py",
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "test_checkpoint.py train",
+    ),
+    Mutation(
+        "matrices are written as they lie",
+        "convert/mapping.py",
+        "return parameter.reshape(self.flat[::-1]).T if is_matrix(self.path) else parameter.reshape(self.flat)",
+        "return parameter.reshape(self.flat)",
+        "convert/test_architectures.py",
+    ),
+    Mutation(
+        "a loss that is not finite goes on",
+        "train/loop.py",
+        "if not bad and math.isfinite(metrics.grad_norm):",
+        "if True:",
+        "train/test_loop.py",
+    ),
+    Mutation(
+        "experts' weights are not renormalised",
+        "model/layers.py",
+        "if config.renormalise_experts:",
+        "if False:",
+        "model/test_experts.py",
+    ),
+    Mutation(
+        "padding of the last held-out batch counts",
+        "losses/targets.py",
+        "learned_BT = segment_ids_BT != 0",
+        "learned_BT = segment_ids_BT >= 0",
+        "losses/test_targets.py",
+    ),
+    Mutation(
+        "records after the checkpoint stay",
+        "metrics.py",
+        'if record["step"] <= last]',
+        "]",
+        "test_metrics.py",
+    ),
+    Mutation(
+        "a hidden file is read",
+        "data/sources.py",
+        'for name in names if not name.startswith(".")]',
+        "for name in names]",
+        "data/test_sources.py",
+    ),
+)
+"""Lines that no such list had named before."""
+
+
+def broken(mutation: Mutation, text: str) -> str:
+    """The file's text with the line broken; the old piece must stand there exactly once."""
+    if text.count(mutation.old) != 1:
+        raise SystemExit(
+            f"{mutation.name}: {mutation.file} holds {text.count(mutation.old)} times {mutation.old!r}; bring the "
+            "list in tests/mutations.py up to date"
+        )
+    return text.replace(mutation.old, mutation.new)
+
+
+def run(mutation: Mutation, tree: pathlib.Path) -> tuple[str, float]:
+    """The first test that fails with this line broken, "" for none, and the seconds that took."""
+    path = tree / "mtp_jax" / mutation.file
+    original = path.read_text(encoding="utf-8")
+    path.write_text(broken(mutation, original), encoding="utf-8")
+    began = time.monotonic()
+    try:
+        paths = [str(tree / "tests" / one) for one in mutation.tests.split()]
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "--no-header", *paths]
+        environment = os.environ | {"PYTHONPATH": str(tree)}
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=900)
+    finally:
+        path.write_text(original, encoding="utf-8")
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+(?: \S+)*?)(?: - |$)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1, 2):
+        raise SystemExit(f"{mutation.name}: pytest ended with {done.returncode}: {done.stdout[-400:]}")
+    return failed[1] if failed else "", time.monotonic() - began
+
+
+def main(words: list[str]) -> int:
+    """Runs the mutations and prints a table; 1 if one survived."""
+    chosen = [one for one in (*NAMED, *OTHERS) if not words or any(word in one.name for word in words)]
+    if words == ["--list"]:
+        print("\n".join(f"{one.name}: mtp_jax/{one.file}" for one in (*NAMED, *OTHERS)))
+        return 0
+    survived = 0
+    with tempfile.TemporaryDirectory() as directory:
+        tree = pathlib.Path(directory) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", ".pytest_cache", "runs"))
+        for one in chosen:
+            test, seconds = run(one, tree)
+            survived += not test
+            print(f"{one.name:<55} {test or 'SURVIVED'}  ({seconds:.0f} s)", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} were noticed")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
