@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import operator
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,13 +18,13 @@ from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.engine import DecodeState, Plan
 from mtp_jax.decode.memory import check_cache_fits
 from mtp_jax.decode.options import Options, whole
+from mtp_jax.decode.prompts import Prompt, prompt_ids, rows_of
 from mtp_jax.decode.sampling import LogitsFn
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.decode.stopping import StopStrings
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 
-Prompt = str | Sequence[int]
 NumDraft = int | Literal["auto"] | None
 UNLIMITED = np.iinfo(np.int32).max
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -81,7 +80,8 @@ def generate(
 
     Args:
       lm: a loaded model.
-      prompts: strings, or lists of token ids (no token is added to those).
+      prompts: strings, lists of token ids (no token is added to those), or what a tokenizer returns, such as
+        `apply_chat_template(messages, add_generation_prompt=True)`: a dict with `input_ids`.
       max_new_tokens: most new tokens per prompt; fewer where the model's max_seq_len ends.
       draft: `heads`, `lookup`, `heads+lookup`, `none`, or a `Drafter` of your own; `auto` is heads, and lookup where
         the model has none.
@@ -189,9 +189,11 @@ class _Request:
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer")
+        if isinstance(prompts, Mapping):
+            prompts = rows_of(prompts)
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise UserError(f"prompts={prompts!r} is no list; put a single prompt into one: [prompt]")
-        ids = [_prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
+        ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
         if not ids:
             raise UserError("no prompt was given")
         self.plan = Plan(lm.config, drafter, options.sampler(), options.rule())
@@ -366,36 +368,6 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft) -> Drafter:
     if num_draft not in (None, draft.num_draft):
         raise UserError(f"num_draft={num_draft}, but the drafter given drafts {draft.num_draft}; leave num_draft out")
     return draft
-
-
-def _prompt_ids(lm: Model, prompt: Prompt, row: int) -> list[int]:
-    """A prompt as token ids, checked against the model."""
-    if isinstance(prompt, str):
-        if lm.tokenizer is None:
-            raise UserError(f"prompt {row} is text, but this model has no tokenizer; give a list of token ids")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"prompt {row} is not valid text: {error}") from error
-        ids = lm.tokenizer.encode_prompt(prompt)
-        empty = not prompt
-    else:
-        try:
-            ids = [operator.index(token) for token in prompt]
-        except TypeError as error:
-            raise UserError(f"prompt {row} is neither text nor a list of token ids: {error}") from error
-        empty = not ids
-    if empty:
-        raise UserError(f"prompt {row} is empty; give at least one token")
-    vocab, longest = lm.config.model.vocab_size, lm.config.model.max_seq_len
-    outside = [token for token in ids if not 0 <= token < vocab]
-    if outside:
-        raise UserError(f"prompt {row} holds token id {outside[0]}; the vocabulary is 0..{vocab - 1}")
-    if len(ids) >= longest:
-        raise UserError(
-            f"prompt {row} has {len(ids)} tokens; the limit, new tokens included, is model.max_seq_len={longest}"
-        )
-    return ids
 
 
 def _bucket(length: int) -> int:
