@@ -17,6 +17,19 @@ WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
 """Files that Orbax writes after the manifest; a restore does not depend on them."""
 
 
+def check_name(path: str | os.PathLike[str], what: str) -> None:
+    """Refuses a path whose name is not UTF-8: the tokenizer and checkpoint libraries cannot open it.
+
+    Raises:
+      UserError: such a name.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        name = os.fsencode(path).decode("utf-8", errors="backslashreplace")
+        raise UserError(f"the name of {what} {name} is not UTF-8; use another name") from error
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Replaces a file so that a reader, or a kill at any moment, sees the old text or the new one and nothing else."""
     temporary = path.with_name(path.name + ".tmp")
@@ -34,6 +47,7 @@ def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UserError: the place is taken, or cannot be written.
     """
+    check_name(out, "the directory")
     out, temporary = pathlib.Path(out), None
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

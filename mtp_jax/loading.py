@@ -27,7 +27,8 @@ class LoadedModel:
     params: Any = dataclasses.field(repr=False)
     """Parameters stacked over layers, in the dtype they were loaded as; None after `decode_only`."""
     tokenizer: Any
-    """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`; None where the model was trained on token files."""
+    """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`, `end_ids`; None where the model was trained on token
+    files."""
     mesh: Mesh
     """Where the parameters lie."""
     origin: Any = dataclasses.field(default=None, repr=False)
@@ -161,15 +162,14 @@ def _load_checkpoint(
 
     checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
     tokenizer = load_hub_tokenizer(checkpoint.directory)
-    check_size(tokenizer, checkpoint.config, checkpoint.directory)
+    check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
     return LoadedModel(checkpoint.config, read_params(checkpoint, mesh, notify), tokenizer, mesh, origin_of(checkpoint))
 
 
 def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
     # Checkpointing and tokenizers are slow to import; `import mtp_jax` stays free of them.
     from mtp_jax.checkpoint import restore_params
-    from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
-    from mtp_jax.data.tokenize import load_tokenizer
+    from mtp_jax.convert.tokenizer import check_size, load_run_tokenizer
 
     config = _read_config(workdir)
     if dtype is not None:
@@ -179,13 +179,11 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     sharding.check_mesh(mesh, config)
     params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
     origin = _origin(workdir, config)
-    tokenizer = load_hub_tokenizer(origin.directory) if origin is not None else None
-    if tokenizer is None:
-        path = workdir / "data" / "tokenizer.json"
-        if not path.is_file() and config.data.tokenizer != "none":
-            raise UserError(f"{path} is missing; `mtp train` on this run makes it anew")
-        tokenizer = load_tokenizer(path) if path.is_file() else None
-    check_size(tokenizer, config, workdir)
+    data, trained = workdir / "data", bool(config.train.init_from)
+    tokenizer = load_run_tokenizer(data, origin.directory if origin is not None else None, trained)
+    if tokenizer is None and config.data.tokenizer != "none":
+        raise UserError(f"{data / 'tokenizer.json'} is missing; `mtp train` on this run makes it anew")
+    check_size(tokenizer, config, workdir, notify)
     return LoadedModel(config, params, tokenizer, mesh, origin)
 
 

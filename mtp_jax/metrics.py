@@ -123,11 +123,15 @@ def _plain(value: Any) -> float | int | list | None:
 def bits_per_byte(nll_sum_nats: float, num_bytes: int) -> float:
     """Code length of a text per byte, which compares models with different tokenizers.
 
-    bits per byte = (sum of -ln p(token)) / (ln 2 * bytes of the text).
+    bits per byte = (sum of -ln p(token)) / (ln 2 * bytes of those tokens)
+
+    Both sums run over the same tokens: those that are predicted. These are all tokens of a document but its first. A
+    token that is put in front of the text stands for no byte, so that the whole text counts then; without one, the
+    bytes of the text's first token do not count. The end token is predicted and stands for no byte.
 
     Args:
-      nll_sum_nats: sum of the negative log likelihoods of the text's tokens, natural logarithm.
-      num_bytes: bytes of the text in UTF-8.
+      nll_sum_nats: sum of the negative log likelihoods of the predicted tokens, natural logarithm.
+      num_bytes: bytes of those tokens in UTF-8.
     """
     if num_bytes < 1:
         raise UserError(f"bits_per_byte: num_bytes is {num_bytes}; the text must have at least one byte")

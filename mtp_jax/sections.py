@@ -213,13 +213,18 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     source: str = "stdlib"
-    """`stdlib` (the running Python's standard library), a directory, glob, `.jsonl` file, `.npy` of token ids, or
-    `synthetic:TASK:option=value,...` (see `data/synthetic.py`)."""
+    """`stdlib` (the running Python's standard library), a directory, glob, text file, `.jsonl` or `.json` of records,
+    `.npy` of token ids, or `synthetic:TASK:option=value,...` (see `data/synthetic.py`)."""
     text_field: str = "text"
-    """Field of a JSONL record that holds the text."""
+    """Field of a record that holds the text."""
     tokenizer: str = "bpe"
     """`bpe` trains a byte-pair tokenizer of model.vocab_size on the corpus, `bytes` is one token per byte, `none` takes
     a `.npy` as it is, anything else is the path of a `tokenizer.json`."""
+    special_tokens: Literal["auto", "read", "text"] = "auto"
+    """What a special token that a text spells (`<|im_start|>`) becomes, in documents and prompts alike. read: that
+    token, as chat text needs it. text: the tokens of its characters, so that no document can forge its own end. auto:
+    as the tokenizer says, which is read for that of a Hugging Face model or of an import, and text for bpe, bytes and a
+    `tokenizer.json` alone."""
     seq_len: int = 256
     """Tokens of a row (T)."""
     prompt_tokens: int = 0

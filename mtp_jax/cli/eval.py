@@ -22,11 +22,11 @@ class Args:
     source: tyro.conf.Positional[str]
     """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory or hub id."""
     data: str
-    """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl`, `.npy` or generated task,
-    read whole. A task without a seed is drawn with seed 1, other documents than a run's; its row and prompt length are
-    taken from it."""
+    """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl` or `.json` of records,
+    `.npy` or generated task, read whole. A task without a seed is drawn with seed 1, other documents than a run's; its
+    row and prompt length are taken from it."""
     text_field: str = "text"
-    """Field of a JSONL record that holds the text."""
+    """Field of a record that holds the text."""
     num_prompts: int = 0
     """Prompts to decode; 0 takes the config's decode.num_prompts."""
     max_new_tokens: int = 0
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     make_directory(directory)
     data = lm.config.data
     split = (data.seed, data.eval_fraction) if source == "stdlib" else None
-    rows = load_heldout(source, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
+    rows = load_heldout(source, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size, say)
     say(
         f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens"
         + (f", {rows.bytes_ / 1e6:.2f} MB" if rows.bytes_ else "")

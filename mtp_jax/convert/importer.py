@@ -76,7 +76,7 @@ def import_model(
     with whole_directory(out) as directory:
         checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
         tokenizer = load_hub_tokenizer(checkpoint.directory)
-        check_size(tokenizer, checkpoint.config, checkpoint.directory)
+        check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
         config, mesh = checkpoint.config, mesh or sharding.make_mesh(MeshConfig())
         params = read_params(checkpoint, mesh, notify)
         if form is not None:

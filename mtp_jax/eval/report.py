@@ -31,7 +31,7 @@ class Evaluation:
     sums: HeadSums
     """Held-out sums per head, teacher-forced."""
     heldout_bytes: int
-    """UTF-8 bytes of the tokens that count; 0 if unknown, as where prompts do not count."""
+    """UTF-8 bytes of the tokens that are predicted; 0 if unknown, as where prompts do not count."""
     decoding: Comparison | None
     """None where nothing drafts: no extra heads, decode.num_draft=0, or no document that is long enough."""
     distinct: float
@@ -45,7 +45,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Held-out next-token loss per byte of text; None where the bytes are unknown."""
+        """Held-out next-token loss in bits per byte of the tokens that are predicted; None where those are unknown."""
         return bits_per_byte(float(self.sums.ce_M[0]), self.heldout_bytes) if self.heldout_bytes else None
 
     def as_json(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def evaluate(
     samples = [tuple(map(text, triple)) for triple in zip(prompts, generated, references, strict=False)]
     return Evaluation(
         sums=sums,
-        heldout_bytes=0 if limit or config.data.prompt_tokens else rows.bytes_,
+        heldout_bytes=0 if limit or config.data.prompt_tokens else rows.predicted_bytes,
         decoding=decoding,
         distinct=distinct_ratio(generated),
         reference_distinct=distinct_ratio(references),

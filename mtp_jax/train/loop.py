@@ -264,8 +264,8 @@ class _Run:
         sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)
         means = {f"heldout_{name}": np.asarray(value).tolist() for name, value in sums.means().items()}
         # Of documents with a prompt only the answers are learned, and nobody has counted their bytes.
-        if self.corpus.heldout_bytes and not settings.eval_rows and not self.config.data.prompt_tokens:
-            means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), self.corpus.heldout_bytes)
+        if rows.predicted_bytes and not settings.eval_rows and not self.config.data.prompt_tokens:
+            means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), rows.predicted_bytes)
         self.writer.write(step, means)
 
 

@@ -17,6 +17,7 @@ from mtp_jax.cli import run as mtp
 from mtp_jax.config import HeadsConfig
 from mtp_jax.convert.files import open_directory
 from mtp_jax.convert.tokenizer import HubTokenizer, save_for_training
+from mtp_jax.data.marks import Marks
 from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer
 from mtp_jax.errors import UserError
 
@@ -125,13 +126,13 @@ def test_a_tokenizer_begins_as_it_did(adds_bos, hub, text, finished, tmp_path):
 
 def test_a_tokenizer_that_says_nothing_of_its_first_token(tmp_path):
     """A tokenizer.json that names a bos and adds none is saved so that training adds none either: by its name alone we
-    would. Breaks without the empty sequence in `save_for_training`."""
+    would. Breaks without `mark.write` in `save_for_training`."""
     ours = bytes_tokenizer()
     inner = types.SimpleNamespace(
         backend_tokenizer=ours.inner, encode=lambda text, add_special_tokens=True: ours.encode(text)
     )
     assert ours.bos_id == 256
-    save_for_training(HubTokenizer(inner, 258, (257,)), tmp_path / "tokenizer.json")
+    save_for_training(HubTokenizer(inner, 258, Marks((), 257, (257,), "read")), tmp_path / "tokenizer.json")
     assert load_tokenizer(tmp_path / "tokenizer.json").bos_id is None
 
 
