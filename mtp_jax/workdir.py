@@ -18,7 +18,7 @@ import jax
 from mtp_jax.config import Config, differences, from_json, to_json
 from mtp_jax.distributed import check_everywhere, check_same, from_first, list_from_first, on_first
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import short_reason, write_atomically
+from mtp_jax.integrity import check_name, short_reason, write_atomically
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -50,6 +50,7 @@ def open_run(workdir: pathlib.Path | str, config: Config) -> bool:
     Raises:
       UserError: a setting that changes the result differs, or the directory belongs to something else.
     """
+    check_name(workdir, "--workdir")
     workdir = pathlib.Path(workdir)
     check_same(to_json(config), "has another config than process 0; give every process the same file and options")
     return bool(from_first(int(on_first(lambda: _open_run(workdir, config)) or 0)))

@@ -51,7 +51,7 @@ def write_page(
         parts += [speed_remark(evaluation), ""]
     parts += ["## What it writes", "", *_samples(evaluation)]
     page = directory / "report.md"
-    page.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    page.write_text("\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
     return page
 
 
