@@ -80,7 +80,7 @@ def test_characters_across_the_first_bytes(tmp_path):
     """Text is text wherever a character falls on the end of the bytes that are looked at first. Breaks if those are
     decoded as if they were the whole file."""
     for pad in range(4):
-        (tmp_path / f"{pad}.txt").write_text("a" * (8192 - pad) + "😀" * 3)
+        (tmp_path / f"{pad}.txt").write_text("PAR1" + "a" * (8188 - pad) + "😀" * 3)
     assert [len(text) for text in texts(tmp_path)] == [8192 - pad + 3 for pad in range(4)]
 
 
