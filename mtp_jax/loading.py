@@ -17,6 +17,7 @@ from mtp_jax import sharding
 from mtp_jax.config import Config, MeshConfig, from_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
+from mtp_jax.programs import bounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class LoadedModel:
     @functools.cached_property
     def decode_params(self) -> Any:
         """The unstacked view that the decoding engine runs on, made at first use."""
-        return jax.jit(mtp.decode_view, static_argnums=0)(self.config, self.stacked_params())
+        return _decode_view(self.config, self.stacked_params())
 
     def decode_only(self) -> "LoadedModel":
         """Gives up `params`, so that a model that decodes is in memory once: they are taken apart one after the other.
@@ -96,7 +97,10 @@ def _taken_apart(config: Config, params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, mtp.decode_view(config, params, give_up))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+_decode_view = bounded(statics=(0,))(mtp.decode_view)
+
+
+@bounded(statics=(0,), weights=1)
 def _logits(config: Config, params: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
     hidden_MBTD = mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), everywhere=True)

@@ -19,6 +19,7 @@ ALLOWED = {
     "hardware": set(),
     "compiled": set(),
     "trees": set(),
+    "programs": set(),
     "checks": set(),
     "model_section": {"checks"},
     "sections": {"checks", "model_section"},
@@ -39,9 +40,9 @@ ALLOWED = {
         *("compiled", "config", "model", "losses", "sharding", "optim", "data", "distributed", "workdir", "checkpoint"),
         *("metrics", "flops", "hardware"),
     },
-    "decode": {"config", "model", "sharding"},
+    "decode": {"config", "model", "programs", "sharding"},  # programs: a bound on those that are kept
     "convert": {"config", "model", "sharding", "integrity", "checkpoint", "data", "trees", "workdir"},
-    "loading": {"config", "model", "sharding", "checkpoint", "data", "convert"},
+    "loading": {"config", "model", "programs", "sharding", "checkpoint", "data", "convert"},
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
     "fit": {"axes", "config", "decode", "flops", "hardware", "model", "sharding", "train"},
     "cli": {

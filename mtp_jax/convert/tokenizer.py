@@ -35,6 +35,11 @@ class HubTokenizer:
         """The token for the beginning of a text, which not every tokenizer with one puts there."""
         return self.inner.bos_token_id
 
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Tokens that `decode` leaves out, and how they are spelled."""
+        return {token: one.content for token, one in self.inner.added_tokens_decoder.items() if one.special}
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone."""
         return self.inner.encode(text, add_special_tokens=False)

@@ -55,6 +55,12 @@ class Tokenizer:
         """Tokens that end a text that is generated."""
         return (self.eos_id,)
 
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Tokens that `decode` leaves out, and how they are spelled."""
+        added = self.inner.get_added_tokens_decoder()
+        return {token: one.content for token, one in added.items() if one.special}
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone."""
         return self.inner.encode(text, add_special_tokens=False).ids
