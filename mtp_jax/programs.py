@@ -1,9 +1,9 @@
 """Compiled programs in memory: a bound on how many are kept, and the seconds that compiling took.
 
-`jax.jit` keeps every program that it has compiled. On a CPU each holds some dozens of the process's memory mappings, of
-which Linux allows 65,530 unless told otherwise; where none is left, XLA fails or ends the process. A function that is
-`bounded` is jitted anew for every set of static arguments and shapes. The programs used least recently are dropped: all
-of those beyond `MOST`, and more while the process is short of mappings.
+`jax.jit` keeps every program that it has compiled. On a CPU each holds dozens of the process's memory mappings, a round
+of decoding over a hundred, and megabytes. Linux allows 65,530 mappings unless told otherwise; where none is left, XLA
+fails or ends the process. A function that is `bounded` is jitted anew for every set of static arguments and shapes. The
+programs used least recently are dropped: all of those beyond `MOST`, and more while the process is short of mappings.
 """
 
 import collections
@@ -19,9 +19,9 @@ import jax.monitoring
 
 from mtp_jax.errors import UserError
 
-MOST = 256
+MOST = 128
 """Programs that are kept. A request needs about five for every batch size, cache size and setting compiled in."""
-SHORT = 0.5
+SHORT = 0.7
 """Share of the allowed mappings from which on half of the programs are dropped before another one is compiled."""
 OUT = 0.9
 """Share from which on all of them are, and from which on nothing is compiled if that did not help."""
@@ -103,7 +103,7 @@ def bounded(statics: tuple[int, ...], donate: tuple[int, ...] = (), weights: int
     """Decorator: `jax.jit` with a bound on the programs that are kept.
 
     Args:
-      statics: positions of static arguments. All arguments are given by position.
+      statics: positions of static arguments, in order. All arguments are given by position.
       donate: positions of donated ones.
       weights: position of parameters; shapes that follow from the static arguments are not looked at in every call.
     """
@@ -117,51 +117,65 @@ class Bounded:
         self, function: Callable, statics: tuple[int, ...], donate: tuple[int, ...], weights: int | None
     ) -> None:
         functools.update_wrapper(self, function)
-        self._function, self._statics, self._donate, self._weights = function, statics, donate, weights
+        self._function = function
+        self._statics = statics
+        self._donate = donate
+        self._weights = weights
 
     def __call__(self, *args: Any) -> Any:
         """Calls the program for these arguments; compiles it where there is none."""
-        static = tuple(args[at] for at in self._statics)
-        others = [arg for at, arg in enumerate(args) if at not in self._statics and at != self._weights]
-        leaves = jax.tree.leaves(others)
+        static, arrays = self._split(args)
+        looked_at = [arg for at, arg in enumerate(args) if at not in self._statics and at != self._weights]
+        leaves = jax.tree.leaves(looked_at)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self._function(*args)
         key = (self, static, tuple(leaf.shape for leaf in leaves))
         program = PROGRAMS.get(key)
         if program is None or not program._cache_size():
-            program = self._compile(key, args)
+            program = self._compile(key, static, arrays)
         PROGRAMS.move_to_end(key)
         before = _seconds[1]
-        result = program(*args)
+        result = program(*arrays)
         # Parameters of another dtype or place, for instance.
         _seconds[0] += _seconds[1] - before
         return result
 
-    def _compile(self, key: Hashable, args: tuple[Any, ...]) -> Any:
+    def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
+        """The static arguments, and the others."""
+        static = tuple(args[at] for at in self._statics)
+        return static, [arg for at, arg in enumerate(args) if at not in self._statics]
+
+    def _compile(self, key: Hashable, static: tuple[Any, ...], arrays: list[Any]) -> Any:
         make_room()
-        began, program = time.perf_counter(), self._jitted()
+        began = time.perf_counter()
+        program = self._jitted(static)
         # The call that follows finds what is compiled here.
-        program.lower(*args).compile()
+        program.lower(*arrays).compile()
         _seconds[0] += time.perf_counter() - began
         PROGRAMS.pop(key, None)
         return PROGRAMS.recall(key, lambda: program)
 
-    def _jitted(self) -> Any:
-        """A jitted function of its own, with which all that it compiles is dropped."""
+    def _jitted(self, static: tuple[Any, ...]) -> Any:
+        """A jitted function of the arrays that nobody else has: with it, all that it compiles is dropped."""
 
-        @functools.wraps(self._function)
-        def program(*args: Any) -> Any:
+        def program(*arrays: Any) -> Any:
+            args = list(arrays)
+            for at, value in zip(self._statics, static, strict=True):
+                args.insert(at, value)
             return self._function(*args)
 
-        return jax.jit(program, static_argnums=self._statics, donate_argnums=self._donate)
+        program.__name__ = self._function.__name__
+        donated = tuple(at - sum(one < at for one in self._statics) for at in self._donate)
+        return jax.jit(program, donate_argnums=donated)
 
     def trace(self, *args: Any) -> Any:
         """As of `jax.jit`; nothing is kept."""
-        return self._jitted().trace(*args)
+        static, arrays = self._split(args)
+        return self._jitted(static).trace(*arrays)
 
     def lower(self, *args: Any) -> Any:
         """As of `jax.jit`; nothing is kept."""
-        return self._jitted().lower(*args)
+        return self.trace(*args).lower()
 
     def _cache_size(self) -> int:
         """Programs that are kept, as of `jax.jit`."""

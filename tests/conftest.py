@@ -9,6 +9,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from mtp_jax import programs
 from mtp_jax.cli.threads import enough_threads
 
 # Without LLVM's optimisations and, where a switch still turns them off, without XLA's newer fusions: neither changes an
@@ -33,6 +34,8 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# Tests meet more shapes than other processes do, and share them; mappings, below, are their bound.
+programs.PROGRAMS.most = 1000
 MOST_MAPPINGS = 20_000
 """Every compiled program holds some dozens of a process's memory mappings, of which Linux allows 65,530 by default."""
 
@@ -41,8 +44,8 @@ MOST_MAPPINGS = 20_000
 def drop_programs():
     """Forgets compiled programs between modules before there are too many: XLA aborts the process when none is left."""
     yield
-    mappings = pathlib.Path("/proc/self/maps")
-    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+    if programs.mappings() > MOST_MAPPINGS:
+        programs.PROGRAMS.clear()
         jax.clear_caches()
 
 

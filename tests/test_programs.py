@@ -13,8 +13,8 @@ from reference.tiny import tiny_config
 
 from mtp_jax import programs
 from mtp_jax.decode import request
+from mtp_jax.decode.buckets import batch_rows
 from mtp_jax.decode.generate import generate
-from mtp_jax.decode.request import batch_rows
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.errors import UserError
 from mtp_jax.programs import PROGRAMS, Recent, bounded
@@ -109,16 +109,17 @@ class Full:
 
 
 def test_room_is_made_before_mappings_run_out(three, monkeypatch):
-    """From half of the mappings on half of the programs go, from nine tenths on all of them; where that does not help,
-    one line says so, instead of XLA ending the process. Breaks without `make_room` in `_compile`."""
+    """From seven tenths of the mappings on half of the programs go, from nine tenths on all of them; where that does
+    not help, one line says so, instead of XLA ending the process. Breaks without `make_room` in `_compile`."""
     for size in (1, 2, 3):
         call(1, size)
-    Full(monkeypatch, others=19)
-    call(1, 3)
+    Full(monkeypatch, others=39)
+    PROGRAMS.popitem(last=False)
+    call(1, 1)
     assert len(PROGRAMS) == 3
-    Full(monkeypatch, others=30)
+    Full(monkeypatch, others=40)
     call(1, 4)
-    assert [key[2] for key in PROGRAMS] == [((3,),), ((4,),)]
+    assert [key[2] for key in PROGRAMS] == [((1,),), ((4,),)]
     Full(monkeypatch, others=75)
     call(1, 5)
     assert [key[2] for key in PROGRAMS] == [((5,),)]

@@ -109,12 +109,7 @@ class RowText:
         whole = self._decode([*self._context, *pending])
         if whole.startswith(self._before):
             return whole[len(self._before) :]
-        # Bytes of a broken character make those before them unreadable in some tokenizers: a context without those.
-        for end in range(len(self._context) - 1, 0, -1):
-            before = self._decode(self._context[:end])
-            whole = self._decode([*self._context[:end], *pending])
-            if not before.endswith(INCOMPLETE) and whole.startswith(before):
-                return whole[len(before) :]
+        # Bytes of a broken character make those before them unreadable in some tokenizers.
         return self._decode(pending)
 
     def spelled(self, text: str) -> str:

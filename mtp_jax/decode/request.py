@@ -13,7 +13,7 @@ import numpy as np
 
 from mtp_jax import programs
 from mtp_jax.config import Config
-from mtp_jax.decode import engine
+from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.adaptive import COSTS, WidthChooser
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
@@ -27,8 +27,6 @@ from mtp_jax.errors import UserError
 
 Prompt = str | Sequence[int]
 NumDraft = int | Literal["auto"] | None
-ALL_SIZES = 8
-"""Batches up to so many rows are run as they are."""
 LEAST_ENDS = 4
 """Places for end tokens; more where a tokenizer has more."""
 
@@ -82,14 +80,14 @@ class Request:
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.config.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
-        padded = _padded(int(self.prompt_len_B.max()))
-        new = _bucket(int((self.limit_B - self.prompt_len_B).max()))
-        self.slots = engine.slots_needed(_bucket(padded) + new, drafter.num_draft)
-        rows = batch_rows(len(ids))
+        padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
+        new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))
+        self.slots = engine.slots_needed(buckets.bucket(padded) + new, drafter.num_draft)
+        rows = buckets.batch_rows(len(ids))
         if rows > len(ids) and cache_bytes(self.plan, rows, self.slots) > free_bytes():
             rows = len(ids)
         check_cache_fits(self.plan, rows, self.slots)
-        options.check_logits_fn(lm.config.model.vocab_size, _bucket(padded) + new)
+        options.check_logits_fn(lm.config.model.vocab_size, buckets.bucket(padded) + new)
         self.controls = options.controls(len(ids), lm.config.model.vocab_size, rows)
         self.total_B = self.prompt_len_B
         self._count_all(len(ids), drafter.num_draft, isinstance(num_draft, str))
@@ -138,8 +136,8 @@ class Request:
     def _run(self, width: int, max_rounds: int) -> None:
         """Rounds of one width, until the caches are full."""
         self._grow()
-        params, limit = self.lm.decode_params, jnp.int32(max_rounds)
-        self._take(engine.decode_rounds(self.plan, width, params, self.controls, self.state, limit))
+        params = self.lm.decode_params
+        self._take(engine.decode_rounds(self.plan, width, params, self.controls, self.state, jnp.int32(max_rounds)))
 
     def _run_block(self, max_rounds: int) -> None:
         """One block of the width that promises most, timed for the next choice."""
@@ -168,7 +166,8 @@ class Request:
     def _take(self, state: DecodeState) -> None:
         """Keeps the state, reads what the host needs of it, and ends rows whose text holds a stop string."""
         self.state = state
-        had_B, before = self.total_B - self.prompt_len_B, self.counts
+        had_B = self.total_B - self.prompt_len_B
+        before = self.counts
         counters = Counts(state.histogram_BQ, state.untried_BP, state.drafted_B)
         read = (state.tokens_BS, state.total_B, state.done_B, state.failed_B, counters)
         # Not the rows that only fill the batch.
@@ -201,7 +200,8 @@ class Request:
     def _find_stop(self, row: int) -> bool:
         """Whether a stop string stands in the row's text; the row is cut at the token that completes the first one."""
         search = self.searches[row]
-        text, count = self.texts[row].copy(), self.read_B[row]
+        text = self.texts[row].copy()
+        count = self.read_B[row]
         tokens = self._read(row)
         if search.find(self.texts[row]) < 0:
             search.passed(self.texts[row])
@@ -311,7 +311,7 @@ def _end_ids(lm: Model, ignore_eos: bool) -> list[int]:
     if lm.tokenizer is None:
         return []
     ids = [] if ignore_eos else list(lm.tokenizer.end_ids)
-    return ids + [-1] * (_power(len(ids), LEAST_ENDS) - len(ids))
+    return ids + [-1] * (buckets.power(len(ids), LEAST_ENDS) - len(ids))
 
 
 def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft) -> Drafter:
@@ -365,30 +365,3 @@ def _prompt_ids(lm: Model, prompt: Prompt, row: int) -> list[int]:
             f"prompt {row} has {len(ids)} tokens; the limit, new tokens included, is model.max_seq_len={longest}"
         )
     return ids
-
-
-def _power(count: int, least: int) -> int:
-    """The power of two at or above, and at least `least`."""
-    return max(least, 1 << (count - 1).bit_length())
-
-
-def _bucket(length: int) -> int:
-    """What a length is padded to, so that few programs serve all lengths."""
-    return _power(length, 16)
-
-
-def _padded(length: int) -> int:
-    """What prompts are padded to: a bucket, or whole chunks."""
-    return _bucket(length) if length <= engine.CHUNK else -(-length // engine.CHUNK) * engine.CHUNK
-
-
-def batch_rows(count: int) -> int:
-    """What a batch is filled up to: itself up to 8 rows, then four sizes up to every power of two (10, 12, 14, 16, 20).
-
-    A row that only fills costs as much as another one; there are at most a quarter of them. A size that was not met
-    before costs seconds of compiling, and programs that are kept. Up to 256 rows there are 28 sizes instead of 256.
-    """
-    if count <= ALL_SIZES:
-        return count
-    step = _power(count, ALL_SIZES) // 8
-    return -(-count // step) * step

@@ -167,7 +167,7 @@ def decode_byte(shown):
 
 def test_characters_in_bytes_do_not_break_those_before():
     """A run of byte tokens that begins another character leaves the one before it alone; cut short, it is U+FFFD.
-    Breaks without the second loop of `_read`."""
+    Breaks without the second way of `_read`."""
     inner = TOKENIZERS["llama"]
     ids = [inner.token_to_id(f"<0x{byte:02X}>") for byte in "漢字".encode()]
     for start in (0, 3):
