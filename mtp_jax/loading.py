@@ -53,7 +53,7 @@ class LoadedModel:
             raise UserError(
                 f"logits got token ids {tokens_BT.min()}..{tokens_BT.max()}; the vocabulary is 0..{vocab - 1}"
             )
-        return _logits(self.config, self.stacked_params(), jnp.asarray(tokens_BT, jnp.int32))
+        return _logits(self.config, self.stacked_params(), jax.device_put(tokens_BT.astype(np.int32)))
 
     def stacked_params(self) -> Any:
         """`params`, or a UserError where they were given up."""

@@ -150,15 +150,22 @@ def small():
 
 def test_generation_with_room_for_three_programs(three):
     """A request of one batch size takes three programs. With room for three, each size drops the one before: at most
-    three are kept, and the tokens are those of the slow reference. The same size again compiles nothing, and says so
-    to the letter."""
+    three are kept, nothing else is compiled, and the tokens are those of the slow reference. The same size again
+    compiles nothing, and says so to the letter. Breaks with `jnp.asarray`, which has programs of its own."""
     lm = small()
     expected = [slow_greedy(lm.config, lm.params, prompt, 6, width=16) for prompt in PROMPTS[:2]]
     for rows in (1, 2, 1):
-        result = generate(lm, PROMPTS[:rows], max_new_tokens=6, draft="none")
+        with compilations() as compiled:
+            result = generate(lm, PROMPTS[:rows], max_new_tokens=6, draft="none")
         assert result.tokens == expected[:rows]
         assert len(PROGRAMS) <= 3
         assert result.stats.compile_seconds > 0
+    assert len(compiled) == 3
+    longer = [(1, 2) * 10]
+    with compilations() as compiled:
+        generate(lm, longer, max_new_tokens=20, draft="none")
+    assert len(compiled) == 3
+    generate(lm, PROMPTS[:1], max_new_tokens=6, draft="none")
     with compilations() as compiled:
         result = generate(lm, PROMPTS[1:2], max_new_tokens=5, draft="none")
     assert (compiled, result.stats.compile_seconds) == ([], 0.0)

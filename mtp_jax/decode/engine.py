@@ -130,9 +130,9 @@ def prefill(
     T = prompt_BT.shape[1]
     chunk = min(T, CHUNK)
     first = bucket(chunk, plan.drafter.num_draft, slots)
-    # On the host: a program for every number of chunks would be one too many.
-    rows_BS = np.pad(np.asarray(prompt_BT), ((0, 0), (0, slots - T)))
-    state = empty_state(plan, first, slots, jnp.asarray(rows_BS), prompt_len_B, limit_B, end_ids_E)
+    # On the host: a program for every number of chunks would be one too many. jnp.asarray would compile one, too.
+    rows_BS = jax.device_put(np.pad(np.asarray(prompt_BT), ((0, 0), (0, slots - T))))
+    state = empty_state(plan, first, slots, rows_BS, prompt_len_B, limit_B, end_ids_E)
     for start in range(0, T, chunk):
         needed = bucket(start + chunk, plan.drafter.num_draft, slots)
         state = grow(state, needed) if needed > slots_of(state) else state

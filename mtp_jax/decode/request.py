@@ -116,7 +116,8 @@ class Request:
         fill = (0, rows - len(ids))
         prompt_len_B = np.pad(self.prompt_len_B, fill, constant_values=1)
         limit_B = np.pad(self.limit_B, fill, constant_values=2)
-        arrays = map(jnp.asarray, (prompt_len_B, limit_B, np.array(end_ids, np.int32)))
+        # jnp.asarray would compile a program for every shape, outside of those that are bounded.
+        arrays = jax.device_put((prompt_len_B, limit_B, np.array(end_ids, np.int32)))
         params = self.lm.decode_params  # made at first use; its time is not the prompt's
         clock = _Clock()
         self._take(engine.prefill(self.plan, self.slots, params, self.controls, prompt_BT, *arrays))
