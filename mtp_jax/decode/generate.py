@@ -62,8 +62,7 @@ def generate(
       accept: `exact`, or `rejection`, the same in law only; `typical` and `confidence` are lossy: they take drafts that
         the model would not have chosen. A `mtp_jax.Rule` sets their thresholds. At temperature 0 typical goes by the
         model's distribution at temperature 1.
-      stop: strings that end a row; the text is cut before the first of them. They may spell special tokens, which the
-        text does not show (`<|im_end|>`), alone or between other text.
+      stop: strings that end a row, also ones that spell special tokens; the text is cut before the first of them.
       ignore_eos: go on after an end token, for measurements.
 
     Raises:
