@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face directory, as transformers makes it."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -141,3 +142,22 @@ def save_for_transformers(tokenizer: Any, directory: pathlib.Path) -> None:
         inner.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **names)
     fast.save_pretrained(directory)
+    spell_for_both(directory)
+
+
+def spell_for_both(directory: pathlib.Path) -> None:
+    """Rewrites what only transformers 5 understands in a tokenizer_config.json, so that 4 reads the same tokenizer."""
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    fields = before = read_json(path)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields = fields | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(fields.get("extra_special_tokens"), list):  # a dictionary of named tokens in 4
+        others = {name: value for name, value in fields.items() if name != "extra_special_tokens"}
+        fields = others | {"additional_special_tokens": fields["extra_special_tokens"]}
+    if isinstance(fields.get("model_specific_special_tokens"), dict):
+        others = {name: value for name, value in fields.items() if name != "model_specific_special_tokens"}
+        fields = others | {"extra_special_tokens": fields["model_specific_special_tokens"]}
+    if fields != before:
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
