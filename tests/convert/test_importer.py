@@ -150,7 +150,7 @@ def test_what_cannot_leave_is_said_at_once(hub, tmp_path):
     notes = []
     mtp_jax.import_model(hub, tmp_path / "a", heads=HeadsConfig(num_future=2), notify=notes.append)
     assert any(note.startswith("note for `mtp export`: the form 'caft' cannot hold these heads") for note in notes)
-    with pytest.raises(UserError, match=r"use form 'meta' \(Meta's layout, which no server takes\) or 'none'"):
+    with pytest.raises(UserError, match=r"use form 'none' \(without heads\), or heads that"):  # Meta has no qk_norm
         mtp_jax.export_model(mtp_jax.load(tmp_path / "a"), tmp_path / "out")
     with pytest.raises(UserError, match="num_future=1 is the model without extra heads"):
         mtp_jax.import_model(hub, tmp_path / "b", heads=HeadsConfig(num_future=1), notify=str)
