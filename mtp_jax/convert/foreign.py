@@ -29,7 +29,8 @@ def gguf_remedy(directory: str, name: str) -> str:
     """How a GGUF file becomes a directory that is read."""
     given = f"from_pretrained({directory!r}, gguf_file={name!r})"
     return (
-        "make a Hugging Face directory of it with transformers (and pip install gguf): "
+        "make a Hugging Face directory of it with transformers 4, since 5 loads it and does not save it, in an "
+        "environment of its own (pip install 'transformers<5' torch gguf accelerate): "
         f"AutoModelForCausalLM.{given}.save_pretrained('OUT'), and AutoTokenizer.{given}.save_pretrained('OUT')"
     )
 

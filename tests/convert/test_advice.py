@@ -219,6 +219,7 @@ FILES = {
     "model-q4_k_m.gguf": (
         "a GGUF file, which is not read yet",
         "gguf_file='model-q4_k_m.gguf'",
+        "'transformers<5' torch gguf accelerate",
         ".save_pretrained('OUT')",
     ),
     "model.GGUF": ("a GGUF file", "gguf_file='model.GGUF'"),
