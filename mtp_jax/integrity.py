@@ -28,6 +28,20 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def new_directories(path: pathlib.Path) -> Iterator[None]:
+    """For a block that makes a directory and its parents: those that are empty behind it, and were not there before,
+    go again."""
+    path = path.absolute()
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        yield
+    finally:
+        for directory in made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+@contextlib.contextmanager
 def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A new directory that takes its place under its name once it is whole, and leaves nothing on failure.
 
@@ -35,19 +49,20 @@ def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
       UserError: the place is taken, or cannot be written.
     """
     out, temporary = pathlib.Path(out), None
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists already; give a new directory, or delete it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        temporary.chmod(0o755)
-        yield temporary
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {short_reason(error)}; nothing was left there") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with new_directories(out.parent):
+        try:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"{out} exists already; give a new directory, or delete it")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+            temporary.chmod(0o755)
+            yield temporary
+            os.replace(temporary, out)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {short_reason(error)}; nothing was left there") from error
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_manifest(directory: pathlib.Path) -> None:

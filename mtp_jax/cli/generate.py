@@ -65,14 +65,14 @@ class Args:
 def main(argv: list[str]) -> None:
     """Generates."""
     args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
+    prompts, num_draft = _prompts(args), _num_draft(args.num_draft)
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
     lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype, **others).decode_only()
-    prompts = _prompts(args)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "draft": args.draft,
-        "num_draft": _num_draft(args.num_draft),
+        "num_draft": num_draft,
         "accept": args.accept,
         "stop": args.stop,
     }
