@@ -29,7 +29,7 @@ _BATCH_BYTES = 4 * 2**20  # text that is tokenised at once
 _Split = tuple[np.ndarray, np.ndarray]  # indices of the training and of the held-out documents, in shuffled order
 
 
-def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") -> Corpus:
+def prepare(config: Config, directory: pathlib.Path | None, digest: str = "", in_place: bool = True) -> Corpus:
     """Reads, splits and tokenises the corpus, or reuses what an earlier call left in the directory.
 
     A `.npy` source needs a tokenizer only to find the documents of flat ids and to turn them into text:
@@ -40,6 +40,8 @@ def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") ->
       directory: where the files go, made if missing; None keeps everything in memory.
       digest: the corpus that a run was trained on. If the files have to be made anew, they must become that one;
         otherwise the old ones stay as they are.
+      in_place: False leaves files that had to be made anew in `DIRECTORY.new`, and the old ones as they are, until
+        `store.put_in_place`.
 
     Raises:
       UserError: any input that cannot become a corpus, with the setting to change; or one of another digest.
@@ -47,7 +49,7 @@ def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") ->
     if config.data.seed not in range(2**32):
         raise UserError(f"data.seed={config.data.seed}; use a seed from 0 to {2**32 - 1}")
     try:
-        corpus = _prepare(config, directory, digest)
+        corpus = _prepare(config, directory, digest, in_place)
     except OSError as error:
         raise UserError(f"preparing {config.data.source!r} in {directory} failed: {short_reason(error)}") from error
     if len(corpus.train.tokens) < config.data.seq_len:
@@ -216,17 +218,16 @@ def heldout_prompts(
     return prompts
 
 
-def _prepare(config: Config, directory: pathlib.Path | None, digest: str) -> Corpus:
+def _prepare(config: Config, directory: pathlib.Path | None, digest: str, in_place: bool) -> Corpus:
     if directory is None:
         return _make(config, None)
     made_from = store.fingerprint(config)
-    directory.mkdir(parents=True, exist_ok=True)
     reused = store.reuse(directory, made_from, config.data.seq_len)
     if reused is not None and digest in ("", reused.digest):
         return reused
-    fresh = directory.with_name(f"{directory.name}.new")
+    fresh = store.new_files(directory)
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    fresh.mkdir(parents=True)
     try:
         made = store.save(fresh, made_from, _make(config, fresh))
         if digest not in ("", made.digest):
@@ -235,11 +236,12 @@ def _prepare(config: Config, directory: pathlib.Path | None, digest: str) -> Cor
                 f"{config.data.source!r} gives now, and the run was trained on it; put the text back, or use another "
                 "--workdir"
             )
-        shutil.rmtree(directory)
-        fresh.rename(directory)
-    finally:
+    except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
-    corpus = store.reuse(directory, made_from, config.data.seq_len)
+        raise
+    if in_place:
+        store.put_in_place(directory)
+    corpus = store.reuse(directory if in_place else fresh, made_from, config.data.seq_len)
     return dataclasses.replace(corpus, reused=False)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -92,6 +93,18 @@ def save(directory: pathlib.Path, made_from: dict[str, object], corpus: Corpus) 
     with sources.replacing(directory / "meta.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return dataclasses.replace(corpus, digest=_digest(repr(checksums).encode()))
+
+
+def new_files(directory: pathlib.Path) -> pathlib.Path:
+    """Where files are made that are to take the place of those in a directory."""
+    return directory.with_name(f"{directory.name}.new")
+
+
+def put_in_place(directory: pathlib.Path) -> None:
+    """Puts new files, if there are any, in the place of the old ones. A corpus that was opened there stays open."""
+    if new_files(directory).is_dir():
+        shutil.rmtree(directory, ignore_errors=True)
+        new_files(directory).rename(directory)
 
 
 def _checksums(directory: pathlib.Path, has_tokenizer: bool) -> dict[str, int]:
