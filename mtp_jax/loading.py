@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
+from mtp_jax.ancestry import origin_folder
 from mtp_jax.config import Config, MeshConfig, from_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
@@ -207,11 +208,7 @@ def _read_config(workdir: pathlib.Path) -> Config:
 
 def _origin(workdir: pathlib.Path, config: Config) -> Any:
     """What the model, or the one that its training started from, was before it was imported; None if nothing."""
-    from mtp_jax.convert.origin import ORIGIN, read_origin
+    from mtp_jax.convert.origin import read_origin
 
-    while not (workdir / ORIGIN).is_dir():
-        workdir = pathlib.Path(config.train.init_from)
-        if not config.train.init_from or not (workdir / "config.json").is_file():
-            return None
-        config = _read_config(workdir)
-    return read_origin(workdir / ORIGIN)
+    folder = origin_folder(workdir, config)
+    return None if folder is None else read_origin(folder)
