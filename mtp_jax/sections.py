@@ -332,13 +332,14 @@ class TrainConfig:
     """Rows per optimizer step, over all devices and micro-batches (B)."""
     grad_accum: int = 1
     """Micro-batches per optimizer step; changes memory, not the result, except that `loss.entropy` chooses within a
-    micro-batch."""
+    micro-batch. Without that it may change when a run is continued."""
     trainable: Literal["all", "heads"] = "all"
     """heads: the extra heads alone; nothing else has a gradient or an optimizer state. Give them a trained model to
     stand on with `init_from`."""
     init_from: str = ""
     """Workdir of a finished run whose model this one starts from: everything but the heads, and with
-    `init_heads='same'` those too. Needs the same `model` section and the same tokenizer."""
+    `init_heads='same'` those too. Needs the same `model` section and the same tokenizer. Not read again once the run
+    has a checkpoint."""
     init_heads: Literal["new", "same"] = "new"
     """Whether the heads start as `heads.init` says, or as those of `init_from`."""
     seed: int = 0

@@ -39,10 +39,11 @@ RUN_FILES = (
 """Names that a run's directory may hold before its config.json is written."""
 
 FREE_FIELDS = re.compile(
-    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows)"
-    r"|loss\.(chunk_bytes|skip|gather)|model\.(remat|attention)|decode\..*|mesh\..*"
+    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows|grad_accum)"
+    r"|loss\.(impl|chunk_bytes|skip|gather)|model\.(remat|attention)|decode\..*|mesh\..*"
 )
-"""Config fields that may change between a run and its continuation: none of them changes what is learned."""
+"""Config fields that may change between a run and its continuation: none of them changes what is learned, but for
+`train.grad_accum` where tokens are chosen by entropy within a micro-batch."""
 
 
 def check_run(workdir: pathlib.Path | str, config: Config) -> bool:
@@ -199,6 +200,8 @@ def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
 
 
 def _may_change(workdir: pathlib.Path, name: str, old: Config, new: Config) -> bool:
+    if name == "train.grad_accum":
+        return new.loss.entropy == "none"
     before, now = (paths_in(config).get(name) for config in (old, new))
     if before is None or now is None:
         return FREE_FIELDS.fullmatch(name) is not None
