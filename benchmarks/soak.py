@@ -1,15 +1,19 @@
-"""Minutes of continuous decoding of random prompts: memory must not grow and nothing may be compiled again.
+"""Minutes of continuous decoding of random prompts: memory and mappings must level out.
 
     python benchmarks/soak.py --minutes 20
+    python benchmarks/soak.py --minutes 20 --shapes many --most 48
 
-Every request takes one of a few settings, with prompts of random length and content, random numbers of tokens, seeds
-and temperatures. Settings are warmed up first, in every bucket that requests can meet.
+With few shapes every request takes one of a few settings, with prompts of random length and content, random numbers of
+tokens, seeds and temperatures; settings are warmed up first, in every bucket that requests can meet, and nothing may be
+compiled again. With many, batch size, drafter, number of drafts, accept rule and sampling are random as well: more
+programs than are kept.
 """
 
 import dataclasses
 import gc
 import random
 import time
+from typing import Literal
 
 import jax
 import jax.monitoring
@@ -17,7 +21,7 @@ import numpy as np
 import psutil
 import tyro
 
-from mtp_jax import generate, sharding
+from mtp_jax import generate, programs, sharding
 from mtp_jax.cli.common import read_config
 from mtp_jax.config import MeshConfig
 from mtp_jax.loading import LoadedModel
@@ -42,6 +46,10 @@ class Args:
 
     minutes: float = 20.0
     config: str = "configs/tiny.py"
+    shapes: Literal["few", "many"] = "few"
+    """A few kinds of requests, or any."""
+    most: int = 512
+    """Programs that are kept; those of all few shapes must find room."""
 
 
 def request(lm: LoadedModel, rng: random.Random, settings: dict, lengths: tuple[int, int], rows: int) -> int:
@@ -60,9 +68,23 @@ def request(lm: LoadedModel, rng: random.Random, settings: dict, lengths: tuple[
     return out.stats.emitted
 
 
+def any_kind(rng: random.Random) -> tuple[dict, tuple[int, int], int]:
+    """Settings, bounds of the prompts' lengths, and rows of a random request."""
+    drafts = [("none", 0), ("lookup", rng.randint(1, 6)), ("heads", rng.randint(1, 3)), ("heads+lookup", 3)]
+    draft, num_draft = rng.choice(drafts)
+    settings = {"draft": draft, "num_draft": num_draft or None}
+    if rng.random() < 0.6:
+        settings |= {"temperature": 1.0, "accept": rng.choice(["exact", "rejection"])}
+    if rng.random() < 0.3:
+        settings["repetition_penalty"] = rng.uniform(1.0, 1.5)
+    shortest = int(2 ** rng.uniform(0, 10))
+    return settings, (shortest, 2 * shortest), int(2 ** rng.uniform(0, 5))
+
+
 def main() -> None:
     """Prints a line per minute, and what grew."""
     args = tyro.cli(Args)
+    programs.PROGRAMS.most = args.most
     config = read_config(args.config)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_seq_len=2048))
     params = jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0))
@@ -72,26 +94,29 @@ def main() -> None:
         lambda event, seconds, **kwargs: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
     kinds = [(settings, lengths, rows) for settings in SETTINGS for lengths in LENGTHS for rows in (1, 4)]
-    for _ in range(3):
-        for kind in kinds:
-            request(lm, rng, *kind)
-    print(f"warm: {len(compiled)} programs", flush=True)
-    process, before, sizes = psutil.Process(), len(compiled), []
+    if args.shapes == "few":
+        for _ in range(3):
+            for kind in kinds:
+                request(lm, rng, *kind)
+        print(f"warm: {len(compiled)} compilations, {len(programs.PROGRAMS)} programs kept", flush=True)
+    process, before, sizes, maps = psutil.Process(), len(compiled), [], []
     began, tokens, requests, minute = time.monotonic(), 0, 0, 0
     while time.monotonic() - began < 60 * args.minutes:
-        tokens += request(lm, rng, *rng.choice(kinds))
+        tokens += request(lm, rng, *(rng.choice(kinds) if args.shapes == "few" else any_kind(rng)))
         requests += 1
         if time.monotonic() - began >= 60 * minute:
             gc.collect()
             sizes.append(process.memory_info().rss / 2**20)
+            maps.append(programs.mappings())
             alive = sum(array.nbytes for array in jax.live_arrays()) / 2**20
             print(f"minute {minute}: {requests} requests, {tokens} tokens, {sizes[-1]:.0f} MiB resident, ", end="")
-            print(f"{alive:.2f} MiB in arrays, {len(compiled) - before} compilations", flush=True)
+            print(f"{alive:.2f} MiB in arrays, {len(compiled) - before} compilations, ", end="")
+            print(f"{len(programs.PROGRAMS)} programs kept, {maps[-1]:,} mappings", flush=True)
             minute += 1
     half = len(sizes) // 2
-    growth = np.mean(sizes[half:]) / np.mean(sizes[1:half]) - 1 if half > 1 else float("nan")
+    grown = [np.mean(one[half:]) / np.mean(one[1:half]) - 1 if half > 1 else float("nan") for one in (sizes, maps)]
     print(f"{requests} requests, {tokens} tokens, {len(compiled) - before} compilations after the warm-up, ", end="")
-    print(f"memory of the second half over the first: {growth:+.1%}")
+    print(f"second half over the first: memory {grown[0]:+.1%}, mappings {grown[1]:+.1%}")
 
 
 if __name__ == "__main__":

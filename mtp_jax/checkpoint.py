@@ -16,7 +16,7 @@ import pathlib
 import shutil
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -43,6 +43,17 @@ class Resumable(Protocol):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Moves to where `get_state` was called."""
+
+
+class Restored(NamedTuple):
+    """What a whole checkpoint holds."""
+
+    state: Any
+    step: int
+    data: dict[str, Any]
+    """The position of the data iterator."""
+    broken: dict[int, str]
+    """Newer checkpoints, and why they were passed over."""
 
 
 class Checkpoints:
@@ -150,31 +161,25 @@ class Checkpoints:
           UserError: there are checkpoints, but none is whole, or they hold another model.
         """
         self.wait()
-        steps = saved_steps(self._root)
-        if not steps and not from_first(any(self._root.glob("broken-*"))):
+        restored = read_latest(self._root.parent, abstract_state)
+        if restored is None:
             return None
-        restored, step, broken = _newest_whole(self._root, steps, lambda path: self._restore(path, abstract_state))
         iterator.set_state(restored.data)
-        self._move_aside(broken, step)
-        return restored.state, step
+        self.move_aside(restored)
+        return restored.state, restored.step
 
-    def _restore(self, path: pathlib.Path, abstract_state: Any) -> ocp.args.Composite:
-        version = json.loads((path / "meta" / "metadata").read_text())["version"]
-        if version != VERSION:
-            raise UserError(f"{path} has layout {version}, not {VERSION}; use the mtp_jax that wrote it")
-        _check_tree(path, abstract_state, partial=False)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        return self._manager.restore(int(path.name), args=items)
-
-    def _move_aside(self, broken: dict[int, str], used: int) -> None:
-        for step, reason in broken.items():
+    def move_aside(self, restored: Restored) -> None:
+        """Renames the broken checkpoints that were passed over, and says so."""
+        for step, reason in restored.broken.items():
             path = self._root / str(step)
             names = (self._root / f"broken-{step}-{n}" for n in itertools.count())
             aside = next(name for name in names if not name.exists())
             if jax.process_index() == 0:
                 path.rename(aside)
-            self._notify(f"checkpoint {path} is broken ({reason}); moved to {aside.name}, going on from step {used}")
-        if broken:
+            self._notify(
+                f"checkpoint {path} is broken ({reason}); moved to {aside.name}, going on from step {restored.step}"
+            )
+        if restored.broken:
             from_first(0)  # Every process lists the directory after the renames.
             self._manager.reload()
 
@@ -184,6 +189,38 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+
+def read_latest(workdir: pathlib.Path | str, abstract_state: Any) -> Restored | None:
+    """The newest whole checkpoint of a run, bit for bit; None when nothing was ever saved. Writes nothing.
+
+    Args:
+      workdir: the run's directory.
+      abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings wanted, on any mesh.
+
+    Raises:
+      UserError: there are checkpoints, but none is whole, or they hold another model.
+    """
+    root = pathlib.Path(workdir).absolute() / CHECKPOINTS
+    steps = saved_steps(root)
+    if not steps and not from_first(any(root.glob("broken-*"))):
+        return None
+    (state, data), step, broken = _newest_whole(root, steps, lambda path: _read(path, abstract_state))
+    return Restored(state, step, data, broken)
+
+
+def _read(path: pathlib.Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    version = _saved_json(path / "meta")["version"]
+    if version != VERSION:
+        raise UserError(f"{path} has layout {version}, not {VERSION}; use the mtp_jax that wrote it")
+    _check_tree(path, abstract_state, partial=False)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        state = checkpointer.restore(path / "state", args=ocp.args.StandardRestore(abstract_state))
+    return state, _saved_json(path / "data")
+
+
+def _saved_json(item: pathlib.Path) -> dict[str, Any]:
+    return json.loads((item / "metadata").read_text())
 
 
 def restore_params(
@@ -246,7 +283,7 @@ def _damage(path: pathlib.Path) -> str:
     found = damage(path)
     if found:
         return found
-    step = json.loads((path / "meta" / "metadata").read_text())["step"]
+    step = _saved_json(path / "meta")["step"]
     return "" if step == int(path.name) else f"it is a renamed checkpoint of step {step}"
 
 

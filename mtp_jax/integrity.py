@@ -17,6 +17,19 @@ WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
 """Files that Orbax writes after the manifest; a restore does not depend on them."""
 
 
+def check_name(path: str | os.PathLike[str], what: str) -> None:
+    """Refuses a path whose name is not UTF-8: the tokenizer and checkpoint libraries cannot open it.
+
+    Raises:
+      UserError: such a name.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        name = os.fsencode(path).decode("utf-8", errors="backslashreplace")
+        raise UserError(f"the name of {what} {name} is not UTF-8; use another name") from error
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Replaces a file so that a reader, or a kill at any moment, sees the old text or the new one and nothing else."""
     temporary = path.with_name(path.name + ".tmp")
@@ -28,26 +41,42 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
+def new_directories(path: pathlib.Path) -> Iterator[None]:
+    """For a block that makes a directory and its parents: those that are empty behind it, and were not there before,
+    go again."""
+    path = path.absolute()
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        yield
+    finally:
+        for directory in made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+@contextlib.contextmanager
 def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """A new directory that takes its place under its name once it is whole, and leaves nothing on failure.
 
     Raises:
       UserError: the place is taken, or cannot be written.
     """
+    check_name(out, "the directory")
     out, temporary = pathlib.Path(out), None
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists already; give a new directory, or delete it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        temporary.chmod(0o755)
-        yield temporary
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {short_reason(error)}; nothing was left there") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with new_directories(out.parent):
+        try:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"{out} exists already; give a new directory, or delete it")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = pathlib.Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+            temporary.chmod(0o755)
+            yield temporary
+            os.replace(temporary, out)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {short_reason(error)}; nothing was left there") from error
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_manifest(directory: pathlib.Path) -> None:

@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
+from mtp_jax.ancestry import origin_folder
 from mtp_jax.config import Config, MeshConfig, from_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
+from mtp_jax.programs import bounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class LoadedModel:
     params: Any = dataclasses.field(repr=False)
     """Parameters stacked over layers, in the dtype they were loaded as; None after `decode_only`."""
     tokenizer: Any
-    """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`; None where the model was trained on token files."""
+    """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`, `end_ids`; None where the model was trained on token
+    files."""
     mesh: Mesh
     """Where the parameters lie."""
     origin: Any = dataclasses.field(default=None, repr=False)
@@ -52,7 +55,7 @@ class LoadedModel:
             raise UserError(
                 f"logits got token ids {tokens_BT.min()}..{tokens_BT.max()}; the vocabulary is 0..{vocab - 1}"
             )
-        return _logits(self.config, self.stacked_params(), jnp.asarray(tokens_BT, jnp.int32))
+        return _logits(self.config, self.stacked_params(), jax.device_put(tokens_BT.astype(np.int32)))
 
     def stacked_params(self) -> Any:
         """`params`, or a UserError where they were given up."""
@@ -63,7 +66,7 @@ class LoadedModel:
     @functools.cached_property
     def decode_params(self) -> Any:
         """The unstacked view that the decoding engine runs on, made at first use."""
-        return jax.jit(mtp.decode_view, static_argnums=0)(self.config, self.stacked_params())
+        return _decode_view(self.config, self.stacked_params())
 
     def decode_only(self) -> "LoadedModel":
         """Gives up `params`, so that a model that decodes is in memory once: they are taken apart one after the other.
@@ -96,7 +99,10 @@ def _taken_apart(config: Config, params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, mtp.decode_view(config, params, give_up))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+_decode_view = bounded(statics=(0,))(mtp.decode_view)
+
+
+@bounded(statics=(0,), weights=1)
 def _logits(config: Config, params: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
     hidden_MBTD = mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), everywhere=True)
@@ -161,15 +167,14 @@ def _load_checkpoint(
 
     checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
     tokenizer = load_hub_tokenizer(checkpoint.directory)
-    check_size(tokenizer, checkpoint.config, checkpoint.directory)
+    check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
     return LoadedModel(checkpoint.config, read_params(checkpoint, mesh, notify), tokenizer, mesh, origin_of(checkpoint))
 
 
 def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
     # Checkpointing and tokenizers are slow to import; `import mtp_jax` stays free of them.
     from mtp_jax.checkpoint import restore_params
-    from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
-    from mtp_jax.data.tokenize import load_tokenizer
+    from mtp_jax.convert.tokenizer import check_size, load_run_tokenizer
 
     config = _read_config(workdir)
     if dtype is not None:
@@ -179,13 +184,11 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     sharding.check_mesh(mesh, config)
     params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
     origin = _origin(workdir, config)
-    tokenizer = load_hub_tokenizer(origin.directory) if origin is not None else None
-    if tokenizer is None:
-        path = workdir / "data" / "tokenizer.json"
-        if not path.is_file() and config.data.tokenizer != "none":
-            raise UserError(f"{path} is missing; `mtp train` on this run makes it anew")
-        tokenizer = load_tokenizer(path) if path.is_file() else None
-    check_size(tokenizer, config, workdir)
+    data, trained = workdir / "data", bool(config.train.init_from)
+    tokenizer = load_run_tokenizer(data, origin.directory if origin is not None else None, trained)
+    if tokenizer is None and config.data.tokenizer != "none":
+        raise UserError(f"{data / 'tokenizer.json'} is missing; `mtp train` on this run makes it anew")
+    check_size(tokenizer, config, workdir, notify)
     return LoadedModel(config, params, tokenizer, mesh, origin)
 
 
@@ -207,11 +210,7 @@ def _read_config(workdir: pathlib.Path) -> Config:
 
 def _origin(workdir: pathlib.Path, config: Config) -> Any:
     """What the model, or the one that its training started from, was before it was imported; None if nothing."""
-    from mtp_jax.convert.origin import ORIGIN, read_origin
+    from mtp_jax.convert.origin import read_origin
 
-    while not (workdir / ORIGIN).is_dir():
-        workdir = pathlib.Path(config.train.init_from)
-        if not config.train.init_from or not (workdir / "config.json").is_file():
-            return None
-        config = _read_config(workdir)
-    return read_origin(workdir / ORIGIN)
+    folder = origin_folder(workdir, config)
+    return None if folder is None else read_origin(folder)

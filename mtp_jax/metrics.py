@@ -36,7 +36,8 @@ class MetricsWriter:
         workdir, last = pathlib.Path(workdir), -1 if resume_step is None else resume_step
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            _drop_after(workdir / METRICS, last)
+            kept = _drop_after(workdir / METRICS, last)
+            self._before = {(record["step"], name) for record in kept if record["step"] == last for name in record}
             self._file = (workdir / METRICS).open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1)
         except OSError as error:
@@ -47,6 +48,10 @@ class MetricsWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether the record that the run goes on with holds a value of a step; process 0 knows."""
+        return self._file is not None and (step, name) in self._before
 
     def write(self, step: int, scalars: Mapping[str, float | Sequence[float]]) -> None:
         """Appends one record.
@@ -102,7 +107,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _drop_after(path: pathlib.Path, last: int) -> None:
+def _drop_after(path: pathlib.Path, last: int) -> list[dict[str, Any]]:
     kept = [record for record in read_metrics(path.parent) if record["step"] <= last]
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -110,6 +115,7 @@ def _drop_after(path: pathlib.Path, last: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return kept
 
 
 def _plain(value: Any) -> float | int | list | None:
@@ -123,11 +129,15 @@ def _plain(value: Any) -> float | int | list | None:
 def bits_per_byte(nll_sum_nats: float, num_bytes: int) -> float:
     """Code length of a text per byte, which compares models with different tokenizers.
 
-    bits per byte = (sum of -ln p(token)) / (ln 2 * bytes of the text).
+    bits per byte = (sum of -ln p(token)) / (ln 2 * bytes of those tokens)
+
+    Both sums run over the same tokens: those that are predicted. These are all tokens of a document but its first. A
+    token that is put in front of the text stands for no byte, so that the whole text counts then; without one, the
+    bytes of the text's first token do not count. The end token is predicted and stands for no byte.
 
     Args:
-      nll_sum_nats: sum of the negative log likelihoods of the text's tokens, natural logarithm.
-      num_bytes: bytes of the text in UTF-8.
+      nll_sum_nats: sum of the negative log likelihoods of the predicted tokens, natural logarithm.
+      num_bytes: bytes of those tokens in UTF-8.
     """
     if num_bytes < 1:
         raise UserError(f"bits_per_byte: num_bytes is {num_bytes}; the text must have at least one byte")

@@ -213,13 +213,18 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     source: str = "stdlib"
-    """`stdlib` (the running Python's standard library), a directory, glob, `.jsonl` file, `.npy` of token ids, or
-    `synthetic:TASK:option=value,...` (see `data/synthetic.py`)."""
+    """`stdlib` (the running Python's standard library), a directory, glob, text file, `.jsonl` or `.json` of records,
+    `.npy` of token ids, or `synthetic:TASK:option=value,...` (see `data/synthetic.py`)."""
     text_field: str = "text"
-    """Field of a JSONL record that holds the text."""
+    """Field of a record that holds the text."""
     tokenizer: str = "bpe"
     """`bpe` trains a byte-pair tokenizer of model.vocab_size on the corpus, `bytes` is one token per byte, `none` takes
     a `.npy` as it is, anything else is the path of a `tokenizer.json`."""
+    special_tokens: Literal["auto", "read", "text"] = "auto"
+    """What a special token that a text spells (`<|im_start|>`) becomes, in documents and prompts alike. read: that
+    token, as chat text needs it. text: the tokens of its characters, so that no document can forge its own end. auto:
+    as the tokenizer says, which is read for that of a Hugging Face model or of an import, and text for bpe, bytes and a
+    `tokenizer.json` alone."""
     seq_len: int = 256
     """Tokens of a row (T)."""
     prompt_tokens: int = 0
@@ -332,13 +337,14 @@ class TrainConfig:
     """Rows per optimizer step, over all devices and micro-batches (B)."""
     grad_accum: int = 1
     """Micro-batches per optimizer step; changes memory, not the result, except that `loss.entropy` chooses within a
-    micro-batch."""
+    micro-batch. Without that it may change when a run is continued."""
     trainable: Literal["all", "heads"] = "all"
     """heads: the extra heads alone; nothing else has a gradient or an optimizer state. Give them a trained model to
     stand on with `init_from`."""
     init_from: str = ""
     """Workdir of a finished run whose model this one starts from: everything but the heads, and with
-    `init_heads='same'` those too. Needs the same `model` section and the same tokenizer."""
+    `init_heads='same'` those too. Needs the same `model` section and the same tokenizer. Not read again once the run
+    has a checkpoint."""
     init_heads: Literal["new", "same"] = "new"
     """Whether the heads start as `heads.init` says, or as those of `init_from`."""
     seed: int = 0

@@ -1,7 +1,9 @@
 """The directory of a run: whose it is, who trains in it, what it was trained on.
 
 It holds `config.json` with the settings, `corpus.json` with the digest of the text, and `checkpoints/<step>` once
-something was saved. With several processes, process 0 reads and writes these files and the others take its word.
+something was saved. With several processes, process 0 reads and writes these files and the others take its word. Who
+writes into it holds the claim, and has found nothing that speaks against the run: a command that is refused changes
+nothing.
 """
 
 import contextlib
@@ -12,13 +14,16 @@ import pathlib
 import re
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 import jax
 
+from mtp_jax.ancestry import ORIGIN, START
 from mtp_jax.config import Config, differences, from_json, to_json
-from mtp_jax.distributed import check_everywhere, check_same, from_first, list_from_first, on_first
+from mtp_jax.distributed import check_everywhere, from_first, list_from_first, on_first
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import short_reason, write_atomically
+from mtp_jax.integrity import check_name, new_directories, short_reason, write_atomically
+from mtp_jax.paths import absolute, paths_in, same_name, same_place
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -27,22 +32,26 @@ CORPUS = "corpus.json"
 VISIBLE_WITHIN = 60
 """Seconds in which every process must see what process 0 wrote; caches of network file systems are younger."""
 
-RUN_FILES = (f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data", "data.new", "compiled", LOCK, CORPUS)
+RUN_FILES = (
+    *(f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data", "data.new", "compiled", LOCK, CORPUS),
+    *(ORIGIN, f"{ORIGIN}.new", START, f"{START}.tmp"),
+)
 """Names that a run's directory may hold before its config.json is written."""
 
 FREE_FIELDS = re.compile(
-    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows)|loss\.(chunk_bytes|skip|gather)"
-    r"|model\.(remat|attention)|decode\..*|mesh\..*"
+    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows|grad_accum)"
+    r"|loss\.(impl|chunk_bytes|skip|gather)|model\.(remat|attention)|decode\..*|mesh\..*"
 )
-"""Config fields that may change between a run and its continuation: none of them changes what is learned."""
+"""Config fields that may change between a run and its continuation: none of them changes what is learned, but for
+`train.grad_accum` where tokens are chosen by entropy within a micro-batch."""
 
 
-def open_run(workdir: pathlib.Path | str, config: Config) -> bool:
-    """Creates a run's directory, or checks that an existing run has the same settings.
+def check_run(workdir: pathlib.Path | str, config: Config) -> bool:
+    """Checks that a directory is free for a run, or holds one with the same settings. Writes nothing.
 
     Args:
-      workdir: the run's directory; created when it is missing, and accepted when it is empty.
-      config: the settings of this run, written to `config.json`.
+      workdir: the run's directory, which this process has claimed.
+      config: the settings of this run.
 
     Returns:
       True when the directory holds a run that is to be continued.
@@ -50,24 +59,31 @@ def open_run(workdir: pathlib.Path | str, config: Config) -> bool:
     Raises:
       UserError: a setting that changes the result differs, or the directory belongs to something else.
     """
+    check_name(workdir, "--workdir")
     workdir = pathlib.Path(workdir)
-    check_same(to_json(config), "has another config than process 0; give every process the same file and options")
-    return bool(from_first(int(on_first(lambda: _open_run(workdir, config)) or 0)))
+    return bool(from_first(int(on_first(lambda: _check_run(workdir, config)) or 0)))
 
 
-def _open_run(workdir: pathlib.Path, config: Config) -> bool:
+def _check_run(workdir: pathlib.Path, config: Config) -> bool:
     path = workdir / CONFIG
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.exists() else None
         if text is None:
             _check_new(workdir)
         else:
             _check_same(workdir, from_json(text, str(path)), config)
-        write_atomically(path, to_json(config) + "\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--workdir {workdir} cannot be used: {short_reason(error)}; use another directory") from error
+        raise _unusable(workdir, error) from error
     return text is not None
+
+
+def record_run(workdir: pathlib.Path | str, config: Config) -> None:
+    """Writes config.json, with paths that mean the same from every working directory; process 0 does it."""
+    write_atomically(pathlib.Path(workdir) / CONFIG, to_json(absolute(config)) + "\n")
+
+
+def _unusable(workdir: pathlib.Path, error: Exception) -> UserError:
+    return UserError(f"--workdir {workdir} cannot be used: {short_reason(error)}; use another directory")
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
@@ -77,37 +93,68 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other runs on this machine from training in the directory at the same time.
+def claim(workdir: pathlib.Path | str) -> Iterator[None]:
+    """Holds the right to write into a run's directory, which is made if it is missing. Take it before the first byte.
 
-    The operating system gives the claim back when the process that holds it, process 0, ends, however it ends.
+    The operating system gives the claim back when the process that holds it, process 0, ends, however it ends. A
+    directory that was made here and is empty in the end goes again.
 
     Raises:
-      UserError: another run holds it, or a process of this run sees another directory under this name.
+      UserError: another process holds it, or a process of this run sees another directory under this name.
     """
-    mark = from_first(int.from_bytes(os.urandom(4)) >> 1)
+    workdir = pathlib.Path(workdir)
+    mark = str(from_first(int.from_bytes(os.urandom(4)) >> 1))
     with contextlib.ExitStack() as stack:
-        on_first(lambda: stack.enter_context(_locked(workdir / LOCK, str(mark))))
-        check_everywhere(
-            _sees(workdir / LOCK, str(mark)),
-            f"does not see the --workdir {workdir} of process 0; put it on a file system that all hosts share",
-        )
+        lock = on_first(lambda: stack.enter_context(_locked(workdir)))
+        if jax.process_count() > 1:
+            if lock is not None:
+                _write(lock, mark)
+            sees = _sees(workdir / LOCK, mark)
+            check_everywhere(
+                sees, f"does not see the --workdir {workdir} of process 0; put it on a file system that all hosts share"
+            )
         yield
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path, mark: str) -> Iterator[None]:
-    with open(path, "a+") as file:
+def _locked(workdir: pathlib.Path) -> Iterator[TextIO]:
+    """The lock, open and held. Its file is there only as long."""
+    with new_directories(workdir):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = _take(workdir / LOCK)
+        except OSError as error:
+            raise _unusable(workdir, error) from error
+        with lock:
+            try:
+                yield lock
+            finally:
+                (workdir / LOCK).unlink(missing_ok=True)
+
+
+def _take(path: pathlib.Path) -> TextIO:
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            workdir = path.parent
-            raise UserError(f"--workdir {workdir} is in use by another process; wait for it, or use another") from error
-        file.truncate(0)
-        file.write(mark)
-        file.flush()
-        os.fsync(file.fileno())
-        yield
+        except BlockingIOError as error:
+            file.close()
+            remedy = "wait for it, or use another"
+            raise UserError(f"--workdir {path.parent} is in use by another process; {remedy}") from error
+        except OSError:
+            file.close()
+            raise
+        # Whoever held it may have deleted the file between our opening and our locking.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def _write(file: TextIO, text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sees(path: pathlib.Path, mark: str) -> bool:
@@ -127,9 +174,8 @@ def trained_on(workdir: pathlib.Path) -> str:
 
 
 def record_corpus(workdir: pathlib.Path, digest: str) -> None:
-    """Notes what the run is trained on, for `trained_on`."""
-    if jax.process_index() == 0:
-        write_atomically(workdir / CORPUS, json.dumps({"digest": digest}))
+    """Notes what the run is trained on, for `trained_on`; process 0 does it."""
+    write_atomically(workdir / CORPUS, json.dumps({"digest": digest}))
 
 
 def _check_new(workdir: pathlib.Path) -> None:
@@ -145,11 +191,24 @@ def _check_new(workdir: pathlib.Path) -> None:
 
 
 def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
-    changed = "; ".join(d for d in differences(old, new) if not FREE_FIELDS.fullmatch(d.split(":")[0]))
     # Before the first checkpoint there is nothing to lose: a run that failed on its settings may start with others.
-    if changed and has_checkpoints(workdir):
+    if not has_checkpoints(workdir):
+        return
+    changed = [line for line in differences(old, new) if not _may_change(workdir, line.split(":")[0], old, new)]
+    if changed:
         remedy = "use another --workdir, or the old values"
-        raise UserError(f"--workdir {workdir} holds a run with other settings ({changed}); {remedy}")
+        raise UserError(f"--workdir {workdir} holds a run with other settings ({'; '.join(changed)}); {remedy}")
+
+
+def _may_change(workdir: pathlib.Path, name: str, old: Config, new: Config) -> bool:
+    if name == "train.grad_accum":
+        return new.loss.entropy == "none"
+    before, now = (paths_in(config).get(name) for config in (old, new))
+    if before is None or now is None:
+        return FREE_FIELDS.fullmatch(name) is not None
+    # What was moved keeps its name. That text and tokenizer are the old ones is found out by their content.
+    guarded = name == "train.init_from" or bool(trained_on(workdir))
+    return same_place(before, now) or (guarded and same_name(before, now))
 
 
 def _committed(root: pathlib.Path) -> list[int]:

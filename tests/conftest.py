@@ -13,6 +13,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from mtp_jax import programs
 from mtp_jax.cli.threads import enough_threads
 
 # Without LLVM's optimisations and, where a switch still turns them off, without XLA's newer fusions: neither changes an
@@ -32,6 +33,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Where an operation stands in the source is written into every program; nobody reads it there.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 CACHE = pathlib.Path(os.environ.get("MTP_JAX_TEST_CACHE", tempfile.gettempdir())) / "mtp_jax_test_compile_cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -56,6 +59,8 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+# Tests meet more shapes than other processes do, and share them; mappings, below, are their bound.
+programs.PROGRAMS.most = 1000
 MOST_MAPPINGS = 20_000
 """Every compiled program holds some dozens of a process's memory mappings, of which Linux allows 65,530 by default."""
 
@@ -64,8 +69,8 @@ MOST_MAPPINGS = 20_000
 def drop_programs():
     """Forgets compiled programs between modules before there are too many: XLA aborts the process when none is left."""
     yield
-    mappings = pathlib.Path("/proc/self/maps")
-    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+    if programs.mappings() > MOST_MAPPINGS:
+        programs.PROGRAMS.clear()
         jax.clear_caches()
 
 

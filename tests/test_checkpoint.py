@@ -25,7 +25,7 @@ from mtp_jax.checkpoint import Checkpoints, restore_params
 from mtp_jax.config import Config, to_json
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import MANIFEST
-from mtp_jax.workdir import CHECKPOINTS, claim, open_run
+from mtp_jax.workdir import CHECKPOINTS, check_run, claim, record_run
 
 
 class State(NamedTuple):
@@ -384,6 +384,14 @@ def test_another_model_is_not_a_broken_checkpoint(tmp_path):
 def change(config, **sections):
     new = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     return dataclasses.replace(config, **new)
+
+
+def open_run(workdir, config):
+    """Begins a run, or goes on with it, and tells which."""
+    with claim(workdir):
+        continued = check_run(workdir, config)
+        record_run(workdir, config)
+    return continued
 
 
 def test_open_run_continues_with_the_same_settings_only(tmp_path):

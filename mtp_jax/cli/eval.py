@@ -12,6 +12,7 @@ from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import make_directory, write_page
 from mtp_jax.eval.report import evaluate
+from mtp_jax.integrity import new_directories
 from mtp_jax.loading import LoadedModel, is_run, load
 
 
@@ -22,11 +23,11 @@ class Args:
     source: tyro.conf.Positional[str]
     """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory or hub id."""
     data: str
-    """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl`, `.npy` or generated task,
-    read whole. A task without a seed is drawn with seed 1, other documents than a run's; its row and prompt length are
-    taken from it."""
+    """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl` or `.json` of records,
+    `.npy` or generated task, read whole. A task without a seed is drawn with seed 1, other documents than a run's; its
+    row and prompt length are taken from it."""
     text_field: str = "text"
-    """Field of a JSONL record that holds the text."""
+    """Field of a record that holds the text."""
     num_prompts: int = 0
     """Prompts to decode; 0 takes the config's decode.num_prompts."""
     max_new_tokens: int = 0
@@ -55,16 +56,17 @@ def main(argv: list[str]) -> None:
         lm = _for_task(lm, source)
     beside = f"{args.source}/eval" if is_run(pathlib.Path(args.source)) else f"{pathlib.Path(args.source).name}-eval"
     directory = pathlib.Path(args.output or beside)
-    make_directory(directory)
     data = lm.config.data
     split = (data.seed, data.eval_fraction) if source == "stdlib" else None
-    rows = load_heldout(source, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
-    say(
-        f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens"
-        + (f", {rows.bytes_ / 1e6:.2f} MB" if rows.bytes_ else "")
-    )
-    result = evaluate(lm, rows, progress=say, keep_params=False)
-    page = write_page(directory, f"{args.source} on {source}", result, [], {})
+    with new_directories(directory):
+        make_directory(directory)  # before the work, in case it cannot be made
+        rows = load_heldout(source, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size, say)
+        say(
+            f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens"
+            + (f", {rows.bytes_ / 1e6:.2f} MB" if rows.bytes_ else "")
+        )
+        result = evaluate(lm, rows, progress=say, keep_params=False)
+        page = write_page(directory, f"{args.source} on {source}", result, [], {})
     if args.json:
         print_json(result.as_json() | {"report": str(page)})
     else:

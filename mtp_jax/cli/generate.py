@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import pathlib
 import sys
 from typing import Annotated, Any, Literal
@@ -65,14 +66,14 @@ class Args:
 def main(argv: list[str]) -> None:
     """Generates."""
     args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
+    prompts, num_draft = _prompts(args), _num_draft(args.num_draft)
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
     lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype, **others).decode_only()
-    prompts = _prompts(args)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "draft": args.draft,
-        "num_draft": _num_draft(args.num_draft),
+        "num_draft": num_draft,
         "accept": args.accept,
         "stop": args.stop,
     }
@@ -168,14 +169,15 @@ def _shown(lm: LoadedModel, prompt: Prompt) -> str:
 def _statistics(result: Generation) -> None:
     sys.stdout.flush()
     stats = result.stats
-    accepted = ", ".join(f"{rate:.0%}" for rate in stats.accept_at)
+    accepted = ", ".join("-" if math.isnan(rate) else f"{rate:.0%}" for rate in stats.accept_at)
     drafted = f", accepted by depth {accepted}" if accepted else ""
     rounds = f" in {stats.rounds} rounds, {stats.tokens_per_round:.2f} per round{drafted}" if stats.rounds else ""
     ended = ", ".join(result.finish_reason)
     speed = f" ({stats.tokens_per_second:,.0f} tokens/s)" if stats.rounds else ""
+    compiled = f", compiling {stats.compile_seconds:.2f} s" if stats.compile_seconds else ""
     say(
         f"[{stats.emitted} tokens{rounds}; prompt {stats.prefill_seconds:.2f} s, decoding {stats.decode_seconds:.2f} s"
-        f"{speed}, both with what had to be compiled; ended by {ended}]"
+        f"{speed}{compiled}; ended by {ended}]"
     )
 
 

@@ -70,10 +70,10 @@ def main(argv: list[str]) -> None:
         raise UserError("quickstart compares drafting with plain decoding; it needs heads.num_future >= 2 and a draft")
     workdir = pathlib.Path(args.workdir)
     say(f"mtp quickstart: {count_params(config) / 1e6:.2f}M parameters, {config.heads.num_future} heads, in {workdir}")
-    keep_compiled(workdir)
     keep_freed_memory()
     with RunConsole() as console:
         result = train(config, workdir, console)
+    keep_compiled(workdir)
     trained = time.monotonic()
     if not result.finished:
         if args.json:

@@ -7,6 +7,7 @@ that holds several of ours, as a fused query-key-value matrix does, lists the ro
 from typing import Any
 
 from mtp_jax.convert.layout import (
+    BUFFERS,
     STACKED_GATE,
     STACKED_K,
     STACKED_Q,
@@ -155,6 +156,7 @@ ARCHITECTURES = {
                 *PRE_NORMS,
             ),
             unused=("intermediate_size",),
+            older={"num_local_experts": "num_experts"},
         ),
         Architecture(
             "gemma",
@@ -218,6 +220,7 @@ ARCHITECTURES = {
                 biases("attention_bias", "qkv_bias", "out_bias"),
             ),
             (*SEPARATE_ATTENTION, *GATED, *POST_NORMS),
+            older={"rope_type": "type"},
         ),
         Architecture(
             "smollm3",
@@ -287,7 +290,8 @@ ARCHITECTURES = {
             final_norm="gpt_neox.final_layer_norm",
             unembed="embed_out.weight",
             also={"embed_out.weight": "lm_head.weight"},
-            buffers=("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias"),
+            buffers=(*BUFFERS, "*.attention.bias", "*.attention.masked_bias"),
+            older={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         ),
     )
 }
@@ -321,12 +325,25 @@ def architecture(raw: dict[str, Any], origin: str) -> Architecture:
         raise UserError(f"{origin}: model_type={name!r} is not implemented{need}")
     if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
         raise UserError(f"{origin}: num_hidden_layers={layers} is above {MOST_LAYERS}")
-    if quantised := raw.get("quantization_config"):
-        known = isinstance(quantised, dict) and quantised.get("quant_method")
-        method = known or f"quantization_config={quantised!r}"
-        raise UserError(
-            f"{origin}: the weights are quantised ({method}), which we do not read; take the checkpoint before that"
-        )
+    _refuse_quantised(raw, origin)
     if beyond := ARCHITECTURES[name].refuse(raw):
         raise UserError(f"{origin}: {beyond}, is not implemented")
     return ARCHITECTURES[name]
+
+
+QUANTISED = {"quantization_config": "", "quantization": "mlx", "compression_config": "compressed-tensors"}
+"""Fields of quantised checkpoints, and the library that writes them, where it is one."""
+
+
+def _refuse_quantised(raw: dict[str, Any], origin: str) -> None:
+    for field, library in QUANTISED.items():
+        given = raw.get(field)
+        if not given:
+            continue
+        method = library or (isinstance(given, dict) and given.get("quant_method")) or f"{field}={given!r}"
+        if "quantization" in raw and raw["quantization"] == given:
+            method = QUANTISED["quantization"]
+        raise UserError(
+            f"{origin}: the weights are quantised ({method}), which we do not read; take the checkpoint before that, "
+            "in float32, bfloat16 or float16"
+        )

@@ -5,18 +5,20 @@ used. Writing holds one tensor at a time.
 """
 
 import dataclasses
+import fnmatch
 import itertools
 import json
 import math
 import mmap
 import os.path
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from mtp_jax.convert import foreign
 from mtp_jax.convert.pickled import read_pickled
 from mtp_jax.errors import UserError
 
@@ -51,6 +53,8 @@ class Tensor:
     mapped: mmap.mmap
     start: int
     """Its first byte in the file."""
+    unlisted: pathlib.Path | None = None
+    """The index that lists the file and not this tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,22 +77,28 @@ class Tensor:
 Tensors = dict[str, Tensor]
 
 
-def open_directory(directory: pathlib.Path) -> Tensors:
+def open_directory(directory: pathlib.Path, spare: Sequence[str] = ()) -> Tensors:
     """The tensors of a Hugging Face directory: one safetensors file, several with an index, or torch files.
 
+    Args:
+      directory: where they lie.
+      spare: patterns of names that the model can do without: an index may list them though no file holds them.
+
     Raises:
-      UserError: no weights, a file that the index names and that is not there, a tensor that is missing, in two files
-        or not in the index, or a damaged file.
+      UserError: no weights, a file that the index names and that is not there, a tensor that is missing or in two
+        files, or a damaged file.
     """
     for single, index in ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (directory / single).is_file():
             return open_file(directory / single)
         if (directory / index).is_file():
-            return _open_index(directory, directory / index)
-    raise UserError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX} (nor pytorch_model.bin)")
+            return _open_index(directory, directory / index, spare)
+    instead = foreign.weights_instead(directory)
+    raise UserError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX} (nor pytorch_model.bin){instead}")
 
 
-def _open_index(directory: pathlib.Path, index: pathlib.Path) -> Tensors:
+def _open_index(directory: pathlib.Path, index: pathlib.Path, spare: Sequence[str]) -> Tensors:
+    """The tensors of all files that an index lists, also those that it does not name."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index} has no weight_map, which says where tensors lie; fetch the file again")
@@ -103,13 +113,17 @@ def _open_index(directory: pathlib.Path, index: pathlib.Path) -> Tensors:
         for tensor in open_file(file).values():
             if tensor.name in tensors:
                 raise UserError(f"{tensor.name} is in {tensors[tensor.name].file.name} and in {name}; keep one of them")
-            if tensor.name not in where:
-                raise UserError(f"{name} holds {tensor.name}, which {index} does not name; fetch the files again")
-            tensors[tensor.name] = tensor
-    missing = sorted(where.keys() - tensors.keys())
+            listed = tensor.name in where
+            tensors[tensor.name] = tensor if listed else dataclasses.replace(tensor, unlisted=index)
+    missing = sorted(name for name in where.keys() - tensors.keys() if not matches(name, spare))
     if missing:
         raise UserError(f"{index} says that {where[missing[0]]} holds {missing[0]}, but it does not; fetch it again")
     return tensors
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits one of the patterns, in which `*` stands for any text."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def open_file(path: pathlib.Path) -> Tensors:

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from mtp_jax.config import Config, ModelConfig
-from mtp_jax.convert import forms, record
+from mtp_jax.convert import forms, meta, record
 from mtp_jax.convert.files import Entry, write_file
 from mtp_jax.convert.layout import Architecture
 from mtp_jax.convert.origin import Origin
@@ -44,10 +44,21 @@ def choose_form(config: Config, origin: Origin | None, form: str | None) -> str:
         remedy = "use form 'none' to write the model without them"
         raise UserError(f"heads.kind={heads.kind!r} has no form that others read; {remedy}")
     if misfit := _misfit(forms.FORMS[form], config):
-        meta = "'meta' (Meta's layout, which no server takes) or " if heads.kind == "parallel" else ""
-        remedy = f"use form {meta}'none' (without heads), or heads that `mtp import --form` made"
+        by_meta = "'meta' (Meta's layout, which no server takes) or " if _meta_holds(config) else ""
+        remedy = f"use form {by_meta}'none' (without heads), or heads that `mtp import --form` made"
         raise UserError(f"the form {form!r} cannot hold these heads: {misfit}; {remedy}")
     return form
+
+
+def _meta_holds(config: Config) -> bool:
+    """Whether Meta's layout can hold a model with these heads."""
+    if _misfit(forms.FORMS["meta"], config):
+        return False
+    try:
+        meta.written_fields(config, {})
+    except UserError:
+        return False
+    return True
 
 
 def _as_it_came(config: Config, origin: Origin | None) -> bool:

@@ -11,11 +11,12 @@ import jax
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
+from mtp_jax.ancestry import ORIGIN, note_start
 from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.config import Config, HeadsConfig, MeshConfig, to_json
 from mtp_jax.convert import forms
 from mtp_jax.convert.head_writer import choose_form
-from mtp_jax.convert.origin import ORIGIN, Origin, keep_origin, origin_of
+from mtp_jax.convert.origin import Origin, keep_origin, origin_of
 from mtp_jax.convert.reader import Notify, open_checkpoint, read_params, to_stderr
 from mtp_jax.convert.tokenizer import HubTokenizer, check_size, load_hub_tokenizer, save_for_training
 from mtp_jax.errors import UserError
@@ -76,7 +77,7 @@ def import_model(
     with whole_directory(out) as directory:
         checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
         tokenizer = load_hub_tokenizer(checkpoint.directory)
-        check_size(tokenizer, checkpoint.config, checkpoint.directory)
+        check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
         config, mesh = checkpoint.config, mesh or sharding.make_mesh(MeshConfig())
         params = read_params(checkpoint, mesh, notify)
         if form is not None:
@@ -93,6 +94,7 @@ def import_model(
         (directory / CONFIG).write_text(to_json(config) + "\n")
         origin = dataclasses.replace(origin_of(checkpoint), wanted=form or "")
         keep_origin(origin, directory / ORIGIN)
+        note_start(directory, str(source), has_origin=True)
         _warn_of_export(config, origin, notify)
         with Checkpoints(directory, keep=1, notify=notify) as checkpoints:
             checkpoints.save(0, {"params": params}, _NoData())

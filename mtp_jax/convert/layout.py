@@ -22,6 +22,10 @@ class Slot(NamedTuple):
     """Which rows of that tensor; all of them by default."""
 
 
+BUFFERS = ("*rotary_emb.inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached", "*.position_ids")
+"""Tables that old files hold, and that follow from the config."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """A `model_type` of Hugging Face."""
@@ -36,12 +40,14 @@ class Architecture:
     embed: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm"
     unembed: str = "lm_head.weight"
-    buffers: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    buffers: tuple[str, ...] = BUFFERS
     """Tensors of old files that hold no parameter."""
     also: dict[str, str] = dataclasses.field(default_factory=dict)
     """Other names that files have for a tensor."""
     unused: tuple[str, ...] = ()
     """Fields that say nothing about this architecture."""
+    older: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What fields are called in transformers 4, where it is another name than in most architectures."""
     refuse: Callable[[dict[str, Any]], str | None] = lambda raw: None
     """What in a config file is beyond us, in words, if anything."""
 

@@ -70,7 +70,10 @@ META = Architecture(
 def open_weights(directory: pathlib.Path) -> Tensors:
     """The one file of weights; larger models come cut into several, which nobody puts together for us."""
     if (directory / "consolidated.01.pth").is_file():
-        raise UserError(f"{directory} holds weights cut for several devices (consolidated.01.pth); join them first")
+        raise UserError(
+            f"{directory} holds weights cut for several devices (consolidated.01.pth), which are not "
+            "joined here; take the model's Hugging Face directory (safetensors)"
+        )
     found = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if found is None:
         raise UserError(f"{directory} has {PARAMS} but no weights: {' or '.join(WEIGHTS)}")

@@ -14,8 +14,6 @@ from mtp_jax.convert.meta import META, PARAMS
 from mtp_jax.convert.reader import Checkpoint
 from mtp_jax.errors import UserError
 
-ORIGIN = "hf"
-"""Folder of an imported model that keeps what export needs of the checkpoint it was."""
 MANIFEST = "tensors.json"
 UNTOUCHED = "untouched.safetensors"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5")

@@ -1,12 +1,13 @@
 """A Hugging Face directory as our config, parameters and tokenizer."""
 
+import copy
 import dataclasses
-import fnmatch
 import pathlib
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -14,12 +15,13 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import CHAINED_TOKENS, Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
-from mtp_jax.convert import forms, mapping, meta, placing, record
+from mtp_jax.convert import foreign, forms, leftovers, mapping, meta, placing, record
 from mtp_jax.convert.architectures import architecture
-from mtp_jax.convert.files import FLOATS, NAMES, Tensors, open_directory, read_json
+from mtp_jax.convert.files import FLOATS, NAMES, Tensors, matches, open_directory, read_json
 from mtp_jax.convert.layout import Architecture
 from mtp_jax.convert.mapping import Piece
 from mtp_jax.convert.meta import META, PARAMS
+from mtp_jax.convert.settings import UNTOLD
 from mtp_jax.convert.tokenizer import quiet_transformers
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
@@ -77,19 +79,33 @@ def locate(source: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(source)
     if path.is_dir():
         return path
+    known = foreign.described(path) if path.is_file() else None
+    if known is not None:
+        raise UserError(known)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
         raise UserError(
             f"{source} is not a directory; give the workdir of `mtp train`, `mtp quickstart` or `mtp import`, a "
             "Hugging Face directory, or a hub id such as Qwen/Qwen3-0.6B"
         )
-    import huggingface_hub
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
+        return _downloaded(str(source))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{source} is not a directory, and the Hugging Face hub does not give it: {reason}") from error
+
+
+SIDES = ["*.json", "*.model", "*.jinja", "*.txt"]
+"""Files of a repository of the hub that are fetched with its weights."""
+
+
+def _downloaded(name: str) -> pathlib.Path:
+    """A repository of the hub; torch files where it has no others."""
+    import huggingface_hub
+
+    directory = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SIDES, "*.safetensors"]))
+    if not any(directory.glob("*.safetensors")):
+        huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin", "consolidated*.pth"])
+    return directory
 
 
 def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -98,15 +114,26 @@ def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[s
     from transformers import CONFIG_MAPPING
     from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
-    kind, before = CONFIG_MAPPING[raw["model_type"]], get_verbosity()
+    kind = CONFIG_MAPPING[raw["model_type"]]
+    before = get_verbosity()
     set_verbosity_error()  # it remarks on defaults of its own
     try:
-        return kind.from_dict(dict(raw)).to_dict(), kind().to_dict()
+        defaults = kind().to_dict()
+        return kind.from_dict(_told(raw, defaults)).to_dict(), defaults
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{origin} is refused by transformers: {reason}") from error
     finally:
         set_verbosity(before)
+
+
+def _told(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The fields that transformers is given: copies, since it writes into them.
+
+    It is strict about types, also of fields that change no number, and where null has always meant "off".
+    """
+    empty = {name for name, value in raw.items() if value is None and not defaults.get(name)}
+    return {n: copy.deepcopy(value) for n, value in raw.items() if n not in empty and not matches(n, UNTOLD)}
 
 
 def open_checkpoint(
@@ -132,7 +159,7 @@ def open_checkpoint(
     directory = locate(source)
     check_kind(directory)
     entry, raw, model, tensors = _open_trunk(directory, ignore)
-    renamed = {name: other for name, other in entry.also.items() if name not in tensors and other in tensors}
+    renamed = _renamed(entry, tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in renamed.values()} | {
         name: tensors[other] for name, other in renamed.items()
     }
@@ -165,19 +192,28 @@ def _open_trunk(
     path = directory / "config.json"
     raw = read_json(path)
     entry = architecture(raw, str(path))
-    return entry, raw, entry.read(*normalised(raw, str(path)), str(path), ignore), open_directory(directory)
+    model = entry.read(*normalised(raw, str(path)), str(path), ignore)
+    tied = (entry.unembed, *entry.also.values()) if model.tie_embeddings else ()
+    return entry, raw, model, open_directory(directory, (*entry.buffers, *tied))
+
+
+def _renamed(entry: Architecture, tensors: Tensors) -> dict[str, str]:
+    """What the files call tensors that the table calls otherwise; files without a head leave out the first part."""
+    renamed = {name: other for name, other in entry.also.items() if name not in tensors and other in tensors}
+    base = entry.embed.partition(".")[0] + "."
+    if entry.embed in tensors or entry.embed.removeprefix(base) not in tensors:
+        return renamed
+    below = {slot.theirs.removeprefix(base).partition(".")[0] for slot in entry.slots() if slot.theirs.startswith(base)}
+    return renamed | {base + name: name for name in tensors if name.partition(".")[0] in below}
 
 
 def check_kind(directory: pathlib.Path) -> None:
     """Refuses directories that are no whole checkpoint of their own."""
     if "model" in _config_keys(directory):
         raise UserError(f"{directory} is a directory of ours already; `mtp generate`, `train` and `export` take it")
-    if (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory} holds a LoRA adapter; merge it into its model first (peft: merge_and_unload)")
-    if any(directory.glob("*.gguf")) and not (directory / "config.json").is_file():
-        raise UserError(
-            f"{directory} holds GGUF files, which are not read; take the checkpoint that they were made from"
-        )
+    foreign.refuse_adapter(directory)
+    if not (directory / "config.json").is_file() and not (directory / PARAMS).is_file():
+        foreign.refuse_without_config(directory)
 
 
 def _config_keys(directory: pathlib.Path) -> dict[str, Any]:
@@ -266,12 +302,11 @@ def _check(
 ) -> tuple[str, ...]:
     """Every tensor is there with its shape; returns those that belong to nothing, which must be known or ignored."""
     expected = mapping.tensor_shapes(pieces)
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        if missing[0].split(".", 1)[-1] in tensors:
-            more += " (without its first part the name is there: save the model with its language model head)"
-        raise UserError(f"{directory} lacks {missing[0]}{more}, which a {entry.model_type} of this config has")
+    known = leftovers.Model(frozenset(expected), tuple(ignore))
+    rest = sorted(tensors.keys() - expected.keys() - repeated.keys())
+    unread = [name for name in rest if not matches(name, entry.buffers)]
+    leftovers.refuse_quantised(unread, known, directory)
+    _check_missing(expected.keys() - tensors.keys(), entry, tensors, directory)
     for name, shape in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape:
@@ -279,18 +314,29 @@ def _check(
                 f"{name} in {tensor.file} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
             )
         if NAMES[tensor.dtype] not in FLOATS:
-            raise UserError(f"{name} in {tensor.file} has dtype {tensor.dtype}; weights are floating-point numbers")
-    rest = sorted(tensors.keys() - expected.keys() - repeated.keys())
-    known = (*entry.buffers, *ignore)
-    unexpected = [name for name in rest if not any(fnmatch.fnmatch(name, pattern) for pattern in known)]
-    if unexpected:
-        more = f" and {len(unexpected) - 1} more" if unexpected[1:] else ""
-        pattern = unexpected[0].split(".")[0] + ".*"
-        raise UserError(
-            f"{directory} holds {unexpected[0]}{more}, which a {entry.model_type} of this config does not have; "
-            f"if the model is complete without, ignore them: ignore=[{pattern!r}], --ignore '{pattern}'"
-        )
-    ignored = [name for name in rest if any(fnmatch.fnmatch(name, pattern) for pattern in ignore)]
-    if ignored:
-        notify(f"{directory}: {len(ignored)} tensors are left out of account, among them {ignored[0]}")
+            raise UserError(
+                f"{name} in {tensor.file} has dtype {tensor.dtype}; weights are floating-point numbers: take the "
+                "checkpoint in float32, bfloat16 or float16"
+            )
+        if tensor.unlisted:
+            raise UserError(
+                f"{tensor.file.name} holds {name}, which {tensor.unlisted} does not name; fetch the files again, or "
+                "add it to weight_map there"
+            )
+    leftovers.check(unread, known, tensors, directory, entry.model_type, notify)
     return tuple(rest)
+
+
+def _check_missing(missing: AbstractSet[str], entry: Architecture, tensors: Tensors, directory: pathlib.Path) -> None:
+    """Refuses files that lack tensors of the model."""
+    if not missing:
+        return
+    first = min(missing)
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    remedy = "fetch its files again"
+    if missing == {entry.unembed}:
+        remedy = (
+            "save it with its language model head (AutoModelForCausalLM), or, if the head is the embedding, set "
+            "tie_word_embeddings to true in config.json"
+        )
+    raise UserError(f"{directory} lacks {first}{more}, which a {entry.model_type} of this config has; {remedy}")

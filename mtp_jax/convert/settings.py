@@ -26,8 +26,18 @@ HARMLESS = (
     *("max_window_layers", "no_rope_layer_interval", "use_sliding_window"),
     *("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_num_hidden_layers"),
     *("mtp_hidden_states_first", "medusa_num_heads", "medusa_num_layers"),
+    # Notes of those who published a checkpoint.
+    *("is_llama_config", "transformers.js_config", "custom_pipelines", "max_sequence_length", "model_max_length"),
+    *("tokenizer_model_max_length", "tokenizer_padding_side", "padding_side", "num_labels", "license", "language"),
 )
 """Fields that do not change what the model computes, or that are read through others."""
+
+UNTOLD = (
+    *("torch_dtype", "dtype", "*_token_id", "*dropout*", "*_pdrop", "initializer_range", "use_cache", "id2label"),
+    *("label2id", "num_labels", "problem_type", "output_attentions", "output_hidden_states", "return_dict"),
+    *("task_specific_params", "finetuning_task", "tokenizer_class", "router_aux_loss_coef", "router_jitter_noise"),
+)
+"""Fields without a say in the numbers, of which transformers would refuse some spellings."""
 
 ON_BY_DEFAULT = ("is_causal", "scale_attn_weights")
 """Switches that no config file names unless they are off, which changes the model."""
@@ -73,14 +83,28 @@ class Given:
         for name in ON_BY_DEFAULT:
             if not self._values.get(name, True) and name not in ignore:
                 raise UserError(f"{self.origin}: {name}={self._values[name]!r} is not implemented")
-        for name, value in self._values.items():
-            known = name in self._read or any(fnmatch.fnmatch(name, pattern) for pattern in (*HARMLESS, *ignore))
-            says_nothing = value == defaults[name] if name in defaults else not value
-            if not known and not says_nothing:
+        unread = {name: value for name, value in self._values.items() if self._says_more(name, value, defaults, ignore)}
+        for name, value in unread.items():
+            if name in defaults:
                 raise UserError(
-                    f"{self.origin}: {name}={value!r} is not implemented; if it changes nothing in what the model "
-                    f"computes, delete it there, or ignore it: ignore=[{name!r}], --ignore {name}"
+                    f"{self.origin}: {name}={value!r} is not implemented, and this architecture may compute otherwise "
+                    "with it; take a checkpoint without it"
                 )
+        if unread:
+            said = ", ".join(f"{name}={value!r}" for name, value in unread.items())
+            flags = " ".join(f"--ignore {name}" for name in unread)
+            verb = "are" if len(unread) > 1 else "is"
+            them = "them" if len(unread) > 1 else "it"
+            raise UserError(
+                f"{self.origin}: {said} {verb} not implemented; if the model computes the same without, "
+                f"delete {them} there, or ignore {them}: ignore={list(unread)!r}, {flags}"
+            )
+
+    def _says_more(self, name: str, value: Any, defaults: dict[str, Any], ignore: Sequence[str]) -> bool:
+        """Whether a field is unread and says something else than the architecture does without it."""
+        if name in self._read or any(fnmatch.fnmatch(name, pattern) for pattern in (*HARMLESS, *ignore)):
+            return False
+        return value != defaults[name] if name in defaults else bool(value)
 
 
 class Setting(NamedTuple):

@@ -1,61 +1,55 @@
 """The tokenizer of a Hugging Face directory, as transformers makes it."""
 
 import dataclasses
+import functools
+import json
 import logging
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mtp_jax.config import Config
 from mtp_jax.convert.files import read_json
-from mtp_jax.data.tokenize import load_tokenizer
+from mtp_jax.data import marks as mark
+from mtp_jax.data.marks import Marks
+from mtp_jax.data.tokenize import Reading, load_tokenizer
 from mtp_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+SHOWN = 5
+"""Tokens that a note names."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HubTokenizer:
-    """Text to token ids and back. Special tokens in a prompt are read as such, as chat templates need it."""
+class HubTokenizer(Reading):
+    """A tokenizer of transformers; special tokens in a text are read as such, unless its files say otherwise."""
 
     inner: Any
     """The tokenizer of transformers, which also has the chat template."""
     vocab_size: int
     """One more than the largest id."""
-    end_ids: tuple[int, ...]
-    """Tokens that end a text: those of the generation config, and the end of a text."""
+    marks: Marks
 
     @property
-    def eos_id(self) -> int | None:
-        """Ends every document."""
-        return self.inner.eos_token_id
-
-    @property
-    def bos_id(self) -> int | None:
-        """The token for the beginning of a text, which not every tokenizer with one puts there."""
-        return self.inner.bos_token_id
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone."""
-        return self.inner.encode(text, add_special_tokens=False)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued, with the special tokens that the tokenizer adds."""
-        return self.inner.encode(text)
-
-    def encode_document(self, text: str) -> list[int]:
-        """Ids of a whole document, in which special tokens are ordinary text, and its end."""
-        ids = self.inner.encode(text, split_special_tokens=True)
-        return ids if self.eos_id is None or ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
-
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_document` of each text."""
-        return [self.encode_document(text) for text in texts]
+    def special_tokens(self) -> dict[int, str]:
+        """Tokens that `decode` leaves out, and how they are spelled."""
+        return {token: one.content for token, one in self.inner.added_tokens_decoder.items() if one.special}
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens are left out."""
         ids = [int(token) for token in ids]
         return self.inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        split = self.marks.special == "text"
+        return self.inner(list(texts), add_special_tokens=False, split_special_tokens=split)["input_ids"]
+
+    def _piece(self, token: int) -> str:
+        return self.inner.convert_ids_to_tokens(token)
+
+    @functools.cached_property
+    def _added(self) -> Mapping[int, Any]:
+        return self.inner.added_tokens_decoder
 
 
 def load_hub_tokenizer(directory: pathlib.Path) -> HubTokenizer | None:
@@ -78,26 +72,60 @@ def load_hub_tokenizer(directory: pathlib.Path) -> HubTokenizer | None:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {directory} cannot be read: {reason}") from error
     size = max([*inner.get_vocab().values(), len(inner) - 1]) + 1
-    ends = [inner.eos_token_id, *_ends(directory / "generation_config.json"), *_ends(directory / "config.json")]
-    return HubTokenizer(inner, size, tuple(dict.fromkeys(token for token in ends if token is not None)))
+    return HubTokenizer(inner, size, _marks(inner, directory))
+
+
+def _marks(inner: Any, directory: pathlib.Path) -> Marks:
+    """What transformers puts in front of a text, and the end tokens that the directory declares."""
+    files = [(path, read_json(path)) for path in _declaring(directory) if path.is_file()]
+    ends = mark.declared_ends(inner.eos_token_id, *files)
+    plain = [inner.encode(text, add_special_tokens=False) for text in mark.PROBES]
+    first = mark.in_front(plain, [inner.encode(text) for text in mark.PROBES])
+    end = ends[0] if ends else mark.end_by_name(inner.get_vocab())
+    return Marks(first, end, ends, "text" if inner.split_special_tokens else "read")
+
+
+def _declaring(directory: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    return directory / "generation_config.json", directory / "config.json"
+
+
+def load_run_tokenizer(data: pathlib.Path, origin: pathlib.Path | None, trained: bool) -> Reading | None:
+    """The tokenizer of a run or an import, which reads text as its training does.
+
+    Args:
+      data: the folder with the tokenizer that training uses, which decides; it need not be there.
+      origin: the folder with the files of the Hugging Face model that it was, with the chat template.
+      trained: whether something was trained with it.
+
+    Raises:
+      UserError: files that cannot be read.
+    """
+    path = data / "tokenizer.json"
+    own = load_tokenizer(path) if path.is_file() else None
+    hub = load_hub_tokenizer(origin) if origin is not None else None
+    if hub is None or own is None:
+        return hub or own
+    if (data / mark.FILE).is_file():
+        return dataclasses.replace(hub, marks=own.marks)
+    if not trained:
+        return hub
+    # A run of an older version: its documents end with the first end token whose name is known.
+    return dataclasses.replace(hub, marks=dataclasses.replace(hub.marks, end=own.eos_id))
 
 
 def save_for_training(tokenizer: HubTokenizer, path: pathlib.Path) -> None:
-    """Writes a tokenizer.json that training reads with the same first token, or the same lack of one.
+    """Writes a tokenizer.json that training reads as transformers reads the model's, with its first and end tokens.
 
     Raises:
       UserError: a tokenizer that is not one of the tokenizers library, or without a known end of a text.
     """
     import tokenizers
-    from tokenizers.processors import Sequence as NothingAdded
 
     backend = getattr(tokenizer.inner, "backend_tokenizer", None)
     if backend is None:
         raise UserError("the tokenizer has no tokenizer.json")
-    inner = tokenizers.Tokenizer.from_str(backend.to_str())
-    if tokenizer.encode_prompt("a") == tokenizer.encode("a"):
-        inner.post_processor = NothingAdded([])
-    inner.save(str(path))
+    tokenizers.Tokenizer.from_str(backend.to_str()).save(str(path))
+    mark.write(path.with_name(mark.FILE), tokenizer.marks)
     load_tokenizer(path).save(path)
 
 
@@ -110,34 +138,70 @@ def _no_advice(record: logging.LogRecord) -> bool:
     return "PyTorch was not found" not in record.getMessage()
 
 
-def check_size(tokenizer: Any, config: Config, directory: pathlib.Path) -> None:
-    """Refuses a tokenizer, of ours or of transformers, with ids beyond the embedding."""
-    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+def check_size(
+    tokenizer: Reading | None, config: Config, directory: pathlib.Path, notify: Callable[[str], None]
+) -> None:
+    """Says which tokens have no embedding, and refuses a tokenizer whose ordinary text needs such tokens.
+
+    Raises:
+      UserError: it belongs to another model.
+    """
+    rows = config.model.vocab_size
+    if tokenizer is None or tokenizer.vocab_size <= rows:
+        return
+    beyond = tokenizer.without_embedding(rows)
+    if beyond is None:
         raise UserError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, but model.vocab_size="
-            f"{config.model.vocab_size} is the number of embeddings; it belongs to another model"
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, but model.vocab_size={rows} is the "
+            "number of embeddings; it belongs to another model"
         )
-
-
-def _ends(path: pathlib.Path) -> list[int]:
-    given = read_json(path).get("eos_token_id") if path.is_file() else None
-    ends = given if isinstance(given, list) else [given]
-    if not all(end is None or type(end) is int for end in ends):
-        raise UserError(f"{path}: eos_token_id={given!r} is no token id, nor a list of them; mend it there")
-    return ends
+    names = ", ".join(f"{name!r} ({token})" for token, name in list(beyond.items())[:SHOWN])
+    more = f" and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
+    notify(
+        f"the tokenizer in {directory} has tokens beyond the {rows} embeddings: {names}{more}; text that spells one is "
+        "refused"
+    )
 
 
 def save_for_transformers(tokenizer: Any, directory: pathlib.Path) -> None:
-    """Writes a tokenizer of ours so that transformers encodes prompts as we do, bos first where there is one."""
+    """Writes a tokenizer of ours so that transformers reads prompts as we do: first tokens, special tokens, ends."""
     quiet_transformers()
     import tokenizers
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     inner = tokenizers.Tokenizer.from_str(tokenizer.inner.to_str())
-    names = {"eos_token": inner.id_to_token(tokenizer.eos_id)}
-    if tokenizer.bos_id is not None:
-        names["bos_token"] = bos = inner.id_to_token(tokenizer.bos_id)
-        inner.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **names)
+    marks = tokenizer.marks
+    names = {"eos_token": inner.id_to_token(marks.end)}
+    first = [(inner.id_to_token(token), token) for token in marks.first]
+    if first:
+        names["bos_token"] = first[0][0]
+    if first or inner.post_processor is not None:
+        begin = [f"{name}:0" for name, _ in first]
+        inner.post_processor = TemplateProcessing(single=[*begin, "$A:0"], special_tokens=first)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=marks.special == "text",
+        **names,
+    )
     fast.save_pretrained(directory)
+    spell_for_both(directory)
+
+
+def spell_for_both(directory: pathlib.Path) -> None:
+    """Rewrites what only transformers 5 understands in a tokenizer_config.json, so that 4 reads the same tokenizer."""
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    fields = before = read_json(path)
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields = fields | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(fields.get("extra_special_tokens"), list):  # a dictionary of named tokens in 4
+        others = {name: value for name, value in fields.items() if name != "extra_special_tokens"}
+        fields = others | {"additional_special_tokens": fields["extra_special_tokens"]}
+    if isinstance(fields.get("model_specific_special_tokens"), dict):
+        others = {name: value for name, value in fields.items() if name != "model_specific_special_tokens"}
+        fields = others | {"extra_special_tokens": fields["model_specific_special_tokens"]}
+    if fields != before:
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

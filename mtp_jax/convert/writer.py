@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from mtp_jax.config import Config, ModelConfig
-from mtp_jax.convert import forms, head_writer, mapping, meta, record
+from mtp_jax.convert import forms, head_writer, mapping, meta, record, spellings
 from mtp_jax.convert.architectures import ARCHITECTURES
 from mtp_jax.convert.files import DTYPES, SHARD_BYTES, Entry, write, write_file
 from mtp_jax.convert.layout import Architecture, differing
@@ -19,7 +19,7 @@ from mtp_jax.convert.meta import META, PARAMS
 from mtp_jax.convert.origin import Origin, copied, copy_sidecars
 from mtp_jax.convert.reader import Notify, normalised, to_stderr
 from mtp_jax.convert.settings import shortest_pattern
-from mtp_jax.convert.tokenizer import save_for_transformers
+from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import whole_directory
 from mtp_jax.trees import by_path
@@ -95,11 +95,11 @@ def export_model(
             (directory / PARAMS).write_text(json.dumps(raw, indent=2) + "\n")
         else:
             write(directory, entries, shard_bytes)
-            raw = head_writer.with_head_fields(raw, form, config)
-            raw |= _dtype_fields(raw, entries) | (_token_fields(lm.tokenizer) if origin is None else {})
+            raw = _config_fields(lm, entry, head_writer.with_head_fields(raw, form, config), entries)
             (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         if origin is not None:
             copy_sidecars(origin.directory, directory)
+            spell_for_both(directory)
         elif lm.tokenizer is not None:
             save_for_transformers(lm.tokenizer, directory)
         if form and not beside:
@@ -174,9 +174,16 @@ def _dtype_of(config: Config, origin: Origin | None, dtype: str | None) -> Calla
     return lambda name: np.dtype(DTYPES[known[name]]) if name in known else fallback
 
 
-def _dtype_fields(raw: dict[str, Any], entries: list[Entry]) -> dict[str, str]:
-    """The dtype that loaders take, that of the largest tensor, under the name that the file has for it."""
-    return {"torch_dtype" if "torch_dtype" in raw else "dtype": max(entries, key=lambda one: one.nbytes).dtype.name}
+def _config_fields(lm: Exportable, entry: Architecture, raw: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+    """The fields of config.json: as they came if nothing changed, else for transformers 4 and 5 alike."""
+    dtype = max(entries, key=lambda one: one.nbytes).dtype.name  # of the largest tensor; loaders take it for all
+    named = [name for name in spellings.DTYPES if name in raw] or spellings.DTYPES
+    raw = raw | dict.fromkeys(named, dtype)
+    if lm.origin is None:
+        raw |= _token_fields(lm.tokenizer)
+    elif raw == lm.origin.raw and not lm.config.train.init_from:
+        return raw
+    return raw | spellings.older(raw, entry.older)
 
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -4,32 +4,29 @@
 """
 
 import dataclasses
-import io
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from mtp_jax.config import Config, DataConfig
 from mtp_jax.data import sources, store, synthetic
+from mtp_jax.data.documents import read_flat, tokenise, with_bytes
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments, concatenate
-from mtp_jax.data.sources import Document
 from mtp_jax.data.store import Corpus
-from mtp_jax.data.tokenize import Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
+from mtp_jax.data.tokenize import Reading, Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import short_reason
 
 _BPE_BYTES = 64 * 2**20  # text that BPE trains on: its merges settle long before, and its time does not
-_BATCH_BYTES = 4 * 2**20  # text that is tokenised at once
 
 
 _Split = tuple[np.ndarray, np.ndarray]  # indices of the training and of the held-out documents, in shuffled order
 
 
-def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") -> Corpus:
+def prepare(config: Config, directory: pathlib.Path | None, digest: str = "", in_place: bool = True) -> Corpus:
     """Reads, splits and tokenises the corpus, or reuses what an earlier call left in the directory.
 
     A `.npy` source needs a tokenizer only to find the documents of flat ids and to turn them into text:
@@ -40,6 +37,8 @@ def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") ->
       directory: where the files go, made if missing; None keeps everything in memory.
       digest: the corpus that a run was trained on. If the files have to be made anew, they must become that one;
         otherwise the old ones stay as they are.
+      in_place: False leaves files that had to be made anew in `DIRECTORY.new`, and the old ones as they are, until
+        `store.put_in_place`.
 
     Raises:
       UserError: any input that cannot become a corpus, with the setting to change; or one of another digest.
@@ -47,7 +46,7 @@ def prepare(config: Config, directory: pathlib.Path | None, digest: str = "") ->
     if config.data.seed not in range(2**32):
         raise UserError(f"data.seed={config.data.seed}; use a seed from 0 to {2**32 - 1}")
     try:
-        corpus = _prepare(config, directory, digest)
+        corpus = _prepare(config, directory, digest, in_place)
     except OSError as error:
         raise UserError(f"preparing {config.data.source!r} in {directory} failed: {short_reason(error)}") from error
     if len(corpus.train.tokens) < config.data.seq_len:
@@ -98,10 +97,11 @@ def check_prompts(data: DataConfig, rows: PackedRows, what: str) -> None:
 def load_heldout(
     source: str,
     text_field: str,
-    tokenizer: Tokenizer | None,
+    tokenizer: Reading | None,
     seq_len: int,
     split: tuple[int, float] | None = None,
     vocab_size: int | None = None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> PackedRows:
     """A source to evaluate on, packed in memory.
 
@@ -113,7 +113,8 @@ def load_heldout(
       split: (data.seed, data.eval_fraction) of the run that trained on this very source, to take only the documents
         that it held out, in the same order. None takes everything; the standard library, which runs train on by
         default, needs one.
-      vocab_size: the model's; ids of a `.npy` must be below it.
+      vocab_size: the model's; every id must be below it.
+      notify: is told what was read and passed over, and of special tokens in the text.
 
     Raises:
       UserError: as `prepare`, or the standard library without a split.
@@ -121,15 +122,18 @@ def load_heldout(
     if source == sources.STDLIB and split is None:
         raise UserError("data source 'stdlib' needs the split (data.seed, data.eval_fraction) of the model's run")
     if sources.is_token_file(source):
-        flat = _read_flat(source, tokenizer, vocab_size, "the model's vocabulary")
+        flat = read_flat(source, tokenizer, vocab_size, "the model's vocabulary")
         chosen = _choose(flat.names, np.diff(flat.offsets), split, source)
-        return _with_bytes(concatenate(flat, chosen, seq_len, None), tokenizer)
+        return with_bytes(concatenate(flat, chosen, seq_len, None), tokenizer)
     if tokenizer is None:
         raise UserError(f"data source {source!r} is text, and the model has no tokenizer; give a .npy of token ids")
-    chosen = _choose(*sources.scan_documents(source, text_field), split, source)
+    scan = sources.scan_documents(source, text_field)
+    chosen = _choose(scan.names, scan.sizes, split, source)
     wanted = set(chosen.tolist())
     documents = enumerate(sources.read_documents(source, text_field))
-    flat = _tokenise((one for index, one in documents if index in wanted), tokenizer, None)
+    flat, spelled = tokenise((one for index, one in documents if index in wanted), tokenizer, None, vocab_size)
+    for line in filter(None, (scan.summary, spelled)):
+        notify(line)
     return concatenate(flat, np.searchsorted(np.sort(chosen), chosen), seq_len, None)
 
 
@@ -216,17 +220,16 @@ def heldout_prompts(
     return prompts
 
 
-def _prepare(config: Config, directory: pathlib.Path | None, digest: str) -> Corpus:
+def _prepare(config: Config, directory: pathlib.Path | None, digest: str, in_place: bool) -> Corpus:
     if directory is None:
         return _make(config, None)
     made_from = store.fingerprint(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    reused = store.reuse(directory, made_from, config.data.seq_len)
+    reused = store.reuse(directory, made_from, config.data.seq_len, trained=bool(digest))
     if reused is not None and digest in ("", reused.digest):
         return reused
-    fresh = directory.with_name(f"{directory.name}.new")
+    fresh = store.new_files(directory)
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    fresh.mkdir(parents=True)
     try:
         made = store.save(fresh, made_from, _make(config, fresh))
         if digest not in ("", made.digest):
@@ -235,11 +238,12 @@ def _prepare(config: Config, directory: pathlib.Path | None, digest: str) -> Cor
                 f"{config.data.source!r} gives now, and the run was trained on it; put the text back, or use another "
                 "--workdir"
             )
-        shutil.rmtree(directory)
-        fresh.rename(directory)
-    finally:
+    except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
-    corpus = store.reuse(directory, made_from, config.data.seq_len)
+        raise
+    if in_place:
+        store.put_in_place(directory)
+    corpus = store.reuse(directory if in_place else fresh, made_from, config.data.seq_len)
     return dataclasses.replace(corpus, reused=False)
 
 
@@ -247,35 +251,38 @@ def _make(config: Config, directory: pathlib.Path | None) -> Corpus:
     seq_len = config.data.seq_len
     if sources.is_token_file(config.data.source):
         tokenizer, flat, (train, heldout) = _from_token_file(config)
+        remarks = ""
     else:
-        tokenizer, flat, (train, heldout) = _from_text(config, directory)
+        tokenizer, flat, (train, heldout), remarks = _from_text(config, directory)
     return Corpus(
         tokenizer=tokenizer,
         train=concatenate(flat, train, seq_len, directory and directory / "train.npy"),
-        heldout=_with_bytes(concatenate(flat, heldout, seq_len, directory and directory / "heldout.npy"), tokenizer),
+        heldout=with_bytes(concatenate(flat, heldout, seq_len, directory and directory / "heldout.npy"), tokenizer),
         heldout_documents=tuple(flat.names[document] for document in heldout),
         reused=False,
-        description=_describe(config.data.source, flat, len(heldout)),
+        description=_describe(config.data.source, flat, len(heldout)) + remarks,
     )
 
 
-def _from_text(config: Config, directory: pathlib.Path | None) -> tuple[Tokenizer, TokenisedDocuments, _Split]:
+def _from_text(config: Config, directory: pathlib.Path | None) -> tuple[Tokenizer, TokenisedDocuments, _Split, str]:
     data = config.data
-    names, sizes = sources.scan_documents(data.source, data.text_field)
-    split = sources.split_documents(names, sizes, data.seed, data.eval_fraction, data.source)
+    scan = sources.scan_documents(data.source, data.text_field)
+    split = sources.split_documents(scan.names, scan.sizes, data.seed, data.eval_fraction, data.source)
     if data.tokenizer == "bpe":
         # A prefix of the shuffled training documents, so that the cap leaves a fair sample.
         train = split[0]
-        sample = set(train[np.cumsum(sizes[train]) - sizes[train] < _BPE_BYTES].tolist())
+        sample = set(train[np.cumsum(scan.sizes[train]) - scan.sizes[train] < _BPE_BYTES].tolist())
         documents = enumerate(sources.read_documents(data.source, data.text_field))
         tokenizer = train_bpe((one.text for index, one in documents if index in sample), config.model.vocab_size)
     else:
         tokenizer = _given_tokenizer(data.tokenizer)
+    tokenizer = tokenizer.reading(data.special_tokens)
     _check_vocab(tokenizer, config)
-    flat = _tokenise(sources.read_documents(data.source, data.text_field), tokenizer, directory)
-    if flat.names != names or not np.array_equal(flat.sizes, sizes):
+    documents = sources.read_documents(data.source, data.text_field)
+    flat, spelled = tokenise(documents, tokenizer, directory, config.model.vocab_size)
+    if flat.names != scan.names or not np.array_equal(flat.sizes, scan.sizes):
         raise UserError(f"data source {data.source!r} changed while it was read; start again when it is at rest")
-    return tokenizer, flat, split
+    return tokenizer, flat, split, "".join(f"; {part}" for part in (scan.summary, spelled) if part)
 
 
 def _from_token_file(config: Config) -> tuple[Tokenizer | None, TokenisedDocuments, _Split]:
@@ -285,10 +292,10 @@ def _from_token_file(config: Config) -> tuple[Tokenizer | None, TokenisedDocumen
             f"data.tokenizer='bpe' trains on text, but data.source={data.source!r} holds token ids; give the path of "
             "their tokenizer.json, or none"
         )
-    tokenizer = None if data.tokenizer == "none" else _given_tokenizer(data.tokenizer)
+    tokenizer = None if data.tokenizer == "none" else _given_tokenizer(data.tokenizer).reading(data.special_tokens)
     if tokenizer is not None:
         _check_vocab(tokenizer, config)
-    flat = _read_flat(data.source, tokenizer, config.model.vocab_size, "model.vocab_size")
+    flat = read_flat(data.source, tokenizer, config.model.vocab_size, "model.vocab_size")
     lengths = np.diff(flat.offsets)
     return tokenizer, flat, sources.split_documents(flat.names, lengths, data.seed, data.eval_fraction, data.source)
 
@@ -298,10 +305,14 @@ def _given_tokenizer(name: str) -> Tokenizer:
 
 
 def _check_vocab(tokenizer: Tokenizer, config: Config) -> None:
-    if tokenizer.vocab_size > config.model.vocab_size:
+    """Ordinary text, and what stands around a document, must have embeddings; other added tokens may lack one."""
+    rows = config.model.vocab_size
+    marks = tokenizer.marks
+    around = max(*marks.first, marks.end, marks.end)
+    if tokenizer.vocab_size > rows and (around >= rows or tokenizer.without_embedding(rows) is None):
         raise UserError(
             f"data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than "
-            f"model.vocab_size={config.model.vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or more"
+            f"model.vocab_size={rows}; set model.vocab_size to {tokenizer.vocab_size} or more"
         )
 
 
@@ -309,65 +320,6 @@ def _choose(names: list[str], sizes: np.ndarray, split: tuple[int, float] | None
     if split is None:
         return np.arange(len(names))
     return sources.split_documents(names, sizes, *split, source)[1]
-
-
-def _tokenise(
-    documents: Iterable[Document], tokenizer: Tokenizer, directory: pathlib.Path | None
-) -> TokenisedDocuments:
-    """Encodes documents as they come, into an unnamed file of the directory or into memory."""
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
-    names, sizes, lengths = [], [], []
-    with tempfile.TemporaryFile(dir=directory) if directory else io.BytesIO() as sink:
-        for batch in _in_batches(documents):
-            names += [one.name for one in batch]
-            sizes += [len(one.text.encode()) for one in batch]
-            for ids in tokenizer.encode_documents([one.text for one in batch]):
-                lengths.append(len(ids))
-                sink.write(np.array(ids, dtype).tobytes())
-        sink.flush()
-        tokens = np.memmap(sink, dtype, mode="r") if directory else np.frombuffer(sink.getvalue(), dtype)
-    return TokenisedDocuments(tokens, np.cumsum([0, *lengths], dtype=np.int64), names, np.array(sizes, np.int64))
-
-
-def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _read_flat(path: str, tokenizer: Tokenizer | None, limit: int | None, what: str) -> TokenisedDocuments:
-    tokens = sources.read_token_file(path)
-    largest = int(tokens.max())
-    if limit is not None and largest >= limit:
-        raise UserError(f"{path!r} holds the token id {largest}, but {what} is {limit}; it must be above {largest}")
-    if tokens.ndim == 2:
-        offsets = np.arange(len(tokens) + 1, dtype=np.int64) * tokens.shape[1]
-        names = [f"row {row}" for row in range(len(tokens))]
-    elif tokenizer is None:
-        raise UserError(
-            f"token file {path!r} is flat, and without a tokenizer its end-of-text id is unknown; set data.tokenizer "
-            "to a tokenizer.json, or save one document per row"
-        )
-    else:
-        ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
-        offsets = np.unique(np.concatenate([[0], ends, [len(tokens)]]))
-        names = [f"document {document}" for document in range(len(offsets) - 1)]
-    return TokenisedDocuments(tokens.reshape(-1), offsets, names, np.zeros(len(names), np.int64))
-
-
-def _with_bytes(rows: PackedRows, tokenizer: Tokenizer | None) -> PackedRows:
-    """Rows with their unknown size in bytes found by decoding, where there is a tokenizer."""
-    if rows.bytes_ or tokenizer is None:
-        return rows
-    stops = [*rows.doc_starts[1:], len(rows.tokens)]
-    texts = (tokenizer.decode(rows.tokens[start:stop]) for start, stop in zip(rows.doc_starts, stops, strict=True))
-    return dataclasses.replace(rows, bytes_=sum(len(text.encode()) for text in texts))
 
 
 def _describe(source: str, flat: TokenisedDocuments, heldout: int) -> str:

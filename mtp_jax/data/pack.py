@@ -43,6 +43,13 @@ class PackedRows:
     """T, tokens of a row."""
     bytes_: int
     """UTF-8 bytes of the documents' text; 0 if unknown."""
+    unpredicted_bytes: int = 0
+    """Those of the documents' first tokens, which nothing predicts; 0 where a token of its own begins each."""
+
+    @property
+    def predicted_bytes(self) -> int:
+        """UTF-8 bytes of the tokens that are a next-token target: all but each document's first; 0 if unknown."""
+        return self.bytes_ - self.unpredicted_bytes
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or len(self.tokens) < 2:
@@ -85,6 +92,8 @@ class TokenisedDocuments:
     names: list[str]
     sizes: np.ndarray
     """UTF-8 bytes of each document's text, 0 where unknown; int64 [documents]."""
+    unpredicted: np.ndarray | None = None
+    """UTF-8 bytes of each document's first token that are bytes of the text; int64 [documents]. None where unknown."""
 
 
 def concatenate(
@@ -106,4 +115,5 @@ def concatenate(
         if file:
             tokens.flush()
     tokens = np.load(path, mmap_mode="r") if path else tokens
-    return PackedRows(tokens, ends - lengths, seq_len, int(documents.sizes[order].sum()))
+    unpredicted = 0 if documents.unpredicted is None else int(documents.unpredicted[order].sum())
+    return PackedRows(tokens, ends - lengths, seq_len, int(documents.sizes[order].sum()), unpredicted)

@@ -8,7 +8,6 @@ it lies on one side of the train / held-out split. Documents are streamed; a cor
 import contextlib
 import glob
 import hashlib
-import json
 import os
 import pathlib
 import sysconfig
@@ -18,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax.data import synthetic
+from mtp_jax.data import files, synthetic
+from mtp_jax.data.files import Document, SourceFile
 from mtp_jax.errors import UserError
 
 STDLIB = "stdlib"
@@ -26,23 +26,9 @@ STDLIB = "stdlib"
 _STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-class Document(NamedTuple):
-    """One text, named relative to its source so that the name survives a move of the corpus."""
-
-    name: str
-    text: str
-
-
-class SourceFile(NamedTuple):
-    """One file of a source."""
-
-    name: str
-    path: pathlib.Path
-
-
 def is_token_file(source: str) -> bool:
     """Whether the source holds token ids, which `read_token_file` reads, rather than text."""
-    return source.endswith(".npy") or synthetic.is_synthetic(source)
+    return source.lower().endswith(".npy") or synthetic.is_synthetic(source)
 
 
 def list_files(source: str) -> list[SourceFile]:
@@ -56,68 +42,86 @@ def list_files(source: str) -> list[SourceFile]:
     """
     if source == STDLIB:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
-        files = [file for file in _walk(root, _STDLIB_SKIPS) if file.path.suffix == ".py"]
+        found = [file for file in _walk(root, _STDLIB_SKIPS) if file.path.suffix == ".py"]
     else:
         path = pathlib.Path(source).expanduser()
         if path.is_dir():
-            files = _walk(path, set())
+            found = _walk(path, set())
         elif path.is_file():
-            files = [SourceFile(path.name, path)]
+            found = [SourceFile(path.name, path)]
         elif glob.has_magic(source):
             matches = glob.glob(str(path), recursive=True)
-            files = [SourceFile(match, pathlib.Path(match)) for match in matches if os.path.isfile(match)]
+            found = [SourceFile(match, pathlib.Path(match)) for match in matches if os.path.isfile(match)]
         else:
             raise UserError(f"data source {source!r} does not exist; give {STDLIB}, a directory, a glob or a file")
-    if not files:
+    if not found:
         raise UserError(f"data source {source!r} holds no files; hidden files do not count")
-    return sorted(files)
+    return sorted(found)
 
 
 def _walk(root: pathlib.Path, skips: set[str]) -> list[SourceFile]:
-    files = []
+    found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skips and not name.startswith(".")]
         paths = [pathlib.Path(folder, name) for name in names if not name.startswith(".")]
-        files += [SourceFile(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
-    return files
+        found += [SourceFile(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
+    return found
 
 
 def read_documents(source: str, text_field: str) -> Iterator[Document]:
     """Streams the documents of a text source, in an order that depends on the source alone.
 
-    A file is one document, and each record of a `.jsonl` file is one. Empty documents are left out.
+    A file is one document, or each of its records is one; see `data.files`. Empty documents are left out.
 
     Args:
       source: as for `list_files`.
-      text_field: the field of a JSONL record that holds its text.
+      text_field: the field of a record that holds its text.
 
     Raises:
       UserError: nothing to read, or a file or record that is not text; at once or while iterating.
     """
+    _refuse_ids(source)
+    return _documents(source, list_files(source), text_field, files.Tally())
+
+
+class Scan(NamedTuple):
+    """What a source holds."""
+
+    names: list[str]
+    sizes: np.ndarray
+    """UTF-8 bytes of every document, int64 [documents]."""
+    summary: str
+    """What was read as what, and what was passed over and why; "" where all are text files."""
+
+
+def scan_documents(source: str, text_field: str) -> Scan:
+    """Names and UTF-8 sizes of all documents: the pass that finds every flaw of a source before the long work."""
+    _refuse_ids(source)
+    tally = files.Tally()
+    documents = _documents(source, list_files(source), text_field, tally)
+    pairs = [(one.name, len(one.text.encode())) for one in documents]
+    return Scan([name for name, _ in pairs], np.array([size for _, size in pairs], np.int64), tally.summary())
+
+
+def _refuse_ids(source: str) -> None:
     if is_token_file(source):
         raise UserError(f"data source {source!r} holds token ids, and text is needed here; give text or a .jsonl")
-    return _documents(source, list_files(source), text_field)
 
 
-def scan_documents(source: str, text_field: str) -> tuple[list[str], np.ndarray]:
-    """Names and UTF-8 sizes of all documents: the pass that finds every flaw of a source before the long work."""
-    pairs = [(one.name, len(one.text.encode())) for one in read_documents(source, text_field)]
-    return [name for name, _ in pairs], np.array([size for _, size in pairs], np.int64)
-
-
-def _documents(source: str, files: list[SourceFile], text_field: str) -> Iterator[Document]:
-    found = False
-    for file in files:
-        if file.path.suffix == ".jsonl":
-            documents = _read_jsonl(file, text_field)
-        else:
-            documents = _read_text(file, skip_undecodable=source == STDLIB)
-        for document in documents:
+def _documents(source: str, found: list[SourceFile], text_field: str, tally: files.Tally) -> Iterator[Document]:
+    any_text = False
+    for file in found:
+        for document in files.read(file, text_field, tally, skip_undecodable=source == STDLIB):
             if document.text:
-                found = True
+                any_text = True
                 yield document
-    if not found:
-        raise UserError(f"data source {source!r} holds only empty documents; there is nothing to learn from")
+    if not any_text:
+        skipped = tally.skipped()
+        raise UserError(
+            f"data source {source!r} holds no text: {skipped}; unpack or convert them to UTF-8 text or .jsonl"
+            if skipped
+            else f"data source {source!r} holds only empty documents; there is nothing to learn from"
+        )
 
 
 def is_inside(path: pathlib.Path, source: str) -> bool:
@@ -126,54 +130,6 @@ def is_inside(path: pathlib.Path, source: str) -> bool:
         return False
     root = pathlib.Path(source).expanduser()
     return root.is_dir() and path.absolute().resolve().is_relative_to(root.resolve())
-
-
-def _is_binary(raw: bytes) -> bool:
-    """Pictures, archives and the like, told by a NUL byte near the start. UTF-16 text has those too and is no such."""
-    return b"\0" in raw[:8192] and not raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-
-
-def _read_text(file: SourceFile, skip_undecodable: bool) -> Iterator[Document]:
-    raw = file.path.read_bytes()
-    try:
-        yield Document(file.name, raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        if not (skip_undecodable or _is_binary(raw)):
-            raise UserError(
-                f"{file.path} is not UTF-8 text: byte offset {error.start} is 0x{raw[error.start]:02x}; convert the "
-                "file, or keep it out of data.source"
-            ) from error
-
-
-def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
-    with open(file.path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Document(f"{file.name}:{number}", _record_text(line, text_field, f"{file.path} line {number}"))
-
-
-def _record_text(line: bytes, text_field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8: byte {error.start} of the line; convert the file") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}; a .jsonl file holds one object per line") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where} holds a {type(record).__name__}, not an object with a field {text_field!r}")
-    if text_field not in record:
-        fields = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{where} has no field {text_field!r}; fields present: {fields}; set data.text_field")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: field {text_field!r} is a {type(text).__name__}, not a string; set data.text_field")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: field {text_field!r} holds half a surrogate pair at {error.start}; fix it"
-        ) from error
-    return text
 
 
 def read_token_file(path: str | os.PathLike[str]) -> np.ndarray:

@@ -1,34 +1,31 @@
 """Tokenizers: byte-level BPE trained on the corpus, plain bytes, or any Hugging Face `tokenizer.json`.
 
-All three are one frozen class around `tokenizers.Tokenizer`. Text that spells a special token (`<|eos|>` inside a
-document) is encoded as ordinary characters, so that no document can forge its own end and every text round-trips.
+All three are one frozen class around `tokenizers.Tokenizer`. `Reading` is the one way from text to ids, which the
+tokenizers of `convert` share: training documents, evaluation documents and prompts cannot differ. Text that spells a
+special token (`<|eos|>` inside a document) is ordinary characters for a tokenizer of ours, so that no document can
+forge its own end and every text round-trips; for one that came with a model it is that token, as chat text needs it.
+`data.special_tokens` chooses.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mtp_jax.data import marks as mark
+from mtp_jax.data.marks import BOS, EOS, EOS_NAMES, Marks
 from mtp_jax.data.sources import replacing
 from mtp_jax.errors import UserError
+from mtp_jax.integrity import check_name
 
-BOS = "<|bos|>"
-EOS = "<|eos|>"
 MIN_VOCAB = 256 + 2
-# First match wins: a chat model has an end of turn besides its end of text, and documents end with the latter.
-_EOS_NAMES = (
-    EOS,
-    "<|endoftext|>",
-    "</s>",
-    "<|end_of_text|>",
-    "<eos>",
-    "<｜end▁of▁sentence｜>",
-    "<|im_end|>",
-    "<|eot_id|>",
-)
-_BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What the bytes of half a character are decoded to."""
 
 # Pieces inside which BPE may merge, in order: a word with one mark or blank before it (`.join`, `_id`, ` self`); up to
 # three digits; punctuation with all the white space behind it (`):\n        `); other white space. Keeping a line's
@@ -37,52 +34,167 @@ _BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁senten
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\s*|\s+"
 
 
+# The time of BPE training grows with the square of a piece, and no merge needs a longer one: 200,000 letters without a
+# blank took 10.6 s whole.
+_LONGEST_PIECE = 256
+_BLANK = re.compile(rf"\s{{{_LONGEST_PIECE}}}")
+_TOO_LONG = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_PIECE}}}|{_BLANK.pattern}")
+
+
+class Reading:
+    """Text to ids, one way for all: what goes in front of a text, what ends it, what special tokens in it become."""
+
+    inner: Any
+    marks: Marks
+
+    @property
+    def eos_id(self) -> int | None:
+        """Ends every document."""
+        return self.marks.end
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begins every document and prompt; None where the tokenizer puts no token there."""
+        return self.marks.first[0] if self.marks.first else None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text that is generated; the end of a document is one of them."""
+        return self.marks.ends
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone."""
+        return self._ids([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to be continued: what goes in front, unless the text begins with it, and the text."""
+        return self._begun(self.encode(text))
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a whole document: those of the prompt, and the end, unless the text ends with it."""
+        return self.encode_documents([text])[0]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_document` of each text, on all cores."""
+        return [self._ended(self._begun(ids)) for ids in self._ids(texts)]
+
+    def num_bytes(self, token: int) -> int:
+        """UTF-8 bytes of an ordinary token, also where it holds a part of a character; 0 for special tokens."""
+        text = self.decode([token])
+        if INCOMPLETE not in text:
+            return len(text.encode())
+        piece = self._piece(token)
+        # With byte fallback a token is `<0xE2>`; otherwise every byte is one symbol.
+        return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece)
+
+    def unpredicted_bytes(self, text: str, ids: Sequence[int]) -> int:
+        """UTF-8 bytes of a document's first token, which nothing predicts: 0 where it was put in front of the text.
+
+        Args:
+          text: the document.
+          ids: `encode_document` of it.
+        """
+        if not ids:
+            return 0
+        token = ids[0]
+        added = self._added.get(token)
+        is_special = added is not None and added.special
+        if not is_special and token not in self.marks.first:
+            return min(self.num_bytes(token), len(text.encode()))
+        spelled = added.content if added is not None else self._piece(token)
+        stripped = text.lstrip() if is_special and added.lstrip else text
+        if (is_special and self.marks.special == "text") or not stripped.startswith(spelled):
+            return 0
+        return len(text.encode()) - len(stripped.removeprefix(spelled).encode())
+
+    def special_counter(self) -> mark.SpecialCounter:
+        """A counter of the special tokens that texts spell."""
+        return mark.SpecialCounter(self._added)
+
+    def beyond(self, limit: int) -> dict[int, str]:
+        """Tokens with ids of at least `limit`, in order."""
+        return dict(sorted((token, name) for name, token in self.inner.get_vocab().items() if token >= limit))
+
+    def without_embedding(self, limit: int) -> dict[int, str] | None:
+        """Tokens that a model with `limit` embeddings can do without.
+
+        Returns:
+          Added tokens beyond the embedding, such as that of a picture: text meets them only where it spells them.
+          None where ordinary text needs a token beyond it: such a tokenizer belongs to another model.
+        """
+        beyond = self.beyond(limit)
+        return beyond if beyond.keys() <= self._added.keys() else None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids."""
+        raise NotImplementedError
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of the texts alone."""
+        raise NotImplementedError
+
+    def _piece(self, token: int) -> str:
+        """A token as it stands in the vocabulary."""
+        raise NotImplementedError
+
+    @property
+    def _added(self) -> Mapping[int, tokenizers.AddedToken]:
+        """Added tokens by id, special ones among them."""
+        raise NotImplementedError
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        first = list(self.marks.first)
+        return ids if ids[: len(first)] == first else first + ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self.marks.end
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tokenizer:
-    """Text to token ids and back."""
+class Tokenizer(Reading):
+    """A tokenizer of the tokenizers library."""
 
     inner: tokenizers.Tokenizer
     """The library's tokenizer; its truncation and padding are off."""
     vocab_size: int
     """One more than the largest id."""
-    eos_id: int
-    """Ends every document."""
-    bos_id: int | None
-    """Begins every document and prompt; None where the tokenizer has no such token."""
+    marks: Marks
 
     @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text that is generated."""
-        return (self.eos_id,)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone."""
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued: bos first, where there is one."""
-        return self._begin() + self.encode(text)
-
-    def encode_document(self, text: str) -> list[int]:
-        """Ids of a whole document: bos, text, eos."""
-        return [*self.encode_prompt(text), self.eos_id]
-
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_document` of each text, on all cores."""
-        encoded = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[*self._begin(), *one.ids, self.eos_id] for one in encoded]
+    def special_tokens(self) -> dict[int, str]:
+        """Tokens that `decode` leaves out, and how they are spelled."""
+        added = self.inner.get_added_tokens_decoder()
+        return {token: one.content for token, one in added.items() if one.special}
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids: special tokens are left out, and bytes that form no character become U+FFFD."""
         return self.inner.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes a Hugging Face `tokenizer.json`, whole or not at all."""
-        with replacing(pathlib.Path(path)) as temporary:
+        """Writes a Hugging Face `tokenizer.json`, whole or not at all, and what it does not say next to it."""
+        path = pathlib.Path(path)
+        with replacing(path) as temporary:
             temporary.write_text(self.inner.to_str(), encoding="utf-8")
+        if self.marks != mark.by_name(self.inner):
+            mark.write(path.with_name(mark.FILE), self.marks)
 
-    def _begin(self) -> list[int]:
-        return [] if self.bos_id is None else [self.bos_id]
+    def reading(self, special: str) -> "Tokenizer":
+        """This tokenizer with special tokens in a text read (`read`), as characters (`text`), or as now (`auto`)."""
+        if special in ("auto", self.marks.special):
+            return self
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        return _wrap(inner, "the tokenizer", dataclasses.replace(self.marks, special=special))
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [one.ids for one in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _piece(self, token: int) -> str:
+        return self.inner.id_to_token(token)
+
+    @functools.cached_property
+    def _added(self) -> Mapping[int, tokenizers.AddedToken]:
+        return self.inner.get_added_tokens_decoder()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -109,7 +221,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
+    inner.train_from_iterator((part for text in texts for part in _short_pieces(text)), trainer)
     return _wrap(inner, "the trained tokenizer")
 
 
@@ -123,11 +235,12 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """Reads a `tokenizer.json`, or the one in a directory.
+    """Reads a `tokenizer.json`, or the one in a directory, with what the files next to it declare.
 
     Raises:
       UserError: missing, corrupt, or without a known end-of-text token.
     """
+    check_name(path, "the tokenizer")
     file = pathlib.Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
@@ -137,7 +250,20 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is no tokenizer.json: {reason}; save it again or train one with bpe") from error
-    return _wrap(inner, str(file))
+    return _wrap(inner, str(file), mark.declared_beside(file, inner))
+
+
+def _short_pieces(text: str) -> Iterator[str]:
+    """The text, cut inside runs of one kind of character that are longer than a piece may be."""
+    start = 0
+    # Most texts have no such run, and show it much faster than the expression does.
+    if max(map(len, text.split()), default=0) < _LONGEST_PIECE and not _BLANK.search(text):
+        yield text
+        return
+    for run in _TOO_LONG.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _byte_level(inner: tokenizers.Tokenizer, split: list[pre_tokenizers.PreTokenizer]) -> None:
@@ -152,21 +278,12 @@ def _byte_symbol(byte: int) -> str:
     return chr(byte) if byte in shown else chr(0x100 + sum(other not in shown for other in range(byte)))
 
 
-def _begins_with(inner: tokenizers.Tokenizer, vocab: dict[str, int]) -> int | None:
-    """The token that the tokenizer itself puts first, if it says anything about that, or else a known one by name."""
-    if inner.post_processor is None:
-        return next((vocab[name] for name in _BOS_NAMES if name in vocab), None)
-    plain, whole = (inner.encode("a", add_special_tokens=special).ids for special in (False, True))
-    return whole[0] if whole[:1] != plain[:1] else None
-
-
-def _wrap(inner: tokenizers.Tokenizer, origin: str) -> Tokenizer:
-    vocab = inner.get_vocab(with_added_tokens=True)
-    eos = next((vocab[name] for name in _EOS_NAMES if name in vocab), None)
-    bos = _begins_with(inner, vocab)
-    if eos is None:
-        raise UserError(f"{origin} has no end-of-text token; add one of {', '.join(_EOS_NAMES)}")
+def _wrap(inner: tokenizers.Tokenizer, origin: str, marks: Marks | None = None) -> Tokenizer:
     inner.no_truncation()
     inner.no_padding()
-    inner.encode_special_tokens = True  # "encode them as text", see the module docstring
-    return Tokenizer(inner=inner, vocab_size=max(vocab.values()) + 1, eos_id=eos, bos_id=bos)
+    marks = marks or mark.by_name(inner)
+    if marks.end is None:
+        raise UserError(f"{origin} has no end-of-text token; add one of {', '.join(EOS_NAMES)}")
+    inner.encode_special_tokens = marks.special == "text"
+    largest = max(inner.get_vocab(with_added_tokens=True).values())
+    return Tokenizer(inner=inner, vocab_size=largest + 1, marks=marks)

@@ -1,7 +1,7 @@
 """How many drafts to verify: measured costs, running acceptance, and the width that finishes the batch first.
 
-With a_k the running share of a row's rounds that accept k drafts or more, c_w the measured seconds of a round of width
-w and n the tokens that a row still has to go,
+With a_k the running share of a row's rounds that accept k drafts or more (counted as `DecodeStats` says), c_w the
+measured seconds of a round of width w and n the tokens that a row still has to go,
 
     seconds to the end at width w  =  c_w  x  largest over rows of  n / (1 + a_1 + ... + a_w)
 
@@ -13,6 +13,8 @@ import math
 
 import numpy as np
 
+from mtp_jax.programs import MOST, Recent
+
 BLOCK = 8
 """Rounds before the first choice; twice as many whenever the choice stays the same: to stop and choose costs, too."""
 LONGEST_BLOCK = 64
@@ -22,6 +24,9 @@ FIRST_PROBE = 4
 """Blocks of width 0 after which drafting is tried once more; twice as many after every try."""
 GIVE_UP = 3
 """Blocks of width 0 after which a drafter with a cache of its own is let go: to keep it up to date costs, too."""
+
+COSTS = Recent(MOST)
+"""Seconds per round by width, of the shapes that `num_draft="auto"` has measured in this process."""
 
 
 def widths(num_draft: int) -> tuple[int, ...]:
@@ -68,18 +73,22 @@ class WidthChooser:
         """Whether drafts have not paid for so long that nothing should be spent on them."""
         return self._idle >= GIVE_UP
 
-    def record(self, width: int, histogram_BQ: np.ndarray, seconds: float | None) -> None:
-        """Takes in a block: rounds by accepted drafts, and the seconds it took, if they tell what a round costs."""
+    def record(
+        self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
+    ) -> None:
+        """Takes in a block: rounds by accepted drafts, the seconds it took, if they tell what a round costs, and those
+        of the rounds that did not try the next draft."""
         rounds = histogram_BQ.sum(axis=1).max()
         if rounds and seconds is not None:
             self.costs[width] = min(self.costs.get(width, math.inf) * 1.02, seconds / rounds)
         if width:
-            # Depth k is told by rounds that accepted what is before it.
+            # Depth k is told by rounds that accepted what is before it, and tried it.
             reached_BQ = np.cumsum(histogram_BQ[:, ::-1], axis=1)[:, ::-1]
             self._reached_BQ *= DECAY
             self._tried_BQ *= DECAY
             self._reached_BQ[:, 1 : width + 1] += reached_BQ[:, 1 : width + 1]
-            self._tried_BQ[:, 1 : width + 1] += reached_BQ[:, :width]
+            tried_BP = reached_BQ[:, :-1] - untried_BP
+            self._tried_BQ[:, 1 : width + 1] += tried_BP[:, :width]
 
     def tokens_per_round(self, width: int) -> np.ndarray:
         """Expected tokens of a round by row, by running acceptance; depths never tried count as accepted."""

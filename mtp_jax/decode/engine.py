@@ -15,11 +15,11 @@ caller goes on with a larger state (`grow`).
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.decode import sampling, verify
@@ -30,6 +30,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.cache import grow_caches, whole_tiles
 from mtp_jax.model.mtp import Ask
+from mtp_jax.programs import bounded
 
 CHUNK = 512
 """Prompt tokens that go through the model at once."""
@@ -70,6 +71,10 @@ class DecodeState(NamedTuple):
     # Counters.
     histogram_BQ: jax.Array
     """Rounds of each row by the number of accepted drafts, 0..P."""
+    untried_BP: jax.Array
+    """Of the rounds that accepted a drafts, 0..P-1, those that did not try draft a+1: see `DecodeStats`."""
+    drafted_B: jax.Array
+    """Drafts that rounds tried."""
     replaced_BS: jax.Array
     """Tokens that a lossy rule put in the place of the model's own; [B, 0] for other rules."""
 
@@ -93,7 +98,7 @@ def slots_of(state: DecodeState) -> int:
     return state.caches[0].slots
 
 
-@functools.partial(jax.jit, static_argnames="slots")
+@bounded(statics=(1,))
 def grow(state: DecodeState, slots: int) -> DecodeState:
     """The state with caches of at least `slots`."""
     larger = grow_caches((state.caches, state.drafter_cache), slots)
@@ -117,7 +122,7 @@ def prefill(
       slots: cache slots that the rows may come to need, at least `slots_needed` of the largest limit, and of T.
       params: a `mtp.decode_view`.
       controls: numbers and noise of the sampler.
-      prompt_BT: prompts, padded on the right; T at most `CHUNK`, or a multiple of it.
+      prompt_BT: prompts on the host, padded on the right; T at most `CHUNK`, or a multiple of it.
       prompt_len_B: tokens of each prompt, at least 1.
       limit_B: prompt and output tokens at which a row stops, above its prompt length.
       end_ids_E: tokens that end a row.
@@ -125,7 +130,9 @@ def prefill(
     T = prompt_BT.shape[1]
     chunk = min(T, CHUNK)
     first = bucket(chunk, plan.drafter.num_draft, slots)
-    state = empty_state(plan, first, slots, prompt_BT, prompt_len_B, limit_B, end_ids_E)
+    # On the host: a program for every number of chunks would be one too many. jnp.asarray would compile one, too.
+    rows_BS = jax.device_put(np.pad(np.asarray(prompt_BT), ((0, 0), (0, slots - T))))
+    state = empty_state(plan, first, slots, rows_BS, prompt_len_B, limit_B, end_ids_E)
     for start in range(0, T, chunk):
         needed = bucket(start + chunk, plan.drafter.num_draft, slots)
         state = grow(state, needed) if needed > slots_of(state) else state
@@ -133,7 +140,7 @@ def prefill(
     return state
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "slots", "length"))
+@bounded(statics=(0, 1, 2))
 def empty_state(
     plan: Plan,
     slots: int,
@@ -159,11 +166,13 @@ def empty_state(
         caches=mtp.init_caches(config, B, slots),
         drafter_cache=drafter.init(config, P, B, slots),
         histogram_BQ=jnp.zeros((B, P + 1), jnp.int32),
+        untried_BP=jnp.zeros((B, P), jnp.int32),
+        drafted_B=jnp.zeros((B,), jnp.int32),
         replaced_BS=jnp.zeros((B, length if plan.rule.lossy else 0), bool),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "chunk"), donate_argnames="state")
+@bounded(statics=(0, 1), donate=(4,), weights=2)
 def prefill_chunk(
     plan: Plan,
     chunk: int,
@@ -193,7 +202,7 @@ def prefill_chunk(
     return drafted._replace(drafts=jax.tree.map(keep, drafted.drafts, state.drafts))
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "width"), donate_argnames="state")
+@bounded(statics=(0, 1), donate=(4,), weights=2)
 def decode_rounds(
     plan: Plan, width: int, params: Any, controls: Controls, state: DecodeState, max_rounds: jax.Array
 ) -> DecodeState:
@@ -232,12 +241,25 @@ def decode_round(plan: Plan, width: int, params: Any, controls: Controls, state:
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
     choices = _choose(plan, params, controls, state, state_BQD, drafts)
     state, accepted = _emit(state, choices)
-    counted_BQ = jnp.arange(state.histogram_BQ.shape[1])[None, :] == accepted.drafts_B[:, None]
-    counted_BQ &= (accepted.count_B > 0)[:, None]
-    state = state._replace(histogram_BQ=state.histogram_BQ + counted_BQ)
+    state = _count(state, accepted, width)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
     where = _Where(tap_BQD, start_B, index_B, jnp.ones_like(state.done_B))
     return _draft(plan, width, params, controls, state, where)
+
+
+def _count(state: DecodeState, accepted: verify.Accepted, width: int) -> DecodeState:
+    """Adds a round to the counters of the rows that took part; the state is that after it."""
+    counted_BQ = jnp.arange(state.histogram_BQ.shape[1])[None, :] == accepted.drafts_B[:, None]
+    counted_BQ &= (accepted.count_B > 0)[:, None]
+    # Nothing could be emitted behind the row's end, nor beyond its limit.
+    room_B = state.limit_B - state.total_B + accepted.count_B
+    tried_B = jnp.minimum(jnp.where(accepted.done_B, accepted.count_B, room_B), width)
+    all_right_B1 = (accepted.drafts_B >= tried_B)[:, None]
+    return state._replace(
+        histogram_BQ=state.histogram_BQ + counted_BQ,
+        untried_BP=state.untried_BP + (counted_BQ & all_right_B1)[:, :-1],
+        drafted_B=state.drafted_B + tried_B,
+    )
 
 
 def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Array:

@@ -75,12 +75,15 @@ class Options:
             got = getattr(made, "shape", made)
             raise UserError(f"logits_fn returns {got}; it must return the {vocab_size} logits of one row")
 
-    def controls(self, rows: int, vocab_size: int) -> Controls:
-        """The numbers, for a batch of `rows`."""
+    def controls(self, rows: int, vocab_size: int, filled: int = 0) -> Controls:
+        """The numbers, for a batch of `rows` that is filled up to `filled`, or not at all."""
         seed, bias_V = self._seed(rows), self._bias(vocab_size)
+        filled = max(rows, filled)
+        if not isinstance(seed, int):
+            seed = seed + [0] * (filled - rows)
         number = lambda value, off: jnp.float32(off if value is None else value)  # noqa: E731
         return Controls(
-            key_B=row_keys(seed, rows),
+            key_B=row_keys(seed, filled),
             temperature=number(self.temperature, 0.0),
             top_k=jnp.int32(vocab_size if self.top_k is None else min(self.top_k, vocab_size)),
             top_p=number(self.top_p, 1.0),

@@ -1,14 +1,19 @@
-"""Stop strings: many of them at once, by sets of their texts and of the beginnings of those."""
+"""Stop strings: many of them at once, by sets of their texts and of the beginnings of those.
 
-from collections.abc import Iterable
+A text does not show special tokens. A stop string that spells one, as `<|im_end|>`, alone or with text around it, is
+looked for in the text with those tokens in their places.
+"""
 
+from collections.abc import Collection, Iterable
+
+from mtp_jax.decode.detokenize import INCOMPLETE, RowText
 from mtp_jax.errors import UserError
 
 
 class StopStrings:
     """Finds the first of any number of strings; its cost grows with their different lengths, not with their number."""
 
-    def __init__(self, stop: Iterable[str]) -> None:
+    def __init__(self, stop: Iterable[str], special: Collection[str] = ()) -> None:
         several = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (None,)
         if not all(isinstance(one, str) and one for one in several):
             raise UserError(f"stop={stop!r}; it must be a list of strings, none of them empty")
@@ -16,6 +21,9 @@ class StopStrings:
         self._lengths = sorted({len(one) for one in self._all})
         self._beginnings = frozenset(one[:length] for one in self._all for length in range(1, len(one)))
         self.longest = max(self._lengths, default=0)
+        spelling = [one for one in self._all if any(name in one for name in special)]
+        self.spelling = StopStrings(spelling) if spelling else None
+        """Those of them that spell a special token."""
 
     def __bool__(self) -> bool:
         """Whether there are any."""
@@ -32,3 +40,37 @@ class StopStrings:
         """Length of the longest end of the text that may grow into a stop string."""
         longest = min(self.longest - 1, len(text))
         return next((length for length in range(longest, 0, -1) if text[-length:] in self._beginnings), 0)
+
+
+class StopSearch:
+    """The search for stop strings in the text of one row, which is not searched twice."""
+
+    def __init__(self, stop: StopStrings) -> None:
+        self._stop = stop
+        self._start = 0
+        self._start_spelled = 0
+
+    def find(self, row: RowText) -> int:
+        """Where the row's text is to be cut; -1 if nowhere."""
+        found = [self._stop.find(row.text, self._start)]
+        if self._stop.spelling is not None:
+            at = self._stop.spelling.find(row.spelled(row.text), self._start_spelled)
+            found.append(row.plain(at) if at >= 0 else -1)
+        return min((at for at in found if at >= 0), default=-1)
+
+    def passed(self, row: RowText) -> None:
+        """Nothing was found: the next search begins where a stop string may have begun, or an unfinished character."""
+        text = row.text.rstrip(INCOMPLETE)
+        self._start = len(text) - self._stop.longest
+        if self._stop.spelling is not None:
+            self._start_spelled = len(row.spelled(text)) - self._stop.spelling.longest
+
+    def settled(self, row: RowText) -> str:
+        """The row's text up to what may become a stop string, or a character."""
+        text = row.text.rstrip(INCOMPLETE)
+        held = self._stop.held(text)
+        if self._stop.spelling is not None:
+            spelled = row.spelled(text)
+            begun = self._stop.spelling.held(spelled)
+            held = max(held, len(text) - row.plain(len(spelled) - begun))
+        return text[: len(text) - held]

@@ -181,5 +181,7 @@ def merge(parts: Sequence[Generation]) -> Generation:
             decode_seconds=sum(one.decode_seconds for one in stats),
             drafted=sum(one.drafted for one in stats),
             replaced=sum(one.replaced for one in stats),
+            untried=tuple(map(sum, zip(*(one.untried for one in stats), strict=True))),
+            compile_seconds=sum(one.compile_seconds for one in stats),
         ),
     )

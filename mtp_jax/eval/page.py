@@ -51,7 +51,7 @@ def write_page(
         parts += [speed_remark(evaluation), ""]
     parts += ["## What it writes", "", *_samples(evaluation)]
     page = directory / "report.md"
-    page.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    page.write_text("\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
     return page
 
 
@@ -77,7 +77,7 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
         stats = decoding.drafted.stats
         result["drafted tokens = plain tokens"] = "yes, all of them" if decoding.identical else "NO"
         result["tokens per round"] = f"{stats.tokens_per_round:.2f}"
-        result["accepted at depth 1, 2, ..."] = ", ".join(f"{rate:.1%}" for rate in stats.accept_at)
+        result["accepted at depth 1, 2, ..."] = ", ".join(_share(rate, 1) for rate in stats.accept_at)
         result["tokens/s, plain"] = f"{decoding.plain_tokens_per_second:,.0f}"
         result["tokens/s, drafted"] = f"{decoding.drafted_tokens_per_second:,.0f}"
         result["drafted / plain"] = f"{decoding.speedup:.2f}x"
@@ -92,6 +92,11 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
         if not math.isnan(share):
             result[f"distinct 4-grams, {label}"] = f"{share:.1%}"
     return result
+
+
+def _share(rate: float, digits: int) -> str:
+    """A share in percent; a dash where no round tells."""
+    return "-" if math.isnan(rate) else f"{rate:.{digits}%}"
 
 
 def head_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
@@ -178,8 +183,8 @@ def plot_acceptance(path: pathlib.Path, evaluation: Evaluation) -> None:
         (-0.2, stats.accept_at, "accepted up to this depth", COLORS[0]),
         (0.2, stats.accept_at_given_prev, "given all before it", COLORS[2]),
     ):
-        bars = axes.bar(depth + shift, values, 0.38, color=color, label=name)
-        axes.bar_label(bars, [f"{value:.0%}" for value in values], padding=2, fontsize=9)
+        bars = axes.bar(depth + shift, np.nan_to_num(values), 0.38, color=color, label=name)
+        axes.bar_label(bars, [_share(value, 0) for value in values], padding=2, fontsize=9)
     axes.set_xticks(depth)
     axes.set_ylim(0, 1.12)
     axes.set_yticks(np.arange(0, 1.01, 0.2))

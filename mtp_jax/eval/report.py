@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from mtp_jax import sharding
 from mtp_jax.data.loader import check_prompts, count_prompts, heldout_batches, heldout_prompts
 from mtp_jax.data.pack import PackedRows
+from mtp_jax.decode.detokenize import continuation
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import Comparison, compare
@@ -31,7 +32,7 @@ class Evaluation:
     sums: HeadSums
     """Held-out sums per head, teacher-forced."""
     heldout_bytes: int
-    """UTF-8 bytes of the tokens that count; 0 if unknown, as where prompts do not count."""
+    """UTF-8 bytes of the tokens that are predicted; 0 if unknown, as where prompts do not count."""
     decoding: Comparison | None
     """None where nothing drafts: no extra heads, decode.num_draft=0, or no document that is long enough."""
     distinct: float
@@ -45,7 +46,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Held-out next-token loss per byte of text; None where the bytes are unknown."""
+        """Held-out next-token loss in bits per byte of the tokens that are predicted; None where those are unknown."""
         return bits_per_byte(float(self.sums.ce_M[0]), self.heldout_bytes) if self.heldout_bytes else None
 
     def as_json(self) -> dict[str, Any]:
@@ -64,7 +65,8 @@ class Evaluation:
             result["answers"] = self.answers._asdict()
         if self.decoding is not None:
             stats = self.decoding.drafted.stats.as_json()
-            names = ("tokens_per_round", "accept_at", "accept_at_given_prev", "draft_accept_rate", "histogram")
+            rates = ("tokens_per_round", "accept_at", "accept_at_given_prev", "draft_accept_rate")
+            names = (*rates, "histogram", "untried", "drafted")
             result |= {name: stats[name] for name in names}
             result |= {
                 "identical": self.decoding.identical,
@@ -126,14 +128,23 @@ def evaluate(
         generated = decoding.drafted.tokens
     elif prompts:
         generated = generate(lm, prompts, draft="none", ignore_eos=True, **lengths).tokens
-    text = lm.tokenizer.decode if lm.tokenizer is not None else str
-    samples = [tuple(map(text, triple)) for triple in zip(prompts, generated, references, strict=False)]
+    samples = [_sample(lm.tokenizer, *three) for three in list(zip(prompts, generated, references, strict=False))[:3]]
     return Evaluation(
         sums=sums,
-        heldout_bytes=0 if limit or config.data.prompt_tokens else rows.bytes_,
+        heldout_bytes=0 if limit or config.data.prompt_tokens else rows.predicted_bytes,
         decoding=decoding,
         distinct=distinct_ratio(generated),
         reference_distinct=distinct_ratio(references),
-        samples=tuple(samples[:3]),
+        samples=tuple(samples),
         answers=answered,
     )
+
+
+def _sample(
+    tokenizer: Any, prompt: Sequence[int], generated: Sequence[int], reference: Sequence[int]
+) -> tuple[str, str, str]:
+    """A prompt and what follows it, as text; ids where there is no tokenizer."""
+    if tokenizer is None:
+        return str(prompt), str(generated), str(reference)
+    followed = [continuation(tokenizer, prompt, tokens) for tokens in (generated, reference)]
+    return tokenizer.decode(prompt), *followed

@@ -2,43 +2,46 @@
 
 A run lives in a workdir and is defined by its config. Started again, it continues from its newest whole checkpoint with
 the state and the position in the data of that moment, so that every later loss is the one an uninterrupted run has.
-The loop waits for the device at log steps only; nothing is saved before every step up to it is known to be finite.
+The loop waits for the device at log steps, and where it would be too far ahead of it to stop; nothing is saved before
+every step up to it is known to be finite.
 """
 
 import collections
 import math
-import os
 import pathlib
-import signal
 import time
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.compiled import kept_compiled
-from mtp_jax.config import Config
-from mtp_jax.data.loader import heldout_batches, prepare, train_batches
+from mtp_jax.config import Config, to_json
+from mtp_jax.data.loader import heldout_batches, train_batches
 from mtp_jax.data.sources import is_inside
-from mtp_jax.data.store import Corpus, open_prepared
-from mtp_jax.distributed import on_first
+from mtp_jax.data.store import Corpus
+from mtp_jax.distributed import check_same, from_first
 from mtp_jax.errors import UserError
 from mtp_jax.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.optim import schedule
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.meter import Meter
-from mtp_jax.train.start import parameters_to_start_from
+from mtp_jax.train.opening import Opening, read_run, write_run
+from mtp_jax.train.pace import Pace
 from mtp_jax.train.state import TrainState
 from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
-from mtp_jax.workdir import claim, open_run, record_corpus, trained_on
+from mtp_jax.train.stop import StopRequest
+from mtp_jax.workdir import check_run, claim
+
+T = TypeVar("T")
 
 IN_FLIGHT = 8
-"""Steps that the device may still have to do while the host goes on; enough to hide a late batch."""
+"""Most steps that the device may still have to do while the host goes on; enough to hide a late batch. Long steps are
+fewer, see `pace`."""
 
 
 class TrainResult(NamedTuple):
@@ -55,38 +58,8 @@ class TrainResult(NamedTuple):
     """That signal's name."""
 
 
-class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag for the time of a `with` block, so that a step is never cut in two.
-
-    With several processes JAX listens for SIGTERM, lets one process tell the others, and finds a step that none of them
-    has passed. SIGINT is turned into SIGTERM there.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name = ""
-        self._several = jax.process_count() > 1
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.signal_name = signal.Signals(number).name
-
-    def after(self, step: int) -> bool:
-        """Whether to stop behind this step. Every process asks behind every step, and all get the same answer."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
-            self.signal_name = "SIGTERM"
-        return bool(self.signal_name)
-
-    def __enter__(self) -> "StopRequest":
-        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._request) for number in numbers}
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            # A handler that Python did not set is None here, and cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+class _Stopped(Exception):
+    """A stop was asked for in the middle of an evaluation."""
 
 
 def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainResult:
@@ -103,34 +76,40 @@ def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainRe
     mesh = sharding.mesh_of(config)
     if is_inside(workdir, config.data.source):
         raise UserError(f"--workdir {workdir} lies inside data.source={config.data.source!r}; use one outside it")
-    resumed = open_run(workdir, config)
-    with claim(workdir), kept_compiled(workdir):
-        return _train(config, workdir, mesh, resumed, console)
+    check_same(to_json(config), "has another config than process 0; give every process the same file and options")
+    with claim(workdir):
+        return _train(config, workdir, mesh, console)
 
 
-def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, resumed: bool, console: RunConsole) -> TrainResult:
-    # One process prepares, and the others need nothing but the workdir.
-    corpus = on_first(lambda: prepare(config, workdir / "data", trained_on(workdir)))
-    corpus = corpus or open_prepared(workdir / "data", config.data.seq_len)
-    record_corpus(workdir, corpus.digest)
-    console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
+def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunConsole) -> TrainResult:
+    continued = check_run(workdir, config)
     steps = compile_steps(config, mesh)
+    opening = read_run(config, workdir, steps, console.note)
+    write_run(config, workdir, opening)
+    corpus = opening.corpus
+    console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
     console.note(_devices(mesh, steps))
     mine = sharding.rows_here(steps.batch_sharding, config.train.batch_size)
     batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, mine)
-    with jax.set_mesh(mesh), Checkpoints(workdir, config.train.keep_checkpoints, console.note) as checkpoints:
-        restored = checkpoints.restore_latest(steps.abstract_state, batches)
-        state, first = restored or (_first_state(config, workdir, steps, console), 0)
-        if resumed:
+    keep = config.train.keep_checkpoints
+    with kept_compiled(workdir), jax.set_mesh(mesh), Checkpoints(workdir, keep, console.note) as checkpoints:
+        if opening.restored is not None:
+            checkpoints.move_aside(opening.restored)
+            batches.set_state(opening.restored.data)
+        state, first = _first_state(config, steps, opening, console)
+        del opening  # With it go the parameters that the run started from.
+        if continued:
             going_on = f"continuing from step {first}" if first else "no whole checkpoint yet, starting over"
             done = first == config.train.steps
             console.note(f"{workdir}: " + (f"trained already, {first} steps" if done else going_on))
-        with MetricsWriter(workdir, resume_step=first if resumed else None) as writer, StopRequest() as stop:
+        with MetricsWriter(workdir, resume_step=first if continued else None) as writer, StopRequest() as stop:
             run = _Run(config, mesh, steps, corpus, checkpoints, writer, console, stop)
             state, step = run.advance(state, first, batches)
     if stop.signal_name:
-        console.note(f"{stop.signal_name}: saved step {step} and stopped; the same command continues from there")
-    return TrainResult(state, step, first, step == config.train.steps, corpus, stop.signal_name)
+        saved = f"saved step {step} and stopped, {stop.how_long()}"
+        console.note(f"{stop.signal_name}: {saved}; the same command continues from there")
+    finished = step == config.train.steps and run.whole
+    return TrainResult(state, step, first, finished, corpus, stop.signal_name)
 
 
 def _devices(mesh: Mesh, steps: Steps) -> str:
@@ -142,14 +121,16 @@ def _devices(mesh: Mesh, steps: Steps) -> str:
     return f"{count / 1e6:,.2f}M parameters on {mesh.devices.flat[0].device_kind}, mesh: {split}{aside}"
 
 
-def _first_state(config: Config, workdir: pathlib.Path, steps: Steps, console: RunConsole) -> TrainState:
-    """Random parameters, but for those of the model that the run starts from."""
+def _first_state(config: Config, steps: Steps, opening: Opening, console: RunConsole) -> tuple[TrainState, int]:
+    """What was restored, or random parameters but for those that the run starts from; and the step of it."""
+    if opening.restored is not None:
+        return opening.restored.state, opening.restored.step
     key, settings = jax.random.key(config.train.seed), config.train
-    if settings.init_from:
-        return steps.init(key, parameters_to_start_from(config, workdir, steps.abstract_state.params, console.note))
+    if opening.start is not None:
+        return steps.init(key, opening.start), 0
     if settings.trainable == "heads":
         console.note("train.trainable=heads without train.init_from: the heads learn from a model of random parameters")
-    return steps.init(key)
+    return steps.init(key), 0
 
 
 class _Run:
@@ -170,16 +151,20 @@ class _Run:
         self.checkpoints, self.writer, self.console, self.stop = checkpoints, writer, console, stop
         self.learning_rate = schedule(config.optim, config.train.steps)
         self.pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self.meter = Meter(config, mesh)
+        self.meter, self.pace = Meter(config, mesh), Pace()
+        self.whole = True
+        """False once a stop has cut an evaluation."""
 
     def advance(self, state: TrainState, step: int, batches: Any) -> tuple[TrainState, int]:
         """Steps until the end or a stop request; the newest state is on disk when this returns."""
         settings = self.config.train
         saved = step if step else None
         first = step + 1
+        if self.lacks_evaluation(step):
+            self.evaluate(state, step)
         if step < settings.steps:
             self.console.note("compiling the training step ...")
-        while step < settings.steps and not self.stop.after(step):
+        while step < settings.steps and not self.stops():
             batch = place(self.meter.next(batches), self.steps, settings.batch_size)
             called = time.monotonic()
             state, metrics = self.steps.train(state, batch)
@@ -187,18 +172,16 @@ class _Run:
             self.pending.append((step, metrics))
             if step == first:
                 # The compiler took most of this step's time; speed and time left count from here.
-                compile_seconds = time.monotonic() - called
+                returned = time.monotonic()
                 jax.block_until_ready(metrics)
+                self.pace.measured(time.monotonic() - returned)
                 self.console.start(settings.steps, step)
-                self.meter.start(step, compile_seconds)
-            elif len(self.pending) > IN_FLIGHT:
-                # Only so far ahead of the device: batches take memory, and a stop request is not to wait for long.
-                jax.block_until_ready(self.pending[-1 - IN_FLIGHT][1].loss)
+                self.meter.start(step, returned - called)
             last = step == settings.steps
             if step % settings.log_every == 0 or last:
                 self.drain(last_step=step)
-            # Before the checkpoint: whoever continues from it finds the evaluation in the record.
-            if last or (settings.eval_every and step % settings.eval_every == 0):
+            # Before the checkpoint: whoever continues from it finds the evaluation in the record, unless a stop cut it.
+            if self.evaluates_at(step):
                 self.evaluate(state, step)
             if step % settings.checkpoint_every == 0 or last:
                 saved = self.save(state, step, batches)
@@ -207,6 +190,24 @@ class _Run:
         self.checkpoints.wait()
         self.console.stop()
         return state, step
+
+    def stops(self) -> bool:
+        """Whether a stop was asked for, once the device is not too far behind to obey."""
+        behind = len(self.pending) - self.pace.ahead(IN_FLIGHT)
+        if behind > 0:
+            began = time.monotonic()
+            jax.block_until_ready(self.pending[behind - 1][1].loss)
+            self.pace.waited(time.monotonic() - began)
+        return self.stop.asked()
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation is due behind this step."""
+        settings = self.config.train
+        return step == settings.steps or bool(settings.eval_every and step and step % settings.eval_every == 0)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether a stop cut the evaluation that was due behind the step from which the run goes on."""
+        return self.evaluates_at(step) and not from_first(int(self.writer.has(step, "heldout_loss")))
 
     def save(self, state: TrainState, step: int, batches: Any) -> int:
         """Saves, after making sure that what is saved is finite."""
@@ -234,6 +235,8 @@ class _Run:
             if step == last_step:
                 costs = self.meter.read(step)
                 self.console.update(step, head_losses, costs)
+                if "step_seconds" in costs:
+                    self.pace.measured(costs["step_seconds"])
                 record |= costs
             self.writer.write(step, record)
 
@@ -252,20 +255,31 @@ class _Run:
         )
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Held-out loss and accuracy of every head."""
+        """Held-out loss and accuracy of every head; a stop cuts it, and the next start makes up for it."""
         self.drain(last_step=None)
         with self.meter.paused():
-            self.write_heldout(state, step)
+            try:
+                self.write_heldout(state, step)
+            except _Stopped:
+                self.whole = False
+
+    def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches, but for a stop."""
+        for batch in batches:
+            if self.stop.asked():
+                raise _Stopped
+            yield batch
 
     def write_heldout(self, state: TrainState, step: int) -> None:
         """`evaluate`, when nothing is pending."""
         settings, rows = self.config.train, self.corpus.heldout
         batches = heldout_batches(rows, settings.batch_size // settings.grad_accum, settings.eval_rows)
+        batches = self.until_stopped(batches)
         sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)
         means = {f"heldout_{name}": np.asarray(value).tolist() for name, value in sums.means().items()}
         # Of documents with a prompt only the answers are learned, and nobody has counted their bytes.
-        if self.corpus.heldout_bytes and not settings.eval_rows and not self.config.data.prompt_tokens:
-            means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), self.corpus.heldout_bytes)
+        if rows.predicted_bytes and not settings.eval_rows and not self.config.data.prompt_tokens:
+            means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), rows.predicted_bytes)
         self.writer.write(step, means)
 
 

@@ -33,13 +33,13 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
     Raises:
       UserError: no such directory, an unknown section or field, or a value that the schema refuses.
     """
-    directory = pathlib.Path(source)
-    start = _config_of(directory, "start_from")
-    tokenizer = directory.absolute() / "data" / "tokenizer.json"
+    directory = pathlib.Path(source).expanduser().absolute()
+    start = config_of(directory, "start_from")
+    tokenizer = directory / "data" / "tokenizer.json"
     heads_only = sections.get("train", {}).get("trainable") == "heads"
     settled = {
         "data": {"tokenizer": str(tokenizer) if tokenizer.is_file() else "none"},
-        "train": {"init_from": str(source), "init_heads": "new" if "heads" in sections else "same"},
+        "train": {"init_from": str(directory), "init_heads": "new" if "heads" in sections else "same"},
         "optim": {"learning_rate": 1e-4 if heads_only else 1e-5, "schedule": "constant", "weight_decay": 0.0},
     }
     if start.heads.num_future == 1 and "heads" not in sections:
@@ -50,37 +50,54 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
     return override(fresh, flat)
 
 
-def _config_of(directory: pathlib.Path, who: str) -> Config:
-    """The config in a run's directory; `who` asks."""
-    path = directory / "config.json"
+def config_of(source: str | pathlib.Path, who: str = "train.init_from") -> Config:
+    """The config in a run's directory; `who` asks.
+
+    Raises:
+      UserError: no run there.
+    """
+    path = pathlib.Path(source).expanduser() / "config.json"
     if not path.is_file():
-        raise UserError(f"{who}={str(directory)!r} has no config.json; give the workdir of `mtp train` or `mtp import`")
+        raise UserError(f"{who}={str(source)!r} has no config.json; give the workdir of `mtp train` or `mtp import`")
     text = path.read_text(encoding="utf-8")
     if '"model_type"' in text:
-        raise UserError(f"{who}={str(directory)!r} is a Hugging Face checkpoint; make a run of it first: mtp import")
+        raise UserError(f"{who}={str(source)!r} is a Hugging Face checkpoint; make a run of it first: mtp import")
     return from_json(text, str(path))
 
 
+def check_start(config: Config) -> Config:
+    """Checks that the model of `train.init_from` is that of the config.
+
+    Returns:
+      The config there.
+
+    Raises:
+      UserError: no run there, or one of another model or other heads.
+    """
+    source = config.train.init_from
+    other = config_of(source)
+    _check_same("model", other.model, config.model, source)
+    if config.train.init_heads == "same":
+        _check_same("heads", other.heads, config.heads, source)
+    return other
+
+
 def parameters_to_start_from(
-    config: Config, workdir: pathlib.Path, abstract_params: dict[str, Any], notify: Callable[[str], None]
+    config: Config, corpus: pathlib.Path, abstract_params: dict[str, Any], notify: Callable[[str], None]
 ) -> dict[str, Any]:
     """Parameters of the newest whole checkpoint of `train.init_from`, by top-level name.
 
     Args:
-      config: the new run's.
-      workdir: its directory, with the tokenizer of its corpus.
+      config: the new run's, which `check_start` let pass.
+      corpus: the directory of its corpus, with the tokenizer.
       abstract_params: shapes, dtypes and shardings of its parameters.
       notify: receives a line about what is loaded.
 
     Raises:
-      UserError: no run there, or one of another model, other heads or another tokenizer.
+      UserError: no whole checkpoint, or another tokenizer.
     """
-    settings, source = config.train, pathlib.Path(config.train.init_from)
-    other = _config_of(source, "train.init_from")
-    _check_same("model", other.model, config.model, source)
-    if settings.init_heads == "same":
-        _check_same("heads", other.heads, config.heads, source)
-    tokenizers = [directory / "data" / "tokenizer.json" for directory in (source, workdir)]
+    settings, source = config.train, pathlib.Path(config.train.init_from).expanduser()
+    tokenizers = [directory / "tokenizer.json" for directory in (source / "data", corpus)]
     theirs, ours = (path.read_bytes() if path.is_file() else b"" for path in tokenizers)
     if theirs != ours:
         use = str(tokenizers[0]) if theirs else "none"
@@ -98,9 +115,7 @@ def parameters_to_start_from(
     return params
 
 
-def _check_same(
-    section: str, old: ModelConfig | HeadsConfig, new: ModelConfig | HeadsConfig, source: pathlib.Path
-) -> None:
+def _check_same(section: str, old: ModelConfig | HeadsConfig, new: ModelConfig | HeadsConfig, source: str) -> None:
     names = [field.name for field in dataclasses.fields(old) if field.name not in FREE]
     changed = [
         (name, getattr(old, name), getattr(new, name)) for name in names if getattr(old, name) != getattr(new, name)
@@ -109,6 +124,6 @@ def _check_same(
         ours = ", ".join(f"{section}.{name}={after!r}" for name, _, after in changed)
         theirs = ", ".join(f"{section}.{name}={before!r}" for name, before, _ in changed)
         raise UserError(
-            f"{ours}, but the run of train.init_from={str(source)!r} has {theirs}; use those, or mtp_jax.start_from, "
+            f"{ours}, but the run of train.init_from={source!r} has {theirs}; use those, or mtp_jax.start_from, "
             "which takes them over"
         )

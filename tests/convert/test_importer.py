@@ -18,6 +18,7 @@ from mtp_jax.cli import run as mtp
 from mtp_jax.config import HeadsConfig
 from mtp_jax.convert.files import open_directory
 from mtp_jax.convert.tokenizer import HubTokenizer, save_for_training
+from mtp_jax.data.marks import Marks
 from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer
 from mtp_jax.errors import UserError
 
@@ -128,13 +129,13 @@ def test_a_tokenizer_begins_as_it_did(adds_bos, hub, text, finished, tmp_path):
 
 def test_a_tokenizer_that_says_nothing_of_its_first_token(tmp_path):
     """A tokenizer.json that names a bos and adds none is saved so that training adds none either: by its name alone we
-    would. Breaks without the empty sequence in `save_for_training`."""
+    would. Breaks without `mark.write` in `save_for_training`."""
     ours = bytes_tokenizer()
     inner = types.SimpleNamespace(
         backend_tokenizer=ours.inner, encode=lambda text, add_special_tokens=True: ours.encode(text)
     )
     assert ours.bos_id == 256
-    save_for_training(HubTokenizer(inner, 258, (257,)), tmp_path / "tokenizer.json")
+    save_for_training(HubTokenizer(inner, 258, Marks((), 257, (257,), "read")), tmp_path / "tokenizer.json")
     assert load_tokenizer(tmp_path / "tokenizer.json").bos_id is None
 
 
@@ -153,7 +154,7 @@ def test_what_cannot_leave_is_said_at_once(hub, tmp_path):
     notes = []
     mtp_jax.import_model(hub, tmp_path / "a", heads=HeadsConfig(num_future=2), notify=notes.append)
     assert any(note.startswith("note for `mtp export`: the form 'caft' cannot hold these heads") for note in notes)
-    with pytest.raises(UserError, match=r"use form 'meta' \(Meta's layout, which no server takes\) or 'none'"):
+    with pytest.raises(UserError, match=r"use form 'none' \(without heads\), or heads that"):  # Meta has no qk_norm
         mtp_jax.export_model(mtp_jax.load(tmp_path / "a"), tmp_path / "out")
     with pytest.raises(UserError, match="num_future=1 is the model without extra heads"):
         mtp_jax.import_model(hub, tmp_path / "b", heads=HeadsConfig(num_future=1), notify=str)

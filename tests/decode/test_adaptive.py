@@ -7,7 +7,6 @@ from reference.decoding import NEW, PROMPTS, model, plain, scripted, with_script
 from reference.tiers import sampled
 
 from mtp_jax.decode import adaptive
-from mtp_jax.decode import generate as module
 from mtp_jax.decode.adaptive import BLOCK, WidthChooser, widths
 from mtp_jax.decode.generate import generate
 
@@ -93,7 +92,7 @@ def test_follows_a_change():
 @pytest.mark.parametrize("draft", sampled(["heads", "lookup"], "lookup"))
 def test_changes_nothing(name, draft):
     """auto = reference, through every width."""
-    module._COSTS.clear()
+    adaptive.COSTS.clear()
     result = generate(model(name), PROMPTS, max_new_tokens=44, draft=draft, num_draft="auto")
     assert [row[:NEW] for row in result.tokens] == [plain(name, prompt)[:NEW] for prompt in PROMPTS]
     assert result.tokens == generate(model(name), PROMPTS, max_new_tokens=44, draft="none").tokens
@@ -103,7 +102,7 @@ def test_stops_hopeless_drafts(monkeypatch):
     """Drafts that are always wrong are soon not verified any more, and `drafted` counts what was. Breaks when a width
     is compiled in but never chosen."""
     monkeypatch.setattr(adaptive, "BLOCK", 1)
-    module._COSTS.clear()
+    adaptive.COSTS.clear()
     lm = with_script(model("random"), [[*p, *plain("random", p)] for p in PROMPTS], np.zeros((4, 60), int))
     stats = generate(lm, PROMPTS, max_new_tokens=NEW, draft=scripted(3), num_draft="auto").stats
     assert stats.histogram == (4 * (NEW - 1), 0, 0, 0)

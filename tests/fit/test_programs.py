@@ -14,8 +14,8 @@ from mtp_jax.cli import run
 from mtp_jax.cli.common import read_config
 from mtp_jax.cli.compile import _rows, _size
 from mtp_jax.config import MeshConfig
-from mtp_jax.decode.generate import _Request
 from mtp_jax.decode.options import Options
+from mtp_jax.decode.request import Request
 from mtp_jax.fit import flops, programs, topology
 from mtp_jax.fit.report import report
 from mtp_jax.flops import step_flops
@@ -106,7 +106,7 @@ def test_decoding_lies_where_generation_puts_it():
     lm = LoadedModel(config, params, None, mesh)
     abstract = programs.decode_params(config, mesh)
     _same_places(lm.decode_params, abstract)
-    request = _Request(lm, [[1, 2, 3]] * 8, 16, "heads", None, Options(), (), True)
+    request = Request(lm, [[1, 2, 3]] * 8, 16, "heads", None, Options(), (), True)
     request.advance(1)
     caches = (request.state.caches, request.state.drafter_cache)
     _same_places(caches, programs.place_state(mesh, jax.eval_shape(lambda: caches)))

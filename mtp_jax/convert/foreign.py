@@ -1,0 +1,122 @@
+"""Files and directories that are no checkpoint as we read them: what each one is, and what to do instead."""
+
+import pathlib
+from collections.abc import Iterable
+
+from mtp_jax.errors import UserError
+
+TORCH = (".bin", ".pt", ".pth", ".ckpt")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+OTHER_LIBRARIES = {
+    ".npz": "NumPy arrays",
+    ".npy": "a NumPy array",
+    ".msgpack": "weights of Flax",
+    ".h5": "weights of TensorFlow",
+    ".keras": "a model of Keras",
+    ".tflite": "a model of TensorFlow Lite",
+    ".onnx": "an ONNX graph",
+    ".mlmodel": "a model of Core ML",
+    ".mlpackage": "a model of Core ML",
+    ".engine": "a TensorRT engine",
+}
+TAKEN = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Any of them makes a directory with a config.json a checkpoint."""
+MOST_SIDES = 200
+"""Entries of a directory that are looked at when it holds no model."""
+
+
+def gguf_remedy(directory: str, name: str) -> str:
+    """How a GGUF file becomes a directory that is read."""
+    given = f"from_pretrained({directory!r}, gguf_file={name!r})"
+    return (
+        "make a Hugging Face directory of it with transformers 4, since 5 loads it and does not save it, in an "
+        "environment of its own (pip install 'transformers<5' torch gguf accelerate): "
+        f"AutoModelForCausalLM.{given}.save_pretrained('OUT'), and AutoTokenizer.{given}.save_pretrained('OUT')"
+    )
+
+
+def described(path: pathlib.Path) -> str | None:
+    """What a file is and what to give in its place, in one line; None for a file of no kind that we know."""
+    suffix, parent = path.suffix.lower(), path.parent
+    if suffix == ".gguf":
+        return f"{path} is a GGUF file, which is not read yet; {gguf_remedy(str(parent), path.name)}"
+    if suffix == ".safetensors":
+        return f"{path} holds tensors alone, without a config and a tokenizer; {_whole(parent)}"
+    if suffix in TORCH:
+        return f"{path} is a torch file, without a config and a tokenizer; {_whole(parent)}"
+    if suffix in ARCHIVES:
+        return f"{path} is an archive; unpack it, and give the directory that holds its config.json"
+    if suffix in OTHER_LIBRARIES:
+        what = OTHER_LIBRARIES[suffix]
+        return f"{path} is {what}, which is not read; give the same model as a Hugging Face directory (safetensors)"
+    if suffix == ".json":
+        return f"{path} is a JSON file; {_whole(parent)}"
+    return None
+
+
+def _whole(directory: pathlib.Path) -> str:
+    if (directory / "config.json").is_file() and any((directory / name).is_file() for name in TAKEN):
+        return f"give its directory, {directory}"
+    return "give the whole Hugging Face directory that it comes from (config.json, tokenizer and weights)"
+
+
+def weights_instead(directory: pathlib.Path) -> str:
+    """The end of a line about a directory without weights: those that it holds in another format, and the remedy."""
+    files = [path for path in _entries(directory) if path.is_file()]
+    for path in files:
+        if path.suffix.lower() == ".gguf":
+            return (
+                f"; it holds {path.name}, a GGUF file, which is not read yet: {gguf_remedy(str(directory), path.name)}"
+            )
+    for path in files:
+        if path.suffix.lower() in OTHER_LIBRARIES:
+            what = OTHER_LIBRARIES[path.suffix.lower()]
+            return f"; it holds {path.name}, {what}, which is not read: fetch the model's safetensors files"
+    for path in files:
+        if path.suffix.lower() in (".safetensors", *TORCH):
+            return f"; it holds {path.name}, which is neither: fetch the model's other files too"
+    return "; fetch them"
+
+
+def refuse_adapter(directory: pathlib.Path) -> None:
+    """Refuses a directory of PEFT."""
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} holds a LoRA adapter; merge it into its model first (peft: merge_and_unload): "
+            f"AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}).merge_and_unload().save_pretrained('OUT')"
+        )
+
+
+def refuse_without_config(directory: pathlib.Path) -> None:
+    """Refuses a directory that has no config.json, if it is plain what it is, or where its model lies."""
+    inside = _checkpoint_inside(directory)
+    if inside is not None:
+        raise UserError(f"{directory} has no config.json, but {inside} is a checkpoint; give that one")
+    files = [path for path in _entries(directory) if path.is_file()]
+    for path in files:
+        if path.suffix.lower() == ".gguf":
+            remedy = gguf_remedy(str(directory), path.name)
+            raise UserError(f"{directory} holds GGUF files, which are not read yet; {remedy}")
+    for path in files:
+        if path.suffix.lower() in (".safetensors", *TORCH, *OTHER_LIBRARIES):
+            raise UserError(
+                f"{directory / 'config.json'} cannot be read as JSON: No such file; {path.name} lies there without it, "
+                "and does not say of what model it is; give the whole Hugging Face directory (config.json, tokenizer "
+                "and weights)"
+            )
+
+
+def _checkpoint_inside(directory: pathlib.Path) -> pathlib.Path | None:
+    """A Hugging Face checkpoint one level below, or in the snapshots of a cache of the hub."""
+    below = [path for path in _entries(directory) if path.is_dir()]
+    for path in (*below, *_entries(directory / "snapshots")):
+        if (path / "config.json").is_file() and any((path / name).is_file() for name in TAKEN):
+            return path
+    return None
+
+
+def _entries(directory: pathlib.Path) -> Iterable[pathlib.Path]:
+    try:
+        return sorted(directory.iterdir())[:MOST_SIDES]
+    except OSError:
+        return []

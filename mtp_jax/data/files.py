@@ -1,0 +1,223 @@
+"""One file of a source as documents, and the count of what was read as what.
+
+    .jsonl, .ndjson                    each line is a record
+    .json, an array of objects         each object is a record
+    .json, lines that are objects      each line is a record, as in a .jsonl
+    .json, an object with the field    it is one record
+    other text in UTF-8                one document, without a byte order mark
+    compressed files, tables, other binary files    passed over and counted; an error where nothing else is there
+
+Names count whatever their case. Whether a file is text is told by its bytes: it is when they are UTF-8 and hold no NUL.
+"""
+
+import codecs
+import collections
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from mtp_jax.errors import UserError
+
+LINES = (".jsonl", ".ndjson")
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\x00": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+TABLES = {
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\xff\xff\xff\xff": "Arrow",
+    b"Obj\x01": "Avro",
+    b"ORC": "ORC",
+    b"SQLite format 3\x00": "SQLite",
+    b"\x89HDF": "HDF5",
+    b"\x93NUMPY": "NumPy",
+}
+NAMED = 3
+"""Files that a summary names."""
+_LINES = "lines of JSON"
+_HEAD = 8192  # bytes that tell text from what is none
+_BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, which has NUL bytes too and is to be converted, not passed over
+
+
+class Document(NamedTuple):
+    """One text, named relative to its source so that the name survives a move of the corpus."""
+
+    name: str
+    text: str
+
+
+class SourceFile(NamedTuple):
+    """One file of a source."""
+
+    name: str
+    path: pathlib.Path
+
+
+class Tally:
+    """Counts files by what they were taken for."""
+
+    def __init__(self) -> None:
+        self._read: collections.Counter[str] = collections.Counter()
+        self._skipped: dict[str, list[str]] = {}
+
+    def took(self, what: str) -> None:
+        """A file that was read."""
+        self._read[what] += 1
+
+    def skip(self, why: str, name: str) -> None:
+        """A file that was passed over."""
+        self._skipped.setdefault(why, []).append(name)
+
+    def skipped(self) -> str:
+        """What was passed over, and why; "" if nothing was."""
+        return ", ".join(f"{len(names):,} {why} ({_some(names)})" for why, names in sorted(self._skipped.items()))
+
+    def summary(self) -> str:
+        """What was read as what, and what was passed over; "" where all files are text."""
+        parts = []
+        if set(self._read) - {"text"}:
+            counts = ", ".join(f"{count:,} as {what}" for what, count in sorted(self._read.items()))
+            parts.append(f"files read: {counts}")
+        if self._skipped:
+            parts.append(f"passed over: {self.skipped()}")
+        return "; ".join(parts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def read(file: SourceFile, text_field: str, tally: Tally, skip_undecodable: bool) -> Iterator[Document]:
+    """The documents of a file; none where it is passed over.
+
+    Args:
+      file: the file.
+      text_field: the field of a record that holds its text.
+      tally: is told what became of the file.
+      skip_undecodable: pass over text in another encoding, instead of refusing it.
+
+    Raises:
+      UserError: text that is not UTF-8, or a record without the field.
+    """
+    suffix = file.path.suffix.lower()
+    with open(file.path, "rb") as opened:
+        why = _not_text(opened.read(_HEAD))
+        if why:
+            tally.skip(why, file.name)
+            return
+        opened.seek(0)
+        if suffix in LINES:
+            tally.took(_LINES)
+            yield from _records(file, opened, text_field)
+            return
+        raw = opened.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if not skip_undecodable:
+            raise UserError(
+                f"{file.path} is not UTF-8 text: byte offset {error.start} is 0x{raw[error.start]:02x}; convert the "
+                "file, or keep it out of data.source"
+            ) from error
+        tally.skip("in another encoding", file.name)
+        return
+    if suffix == ".json":
+        yield from _json_documents(file, text, text_field, tally)
+    else:
+        tally.took("text")
+        yield Document(file.name, text)
+
+
+def _not_text(head: bytes) -> str:
+    """What else than text a file is, by its first bytes; "" for text in whatever encoding."""
+    binary = b"\0" in head and not head.startswith(_BOMS)
+    if not binary and _decodes(head):
+        return ""
+    for kinds, what in ((COMPRESSED, "compressed"), (TABLES, "binary table")):
+        for magic, kind in kinds.items():
+            if head.startswith(magic):
+                return f"{what} ({kind})"
+    return "binary" if binary else ""
+
+
+def _decodes(head: bytes) -> bool:
+    """Whether bytes are the beginning of UTF-8 text; their last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _json_documents(file: SourceFile, text: str, text_field: str, tally: Tally) -> Iterator[Document]:
+    """The documents of a `.json`: its records, or its text where it holds none."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        if _is_object(next((line for line in text.split("\n") if line.strip()), "")):
+            tally.took(_LINES)
+            yield from _records(file, text.encode().splitlines(), text_field)
+            return
+        tree = None
+    if isinstance(tree, list) and all(isinstance(record, dict) for record in tree):
+        tally.took("arrays of JSON")
+        for number, record in enumerate(tree, start=1):
+            where = f"{file.path} record {number}"
+            hint = ", or keep the file out of data.source"
+            yield Document(f"{file.name}:{number}", _text_of(record, text_field, where, hint))
+    elif isinstance(tree, dict) and isinstance(tree.get(text_field), str):
+        tally.took("single records of JSON")
+        yield Document(file.name, _text_of(tree, text_field, str(file.path)))
+    else:
+        tally.took("text in .json files without records")
+        yield Document(file.name, text)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _records(file: SourceFile, lines: Iterable[bytes], text_field: str) -> Iterator[Document]:
+    """The documents of a file with a record in each line."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{file.path} line {number}"
+            yield Document(f"{file.name}:{number}", _text_of(_parsed(line, where), text_field, where))
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8: byte {error.start} of the line; convert the file") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}; a .jsonl file holds one object per line") from error
+
+
+def _text_of(record: Any, text_field: str, where: str, hint: str = "") -> str:
+    """The text of a record."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where} holds a {type(record).__name__}, not an object with a field {text_field!r}")
+    if text_field not in record:
+        fields = ", ".join(map(repr, record)) or "none"
+        raise UserError(f"{where} has no field {text_field!r}; fields present: {fields}; set data.text_field{hint}")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: field {text_field!r} is a {type(text).__name__}, not a string; set data.text_field")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: field {text_field!r} holds half a surrogate pair at {error.start}; fix it"
+        ) from error
+    return text

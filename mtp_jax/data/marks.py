@@ -1,0 +1,200 @@
+"""The tokens around a text, and what becomes of special tokens inside it: one record for every reader.
+
+Training documents, evaluation documents and prompts are read by the same `Marks`. They come from the first of these
+that is there:
+
+1. `special_tokens.json` next to the tokenizer.json, which we write where the tokenizer.json alone would be read
+   otherwise;
+2. the files of a Hugging Face model next to it: `tokenizer_config.json`, `generation_config.json`, `config.json`;
+3. the names of the tokens. Special tokens in a text are then ordinary characters.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import tokenizers
+
+from mtp_jax.data.sources import replacing
+from mtp_jax.errors import UserError
+
+Special = Literal["read", "text"]
+"""What a special token that a text spells becomes: that token, or the tokens of its characters."""
+
+FILE = "special_tokens.json"
+BOS = "<|bos|>"
+EOS = "<|eos|>"
+# First match wins: a chat model has an end of turn besides its end of text, and documents end with the latter.
+EOS_NAMES = (
+    EOS,
+    "<|endoftext|>",
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+    "<|im_end|>",
+    "<|eot_id|>",
+)
+BOS_NAMES = (BOS, "<s>", "<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
+PROBES = ("a", "0", " ")
+"""Texts that show what a tokenizer adds; the first one that has tokens serves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """How a tokenizer's texts begin and end, and how special tokens in them are read."""
+
+    first: tuple[int, ...]
+    """Tokens in front of every document and prompt that does not begin with them already."""
+    end: int | None
+    """The token behind every document; None where nothing is known to end one."""
+    ends: tuple[int, ...]
+    """Tokens that end a text that is generated; `end` is among them."""
+    special: Special
+
+    def __post_init__(self) -> None:
+        if self.end is not None and self.end not in self.ends:
+            object.__setattr__(self, "ends", (*self.ends, self.end))
+
+
+def by_name(inner: tokenizers.Tokenizer) -> Marks:
+    """The marks of a tokenizer.json that nothing else is known about."""
+    vocab = inner.get_vocab(with_added_tokens=True)
+    end = end_by_name(vocab)
+    if inner.post_processor is None:
+        first = tuple(vocab[name] for name in BOS_NAMES if name in vocab)[:1]
+    else:
+        first = added_in_front(inner)
+    return Marks(first, end, () if end is None else (end,), "text")
+
+
+def end_by_name(vocab: Mapping[str, int]) -> int | None:
+    """The end of a text among the names that are common."""
+    return next((vocab[name] for name in EOS_NAMES if name in vocab), None)
+
+
+def added_in_front(inner: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Tokens that the tokenizer itself puts in front of a text."""
+    plain = [inner.encode(text, add_special_tokens=False).ids for text in PROBES]
+    whole = [inner.encode(text).ids for text in PROBES]
+    return in_front(plain, whole)
+
+
+def in_front(plain: Sequence[list[int]], whole: Sequence[list[int]]) -> tuple[int, ...]:
+    """What stands in front of a text's tokens.
+
+    Args:
+      plain: tokens of a few texts, with nothing added.
+      whole: their tokens with what the tokenizer adds.
+    """
+    for ids, framed in zip(plain, whole, strict=True):
+        places = range(len(framed) - len(ids) + 1)
+        at = next((at for at in places if ids and framed[at : at + len(ids)] == ids), None)
+        if at is not None:
+            return tuple(framed[:at])
+    return ()
+
+
+def declared_beside(file: pathlib.Path, inner: tokenizers.Tokenizer) -> Marks | None:
+    """The marks that files next to a tokenizer.json declare; None where there are none.
+
+    Raises:
+      UserError: a file that cannot be read, or does not say what it should.
+    """
+    if file.with_name(FILE).is_file():
+        return read(file.with_name(FILE))
+    beside = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+    files = {name: _object(file.with_name(name)) for name in beside}
+    settings = files["special_tokens_map.json"] | files["tokenizer_config.json"]
+    eos = _id_of(inner, settings.get("eos_token"))
+    ends = declared_ends(eos, *((file.with_name(name), files[name]) for name in beside[2:]))
+    if not settings and not ends:
+        return None
+    # As in transformers 5, where `add_bos_token` does not count next to a tokenizer.json.
+    first = () if inner.post_processor is None else added_in_front(inner)
+    end = ends[0] if ends else end_by_name(inner.get_vocab(with_added_tokens=True))
+    return Marks(first, end, ends, "text" if settings.get("split_special_tokens") else "read")
+
+
+def declared_ends(eos: int | None, *files: tuple[pathlib.Path, Mapping[str, Any]]) -> tuple[int, ...]:
+    """End tokens without repetition: the tokenizer's own, then those of files with a field `eos_token_id`."""
+    ends = [eos]
+    for path, fields in files:
+        given = fields.get("eos_token_id")
+        several = given if isinstance(given, list) else [given]
+        if not all(end is None or type(end) is int for end in several):
+            raise UserError(f"{path}: eos_token_id={given!r} is no token id, nor a list of them; mend it there")
+        ends += several
+    return tuple(dict.fromkeys(end for end in ends if end is not None))
+
+
+def read(path: pathlib.Path) -> Marks:
+    """The marks that `write` wrote.
+
+    Raises:
+      UserError: a file that it did not write like this.
+    """
+    fields = _object(path)
+    try:
+        marks = Marks(tuple(fields["first"]), fields["end"], tuple(fields["ends"]), fields["special_tokens"])
+        whole = all(type(token) is int for token in (*marks.first, marks.end, *marks.ends))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); make its directory anew") from error
+    if not whole or marks.special not in ("read", "text"):
+        raise UserError(f"{path} is damaged: {json.dumps(fields)[:200]}; make its directory anew")
+    return marks
+
+
+def write(path: pathlib.Path, marks: Marks) -> None:
+    """Writes marks as `special_tokens.json`, whole or not at all."""
+    fields = {"first": marks.first, "end": marks.end, "ends": marks.ends, "special_tokens": marks.special}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+
+
+class SpecialCounter:
+    """Counts the special tokens that texts spell, whatever becomes of them.
+
+    A tokenizer that knows nothing but those tokens finds them as the real one would, in one pass.
+
+    Args:
+      added: the added tokens of a tokenizer, by id.
+    """
+
+    def __init__(self, added: Mapping[int, tokenizers.AddedToken]) -> None:
+        special = [token for token in added.values() if token.special]
+        self._finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+        self._finder.add_special_tokens(special)
+        self.counts: dict[str, int] = {}
+        """By name, of the tokens that occurred."""
+        self.documents = 0
+        """Texts that spell one or more."""
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Counts those of some texts."""
+        for one in self._finder.encode_batch_fast(list(texts), add_special_tokens=False):
+            names = [self._finder.id_to_token(token) for token in one.ids if token]
+            self.documents += bool(names)
+            for name in names:
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+
+def _object(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object in a file; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}; mend it, or move the tokenizer.json away") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} holds no JSON object; mend it, or move the tokenizer.json away")
+    return fields
+
+
+def _id_of(inner: tokenizers.Tokenizer, token: Any) -> int | None:
+    """The id of a token as `tokenizer_config.json` names it: its text, or an object with it."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return inner.token_to_id(name) if isinstance(name, str) else None

@@ -1,0 +1,99 @@
+"""Prompts as token ids: text, ids, or what `tokenizer(...)` and `apply_chat_template(...)` return."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.errors import UserError
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+IDS = "input_ids"
+MASK = "attention_mask"
+
+
+def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:
+    """A prompt as token ids, checked against the model.
+
+    Args:
+      lm: a loaded model.
+      prompt: text, which the tokenizer reads; token ids; or what a tokenizer returned for one text.
+      row: its place among the prompts, for errors.
+
+    Raises:
+      UserError: no such prompt, an empty one, ids outside the vocabulary, or more tokens than the model takes.
+    """
+    if isinstance(prompt, str):
+        if lm.tokenizer is None:
+            raise UserError(f"prompt {row} is text, but this model has no tokenizer; give a list of token ids")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"prompt {row} is not valid text: {error}") from error
+        ids = lm.tokenizer.encode_prompt(prompt)
+        empty = not prompt
+    else:
+        prompt = _one_row(prompt, row)
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise UserError(f"prompt {row} is neither text nor a list of token ids: {error}") from error
+        empty = not ids
+    if empty:
+        raise UserError(f"prompt {row} is empty; give at least one token")
+    vocab, longest = lm.config.model.vocab_size, lm.config.model.max_seq_len
+    outside = [token for token in ids if not 0 <= token < vocab]
+    if outside:
+        raise UserError(f"prompt {row} holds token id {outside[0]}; the vocabulary is 0..{vocab - 1}")
+    if len(ids) >= longest:
+        raise UserError(
+            f"prompt {row} has {len(ids)} tokens; the limit, new tokens included, is model.max_seq_len={longest}"
+        )
+    return ids
+
+
+def rows_of(encoding: Mapping[str, Any]) -> list[list[int]]:
+    """The token ids of what a tokenizer returned, without the padding of a batch.
+
+    Args:
+      encoding: a dict or a `BatchEncoding` with `input_ids`, of one text or several, as lists or arrays.
+
+    Raises:
+      UserError: no `input_ids`, or a mask of another shape.
+    """
+    if IDS not in encoding:
+        names = ", ".join(map(repr, encoding)) or "none"
+        raise UserError(f"a prompt that is a dict needs {IDS!r}, but this one has the keys {names}; give token ids")
+    rows = _rows(encoding[IDS])
+    masks = _rows(encoding[MASK]) if MASK in encoding else [[1] * len(row) for row in rows]
+    if [len(row) for row in rows] != [len(mask) for mask in masks]:
+        raise UserError(f"{MASK} has another shape than {IDS}; give one number per token, or leave it out")
+    pairs = [zip(row, mask, strict=True) for row, mask in zip(rows, masks, strict=True)]
+    return [[token for token, kept in pair if kept] for pair in pairs]
+
+
+def _one_row(prompt: Sequence[int] | Mapping[str, Any], row: int) -> Any:
+    """The only row of what a tokenizer returned, or of ids in rows; other prompts as they are."""
+    if isinstance(prompt, Mapping):
+        rows = rows_of(prompt)
+    elif _is_nested(prompt):
+        rows = _rows(prompt)
+    else:
+        return prompt
+    if len(rows) != 1:
+        raise UserError(f"prompt {row} holds {len(rows)} rows of token ids; give each of them as a prompt")
+    return rows[0]
+
+
+def _is_nested(ids: Any) -> bool:
+    if isinstance(ids, list | tuple):
+        return any(isinstance(item, list | tuple) for item in ids)
+    return np.ndim(ids) == 2
+
+
+def _rows(ids: Any) -> list[list[int]]:
+    """Token ids in rows; ids that are not in rows are the only one."""
+    if not isinstance(ids, list | tuple):
+        ids = np.asarray(ids).tolist()
+    return [list(row) for row in ids] if _is_nested(ids) else [list(ids)]

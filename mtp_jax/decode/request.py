@@ -1,0 +1,339 @@
+"""A batch of prompts on its way through the engine: buckets, rounds, stop conditions and counts."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import programs
+from mtp_jax.config import Config
+from mtp_jax.decode import buckets, engine
+from mtp_jax.decode.adaptive import COSTS, WidthChooser
+from mtp_jax.decode.detokenize import RowText
+from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
+from mtp_jax.decode.engine import DecodeState, Plan
+from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
+from mtp_jax.decode.options import Options, whole
+from mtp_jax.decode.prompts import Prompt, prompt_ids, rows_of
+from mtp_jax.decode.result import Generation
+from mtp_jax.decode.stats import DecodeStats
+from mtp_jax.decode.stopping import StopSearch, StopStrings
+from mtp_jax.errors import UserError
+
+NumDraft = int | Literal["auto"] | None
+LEAST_ENDS = 4
+"""Places for end tokens; more where a tokenizer has more."""
+
+
+class Model(Protocol):
+    """What generation needs of a loaded model (`mtp_jax.load` returns one)."""
+
+    config: Config
+    tokenizer: Any
+    decode_params: Any
+
+
+class Counts(NamedTuple):
+    """Counters of the rows, on the host; see `DecodeState`."""
+
+    histogram_BQ: np.ndarray
+    untried_BP: np.ndarray
+    drafted_B: np.ndarray
+
+
+class Request:
+    """A batch of prompts on its way through the engine."""
+
+    def __init__(
+        self,
+        lm: Model,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        draft: str | Drafter,
+        num_draft: NumDraft,
+        options: Options,
+        stop: Sequence[str],
+        ignore_eos: bool,
+    ) -> None:
+        if isinstance(lm, str | os.PathLike):
+            raise UserError(f"{str(lm)!r} is a path; load it first: generate(mtp_jax.load({str(lm)!r}), ...)")
+        if lm.config.loss.teacherless >= 0:
+            raise UserError(
+                "a model that was trained with loss.teacherless answers in one pass over dummies and continues no "
+                "text; `mtp eval` counts its answers"
+            )
+        self.lm = lm
+        special = _special_tokens(lm)
+        self.stop = StopStrings(stop, special.values())
+        drafter = _drafter(lm, draft, num_draft)
+        max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
+        if self.stop and lm.tokenizer is None:
+            raise UserError("stop strings need a tokenizer")
+        ids = _checked_prompts(lm, prompts)
+        self.plan = Plan(lm.config, drafter, options.sampler(), options.rule())
+        self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
+        longest = lm.config.model.max_seq_len
+        self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
+        padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
+        new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))
+        self.slots = engine.slots_needed(buckets.bucket(padded) + new, drafter.num_draft)
+        rows = buckets.batch_rows(len(ids))
+        if rows > len(ids) and cache_bytes(self.plan, rows, self.slots) > free_bytes():
+            rows = len(ids)
+        check_cache_fits(self.plan, rows, self.slots)
+        options.check_logits_fn(lm.config.model.vocab_size, buckets.bucket(padded) + new)
+        self.controls = options.controls(len(ids), lm.config.model.vocab_size, rows)
+        self.total_B = self.prompt_len_B
+        self._count_all(len(ids), drafter.num_draft, isinstance(num_draft, str))
+        if lm.tokenizer is not None:
+            shown = special if self.stop.spelling is not None else {}
+            self.texts = [RowText(lm.tokenizer.decode, row, shown) for row in ids]
+        self._prefill(ids, rows, padded, _end_ids(lm, ignore_eos))
+
+    def _count_all(self, rows: int, num_draft: int, auto: bool) -> None:
+        """Counters at 0, and nothing read or found yet."""
+        shapes = (rows, num_draft + 1), (rows, num_draft), (rows,)
+        self.counts = Counts(*(np.zeros(shape, np.int32) for shape in shapes))
+        self.surplus = Counts(*(np.zeros(shape, np.int32) for shape in shapes))
+        self.chooser = WidthChooser(num_draft, rows, {}) if auto and num_draft else None
+        self.cut_B: list[int | None] = [None] * rows
+        self.ends_B = [-1] * rows
+        self.read_B = [0] * rows
+        self.searches = [StopSearch(self.stop) for _ in range(rows)]
+        self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
+
+    def _prefill(self, ids: list[list[int]], rows: int, padded: int, end_ids: list[int]) -> None:
+        """Runs the prompts; rows that only fill the batch have one token, and room for one."""
+        prompt_BT = np.zeros((rows, padded), np.int32)
+        for row, tokens in zip(prompt_BT, ids, strict=False):
+            row[: len(tokens)] = tokens
+        fill = (0, rows - len(ids))
+        prompt_len_B = np.pad(self.prompt_len_B, fill, constant_values=1)
+        limit_B = np.pad(self.limit_B, fill, constant_values=2)
+        # jnp.asarray would compile a program for every shape, outside of those that are bounded.
+        arrays = jax.device_put((prompt_len_B, limit_B, np.array(end_ids, np.int32)))
+        params = self.lm.decode_params  # made at first use; its time is not the prompt's
+        clock = _Clock()
+        self._take(engine.prefill(self.plan, self.slots, params, self.controls, prompt_BT, *arrays))
+        self.prefill_seconds = clock.seconds()
+        self.compile_seconds = clock.compiling()
+
+    def advance(self, max_rounds: int) -> None:
+        """Runs at most `max_rounds` rounds, and at least one."""
+        clock = _Clock()
+        if self.chooser is None:
+            self._run(self.plan.drafter.num_draft, max_rounds)
+        else:
+            self._run_block(max_rounds)
+        self.decode_seconds += clock.seconds()
+        self.compile_seconds += clock.compiling()
+
+    def _run(self, width: int, max_rounds: int) -> None:
+        """Rounds of one width, until the caches are full."""
+        self._grow()
+        params = self.lm.decode_params
+        self._take(engine.decode_rounds(self.plan, width, params, self.controls, self.state, jnp.int32(max_rounds)))
+
+    def _run_block(self, max_rounds: int) -> None:
+        """One block of the width that promises most, timed for the next choice."""
+        self._grow()
+        shape = (self.plan, len(self.state.total_B), engine.slots_of(self.state))
+        self.chooser.costs = COSTS.recall(shape, dict)
+        remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
+        width = self.chooser.choose(remaining_B)
+        before = self.counts
+        clock = _Clock()
+        self._run(width, min(max_rounds, self.chooser.rounds))
+        # The first block of a new program is several times slower than the next, compiling apart.
+        seconds = None if clock.compiling() else clock.seconds()
+        newest = _minus(self.counts, before)
+        self.chooser.record(width, newest.histogram_BQ, seconds, newest.untried_BP)
+        if self.chooser.hopeless and jax.tree.leaves(self.state.drafter_cache):
+            self.plan = dataclasses.replace(self.plan, drafter=NONE)
+            self.chooser = None
+            self.state = self.state._replace(drafter_cache=())
+
+    def _grow(self) -> None:
+        needed = engine.bucket(int(self.total_B.max()), self.plan.drafter.num_draft, self.slots)
+        if needed > engine.slots_of(self.state):
+            self.state = engine.grow(self.state, needed)
+
+    def _take(self, state: DecodeState) -> None:
+        """Keeps the state, reads what the host needs of it, and ends rows whose text holds a stop string."""
+        self.state = state
+        had_B = self.total_B - self.prompt_len_B
+        before = self.counts
+        counters = Counts(state.histogram_BQ, state.untried_BP, state.drafted_B)
+        read = (state.tokens_BS, state.total_B, state.done_B, state.failed_B, counters)
+        # Not the rows that only fill the batch.
+        read = jax.tree.map(lambda leaf: leaf[: len(self.cut_B)], jax.device_get(read))
+        self.tokens_BS, self.total_B, self.done_B, failed_B, self.counts = read
+        if failed_B.any():
+            row = int(failed_B.argmax())
+            raise UserError(
+                f"prompt {row}: no token can be chosen within {self.total_B[row]} tokens, because the logits hold NaN "
+                "or forbid every token; look at the checkpoint's parameters, logit_bias and logits_fn"
+            )
+        if self.stop:
+            newest = _minus(self.counts, before)
+            for row in range(len(self.cut_B)):
+                if self.cut_B[row] is None and self._find_stop(row):
+                    self._leave_out(row, self.cut_B[row] - had_B[row], newest)
+            self.done_B = self.done_B | np.array([cut is not None for cut in self.cut_B])
+            # The program that ran before runs on: the array must lie where its own lay.
+            done_B = np.pad(self.done_B, (0, len(state.done_B) - len(self.done_B)), constant_values=True)
+            self.state = state._replace(done_B=jax.device_put(done_B, state.done_B.sharding))
+        self.done = bool(self.done_B.all())
+
+    def _read(self, row: int) -> list[int]:
+        """The row's tokens that its text does not hold yet; from here on it does."""
+        tokens = self._new_tokens(row)[self.read_B[row] :]
+        self.texts[row].add(tokens)
+        self.read_B[row] += len(tokens)
+        return tokens
+
+    def _find_stop(self, row: int) -> bool:
+        """Whether a stop string stands in the row's text; the row is cut at the token that completes the first one."""
+        search = self.searches[row]
+        text = self.texts[row].copy()
+        count = self.read_B[row]
+        tokens = self._read(row)
+        if search.find(self.texts[row]) < 0:
+            search.passed(self.texts[row])
+            return False
+        for token in tokens:
+            text.add([token])
+            count += 1
+            if search.find(text) >= 0:
+                break
+        self.texts[row] = text
+        self.cut_B[row] = count
+        self.ends_B[row] = search.find(text)
+        return True
+
+    def _leave_out(self, row: int, kept: int, newest: Counts) -> None:
+        """Only returned tokens count: of the round that wrote the stop string, the first `kept` tokens are returned."""
+        if not newest.histogram_BQ[row].any():
+            return
+        accepted = int(newest.histogram_BQ[row].argmax())
+        tried = int(newest.drafted_B[row])
+        self._add_surplus(row, 1, accepted, tried)
+        self._add_surplus(row, -1, min(accepted, kept), min(tried, kept))
+
+    def _add_surplus(self, row: int, sign: int, accepted: int, tried: int) -> None:
+        """Counts a round, as `engine` does."""
+        self.surplus.histogram_BQ[row, accepted] += sign
+        self.surplus.drafted_B[row] += sign * tried
+        if tried <= accepted < self.surplus.untried_BP.shape[1]:
+            self.surplus.untried_BP[row, accepted] += sign
+
+    def _new_tokens(self, row: int) -> list[int]:
+        start = self.prompt_len_B[row]
+        tokens = self.tokens_BS[row, start : self.total_B[row]].tolist()
+        return tokens[: self.cut_B[row]]
+
+    def _text(self, row: int) -> str:
+        self._read(row)
+        text = self.texts[row].text
+        return text if self.ends_B[row] < 0 else text[: self.ends_B[row]]
+
+    def settled_text(self) -> list[str]:
+        """The text of every row that later tokens cannot change."""
+        return [self._settled(row) for row in range(len(self.cut_B))]
+
+    def _settled(self, row: int) -> str:
+        text = self._text(row)
+        return text if self.done_B[row] else self.searches[row].settled(self.texts[row])
+
+    def _finish_reason(self, row: int) -> str:
+        if self.cut_B[row] is not None:
+            return "stop"
+        return "length" if self.total_B[row] >= self.limit_B[row] and not self._ended(row) else "eos"
+
+    def _ended(self, row: int) -> bool:
+        return bool(np.isin(self.tokens_BS[row, self.total_B[row] - 1], self.state.end_ids_E))
+
+    def result(self) -> Generation:
+        """Tokens, text and statistics of the finished batch."""
+        rows = range(len(self.cut_B))
+        tokens = [self._new_tokens(row) for row in rows]
+        emitted = sum(map(len, tokens))
+        counts = _minus(self.counts, self.surplus)
+        replaced_BS, starts = np.asarray(self.state.replaced_BS), enumerate(self.prompt_len_B)
+        stats = DecodeStats(
+            histogram=tuple(counts.histogram_BQ.sum(axis=0).tolist()),
+            batch_rounds=int(counts.histogram_BQ.sum(axis=1).max()),
+            emitted=emitted,
+            emitted_in_rounds=emitted - len(tokens),
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            drafted=int(counts.drafted_B.sum()),
+            replaced=sum(int(replaced_BS[row, start : start + len(tokens[row])].sum()) for row, start in starts),
+            untried=tuple(counts.untried_BP.sum(axis=0).tolist()),
+            compile_seconds=self.compile_seconds,
+        )
+        text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
+        return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats)
+
+
+class _Clock:
+    """Seconds since it was made, compiling apart."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._compiled = programs.compile_seconds()
+
+    def compiling(self) -> float:
+        """Seconds of compiling."""
+        return programs.compile_seconds() - self._compiled
+
+    def seconds(self) -> float:
+        """All others."""
+        return time.perf_counter() - self._began - self.compiling()
+
+
+def _minus(counts: Counts, others: Counts) -> Counts:
+    return Counts(*(one - other for one, other in zip(counts, others, strict=True)))
+
+
+def _special_tokens(lm: Model) -> dict[int, str]:
+    """Tokens that the tokenizer leaves out of a text."""
+    return getattr(lm.tokenizer, "special_tokens", {})
+
+
+def _end_ids(lm: Model, ignore_eos: bool) -> list[int]:
+    """Tokens that end a row; filled up with what is no token, so that few programs serve all."""
+    if lm.tokenizer is None:
+        return []
+    ids = [] if ignore_eos else list(lm.tokenizer.end_ids)
+    return ids + [-1] * (buckets.power(len(ids), LEAST_ENDS) - len(ids))
+
+
+def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft) -> Drafter:
+    if isinstance(num_draft, str) and num_draft == "auto":
+        num_draft = None
+    if num_draft is not None:
+        num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
+    if isinstance(draft, str) and draft == "auto":
+        draft = "heads" if lm.config.heads.draft else "lookup"
+    if not isinstance(draft, Drafter):
+        return make_drafter(draft, lm.config, num_draft)
+    if num_draft not in (None, draft.num_draft):
+        raise UserError(f"num_draft={num_draft}, but the drafter given drafts {draft.num_draft}; leave num_draft out")
+    return draft
+
+
+def _checked_prompts(lm: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
+    if isinstance(prompts, Mapping):
+        prompts = rows_of(prompts)
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts={prompts!r} is no list; put a single prompt into one: [prompt]")
+    ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
+    if not ids:
+        raise UserError("no prompt was given")
+    return ids
