@@ -14,6 +14,7 @@ from mtp_jax.flops import step_flops
 TINY = ["--heads", "4", "--vocab", "2048", "--tokens", "64", "--width", "16", "--chunk-bytes", "65536", "--runs", "2"]
 
 
+@pytest.mark.grid
 def test_bench_loss(capsys):
     """The keys of the interface; fused temporaries lie below a quarter of naive ones, which hold 4 heads' logits.
 

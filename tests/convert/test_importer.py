@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 import mtp_jax
@@ -107,7 +106,8 @@ def test_training_goes_on_from_an_import(text, finished, hub, with_heads, tmp_pa
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [257, 9]
 
 
-@pytest.mark.parametrize("adds_bos", sampled([True, False], False))
+@pytest.mark.grid
+@pytest.mark.parametrize("adds_bos", [True, False])
 def test_a_tokenizer_begins_as_it_did(adds_bos, hub, text, finished, tmp_path):
     """Whether a checkpoint's tokenizer puts a first token is its own affair: the checkpoint, its import, and a run that
     started from it split text alike, for training too."""

@@ -38,8 +38,8 @@ def expected(name, prompts=PROMPTS, new=NEW):
     return [plain(name, prompt)[:new] for prompt in prompts]
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("batch", sampled([1, 4], 4))
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_plain_decoding_is_greedy_from_the_whole_forward(name, batch):
     """none = reference. Breaks with `<=` made `<` in `attention`, without `start_B` in `write_cache` or `rotary`."""
     result = generate(model(name), PROMPTS[:batch], max_new_tokens=NEW, draft="none")
@@ -47,22 +47,23 @@ def test_plain_decoding_is_greedy_from_the_whole_forward(name, batch):
     assert result.stats.histogram == (batch * (NEW - 1),)
 
 
-@pytest.mark.parametrize("num_draft", range(1, DEPTH + 1))
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("num_draft", sampled(range(1, DEPTH + 1), DEPTH))
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_heads_change_nothing(name, num_draft):
     """heads(P) = reference for every P, ragged prompts. Breaks when a rejected draft is emitted, or the bonus twice."""
     result = generate(model(name), PROMPTS, max_new_tokens=NEW, draft="heads", num_draft=num_draft)
     assert result.tokens == expected(name)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("batch", sampled([1, 2, 3], 3))
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_heads_change_nothing_in_a_batch_of(name, batch):
     """heads = reference for every batch size. Breaks when rows share a cursor: `start_B` or `total_B` of row 0."""
     result = generate(model(name), PROMPTS[:batch], max_new_tokens=NEW)
     assert result.tokens == expected(name, PROMPTS[:batch])
 
 
+@pytest.mark.grid
 def test_the_models_reject_and_accept():
     """The equations above meet every case: over both models, rounds that accept 0, 1, 2 and 3 drafts of 3."""
     both = [generate(model(name), PROMPTS, max_new_tokens=NEW).stats for name in ("random", "trained")]
@@ -76,7 +77,7 @@ def decode_scripted(accept_BR, num_draft, name="random", prompts=PROMPTS, new=NE
     return generate(lm, prompts, max_new_tokens=new, draft=scripted(num_draft))
 
 
-@pytest.mark.parametrize("num_draft", range(1, DEPTH + 1))
+@pytest.mark.parametrize("num_draft", sampled(range(1, DEPTH + 1), DEPTH))
 def test_perfect_drafts(num_draft):
     """tokens = reference, and every round emits P+1 until the row is full. Breaks without the bonus (`+ 1`)."""
     accept_BR = np.full((len(PROMPTS), NEW), num_draft)
@@ -91,7 +92,7 @@ def test_perfect_drafts(num_draft):
     assert result.stats.batch_rounds == full + (rest > 0)
 
 
-@pytest.mark.parametrize("num_draft", range(1, DEPTH + 1))
+@pytest.mark.parametrize("num_draft", sampled(range(1, DEPTH + 1), DEPTH))
 def test_hopeless_drafts(num_draft):
     """tokens = reference, one a round. Breaks when a wrong draft is accepted: without `jnp.cumprod`, `matches_BP`."""
     result = decode_scripted(np.zeros((len(PROMPTS), NEW), int), num_draft)
@@ -107,8 +108,8 @@ def every_length(num_draft):
     return np.stack([np.tile(order, NEW)[:NEW] for order in orders])
 
 
-@pytest.mark.parametrize("num_draft", range(1, DEPTH + 1))
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("num_draft", sampled(range(1, DEPTH + 1), DEPTH))
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_every_accept_length_in_every_row(name, num_draft):
     """tokens = reference and rounds = script. Breaks without the per-row cursor, or when rollback keeps a cache slot
     visible (`slot <= query_slot`)."""

@@ -10,7 +10,6 @@ import pytest
 from reference import decoding
 from reference.decoding import CONFIG, NEW, PROMPTS, compilations, loaded, loud_params
 from reference.families import DRAFTING, KINDS, heads_of
-from reference.tiers import sampled
 
 from mtp_jax.decode import engine
 from mtp_jax.decode.drafters import make_drafter
@@ -49,7 +48,8 @@ def test_heads_change_nothing(kind):
     assert compiled == []
 
 
-@pytest.mark.parametrize("kind", sampled((kind for kind in KINDS if kind in DRAFTING), "sequential"))
+@pytest.mark.grid
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in DRAFTING])
 def test_chunks_and_widths_change_no_draft(monkeypatch, kind):
     """Prompts in chunks of 4 give the drafts of one chunk, at once and two rounds later; and so does a round that
     verified no draft at all in between.

@@ -77,7 +77,7 @@ def test_filters(top_k, top_p, min_p, candidates):
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"min_p": 0.2}, {"top_k": 7}], ids=str)
-@pytest.mark.parametrize("candidates", [1, 4, 12])
+@pytest.mark.parametrize("candidates", sampled([1, 4, 12], 4))
 def test_law_of_the_draw(candidates, settings):
     """Frequencies of 40,000 draws = probabilities, within five standard errors each: the tail as one contestant is as
     good as noise for every token. Breaks without the tail, its `_noise`, `from_tail`, or when the two share a key."""

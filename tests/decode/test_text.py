@@ -10,6 +10,7 @@ from reference.decoding import chain_model
 from tokenizers import decoders, models, pre_tokenizers
 
 from mtp_jax.convert.tokenizer import HubTokenizer
+from mtp_jax.data.marks import Marks
 from mtp_jax.data.tokenize import Tokenizer
 from mtp_jax.decode.detokenize import continuation
 from mtp_jax.decode.generate import generate, stream
@@ -36,7 +37,8 @@ CHAIN = [
     ID[word] for word in ("<s>", "▁the", "▁cat", "▁sat", "▁on", "<|im_end|>", "▁a", "▁mat", "er", "<tool>", "▁then")
 ]
 CHAIN.append(ID["</s>"])
-OURS = Tokenizer(INNER, len(ID), eos_id=ID["</s>"], bos_id=ID["<s>"])
+MARKS = Marks((ID["<s>"],), ID["</s>"], (ID["</s>"],), "read")
+OURS = Tokenizer(INNER, len(ID), MARKS)
 
 
 def lm(tokenizer=OURS):
@@ -95,7 +97,7 @@ def transformers_tokenizer():
 
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=made(), additional_special_tokens=["<|im_end|>"], **names)
-    return HubTokenizer(fast, len(ID), (ID["</s>"],))
+    return HubTokenizer(fast, len(ID), MARKS)
 
 
 @pytest.mark.parametrize("tokenizer", [lambda: OURS, transformers_tokenizer], ids=["ours", "of transformers"])

@@ -8,7 +8,6 @@ import types
 import numpy as np
 import pytest
 from reference.decoding import NEW, PROMPTS, model, plain
-from reference.tiers import sampled
 
 from mtp_jax.decode.generate import Generation
 from mtp_jax.decode.stats import DecodeStats
@@ -47,7 +46,8 @@ def test_rates():
     assert not Comparison(drafted=drafted, plain=other, drafted_seconds=1, plain_seconds=1).identical
 
 
-@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
+@pytest.mark.grid
+@pytest.mark.parametrize("name", ["random", "trained"])
 def test_compare(name):
     """Both sides hold what the slow reference writes, end tokens ignored, in batches of any size. Breaks without
     `ignore_eos` or when the last, smaller batch is lost."""

@@ -50,6 +50,7 @@ def test_generated_and_forced():
     assert answers(lm, documents_BT) == (sum(right) / 8, sum(forced) / 8, 8)
 
 
+@pytest.mark.grid
 def test_teacherless_answers_come_from_dummies():
     """A teacherless model's answers are those over dummies; it refuses to generate. Breaks if true tokens go in."""
     lm, task = model(teacherless=9), make(SOURCE)

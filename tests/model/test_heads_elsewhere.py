@@ -45,6 +45,7 @@ def test_states_are_those_of_our_model(name):
     np.testing.assert_allclose(quick_jit(elsewhere)(params), ours_MBTD, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.grid
 def test_a_trainer_of_ones_own():
     """A trunk that is no model of ours learns with three sequential heads: the loss falls, heads and trunk have
     gradients. Breaks if `init_for` leaves boxes in, or states come out in another order than targets."""

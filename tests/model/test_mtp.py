@@ -51,7 +51,7 @@ def batch():
     ]
 
 
-@pytest.mark.parametrize("name", sampled(VARIANTS, "causal", "sequential", "masks, in windows"))
+@pytest.mark.parametrize("name", sampled(VARIANTS, "sequential", "masks, in windows"))
 def test_no_leakage(name):
     """d logits[m, t] / d embedding at u is exactly 0 for u > t (for u > t + m where heads read tokens) and for u in
     another document, and not 0 for every other u, for every head m. (A random mix of the logits stands for all of
@@ -120,7 +120,8 @@ def test_dropping_the_heads_leaves_the_language_model(name, batch):
     assert min(gaps if config.heads.kind != "registers" else gaps[: len(whole_MBTD) - 1]) > 0.1
 
 
-@pytest.mark.parametrize("kind", sampled(KINDS, "parallel"))
+@pytest.mark.grid
+@pytest.mark.parametrize("kind", KINDS)
 def test_silent_heads_train_the_language_model(kind, batch):
     """w_m = 0 for m >= 1: loss and gradient of everything but the heads are those of the model without heads, bit for
     bit, and the heads' own gradient is exactly 0. Masks and registers go through the model's own blocks, which XLA may
@@ -190,7 +191,8 @@ def test_copy_block_copies_the_block_that_it_names():
     )
 
 
-@pytest.mark.parametrize(("model", "heads"), sampled([(False, True), (True, False)], (False, True)))
+@pytest.mark.grid
+@pytest.mark.parametrize(("model", "heads"), [(False, True), (True, False)])
 def test_copied_blocks_keep_their_norms(model, heads):
     """A copy of the last block over its input is head 0, also where heads say 1 + w and the model w, or the reverse.
 
@@ -217,7 +219,8 @@ def test_masks_stand_everywhere_in_turn(length, stride):
     assert all(row.sum() >= length // stride for row in trained_MBT[1])
 
 
-@pytest.mark.parametrize("name", sampled(["masks, every third position", "registers"], "masks, every third position"))
+@pytest.mark.grid
+@pytest.mark.parametrize("name", ["masks, every third position", "registers"])
 def test_states_everywhere(name):
     """`everywhere` gives every head's own state at every position, and the states of training where those are.
 
@@ -234,6 +237,7 @@ def test_states_everywhere(name):
         np.testing.assert_allclose(whole_MBTD, apply(every, params, *batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.grid
 def test_norms_of_one_plus_w():
     """With every norm scale w - 1, `norm_plus_one` for model and heads gives the states of plain norms w.
 

@@ -60,6 +60,7 @@ def whole(text, tmp_path_factory):
     return losses(workdir)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "changed",
     [

@@ -148,6 +148,7 @@ def small():
     return loaded(config, loud_params(config, seed=2))
 
 
+@pytest.mark.grid
 def test_generation_with_room_for_three_programs(three):
     """A request of one batch size takes three programs. With room for three, each size drops the one before: at most
     three are kept, nothing else is compiled, and the tokens are those of the slow reference. The same size again
