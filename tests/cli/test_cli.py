@@ -19,12 +19,13 @@ from mtp_jax.train import loop
 
 OVERRIDES = {
     "model.vocab_size": 264,
-    "model.num_layers": 2,
+    "model.num_layers": 1,
     "model.d_model": 16,
     "model.num_heads": 2,
     "model.num_kv_heads": 2,
     "model.head_dim": 8,
     "model.d_ff": 24,
+    "heads.kind": "linear",
     "heads.num_future": 2,
     "data.seq_len": 32,
     "data.tokenizer": "bytes",
@@ -58,7 +59,8 @@ def quickstart(text, tmp_path_factory):
 @pytest.fixture
 def config_file(text, tmp_path):
     path = tmp_path / "config.py"
-    path.write_text(f"from mtp_jax.config import from_json\nconfig = from_json('''{to_json(tiny_config(text))}''')\n")
+    small = tiny_config(text, model={"num_layers": 1}, heads={"num_future": 1})
+    path.write_text(f"from mtp_jax.config import from_json\nconfig = from_json('''{to_json(small)}''')\n")
     return path
 
 

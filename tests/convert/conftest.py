@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from reference.models import random_params
 from reference.tiny import tiny_config, write_text
 
 import mtp_jax
+from mtp_jax import sharding
+from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
 
@@ -36,9 +39,10 @@ def settings_of(text, steps):
 
 
 @pytest.fixture(scope="session")
-def fresh(text, finished, tmp_path_factory):
-    """A run of one step, for what does not depend on what a model has learned."""
-    return finished(settings_of(text, 1), tmp_path_factory.mktemp("fresh") / "run")
+def fresh(text):
+    """A model of random parameters, for what does not depend on what a model has learned."""
+    config = settings_of(text, 1)
+    return mtp_jax.LoadedModel(config, random_params(config), bytes_tokenizer(), sharding.mesh_of(config))
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +60,11 @@ def hub(fresh, tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained_hub(trained, tmp_path_factory):
     """The same of `trained`."""
-    return as_hub(trained, tmp_path_factory.mktemp("trained hub") / "model")
+    return as_hub(mtp_jax.load(trained), tmp_path_factory.mktemp("trained hub") / "model")
 
 
-def as_hub(run, out):
-    mtp_jax.export_model(mtp_jax.load(run), out, form="none", notify=str)
+def as_hub(lm, out):
+    mtp_jax.export_model(lm, out, form="none", notify=str)
     (out / "chat_template.jinja").write_text(CHAT)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 9], "do_sample": False}))
     return out

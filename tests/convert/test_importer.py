@@ -183,7 +183,7 @@ def test_options_of_the_command(hub, tmp_path, capsys):
 
 def test_bfloat16_checkpoints_stay_so(fresh, tmp_path):
     """Export as bfloat16, load, export: two bytes a number throughout; asked for, float32 parameters come of it."""
-    mtp_jax.export_model(mtp_jax.load(fresh), tmp_path / "half", dtype="bfloat16", notify=str)
+    mtp_jax.export_model(fresh, tmp_path / "half", dtype="bfloat16", notify=str)
     half = mtp_jax.load(tmp_path / "half")
     assert (half.config.model.dtype, half.config.model.param_dtype) == ("bfloat16", "bfloat16")
     mtp_jax.export_model(half, tmp_path / "again", notify=str)
@@ -195,7 +195,7 @@ def test_bfloat16_checkpoints_stay_so(fresh, tmp_path):
 
 def test_shards_with_an_index(hub, fresh, tmp_path):
     """Above shard_bytes a checkpoint is cut, and both libraries read the pieces."""
-    lm = mtp_jax.load(fresh)
+    lm = fresh
     mtp_jax.export_model(lm, tmp_path / "cut", form="none", shard_bytes=60_000, notify=str)
     assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 2
     same_trees(mtp_jax.load(tmp_path / "cut").params, mtp_jax.load(hub).params)

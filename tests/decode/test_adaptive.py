@@ -4,7 +4,6 @@ whose deletion breaks the test."""
 import numpy as np
 import pytest
 from reference.decoding import NEW, PROMPTS, model, plain, scripted, with_script
-from reference.tiers import sampled
 
 from mtp_jax.decode import adaptive
 from mtp_jax.decode.adaptive import BLOCK, WidthChooser, widths
@@ -88,8 +87,9 @@ def test_follows_a_change():
     assert run(chooser, [0.95], costs, 60)[-1] == 4 and not chooser.hopeless
 
 
-@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
-@pytest.mark.parametrize("draft", sampled(["heads", "lookup"], "lookup"))
+@pytest.mark.grid
+@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("draft", ["heads", "lookup"])
 def test_changes_nothing(name, draft):
     """auto = reference, through every width."""
     adaptive.COSTS.clear()

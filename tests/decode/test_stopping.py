@@ -201,6 +201,7 @@ def test_two_stops_in_one_token():
         assert result.text == ["<1", "<", "<3", "<4"]
 
 
+@pytest.mark.grid
 def test_text_prompts_begin_with_bos():
     """A string is encoded as the start of a document. Breaks when `encode` replaces `encode_prompt`."""
     by_text = decode("heads", ["a", "ab", "ab", "a"])

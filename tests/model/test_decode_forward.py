@@ -93,7 +93,8 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", sampled(DRAFTING_KINDS, "sequential"))
+@pytest.mark.grid
+@pytest.mark.parametrize("name", DRAFTING_KINDS)
 def test_every_split_point(name):
     """forward(tokens[:s]) then forward(tokens[s:]) = full(tokens), for every s, and so does one token at a time.
 
