@@ -79,7 +79,8 @@ def _corpus(config: Config, workdir: pathlib.Path, notify: Notify) -> Corpus:
         notify(f"{', '.join(lost or [])} is not there; going on with the corpus that the run holds")
         return open_prepared(workdir / "data", config.data.seq_len)
     corpus = on_first(lambda: prepare(config, workdir / "data", trained_on(workdir), in_place=False))
-    return corpus or open_prepared(_corpus_folder(workdir), config.data.seq_len)
+    folder = _corpus_folder(workdir)
+    return corpus or open_prepared(folder, config.data.seq_len)
 
 
 def _lost(config: Config, workdir: pathlib.Path) -> list[str]:
@@ -92,6 +93,7 @@ def _lost(config: Config, workdir: pathlib.Path) -> list[str]:
 
 
 def _corpus_folder(workdir: pathlib.Path) -> pathlib.Path:
+    """Where the corpus lies by now; every process asks."""
     fresh = new_files(workdir / "data")
     return fresh if from_first(int(fresh.is_dir())) else workdir / "data"
 
@@ -102,6 +104,7 @@ def write_run(config: Config, workdir: pathlib.Path, run: Opening) -> None:
     Raises:
       UserError: the directory cannot be written.
     """
+    from_first(0)  # Process 0 moves files when every process has opened them.
     on_first(lambda: _write(config, workdir, run))
 
 

@@ -222,6 +222,7 @@ def test_a_run_that_was_refused_goes_on(place):
     it prepared text had left nothing: same config, same corpus. Breaks if old files of `data.new` are put in place."""
     with in_use(place / "run"), pytest.raises(UserError):
         run(small(place / "text", model={"rope_theta": 500.0}), place / "run")
+    assert run(small(place / "text"), place / "run").first_step == 2
     corpus = (place / "run" / "data" / "train.npy").read_bytes()
     shutil.copytree(place / "run" / "data", place / "run" / "data.new")
     (place / "run" / "data.new" / "train.npy").write_bytes(b"cut")
