@@ -57,6 +57,7 @@ def pytest_collection_finish():
     """Takes what was imported out of the garbage collector's sight: tracing makes it look at everything again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 # Tests meet more shapes than other processes do, and share them; mappings, below, are their bound.

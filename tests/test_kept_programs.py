@@ -203,6 +203,7 @@ def test_batch_sizes():
     assert len(set(sizes)) == 28
 
 
+@pytest.mark.grid
 def test_rows_that_fill_a_batch_are_not_seen():
     """Nine rows run the program of ten, and get what they get there, with seeds of their own; counts are those of nine
     rows, and what fails in a row that only fills fails for nobody. Breaks when counters or failures are read from rows

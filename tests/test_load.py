@@ -113,6 +113,7 @@ def test_without_a_tokenizer(copy):
     assert mtp_jax.generate(model, [[1, 2]], max_new_tokens=1, draft="none").text is None
 
 
+@pytest.mark.grid
 def test_generate(lm):
     """Text in, text out: the tokens are the slow reference's, the text is theirs."""
     result = mtp_jax.generate(lm, PROMPTS, max_new_tokens=12)

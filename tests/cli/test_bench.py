@@ -47,6 +47,7 @@ def test_weightless_share():
     assert finite == {"fused": False, "skip": True}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", sampled(loss.FORMS, "skip"))
 def test_forms_are_one_loss(name):
     """Every form's gradients equal those by the formula in float64, weights included.

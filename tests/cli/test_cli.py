@@ -214,6 +214,7 @@ def test_lossy_rules_say_so(quickstart, capsys):
     assert "lossy" not in only_json(capsys)
 
 
+@pytest.mark.grid
 def test_generate_streams_every_prompt(quickstart, tmp_path, capsys):
     """Text of --prompt, --prompt-file and --prompt-tokens on stdout, statistics on stderr."""
     file = tmp_path / "prompt.txt"

@@ -139,6 +139,7 @@ def test_a_tokenizer_that_says_nothing_of_its_first_token(tmp_path):
     assert load_tokenizer(tmp_path / "tokenizer.json").bos_id is None
 
 
+@pytest.mark.grid
 def test_heads_beside_the_model_are_found(hub, tmp_path):
     """What export puts into the folder `heads` is read with the model; `heads_from` takes the whole directory too."""
     mtp_jax.import_model(hub, tmp_path / "a", form="medusa", head_settings={"num_future": 3}, notify=str)
@@ -181,6 +182,7 @@ def test_options_of_the_command(hub, tmp_path, capsys):
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.grid
 def test_bfloat16_checkpoints_stay_so(fresh, tmp_path):
     """Export as bfloat16, load, export: two bytes a number throughout; asked for, float32 parameters come of it."""
     mtp_jax.export_model(fresh, tmp_path / "half", dtype="bfloat16", notify=str)

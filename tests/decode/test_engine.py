@@ -172,6 +172,7 @@ def test_state_is_donated():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("drafter", sampled([NONE, HEADS], HEADS), ids=lambda drafter: drafter.name)
 @pytest.mark.parametrize("rows", sampled([1, 3], 1))
 def test_no_copy_of_a_cache(rows, drafter):

@@ -168,7 +168,8 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(SHAPES, "qk norm, soft cap, one kv head, normed tap"))
+@pytest.mark.grid
+@pytest.mark.parametrize("name", SHAPES)
 def test_random_drafts_for_models_of_other_shapes(name):
     """tokens = reference for one to three layers, every tap, grouped and single kv heads, up to six heads."""
     shape, heads, num_draft = SHAPES[name]

@@ -73,6 +73,7 @@ def test_beyond_a_chunk_and_a_bucket():
     assert result.tokens == [slow_greedy(config, lm.params, prompt, 12, width=720) for prompt in prompts]
 
 
+@pytest.mark.grid
 def test_programs_do_not_grow_with_the_prompt():
     """A prompt of another length in the same chunks and buckets compiles nothing."""
     shape = {"vocab_size": 50, "num_layers": 1, "d_model": 16, "max_seq_len": 1100}

@@ -216,7 +216,8 @@ def test_prompts_are_not_changed():
     assert prompts == [[7, 3, 11], [5], list(range(16)), [1, 2]]
 
 
-@pytest.mark.parametrize("vocab", sampled([1, 2, 3], 1))
+@pytest.mark.grid
+@pytest.mark.parametrize("vocab", [1, 2, 3])
 def test_the_smallest_vocabularies(vocab):
     """heads = reference with one, two or three tokens, where drafts are mostly right."""
     shape = {"vocab_size": vocab, "num_layers": 1, "d_model": 8, "num_heads": 1, "num_kv_heads": 1, "d_ff": 8}
@@ -270,7 +271,8 @@ WRONG_DRAFTS = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(WRONG_DRAFTS, "too many"))
+@pytest.mark.grid
+@pytest.mark.parametrize("name", WRONG_DRAFTS)
 def test_wrong_drafts(name):
     """What a drafter of the caller's may not return is refused with its name and the shape that is wanted; fewer drafts
     than announced are fine."""
@@ -388,6 +390,7 @@ def test_unclear_input(name):
         generate(chain_model(), prompts, **{"max_new_tokens": 32, **options})
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("new", [2**31, 10**12])
 def test_as_many_tokens_as_the_model_can(new):
     """A huge max_new_tokens means up to model.max_seq_len, and costs no more than that."""

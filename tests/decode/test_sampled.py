@@ -69,6 +69,7 @@ def test_drafts_change_nothing(name, draft, num_draft, batch):
         assert result.tokens == expected(name, settings, range(batch)), settings
 
 
+@pytest.mark.grid
 def test_every_accept_length():
     """The same while rounds accept 0, 1, 2 and 3 drafts of 3, in every row in an order of its own."""
     settings = {"temperature": 1.0, "seed": 11}

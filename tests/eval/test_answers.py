@@ -31,6 +31,7 @@ def greedy(lm, prompt):
     return slow_greedy(lm.config, lm.params, prompt.tolist(), 3)
 
 
+@pytest.mark.grid
 def test_generated_and_forced():
     """`generated` counts documents whose greedy continuation is the answer, `forced` those whose every answer token is
     the likeliest after the true ones. Documents are the model's own output, some of them spoilt.

@@ -56,6 +56,7 @@ def test_numbers_of_the_page():
     assert [row[2] for row in rows] == [f"{head['loss']:.3f}" for head in values["heads"]]
 
 
+@pytest.mark.grid
 def test_page_of_a_model_without_extra_heads(tmp_path):
     """No drafts: no acceptance and no speed, and the page says nothing about them."""
     _, result = without_heads()

@@ -30,7 +30,7 @@ FLAGS = {
     **{f"{name}, mixed": {"distance": name, "mix": 0.4, "smoothing": 0.1, "softcap": 3.0} for name in DISTANCES},
 }
 
-MIXED = [name for name in FLAGS if name.endswith(", mixed")]
+MIXED = ("lk_lambda, mixed", "tv, mixed")
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 
 

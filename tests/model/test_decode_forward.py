@@ -155,6 +155,7 @@ def test_ragged_rounds_with_rejected_tokens(name):
     assert floats == {jnp.dtype(config.model.dtype)}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", sampled(DRAFTING_KINDS, "anticausal"))
 def test_fewer_drafts_are_the_first_heads(name):
     """P caches give the drafts of heads 1..P. Breaks if `draft` counts heads from the end, or runs only P of a chain

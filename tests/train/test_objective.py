@@ -116,6 +116,7 @@ def test_keeping_every_token_is_the_plain_loss():
 # Head-only training.
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "kind", sampled(["parallel", "sequential", "medusa", "masks, with LoRA and own ends"], "medusa")
 )
