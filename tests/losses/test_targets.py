@@ -73,6 +73,8 @@ def test_learn_mask_drops_targets_not_positions():
     """
     assert table("ppansxy", "1111122", 3, learn="0011111") == ["-ans-y-", "ans----", "ns-----"]
     assert table("ppansxy", "1111122", 2, learn="0000000") == ["-------", "-------"]
+    # A turn of the user in the middle of a conversation is no target of any head.
+    assert table("abqqqcd", "1111111", 3, learn="1100011") == ["b---cd-", "---cd--", "--cd---"]
 
 
 def test_rows_are_independent():
