@@ -13,15 +13,16 @@ class Pace:
     """What is known about the duration of a step."""
 
     def __init__(self) -> None:
+        self._mean = 0.0
         self._seconds = 0.0
 
     def measured(self, seconds: float) -> None:
         """A step took so long: the first one, when its program was there, or the mean since the last log step."""
-        self._seconds = seconds
+        self._mean = self._seconds = seconds
 
     def waited(self, seconds: float) -> None:
-        """The host waited so long for one step, which thus took no less."""
-        self._seconds = max(self._seconds, seconds)
+        """The host waited so long for a step, which may be slower than the mean; the next wait may be shorter again."""
+        self._seconds = max(self._mean, seconds)
 
     def ahead(self, most: int) -> int:
         """Steps that may be unfinished when the next one is given to the device; 0 lets it finish first.
