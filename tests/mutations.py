@@ -130,11 +130,11 @@ NAMED = (
         "decode/test_verify.py",
     ),
     Mutation(
-        "the limit comes after the end token",
+        "the limit does not cut a round",
         "decode/verify.py",
-        "ended_B = first_end_B < count_B",
-        "ended_B = first_end_B <= matched_B",
-        "decode/test_verify.py decode/test_stopping.py",
+        "count_B = jnp.minimum(jnp.minimum(matched_B, first_end_B) + 1, room_B)",
+        "count_B = jnp.minimum(matched_B, first_end_B) + 1",
+        "decode/test_verify.py",
     ),
     Mutation(
         "sequential entries that rest on drafts stay",
