@@ -162,7 +162,7 @@ NAMED = (
         "integrity.py",
         "        os.replace(temporary, out)\n",
         "        shutil.copytree(temporary, out, dirs_exist_ok=True)\n",
-        "convert/test_bad_input.py",
+        "test_integrity.py",
     ),
     Mutation(
         "no manifest before a checkpoint is published",
