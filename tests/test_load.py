@@ -129,6 +129,7 @@ def test_decoding_parameters_are_made_once(lm):
     assert lm.decode_params is lm.decode_params
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("sizes", sampled([{}, {"fsdp": 2, "tensor": 2}], {}), ids=["one", "mesh"])
 def test_decode_only_keeps_one_copy(run, lm, sizes):
     """A model for decoding alone generates the same tokens, and refuses what it has no parameters for."""

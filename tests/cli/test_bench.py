@@ -34,6 +34,7 @@ def test_bench_loss(capsys):
     assert "fused" in printed and "naive  " not in printed
 
 
+@pytest.mark.grid
 def test_weightless_share():
     """The share that was asked for weighs nothing; states that are no numbers there harm `fused` and not `skip`.
 

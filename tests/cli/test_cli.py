@@ -123,6 +123,7 @@ def test_help(name, capsys):
     assert "usage: mtp" in capsys.readouterr().out
 
 
+@pytest.mark.grid
 def test_train_prints_and_resumes(config_file, tmp_path, capsys):
     """mtp train = Config file + overrides; the second call finds the run finished."""
     arguments = ["train", str(config_file), "--workdir", str(tmp_path / "run"), "--train.steps", "2", "--json"]

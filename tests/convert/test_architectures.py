@@ -49,6 +49,7 @@ def test_logits_are_those_of_transformers(checkpoint, lm):
     assert np.abs(theirs).max() > 0.5
 
 
+@pytest.mark.grid
 def test_greedy_tokens_are_those_of_transformers(checkpoint, lm):
     """Without heads, drafting by lookup: the tokens of transformers' own greedy search, one for one."""
     model, _ = checkpoint

@@ -94,6 +94,7 @@ def test_fresh_heads_leave_the_next_token_path_alone(hub, with_heads):
     same_trees(grown.params["heads"]["blocks"], last)
 
 
+@pytest.mark.grid
 def test_training_goes_on_from_an_import(text, finished, hub, with_heads, tmp_path):
     """`train.init_from` takes an imported model. Where the heads alone were trained, the trunk goes back as it came:
     its tensors bit for bit, and the files beside them."""

@@ -25,6 +25,7 @@ def test_bucket(total, width, slots, live):
     assert bucket(total, width, slots) == live
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("draft", sampled(["heads", "none"], "heads"))
 @pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_chunks_and_growing_caches_change_nothing(monkeypatch, name, draft):

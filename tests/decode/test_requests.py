@@ -157,6 +157,7 @@ def forbid_at_18(logits_V, tokens_S, length):
     return jnp.where(length == 18, -jnp.inf, logits_V)
 
 
+@pytest.mark.grid
 def test_ten_thousand_stop_strings():
     """They are looked for in no time, and the first of them ends the text."""
     stop = [f"<{i}>" for i in range(10_000)] + ["de"]

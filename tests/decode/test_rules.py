@@ -20,6 +20,7 @@ from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("draft", sampled(["heads", "lookup", "heads+lookup", "none"], "heads+lookup"))
 @pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_rejection_without_noise_is_greedy(name, draft):

@@ -139,6 +139,7 @@ def test_processed_logits(temperature):
         assert generate(model("trained"), PROMPTS, max_new_tokens=10, draft=draft, **settings).tokens == wanted
 
 
+@pytest.mark.grid
 def test_no_program_for_another_number():
     """Temperature, filters, seed, penalty and bias are traced. Breaks when one of them becomes static."""
     settings = {"temperature": 0.5, "repetition_penalty": 1.1, "logit_bias": {1: 1.0}}

@@ -22,6 +22,7 @@ from reference.decoding import (
     slow_greedy,
     with_script,
 )
+from reference.tiers import sampled
 
 from mtp_jax.decode.generate import generate
 
@@ -115,6 +116,7 @@ def test_one_new_token():
     assert (result.stats.rounds, result.stats.emitted, result.stats.emitted_in_rounds) == (0, 4, 0)
 
 
+@pytest.mark.grid
 def test_the_models_length_ends_a_row():
     """Prompt and output together are at most model.max_seq_len, row by row. Breaks without `np.minimum`."""
     longest = CONFIG.model.max_seq_len
@@ -159,7 +161,7 @@ def cut(start, stops):
     return tokens, text, "eos"
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("drafter", sampled(DRAFTERS, "none", "scripted"))
 @pytest.mark.parametrize("name", STOPS)
 def test_stop_strings(name, drafter):
     """tokens, text and reason are those of plain decoding read token by token, whoever drafts and however far a round

@@ -120,6 +120,7 @@ def test_ties_go_to_the_first_experts():
     np.testing.assert_allclose(weight_BTE, [[[0.5, 0.5, 0, 0], [1 - more, more, 0, 0]]], rtol=1e-6)
 
 
+@pytest.mark.grid
 def test_parameters_are_literal():
     """A block has a router [D, E] and E times the matrices of one feed-forward layer; weights into an expert start with
     standard deviation fan_in^-0.5, out of it with (2 L)^-0.5 of that, and no two experts alike.

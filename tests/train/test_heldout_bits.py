@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 from reference.odd_tokenizers import plain_bytes
 from reference.tiny import tiny_config, write_text
 
@@ -12,6 +13,7 @@ from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
 
 
+@pytest.mark.grid
 def test_without_a_token_in_front(tmp_path):
     """bits per byte = loss * targets / (ln 2 * bytes behind the first byte of every document), where no token goes in
     front; the prepared files say the same when they are read again, and when an older version made them. Breaks if the

@@ -38,6 +38,7 @@ def heldout(workdir):
 MEDUSA = {"kind": "medusa", "tap": 2, "tap_norm": True, "norm": "none", "unembed": "own"}
 
 
+@pytest.mark.grid
 def test_heads_on_a_trained_model(text, source, tmp_path):
     """Head-only training from a run leaves its next-token path bitwise as it was, held-out loss included, while the
     heads learn; their own unembeddings start as the loaded one. Stopped at once, everything but training is the source.
