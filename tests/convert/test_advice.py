@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from reference import hub
-from reference.small_llama import EMBED, HEAD, SINGLE, TENSORS, UNEMBED, quiet, write
+from reference.small_llama import EMBED, HEAD, SINGLE, TENSORS, UNEMBED, meaning, quiet, write
 from reference.tiny import tiny_config
 
 import mtp_jax
@@ -26,13 +26,6 @@ from mtp_jax.convert.writer import export_model
 
 Q = "model.layers.1.self_attn.q_proj"
 SMALL = np.ones(2, np.float32)
-
-
-def meaning(directory, **options):
-    """What the model will be: its settings, and the bytes of every parameter."""
-    found = open_checkpoint(directory, notify=quiet, **options)
-    tensors = {(piece.path, piece.at): found.tensors[piece.name].array.tobytes() for piece in found.pieces}
-    return found.config.model, tensors
 
 
 @pytest.fixture(scope="module")

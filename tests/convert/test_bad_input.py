@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import small_llama
 from reference.tiers import sampled
 from safetensors.numpy import load_file, save_file
 
@@ -29,38 +30,14 @@ from mtp_jax.convert.reader import normalised, open_checkpoint
 from mtp_jax.convert.writer import export_model
 from mtp_jax.loading import load
 
-FIELDS = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 24,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-}
-BLOCK = {
-    "self_attn.q_proj": (16, 16),
-    "self_attn.k_proj": (8, 16),
-    "self_attn.v_proj": (8, 16),
-    "self_attn.o_proj": (16, 16),
-    "mlp.gate_proj": (24, 16),
-    "mlp.up_proj": (24, 16),
-    "mlp.down_proj": (16, 24),
-    "input_layernorm": (16,),
-    "post_attention_layernorm": (16,),
-}
+FIELDS = small_llama.FIELDS | {"tie_word_embeddings": False, "rope_theta": 10000.0}
+del FIELDS["torch_dtype"]
 OUTER = {"model.embed_tokens": (24, 16), "model.norm": (16,), "lm_head": (24, 16)}
 EMBED, UNEMBED, Q = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
 def random_tensors():
-    shapes = OUTER | {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in BLOCK.items()}
+    shapes = OUTER | {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in small_llama.BLOCK.items()}
     rng = np.random.default_rng(0)
     return {f"{name}.weight": rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from reference.small_llama import EMBED, FIELDS, HEAD, INDEX, SINGLE, TENSORS, UNEMBED, quiet, write
+from reference.small_llama import EMBED, FIELDS, HEAD, INDEX, SINGLE, TENSORS, UNEMBED, meaning, quiet, write
 from safetensors.numpy import load_file
 
 import mtp_jax
@@ -24,13 +24,6 @@ SHARDS = [{EMBED: TENSORS[EMBED]}, REST]
 FREQS = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
 OTHER = {"vision_tower.patch.weight": np.ones((2, 2), np.float32)}
 LISTED = {EMBED: "0.safetensors"} | dict.fromkeys(REST, "1.safetensors")
-
-
-def meaning(directory, **options):
-    """What the model will be: its settings, and the bytes of every parameter."""
-    found = open_checkpoint(directory, notify=quiet, **options)
-    tensors = {(piece.path, piece.at): found.tensors[piece.name].array.tobytes() for piece in found.pieces}
-    return found.config.model, tensors
 
 
 @pytest.fixture(scope="module")

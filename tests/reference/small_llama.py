@@ -6,6 +6,8 @@ import pathlib
 import numpy as np
 from safetensors.numpy import save_file
 
+from mtp_jax.convert.reader import open_checkpoint
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBED, UNEMBED = "model.embed_tokens.weight", "lm_head.weight"
 FIELDS = {
@@ -77,3 +79,10 @@ def write(directory, tensors=TENSORS, *, fields=None, index=None):
 
 def quiet(line):
     """Lines that no test looks at."""
+
+
+def meaning(directory, **options):
+    """What the model will be: its settings, and the bytes of every parameter."""
+    found = open_checkpoint(directory, notify=quiet, **options)
+    tensors = {(piece.path, piece.at): found.tensors[piece.name].array.tobytes() for piece in found.pieces}
+    return found.config.model, tensors
