@@ -16,6 +16,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from mtp_jax import programs
 from mtp_jax.cli.threads import enough_threads
 
+gc.disable()  # until all is imported and collected: it would look at a growing heap again and again
+
 # Without LLVM's optimisations and, where a switch still turns them off, without XLA's newer fusions: neither changes an
 # equation, and programs compile in a quarter of the time. In one piece, since the other core has tests of its own: a
 # fifth less again.
@@ -57,6 +59,7 @@ def pytest_collection_finish():
     """Takes what was imported out of the garbage collector's sight: tracing makes it look at everything again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(50_000, 20, 20)
 
 

@@ -5,7 +5,6 @@ import re
 
 import jax
 import pytest
-from reference.tiers import sampled
 
 from mtp_jax import sharding
 from mtp_jax.cli.common import read_config
@@ -34,7 +33,8 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(sorted(path.stem for path in CONFIGS.glob("*.py")), "tiny"))
+@pytest.mark.grid
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
 def test_config_builds(name, monkeypatch):
     """Every config's train step is traced and lowered on the config's own mesh, over eight devices where it takes the
     rest; it has the known number of parameters, and the products that the formula counts, or those and recomputed ones.

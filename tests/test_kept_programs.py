@@ -108,6 +108,7 @@ class Full:
         monkeypatch.setattr(programs, "most_mappings", lambda: most)
 
 
+@pytest.mark.grid
 def test_room_is_made_before_mappings_run_out(three, monkeypatch):
     """From seven tenths of the mappings on half of the programs go, from nine tenths on all of them; where that does
     not help, one line says so, instead of XLA ending the process. Breaks without `make_room` in `_compile`."""

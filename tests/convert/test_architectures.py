@@ -18,10 +18,8 @@ from mtp_jax.convert import reader
 from mtp_jax.convert.architectures import ARCHITECTURES
 from mtp_jax.convert.files import open_directory
 
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))]
 
-
-@pytest.fixture(scope="module", params=SEEDS, ids=lambda seed: f"seed {seed}")
+@pytest.fixture(scope="module", params=sampled(range(12), 0, others="slow"), ids=lambda seed: f"seed {seed}")
 def seed(request):
     return request.param
 

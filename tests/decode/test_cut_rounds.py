@@ -135,6 +135,7 @@ def test_rates_do_not_rise():
         assert np.isnan(rates[len(known) :]).all()
 
 
+@pytest.mark.grid
 def test_narrow_rounds():
     """num_draft="auto": drafts beyond the width of a round were not tried. With drafts that are always right every rate
     is 1, although rounds of width 0 were run. Breaks without `width` in `tried_B`."""

@@ -10,6 +10,7 @@ import pytest
 from reference import decoding
 from reference.decoding import CONFIG, NEW, PROMPTS, compilations, loaded, loud_params
 from reference.families import DRAFTING, KINDS, heads_of
+from reference.tiers import sampled
 
 from mtp_jax.decode import engine
 from mtp_jax.decode.drafters import make_drafter
@@ -28,13 +29,18 @@ def model(kind):
     return loaded(config, trunk | {"heads": loud_params(config, seed=6)["heads"]})
 
 
+OF_THE_GRID = sampled(
+    [kind for kind in KINDS if kind in DRAFTING], "parallel", "sequential", "recursive", "masks", others="slow"
+)
+
+
 @functools.cache
 def expected(**settings):
     return generate(decoding.model("random"), PROMPTS, max_new_tokens=NEW, draft="none", **settings).tokens
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in DRAFTING])
+@pytest.mark.parametrize("kind", OF_THE_GRID)
 def test_heads_change_nothing(kind):
     """heads(P) = none, greedy and sampled, for one and for all heads; a second call compiles nothing.
 
@@ -49,7 +55,7 @@ def test_heads_change_nothing(kind):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in DRAFTING])
+@pytest.mark.parametrize("kind", OF_THE_GRID)
 def test_chunks_and_widths_change_no_draft(monkeypatch, kind):
     """Prompts in chunks of 4 give the drafts of one chunk, at once and two rounds later; and so does a round that
     verified no draft at all in between.

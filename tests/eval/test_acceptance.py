@@ -109,6 +109,7 @@ def test_mismatches():
     assert mismatches(tied(4.0 * 3e-7), PROMPTS, one, two).within_margin == 0
 
 
+@pytest.mark.grid
 def test_nothing_to_time():
     """One new token is the prefill alone: there are no rounds, and the speedup is undefined, not an error."""
     result = compare(model("random"), PROMPTS, max_new_tokens=1, batch_size=4, timed_runs=1)

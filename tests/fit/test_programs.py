@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from reference.tiers import sampled
 
 from mtp_jax import sharding
 from mtp_jax.cli import run
@@ -47,6 +48,7 @@ def by_hand(config):
     return sum(4 * leaf.size // (4 if path[-1].key == "scale" else 8) for path, leaf in leaves)
 
 
+@pytest.mark.grid
 def test_argument_bytes_are_those_of_the_shards(step):
     """Parameters by hand; AdamW holds them twice more, two counters and the step; rows are split over fsdp.
 
@@ -153,7 +155,7 @@ def test_decode_round_counts_its_caches():
 @pytest.mark.grid
 @needs_libtpu
 @pytest.mark.usefixtures("uncached")
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("name", sampled(["v5e:2x2", "v5p:2x2x1"], "v5e:2x2", others="slow"))
 def test_compiles_for_a_tpu_slice(name):
     """The real step and the real round compile for a slice that is not here, and have a roofline."""
     config = tiny(MeshConfig(fsdp=2, tensor=2))

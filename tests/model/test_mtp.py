@@ -121,7 +121,7 @@ def test_dropping_the_heads_leaves_the_language_model(name, batch):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS, "parallel", "sequential", "masks", others="slow"))
 def test_silent_heads_train_the_language_model(kind, batch):
     """w_m = 0 for m >= 1: loss and gradient of everything but the heads are those of the model without heads, bit for
     bit, and the heads' own gradient is exactly 0. Masks and registers go through the model's own blocks, which XLA may
@@ -339,6 +339,7 @@ def test_remat_changes_no_number(heads):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), other, plain)
 
 
+@pytest.mark.grid
 def test_remat_recomputes_what_it_says():
     """Matrix products in the gradient's trace, per block: a block has 7 with parameters and 2 of attention.
 

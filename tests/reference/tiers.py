@@ -1,22 +1,23 @@
-"""Which cases of a parametrised test run by default, and which in the grid."""
+"""Which cases of a parametrised test run by default, which in the grid, and which only with the slow ones."""
 
 import pytest
 
 
-def sampled(cases, *default):
-    """The cases as parameters: those in `default` always run, the others with `pytest -m grid`.
+def sampled(cases, *default, others="grid"):
+    """The cases as parameters: those in `default` run wherever the test does, the others with `pytest -m grid`.
 
     Args:
       cases: the parameters of a test, as `pytest.mark.parametrize` takes them.
       default: the smallest choice of them that can break the equation.
+      others: the marker of the others. "slow" for a test that stands in the grid itself.
     """
     cases = list(cases)
     unknown = [case for case in default if case not in cases]
     if unknown or not default:
         raise ValueError(f"{unknown or 'nothing'} is to run by default; choose among {cases}")
-    return [case if case in default else _in_grid(case) for case in cases]
+    return [case if case in default else _marked(case, others) for case in cases]
 
 
-def _in_grid(case):
+def _marked(case, marker):
     values = case if isinstance(case, tuple) else (case,)
-    return pytest.param(*values, marks=pytest.mark.grid)
+    return pytest.param(*values, marks=getattr(pytest.mark, marker))

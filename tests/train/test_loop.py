@@ -114,7 +114,11 @@ def test_finished_run_is_reused(uninterrupted, text):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}], ids=["data8", "data2-fsdp4"])
+@pytest.mark.parametrize(
+    "mesh",
+    sampled([{"data": 8}, {"data": 2, "fsdp": 4}], {"data": 2, "fsdp": 4}, others="slow"),
+    ids=["data8", "data2-fsdp4"],
+)
 def test_meshes_train_alike(text, tmp_path, uninterrupted, mesh):
     """12 steps on eight devices give the losses of one device to 1e-4."""
     result = run(tiny_config(text, mesh=mesh), tmp_path)

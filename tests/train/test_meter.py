@@ -107,6 +107,7 @@ def between(log, first, last):
     return log[log.index(first) + 1 : log.index(last)]
 
 
+@pytest.mark.grid
 def test_only_log_steps_wait_and_know(text, tmp_path, waits):
     """No value of the device is read from step 2 to step 7, nor from 9 to 15; at the log steps 8 and 16 it is, and they
     alone have the speed. MFU is absent on a CPU, not 0, and the compiler's time stands once.

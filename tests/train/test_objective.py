@@ -36,7 +36,7 @@ def train_on(config, batch, steps):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS, "parallel", "recursive", "masks", others="slow"))
 def test_every_family_learns(kind):
     """40 steps on one batch take at least a quarter off every head's loss, in one program. Breaks if a family's
     gradient is cut anywhere."""
@@ -49,12 +49,17 @@ def test_every_family_learns(kind):
 @pytest.mark.grid
 @pytest.mark.parametrize(
     "name",
-    [
-        "sequential, chained behind the norm",
+    sampled(
+        [
+            "sequential, chained behind the norm",
+            "medusa, as published",
+            "parallel, mixed tap",
+            "masks, with LoRA and own ends",
+        ],
         "medusa, as published",
         "parallel, mixed tap",
-        "masks, with LoRA and own ends",
-    ],
+        others="slow",
+    ),
 )
 def test_families_shard(name):
     """The step on data 2 x fsdp 2 x tensor 2 = the step on one device, for parameters that parallel heads lack.
@@ -118,7 +123,10 @@ def test_keeping_every_token_is_the_plain_loss():
 
 @pytest.mark.grid
 @pytest.mark.parametrize(
-    "kind", sampled(["parallel", "sequential", "medusa", "masks, with LoRA and own ends"], "medusa")
+    "kind",
+    sampled(
+        ["parallel", "sequential", "medusa", "masks, with LoRA and own ends"], "medusa", "sequential", others="slow"
+    ),
 )
 def test_heads_alone_train(kind):
     """After steps with trainable = heads, everything else is bitwise what it was, and so are the next-token states;

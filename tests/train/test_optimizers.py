@@ -10,6 +10,7 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 from reference.stepping import batch_of, run
+from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
@@ -67,7 +68,7 @@ class Position:
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", sampled(SHARDED, "adafactor", "muon", others="slow"))
 def test_sharded_equals_unsharded(name):
     """step on 2 x 2 x 2 devices = step on one, and every leaf of the state comes back where it lay.
 
@@ -111,6 +112,7 @@ def bytes_of(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.grid
 def test_what_each_holds_in_memory():
     """Bytes of state over bytes of parameters: two moments, one, one and z, or a row and a column of each matrix, all
     of them split over the devices. Breaks if `state._like` gives up on factored moments, or with factored=False.
@@ -174,7 +176,7 @@ def options_of(name, **options):
     return OptimConfig(name=name, **plain | ({"muon_learning_rate": LR} if name == "muon" else {}) | options)
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", sampled(RATES, "adamw", "adafactor"))
 def test_weight_decay_by_path(name):
     """With zero gradients a step scales decayed parameters by 1 - lr * decay and leaves the others.
 
@@ -189,7 +191,7 @@ def test_weight_decay_by_path(name):
     np.testing.assert_array_equal(updates["embed"]["table"], 0)
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", sampled(RATES, "adamw", "muon"))
 def test_clipping_comes_first(name):
     """Two gradients, the first of norm 30: with clip_norm = 1 the updates are those of both scaled to norm 1.
 

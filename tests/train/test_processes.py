@@ -172,7 +172,7 @@ def one_process(stopped, text, tmp_path_factory):
     return history(workdir)
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(killed):
     """SIGKILL of process 1 ends process 0 within the heartbeat timeout, with a line that says so.
 

@@ -68,7 +68,7 @@ def test_loss_settings_change_nothing(one_device, gather):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sampled(KINDS, "sequential", "medusa", "masks", others="slow"))
 def test_families_on_a_mesh(kind):
     """The same equation for a step of every family, positions, parameters and vocabulary split.
 
