@@ -211,7 +211,7 @@ NAMED = (
         "convert/pickled.py",
         '        raise UserError(\n            f"{self._path} wants',
         '        return super().find_class(module, name)\n        raise UserError(\n            f"{self._path} wants',
-        "convert/test_bad_input.py",
+        "convert/test_files.py",
     ),
 )
 """The lines that the design names."""
@@ -309,10 +309,10 @@ OTHERS = (
         "decode/test_lookup.py",
     ),
     Mutation(
-        "top-p keeps one token too many",
+        "top-p drops the token that reaches p",
         "decode/sampling.py",
         "kept = (before < controls.top_p) & (probs > 0) | (rank == 0)",
-        "kept = (before <= controls.top_p) & (probs > 0) | (rank == 0)",
+        "kept = (before + probs < controls.top_p) & (probs > 0) | (rank == 0)",
         "decode/test_sampling.py",
     ),
     Mutation(
