@@ -165,6 +165,15 @@ class Config:
             f"{heads.num_future - 1} extra heads; 0 trains all of them",
         )
         require(
+            not heads.draft_vocab or heads.num_future > 1,
+            f"heads.draft_vocab={heads.draft_vocab} is for extra heads, and heads.num_future=1 has none; use 2 or more",
+        )
+        require(
+            heads.draft_vocab < model.vocab_size,
+            f"heads.draft_vocab={heads.draft_vocab} must be below model.vocab_size={model.vocab_size}; 0 drafts over "
+            "all tokens",
+        )
+        require(
             train.trainable == "all" or not loss.token_order,
             f"loss.token_order={loss.token_order} trains the model's own states; use train.trainable='all', or 0",
         )
@@ -223,6 +232,8 @@ def check_divisible(config: Config, width: int, tensor: int) -> None:
     for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
         value = getattr(model, name)
         require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
+    rows = config.heads.draft_vocab
+    require(rows % tensor == 0, f"heads.draft_vocab={rows} does not divide over mesh.tensor={tensor} devices")
     require(
         model.d_model % width == 0,
         f"model.d_model={model.d_model} does not divide over mesh.fsdp * mesh.context = {width} devices",

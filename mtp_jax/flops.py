@@ -100,14 +100,16 @@ def _beside(config: Config, batch_size: int, seq_len: int, computed: bool) -> in
 
 def _logits(config: Config, tokens: int, computed: bool) -> int:
     """The unembeddings of all heads, and that of the token order loss."""
-    one, M = 2 * tokens * config.model.vocab_size * config.model.d_model, config.heads.num_future
+    per_row, M = 2 * tokens * config.model.d_model, config.heads.num_future
+    whole = per_row * config.model.vocab_size
+    draft = per_row * config.heads.draft_vocab or whole
     first = extra = LEARNED.linear
     if config.train.trainable == "heads":
         own = config.heads.unembed == "own"
         first, extra = READ.linear, LEARNED.linear if own else THROUGH.linear
-    times = first + (M - 1) * extra + (LEARNED.linear if config.loss.token_order else 0)
     if computed and config.loss.entropy != "none":
-        times += M
+        first, extra = first + 1, extra + 1
     if computed and config.loss.distil != "none":
-        times += M - 1
-    return times * one
+        extra += 1
+    order = LEARNED.linear * whole if config.loss.token_order else 0
+    return first * whole + (M - 1) * extra * draft + order

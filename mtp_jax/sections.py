@@ -42,6 +42,10 @@ class HeadsConfig:
     """What stands before a head's unembedding: the model's final norm, one of its own, or nothing."""
     unembed: Literal["shared", "own"] = "shared"
     """The model's unembedding, or one per head, which starts as a copy of it."""
+    draft_vocab: int = 0
+    """Heads predict this many tokens only, those that the training text has most often (FR-Spec, arXiv:2502.14856;
+    `d2t` of EAGLE-3). Their unembedding, which is most of what a head costs, has that many rows. A target that is not
+    among them weighs nothing for a head. 0 is the whole vocabulary."""
     norm_plus_one: bool = False
     """Norms of the heads scale by 1 + w, as in the heads of Qwen3-Next; w starts at 0."""
     residual: bool = False
@@ -69,6 +73,7 @@ class HeadsConfig:
     def __post_init__(self) -> None:
         check_fields("heads", self)
         positive("heads", self, "num_future", "layers", "mask_stride")
+        require(self.draft_vocab >= 0, f"heads.draft_vocab={self.draft_vocab} is negative; 0 drafts over all tokens")
         require(self.lora_rank >= 0, f"heads.lora_rank={self.lora_rank} is negative; 0 switches it off")
         require(self.lora_alpha > 0, f"heads.lora_alpha={self.lora_alpha}; it must be above 0")
         self._belongs("layers", 1, (*BLOCK_FAMILIES, "medusa"))

@@ -32,6 +32,11 @@ def choose_form(config: Config, origin: Origin | None, form: str | None) -> str:
     if heads.num_future == 1 or form == "none":
         return ""
     came = origin.form if origin is not None else ""
+    if heads.draft_vocab:
+        raise UserError(
+            f"heads.draft_vocab={heads.draft_vocab}: no form that is written here holds heads over a part of the "
+            "vocabulary; use form 'none' to write the model without them"
+        )
     # What a record overruled when they came is in the record that goes with them.
     if came and form in (None, came) and (_as_it_came(config, origin) or not _misfit(forms.FORMS[came], config)):
         return came

@@ -82,6 +82,11 @@ def import_model(
         params = read_params(checkpoint, mesh, notify)
         if form is not None:
             heads = forms.preset(form, config.model, **(head_settings or {}))
+        if heads is not None and heads.draft_vocab:
+            raise UserError(
+                f"heads.draft_vocab={heads.draft_vocab} is chosen from training text, which an import has not; give it "
+                "to the run that trains the heads: train.init_from, train.init_heads='new'"
+            )
         if heads is not None:
             params = {name: tree for name, tree in params.items() if name != "heads"}
             config = dataclasses.replace(config, heads=heads)

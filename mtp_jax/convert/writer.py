@@ -152,7 +152,7 @@ def _read_back(entry: Architecture, raw: dict[str, Any]) -> ModelConfig | None:
 
 def _pieces(entry: Architecture, config: Config, params: Any) -> list[mapping.Piece]:
     """The trunk's pieces; every one of its parameters has one."""
-    trunk = {name: tree for name, tree in params.items() if name not in ("heads", "token_order")}
+    trunk = {name: tree for name, tree in params.items() if name not in ("heads", "draft_ids", "token_order")}
     pieces = mapping.expand(entry.slots(), mapping.shapes_of(trunk), config.model)
     _check_all_written(entry.model_type, pieces, trunk)
     return pieces

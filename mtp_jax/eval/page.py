@@ -100,12 +100,14 @@ def _share(rate: float, digits: int) -> str:
 
 
 def head_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
-    """One row per head: what it predicts, loss in nats, top-1 and top-5 accuracy."""
+    """One row per head: what it predicts, loss in nats, top-1 and top-5 accuracy, and with a draft vocabulary the share
+    of targets outside it."""
     means = evaluation.sums.means()
-    rows = zip(means["loss"], means["top1"], means["top5"], strict=True)
-    return [
-        (f"{m}", f"t+{m + 1}", f"{loss:.3f}", f"{top1:.1%}", f"{top5:.1%}") for m, (loss, top1, top5) in enumerate(rows)
-    ]
+    rows = []
+    for m, (loss, top1, top5) in enumerate(zip(means["loss"], means["top1"], means["top5"], strict=True)):
+        outside = f" ({means['outside'][m]:.1%} of targets cannot be drafted)" if m and "outside" in means else ""
+        rows.append((f"{m}", f"t+{m + 1}", f"{loss:.3f}{outside}", f"{top1:.1%}", f"{top5:.1%}"))
+    return rows
 
 
 HEAD_COLUMNS = ("head", "predicts", "loss (nats/token)", "top-1", "top-5")

@@ -71,7 +71,7 @@ def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
     spec = xent_spec(config, mesh)
 
     def residuals(learned: Any, rest: Any, batch: dict) -> Any:
-        targets = batch_targets(config, batch)
+        targets = batch_targets(config, learned | rest, batch)
         scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
         loss = lambda learned: total_loss(  # noqa: E731
             config, spec, learned | rest, batch, targets, targets.weights_MBT[0], scale_M

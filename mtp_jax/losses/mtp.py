@@ -13,6 +13,7 @@ that decides nothing in n.
 """
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,15 +38,19 @@ class HeadSums(NamedTuple):
     """Weight of the tokens whose target is among the five largest logits."""
     weight_M: jax.Array
     """Weight of all tokens."""
+    outside_M: jax.Array
+    """Weight of further tokens, whose target the head cannot predict: see `heads.draft_vocab`."""
 
     def means(self) -> dict[str, jax.Array]:
-        """`loss`, `top1` and `top5` of every head; 0 / 0 (a head without targets) is nan, not a made-up number."""
+        """`loss`, `top1` and `top5` of every head; 0 / 0 (a head without targets) is nan, not a made-up number.
+
+        With a draft vocabulary also `outside`, the share of targets that a head cannot predict. The loss is that of the
+        others; `top1` and `top5` are shares of all targets, as acceptance is.
+        """
+        all_M, found = self.weight_M + self.outside_M, bool(np.any(np.asarray(self.outside_M)))
         with np.errstate(invalid="ignore"):
-            return {
-                "loss": self.ce_M / self.weight_M,
-                "top1": self.correct_M / self.weight_M,
-                "top5": self.top5_M / self.weight_M,
-            }
+            means = {"loss": self.ce_M / self.weight_M, "top1": self.correct_M / all_M, "top5": self.top5_M / all_M}
+            return means | ({"outside": self.outside_M / all_M} if found else {})
 
 
 def head_scale(weight_sum_M: jax.Array, head_weights: tuple[float, ...] | jax.Array) -> jax.Array:
@@ -72,6 +77,8 @@ def mtp_loss(
     *,
     learn_MBT: jax.Array | None = None,
     frozen: bool = False,
+    own: bool | None = None,
+    teacher_table: jax.Array | None = None,
     skip: bool = True,
 ) -> tuple[jax.Array, HeadSums]:
     """This micro-batch's share of the loss, and its sums for reporting.
@@ -81,7 +88,7 @@ def mtp_loss(
 
     Args:
       hidden_MBTD: final-normed states of every head.
-      tables: the unembedding [V, D], or one per head.
+      tables: the unembedding [V, D], or one per head. Heads whose table is the same array go through one loop.
       targets_MBT: target ids.
       weights_MBT: token weights, 0 where there is nothing to learn.
       scale_M: `head_scale` of the whole batch.
@@ -91,22 +98,26 @@ def mtp_loss(
       skip: leave tokens without weight out of the logits. Without it their number is fixed, which is easier to reason
         about for a compiler.
       frozen: only the extra heads learn: no gradient for head 0's states, nor for an unembedding shared with it.
+      own: whether the extra heads' tables are theirs; by default they are where there is one per head. Rows of head 0's
+        table, for a draft vocabulary, are not.
+      teacher_table: head 0's unembedding for the tokens that the extra heads predict, where those are a part of all.
 
     Returns:
       The scalar to differentiate, and the per-head sums (no gradient).
     """
     _check(hidden_MBTD, tables, targets_MBT, weights_MBT, scale_M, impl)
+    own = isinstance(tables, tuple) if own is None else own
     wanted_MBT = _wanted(weights_MBT, learn_MBT) if skip else None
     scaled_MBT = (weights_MBT if learn_MBT is None else learn_MBT) * scale_M[:, None, None]
     parts = []
-    for heads in _parts(len(hidden_MBTD), isinstance(tables, tuple), bool(spec.mix) or frozen):
+    for heads in _parts(len(hidden_MBTD), tables, bool(spec.mix) or frozen):
         first, table = heads.start, tables[heads.start] if isinstance(tables, tuple) else tables
-        still = frozen and (not first or not isinstance(tables, tuple))
+        still = frozen and not (first and own)
         options = dataclasses.replace(spec, mix=spec.mix if first else 0.0, learn_table=not still)
         hidden = jax.lax.stop_gradient(hidden_MBTD[heads]) if frozen and not first else hidden_MBTD[heads]
         table = jax.lax.stop_gradient(table) if still else table
         wanted = None if wanted_MBT is None else wanted_MBT[heads]
-        teacher = _teacher(hidden_MBTD[0], tables, heads) if options.mix else None
+        teacher = _teacher(hidden_MBTD[0], tables, teacher_table, heads) if options.mix else None
         parts.append(XENT[impl](hidden, table, targets_MBT[heads], scaled_MBT[heads], options, teacher, wanted))
     join = lambda field: jnp.concatenate([getattr(part, field) for part in parts])  # noqa: E731
     ce_MBT, rank_MBT = join("ce_MBT"), join("rank_MBT")
@@ -114,7 +125,8 @@ def mtp_loss(
     def total(x_MBT: jax.Array) -> jax.Array:
         return jnp.sum(weights_MBT * x_MBT, axis=(1, 2))
 
-    sums = HeadSums(total(ce_MBT), total(rank_MBT == 1), total(rank_MBT <= 5), jnp.sum(weights_MBT, (1, 2)))
+    weight_M = jnp.sum(weights_MBT, (1, 2))
+    sums = HeadSums(total(ce_MBT), total(rank_MBT == 1), total(rank_MBT <= 5), weight_M, jnp.zeros_like(weight_M))
     return sum(part.loss for part in parts), sums
 
 
@@ -146,14 +158,17 @@ def _check(hidden_MBTD: Any, tables: Any, targets_MBT: Any, weights_MBT: Any, sc
         raise UserError(f"mtp_loss: impl={impl!r}; choose one of {', '.join(XENT)}")
 
 
-def _parts(M: int, own_tables: bool, apart: bool) -> list[slice]:
-    """Heads that go through the cross-entropy together: all of them, unless head 0 is another case than the others."""
-    if own_tables:
-        return [slice(m, m + 1) for m in range(M)]
-    return [slice(0, 1), slice(1, M)] if apart and M > 1 else [slice(0, M)]
+def _parts(M: int, tables: Any, apart: bool) -> list[slice]:
+    """Heads that go through the cross-entropy together: neighbours with one table, head 0 by itself where it is another
+    case than the others."""
+    same = lambda m: not isinstance(tables, tuple) or tables[m] is tables[m - 1]  # noqa: E731
+    cuts = [0, *(m for m in range(1, M) if not same(m) or (apart and m == 1)), M]
+    return [slice(first, last) for first, last in itertools.pairwise(cuts)]
 
 
-def _teacher(hidden_BTD: jax.Array, tables: jax.Array | tuple[jax.Array, ...], heads: slice) -> Teacher:
+def _teacher(hidden_BTD: jax.Array, tables: Any, table: jax.Array | None, heads: slice) -> Teacher:
     """Head 0's states m positions ahead, for every head m of the slice; zeros beyond the row, where no target is."""
     states = [ahead(hidden_BTD, m) for m in range(heads.start, heads.stop)]
-    return Teacher(jnp.stack(states), tables[0] if isinstance(tables, tuple) else tables)
+    if table is None:
+        table = tables[0] if isinstance(tables, tuple) else tables
+    return Teacher(jnp.stack(states), table)

@@ -48,6 +48,26 @@ def make_targets(
     return jnp.stack(targets).astype(jnp.int32), jnp.stack(keeps).astype(jnp.float32)
 
 
+def draft_targets(
+    targets_MBT: jax.Array, weights_MBT: jax.Array, place_V: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Targets and weights where the extra heads predict a part of the vocabulary only.
+
+    Args:
+      targets_MBT: token ids; those of head 0 stay as they are.
+      weights_MBT: their weights.
+      place_V: where each token stands in the draft vocabulary, `count` or more where it does not.
+      count: N, tokens of the draft vocabulary.
+
+    Returns:
+      targets_MBT, for extra heads as places in the draft vocabulary, and weights_MBT, 0 where the target is not in it.
+    """
+    place_MBT = place_V[targets_MBT[1:]]
+    there_MBT = place_MBT < count
+    targets_MBT = jnp.concatenate([targets_MBT[:1], jnp.where(there_MBT, place_MBT, 0)])
+    return targets_MBT, jnp.concatenate([weights_MBT[:1], weights_MBT[1:] * there_MBT])
+
+
 def ahead(x_BT: jax.Array, offset: int) -> jax.Array:
     """x[b, t + offset] at [b, t], zeros beyond the row; further axes stay as they are."""
     offset = min(offset, x_BT.shape[1])

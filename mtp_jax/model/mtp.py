@@ -25,9 +25,16 @@ Params = dict[str, Any]
 
 
 def init_boxed(config: Config, key: jax.Array, given: Params | None = None) -> Params:
-    """Parameters boxed with their logical axis names; `sharding.py` reads the names from its abstract evaluation."""
+    """Parameters boxed with their logical axis names; `sharding.py` reads the names from its abstract evaluation.
+
+    `draft_ids` [N] are the tokens that the extra heads predict, with `heads.draft_vocab` = N: whole numbers, which no
+    step changes. A run gives those that its text has most often; without them they are the first N.
+    """
     lm_key, heads_key, order_key = *jax.random.split(key), jax.random.fold_in(key, 2)
     given, params = given or {}, lm.init(config.model, lm_key)
+    if config.heads.draft_vocab:
+        ids_N = jnp.arange(config.heads.draft_vocab, dtype=jnp.int32)
+        params["draft_ids"] = nn.LogicallyPartitioned(ids_N, (None,))
     params |= {name: _filled(params[name], given[name]) for name in params.keys() & given.keys()}
     if config.heads.num_future > 1:
         fresh = heads.init(config, heads_key, params)
@@ -121,10 +128,13 @@ def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> 
 
 
 def unembeddings(config: Config, params: Params) -> jax.Array | tuple[jax.Array, ...]:
-    """The [V, D] table that turns states into logits, or one per head where heads have their own."""
+    """The [V, D] table that turns states into logits, or one per head where heads have another one: their own, or, one
+    and the same for all of them, the rows of a draft vocabulary."""
     table_VD = lm.unembedding(params)
-    if config.heads.unembed == "shared" or "heads" not in params:
+    if "heads" not in params or (config.heads.unembed == "shared" and not config.heads.draft_vocab):
         return table_VD
+    if config.heads.unembed == "shared":
+        return (table_VD, *(base.draft_rows(table_VD, params["draft_ids"]),) * (config.heads.num_future - 1))
     own = params["heads"]["unembed"]["table"]
     return (table_VD, *(own[base.set_of(config, m)] for m in range(1, config.heads.num_future)))
 
@@ -134,7 +144,17 @@ def logits(config: Config, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
     tables = unembeddings(config, params)
     if not isinstance(tables, tuple):
         return lm.project(config.model, tables, hidden_MBTD)
-    return jnp.stack([lm.project(config.model, *pair) for pair in zip(tables, hidden_MBTD, strict=True)])
+    each = [lm.project(config.model, *pair) for pair in zip(tables, hidden_MBTD, strict=True)]
+    if config.heads.draft_vocab:
+        place_V = base.draft_places(config, params["draft_ids"])
+        each[1:] = [over_vocabulary(z_BTN, place_V) for z_BTN in each[1:]]
+    return jnp.stack(each)
+
+
+def over_vocabulary(logits: jax.Array, place_V: jax.Array) -> jax.Array:
+    """Logits [..., N] of a draft vocabulary as logits [..., V], -inf for a token that is not in it."""
+    padded = jnp.pad(logits, (*[(0, 0)] * (logits.ndim - 1), (0, 1)), constant_values=-jnp.inf)
+    return padded[..., place_V]
 
 
 def count_params(config: Config) -> int:
@@ -149,18 +169,23 @@ def decode_view(config: Config, params: Params, replace: lm.Replace = lm.changed
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
         # What multiplies in float32 in training does so here too.
-        if path[-1].key in ("scale", "bias", "tap_mix") or leaf.dtype == config.model.dtype:
+        if path[-1].key in ("scale", "bias", "tap_mix", "draft_ids") or leaf.dtype == config.model.dtype:
             return leaf
         return replace(to_compute, leaf)
 
     params = with_constants(config, jax.tree_util.tree_map_with_path(cast, params))
-    view = {name: tree for name, tree in params.items() if name != "token_order"}
+    view = {name: tree for name, tree in params.items() if name not in ("token_order", "draft_ids")}
+    draft = {}
+    if config.heads.draft_vocab and "heads" in params:
+        draft["draft_place"] = base.draft_places(config, params["draft_ids"])
+        if config.heads.unembed == "shared":
+            draft["draft_table_DN"] = base.draft_rows(lm.unembedding(params), params["draft_ids"]).T
     view["blocks"] = lm.unstack(params["blocks"], replace)
     if "unembed" in view:
         # Products with few rows read it faster this way round on a CPU.
         view["unembed"] = {"table_DV": replace(jnp.transpose, view["unembed"]["table"])}
     if "heads" in params:
-        view["heads"] = base.unstack(config, params["heads"], replace)
+        view["heads"] = base.unstack(config, params["heads"], replace) | draft
     return view
 
 
@@ -246,11 +271,15 @@ def draft_logits(config: Config, params: Params, states_BPD: jax.Array, first: i
     else:
         ends = [base.end_norm(config, params, states_BPD[:, i], norms[set_]) for i, set_ in enumerate(which)]
         hidden_BPD = jnp.stack(ends, axis=1)
-    if config.heads.unembed == "shared":
-        return lm.logits(config.model, params, hidden_BPD)
     hidden_BPD = lm.scaled(config.model, hidden_BPD)
-    own = [lm.project(config.model, heads["unembed"][set_]["table"], hidden_BPD[:, i]) for i, set_ in enumerate(which)]
-    return jnp.stack(own, axis=1)
+    if config.heads.unembed == "shared":
+        table_VD = heads["draft_table_DN"].T if config.heads.draft_vocab else lm.unembedding(params)
+        logits_BPV = lm.project(config.model, table_VD, hidden_BPD)
+    else:
+        tables = [heads["unembed"][set_]["table"] for set_ in which]
+        own = [lm.project(config.model, table_VD, hidden_BPD[:, i]) for i, table_VD in enumerate(tables)]
+        logits_BPV = jnp.stack(own, axis=1)
+    return over_vocabulary(logits_BPV, heads["draft_place"]) if config.heads.draft_vocab else logits_BPV
 
 
 def init_caches(config: Config, batch: int, slots: int) -> tuple[LayerCache, ...]:

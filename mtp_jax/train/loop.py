@@ -21,6 +21,7 @@ from mtp_jax import sharding
 from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.compiled import kept_compiled
 from mtp_jax.config import Config, to_json
+from mtp_jax.data.draft_vocab import DraftVocab
 from mtp_jax.data.loader import heldout_batches, train_batches
 from mtp_jax.data.sources import is_inside
 from mtp_jax.data.store import Corpus
@@ -125,9 +126,13 @@ def _first_state(config: Config, steps: Steps, opening: Opening, console: RunCon
     """What was restored, or random parameters but for those that the run starts from; and the step of it."""
     if opening.restored is not None:
         return opening.restored.state, opening.restored.step
-    key, settings = jax.random.key(config.train.seed), config.train
-    if opening.start is not None:
-        return steps.init(key, opening.start), 0
+    key, settings, given = jax.random.key(config.train.seed), config.train, dict(opening.start or {})
+    if config.heads.draft_vocab and "draft_ids" not in given:
+        vocab = DraftVocab.of(opening.corpus.train, config.heads.draft_vocab, config.model.vocab_size)
+        console.note(vocab.describe(opening.corpus.heldout))
+        given["draft_ids"] = vocab.ids
+    if given:
+        return steps.init(key, given), 0
     if settings.trainable == "heads":
         console.note("train.trainable=heads without train.init_from: the heads learn from a model of random parameters")
     return steps.init(key), 0

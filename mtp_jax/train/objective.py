@@ -18,9 +18,10 @@ from mtp_jax.losses.logits import default_chunk_bytes
 from mtp_jax.losses.mtp import XENT, HeadSums, mtp_loss
 from mtp_jax.losses.order import order_targets
 from mtp_jax.losses.schedules import HeadSchedule
-from mtp_jax.losses.targets import make_targets
+from mtp_jax.losses.targets import draft_targets, make_targets
 from mtp_jax.losses.xent import XentSpec, token_entropy
 from mtp_jax.model import mtp
+from mtp_jax.model.heads.base import draft_places, draft_rows
 
 Batch = dict[str, jax.Array]
 
@@ -63,15 +64,29 @@ class Targets(NamedTuple):
 
     ids_MBT: jax.Array
     weights_MBT: jax.Array
+    outside_MBT: jax.Array | None = None
+    """Weights of targets that the heads cannot predict; None without a draft vocabulary."""
 
 
-def batch_targets(config: Config, batch: Batch) -> Targets:
-    """Targets of every head; those inside a prompt weigh nothing."""
+def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
+    """Targets of every head; those inside a prompt weigh nothing, nor those outside a draft vocabulary.
+
+    Args:
+      config: the run's config.
+      params: parameters, for `draft_ids`.
+      batch: the batch.
+    """
     prompt = config.data.prompt_tokens
     learn_BT = batch["positions"] >= prompt if prompt else None
     targets = Targets(*make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future, learn_BT))
     trained_MBT = mtp.trained(config, inputs(config, batch), batch["segment_ids"])
-    return targets if trained_MBT is None else targets._replace(weights_MBT=targets.weights_MBT * trained_MBT)
+    if trained_MBT is not None:
+        targets = targets._replace(weights_MBT=targets.weights_MBT * trained_MBT)
+    if not config.heads.draft_vocab:
+        return targets
+    place_V = draft_places(config, params["draft_ids"])
+    ids_MBT, weights_MBT = draft_targets(*targets[:2], place_V, config.heads.draft_vocab)
+    return Targets(ids_MBT, weights_MBT, targets.weights_MBT - weights_MBT)
 
 
 def inputs(config: Config, batch: Batch) -> jax.Array:
@@ -97,28 +112,34 @@ def _hidden(config: Config, spec: XentSpec, params: dict, batch: Batch) -> jax.A
 def _heads_loss(
     config: Config, spec: XentSpec, params: dict, hidden_MBTD: jax.Array, targets: Targets, scale_M: jax.Array
 ) -> tuple[jax.Array, HeadSums]:
-    tables, loss, learn_MBT = mtp.unembeddings(config, params), config.loss, None
-    if loss.entropy != "none":
+    tables, settings, learn_MBT = mtp.unembeddings(config, params), config.loss, None
+    if settings.entropy != "none":
         options = EntropyWeights(
-            loss.entropy,
-            loss.entropy_fraction,
-            loss.entropy_source,
-            loss.entropy_normaliser,
-            loss.entropy_temperature,
+            settings.entropy,
+            settings.entropy_fraction,
+            settings.entropy_source,
+            settings.entropy_normaliser,
+            settings.entropy_temperature,
         )
         learn_MBT = entropy_weights(options, _entropies(hidden_MBTD, tables, spec), targets.weights_MBT)
-    return mtp_loss(
+    own, draft = config.heads.unembed == "own", config.heads.draft_vocab > 0
+    loss, sums = mtp_loss(
         hidden_MBTD,
         tables,
         targets.ids_MBT,
         targets.weights_MBT,
         scale_M,
         spec,
-        loss.impl,
+        settings.impl,
         learn_MBT=learn_MBT,
         frozen=config.train.trainable == "heads",
-        skip=loss.skip,
+        own=own,
+        teacher_table=draft_rows(tables[0], params["draft_ids"]) if draft else None,
+        skip=settings.skip,
     )
+    if targets.outside_MBT is not None:
+        sums = sums._replace(outside_M=jnp.sum(targets.outside_MBT, axis=(1, 2)))
+    return loss, sums
 
 
 def _entropies(hidden_MBTD: jax.Array, tables: jax.Array | tuple[jax.Array, ...], spec: XentSpec) -> jax.Array:

@@ -13,6 +13,8 @@ FREE = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
 """Settings of the model that may change: how it is computed, and for how long rows."""
 AUXILIARY = ("token_order",)
 """Parameters that serve training only."""
+OF_HEADS = ("heads", "draft_ids")
+"""Parameters that go with the heads."""
 
 
 def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config:
@@ -108,7 +110,7 @@ def parameters_to_start_from(
     wanted = {
         name: tree
         for name, tree in abstract_params.items()
-        if name not in AUXILIARY and (name != "heads" or settings.init_heads == "same")
+        if name not in AUXILIARY and (name not in OF_HEADS or settings.init_heads == "same")
     }
     params, step = restore_params(source, wanted, notify=notify)
     notify(f"starting from {source}, step {step}" + (", heads too" if "heads" in params else ""))

@@ -23,9 +23,9 @@ class TrainState(NamedTuple):
 
 def split_params(config: Config, params: Any) -> tuple[Any, Any]:
     """Parameters (or anything of their structure) as those that train and the rest."""
-    if config.train.trainable == "all":
-        return params, {}
-    return {"heads": params["heads"]}, {name: tree for name, tree in params.items() if name != "heads"}
+    learns = lambda name: name != "draft_ids" and (config.train.trainable == "all" or name == "heads")  # noqa: E731
+    learned = {name: tree for name, tree in params.items() if learns(name)}
+    return learned, {name: tree for name, tree in params.items() if name not in learned}
 
 
 def init_state(

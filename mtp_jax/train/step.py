@@ -59,7 +59,7 @@ def train_step(
     Returns:
       The next state and the step's metrics, those of the parameters at which the gradient was taken.
     """
-    targets = batch_targets(config, batch)
+    targets = batch_targets(config, state.params, batch)
     w_M = head_weights(head_schedule(config), state.step)
     scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
     order_BT = _order_weights(targets.weights_MBT[0])
@@ -108,7 +108,7 @@ def _split(whole: tuple, count: int) -> tuple:
 
 def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> HeadSums:
     """Sums over a held-out batch; rows of padding (segment 0) count nothing."""
-    targets, scale_M = batch_targets(config, batch), jnp.ones((config.heads.num_future,), jnp.float32)
+    targets, scale_M = batch_targets(config, params, batch), jnp.ones((config.heads.num_future,), jnp.float32)
     return loss_sums(config, spec, params, batch, targets, scale_M)[1]
 
 

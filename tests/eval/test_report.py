@@ -30,13 +30,13 @@ def direct_sums(lm, rows):
             pieces.append(row["tokens"][row["segment_ids"] == segment])
     T = max(map(len, pieces))
     logits_MBTV = np.asarray(lm.logits(np.stack([np.pad(p, (0, T - len(p))) for p in pieces])), np.float64)
-    M, sums = logits_MBTV.shape[0], np.zeros((4, logits_MBTV.shape[0]))
+    M, sums = logits_MBTV.shape[0], np.zeros((5, logits_MBTV.shape[0]))
     for m, (b, piece) in ((m, item) for m in range(M) for item in enumerate(pieces)):
         for t in range(len(piece) - 1 - m):
             z_V, target = logits_MBTV[m, b, t], piece[t + 1 + m]
             above = np.sum(z_V > z_V[target])
             ce = np.log(np.sum(np.exp(z_V - z_V.max()))) + z_V.max() - z_V[target]
-            sums[:, m] += ce, above == 0, above < 5, 1
+            sums[:, m] += ce, above == 0, above < 5, 1, 0
     return HeadSums(*sums)
 
 
@@ -146,7 +146,7 @@ def test_no_drafts_by_config():
 def test_what_is_undefined_is_null():
     """Outputs shorter than a 4-gram have no distinct ratio, and a head without targets no loss: null, not NaN."""
     result = evaluation()
-    nothing = HeadSums(*(np.array([1.0, 1, 1, 0]) * np.asarray(part) for part in result.sums))
+    nothing = HeadSums(*(np.array([1.0, 1, 1, 0, 0]) * np.asarray(part) for part in result.sums))
     with np.errstate(invalid="ignore"):
         values = dataclasses.replace(result, distinct=math.nan, sums=nothing).as_json()
     json.dumps(values, allow_nan=False)

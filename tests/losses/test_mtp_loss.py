@@ -161,7 +161,7 @@ def test_sums_and_means_by_hand():
     _, sums = mtp_loss(hidden_MBTD, table_VD, targets_MBT, weights_MBT, jnp.ones(1), SPEC)
     ce = [np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, (0, 1, 4, 5), strict=True)]
     ce_sum = ce[0] + 2 * ce[1] + 4 * ce[2] + 8 * ce[3]
-    expected = HeadSums(*([value] for value in (ce_sum, 1.0, 7.0, 15.0)))
+    expected = HeadSums(*([value] for value in (ce_sum, 1.0, 7.0, 15.0, 0.0)))
     for actual, wanted in zip(sums, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-6)
     means = sums.means()

@@ -89,7 +89,8 @@ def assert_close(actual, expected):
     """To 1e-5; bfloat16 to 2 % of the largest value, 5 roundings, because the two programs round at other places."""
     tolerance = 1e-5 if expected.dtype == np.float32 else 0.02
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    largest = np.abs(expected[np.isfinite(expected)]).max()  # tokens that a head does not draft have logits of -inf
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.grid

@@ -9,6 +9,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
+from reference.models import draft_ids
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
@@ -49,7 +50,7 @@ def loud_params(config, seed=0):
             return jnp.asarray(rng.uniform(0.7, 1.3, leaf.shape), leaf.dtype)
         return jnp.asarray(rng.standard_normal(leaf.shape) * 3 * config.model.d_model**-0.5, leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, abstract)
+    return jax.tree_util.tree_map_with_path(draw, abstract) | draft_ids(config, seed)
 
 
 @functools.cache

@@ -64,8 +64,14 @@ def random_params(config, seed=0):
         scale = 0.5 * leaf.shape[-2] ** -0.5 if leaf.shape[-1] > 1 and len(leaf.shape) > 2 else 0.3
         return jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype)
 
-    params = jax.tree.map(draw, abstract)
+    params = jax.tree.map(draw, abstract) | draft_ids(config, seed)
     return jax.tree_util.tree_map_with_path(lambda path, x: x + ("norm" in str(path)), params)
+
+
+def draft_ids(config, seed=0):
+    """`params["draft_ids"]`: a random part of the vocabulary, in no order; nothing where heads draft over all of it."""
+    V, N = config.model.vocab_size, config.heads.draft_vocab
+    return {"draft_ids": jnp.asarray(np.random.default_rng(seed).permutation(V)[:N], jnp.int32)} if N else {}
 
 
 def rows(*documents, length):

@@ -210,7 +210,7 @@ def test_prompts_are_context_only():
     config = tiny_config(data={"prompt_tokens": 2})
     tokens_BT, positions_BT, segments_BT = rows([1, 2, 3, 4], [5, 6, 7], length=8)
     batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": segments_BT}
-    targets = objective.batch_targets(config, batch)
+    targets = objective.batch_targets(config, {}, batch)
     assert targets.weights_MBT[:, 0].tolist() == [
         [0, 1, 1, 0, 0, 1, 0, 0],
         [1, 1, 0, 0, 1, 0, 0, 0],
@@ -226,7 +226,7 @@ def test_teacherless_inputs():
     tokens_BT, positions_BT, segments_BT = rows([1, 2, 3, 4], [5, 6, 7], length=8)
     batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": segments_BT}
     assert objective.inputs(config, batch)[0].tolist() == [1, 2, 9, 9, 5, 6, 9, 0]
-    assert objective.batch_targets(config, batch).ids_MBT[0, 0].tolist()[1:3] == [3, 4]
+    assert objective.batch_targets(config, {}, batch).ids_MBT[0, 0].tolist()[1:3] == [3, 4]
 
 
 @pytest.mark.grid

@@ -208,7 +208,8 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
     # Masks run through the model's own blocks in the same pass; their LoRA factors serve all of them.
     sets = {"recursive": heads, "anticausal": 1, "masks": 1}.get(kind, heads / (config.heads.num_future - 1))
     own = sets * _count(params["heads"])
-    tables = 0 if config.heads.unembed == "own" else (heads if chained else 1) * table
+    draft_table = config.heads.draft_vocab * c.d_model or table
+    tables = 0 if config.heads.unembed == "own" else (heads if chained else 1) * draft_table
     slots = jax.eval_shape(lambda: FAMILIES[kind].init_cache(config, batch, 1, heads))
     caches = live * sum(_count(cache) / cache.slots for cache in _layer_caches(slots))
     return plain, plain + size * (own + tables + caches)

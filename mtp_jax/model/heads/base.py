@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.axes import LAYERS
+from mtp_jax.axes import EMBED, LAYERS, VOCAB
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.model import lm
 from mtp_jax.model.cache import LayerCache, init_cache
@@ -100,12 +100,28 @@ def init_ends(config: Config, trunk: Params) -> Params:
         ends["norm"] = init_norms(config)
     if config.heads.unembed == "own":
         box = trunk["unembed" if "unembed" in trunk else "embed"]["table"]
-        table_MVD = jnp.repeat(box.value[None], count, axis=0)
+        table_VD = draft_rows(box.value, trunk["draft_ids"].value) if config.heads.draft_vocab else box.value
+        table_MVD = jnp.repeat(table_VD[None], count, axis=0)
         ends["unembed"] = {"table": nn.LogicallyPartitioned(table_MVD, (LAYERS, *box.names))}
     if config.heads.tap_mix:
         mix = jnp.zeros((c.num_layers + 1,), jnp.dtype(c.param_dtype))
         ends["tap_mix"] = nn.LogicallyPartitioned(mix, (LAYERS,))
     return ends
+
+
+def draft_rows(table_VD: jax.Array, draft_ids_N: jax.Array) -> jax.Array:
+    """The rows [N, D] of an unembedding that belong to a draft vocabulary, split over devices like all of them."""
+    # Whole rows are looked up, for the reason that `lm.embed` has.
+    table_VD = nn.with_logical_constraint(table_VD, (VOCAB, None))
+    return nn.with_logical_constraint(table_VD[draft_ids_N], (VOCAB, EMBED))
+
+
+def draft_places(config: Config, draft_ids_N: jax.Array) -> jax.Array:
+    """Where each token of the vocabulary stands in the draft vocabulary, int32 [V]; N where it does not."""
+    count = config.heads.draft_vocab
+    return (
+        jnp.full((config.model.vocab_size,), count, jnp.int32).at[draft_ids_N].set(jnp.arange(count, dtype=jnp.int32))
+    )
 
 
 def init_blocks(config: Config, key: jax.Array, trunk: Params) -> Params:

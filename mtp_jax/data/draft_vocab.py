@@ -1,0 +1,53 @@
+"""Which tokens heads draft: those that the training text has most often."""
+
+import dataclasses
+
+import numpy as np
+
+from mtp_jax.data.pack import PackedRows
+
+BLOCK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftVocab:
+    """The tokens that heads draft (FR-Spec, Zhao et al. 2025, arXiv:2502.14856)."""
+
+    ids: np.ndarray
+    """Token ids, int32 [N], ascending."""
+    vocab_size: int
+    covers: float
+    """Share of the training tokens that are among them."""
+
+    @classmethod
+    def of(cls, rows: PackedRows, count: int, vocab_size: int) -> "DraftVocab":
+        """The `count` most frequent tokens of a training text; of equally frequent ones the lower ids.
+
+        Args:
+          rows: the text. Every process counts all of it, and finds the same.
+          count: N.
+          vocab_size: V.
+        """
+        counts_V = token_counts(rows.tokens, vocab_size)
+        ids_N = np.sort(np.argsort(-counts_V, kind="stable")[:count]).astype(np.int32)
+        return cls(ids_N, vocab_size, float(counts_V[ids_N].sum() / counts_V.sum()))
+
+    def share_of(self, rows: PackedRows) -> float:
+        """Share of a text's tokens that are among them."""
+        counts_V = token_counts(rows.tokens, self.vocab_size)
+        return float(counts_V[self.ids].sum() / counts_V.sum())
+
+    def describe(self, heldout: PackedRows) -> str:
+        """A line for the console."""
+        return (
+            f"heads draft over {len(self.ids):,} of {self.vocab_size:,} tokens, which are {self.covers:.1%} of the "
+            f"training text and {self.share_of(heldout):.1%} of the held-out text"
+        )
+
+
+def token_counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each token stands in a flat stream, which may be larger than memory; int64 [V]."""
+    counts_V = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(tokens), BLOCK):
+        counts_V += np.bincount(tokens[start : start + BLOCK], minlength=vocab_size)
+    return counts_V
