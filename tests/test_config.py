@@ -57,7 +57,7 @@ def configs(draw):
     )
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(configs())
 def test_json_round_trip(config):
     """from_json(to_json(c)) = c, hash included, and differences(c, c') = [].
@@ -260,6 +260,7 @@ REFUSED = [
     ),
     (lambda: LossConfig(teacherless=-2), "loss.teacherless=-2; give a token id, or -1 to switch it off"),
     (lambda: HeadsConfig(lora_rank=-1), "heads.lora_rank=-1 is negative"),
+    (lambda: HeadsConfig(draft_vocab=-1), "heads.draft_vocab=-1 is negative"),
     (lambda: HeadsConfig(lora_alpha=0.0), "heads.lora_alpha=0.0; it must be above 0"),
     (lambda: HeadsConfig(kind="linear", layers=2), "heads.layers=2 means nothing to heads.kind='linear'; it belongs"),
     (lambda: HeadsConfig(residual=True), "heads.residual=True means nothing to heads.kind='parallel'"),

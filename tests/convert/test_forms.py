@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from reference.head_files import (
     CASES,
     MANIFESTS,
@@ -25,8 +26,6 @@ from reference.head_files import (
     quiet,
 )
 from reference.tiers import sampled
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
-from transformers.modeling_layers import MtpModel
 
 from mtp_jax.convert.importer import import_model
 from mtp_jax.loading import LoadedModel
@@ -133,10 +132,10 @@ def test_written_names_and_settings(made, trunk, tmp_path, name):
     assert said["reads_state_of_layer"] == (L if said["reads_after_final_norm"] else L - 1)
 
 
-class LlamaWithHeads(LlamaForCausalLM):
-    """As the families that come with heads: what belongs to those is no surprise."""
-
-    _keys_to_ignore_on_load_unexpected = (r"mtp\..*", r"model\.layers\.[3-9]\..*")
+def llama_with_heads():
+    """Llama as the families that come with heads: what belongs to those is no surprise."""
+    surprises = {"_keys_to_ignore_on_load_unexpected": (r"mtp\..*", r"model\.layers\.[3-9]\..*")}
+    return type("LlamaWithHeads", (transformers.LlamaForCausalLM,), surprises)
 
 
 @pytest.mark.parametrize("name", sampled(["mtp", "mtp, hidden first", "deepseek"], "mtp, hidden first"))
@@ -148,8 +147,8 @@ def test_transformers_reads_what_we_write(made, tmp_path, name):
     if form == "deepseek":  # to its own family this is the name of the field
         raw = json.loads((out / "config.json").read_text())
         (out / "config.json").write_text(json.dumps(raw | {"num_mtp_layers": raw["num_nextn_predict_layers"]}))
-    trunk = LlamaWithHeads.from_pretrained(out, attn_implementation="eager")
-    heads, tokens_BT = MtpModel.from_pretrained(trunk), torch.tensor(TOKENS_BT)
+    trunk = llama_with_heads().from_pretrained(out, attn_implementation="eager")
+    heads, tokens_BT = transformers.modeling_layers.MtpModel.from_pretrained(trunk), torch.tensor(TOKENS_BT)
     logits_MBTV = np.asarray(lm.logits(TOKENS_BT))
     with torch.no_grad():
         hidden_BTD = trunk(tokens_BT, output_hidden_states=True).hidden_states[-1]
@@ -274,7 +273,7 @@ def test_every_trunk_reads_its_own_heads(tmp_path):
     that knows Llama's names alone."""
     fields = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "vocab_size": V, "hidden_size": 32}
     fields |= {"num_hidden_layers": L, "num_attention_heads": 4, "intermediate_size": 48}
-    GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(fields)).save_pretrained(tmp_path / "trunk")
+    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig.from_dict(fields)).save_pretrained(tmp_path / "trunk")
     import_model(tmp_path / "trunk", tmp_path / "ours", form="caft", head_settings={"num_future": 3}, notify=quiet)
     ours = load(tmp_path / "ours")
     out = export(ours, tmp_path / "out", form="caft")

@@ -5,8 +5,6 @@ import collections
 import pytest
 import torch
 import transformers
-from transformers.generation.candidate_generator import MTPCandidateGenerator
-from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 import mtp_jax
 
@@ -17,16 +15,17 @@ NEW = 60
 @pytest.fixture
 def served(trained, tmp_path, monkeypatch):
     """Our model in transformers, with the one line that its class needs, and the numbers of drafts that it accepts."""
-    monkeypatch.setattr(Qwen3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
+    generator = transformers.generation.candidate_generator.MTPCandidateGenerator
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
     assert mtp_jax.export_model(mtp_jax.load(trained), tmp_path / "out", notify=str) == "mtp"
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    accepted, candidates = [], MTPCandidateGenerator.get_candidates
+    accepted, candidates = [], generator.get_candidates
 
     def spy(self, input_ids, model_kwargs, model_outputs, is_first_iteration, n_last_matches, **others):
         accepted.append(int(n_last_matches))
         return candidates(self, input_ids, model_kwargs, model_outputs, is_first_iteration, n_last_matches, **others)
 
-    monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", spy)
+    monkeypatch.setattr(generator, "get_candidates", spy)
     return model, accepted
 
 

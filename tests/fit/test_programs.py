@@ -64,6 +64,7 @@ def test_argument_bytes_are_those_of_the_shards(step):
     assert told.fits
 
 
+@pytest.mark.grid
 def test_donated_results_are_counted_once(step):
     """New results are the metrics alone: the state goes where it came from. Without `alias` it counts twice."""
     told = step[-1]
@@ -73,6 +74,7 @@ def test_donated_results_are_counted_once(step):
     )
 
 
+@pytest.mark.grid
 def test_operations_are_those_of_the_formula(step):
     """Nothing is recomputed, products of the trace = `step_flops`; without `shard_map` in `_times` there are fewer."""
     config, _, _, told = step
@@ -124,6 +126,7 @@ def _same_places(real, abstract):
         assert one.sharding.is_equivalent_to(other.sharding, one.ndim), path
 
 
+@pytest.mark.grid
 def test_a_bound_that_says_nothing_is_shown_as_one(step):
     """Activations of at most all temporaries are no part that could be taken from them.
 
@@ -246,6 +249,7 @@ def test_what_does_not_divide_is_one_line(options, message, capsys):
     assert message in error and error.startswith("mtp")
 
 
+@pytest.mark.grid
 def test_what_does_not_fit_is_said(step):
     """total > hbm: fits is false. The compiler's own refusal gives the temporaries that it asked for."""
     config, mesh, program, told = step

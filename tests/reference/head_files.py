@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+import transformers  # which imports a model when it is asked for; some take seconds
 from reference.published import META, decoder_layer, depth, residual, rms_norm
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_layers import MtpLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 import mtp_jax
 from mtp_jax.loading import LoadedModel
@@ -65,7 +63,7 @@ class Trunk(NamedTuple):
     unembed_VD: np.ndarray
 
 
-CONFIG = LlamaConfig(
+CONFIG = transformers.LlamaConfig(
     vocab_size=V,
     hidden_size=32,
     intermediate_size=48,
@@ -80,7 +78,7 @@ CONFIG = LlamaConfig(
 
 def make_trunk(directory):
     """A trunk in a directory, with random norms away from 1."""
-    model = LlamaForCausalLM(CONFIG).eval()
+    model = transformers.LlamaForCausalLM(CONFIG).eval()
     tensors = drawn({name: list(tensor.shape) for name, tensor in model.state_dict().items()}, seed=2)
     model.load_state_dict(tensors)
     model.save_pretrained(directory)
@@ -109,12 +107,14 @@ def sequential(trunk, tensors, modules, start=-1, plus=0.0, **options):
 
 def mtp_logits(trunk, tensors, hidden_first=False):
     """By transformers' MtpLayer, fed with the true tokens."""
-    config = LlamaConfig.from_dict(CONFIG.to_dict() | {"mtp_hidden_states_first": hidden_first})
+    config = transformers.LlamaConfig.from_dict(CONFIG.to_dict() | {"mtp_hidden_states_first": hidden_first})
     config._attn_implementation = "eager"
-    rotary = LlamaForCausalLM(config).model.rotary_emb
+    rotary = transformers.LlamaForCausalLM(config).model.rotary_emb
     hidden_BTD, logits = torch.tensor(trunk.states[-1]), []
     for k in range(3):
-        layer = MtpLayer(config, LlamaDecoderLayer, LlamaRMSNorm, k).double()
+        llama = transformers.models.llama.modeling_llama
+        parts = llama.LlamaDecoderLayer, llama.LlamaRMSNorm
+        layer = transformers.modeling_layers.MtpLayer(config, *parts, k).double()
         outer = ("enorm.", "hnorm.", "eh_proj.", "post_norm.")
         own = {name.removeprefix(f"mtp.layers.{k}."): x for name, x in tensors.items() if f".{k}." in name}
         layer.load_state_dict(
@@ -184,7 +184,7 @@ def caft_logits(trunk, tensors):
     """By transformers' decoder layers on hidden_states[-2], without a final norm."""
     heads, logits = caft_heads().double(), []
     heads.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()})
-    rotary, state_BTD = LlamaForCausalLM(CONFIG).model.rotary_emb, torch.tensor(trunk.states[L - 1])
+    rotary, state_BTD = transformers.LlamaForCausalLM(CONFIG).model.rotary_emb, torch.tensor(trunk.states[L - 1])
     turns, mask_11TT, positions_1T = torch_rows(rotary, state_BTD)
     for head in heads:
         x_BTD = state_BTD
@@ -196,7 +196,8 @@ def caft_logits(trunk, tensors):
 
 
 def caft_heads():
-    one = lambda: torch.nn.ModuleDict({"layers": torch.nn.ModuleList(LlamaDecoderLayer(CONFIG, 0) for _ in range(2))})  # noqa: E731
+    layer = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    one = lambda: torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layer(CONFIG, 0) for _ in range(2))})  # noqa: E731
     return torch.nn.ModuleList(one() for _ in range(2))
 
 
