@@ -47,9 +47,23 @@ from reference.shared import shared_steps  # noqa: E402
 from mtp_jax.train import loop  # noqa: E402
 
 
+LONG = ("cli", "train", "fit", "eval", "model", "decode", "kernels")
+"""Folders of tests, from those whose files take longest; the others and the files beside them come last."""
+LONG_FILES = ("test_load.py", "test_importer.py", "test_forms.py", "test_notebooks.py", "test_checkpoint.py")
+"""Files elsewhere that take as long; they come first."""
+
+
+def _turn(path):
+    if path.name in LONG_FILES:
+        return -1
+    return LONG.index(path.parent.name) if path.parent.name in LONG else len(LONG)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What is slow stays out of the grid, also where another parameter of it is marked so."""
+    """Files that take long come first, so that no process waits for the last of them. What is slow stays out of the
+    grid, also where another parameter of it is marked so."""
+    items.sort(key=lambda item: _turn(item.path))
     for item in items:
         if item.get_closest_marker("slow"):
             item.own_markers = [mark for mark in item.own_markers if mark.name != "grid"]
