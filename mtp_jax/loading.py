@@ -29,8 +29,8 @@ class LoadedModel:
     params: Any = dataclasses.field(repr=False)
     """Parameters stacked over layers, in the dtype they were loaded as; None after `decode_only`."""
     tokenizer: Any
-    """`encode_prompt(text)`, `decode(ids)`, `bos_id`, `eos_id`, `end_ids`; None where the model was trained on token
-    files."""
+    """`encode_prompt(text)`, `encode_chat(messages)`, `decode(ids)`, `bos_id`, `eos_id`, `end_ids`; None where the
+    model was trained on token files."""
     mesh: Mesh
     """Where the parameters lie."""
     origin: Any = dataclasses.field(default=None, repr=False)
@@ -67,6 +67,21 @@ class LoadedModel:
     def decode_params(self) -> Any:
         """The unstacked view that the decoding engine runs on, made at first use."""
         return _decode_view(self.config, self.stacked_params())
+
+    def with_chat_template(self, setting: str) -> "LoadedModel":
+        """The same model with another chat template.
+
+        Args:
+          setting: `plain`, the path of a Jinja template, or a directory with a tokenizer that has one.
+
+        Raises:
+          UserError: no such template, or a model without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer, so a chat template has nothing to write for")
+        other = dataclasses.replace(self, tokenizer=self.tokenizer.with_chat(setting))
+        other.__dict__.update({name: value for name, value in self.__dict__.items() if name == "decode_params"})
+        return other
 
     def decode_only(self) -> "LoadedModel":
         """Gives up `params`, so that a model that decodes is in memory once: they are taken apart one after the other.

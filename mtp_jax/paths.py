@@ -9,6 +9,7 @@ from mtp_jax.config import Config, flatten, override
 WORDS = {
     "data.source": ("", "stdlib", "synthetic"),
     "data.tokenizer": ("bpe", "bytes", "none"),
+    "data.chat_template": ("", "plain"),
     "train.init_from": ("",),
 }
 """The fields that may be paths, and the words (with whatever follows a colon) that are none."""

@@ -22,7 +22,7 @@ from mtp_jax.convert.layout import Architecture
 from mtp_jax.convert.mapping import Piece
 from mtp_jax.convert.meta import META, PARAMS
 from mtp_jax.convert.settings import UNTOLD
-from mtp_jax.convert.tokenizer import quiet_transformers
+from mtp_jax.data.chat import quiet_transformers
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 

@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 import json
-import logging
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mtp_jax.config import Config
 from mtp_jax.convert.files import read_json
+from mtp_jax.data import chat
 from mtp_jax.data import marks as mark
+from mtp_jax.data.chat import ChatTemplate, Spans, quiet_transformers
 from mtp_jax.data.marks import Marks
-from mtp_jax.data.tokenize import Reading, load_tokenizer
+from mtp_jax.data.tokenize import Encoded, Reading, load_tokenizer
 from mtp_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -25,10 +26,11 @@ class HubTokenizer(Reading):
     """A tokenizer of transformers; special tokens in a text are read as such, unless its files say otherwise."""
 
     inner: Any
-    """The tokenizer of transformers, which also has the chat template."""
+    """The tokenizer of transformers."""
     vocab_size: int
     """One more than the largest id."""
     marks: Marks
+    chat: ChatTemplate | None = None
 
     @property
     def special_tokens(self) -> dict[int, str]:
@@ -43,6 +45,19 @@ class HubTokenizer(Reading):
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         split = self.marks.special == "text"
         return self.inner(list(texts), add_special_tokens=False, split_special_tokens=split)["input_ids"]
+
+    def _placed(self, text: str, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        split = not rendered and self.marks.special == "text"
+        places = self.inner.is_fast  # others do not know them
+        options = {"add_special_tokens": False, "split_special_tokens": split, "return_offsets_mapping": places}
+        one = self.inner(text, **options)
+        return one["input_ids"], one["offset_mapping"] if places else []
+
+    def encode_learned(self, text: str, learned: Spans, rendered: bool) -> Encoded:
+        """As of `Reading`."""
+        if not self.inner.is_fast:
+            raise UserError("the tokenizer has no tokenizer.json, which says where in a text its tokens stand")
+        return super().encode_learned(text, learned, rendered)
 
     def _piece(self, token: int) -> str:
         return self.inner.convert_ids_to_tokens(token)
@@ -72,7 +87,7 @@ def load_hub_tokenizer(directory: pathlib.Path) -> HubTokenizer | None:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {directory} cannot be read: {reason}") from error
     size = max([*inner.get_vocab().values(), len(inner) - 1]) + 1
-    return HubTokenizer(inner, size, _marks(inner, directory))
+    return HubTokenizer(inner, size, _marks(inner, directory), chat.of_transformers(inner, directory))
 
 
 def _marks(inner: Any, directory: pathlib.Path) -> Marks:
@@ -105,6 +120,8 @@ def load_run_tokenizer(data: pathlib.Path, origin: pathlib.Path | None, trained:
     hub = load_hub_tokenizer(origin) if origin is not None else None
     if hub is None or own is None:
         return hub or own
+    if own.chat is not None:
+        hub = dataclasses.replace(hub, chat=own.chat)
     if (data / mark.FILE).is_file():
         return dataclasses.replace(hub, marks=own.marks)
     if not trained:
@@ -126,16 +143,9 @@ def save_for_training(tokenizer: HubTokenizer, path: pathlib.Path) -> None:
         raise UserError("the tokenizer has no tokenizer.json")
     tokenizers.Tokenizer.from_str(backend.to_str()).save(str(path))
     mark.write(path.with_name(mark.FILE), tokenizer.marks)
+    if tokenizer.chat is not None:
+        chat.write(path.with_name(chat.FILE), tokenizer.chat)
     load_tokenizer(path).save(path)
-
-
-def quiet_transformers() -> None:
-    """Keeps transformers from saying that PyTorch is missing: nothing here needs it."""
-    logging.getLogger("transformers").addFilter(_no_advice)
-
-
-def _no_advice(record: logging.LogRecord) -> bool:
-    return "PyTorch was not found" not in record.getMessage()
 
 
 def check_size(
@@ -183,6 +193,7 @@ def save_for_transformers(tokenizer: Any, directory: pathlib.Path) -> None:
         tokenizer_object=inner,
         clean_up_tokenization_spaces=False,
         split_special_tokens=marks.special == "text",
+        chat_template=None if tokenizer.chat is None else tokenizer.chat.text,
         **names,
     )
     fast.save_pretrained(directory)

@@ -5,14 +5,15 @@ import io
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
 from mtp_jax.data import sources
+from mtp_jax.data.conversations import Document
 from mtp_jax.data.marks import Special, SpecialCounter
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments
-from mtp_jax.data.sources import Document
-from mtp_jax.data.tokenize import Reading
+from mtp_jax.data.tokenize import Encoded, Reading
 from mtp_jax.errors import UserError
 
 _BATCH_BYTES = 4 * 2**20  # text that is tokenised at once
@@ -28,29 +29,75 @@ def tokenise(
       The documents, and a remark on special tokens that they spell, or "".
 
     Raises:
-      UserError: an id that is not below `limit`.
+      UserError: an id that is not below `limit`, or a document of which nothing is learned.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
     check = limit is not None and tokenizer.vocab_size > limit
-    names, sizes, lengths, unpredicted = [], [], [], []
+    names, sizes, lengths, unpredicted, chosen = [], [], [], [], []
     special = tokenizer.special_counter()
-    with tempfile.TemporaryFile(dir=directory) if directory else io.BytesIO() as sink:
+    with _sink(directory) as ids_sink, _sink(directory) as learn_sink:
         for batch in _in_batches(documents):
-            texts = [one.text for one in batch]
-            special.add(texts)
-            for one, ids in zip(batch, tokenizer.encode_documents(texts), strict=True):
+            special.add([one.text for one in batch if not one.rendered])
+            for one, encoded in zip(batch, _encoded(batch, tokenizer), strict=True):
                 if check:
-                    _check_ids(ids, limit, one.name, tokenizer)
+                    _check_ids(encoded.ids, limit, one.name, tokenizer)
                 names.append(one.name)
                 sizes.append(len(one.text.encode()))
-                lengths.append(len(ids))
-                unpredicted.append(tokenizer.unpredicted_bytes(one.text, ids))
-                sink.write(np.array(ids, dtype).tobytes())
-        sink.flush()
-        tokens = np.memmap(sink, dtype, mode="r") if directory else np.frombuffer(sink.getvalue(), dtype)
+                lengths.append(len(encoded.ids))
+                unpredicted.append(encoded.unpredicted)
+                chosen.append(encoded.learn is not None)
+                ids_sink.write(np.array(encoded.ids, dtype).tobytes())
+                if encoded.learn is not None:
+                    learn_sink.write(np.array(encoded.learn, np.uint8).tobytes())
+        tokens, learn = _contents(ids_sink, dtype), _contents(learn_sink, np.dtype(np.uint8))
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    flat = TokenisedDocuments(tokens, offsets, names, np.array(sizes, np.int64), np.array(unpredicted, np.int64))
+    learn = _of_all(learn, np.array(chosen), offsets) if any(chosen) else None
+    sizes, unpredicted = (np.array(one, np.int64) for one in (sizes, unpredicted))
+    flat = TokenisedDocuments(tokens, offsets, names, sizes, unpredicted, learn)
     return flat, _remark(special, tokenizer.marks.special)
+
+
+def _sink(directory: pathlib.Path | None) -> BinaryIO:
+    return tempfile.TemporaryFile(dir=directory) if directory else io.BytesIO()
+
+
+def _contents(sink: BinaryIO, dtype: np.dtype) -> np.ndarray:
+    """What was written into a sink, which may be closed afterwards."""
+    sink.flush()
+    if isinstance(sink, io.BytesIO):
+        return np.frombuffer(sink.getvalue(), dtype)
+    return np.memmap(sink, dtype, mode="r") if sink.tell() else np.empty(0, dtype)
+
+
+def _of_all(learn: np.ndarray, chosen: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """What is learned of every document, from that of those of which not all is."""
+    lengths = np.diff(offsets)
+    every = np.ones(offsets[-1], np.uint8)
+    every[np.repeat(chosen, lengths)] = learn
+    return every
+
+
+def _encoded(batch: list[Document], tokenizer: Reading) -> list[Encoded]:
+    """The documents as ids: whole texts all at once, others one by one.
+
+    Raises:
+      UserError: a document of which no token is learned.
+    """
+    whole = [one for one in batch if one.learned is None]
+    ids = iter(tokenizer.encode_documents([one.text for one in whole]))
+    found = []
+    for one in batch:
+        if one.learned is None:
+            tokens = next(ids)
+            found.append(Encoded(tokens, None, tokenizer.unpredicted_bytes(one.text, tokens)))
+            continue
+        found.append(tokenizer.encode_learned(one.text, one.learned, one.rendered))
+        if not any(found[-1].learn[1:]):
+            raise UserError(
+                f"{one.name}: none of its {len(found[-1].ids)} tokens is to be learned behind another one; leave the "
+                "record out, or set data.chat_template"
+            )
+    return found
 
 
 def _check_ids(ids: list[int], limit: int, name: str, tokenizer: Reading) -> None:

@@ -3,11 +3,12 @@
     .jsonl, .ndjson                    each line is a record
     .json, an array of objects         each object is a record
     .json, lines that are objects      each line is a record, as in a .jsonl
-    .json, an object with the field    it is one record
+    .json, an object that is a record  it is one record
     other text in UTF-8                one document, without a byte order mark
     compressed files, tables, other binary files    passed over and counted; an error where nothing else is there
 
-Names count whatever their case. Whether a file is text is told by its bytes: it is when they are UTF-8 and hold no NUL.
+What a record is: see `data.conversations`. Names count whatever their case. Whether a file is text is told by its
+bytes: it is when they are UTF-8 and hold no NUL.
 """
 
 import codecs
@@ -17,6 +18,9 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from mtp_jax.data.chat import ChatTemplate
+from mtp_jax.data.conversations import Document as Document
+from mtp_jax.data.conversations import document_of, is_record
 from mtp_jax.errors import UserError
 
 LINES = (".jsonl", ".ndjson")
@@ -44,13 +48,6 @@ NAMED = 3
 _LINES = "lines of JSON"
 _HEAD = 8192  # bytes that tell text from what is none
 _BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, which has NUL bytes too and is to be converted, not passed over
-
-
-class Document(NamedTuple):
-    """One text, named relative to its source so that the name survives a move of the corpus."""
-
-    name: str
-    text: str
 
 
 class SourceFile(NamedTuple):
@@ -94,17 +91,26 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
-def read(file: SourceFile, text_field: str, tally: Tally, skip_undecodable: bool) -> Iterator[Document]:
+class Records(NamedTuple):
+    """How the records of files are read."""
+
+    text_field: str
+    """The field of a record that holds its text."""
+    chat: ChatTemplate | None = None
+    """What writes messages as text."""
+
+
+def read(file: SourceFile, records: Records, tally: Tally, skip_undecodable: bool) -> Iterator[Document]:
     """The documents of a file; none where it is passed over.
 
     Args:
       file: the file.
-      text_field: the field of a record that holds its text.
+      records: how its records are read.
       tally: is told what became of the file.
       skip_undecodable: pass over text in another encoding, instead of refusing it.
 
     Raises:
-      UserError: text that is not UTF-8, or a record without the field.
+      UserError: text that is not UTF-8, or a record that is none.
     """
     suffix = file.path.suffix.lower()
     with open(file.path, "rb") as opened:
@@ -115,7 +121,7 @@ def read(file: SourceFile, text_field: str, tally: Tally, skip_undecodable: bool
         opened.seek(0)
         if suffix in LINES:
             tally.took(_LINES)
-            yield from _records(file, opened, text_field)
+            yield from _records(file, opened, records)
             return
         raw = opened.read()
     try:
@@ -129,7 +135,7 @@ def read(file: SourceFile, text_field: str, tally: Tally, skip_undecodable: bool
         tally.skip("in another encoding", file.name)
         return
     if suffix == ".json":
-        yield from _json_documents(file, text, text_field, tally)
+        yield from _json_documents(file, text, records, tally)
     else:
         tally.took("text")
         yield Document(file.name, text)
@@ -156,14 +162,14 @@ def _decodes(head: bytes) -> bool:
     return True
 
 
-def _json_documents(file: SourceFile, text: str, text_field: str, tally: Tally) -> Iterator[Document]:
+def _json_documents(file: SourceFile, text: str, records: Records, tally: Tally) -> Iterator[Document]:
     """The documents of a `.json`: its records, or its text where it holds none."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):
         if _is_object(next((line for line in text.split("\n") if line.strip()), "")):
             tally.took(_LINES)
-            yield from _records(file, text.encode().splitlines(), text_field)
+            yield from _records(file, text.encode().splitlines(), records)
             return
         tree = None
     if isinstance(tree, list) and all(isinstance(record, dict) for record in tree):
@@ -171,10 +177,10 @@ def _json_documents(file: SourceFile, text: str, text_field: str, tally: Tally) 
         for number, record in enumerate(tree, start=1):
             where = f"{file.path} record {number}"
             hint = ", or keep the file out of data.source"
-            yield Document(f"{file.name}:{number}", _text_of(record, text_field, where, hint))
-    elif isinstance(tree, dict) and isinstance(tree.get(text_field), str):
+            yield document_of(f"{file.name}:{number}", record, *records, where, hint)
+    elif is_record(tree, records.text_field):
         tally.took("single records of JSON")
-        yield Document(file.name, _text_of(tree, text_field, str(file.path)))
+        yield document_of(file.name, tree, *records, str(file.path))
     else:
         tally.took("text in .json files without records")
         yield Document(file.name, text)
@@ -187,12 +193,12 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _records(file: SourceFile, lines: Iterable[bytes], text_field: str) -> Iterator[Document]:
+def _records(file: SourceFile, lines: Iterable[bytes], records: Records) -> Iterator[Document]:
     """The documents of a file with a record in each line."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{file.path} line {number}"
-            yield Document(f"{file.name}:{number}", _text_of(_parsed(line, where), text_field, where))
+            yield document_of(f"{file.name}:{number}", _parsed(line, where), *records, where)
 
 
 def _parsed(line: bytes, where: str) -> Any:
@@ -202,22 +208,3 @@ def _parsed(line: bytes, where: str) -> Any:
         raise UserError(f"{where} is not UTF-8: byte {error.start} of the line; convert the file") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}; a .jsonl file holds one object per line") from error
-
-
-def _text_of(record: Any, text_field: str, where: str, hint: str = "") -> str:
-    """The text of a record."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where} holds a {type(record).__name__}, not an object with a field {text_field!r}")
-    if text_field not in record:
-        fields = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{where} has no field {text_field!r}; fields present: {fields}; set data.text_field{hint}")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: field {text_field!r} is a {type(text).__name__}, not a string; set data.text_field")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: field {text_field!r} holds half a surrogate pair at {error.start}; fix it"
-        ) from error
-    return text

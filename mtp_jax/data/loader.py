@@ -16,7 +16,7 @@ from mtp_jax.data import sources, store, synthetic
 from mtp_jax.data.documents import read_flat, tokenise, with_bytes
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments, concatenate
 from mtp_jax.data.store import Corpus
-from mtp_jax.data.tokenize import Reading, Tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
+from mtp_jax.data.tokenize import Reading, Tokenizer, given_tokenizer, template_of, train_bpe
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import short_reason
 
@@ -127,10 +127,10 @@ def load_heldout(
         return with_bytes(concatenate(flat, chosen, seq_len, None), tokenizer)
     if tokenizer is None:
         raise UserError(f"data source {source!r} is text, and the model has no tokenizer; give a .npy of token ids")
-    scan = sources.scan_documents(source, text_field)
+    scan = sources.scan_documents(source, text_field, tokenizer.chat)
     chosen = _choose(scan.names, scan.sizes, split, source)
     wanted = set(chosen.tolist())
-    documents = enumerate(sources.read_documents(source, text_field))
+    documents = enumerate(sources.read_documents(source, text_field, tokenizer.chat))
     flat, spelled = tokenise((one for index, one in documents if index in wanted), tokenizer, None, vocab_size)
     for line in filter(None, (scan.summary, spelled)):
         notify(line)
@@ -152,7 +152,7 @@ def train_batches(
       mine: positions in the global batch of the rows to read, b of them; all by default.
 
     Returns:
-      An iterator of dicts of int32 [b, T], with `get_state` and `set_state`.
+      An iterator of dicts of int32 [b, T], as `PackedRows` gives them, with `get_state` and `set_state`.
     """
     mine = range(batch_size) if mine is None else mine
     order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
@@ -266,19 +266,21 @@ def _make(config: Config, directory: pathlib.Path | None) -> Corpus:
 
 def _from_text(config: Config, directory: pathlib.Path | None) -> tuple[Tokenizer, TokenisedDocuments, _Split, str]:
     data = config.data
-    scan = sources.scan_documents(data.source, data.text_field)
+    records = data.source, data.text_field, template_of(data)
+    scan = sources.scan_documents(*records)
     split = sources.split_documents(scan.names, scan.sizes, data.seed, data.eval_fraction, data.source)
     if data.tokenizer == "bpe":
         # A prefix of the shuffled training documents, so that the cap leaves a fair sample.
         train = split[0]
         sample = set(train[np.cumsum(scan.sizes[train]) - scan.sizes[train] < _BPE_BYTES].tolist())
-        documents = enumerate(sources.read_documents(data.source, data.text_field))
+        documents = enumerate(sources.read_documents(*records))
         tokenizer = train_bpe((one.text for index, one in documents if index in sample), config.model.vocab_size)
+        tokenizer = tokenizer.with_chat(data.chat_template) if data.chat_template else tokenizer
     else:
-        tokenizer = _given_tokenizer(data.tokenizer)
+        tokenizer = given_tokenizer(data)
     tokenizer = tokenizer.reading(data.special_tokens)
     _check_vocab(tokenizer, config)
-    documents = sources.read_documents(data.source, data.text_field)
+    documents = sources.read_documents(*records)
     flat, spelled = tokenise(documents, tokenizer, directory, config.model.vocab_size)
     if flat.names != scan.names or not np.array_equal(flat.sizes, scan.sizes):
         raise UserError(f"data source {data.source!r} changed while it was read; start again when it is at rest")
@@ -292,16 +294,12 @@ def _from_token_file(config: Config) -> tuple[Tokenizer | None, TokenisedDocumen
             f"data.tokenizer='bpe' trains on text, but data.source={data.source!r} holds token ids; give the path of "
             "their tokenizer.json, or none"
         )
-    tokenizer = None if data.tokenizer == "none" else _given_tokenizer(data.tokenizer).reading(data.special_tokens)
+    tokenizer = None if data.tokenizer == "none" else given_tokenizer(data).reading(data.special_tokens)
     if tokenizer is not None:
         _check_vocab(tokenizer, config)
     flat = read_flat(data.source, tokenizer, config.model.vocab_size, "model.vocab_size")
     lengths = np.diff(flat.offsets)
     return tokenizer, flat, sources.split_documents(flat.names, lengths, data.seed, data.eval_fraction, data.source)
-
-
-def _given_tokenizer(name: str) -> Tokenizer:
-    return bytes_tokenizer() if name == "bytes" else load_tokenizer(name)
 
 
 def _check_vocab(tokenizer: Tokenizer, config: Config) -> None:
@@ -325,4 +323,5 @@ def _choose(names: list[str], sizes: np.ndarray, split: tuple[int, float] | None
 def _describe(source: str, flat: TokenisedDocuments, heldout: int) -> str:
     documents, tokens, size = len(flat.names), len(flat.tokens), int(flat.sizes.sum())
     text = f"{source}: {documents:,} documents ({heldout:,} held out), {tokens:,} tokens"
-    return f"{text}, {size / 1e6:.2f} MB, {size / tokens:.2f} bytes per token" if size else text
+    text = f"{text}, {size / 1e6:.2f} MB, {size / tokens:.2f} bytes per token" if size else text
+    return text if flat.learn is None else f"{text}, {flat.learn.mean():.0%} of the tokens learned"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import tokenizers
 
+from mtp_jax.data.chat import read_object
 from mtp_jax.data.sources import replacing
 from mtp_jax.errors import UserError
 
@@ -106,7 +107,7 @@ def declared_beside(file: pathlib.Path, inner: tokenizers.Tokenizer) -> Marks | 
     if file.with_name(FILE).is_file():
         return read(file.with_name(FILE))
     beside = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-    files = {name: _object(file.with_name(name)) for name in beside}
+    files = {name: read_object(file.with_name(name)) for name in beside}
     settings = files["special_tokens_map.json"] | files["tokenizer_config.json"]
     eos = _id_of(inner, settings.get("eos_token"))
     ends = declared_ends(eos, *((file.with_name(name), files[name]) for name in beside[2:]))
@@ -136,7 +137,7 @@ def read(path: pathlib.Path) -> Marks:
     Raises:
       UserError: a file that it did not write like this.
     """
-    fields = _object(path)
+    fields = read_object(path)
     try:
         marks = Marks(tuple(fields["first"]), fields["end"], tuple(fields["ends"]), fields["special_tokens"])
         whole = all(type(token) is int for token in (*marks.first, marks.end, *marks.ends))
@@ -179,19 +180,6 @@ class SpecialCounter:
             self.documents += bool(names)
             for name in names:
                 self.counts[name] = self.counts.get(name, 0) + 1
-
-
-def _object(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object in a file; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}; mend it, or move the tokenizer.json away") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} holds no JSON object; mend it, or move the tokenizer.json away")
-    return fields
 
 
 def _id_of(inner: tokenizers.Tokenizer, token: Any) -> int | None:

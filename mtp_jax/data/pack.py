@@ -44,12 +44,17 @@ class PackedRows:
     bytes_: int
     """UTF-8 bytes of the documents' text; 0 if unknown."""
     unpredicted_bytes: int = 0
-    """Those of the documents' first tokens, which nothing predicts; 0 where a token of its own begins each."""
+    """Those that no learned token stands for: of the documents' first tokens, unless a token of its own begins each,
+    and of what is context only."""
+    learn: np.ndarray | None = None
+    """Which tokens are learned, 0 or 1, [tokens]; may be memory-mapped. None is all."""
+    prompt_tokens: int = 0
+    """Tokens at the start of every document that are not learned."""
 
     @property
     def predicted_bytes(self) -> int:
-        """UTF-8 bytes of the tokens that are a next-token target: all but each document's first; 0 if unknown."""
-        return self.bytes_ - self.unpredicted_bytes
+        """UTF-8 bytes of the tokens that are a next-token target; 0 if unknown, as where `prompt_tokens` are not."""
+        return 0 if self.prompt_tokens else self.bytes_ - self.unpredicted_bytes
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or len(self.tokens) < 2:
@@ -59,13 +64,18 @@ class PackedRows:
             raise UserError("doc_starts must rise strictly from 0 and stay below the number of tokens")
         if self.seq_len < 2:
             raise UserError(f"seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
+        if self.learn is not None and self.learn.shape != self.tokens.shape:
+            raise UserError(f"learn has shape {self.learn.shape}, the tokens have {self.tokens.shape}; give one each")
 
     def __len__(self) -> int:
         stride = self.seq_len - 1
         return (len(self.tokens) - 1 + stride - 1) // stride
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """The row as `tokens`, `segment_ids` and `positions`, each int32 [T]."""
+        """The row as `tokens`, `segment_ids` and `positions`, each int32 [T].
+
+        Where not all tokens are learned, `learn` is 1 for those that are.
+        """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         start = row * (self.seq_len - 1)
@@ -78,6 +88,12 @@ class PackedRows:
         batch["tokens"][:size] = self.tokens[start:stop]
         batch["segment_ids"][:size] = np.repeat(np.arange(1, len(begins) + 1), lengths)
         batch["positions"][:size] = np.arange(size) - np.repeat(begins, lengths)
+        if self.learn is not None or self.prompt_tokens:
+            learn = batch["positions"] >= self.prompt_tokens
+            learn[size:] = False
+            if self.learn is not None:
+                learn[:size] &= self.learn[start:stop] != 0
+            batch["learn"] = learn.astype(np.int32)
         return batch
 
 
@@ -93,27 +109,51 @@ class TokenisedDocuments:
     sizes: np.ndarray
     """UTF-8 bytes of each document's text, 0 where unknown; int64 [documents]."""
     unpredicted: np.ndarray | None = None
-    """UTF-8 bytes of each document's first token that are bytes of the text; int64 [documents]. None where unknown."""
+    """UTF-8 bytes of each document that no learned token stands for; int64 [documents]. None where unknown."""
+    learn: np.ndarray | None = None
+    """Which tokens are learned, uint8 [tokens]; None is all."""
 
 
 def concatenate(
     documents: TokenisedDocuments, order: np.ndarray, seq_len: int, path: pathlib.Path | None = None
 ) -> PackedRows:
-    """Lays the documents `order` end to end, in memory or in a new memory-mapped `.npy` file."""
+    """Lays the documents `order` end to end, in memory or in a new memory-mapped `.npy` file.
+
+    Args:
+      documents: all of them.
+      order: which of them, and how they follow.
+      seq_len: T.
+      path: the file of the tokens; which of them are learned goes into `learn_file` of it.
+    """
     lengths = np.diff(documents.offsets)[order]
+    tokens = _laid_out(documents.tokens, documents.offsets, order, path)
+    learn = None
+    if documents.learn is not None:
+        learn = _laid_out(documents.learn, documents.offsets, order, path and learn_file(path))
+    unpredicted = 0 if documents.unpredicted is None else int(documents.unpredicted[order].sum())
+    size = int(documents.sizes[order].sum())
+    return PackedRows(tokens, np.cumsum(lengths) - lengths, seq_len, size, unpredicted, learn)
+
+
+def learn_file(path: pathlib.Path) -> pathlib.Path:
+    """Where it stands which tokens of a file are learned."""
+    return path.with_name(f"{path.stem}_learn.npy")
+
+
+def _laid_out(flat: np.ndarray, offsets: np.ndarray, order: np.ndarray, path: pathlib.Path | None) -> np.ndarray:
+    """One number per token, document behind document."""
+    lengths = np.diff(offsets)[order]
     ends = np.cumsum(lengths)
-    shape, dtype = (int(ends[-1]),), documents.tokens.dtype
+    shape, dtype = (int(ends[-1]),), flat.dtype
     with replacing(path) if path else contextlib.nullcontext() as file:
         if file:
             # Take the space first: writing to a map of a file that the disk cannot hold would kill the process.
             with open(file, "r+b") as handle:
                 os.posix_fallocate(handle.fileno(), 0, shape[0] * dtype.itemsize + 4096)
-        tokens = np.lib.format.open_memmap(file, "w+", dtype, shape) if file else np.empty(shape, dtype)
+        laid = np.lib.format.open_memmap(file, "w+", dtype, shape) if file else np.empty(shape, dtype)
         for document, length, end in zip(order, lengths, ends, strict=True):
-            start = documents.offsets[document]
-            tokens[end - length : end] = documents.tokens[start : start + length]
+            start = offsets[document]
+            laid[end - length : end] = flat[start : start + length]
         if file:
-            tokens.flush()
-    tokens = np.load(path, mmap_mode="r") if path else tokens
-    unpredicted = 0 if documents.unpredicted is None else int(documents.unpredicted[order].sum())
-    return PackedRows(tokens, ends - lengths, seq_len, int(documents.sizes[order].sum()), unpredicted)
+            laid.flush()
+    return np.load(path, mmap_mode="r") if path else laid

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mtp_jax.data import files, synthetic
-from mtp_jax.data.files import Document, SourceFile
+from mtp_jax.data.chat import ChatTemplate
+from mtp_jax.data.files import Document, Records, SourceFile
 from mtp_jax.errors import UserError
 
 STDLIB = "stdlib"
@@ -68,7 +69,7 @@ def _walk(root: pathlib.Path, skips: set[str]) -> list[SourceFile]:
     return found
 
 
-def read_documents(source: str, text_field: str) -> Iterator[Document]:
+def read_documents(source: str, text_field: str, chat: ChatTemplate | None = None) -> Iterator[Document]:
     """Streams the documents of a text source, in an order that depends on the source alone.
 
     A file is one document, or each of its records is one; see `data.files`. Empty documents are left out.
@@ -76,12 +77,13 @@ def read_documents(source: str, text_field: str) -> Iterator[Document]:
     Args:
       source: as for `list_files`.
       text_field: the field of a record that holds its text.
+      chat: what writes the messages of a record as text.
 
     Raises:
       UserError: nothing to read, or a file or record that is not text; at once or while iterating.
     """
     _refuse_ids(source)
-    return _documents(source, list_files(source), text_field, files.Tally())
+    return _documents(source, list_files(source), Records(text_field, chat), files.Tally())
 
 
 class Scan(NamedTuple):
@@ -94,11 +96,11 @@ class Scan(NamedTuple):
     """What was read as what, and what was passed over and why; "" where all are text files."""
 
 
-def scan_documents(source: str, text_field: str) -> Scan:
+def scan_documents(source: str, text_field: str, chat: ChatTemplate | None = None) -> Scan:
     """Names and UTF-8 sizes of all documents: the pass that finds every flaw of a source before the long work."""
     _refuse_ids(source)
     tally = files.Tally()
-    documents = _documents(source, list_files(source), text_field, tally)
+    documents = _documents(source, list_files(source), Records(text_field, chat), tally)
     pairs = [(one.name, len(one.text.encode())) for one in documents]
     return Scan([name for name, _ in pairs], np.array([size for _, size in pairs], np.int64), tally.summary())
 
@@ -108,10 +110,10 @@ def _refuse_ids(source: str) -> None:
         raise UserError(f"data source {source!r} holds token ids, and text is needed here; give text or a .jsonl")
 
 
-def _documents(source: str, found: list[SourceFile], text_field: str, tally: files.Tally) -> Iterator[Document]:
+def _documents(source: str, found: list[SourceFile], records: Records, tally: files.Tally) -> Iterator[Document]:
     any_text = False
     for file in found:
-        for document in files.read(file, text_field, tally, skip_undecodable=source == STDLIB):
+        for document in files.read(file, records, tally, skip_undecodable=source == STDLIB):
             if document.text:
                 any_text = True
                 yield document

@@ -1,10 +1,12 @@
 """The files of a prepared corpus, checked before they are believed.
 
-    tokenizer.json  [special_tokens.json]    train.npy  train_starts.npy    heldout.npy  heldout_starts.npy    meta.json
+    tokenizer.json  [special_tokens.json] [chat.json]    train.npy  train_starts.npy  [train_learn.npy]
+    heldout.npy  heldout_starts.npy  [heldout_learn.npy]    meta.json
 
 `meta.json` is written last. It says what the others were made from, and their checksums: a file that was changed or cut
 is made anew, and the digest of tokenizer and tokens tells whether it became what a run was trained on. Files that an
-older version made stay what they are for a run that was trained on them.
+older version made stay what they are for a run that was trained on them. `*_learn.npy` says which tokens are learned;
+where all of them are, it is not there.
 """
 
 import dataclasses
@@ -18,14 +20,19 @@ from collections.abc import Iterable
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data import marks, sources, synthetic
-from mtp_jax.data.pack import PackedRows
-from mtp_jax.data.tokenize import Tokenizer, load_tokenizer
+from mtp_jax.data import chat, marks, sources, synthetic
+from mtp_jax.data.pack import PackedRows, learn_file
+from mtp_jax.data.tokenize import Tokenizer, load_tokenizer, template_of
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import crc32
 
+TEMPLATE = "template"
 FORMAT = 3  # raise it when the files, or the way to choose or tokenise them, change
-FILES = ("tokenizer.json", "train.npy", "train_starts.npy", "heldout.npy", "heldout_starts.npy")
+FILES = (
+    *("tokenizer.json", "train.npy", "train_starts.npy", "heldout.npy", "heldout_starts.npy"),
+    *("train_learn.npy", "heldout_learn.npy"),
+)
+BESIDE = (marks.FILE, chat.FILE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,11 +57,16 @@ class Corpus:
         """UTF-8 bytes of the held-out text; 0 if unknown."""
         return self.heldout.bytes_
 
+    def behind_prompts(self, prompt_tokens: int) -> "Corpus":
+        """The corpus, of which the first tokens of every document are not learned."""
+        train, heldout = (dataclasses.replace(rows, prompt_tokens=prompt_tokens) for rows in (self.train, self.heldout))
+        return dataclasses.replace(self, train=train, heldout=heldout)
+
 
 def fingerprint(config: Config) -> dict[str, object]:
     """Everything that the files depend on. The row length does not count: rows are cut on access."""
     data = dataclasses.asdict(config.data)
-    del data["seq_len"], data["prompt_tokens"]
+    del data["seq_len"], data["prompt_tokens"], data["chat_template"]
     if data["special_tokens"] == "auto":
         del data["special_tokens"]
     if data["source"] == sources.STDLIB:
@@ -70,6 +82,8 @@ def fingerprint(config: Config) -> dict[str, object]:
     found = {"format": FORMAT, **data, "vocab_size": config.model.vocab_size, "content": content, "given": given}
     if tokenizer.is_file():
         found["marks"] = _digest(repr(load_tokenizer(tokenizer).marks).encode())
+    if not sources.is_token_file(data["source"]) and (template := template_of(config.data)) is not None:
+        found[TEMPLATE] = _digest(repr((template.text, sorted(template.tokens.items()))).encode())
     return found
 
 
@@ -88,7 +102,7 @@ def save(directory: pathlib.Path, made_from: dict[str, object], corpus: Corpus) 
     for side, rows in (("train", corpus.train), ("heldout", corpus.heldout)):
         with sources.replacing(directory / f"{side}_starts.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, rows.doc_starts)
-    checksums = _checksums(directory, (*FILES, marks.FILE))
+    checksums = _checksums(directory, (*FILES, *BESIDE))
     meta = {
         "fingerprint": made_from,
         "checksums": checksums,
@@ -139,7 +153,7 @@ def reuse(
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if made_from is not None and not _same(meta["fingerprint"], made_from, trained):
             return None
-        checksums = _checksums(directory, (*FILES, marks.FILE))
+        checksums = _checksums(directory, (*FILES, *BESIDE))
         if meta["checksums"] != checksums:
             return None
         tokenizer = load_tokenizer(directory / "tokenizer.json") if meta["tokenizer"] else None
@@ -164,6 +178,9 @@ def reuse(
 
 def _same(before: dict[str, object], now: dict[str, object], trained: bool) -> bool:
     """Whether files were made from what they would be made from now."""
+    if TEMPLATE not in before:
+        # Without a template messages are refused, so there are none in these files.
+        now = {name: value for name, value in now.items() if name != TEMPLATE}
     if before == now:
         return True
     older = trained and before["format"] < now["format"]
@@ -179,7 +196,9 @@ def _rows(
         # Of an older version, which put no token of the text in the place of one that goes in front.
         firsts = [] if tokenizer is None or not size else tokens[starts].tolist()
         unpredicted = sum(tokenizer.num_bytes(token) for token in firsts)
-    return PackedRows(tokens, starts, seq_len, size, unpredicted)
+    chosen = learn_file(directory / f"{side}.npy")
+    learn = np.load(chosen, mmap_mode="r") if chosen.is_file() else None
+    return PackedRows(tokens, starts, seq_len, size, unpredicted, learn)
 
 
 def open_prepared(directory: pathlib.Path, seq_len: int) -> Corpus:

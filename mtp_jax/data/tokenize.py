@@ -9,15 +9,20 @@ forge its own end and every text round-trips; for one that came with a model it 
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mtp_jax.config import DataConfig
+from mtp_jax.data import chat
 from mtp_jax.data import marks as mark
+from mtp_jax.data.chat import ChatTemplate, Message, Spans
 from mtp_jax.data.marks import BOS, EOS, EOS_NAMES, Marks
 from mtp_jax.data.sources import replacing
 from mtp_jax.errors import UserError
@@ -41,11 +46,23 @@ _BLANK = re.compile(rf"\s{{{_LONGEST_PIECE}}}")
 _TOO_LONG = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_PIECE}}}|{_BLANK.pattern}")
 
 
+class Encoded(NamedTuple):
+    """A document as ids."""
+
+    ids: list[int]
+    learn: list[bool] | None
+    """Which of them are learned; None is all."""
+    unpredicted: int
+    """UTF-8 bytes of the text that no learned token stands for; of the first token too, which nothing predicts."""
+
+
 class Reading:
     """Text to ids, one way for all: what goes in front of a text, what ends it, what special tokens in it become."""
 
     inner: Any
     marks: Marks
+    chat: ChatTemplate | None
+    """Writes messages as text; None where there is no template."""
 
     @property
     def eos_id(self) -> int | None:
@@ -77,6 +94,55 @@ class Reading:
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_document` of each text, on all cores."""
         return [self._ended(self._begun(ids)) for ids in self._ids(texts)]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation to be continued by the assistant; those of the template's text, and no others.
+
+        Raises:
+          UserError: no chat template, or messages that it refuses.
+        """
+        if self.chat is None:
+            raise UserError(
+                "the tokenizer has no chat template; give it one, 'plain' or the path of a file: --chat-template in "
+                "commands, lm.with_chat_template(...) in Python, data.chat_template in training"
+            )
+        return self._placed(self.chat.prompt(messages), rendered=True)[0]
+
+    def encode_learned(self, text: str, learned: Spans, rendered: bool) -> Encoded:
+        """Ids of a document of which parts are learned: every token with a character of theirs.
+
+        Args:
+          text: the document.
+          learned: the parts.
+          rendered: whether a chat template wrote it. If not, what stands around every document stands around it, and
+            its end is learned.
+        """
+        ids, places = self._placed(text, rendered)
+        starts, stops = np.array(learned, np.int64).reshape(-1, 2).T
+        begins, ends = np.array(places, np.int64).reshape(-1, 2).T
+        part = np.searchsorted(stops, begins, side="right")  # the first that does not end before the token
+        inside = part < len(starts)
+        inside[inside] = starts[part[inside]] < np.maximum(ends, begins + 1)[inside]
+        learn = inside.tolist()
+        if not rendered:
+            begun = self._begun(ids)
+            whole = self._ended(begun)
+            front, behind = len(begun) - len(ids), len(whole) - len(begun)
+            places = [(0, 0)] * front + places + [(len(text), len(text))] * behind
+            ids, learn = whole, [False] * front + learn + [True] * behind
+        return Encoded(ids, learn, len(text.encode()) - _learned_bytes(text, places, learn))
+
+    def with_chat(self, setting: str) -> "Reading":
+        """This tokenizer with another chat template: a name in `chat.NAMED`, a file, or a directory with one.
+
+        Raises:
+          UserError: no such template.
+        """
+        if self.chat is not None:
+            return dataclasses.replace(self, chat=chat.named(setting, self.chat.tokens))
+        around = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        tokens = {name: self._piece(token) for name, token in around.items() if token is not None}
+        return dataclasses.replace(self, chat=chat.named(setting, tokens))
 
     def num_bytes(self, token: int) -> int:
         """UTF-8 bytes of an ordinary token, also where it holds a part of a character; 0 for special tokens."""
@@ -133,6 +199,10 @@ class Reading:
         """Ids of the texts alone."""
         raise NotImplementedError
 
+    def _placed(self, text: str, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text alone, and where in it they stand; special tokens in what a chat template wrote are read."""
+        raise NotImplementedError
+
     def _piece(self, token: int) -> str:
         """A token as it stands in the vocabulary."""
         raise NotImplementedError
@@ -160,6 +230,7 @@ class Tokenizer(Reading):
     vocab_size: int
     """One more than the largest id."""
     marks: Marks
+    chat: ChatTemplate | None = None
 
     @property
     def special_tokens(self) -> dict[int, str]:
@@ -178,16 +249,27 @@ class Tokenizer(Reading):
             temporary.write_text(self.inner.to_str(), encoding="utf-8")
         if self.marks != mark.by_name(self.inner):
             mark.write(path.with_name(mark.FILE), self.marks)
+        if self.chat is not None:
+            chat.write(path.with_name(chat.FILE), self.chat)
 
     def reading(self, special: str) -> "Tokenizer":
         """This tokenizer with special tokens in a text read (`read`), as characters (`text`), or as now (`auto`)."""
         if special in ("auto", self.marks.special):
             return self
         inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
-        return _wrap(inner, "the tokenizer", dataclasses.replace(self.marks, special=special))
+        return _wrap(inner, "the tokenizer", dataclasses.replace(self.marks, special=special), self.chat)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [one.ids for one in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _placed(self, text: str, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        inner = self._reads_special.inner if rendered else self.inner
+        one = inner.encode(text, add_special_tokens=False)
+        return one.ids, one.offsets
+
+    @functools.cached_property
+    def _reads_special(self) -> "Tokenizer":
+        return self.reading("read")
 
     def _piece(self, token: int) -> str:
         return self.inner.id_to_token(token)
@@ -221,7 +303,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator((part for text in texts for part in _short_pieces(text)), trainer)
+    # A chat template may write them.
+    plain = (part for text in texts for part in re.split(f"{re.escape(BOS)}|{re.escape(EOS)}", text))
+    inner.train_from_iterator((part for text in plain for part in _short_pieces(text)), trainer)
     return _wrap(inner, "the trained tokenizer")
 
 
@@ -250,7 +334,40 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is no tokenizer.json: {reason}; save it again or train one with bpe") from error
-    return _wrap(inner, str(file), mark.declared_beside(file, inner))
+    return _wrap(inner, str(file), mark.declared_beside(file, inner), chat.beside(file))
+
+
+def template_of(data: DataConfig) -> ChatTemplate | None:
+    """The chat template of a run: `data.chat_template`, or the tokenizer's; None where there is none.
+
+    Raises:
+      UserError: a tokenizer or a template that cannot be read.
+    """
+    if data.tokenizer in ("bpe", "none"):
+        tokens = {"bos_token": BOS, "eos_token": EOS}
+        return chat.named(data.chat_template, tokens) if data.chat_template else None
+    return given_tokenizer(data).chat
+
+
+def given_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer that a run's settings name; not one that is trained on its text.
+
+    Raises:
+      UserError: a tokenizer or a template that cannot be read.
+    """
+    tokenizer = bytes_tokenizer() if data.tokenizer == "bytes" else load_tokenizer(data.tokenizer)
+    return tokenizer.with_chat(data.chat_template) if data.chat_template else tokenizer
+
+
+def _learned_bytes(text: str, places: Sequence[tuple[int, int]], learn: Sequence[bool]) -> int:
+    """UTF-8 bytes of the text that learned tokens stand for, the first token apart."""
+    size, at = 0, 1
+    for is_learned, run in itertools.groupby(learn[1:]):
+        stop = at + len(list(run))
+        if is_learned:
+            size += len(text[places[at][0] : places[stop - 1][1]].encode())
+        at = stop
+    return size
 
 
 def _short_pieces(text: str) -> Iterator[str]:
@@ -278,7 +395,9 @@ def _byte_symbol(byte: int) -> str:
     return chr(byte) if byte in shown else chr(0x100 + sum(other not in shown for other in range(byte)))
 
 
-def _wrap(inner: tokenizers.Tokenizer, origin: str, marks: Marks | None = None) -> Tokenizer:
+def _wrap(
+    inner: tokenizers.Tokenizer, origin: str, marks: Marks | None = None, chat: ChatTemplate | None = None
+) -> Tokenizer:
     inner.no_truncation()
     inner.no_padding()
     marks = marks or mark.by_name(inner)
@@ -286,4 +405,4 @@ def _wrap(inner: tokenizers.Tokenizer, origin: str, marks: Marks | None = None) 
         raise UserError(f"{origin} has no end-of-text token; add one of {', '.join(EOS_NAMES)}")
     inner.encode_special_tokens = marks.special == "text"
     largest = max(inner.get_vocab(with_added_tokens=True).values())
-    return Tokenizer(inner=inner, vocab_size=largest + 1, marks=marks)
+    return Tokenizer(inner=inner, vocab_size=largest + 1, marks=marks, chat=chat)

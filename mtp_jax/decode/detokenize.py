@@ -54,6 +54,11 @@ class RowText:
         """All of it; an unfinished character at its end is U+FFFD."""
         return self._settled + self._tail
 
+    @property
+    def settled(self) -> int:
+        """Characters of it that no later token changes."""
+        return len(self._settled)
+
     def add(self, tokens: Sequence[int]) -> None:
         """Takes in the tokens that follow."""
         run: list[int] = []

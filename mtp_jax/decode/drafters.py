@@ -56,6 +56,9 @@ class DraftContext(NamedTuple):
     propose: Callable[[jax.Array, int], Drafts]
     """Tokens from logits [B, n, V], chosen with the noise that verification will choose with; the number is that of the
     first of them among the drafts, 0 for the one behind the newest token."""
+    begin_B: jax.Array | int = 0
+    """Position from which each row was processed without a break; above 0 in later turns of a conversation, which begin
+    somewhere in an earlier one. What a drafter kept of the positions before may belong to other tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,30 @@ class Drafter:
     def __post_init__(self) -> None:
         if not isinstance(self.num_draft, int) or self.num_draft < 0:
             raise UserError(f"Drafter.num_draft={self.num_draft!r}; it must be an int, 0 or above")
+
+
+def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_probs: bool) -> Drafts:
+    """What a drafter of the caller's returns, while it is traced: tokens in int32, probabilities in float32."""
+    V, most = vocab_size, drafter.num_draft
+    tokens, probs = drafts if isinstance(drafts, Drafts) else (drafts, None)
+    shape = jnp.shape(tokens) if hasattr(tokens, "dtype") else ()
+    integers = hasattr(tokens, "dtype") and jnp.issubdtype(tokens.dtype, jnp.integer)
+    if not isinstance(drafts, Drafts) or not integers or len(shape) != 2 or shape[0] != rows or shape[1] > most:
+        got = f"{tokens.dtype} of shape {list(shape)}" if hasattr(tokens, "dtype") else repr(tokens)
+        raise UserError(
+            f"drafter {drafter.name!r} returns {got}; it must return Drafts(tokens) with whole numbers of shape "
+            f"[{rows}, {most}], or fewer columns"
+        )
+    if probs is not None and jnp.shape(probs) != (*shape, V):
+        raise UserError(
+            f"drafter {drafter.name!r} returns probabilities of shape {list(jnp.shape(probs))} for drafts of "
+            f"shape {list(shape)}; they must be {[*shape, V]}"
+        )
+    if probs is None and shape[1] and wants_probs:
+        raise UserError(
+            f"accept='confidence' goes by the drafter's own probabilities, and {drafter.name!r} returns none"
+        )
+    return Drafts(jnp.asarray(tokens, jnp.int32), None if probs is None else jnp.asarray(probs, jnp.float32))
 
 
 def _no_cache(config: Config, num_draft: int, batch: int, slots: int) -> tuple:

@@ -23,10 +23,9 @@ import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.decode import sampling, verify
-from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts
+from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts, checked
 from mtp_jax.decode.sampling import Controls, Sampler
 from mtp_jax.decode.verify import Rule
-from mtp_jax.errors import UserError
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.cache import grow_caches, whole_tiles
 from mtp_jax.model.mtp import Ask
@@ -63,6 +62,8 @@ class DecodeState(NamedTuple):
     """Tokens that end a row."""
     failed_B: jax.Array
     """Rows that met logits from which no token can be chosen."""
+    begin_B: jax.Array
+    """Where each row's processing began: 0, or in a later turn of a conversation what `Kept` holds of it."""
     # Between rounds.
     drafts: Drafts
     """For the P positions behind the pending token; with fewer drafted, the last ones mean nothing."""
@@ -77,6 +78,15 @@ class DecodeState(NamedTuple):
     """Drafts that rounds tried."""
     replaced_BS: jax.Array
     """Tokens that a lossy rule put in the place of the model's own; [B, 0] for other rules."""
+
+
+class Kept(NamedTuple):
+    """What an earlier request left in the caches."""
+
+    length: int
+    """Tokens with which the next request begins too, so that their entries count."""
+    caches: Any
+    drafter_cache: Any
 
 
 def slots_needed(total: int, num_draft: int) -> int:
@@ -114,6 +124,7 @@ def prefill(
     prompt_len_B: jax.Array,
     limit_B: jax.Array,
     end_ids_E: jax.Array,
+    kept: Kept | None = None,
 ) -> DecodeState:
     """Processes the prompts, `CHUNK` tokens at a time, and emits the first token of every row.
 
@@ -122,18 +133,23 @@ def prefill(
       slots: cache slots that the rows may come to need, at least `slots_needed` of the largest limit, and of T.
       params: a `mtp.decode_view`.
       controls: numbers and noise of the sampler.
-      prompt_BT: prompts on the host, padded on the right; T at most `CHUNK`, or a multiple of it.
+      prompt_BT: prompts on the host, padded on the right; T, less what is kept, at most `CHUNK` or a multiple of it.
       prompt_len_B: tokens of each prompt, at least 1.
       limit_B: prompt and output tokens at which a row stops, above its prompt length.
       end_ids_E: tokens that end a row.
+      kept: caches that hold the first tokens of every row; given up.
     """
-    T = prompt_BT.shape[1]
-    chunk = min(T, CHUNK)
-    first = bucket(chunk, plan.drafter.num_draft, slots)
+    T, begin = prompt_BT.shape[1], kept.length if kept is not None else 0
+    chunk = min(T - begin, CHUNK)
     # On the host: a program for every number of chunks would be one too many. jnp.asarray would compile one, too.
     rows_BS = jax.device_put(np.pad(np.asarray(prompt_BT), ((0, 0), (0, slots - T))))
-    state = empty_state(plan, first, slots, rows_BS, prompt_len_B, limit_B, end_ids_E)
-    for start in range(0, T, chunk):
+    rows = rows_BS, prompt_len_B, limit_B, end_ids_E
+    if kept is None:
+        state = empty_state(plan, bucket(chunk, plan.drafter.num_draft, slots), slots, *rows)
+    else:
+        state = rows_state(plan, slots, *rows, jax.device_put(np.full(len(prompt_BT), begin, np.int32)))
+        state = state._replace(caches=kept.caches, drafter_cache=kept.drafter_cache)
+    for start in range(begin, T, chunk):
         needed = bucket(start + chunk, plan.drafter.num_draft, slots)
         state = grow(state, needed) if needed > slots_of(state) else state
         state = prefill_chunk(plan, chunk, params, controls, state, prompt_len_B, jnp.int32(start))
@@ -141,19 +157,27 @@ def prefill(
 
 
 @bounded(statics=(0, 1, 2))
-def empty_state(
+def empty_state(plan: Plan, slots: int, length: int, prompt_BT: jax.Array, *rows: jax.Array) -> DecodeState:
+    """`rows_state` with caches of `slots` zeros."""
+    config, drafter, B = plan.config, plan.drafter, len(prompt_BT)
+    state = rows_state(plan, length, prompt_BT, *rows, jnp.zeros((B,), jnp.int32))
+    drafter_cache = drafter.init(config, drafter.num_draft, B, slots)
+    return state._replace(caches=mtp.init_caches(config, B, slots), drafter_cache=drafter_cache)
+
+
+@bounded(statics=(0, 1))
+def rows_state(
     plan: Plan,
-    slots: int,
     length: int,
     prompt_BT: jax.Array,
     prompt_len_B: jax.Array,
     limit_B: jax.Array,
     end_ids_E: jax.Array,
+    begin_B: jax.Array,
 ) -> DecodeState:
-    """Caches of `slots` zeros, and rows of `length` that hold their prompts only."""
-    config, drafter = plan.config, plan.drafter
+    """Rows of `length` that hold their prompts only, without caches."""
     B, T = prompt_BT.shape
-    P, V = drafter.num_draft, config.model.vocab_size
+    P, V = plan.drafter.num_draft, plan.config.model.vocab_size
     probs_BPV = jnp.zeros((B, P, V)) if plan.rule.reads_drafter else None
     return DecodeState(
         tokens_BS=jnp.pad(prompt_BT, ((0, 0), (0, length - T))),
@@ -162,9 +186,10 @@ def empty_state(
         done_B=jnp.zeros((B,), bool),
         end_ids_E=end_ids_E,
         failed_B=jnp.zeros((B,), bool),
+        begin_B=begin_B,
         drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV),
-        caches=mtp.init_caches(config, B, slots),
-        drafter_cache=drafter.init(config, P, B, slots),
+        caches=(),
+        drafter_cache=(),
         histogram_BQ=jnp.zeros((B, P + 1), jnp.int32),
         untried_BP=jnp.zeros((B, P), jnp.int32),
         drafted_B=jnp.zeros((B,), jnp.int32),
@@ -347,9 +372,10 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
             return Drafts(tokens_BP, jax.nn.softmax(logits_BPV))
         return Drafts(tokens_BP, sampling.probabilities(sampler, controls, logits_BPV))
 
-    context = DraftContext(*where, state.tokens_BS, state.total_B, count, propose)
+    context = DraftContext(*where, state.tokens_BS, state.total_B, count, propose, state.begin_B)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
-    drafts = _checked(plan, drafts, len(state.total_B))
+    wants_probs = plan.rule.name == "confidence"
+    drafts = checked(plan.drafter, drafts, len(state.total_B), plan.config.model.vocab_size, wants_probs)
     V, P, made = plan.config.model.vocab_size, state.drafts.tokens_BP.shape[1], drafts.tokens_BP.shape[1]
     known_BP = (drafts.tokens_BP >= 0) & (drafts.tokens_BP < V)
     tokens_BP = jnp.pad(jnp.where(known_BP, drafts.tokens_BP, 0), ((0, 0), (0, P - made)))
@@ -363,27 +389,3 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
             given_BPV = jnp.where(known_BP[..., None], drafts.probs_BPV, given_BPV)
         probs_BPV = jnp.concatenate([given_BPV, certain_BPV[:, made:]], axis=1)
     return state._replace(drafts=Drafts(tokens_BP, probs_BPV), drafter_cache=cache)
-
-
-def _checked(plan: Plan, drafts: Drafts, rows: int) -> Drafts:
-    """What a drafter of the caller's returns, while it is traced: tokens in int32, probabilities in float32."""
-    V, most = plan.config.model.vocab_size, plan.drafter.num_draft
-    tokens, probs = drafts if isinstance(drafts, Drafts) else (drafts, None)
-    shape = jnp.shape(tokens) if hasattr(tokens, "dtype") else ()
-    integers = hasattr(tokens, "dtype") and jnp.issubdtype(tokens.dtype, jnp.integer)
-    if not isinstance(drafts, Drafts) or not integers or len(shape) != 2 or shape[0] != rows or shape[1] > most:
-        got = f"{tokens.dtype} of shape {list(shape)}" if hasattr(tokens, "dtype") else repr(tokens)
-        raise UserError(
-            f"drafter {plan.drafter.name!r} returns {got}; it must return Drafts(tokens) with whole numbers of shape "
-            f"[{rows}, {most}], or fewer columns"
-        )
-    if probs is not None and jnp.shape(probs) != (*shape, V):
-        raise UserError(
-            f"drafter {plan.drafter.name!r} returns probabilities of shape {list(jnp.shape(probs))} for drafts of "
-            f"shape {list(shape)}; they must be {[*shape, V]}"
-        )
-    if probs is None and shape[1] and plan.rule.name == "confidence":
-        raise UserError(
-            f"accept='confidence' goes by the drafter's own probabilities, and {plan.drafter.name!r} returns none"
-        )
-    return Drafts(jnp.asarray(tokens, jnp.int32), None if probs is None else jnp.asarray(probs, jnp.float32))

@@ -1,4 +1,4 @@
-"""Prompts as token ids: text, ids, or what `tokenizer(...)` and `apply_chat_template(...)` return."""
+"""Prompts as token ids: text, messages, ids, or what `tokenizer(...)` and `apply_chat_template(...)` return."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,8 @@ import numpy as np
 
 from mtp_jax.errors import UserError
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
 IDS = "input_ids"
 MASK = "attention_mask"
 
@@ -18,11 +19,13 @@ def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:
 
     Args:
       lm: a loaded model.
-      prompt: text, which the tokenizer reads; token ids; or what a tokenizer returned for one text.
+      prompt: text, which the tokenizer reads; messages, which its chat template writes, with the beginning of an answer
+        behind them; token ids; or what a tokenizer returned for one text.
       row: its place among the prompts, for errors.
 
     Raises:
-      UserError: no such prompt, an empty one, ids outside the vocabulary, or more tokens than the model takes.
+      UserError: no such prompt, an empty one, messages without a chat template or that it refuses, ids outside the
+        vocabulary, or more tokens than the model takes.
     """
     if isinstance(prompt, str):
         if lm.tokenizer is None:
@@ -33,6 +36,9 @@ def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:
             raise UserError(f"prompt {row} is not valid text: {error}") from error
         ids = lm.tokenizer.encode_prompt(prompt)
         empty = not prompt
+    elif is_conversation(prompt):
+        ids = _chat_ids(lm, prompt, row)
+        empty = not ids
     else:
         prompt = _one_row(prompt, row)
         try:
@@ -62,6 +68,8 @@ def rows_of(encoding: Mapping[str, Any]) -> list[list[int]]:
     Raises:
       UserError: no `input_ids`, or a mask of another shape.
     """
+    if "role" in encoding:
+        raise UserError("a message alone is no prompt; put the list of messages into a list: [messages]")
     if IDS not in encoding:
         names = ", ".join(map(repr, encoding)) or "none"
         raise UserError(f"a prompt that is a dict needs {IDS!r}, but this one has the keys {names}; give token ids")
@@ -71,6 +79,20 @@ def rows_of(encoding: Mapping[str, Any]) -> list[list[int]]:
         raise UserError(f"{MASK} has another shape than {IDS}; give one number per token, or leave it out")
     pairs = [zip(row, mask, strict=True) for row, mask in zip(rows, masks, strict=True)]
     return [[token for token, kept in pair if kept] for pair in pairs]
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
+    return isinstance(prompt, list | tuple) and any(isinstance(message, Mapping) for message in prompt)
+
+
+def _chat_ids(lm: Any, messages: Sequence[Message], row: int) -> list[int]:
+    if lm.tokenizer is None:
+        raise UserError(f"prompt {row} holds messages, but this model has no tokenizer; give a list of token ids")
+    try:
+        return lm.tokenizer.encode_chat(messages)
+    except UserError as error:
+        raise UserError(f"prompt {row}: {error}") from error
 
 
 def _one_row(prompt: Sequence[int] | Mapping[str, Any], row: int) -> Any:

@@ -17,6 +17,7 @@ from mtp_jax.decode.adaptive import COSTS, WidthChooser
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.engine import DecodeState, Plan
+from mtp_jax.decode.held import Held, slots_of_turn
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
 from mtp_jax.decode.prompts import Prompt, prompt_ids, rows_of
@@ -59,6 +60,7 @@ class Request:
         options: Options,
         stop: Sequence[str],
         ignore_eos: bool,
+        held: Held | None = None,
     ) -> None:
         if isinstance(lm, str | os.PathLike):
             raise UserError(f"{str(lm)!r} is a path; load it first: generate(mtp_jax.load({str(lm)!r}), ...)")
@@ -79,21 +81,27 @@ class Request:
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.config.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
-        padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
-        new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))
-        self.slots = engine.slots_needed(buckets.bucket(padded) + new, drafter.num_draft)
+        if held is None:
+            padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
+            new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))
+            self.slots = engine.slots_needed(buckets.bucket(padded) + new, drafter.num_draft)
+            kept = None
+        else:
+            kept = held.kept(self.plan, ids[0])
+            padded = kept.length + buckets.padded(len(ids[0]) - kept.length, engine.CHUNK)
+            self.slots = slots_of_turn(max(padded, int(self.limit_B[0])), drafter.num_draft, longest)
         rows = buckets.batch_rows(len(ids))
         if rows > len(ids) and cache_bytes(self.plan, rows, self.slots) > free_bytes():
             rows = len(ids)
         check_cache_fits(self.plan, rows, self.slots)
-        options.check_logits_fn(lm.config.model.vocab_size, buckets.bucket(padded) + new)
+        options.check_logits_fn(lm.config.model.vocab_size, self.slots)
         self.controls = options.controls(len(ids), lm.config.model.vocab_size, rows)
         self.total_B = self.prompt_len_B
         self._count_all(len(ids), drafter.num_draft, isinstance(num_draft, str))
         if lm.tokenizer is not None:
             shown = special if self.stop.spelling is not None else {}
             self.texts = [RowText(lm.tokenizer.decode, row, shown) for row in ids]
-        self._prefill(ids, rows, padded, _end_ids(lm, ignore_eos))
+        self._prefill(ids, rows, padded, _end_ids(lm, ignore_eos), kept)
 
     def _count_all(self, rows: int, num_draft: int, auto: bool) -> None:
         """Counters at 0, and nothing read or found yet."""
@@ -107,7 +115,9 @@ class Request:
         self.searches = [StopSearch(self.stop) for _ in range(rows)]
         self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
 
-    def _prefill(self, ids: list[list[int]], rows: int, padded: int, end_ids: list[int]) -> None:
+    def _prefill(
+        self, ids: list[list[int]], rows: int, padded: int, end_ids: list[int], kept: engine.Kept | None
+    ) -> None:
         """Runs the prompts; rows that only fill the batch have one token, and room for one."""
         prompt_BT = np.zeros((rows, padded), np.int32)
         for row, tokens in zip(prompt_BT, ids, strict=False):
@@ -119,7 +129,7 @@ class Request:
         arrays = jax.device_put((prompt_len_B, limit_B, np.array(end_ids, np.int32)))
         params = self.lm.decode_params  # made at first use; its time is not the prompt's
         clock = _Clock()
-        self._take(engine.prefill(self.plan, self.slots, params, self.controls, prompt_BT, *arrays))
+        self._take(engine.prefill(self.plan, self.slots, params, self.controls, prompt_BT, *arrays, kept))
         self.prefill_seconds = clock.seconds()
         self.compile_seconds = clock.compiling()
 
@@ -192,7 +202,7 @@ class Request:
 
     def _read(self, row: int) -> list[int]:
         """The row's tokens that its text does not hold yet; from here on it does."""
-        tokens = self._new_tokens(row)[self.read_B[row] :]
+        tokens = self.new_tokens(row)[self.read_B[row] :]
         self.texts[row].add(tokens)
         self.read_B[row] += len(tokens)
         return tokens
@@ -232,7 +242,8 @@ class Request:
         if tried <= accepted < self.surplus.untried_BP.shape[1]:
             self.surplus.untried_BP[row, accepted] += sign
 
-    def _new_tokens(self, row: int) -> list[int]:
+    def new_tokens(self, row: int) -> list[int]:
+        """What the row has written so far."""
         start = self.prompt_len_B[row]
         tokens = self.tokens_BS[row, start : self.total_B[row]].tolist()
         return tokens[: self.cut_B[row]]
@@ -261,7 +272,7 @@ class Request:
     def result(self) -> Generation:
         """Tokens, text and statistics of the finished batch."""
         rows = range(len(self.cut_B))
-        tokens = [self._new_tokens(row) for row in rows]
+        tokens = [self.new_tokens(row) for row in rows]
         emitted = sum(map(len, tokens))
         counts = _minus(self.counts, self.surplus)
         replaced_BS, starts = np.asarray(self.state.replaced_BS), enumerate(self.prompt_len_B)

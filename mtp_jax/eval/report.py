@@ -100,6 +100,7 @@ def evaluate(
     """
     config, settings = lm.config, lm.config.decode
     check_prompts(config.data, rows, "the text")
+    rows = dataclasses.replace(rows, prompt_tokens=config.data.prompt_tokens)
     progress(f"held-out loss over {min(limit, len(rows)) if limit else len(rows)} rows")
     mesh = lm.mesh
     run = jax.jit(functools.partial(eval_step, config, xent_spec(config, mesh)))
@@ -131,7 +132,7 @@ def evaluate(
     samples = [_sample(lm.tokenizer, *three) for three in list(zip(prompts, generated, references, strict=False))[:3]]
     return Evaluation(
         sums=sums,
-        heldout_bytes=0 if limit or config.data.prompt_tokens else rows.predicted_bytes,
+        heldout_bytes=0 if limit else rows.predicted_bytes,
         decoding=decoding,
         distinct=distinct_ratio(generated),
         reference_distinct=distinct_ratio(references),

@@ -61,7 +61,8 @@ def abstract_batch(config: Config, where: jax.sharding.Sharding) -> dict[str, ja
     """A batch of the run, without its numbers."""
     shape = (config.train.batch_size, config.data.seq_len)
     array_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
-    return dict.fromkeys(("tokens", "segment_ids", "positions"), array_BT)
+    learn = ("learn",) if config.data.prompt_tokens else ()
+    return dict.fromkeys(("tokens", "segment_ids", "positions", *learn), array_BT)
 
 
 def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:

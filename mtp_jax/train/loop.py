@@ -87,7 +87,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunConsol
     steps = compile_steps(config, mesh)
     opening = read_run(config, workdir, steps, console.note)
     write_run(config, workdir, opening)
-    corpus = opening.corpus
+    corpus = opening.corpus.behind_prompts(config.data.prompt_tokens)
     console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
     console.note(_devices(mesh, steps))
     mine = sharding.rows_here(steps.batch_sharding, config.train.batch_size)
@@ -282,8 +282,7 @@ class _Run:
         batches = self.until_stopped(batches)
         sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)
         means = {f"heldout_{name}": np.asarray(value).tolist() for name, value in sums.means().items()}
-        # Of documents with a prompt only the answers are learned, and nobody has counted their bytes.
-        if rows.predicted_bytes and not settings.eval_rows and not self.config.data.prompt_tokens:
+        if rows.predicted_bytes and not settings.eval_rows:
             means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), rows.predicted_bytes)
         self.writer.write(step, means)
 

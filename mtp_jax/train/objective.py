@@ -69,16 +69,14 @@ class Targets(NamedTuple):
 
 
 def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
-    """Targets of every head; those inside a prompt weigh nothing, nor those outside a draft vocabulary.
+    """Targets of every head; tokens that `learn` leaves out weigh nothing, nor those outside a draft vocabulary.
 
     Args:
       config: the run's config.
       params: parameters, for `draft_ids`.
       batch: the batch.
     """
-    prompt = config.data.prompt_tokens
-    learn_BT = batch["positions"] >= prompt if prompt else None
-    targets = Targets(*make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future, learn_BT))
+    targets = Targets(*make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future, batch.get("learn")))
     trained_MBT = mtp.trained(config, inputs(config, batch), batch["segment_ids"])
     if trained_MBT is not None:
         targets = targets._replace(weights_MBT=targets.weights_MBT * trained_MBT)

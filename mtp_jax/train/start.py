@@ -40,7 +40,8 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
     tokenizer = directory / "data" / "tokenizer.json"
     heads_only = sections.get("train", {}).get("trainable") == "heads"
     settled = {
-        "data": {"tokenizer": str(tokenizer) if tokenizer.is_file() else "none"},
+        # The template lies next to the tokenizer.
+        "data": {"tokenizer": str(tokenizer) if tokenizer.is_file() else "none", "chat_template": ""},
         "train": {"init_from": str(directory), "init_heads": "new" if "heads" in sections else "same"},
         "optim": {"learning_rate": 1e-4 if heads_only else 1e-5, "schedule": "constant", "weight_decay": 0.0},
     }

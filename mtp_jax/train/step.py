@@ -54,7 +54,8 @@ def train_step(
     Args:
       config, spec, optimizer: static, bound by `compile_steps`.
       state: the training state.
-      batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each.
+      batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each; with `learn`, only the tokens where it is 1 are
+        learned.
 
     Returns:
       The next state and the step's metrics, those of the parameters at which the gradient was taken.

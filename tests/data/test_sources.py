@@ -12,7 +12,7 @@ from mtp_jax.errors import UserError
 
 
 def read(source, field="text"):
-    return [tuple(document) for document in sources.read_documents(str(source), field)]
+    return [tuple(document[:2]) for document in sources.read_documents(str(source), field)]
 
 
 def raises(message):

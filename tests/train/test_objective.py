@@ -18,6 +18,7 @@ from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
+from mtp_jax.data.pack import PackedRows
 from mtp_jax.model import mtp
 from mtp_jax.train import objective
 from mtp_jax.train.step import compile_steps
@@ -203,14 +204,13 @@ def test_heads_alone_keep_no_residual_of_the_trunk():
 
 
 def test_prompts_are_context_only():
-    """data.prompt_tokens = 2: in each document the first two tokens are nobody's target, all others everybody's.
+    """prompt_tokens = 2: in each document the first two tokens are nobody's target, all others everybody's.
 
     Breaks if the prompt is counted from the row's start, or if the target's own position is not what is asked.
     """
-    config = tiny_config(data={"prompt_tokens": 2})
-    tokens_BT, positions_BT, segments_BT = rows([1, 2, 3, 4], [5, 6, 7], length=8)
-    batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": segments_BT}
-    targets = objective.batch_targets(config, {}, batch)
+    packed = PackedRows(np.array([1, 2, 3, 4, 5, 6, 7]), np.array([0, 4]), 8, 0, prompt_tokens=2)
+    batch = {name: row_T[None] for name, row_T in packed[0].items()}
+    targets = objective.batch_targets(tiny_config(), {}, batch)
     assert targets.weights_MBT[:, 0].tolist() == [
         [0, 1, 1, 0, 0, 1, 0, 0],
         [1, 1, 0, 0, 1, 0, 0, 0],
@@ -245,6 +245,7 @@ def test_teacherless_training_learns_the_whole_answer():
     tokens_BT = np.concatenate([prompts_BT, prompts_BT[:, ::-1]], axis=1).astype(np.int32)
     positions_BT = np.tile(np.arange(8, dtype=np.int32), (16, 1))
     batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((16, 8), np.int32)}
+    batch["learn"] = (positions_BT >= 4).astype(np.int32)
     _, _, history = train_on(config, batch, 150)
     assert history[-1].sums.means()["top1"][0] == 1.0
     assert history[-1].sums.weight_M[0] == 16 * 4

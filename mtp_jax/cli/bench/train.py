@@ -62,7 +62,10 @@ class Step:
         B, T = config.train.batch_size, config.data.seq_len
         tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T), np.int32)
         positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-        self.feed({"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)})
+        batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)}
+        if config.data.prompt_tokens:
+            batch["learn"] = (positions_BT >= config.data.prompt_tokens).astype(np.int32)
+        self.feed(batch)
         self.compiled = self._steps.train.lower(self._steps.abstract_state, self._batch).compile()
         self.compile_seconds = time.perf_counter() - began
         self._state = self._steps.init(jax.random.key(0))

@@ -57,6 +57,8 @@ class Round(NamedTuple):
     """Token ids to embeddings."""
     propose: Callable[[jax.Array, int], Any]
     """`(states_BPD, first) -> drafts`: what heads first, first+1, ... draft from these states; `.tokens_BP` are ids."""
+    begin_B: jax.Array | int = 0
+    """Position from which each row was processed without a break; states kept of those before do not count."""
 
 
 def head_model(config: Config) -> ModelConfig:

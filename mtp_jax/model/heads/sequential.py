@@ -118,11 +118,11 @@ class _Window(NamedTuple):
 
 
 def _window(cache: SequentialCache, now: Round) -> tuple[_Window, jax.Array]:
-    """The window, and the tail for the next round. At a row's beginning, where fewer positions lie before the round,
-    the window reaches behind it; what stands there is made again before anything sees it."""
+    """The window, and the tail for the next round. Where fewer positions lie between the row's beginning and the
+    round, the window reaches behind it; what stands there is made again before anything sees it."""
     tail = cache.tail_BJD.shape[1]
     both_BWD = jnp.concatenate([cache.tail_BJD, now.tap_BQD], axis=1)
-    back_B = jnp.minimum(now.start_B, tail)
+    back_B = jnp.minimum(now.start_B - now.begin_B, tail)
     width = both_BWD.shape[1]
     at_BW = jnp.minimum(tail - back_B[:, None] + jnp.arange(width)[None, :], width - 1)
     take = lambda at_BX: jnp.take_along_axis(both_BWD, at_BX[..., None], axis=1)  # noqa: E731

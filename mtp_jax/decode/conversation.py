@@ -1,0 +1,168 @@
+"""A conversation, turn by turn: the answer of each turn is that of `generate` for all messages so far.
+
+The caches stay. A turn runs the prompt from the first token that is not in them. That is where the new messages begin if
+the template writes the older ones as it did before. Some templates do not: they leave out an earlier turn's reasoning.
+The text of an answer may also be read as other tokens than those that were generated. Then more of it is run again.
+
+Arrays have power-of-two sizes, so that a turn within the sizes of an earlier one compiles nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mtp_jax.decode.detokenize import RowText
+from mtp_jax.decode.drafters import NONE, Drafter
+from mtp_jax.decode.held import Held, held_of
+from mtp_jax.decode.options import Options
+from mtp_jax.decode.prompts import Message, prompt_ids
+from mtp_jax.decode.request import Model, NumDraft, Request
+from mtp_jax.decode.result import Generation
+from mtp_jax.errors import UserError
+
+
+class Piece(NamedTuple):
+    """A piece of an answer."""
+
+    text: str
+    drafted: bool
+    """Whether its tokens were drafts that the model accepted."""
+
+
+class Conversation:
+    """A conversation with a model.
+
+    conversation = Conversation(mtp_jax.load("runs/chat"), max_new_tokens=256)
+    conversation.say("What is a heap?").text
+    conversation.say("And a stack?").text
+    """
+
+    def __init__(
+        self,
+        lm: Model,
+        *,
+        max_new_tokens: int,
+        draft: str | Drafter = "auto",
+        num_draft: NumDraft = None,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> None:
+        """A conversation without messages.
+
+        Args:
+          lm: a loaded model, the tokenizer of which has a chat template.
+          max_new_tokens: most tokens of an answer.
+          draft, num_draft, stop: as of `generate`.
+          sampling: `temperature` and the others of `generate`; the same for all turns.
+
+        Raises:
+          UserError: no chat template, or a setting out of range.
+        """
+        if getattr(lm.tokenizer, "chat", None) is None:
+            raise UserError(
+                "this model has no chat template; give it one: lm.with_chat_template('plain') or the path of one "
+                "(--chat-template in commands)"
+            )
+        self._lm = lm
+        self._options = Options(**sampling)
+        self._max_new_tokens = max_new_tokens
+        self._draft = draft
+        self._num_draft = num_draft
+        self._stop = stop
+        self._held = Held([])
+        self.messages: list[Message] = []
+        """What was said, answers included."""
+        self.prompt_tokens = 0
+        """Tokens of the newest turn's prompt: of all messages before its answer."""
+        self.reused_tokens = 0
+        """How many of them were not run again."""
+
+    def say(self, messages: str | Sequence[Message]) -> Generation:
+        """Adds messages and the answer to them.
+
+        Args:
+          messages: what is new: messages, or the text of one by the user.
+
+        Returns:
+          What `generate` returns for all messages, this answer excluded.
+
+        Raises:
+          UserError: as of `generate`; the conversation is as it was.
+        """
+        for item in self.stream(messages):
+            result = item
+        return result
+
+    def stream(self, messages: str | Sequence[Message]) -> Iterator[Piece | Generation]:
+        """Like `say`, yielding a `Piece` as soon as it is decided, and the `Generation` as the last item.
+
+        If it is not read to its end, the answer is what was read. Raises at the call, and runs the prompt there.
+        """
+        new = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        history = [*self.messages, *new]
+        ids = prompt_ids(self._lm, history, 0)
+        request = self._request(ids)
+        self.prompt_tokens = len(ids)
+        self.reused_tokens = int(request.state.begin_B[0])
+        return self._pieces(request, history, ids)
+
+    def _request(self, ids: list[int]) -> Request:
+        held, self._held = self._held, Held([])  # Given up to the request, until it is through.
+        options = self._options, self._stop, False
+        return Request(self._lm, [ids], self._max_new_tokens, self._draft, self._num_draft, *options, held=held)
+
+    def _pieces(self, request: Request, history: list[Message], ids: list[int]) -> Iterator[Piece | Generation]:
+        origins = _Origins(RowText(self._lm.tokenizer.decode, ids))
+        shown = accepted = 0
+        whole = False
+        try:
+            while True:
+                origins.add(request.new_tokens(0), accepted)
+                text = request.settled_text()[0]
+                yield from origins.pieces(text, shown)
+                shown = len(text)
+                if request.done:
+                    break
+                before = request.counts.histogram_BQ[0]
+                request.advance(1)
+                accepted = int((request.counts.histogram_BQ[0] - before).argmax())
+            whole = True
+            yield request.result()
+        except GeneratorExit:
+            whole = True
+            raise
+        finally:
+            answer: Mapping[str, Any] = {"role": "assistant", "content": request.settled_text()[0]}
+            self.messages = [*history, answer]
+            if whole:  # Otherwise the arrays may be gone.
+                self._held = held_of(request.state)
+            if request.plan.drafter is NONE and request.chooser is None:
+                self._draft, self._num_draft = NONE, None  # num_draft="auto" found that drafts do not pay.
+
+
+class _Origins:
+    """Which characters of an answer come from drafts."""
+
+    def __init__(self, text: RowText) -> None:
+        self._text = text
+        self._count = 0
+        self._drafted: list[bool] = []
+
+    def add(self, tokens: list[int], accepted: int) -> None:
+        """Takes the answer so far, of whose tokens since the last call the first `accepted` were drafts."""
+        for place, token in enumerate(tokens[self._count :]):
+            settled = self._text.settled
+            self._text.add([token])
+            # A character that spreads over tokens counts as the one that completes it.
+            del self._drafted[settled:]
+            self._drafted += [place < accepted] * (len(self._text.text) - settled)
+        self._count = len(tokens)
+
+    def pieces(self, text: str, start: int) -> Iterator[Piece]:
+        """The text from `start` on, cut where one origin follows the other."""
+        while start < len(text):
+            drafted = self._drafted[start]
+            stop = start + 1
+            while stop < len(text) and self._drafted[stop] == drafted:
+                stop += 1
+            yield Piece(text[start:stop], drafted)
+            start = stop

@@ -1,0 +1,64 @@
+"""What a conversation holds of its earlier turns: the tokens whose entries stand in the caches.
+
+    held       s0 s1 s2 s3 s4 s5 s6 s7          prompt and answer of the turn before, its last token apart
+    next       s0 s1 s2 s3 s4 t5 t6 t7 t8 t9    the longer conversation, as the template writes it
+    begins              ^                       P before the first difference, which heads may have drafted with
+
+The entries before stay. Those behind are written anew, and no query sees what stands behind them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from mtp_jax.decode import buckets, engine
+from mtp_jax.decode.engine import DecodeState, Kept, Plan
+from mtp_jax.model import mtp
+from mtp_jax.programs import bounded
+
+
+class Held(NamedTuple):
+    """Caches of one row, and the tokens that they hold."""
+
+    ids: list[int]
+    caches: Any = None
+    """None before the first turn."""
+    drafter_cache: Any = None
+
+    def kept(self, plan: Plan, ids: list[int]) -> Kept:
+        """What counts of it for another turn.
+
+        Args:
+          plan: of the turn; its drafter is that of the turns before.
+          ids: its prompt.
+        """
+        same = 0
+        while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
+            same += 1
+        caches = _no_entries(plan, engine.LEAST_SLOTS) if self.caches is None else (self.caches, self.drafter_cache)
+        # Heads that read tokens have entries that rest on the P tokens behind them.
+        return Kept(max(same - plan.drafter.num_draft, 0), *caches)
+
+
+@bounded(statics=(0, 1))
+def _no_entries(plan: Plan, slots: int) -> tuple[Any, Any]:
+    drafter = plan.drafter
+    return mtp.init_caches(plan.config, 1, slots), drafter.init(plan.config, drafter.num_draft, 1, slots)
+
+
+def held_of(state: DecodeState) -> Held:
+    """What a state of one row holds; the newest token has no entry yet."""
+    tokens_1S, total_1 = jax.device_get((state.tokens_BS, state.total_B))
+    return Held(tokens_1S[0, : total_1[0] - 1].tolist(), state.caches, state.drafter_cache)
+
+
+def slots_of_turn(total: int, num_draft: int, longest: int) -> int:
+    """Slots for a turn that ends within `total` tokens: a power of two, so that the next turn mostly has as many.
+
+    Args:
+      total: tokens that are padded or written.
+      num_draft: P.
+      longest: tokens that a row may have at all.
+    """
+    most = engine.slots_needed(longest + engine.CHUNK, num_draft)
+    return min(buckets.power(engine.slots_needed(total, num_draft), engine.LEAST_SLOTS), most)
