@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mtp_jax.config import override as override
     from mtp_jax.convert.importer import import_model as import_model
     from mtp_jax.convert.writer import export_model as export_model
+    from mtp_jax.decode.conversation import Conversation as Conversation
     from mtp_jax.decode.drafters import DraftContext as DraftContext
     from mtp_jax.decode.drafters import Drafter as Drafter
     from mtp_jax.decode.drafters import Drafts as Drafts
@@ -51,6 +52,7 @@ _HOMES = {
     "LoadedModel": "loading",
     "generate": "decode.generate",
     "stream": "decode.generate",
+    "Conversation": "decode.conversation",
     "Drafter": "decode.drafters",
     "DraftContext": "decode.drafters",
     "Drafts": "decode.drafters",

@@ -11,6 +11,7 @@ COMMANDS = {
     "quickstart": "train a small model on Python's standard library, decode with it, write a report",
     "train": "train a config, or continue where its workdir stopped",
     "generate": "generate text from a trained model",
+    "chat": "a conversation in the terminal",
     "eval": "loss by head, bits per byte, acceptance by depth",
     "import": "make a model directory from a Hugging Face checkpoint, with fresh heads if wanted",
     "export": "write a model as a Hugging Face directory",

@@ -200,6 +200,14 @@ def save_for_transformers(tokenizer: Any, directory: pathlib.Path) -> None:
     spell_for_both(directory)
 
 
+def write_template(tokenizer: Any, directory: pathlib.Path) -> None:
+    """Writes the chat template where it is not the one that lies in the directory."""
+    template = None if tokenizer is None else tokenizer.chat
+    beside = chat.beside(directory / "tokenizer.json")
+    if template is not None and (beside is None or beside.text != template.text):
+        (directory / chat.JINJA).write_text(template.text, encoding="utf-8")
+
+
 def spell_for_both(directory: pathlib.Path) -> None:
     """Rewrites what only transformers 5 understands in a tokenizer_config.json, so that 4 reads the same tokenizer."""
     path = directory / "tokenizer_config.json"

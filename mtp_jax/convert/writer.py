@@ -19,7 +19,7 @@ from mtp_jax.convert.meta import META, PARAMS
 from mtp_jax.convert.origin import Origin, copied, copy_sidecars
 from mtp_jax.convert.reader import Notify, normalised, to_stderr
 from mtp_jax.convert.settings import shortest_pattern
-from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both
+from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both, write_template
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import whole_directory
 from mtp_jax.trees import by_path
@@ -100,6 +100,7 @@ def export_model(
         if origin is not None:
             copy_sidecars(origin.directory, directory)
             spell_for_both(directory)
+            write_template(lm.tokenizer, directory)
         elif lm.tokenizer is not None:
             save_for_transformers(lm.tokenizer, directory)
         if form and not beside:

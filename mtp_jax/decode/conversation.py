@@ -1,7 +1,7 @@
 """A conversation, turn by turn: the answer of each turn is that of `generate` for all messages so far.
 
-The caches stay. A turn runs the prompt from the first token that is not in them. That is where the new messages begin if
-the template writes the older ones as it did before. Some templates do not: they leave out an earlier turn's reasoning.
+The caches stay. A turn runs the prompt from the first token that is not in them. That is where the new messages begin,
+if the template writes the older ones as it did before. Some do not: they leave out the reasoning of an earlier turn.
 The text of an answer may also be read as other tokens than those that were generated. Then more of it is run again.
 
 Arrays have power-of-two sizes, so that a turn within the sizes of an earlier one compiles nothing.

@@ -44,8 +44,8 @@ def generate(
 
     Args:
       lm: a loaded model.
-      prompts: strings, lists of token ids (no token is added to those), or what a tokenizer returns, such as
-        `apply_chat_template(messages, add_generation_prompt=True)`: a dict with `input_ids`.
+      prompts: strings; lists of messages, `{"role": "user", "content": "..."}`, which the tokenizer's chat template
+        writes; lists of token ids (no token is added to those); or what a tokenizer returns: a dict with `input_ids`.
       max_new_tokens: most new tokens per prompt; fewer where the model's max_seq_len ends.
       draft: `heads`, `lookup`, `heads+lookup`, `none`, or a `Drafter` of your own; `auto` is heads, and lookup where
         the model has none.
