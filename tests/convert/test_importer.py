@@ -16,7 +16,9 @@ import mtp_jax
 from mtp_jax.cli import run as mtp
 from mtp_jax.config import HeadsConfig
 from mtp_jax.convert.files import open_directory
-from mtp_jax.convert.tokenizer import HubTokenizer, save_for_training
+from mtp_jax.convert.tokenizer import HubTokenizer, load_run_tokenizer, save_for_training
+from mtp_jax.data.chat import NAMED
+from mtp_jax.data.loader import prepare
 from mtp_jax.data.marks import Marks
 from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer
 from mtp_jax.errors import UserError
@@ -246,3 +248,25 @@ def test_what_no_architecture_holds(tmp_path):
     with pytest.raises(UserError, match=r"no Hugging Face architecture.* but for model\.norm_position"):
         mtp_jax.export_model(lm, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_chat_template_survives(with_heads, hub, tmp_path):
+    """encode_chat of an import, of the text of a run that starts from it, and of an export, each alone and after a move,
+    is `apply_chat_template` of the original; a template given to a run goes out with it. Breaks without `chat.write` in
+    `save_for_training`, without `chat` in `load_hub_tokenizer`, or without `write_template`."""
+    talk = [{"role": "user", "content": "def return"}, {"role": "assistant", "content": " self"}]
+    expected = transformers.AutoTokenizer.from_pretrained(hub).apply_chat_template(talk, add_generation_prompt=True)
+    moved = shutil.copytree(with_heads, tmp_path / "moved")
+    lm = mtp_jax.load(moved)
+    assert lm.tokenizer.encode_chat(talk) == expected["input_ids"]
+    lines = [json.dumps({"messages": [*talk, *talk][:count]}) for count in (2, 3, 4)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    data = {"tokenizer": str(moved / "data" / "tokenizer.json"), "seq_len": 8}
+    prepare(tiny_config(tmp_path / "talk.jsonl", data=data), tmp_path / "run")
+    shutil.rmtree(moved / "hf")
+    for folder in (moved / "data", (tmp_path / "run").rename(tmp_path / "run2")):
+        assert load_run_tokenizer(folder, None, trained=True).encode_chat(talk) == expected["input_ids"]
+    mtp_jax.export_model(lm.with_chat_template("plain"), tmp_path / "plain", form="none", notify=str)
+    mtp_jax.export_model(mtp_jax.load(with_heads), tmp_path / "same", form="none", notify=str)
+    templates = [(tmp_path / name / "chat_template.jinja").read_text() for name in ("plain", "same")]
+    assert templates == [NAMED["plain"], CHAT]

@@ -20,7 +20,9 @@ from mtp_jax.decode import engine
 from mtp_jax.decode.adaptive import WidthChooser
 from mtp_jax.decode.conversation import Conversation, Piece
 from mtp_jax.decode.generate import Generation, generate
+from mtp_jax.decode.options import Options
 from mtp_jax.decode.prompts import prompt_ids
+from mtp_jax.decode.request import Request
 from mtp_jax.errors import UserError
 
 CHAIN = (10, *b"HELO!", EOS_ID)  # Behind the end of a line, in which prompts end.
@@ -68,15 +70,17 @@ def test_turns_are_generations_of_the_whole(kind, options):
     conversation.say("hello")
     history = [*conversation.messages, user("and?")]
     result = conversation.say("and?")
-    assert same(result, generate(lm, [history], max_new_tokens=9, **options))
+    at_once = Request(lm, [history], 9, "auto", None, Options(**options), (), False)  # what `generate` makes of it
+    while not at_once.done:
+        at_once.advance(99)
+    assert same(result, at_once.result())
     assert conversation.messages == [*history, {"role": "assistant", "content": result.text[0]}]
     assert conversation.reused_tokens > 20
-    at_once = Conversation(lm, max_new_tokens=9, **options)
-    assert same(at_once.say(history), result) and at_once.reused_tokens == 0
-    one, other = conversation._held, at_once._held
-    assert one.ids == other.ids
-    sure = len(one.ids) - P  # The last entries of heads may rest on the drafts of different rounds.
-    for a, b in zip(*(jax.tree.leaves((held.caches, held.drafter_cache)) for held in (one, other)), strict=True):
+    held = conversation._held
+    assert held.ids == at_once.state.tokens_BS[0, : len(held.ids)].tolist()
+    sure = len(held.ids) - 2  # The last entries of heads may rest on the drafts of different rounds.
+    both = (held.caches, held.drafter_cache), (at_once.state.caches, at_once.state.drafter_cache)
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
         if a.ndim == 4:
             np.testing.assert_allclose(a[:, :, :sure], b[:, :, :sure], atol=1e-4)
 
