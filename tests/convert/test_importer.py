@@ -251,7 +251,7 @@ def test_what_no_architecture_holds(tmp_path):
 
 
 def test_the_chat_template_survives(with_heads, hub, tmp_path):
-    """encode_chat of an import, of the text of a run that starts from it, and of an export, each alone and after a move,
+    """encode_chat of an import, of the text of a run that starts from it, and of an export, alone and after a move,
     is `apply_chat_template` of the original; a template given to a run goes out with it. Breaks without `chat.write` in
     `save_for_training`, without `chat` in `load_hub_tokenizer`, or without `write_template`."""
     talk = [{"role": "user", "content": "def return"}, {"role": "assistant", "content": " self"}]
