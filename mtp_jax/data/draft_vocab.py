@@ -21,20 +21,20 @@ class DraftVocab:
 
     @classmethod
     def of(cls, rows: PackedRows, count: int, vocab_size: int) -> "DraftVocab":
-        """The `count` most frequent tokens of a training text; of equally frequent ones the lower ids.
+        """The `count` most frequent tokens of a training text that are learned; of equally frequent ones the lower ids.
 
         Args:
           rows: the text. Every process counts all of it, and finds the same.
           count: N.
           vocab_size: V.
         """
-        counts_V = token_counts(rows.tokens, vocab_size)
+        counts_V = token_counts(rows.tokens, vocab_size, rows.learn)
         ids_N = np.sort(np.argsort(-counts_V, kind="stable")[:count]).astype(np.int32)
         return cls(ids_N, vocab_size, float(counts_V[ids_N].sum() / counts_V.sum()))
 
     def share_of(self, rows: PackedRows) -> float:
         """Share of a text's tokens that are among them."""
-        counts_V = token_counts(rows.tokens, self.vocab_size)
+        counts_V = token_counts(rows.tokens, self.vocab_size, rows.learn)
         return float(counts_V[self.ids].sum() / counts_V.sum())
 
     def describe(self, heldout: PackedRows) -> str:
@@ -45,9 +45,17 @@ class DraftVocab:
         )
 
 
-def token_counts(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token stands in a flat stream, which may be larger than memory; int64 [V]."""
+def token_counts(tokens: np.ndarray, vocab_size: int, learn: np.ndarray | None = None) -> np.ndarray:
+    """How often each token stands in a flat stream, which may be larger than memory; int64 [V].
+
+    Args:
+      tokens: the stream.
+      vocab_size: V.
+      learn: 1 for the tokens that count; None counts all.
+    """
     counts_V = np.zeros(vocab_size, np.int64)
     for start in range(0, len(tokens), BLOCK):
-        counts_V += np.bincount(tokens[start : start + BLOCK], minlength=vocab_size)
+        block = slice(start, start + BLOCK)
+        counted = tokens[block] if learn is None else tokens[block][learn[block] != 0]
+        counts_V += np.bincount(counted, minlength=vocab_size)
     return counts_V

@@ -12,6 +12,7 @@ from reference.tiny import tiny_config
 
 from mtp_jax.config import override
 from mtp_jax.data import loader, store
+from mtp_jax.data.draft_vocab import DraftVocab
 from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.train.objective import batch_targets
@@ -57,7 +58,7 @@ def test_every_head_learns_the_assistants_tokens_and_no_others(template, tmp_pat
     shared = several = 0
     for rows in (corpus.train, again.train, again.heldout):
         for batch in loader.heldout_batches(rows, 4):
-            weights_MBT = np.asarray(batch_targets(run, batch).weights_MBT)
+            weights_MBT = np.asarray(batch_targets(run, {}, batch).weights_MBT)
             for b, (tokens_T, segments_T) in enumerate(zip(batch["tokens"], batch["segment_ids"], strict=True)):
                 np.testing.assert_array_equal(weights_MBT[:, b], expected(tokens_T, segments_T, 3))
                 several += segments_T.max() > 1
@@ -70,6 +71,14 @@ def test_bits_per_byte_count_what_is_learned(tmp_path):
     run = config(tmp_path, [{"messages": SHORT}, {"messages": LONG}])
     corpus = loader.prepare(run, None)
     assert corpus.train.predicted_bytes + corpus.heldout.predicted_bytes == len("Y") + len("ONCETWICE" * 9)
+
+
+def test_heads_draft_the_tokens_that_are_learned(tmp_path):
+    """A draft vocabulary has the tokens of the assistant. Breaks without `learn` in `DraftVocab.of`."""
+    talk = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "BBCD"}]
+    rows = loader.prepare(config(tmp_path, [{"messages": talk}] * 2), None).train
+    vocab = DraftVocab.of(rows, 2, 264)
+    assert bytes(vocab.ids.tolist()) == b"BC" and vocab.covers == 0.75
 
 
 def test_completions_and_texts(tmp_path):
