@@ -167,7 +167,7 @@ NAMED = (
     Mutation(
         "sequential entries that rest on drafts stay",
         "model/heads/sequential.py",
-        "back_B = jnp.minimum(now.start_B, tail)",
+        "back_B = jnp.minimum(now.start_B - now.begin_B, tail)",
         "back_B = jnp.zeros_like(now.start_B)",
         "model/test_decode_forward.py",
     ),
