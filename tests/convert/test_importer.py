@@ -263,10 +263,10 @@ def test_the_chat_template_survives(with_heads, hub, tmp_path):
     (tmp_path / "talk.jsonl").write_text("\n".join(lines))
     data = {"tokenizer": str(moved / "data" / "tokenizer.json"), "seq_len": 8}
     prepare(tiny_config(tmp_path / "talk.jsonl", data=data), tmp_path / "run")
-    shutil.rmtree(moved / "hf")
-    for folder in (moved / "data", (tmp_path / "run").rename(tmp_path / "run2")):
-        assert load_run_tokenizer(folder, None, trained=True).encode_chat(talk) == expected["input_ids"]
     mtp_jax.export_model(lm.with_chat_template("plain"), tmp_path / "plain", form="none", notify=str)
     mtp_jax.export_model(mtp_jax.load(with_heads), tmp_path / "same", form="none", notify=str)
     templates = [(tmp_path / name / "chat_template.jinja").read_text() for name in ("plain", "same")]
     assert templates == [NAMED["plain"], CHAT]
+    shutil.rmtree(moved / "hf")
+    for folder in (moved / "data", (tmp_path / "run").rename(tmp_path / "run2")):
+        assert load_run_tokenizer(folder, None, trained=True).encode_chat(talk) == expected["input_ids"]
