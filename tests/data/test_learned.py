@@ -13,7 +13,7 @@ from reference.tiny import tiny_config
 from mtp_jax.config import override
 from mtp_jax.data import loader, store
 from mtp_jax.data.draft_vocab import DraftVocab
-from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer
+from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer, train_bpe
 from mtp_jax.errors import UserError
 from mtp_jax.train.objective import batch_targets
 
@@ -146,13 +146,14 @@ def test_the_template_stays_with_the_corpus(tmp_path):
 
 
 def test_a_trained_tokenizer_has_a_template_too(tmp_path):
-    """bpe trained on conversations: nothing is lost on merges of the marks that the template writes, and the end of a
-    turn is one token. Breaks without the split in `train_bpe`, or without `with_chat` behind it."""
+    """bpe trained on conversations: the end of a turn is one token, and no merge is spent on its spelling. Breaks
+    without `with_chat` behind `train_bpe`, or without the split in it."""
     run = config(tmp_path, [{"messages": TALK}, {"messages": LONG}], tokenizer="bpe", chat_template="plain")
-    corpus = loader.prepare(run, tmp_path / "data")
-    vocabulary = corpus.tokenizer.inner.get_vocab()
+    tokenizer = loader.prepare(run, None).tokenizer
+    ended = [*SHORT, SHORT[0]]
+    assert tokenizer.encode_chat(ended).count(tokenizer.eos_id) == 1
+    vocabulary = train_bpe([tokenizer.chat.prompt(ended)] * 9, 300).inner.get_vocab()
     assert {token for token in vocabulary if "|" in token and len(token) > 1} == {"<|bos|>", "<|eos|>"}
-    assert corpus.tokenizer.encode_chat(SHORT).count(corpus.tokenizer.eos_id) == 1
 
 
 @pytest.mark.parametrize(
