@@ -140,7 +140,8 @@ def test_the_template_stays_with_the_corpus(tmp_path):
     asked = made.tokenizer.encode_chat(TALK[:2])
     assert bytes(asked) == b"(system)be brief(user)hi(assistant)"
     assert held.tokenizer.encode_chat(TALK[:2]) == load_tokenizer(tmp_path / "moved").encode_chat(TALK[:2]) == asked
-    (tmp_path / "moved" / "chat.json").write_text("{}")
+    path = tmp_path / "moved" / "chat.json"
+    path.write_text(path.read_text().replace("(assistant)", "(other)"))
     with pytest.raises(UserError, match="no whole corpus"):
         store.open_prepared(tmp_path / "moved", 16)
 
