@@ -231,13 +231,11 @@ class DataConfig:
     as the tokenizer says, which is read for that of a Hugging Face model or of an import, and text for bpe, bytes and a
     `tokenizer.json` alone."""
     chat_template: str = ""
-    """What writes the `messages` of a record, and of a prompt, as text: `plain`, the path of a Jinja template, or a
-    directory with a tokenizer that has one. Empty takes the tokenizer's own."""
+    """Writes `messages` as text: `plain`, a Jinja file, or a directory with a tokenizer; by default the tokenizer's."""
     seq_len: int = 256
     """Tokens of a row (T)."""
     prompt_tokens: int = 0
-    """Tokens at the start of every document that are context only: no head learns to predict them. Records with
-    `messages`, or with `prompt` and `completion`, say themselves what is learned."""
+    """Tokens at the start of every document that are context only: no head learns to predict them."""
     eval_fraction: float = 0.05
     """Share of the documents held out, whole documents at a time."""
     seed: int = 0

@@ -9,13 +9,11 @@ forge its own end and every text round-trips; for one that came with a model it 
 
 import dataclasses
 import functools
-import itertools
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -23,6 +21,8 @@ from mtp_jax.config import DataConfig
 from mtp_jax.data import chat
 from mtp_jax.data import marks as mark
 from mtp_jax.data.chat import ChatTemplate, Message, Spans
+from mtp_jax.data.learned import Encoded as Encoded
+from mtp_jax.data.learned import bytes_of, tokens_of
 from mtp_jax.data.marks import BOS, EOS, EOS_NAMES, Marks
 from mtp_jax.data.sources import replacing
 from mtp_jax.errors import UserError
@@ -44,16 +44,6 @@ _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\s*|\s+"
 _LONGEST_PIECE = 256
 _BLANK = re.compile(rf"\s{{{_LONGEST_PIECE}}}")
 _TOO_LONG = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_PIECE}}}|{_BLANK.pattern}")
-
-
-class Encoded(NamedTuple):
-    """A document as ids."""
-
-    ids: list[int]
-    learn: list[bool] | None
-    """Which of them are learned; None is all."""
-    unpredicted: int
-    """UTF-8 bytes of the text that no learned token stands for; of the first token too, which nothing predicts."""
 
 
 class Reading:
@@ -118,19 +108,14 @@ class Reading:
             its end is learned.
         """
         ids, places = self._placed(text, rendered)
-        starts, stops = np.array(learned, np.int64).reshape(-1, 2).T
-        begins, ends = np.array(places, np.int64).reshape(-1, 2).T
-        part = np.searchsorted(stops, begins, side="right")  # the first that does not end before the token
-        inside = part < len(starts)
-        inside[inside] = starts[part[inside]] < np.maximum(ends, begins + 1)[inside]
-        learn = inside.tolist()
+        learn = tokens_of(places, learned)
         if not rendered:
             begun = self._begun(ids)
             whole = self._ended(begun)
             front, behind = len(begun) - len(ids), len(whole) - len(begun)
             places = [(0, 0)] * front + places + [(len(text), len(text))] * behind
             ids, learn = whole, [False] * front + learn + [True] * behind
-        return Encoded(ids, learn, len(text.encode()) - _learned_bytes(text, places, learn))
+        return Encoded(ids, learn, len(text.encode()) - bytes_of(text, places, learn))
 
     def with_chat(self, setting: str) -> "Reading":
         """This tokenizer with another chat template: a name in `chat.NAMED`, a file, or a directory with one.
@@ -357,17 +342,6 @@ def given_tokenizer(data: DataConfig) -> Tokenizer:
     """
     tokenizer = bytes_tokenizer() if data.tokenizer == "bytes" else load_tokenizer(data.tokenizer)
     return tokenizer.with_chat(data.chat_template) if data.chat_template else tokenizer
-
-
-def _learned_bytes(text: str, places: Sequence[tuple[int, int]], learn: Sequence[bool]) -> int:
-    """UTF-8 bytes of the text that learned tokens stand for, the first token apart."""
-    size, at = 0, 1
-    for is_learned, run in itertools.groupby(learn[1:]):
-        stop = at + len(list(run))
-        if is_learned:
-            size += len(text[places[at][0] : places[stop - 1][1]].encode())
-        at = stop
-    return size
 
 
 def _short_pieces(text: str) -> Iterator[str]:
