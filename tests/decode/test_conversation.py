@@ -138,6 +138,7 @@ def test_an_answer_that_is_not_read_to_its_end():
     assert answer["role"] == "assistant" and answer["content"].startswith(first.text)
     history = [*conversation.messages, user("and?")]
     assert same(conversation.say("and?"), generate(lm, [history], max_new_tokens=9))
+    assert conversation.reused_tokens >= len("user:\nhello\nassistant:\n") - 2
 
 
 def test_drafts_that_do_not_pay_are_given_up_for_good(monkeypatch):
@@ -147,7 +148,9 @@ def test_drafts_that_do_not_pay_are_given_up_for_good(monkeypatch):
     conversation = Conversation(chain(), max_new_tokens=12, num_draft="auto")
     assert conversation.say("a").text == ["HELO!"]
     assert conversation._held.drafter_cache == ()
-    assert conversation.say("b").text == ["HELO!"] and conversation.reused_tokens > 0
+    result = conversation.say("b")
+    assert result.text == ["HELO!"] and conversation.reused_tokens > 0
+    assert result.stats.histogram == (5,)  # Rounds without drafts.
 
 
 def test_what_is_refused_changes_nothing():
