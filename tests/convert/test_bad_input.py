@@ -25,8 +25,9 @@ from mtp_jax.convert import importer, writer
 from mtp_jax.convert.architectures import ARCHITECTURES, REFUSED, architecture
 from mtp_jax.convert.files import INDEX, SINGLE
 from mtp_jax.convert.importer import import_model
+from mtp_jax.convert.layouts import normalised
 from mtp_jax.convert.meta import META
-from mtp_jax.convert.reader import normalised, open_checkpoint
+from mtp_jax.convert.reader import open_checkpoint
 from mtp_jax.convert.writer import export_model
 from mtp_jax.loading import load
 

@@ -151,9 +151,9 @@ def test_a_repository_of_torch_files_is_fetched(tmp_path, monkeypatch):
         return str(tmp_path / name.replace("/", "-"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert reader.locate("new/model") == tmp_path / "new-model"
+    assert reader.locate("new/model", quiet) == tmp_path / "new-model"
     assert len(asked) == 1 and not any("bin" in pattern for pattern in asked[0])
-    assert reader.locate("old/model") == tmp_path / "old-model"
+    assert reader.locate("old/model", quiet) == tmp_path / "old-model"
     assert "pytorch_model*.bin" in asked[2]
 
 
