@@ -151,7 +151,7 @@ class Gguf:
 
     @functools.cached_property
     def _parts(self) -> dict[str, str]:
-        return tensors.names(settings.known(self.header).sandwich)
+        return settings.names_of(settings.known(self.header))
 
     def open(self, ignore: Sequence[str]) -> Opened:
         """See `Layout`."""
@@ -214,8 +214,6 @@ def _told(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 def check_kind(path: pathlib.Path) -> None:
     """Refuses what is no whole checkpoint of its own."""
     if path.is_file():
-        if not header.is_gguf(path):
-            raise UserError(foreign.described(path) or f"{path} is no checkpoint")
         return
     if "model" in _config_keys(path):
         raise UserError(f"{path} is a directory of ours already; `mtp generate`, `train` and `export` take it")

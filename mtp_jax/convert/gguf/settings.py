@@ -12,7 +12,7 @@ import numpy as np
 
 from mtp_jax.convert.architectures import ARCHITECTURES
 from mtp_jax.convert.gguf.header import Header
-from mtp_jax.convert.gguf.tensors import ROPE_FACTORS, Packed
+from mtp_jax.convert.gguf.tensors import ROPE_FACTORS, Packed, names
 from mtp_jax.convert.settings import Given
 from mtp_jax.errors import UserError
 
@@ -69,6 +69,11 @@ def known(header: Header) -> Known:
             "model's Hugging Face directory, if that is one of our architectures"
         )
     return KNOWN[name]
+
+
+def names_of(entry: Known) -> dict[str, str]:
+    """What Hugging Face calls the parts of a block of an architecture, by their names in the file."""
+    return names(entry.sandwich)
 
 
 def config_fields(header: Header, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def _llama3(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
     place = header.tensors[ROPE_FACTORS]
     factors = Packed(place, header.path, header.mapped).array
     if factors.shape == (head_dim // 2,):
-        for factor in (float(factors.max()), *LLAMA3_FACTORS):
+        for factor in (*LLAMA3_FACTORS, float(factors.max())):
             rope = LLAMA3 | {"factor": factor, "original_max_position_embeddings": LLAMA3_LENGTH}
             if np.allclose(_llama3_factors(rope, theta, head_dim), factors, rtol=1e-4):
                 return {"rope_type": "llama3", "rope_theta": theta} | rope
