@@ -18,7 +18,7 @@ class Args:
     """What to export as what."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; or smollm2
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; smollm2
     (SmolLM2-135M-Instruct, fetched once)."""
     out: tyro.conf.Positional[str]
     """Directory to make."""

@@ -22,7 +22,7 @@ class Args:
     """What to generate from what."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; or smollm2
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; smollm2
     (SmolLM2-135M-Instruct, fetched once)."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times."""
