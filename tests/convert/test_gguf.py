@@ -3,6 +3,7 @@
 Each docstring names the line whose deletion breaks the test."""
 
 import json
+import shutil
 import struct
 
 import gguf
@@ -264,6 +265,28 @@ def test_an_import_needs_the_file_no_longer(llama, tmp_path):
         assert theirs(text)["input_ids"] == was.tokenizer.encode_prompt(text)
     mtp_jax.export_model(lm, tmp_path / "half", dtype="bfloat16", notify=quiet)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.grid
+def test_a_run_from_an_import_is_whole(llama, finished, tmp_path):
+    """A run that trained from an imported GGUF file needs neither the file nor the import: moved, it has the tokens,
+    the chat template and the ends of the file, and is exported. Breaks if `hf` is not copied into it."""
+    mtp_jax.import_model(llama, tmp_path / "imported", notify=quiet)
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        (tmp_path / "text" / f"{name}.txt").write_text("abc ab 12\n" * 60)
+    data = {"source": str(tmp_path / "text" / "*.txt"), "seq_len": 32}
+    train = {"steps": 1, "batch_size": 8, "checkpoint_every": 1, "log_every": 1}
+    config = mtp_jax.start_from(tmp_path / "imported", data=data, train=train, heads={"num_future": 2})
+    finished(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "imported")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    was, lm = mtp_jax.load(llama, notify=quiet), mtp_jax.load(tmp_path / "moved", notify=quiet)
+    assert lm.tokenizer.encode_prompt("cab 12 ä") == was.tokenizer.encode_prompt("cab 12 ä")
+    assert lm.tokenizer.inner.chat_template == was.tokenizer.inner.chat_template
+    assert lm.tokenizer.marks.ends == was.tokenizer.marks.ends
+    mtp_jax.export_model(lm, tmp_path / "out", form="none", notify=quiet)
+    assert mtp_jax.load(tmp_path / "out", notify=quiet).tokenizer.marks == was.tokenizer.marks
 
 
 # Refused, by name.
