@@ -89,6 +89,8 @@ def locate(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
     path = pathlib.Path(source)
     if path.is_dir() or is_gguf(path):
         return path
+    if path.suffix.lower() == ".gguf" and not path.exists():
+        raise UserError(f"{source} does not exist; give the path of a GGUF file, or smollm2, which is fetched")
     if fetch.is_named(source):
         return fetch.model(str(source), notify)
     known = foreign.described(path) if path.is_file() else None

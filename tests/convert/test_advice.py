@@ -238,6 +238,11 @@ def test_a_file_given_as_source_is_named_with_its_remedy(name, tmp_path):
         assert words.format(parent=source) in said, said
 
 
+def test_a_gguf_file_that_is_not_there(tmp_path):
+    """It is not taken for a hub id or a directory. Breaks without the look at its suffix in `locate`."""
+    assert "model.gguf does not exist" in refusal(mtp_jax.load, tmp_path / "model.gguf")
+
+
 def test_advice_on_files_and_folders_is_followed(plain, tmp_path):
     """The directory that a line names opens as the model: of a file beside its config, of a folder around a checkpoint,
     of the hub's cache, of an archive. Breaks if `_whole` or `_checkpoint_inside` names another."""

@@ -305,7 +305,7 @@ BAD_FIELDS = {
         "'mamba' is not read from GGUF files; read are llama, qwen2",
     ),
     "an adapter": ({"general.type": "adapter"}, "holds no model (general.type='adapter')"),
-    "one of several files": ({"split.count": 3, "split.no": 0}, "is part 1 of a model in 3 files"),
+    "one of several files": ({"split.count": 3, "split.no": 0}, "is one of the 3 files of a model (split.no=0)"),
     "no width": ({"llama.embedding_length": None}, "has no llama.embedding_length"),
     "no layers": ({"llama.block_count": None}, "has no llama.block_count"),
     "no inner width": ({"llama.feed_forward_length": None}, "has no llama.feed_forward_length"),

@@ -128,7 +128,7 @@ def test_pieces_are_those_of_transformers(name, tmp_path):
     fields = pieces(name == "gemma2")
     path = write(tmp_path / "model.gguf", gguf_files.random(name, vocab_size=288), tokenizer=fields)
     ours, theirs = open_tokenizer(read_header(path)), gguf_files.read_by_transformers(path, tokenizer=True)
-    for text in ("abc abcab  bc", " a   b\n10", "ab<eos>c", "é", ""):
+    for text in ("abc abcab  bc", "bc  abc", " a   b\n10", "ab<eos>c", "é", ""):
         assert ours.inner(text)["input_ids"] == theirs(text)["input_ids"], text
         assert ours.encode_prompt(text)[0] == 1
     assert ours.marks.first == (1,) and ours.marks.ends == (2, 261)

@@ -120,10 +120,10 @@ def read_header(path: pathlib.Path) -> Header:
         raise UserError(f"{path} has GGUF version {version}{order}; versions 2 and 3 are read: convert the model again")
     num_tensors, num_fields = cursor.numbers("QQ", "the number of tensors")
     fields = _named(cursor, num_fields, "field", _field)
-    if fields.get("split.count", 1) > 1:
+    if fields.get("split.count", 1) not in (0, 1):
         raise UserError(
-            f"{path} is part {fields.get('split.no', 0) + 1} of a model in {fields['split.count']} files, which are "
-            "not joined here; make one file of them with llama.cpp: llama-gguf-split --merge FIRST_PART OUT.gguf"
+            f"{path} is one of the {fields['split.count']} files of a model (split.no={fields.get('split.no')}), which "
+            "are not joined here; make one file of them with llama.cpp: llama-gguf-split --merge FIRST_PART OUT.gguf"
         )
     places = _named(cursor, num_tensors, "tensor", _place)
     alignment = fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
@@ -164,6 +164,8 @@ def _value(cursor: _Cursor, kind: int, name: str) -> Any:
     if kind != GGUFValueType.ARRAY:
         raise UserError(f"{name} in {cursor.path} has the field type {kind}, which is unknown; fetch it again")
     inner, count = cursor.numbers("IQ", name)
+    if inner == GGUFValueType.ARRAY:
+        raise UserError(f"{name} in {cursor.path} holds arrays in an array, which no field does; fetch it again")
     cursor.need(count, name)  # before anything is made of a count that damage has made huge
     if inner in NUMBERS:
         return list(cursor.numbers(f"{count}{NUMBERS[inner]}", name))

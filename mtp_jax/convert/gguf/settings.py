@@ -93,7 +93,7 @@ def config_fields(header: Header, ignore: Sequence[str] = ()) -> dict[str, Any]:
     )
     width, heads = _count(given, f"{prefix}embedding_length"), _count(given, f"{prefix}attention.head_count")
     turned = given(f"{prefix}rope.dimension_count", None)
-    head_dim = given(f"{prefix}attention.key_length", None) or (turned if entry.turned else None) or width // heads
+    head_dim = _count(given, f"{prefix}attention.key_length", (turned if entry.turned else None) or width // heads)
     for other, value in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
         if (said := given(prefix + other, value)) != value:
             raise UserError(f"{header.path}: {prefix}{other}={said} with heads of {head_dim} is not implemented")
