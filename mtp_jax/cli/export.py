@@ -18,7 +18,8 @@ class Args:
     """What to export as what."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory or hub id."""
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; smollm2
+    (SmolLM2-135M-Instruct, fetched once)."""
     out: tyro.conf.Positional[str]
     """Directory to make."""
     form: FormOrAuto = "auto"

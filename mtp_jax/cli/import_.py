@@ -1,4 +1,4 @@
-"""`mtp import HF_DIR OUT`."""
+"""`mtp import SOURCE OUT`."""
 
 import dataclasses
 from typing import Annotated, Literal, get_args
@@ -20,7 +20,7 @@ class Args:
     """What to import as what."""
 
     source: tyro.conf.Positional[str]
-    """Hugging Face directory or hub id, or a directory in Meta's layout (params.json)."""
+    """Hugging Face directory or hub id, a .gguf file, smollm2, or a directory in Meta's layout (params.json)."""
     out: tyro.conf.Positional[str]
     """Directory to make; `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it."""
     heads: Literal[("none", *get_args(Family))] = "none"
@@ -49,7 +49,7 @@ class Args:
 
 def main(argv: list[str]) -> None:
     """Imports."""
-    args = parse(Args, argv, "mtp import", "Make a model directory from a Hugging Face checkpoint.")
+    args = parse(Args, argv, "mtp import", "Make a model directory from a checkpoint of others.")
     fresh = [name for name in (args.heads, args.form) if name != "none"]
     if len(fresh) > 1:
         raise UserError("--heads and --form both say what heads to add; give one of them")

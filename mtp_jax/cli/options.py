@@ -18,7 +18,8 @@ class Decoding:
     """What generates, and how."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`, or a Hugging Face directory or hub id."""
+    """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; smollm2
+    (SmolLM2-135M-Instruct, fetched once)."""
     max_new_tokens: int = 128
     """Most new tokens per prompt; fewer where the model's max_seq_len ends."""
     temperature: float = 0.0

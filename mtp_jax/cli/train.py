@@ -7,12 +7,13 @@ import sys
 
 import jax
 
-from mtp_jax.cli.common import parse_run, print_json
+from mtp_jax.cli.common import parse_run, print_json, say
 from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config
 from mtp_jax.distributed import Distributed, together
 from mtp_jax.errors import UserError
 from mtp_jax.metrics import read_metrics
+from mtp_jax.starting import with_run
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import TrainResult, train
 
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
     path, args, config = parse_run(Args, argv, "mtp train", DESCRIPTION)
     if "://" in args.workdir:
         raise UserError(f"--workdir {args.workdir} is an address; give a directory, of a shared file system if need be")
+    config = with_run(config, say)
     workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")
     with together(args.distributed):
         keep_freed_memory()

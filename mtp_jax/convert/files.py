@@ -1,7 +1,8 @@
 """Tensors in files, by name: read from memory-mapped safetensors or torch files, written as safetensors.
 
 Reading copies nothing: a tensor is a view of the mapped file, and `Tensor.release` gives its pages back once it was
-used. Writing holds one tensor at a time.
+used. (`convert.gguf` has another kind of `Tensor`, which is unpacked when it is read.) Writing holds one tensor at a
+time.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import mmap
 import os.path
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -42,9 +43,44 @@ PAGE = mmap.ALLOCATIONGRANULARITY
 SHARD_BYTES = 5 * 10**9
 
 
+class Tensor(Protocol):
+    """A tensor in a file: what is known without reading it, and its values when they are asked for."""
+
+    @property
+    def file(self) -> pathlib.Path:
+        """Where it lies."""
+
+    @property
+    def start(self) -> int:
+        """Its first byte in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of its values."""
+
+    @property
+    def array(self) -> np.ndarray:
+        """Its values. They may be computed at every call: ask once, and keep them no longer than needed."""
+
+    @property
+    def unlisted(self) -> pathlib.Path | None:
+        """The index that lists the file and not this tensor."""
+
+    def release(self) -> None:
+        """Lets go of the memory that holds the tensor; reading it again maps it again."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor in a mapped file."""
+class Mapped:
+    """A tensor that lies in a mapped file as it is."""
 
     name: str
     array: np.ndarray
@@ -52,9 +88,12 @@ class Tensor:
     file: pathlib.Path
     mapped: mmap.mmap
     start: int
-    """Its first byte in the file."""
     unlisted: pathlib.Path | None = None
-    """The index that lists the file and not this tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return self.array.nbytes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,14 +106,32 @@ class Tensor:
         return self.array.dtype
 
     def release(self) -> None:
-        """Lets go of the memory that holds the tensor; reading it again maps it again."""
-        first = -(-self.start // PAGE) * PAGE
-        last = (self.start + self.array.nbytes) // PAGE * PAGE
-        if last > first:
-            self.mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+        """Gives the pages of the tensor back."""
+        give_back(self.mapped, self.start, self.nbytes)
 
 
 Tensors = dict[str, Tensor]
+
+
+def map_file(path: pathlib.Path) -> mmap.mmap:
+    """A file in memory, read as it is used.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def give_back(mapped: mmap.mmap, start: int, nbytes: int) -> None:
+    """Lets go of the memory behind a part of a mapped file."""
+    first = -(-start // PAGE) * PAGE
+    last = (start + nbytes) // PAGE * PAGE
+    if last > first:
+        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def open_directory(directory: pathlib.Path, spare: Sequence[str] = ()) -> Tensors:
@@ -132,17 +189,13 @@ def open_file(path: pathlib.Path) -> Tensors:
     Raises:
       UserError: no such file, a damaged one, one with code in it, or a tensor in a dtype that we do not read.
     """
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    mapped = map_file(path)
     found = read_pickled(path, mapped) if path.suffix in (".pt", ".pth", ".bin") else _header(path, mapped)
     tensors = {}
     for name, (dtype, shape, start) in found.items():
         try:
             flat = np.frombuffer(mapped, dtype, math.prod(shape), start)
-            tensors[name] = Tensor(name, flat.reshape(shape), path, mapped, start)
+            tensors[name] = Mapped(name, flat.reshape(shape), path, mapped, start)
         except ValueError as error:  # more axes, or longer ones, than an array can have
             raise UserError(f"{name} in {path} has the shape {list(shape)}: {error}; fetch it again") from error
     return tensors

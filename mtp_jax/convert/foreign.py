@@ -25,21 +25,9 @@ MOST_SIDES = 200
 """Entries of a directory that are looked at when it holds no model."""
 
 
-def gguf_remedy(directory: str, name: str) -> str:
-    """How a GGUF file becomes a directory that is read."""
-    given = f"from_pretrained({directory!r}, gguf_file={name!r})"
-    return (
-        "make a Hugging Face directory of it with transformers 4, since 5 loads it and does not save it, in an "
-        "environment of its own (pip install 'transformers<5' torch gguf accelerate): "
-        f"AutoModelForCausalLM.{given}.save_pretrained('OUT'), and AutoTokenizer.{given}.save_pretrained('OUT')"
-    )
-
-
 def described(path: pathlib.Path) -> str | None:
     """What a file is and what to give in its place, in one line; None for a file of no kind that we know."""
     suffix, parent = path.suffix.lower(), path.parent
-    if suffix == ".gguf":
-        return f"{path} is a GGUF file, which is not read yet; {gguf_remedy(str(parent), path.name)}"
     if suffix == ".safetensors":
         return f"{path} holds tensors alone, without a config and a tokenizer; {_whole(parent)}"
     if suffix in TORCH:
@@ -65,9 +53,7 @@ def weights_instead(directory: pathlib.Path) -> str:
     files = [path for path in _entries(directory) if path.is_file()]
     for path in files:
         if path.suffix.lower() == ".gguf":
-            return (
-                f"; it holds {path.name}, a GGUF file, which is not read yet: {gguf_remedy(str(directory), path.name)}"
-            )
+            return f"; it holds a GGUF file: give that, {path}"
     for path in files:
         if path.suffix.lower() in OTHER_LIBRARIES:
             what = OTHER_LIBRARIES[path.suffix.lower()]
@@ -95,8 +81,7 @@ def refuse_without_config(directory: pathlib.Path) -> None:
     files = [path for path in _entries(directory) if path.is_file()]
     for path in files:
         if path.suffix.lower() == ".gguf":
-            remedy = gguf_remedy(str(directory), path.name)
-            raise UserError(f"{directory} holds GGUF files, which are not read yet; {remedy}")
+            raise UserError(f"{directory} holds GGUF files; give one of them: {path}")
     for path in files:
         if path.suffix.lower() in (".safetensors", *TORCH, *OTHER_LIBRARIES):
             raise UserError(

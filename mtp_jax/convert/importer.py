@@ -18,7 +18,7 @@ from mtp_jax.convert import forms
 from mtp_jax.convert.head_writer import choose_form
 from mtp_jax.convert.origin import Origin, keep_origin, origin_of
 from mtp_jax.convert.reader import Notify, open_checkpoint, read_params, to_stderr
-from mtp_jax.convert.tokenizer import HubTokenizer, check_size, load_hub_tokenizer, save_for_training
+from mtp_jax.convert.tokenizer import HubTokenizer, check_size, save_for_training
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import whole_directory
 from mtp_jax.model import mtp
@@ -52,7 +52,7 @@ def import_model(
     """Makes a model directory of ours from a checkpoint; `load`, `mtp generate` and `train.init_from` take it.
 
     Args:
-      source: a Hugging Face directory or hub id, or one in Meta's layout.
+      source: a Hugging Face directory or hub id, a directory in Meta's layout, a GGUF file, or `smollm2`.
       out: the directory to make; it must not exist, or be empty.
       heads: fresh heads to add, in place of those of the checkpoint; the next-token path keeps every bit.
       form: fresh heads as this form of `convert.forms` needs them; export then writes them so.
@@ -76,7 +76,7 @@ def import_model(
         raise UserError("num_future=1 is the model without extra heads; leave heads out, or use 2 or more")
     with whole_directory(out) as directory:
         checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
-        tokenizer = load_hub_tokenizer(checkpoint.directory)
+        tokenizer = checkpoint.tokenizer()
         check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
         config, mesh = checkpoint.config, mesh or sharding.make_mesh(MeshConfig())
         params = read_params(checkpoint, mesh, notify)

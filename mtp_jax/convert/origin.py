@@ -3,31 +3,25 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
-from mtp_jax.convert import record
 from mtp_jax.convert.architectures import ARCHITECTURES
 from mtp_jax.convert.files import NAMES, Entry, Tensors, open_file, read_json, write_file
 from mtp_jax.convert.layout import Architecture
+from mtp_jax.convert.layouts import MANIFEST, Layout, layout_of
 from mtp_jax.convert.meta import META, PARAMS
 from mtp_jax.convert.reader import Checkpoint
 from mtp_jax.errors import UserError
 
-MANIFEST = "tensors.json"
 UNTOUCHED = "untouched.safetensors"
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
-OURS = ("config.json", PARAMS, record.RECORD, "*.index.json", MANIFEST)
-TEMPLATES = "additional_chat_templates"
-SIDECAR_BYTES = 200 * 10**6
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """What a model was before it was imported."""
 
-    directory: pathlib.Path
-    """Where its config.json and tokenizer lie."""
+    layout: Layout
+    """Where its config and tokenizer lie."""
     raw: dict[str, Any]
     architecture: Architecture
     form: str
@@ -41,6 +35,11 @@ class Origin:
     wanted: str = ""
     """The form that fresh heads were made for."""
 
+    @property
+    def directory(self) -> pathlib.Path:
+        """The directory, or one file."""
+        return self.layout.path
+
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
     """The origin of a model that was just read."""
@@ -48,15 +47,14 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
     untouched = {name: checkpoint.tensors[name] for name in checkpoint.untouched}
     c = checkpoint
     heads = dataclasses.asdict(c.config.heads)
-    return Origin(c.directory, c.raw, c.architecture, c.form, dtypes, c.repeated, c.renamed, untouched, heads)
+    return Origin(c.layout, c.raw, c.architecture, c.form, dtypes, c.repeated, c.renamed, untouched, heads)
 
 
 def keep_origin(origin: Origin, directory: pathlib.Path) -> None:
     """Writes an origin into a folder, with tokenizer and all, for `read_origin`."""
     directory.mkdir()
-    copy_sidecars(origin.directory, directory)
-    name = PARAMS if origin.architecture is META else "config.json"
-    (directory / name).write_text(json.dumps(origin.raw, indent=2) + "\n")
+    origin.layout.copy_sidecars(directory)
+    (directory / origin.layout.config_name).write_text(json.dumps(origin.raw, indent=2) + "\n")
     kept = {name: getattr(origin, name) for name in ("form", "dtypes", "repeated", "renamed", "heads", "wanted")}
     (directory / MANIFEST).write_text(json.dumps(kept, indent=1) + "\n")
     if origin.untouched:
@@ -69,24 +67,14 @@ def read_origin(directory: pathlib.Path) -> Origin:
     Raises:
       UserError: files that it did not write like this.
     """
-    is_meta = (directory / PARAMS).is_file()
-    raw = read_json(directory / (PARAMS if is_meta else "config.json"))
+    layout = layout_of(directory)
+    raw = read_json(directory / layout.config_name)
     untouched = open_file(directory / UNTOUCHED) if (directory / UNTOUCHED).is_file() else {}
     try:
-        entry = META if is_meta else ARCHITECTURES[raw["model_type"]]
-        return Origin(directory, raw, entry, untouched=untouched, **read_json(directory / MANIFEST))
+        entry = META if layout.config_name == PARAMS else ARCHITECTURES[raw["model_type"]]
+        return Origin(layout, raw, entry, untouched=untouched, **read_json(directory / MANIFEST))
     except (KeyError, TypeError) as error:
         raise UserError(f"{directory} is damaged ({error}); import the checkpoint again") from error
-
-
-def copy_sidecars(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies what lies beside the weights: tokenizer, chat template, generation config, licence."""
-    for path in sorted(source.iterdir()):
-        skip = any(path.match(pattern) for pattern in (*WEIGHTS, *OURS))
-        if path.is_file() and not skip and path.stat().st_size < SIDECAR_BYTES and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
 
 
 def copied(tensors: Tensors) -> list[Entry]:

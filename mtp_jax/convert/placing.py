@@ -134,8 +134,9 @@ def _in_place(
 
     def fill(piece: Piece) -> None:
         tensor = tensors[piece.name]
+        array = tensor.array
         for index, shard in shards[piece.path].items():
-            _copy(piece, tensor.array, [slice(*bounds) for bounds in index[len(piece.at) :]], shard[piece.at])
+            _copy(piece, array, [slice(*bounds) for bounds in index[len(piece.at) :]], shard[piece.at])
         tensor.release()
 
     for piece, _ in _ahead(order, fill):

@@ -1,6 +1,5 @@
-"""A Hugging Face directory as our config, parameters and tokenizer."""
+"""A checkpoint of others as our config and parameters, in any of the layouts of `convert.layouts`."""
 
-import copy
 import dataclasses
 import pathlib
 import re
@@ -15,14 +14,14 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import CHAINED_TOKENS, Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
-from mtp_jax.convert import foreign, forms, leftovers, mapping, meta, placing, record
-from mtp_jax.convert.architectures import architecture
-from mtp_jax.convert.files import FLOATS, NAMES, Tensors, matches, open_directory, read_json
+from mtp_jax.convert import fetch, foreign, forms, leftovers, mapping, placing, record
+from mtp_jax.convert.files import FLOATS, NAMES, Tensors, matches, read_json
+from mtp_jax.convert.gguf.header import is_gguf
 from mtp_jax.convert.layout import Architecture
+from mtp_jax.convert.layouts import Layout, check_kind, layout_of
 from mtp_jax.convert.mapping import Piece
-from mtp_jax.convert.meta import META, PARAMS
-from mtp_jax.convert.settings import UNTOLD
-from mtp_jax.data.chat import quiet_transformers
+from mtp_jax.convert.meta import PARAMS
+from mtp_jax.convert.tokenizer import HubTokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 
@@ -42,11 +41,11 @@ SAY_EVERY = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A directory that was understood, before any tensor was read."""
+    """A checkpoint that was understood, before any tensor was read."""
 
-    directory: pathlib.Path
+    layout: Layout
     raw: dict[str, Any]
-    """Its config.json."""
+    """Its config, in the fields of the architecture."""
     architecture: Architecture
     config: Config
     pieces: list[Piece]
@@ -59,6 +58,17 @@ class Checkpoint:
     """Of the heads; "" without heads."""
     renamed: dict[str, str]
     """What a file calls a tensor that our table calls otherwise."""
+    ignore: tuple[str, ...]
+    """Patterns of what was left out of account."""
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """Where it lies: a directory, or one file."""
+        return self.layout.path
+
+    def tokenizer(self) -> HubTokenizer | None:
+        """Its tokenizer; None where it has none."""
+        return self.layout.tokenizer(self.ignore)
 
 
 def is_checkpoint(directory: pathlib.Path) -> bool:
@@ -70,70 +80,32 @@ def is_checkpoint(directory: pathlib.Path) -> bool:
         return False
 
 
-def locate(source: str | pathlib.Path) -> pathlib.Path:
-    """The local directory of a path or a hub id, which is downloaded.
+def locate(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
+    """The local directory or GGUF file of a path, or of a name, which is fetched.
 
     Raises:
       UserError: neither.
     """
     path = pathlib.Path(source)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
+    if path.suffix.lower() == ".gguf" and not path.exists():
+        raise UserError(f"{source} does not exist; give the path of a GGUF file, or smollm2, which is fetched")
+    if fetch.is_named(source):
+        return fetch.model(str(source), notify)
     known = foreign.described(path) if path.is_file() else None
     if known is not None:
         raise UserError(known)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)):
         raise UserError(
             f"{source} is not a directory; give the workdir of `mtp train`, `mtp quickstart` or `mtp import`, a "
-            "Hugging Face directory, or a hub id such as Qwen/Qwen3-0.6B"
+            f"Hugging Face directory, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or {', '.join(fetch.MODELS)}"
         )
     try:
-        return _downloaded(str(source))
+        return fetch.repository(str(source))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{source} is not a directory, and the Hugging Face hub does not give it: {reason}") from error
-
-
-SIDES = ["*.json", "*.model", "*.jinja", "*.txt"]
-"""Files of a repository of the hub that are fetched with its weights."""
-
-
-def _downloaded(name: str) -> pathlib.Path:
-    """A repository of the hub; torch files where it has no others."""
-    import huggingface_hub
-
-    directory = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SIDES, "*.safetensors"]))
-    if not any(directory.glob("*.safetensors")):
-        huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin", "consolidated*.pth"])
-    return directory
-
-
-def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config's fields as today's transformers reads them, its defaults filled in, and the defaults."""
-    quiet_transformers()
-    from transformers import CONFIG_MAPPING
-    from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
-
-    kind = CONFIG_MAPPING[raw["model_type"]]
-    before = get_verbosity()
-    set_verbosity_error()  # it remarks on defaults of its own
-    try:
-        defaults = kind().to_dict()
-        return kind.from_dict(_told(raw, defaults)).to_dict(), defaults
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{origin} is refused by transformers: {reason}") from error
-    finally:
-        set_verbosity(before)
-
-
-def _told(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The fields that transformers is given: copies, since it writes into them.
-
-    It is strict about types, also of fields that change no number, and where null has always meant "off".
-    """
-    empty = {name for name, value in raw.items() if value is None and not defaults.get(name)}
-    return {n: copy.deepcopy(value) for n, value in raw.items() if n not in empty and not matches(n, UNTOLD)}
 
 
 def open_checkpoint(
@@ -144,10 +116,10 @@ def open_checkpoint(
     heads_from: str | pathlib.Path | None = None,
     notify: Notify,
 ) -> Checkpoint:
-    """Reads what a directory says about itself and checks every name and shape.
+    """Reads what a checkpoint says about itself and checks every name and shape.
 
     Args:
-      source: the directory, or a hub id.
+      source: a directory, a GGUF file, a hub id, or `smollm2`.
       dtype: of parameters and activations; None keeps that of the files.
       ignore: patterns of config fields and tensor names to leave out of account; the tensors travel along.
       heads_from: a file or directory of heads; None takes those that the checkpoint itself holds.
@@ -156,9 +128,10 @@ def open_checkpoint(
     Raises:
       UserError: whatever is missing, unexpected, damaged, of another shape, or not implemented, by name.
     """
-    directory = locate(source)
+    directory = locate(source, notify)
     check_kind(directory)
-    entry, raw, model, tensors = _open_trunk(directory, ignore)
+    layout = layout_of(directory)
+    entry, raw, model, tensors = layout.open(ignore)
     renamed = _renamed(entry, tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in renamed.values()} | {
         name: tensors[other] for name, other in renamed.items()
@@ -176,25 +149,9 @@ def open_checkpoint(
         pieces += forms.pieces(found.form, entry, config, shapes)
         forms.check_attention(found.form, config, raw)
         notify(f"{directory}: {_described(found.form.name, config)}")
-    untouched = _check(pieces, tensors, entry, directory, ignore, repeated, notify)
+    untouched = _check(pieces, tensors, entry, layout, ignore, repeated, notify)
     form = found.form.name if found else ""
-    return Checkpoint(directory, raw, entry, config, pieces, tensors, repeated, untouched, form, renamed)
-
-
-def _open_trunk(
-    directory: pathlib.Path, ignore: Sequence[str]
-) -> tuple[Architecture, dict[str, Any], ModelConfig, Tensors]:
-    """The architecture, the config file, what it means, and the tensors under the names that they have."""
-    if (directory / PARAMS).is_file() and not (directory / "config.json").is_file():
-        path, tensors = directory / PARAMS, meta.open_weights(directory)
-        raw = meta.fields(read_json(path), tensors, str(path))
-        return META, raw, META.read(raw, {}, str(path), (*ignore, *meta.IGNORED)), tensors
-    path = directory / "config.json"
-    raw = read_json(path)
-    entry = architecture(raw, str(path))
-    model = entry.read(*normalised(raw, str(path)), str(path), ignore)
-    tied = (entry.unembed, *entry.also.values()) if model.tie_embeddings else ()
-    return entry, raw, model, open_directory(directory, (*entry.buffers, *tied))
+    return Checkpoint(layout, raw, entry, config, pieces, tensors, repeated, untouched, form, renamed, tuple(ignore))
 
 
 def _renamed(entry: Architecture, tensors: Tensors) -> dict[str, str]:
@@ -205,23 +162,6 @@ def _renamed(entry: Architecture, tensors: Tensors) -> dict[str, str]:
         return renamed
     below = {slot.theirs.removeprefix(base).partition(".")[0] for slot in entry.slots() if slot.theirs.startswith(base)}
     return renamed | {base + name: name for name in tensors if name.partition(".")[0] in below}
-
-
-def check_kind(directory: pathlib.Path) -> None:
-    """Refuses directories that are no whole checkpoint of their own."""
-    if "model" in _config_keys(directory):
-        raise UserError(f"{directory} is a directory of ours already; `mtp generate`, `train` and `export` take it")
-    foreign.refuse_adapter(directory)
-    if not (directory / "config.json").is_file() and not (directory / PARAMS).is_file():
-        foreign.refuse_without_config(directory)
-
-
-def _config_keys(directory: pathlib.Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    try:
-        return read_json(path) if path.is_file() else {}
-    except UserError:
-        return {}
 
 
 def _described(form: str, config: Config) -> str:
@@ -253,11 +193,11 @@ def config_for(model: ModelConfig, heads: HeadsConfig, directory: pathlib.Path) 
 
 def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
     """The parameters, on the mesh, by the table in `sharding`; says every few seconds how far it has come."""
-    total, done, said = sum(tensor.array.nbytes for tensor in checkpoint.tensors.values()), 0, time.monotonic()
+    total, done, said = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), 0, time.monotonic()
 
     def step(name: str) -> None:
         nonlocal done, said
-        done += checkpoint.tensors[name].array.nbytes
+        done += checkpoint.tensors[name].nbytes
         if time.monotonic() - said > SAY_EVERY:
             said = time.monotonic()
             notify(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB")
@@ -295,24 +235,23 @@ def _check(
     pieces: list[Piece],
     tensors: Tensors,
     entry: Architecture,
-    directory: pathlib.Path,
+    layout: Layout,
     ignore: Sequence[str],
     repeated: dict[str, str],
     notify: Notify,
 ) -> tuple[str, ...]:
     """Every tensor is there with its shape; returns those that belong to nothing, which must be known or ignored."""
-    expected = mapping.tensor_shapes(pieces)
+    expected, directory = mapping.tensor_shapes(pieces), layout.path
     known = leftovers.Model(frozenset(expected), tuple(ignore))
     rest = sorted(tensors.keys() - expected.keys() - repeated.keys())
     unread = [name for name in rest if not matches(name, entry.buffers)]
     leftovers.refuse_quantised(unread, known, directory)
-    _check_missing(expected.keys() - tensors.keys(), entry, tensors, directory)
+    _check_missing(expected.keys() - tensors.keys(), entry, layout)
     for name, shape in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape:
-            raise UserError(
-                f"{name} in {tensor.file} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
-            )
+            what = f"{layout.spelled(name)} in {tensor.file} has shape {list(tensor.shape)}"
+            raise UserError(f"{what}, but {layout.says} asks for {list(shape)}")
         if NAMES[tensor.dtype] not in FLOATS:
             raise UserError(
                 f"{name} in {tensor.file} has dtype {tensor.dtype}; weights are floating-point numbers: take the "
@@ -327,11 +266,11 @@ def _check(
     return tuple(rest)
 
 
-def _check_missing(missing: AbstractSet[str], entry: Architecture, tensors: Tensors, directory: pathlib.Path) -> None:
+def _check_missing(missing: AbstractSet[str], entry: Architecture, layout: Layout) -> None:
     """Refuses files that lack tensors of the model."""
     if not missing:
         return
-    first = min(missing)
+    first = layout.spelled(min(missing))
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     remedy = "fetch its files again"
     if missing == {entry.unembed}:
@@ -339,4 +278,4 @@ def _check_missing(missing: AbstractSet[str], entry: Architecture, tensors: Tens
             "save it with its language model head (AutoModelForCausalLM), or, if the head is the embedding, set "
             "tie_word_embeddings to true in config.json"
         )
-    raise UserError(f"{directory} lacks {first}{more}, which a {entry.model_type} of this config has; {remedy}")
+    raise UserError(f"{layout.path} lacks {first}{more}, which a {entry.model_type} of this config has; {remedy}")

@@ -86,14 +86,27 @@ def load_hub_tokenizer(directory: pathlib.Path) -> HubTokenizer | None:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {directory} cannot be read: {reason}") from error
+    declaring = [(path, read_json(path)) for path in _declaring(directory) if path.is_file()]
+    return hub_tokenizer(inner, directory, declaring)
+
+
+def hub_tokenizer(
+    inner: Any, origin: pathlib.Path, declaring: Sequence[tuple[pathlib.Path, Mapping[str, Any]]]
+) -> HubTokenizer:
+    """A tokenizer of transformers as one of ours.
+
+    Args:
+      inner: the tokenizer.
+      origin: the directory or file that it comes from.
+      declaring: files next to it, with their fields; those with `eos_token_id` say which tokens end a text.
+    """
     size = max([*inner.get_vocab().values(), len(inner) - 1]) + 1
-    return HubTokenizer(inner, size, _marks(inner, directory), chat.of_transformers(inner, directory))
+    return HubTokenizer(inner, size, _marks(inner, declaring), chat.of_transformers(inner, origin))
 
 
-def _marks(inner: Any, directory: pathlib.Path) -> Marks:
-    """What transformers puts in front of a text, and the end tokens that the directory declares."""
-    files = [(path, read_json(path)) for path in _declaring(directory) if path.is_file()]
-    ends = mark.declared_ends(inner.eos_token_id, *files)
+def _marks(inner: Any, declaring: Sequence[tuple[pathlib.Path, Mapping[str, Any]]]) -> Marks:
+    """What transformers puts in front of a text, and the end tokens that are declared."""
+    ends = mark.declared_ends(inner.eos_token_id, *declaring)
     plain = [inner.encode(text, add_special_tokens=False) for text in mark.PROBES]
     first = mark.in_front(plain, [inner.encode(text) for text in mark.PROBES])
     end = ends[0] if ends else mark.end_by_name(inner.get_vocab())

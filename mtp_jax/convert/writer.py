@@ -15,9 +15,10 @@ from mtp_jax.convert import forms, head_writer, mapping, meta, record, spellings
 from mtp_jax.convert.architectures import ARCHITECTURES
 from mtp_jax.convert.files import DTYPES, SHARD_BYTES, Entry, write, write_file
 from mtp_jax.convert.layout import Architecture, differing
+from mtp_jax.convert.layouts import normalised
 from mtp_jax.convert.meta import META, PARAMS
-from mtp_jax.convert.origin import Origin, copied, copy_sidecars
-from mtp_jax.convert.reader import Notify, normalised, to_stderr
+from mtp_jax.convert.origin import Origin, copied
+from mtp_jax.convert.reader import Notify, to_stderr
 from mtp_jax.convert.settings import shortest_pattern
 from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both, write_template
 from mtp_jax.errors import UserError
@@ -98,7 +99,7 @@ def export_model(
             raw = _config_fields(lm, entry, head_writer.with_head_fields(raw, form, config), entries)
             (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         if origin is not None:
-            copy_sidecars(origin.directory, directory)
+            origin.layout.copy_sidecars(directory)
             spell_for_both(directory)
             write_template(lm.tokenizer, directory)
         elif lm.tokenizer is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mtp_jax.checkpoint import restore_params
-from mtp_jax.config import Config, HeadsConfig, ModelConfig, OptimConfig, TrainConfig, from_json, override
+from mtp_jax.config import Config, HeadsConfig, ModelConfig, from_json
 from mtp_jax.errors import UserError
 
 FREE = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
@@ -15,42 +15,6 @@ AUXILIARY = ("token_order",)
 """Parameters that serve training only."""
 OF_HEADS = ("heads", "draft_ids")
 """Parameters that go with the heads."""
-
-
-def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config:
-    """The config of a run that starts from the model of another run, or of an import.
-
-    Model, tokenizer and heads are those of the source, so that only what is new has to be said:
-
-        config = mtp_jax.start_from(
-            "runs/qwen", data={"source": "my/text/*.txt", "seq_len": 512}, train={"steps": 2000, "trainable": "heads"}
-        )
-
-    Args:
-      source: the workdir of `mtp train` or `mtp import`.
-      sections: fields by section that differ. New heads (`heads=...`) start as `heads.init` says. The learning rate is
-        1e-4 for heads alone and 1e-5 for the whole model, constant after warm-up and without weight decay, unless
-        `optim` says otherwise: a trained model is not to be torn apart.
-
-    Raises:
-      UserError: no such directory, an unknown section or field, or a value that the schema refuses.
-    """
-    directory = pathlib.Path(source).expanduser().absolute()
-    start = config_of(directory, "start_from")
-    tokenizer = directory / "data" / "tokenizer.json"
-    heads_only = sections.get("train", {}).get("trainable") == "heads"
-    settled = {
-        # The template lies next to the tokenizer.
-        "data": {"tokenizer": str(tokenizer) if tokenizer.is_file() else "none", "chat_template": ""},
-        "train": {"init_from": str(directory), "init_heads": "new" if "heads" in sections else "same"},
-        "optim": {"learning_rate": 1e-4 if heads_only else 1e-5, "schedule": "constant", "weight_decay": 0.0},
-    }
-    if start.heads.num_future == 1 and "heads" not in sections:
-        settled["train"]["init_heads"] = "new"
-    fresh = dataclasses.replace(start, optim=OptimConfig(), train=TrainConfig())
-    changes = {name: settled.get(name, {}) | sections.get(name, {}) for name in (*settled, *sections)}
-    flat = {f"{section}.{field}": value for section, fields in changes.items() for field, value in fields.items()}
-    return override(fresh, flat)
 
 
 def config_of(source: str | pathlib.Path, who: str = "train.init_from") -> Config:

@@ -209,13 +209,7 @@ def test_advice_on_gemma_3_with_images(tmp_path):
 # What is no directory of ours, nor one of Hugging Face.
 
 FILES = {
-    "model-q4_k_m.gguf": (
-        "a GGUF file, which is not read yet",
-        "gguf_file='model-q4_k_m.gguf'",
-        "'transformers<5' torch gguf accelerate",
-        ".save_pretrained('OUT')",
-    ),
-    "model.GGUF": ("a GGUF file", "gguf_file='model.GGUF'"),
+    "model.GGUF": ("is no GGUF file: it does not begin with GGUF", "fetch it again"),
     "other.safetensors": ("tensors alone", "give its directory, {parent}"),
     "pytorch_model.bin": ("a torch file", "give its directory, {parent}"),
     "consolidated.00.pth": ("a torch file", "give its directory, {parent}"),
@@ -244,6 +238,11 @@ def test_a_file_given_as_source_is_named_with_its_remedy(name, tmp_path):
         assert words.format(parent=source) in said, said
 
 
+def test_a_gguf_file_that_is_not_there(tmp_path):
+    """It is not taken for a hub id or a directory. Breaks without the look at its suffix in `locate`."""
+    assert "model.gguf does not exist" in refusal(mtp_jax.load, tmp_path / "model.gguf")
+
+
 def test_advice_on_files_and_folders_is_followed(plain, tmp_path):
     """The directory that a line names opens as the model: of a file beside its config, of a folder around a checkpoint,
     of the hub's cache, of an archive. Breaks if `_whole` or `_checkpoint_inside` names another."""
@@ -262,8 +261,8 @@ def test_advice_on_files_and_folders_is_followed(plain, tmp_path):
 
 
 FOLDERS = {
-    "only a GGUF file": (["model-q4.gguf"], "holds GGUF files", "gguf_file='model-q4.gguf'"),
-    "a GGUF file and a config": (["config.json", "model-q4.gguf"], "a GGUF file, which is not read yet", "gguf_file="),
+    "only a GGUF file": (["model-q4.gguf"], "holds GGUF files; give one of them", "model-q4.gguf"),
+    "a GGUF file and a config": (["config.json", "model-q4.gguf"], "it holds a GGUF file: give that", "model-q4.gguf"),
     "ONNX and a config": (["config.json", "model.onnx"], "model.onnx, an ONNX graph", "safetensors files"),
     "Flax and a config": (["config.json", "flax_model.msgpack"], "weights of Flax", "safetensors files"),
     "MLX weights of old": (["config.json", "weights.npz"], "NumPy arrays", "safetensors files"),

@@ -21,12 +21,13 @@ from safetensors.numpy import load_file, save_file
 
 import mtp_jax
 from mtp_jax import integrity
-from mtp_jax.convert import importer, writer
+from mtp_jax.convert import importer, layouts
 from mtp_jax.convert.architectures import ARCHITECTURES, REFUSED, architecture
 from mtp_jax.convert.files import INDEX, SINGLE
 from mtp_jax.convert.importer import import_model
+from mtp_jax.convert.layouts import normalised
 from mtp_jax.convert.meta import META
-from mtp_jax.convert.reader import normalised, open_checkpoint
+from mtp_jax.convert.reader import open_checkpoint
 from mtp_jax.convert.writer import export_model
 from mtp_jax.loading import load
 
@@ -492,7 +493,7 @@ def test_an_export_that_is_stopped_leaves_nothing(lm, tmp_path, monkeypatch, err
         assert (made / SINGLE).is_file()
         raise error
 
-    monkeypatch.setattr(writer, "copy_sidecars", stop)
+    monkeypatch.setattr(layouts.HuggingFace, "copy_sidecars", stop)
     with pytest.raises(error):
         export_model(lm, tmp_path / "out", notify=quiet)
     assert listing(tmp_path) == {}

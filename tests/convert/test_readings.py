@@ -14,7 +14,7 @@ from reference.odd_tokenizers import ODD, byte_level, spaced
 import mtp_jax
 from mtp_jax.config import Config, DataConfig, ModelConfig, to_json
 from mtp_jax.convert.importer import _save_tokenizer
-from mtp_jax.convert.origin import copy_sidecars
+from mtp_jax.convert.layouts import layout_of
 from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer, load_run_tokenizer, save_for_transformers
 from mtp_jax.data import loader, marks, store
 from mtp_jax.data.marks import Marks
@@ -64,7 +64,7 @@ def made(tmp_path_factory):
         hub = ODD[name].save(root / "hub")
         imported, run = root / "imported", root / "run"
         (imported / "hf").mkdir(parents=True)
-        copy_sidecars(hub, imported / "hf")
+        layout_of(hub).copy_sidecars(imported / "hf")
         place = _save_tokenizer(imported, load_hub_tokenizer(hub), imported, print)
         rows = ODD[name].inner.get_vocab_size() - (name == "Gemma 3")
         config = Config(model=ModelConfig(vocab_size=rows), data=DataConfig(tokenizer=place))

@@ -5,7 +5,7 @@ Nothing is read but the config: the fields are those of the published checkpoint
 import pytest
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.convert import reader
+from mtp_jax.convert import layouts
 from mtp_jax.convert.architectures import architecture
 from mtp_jax.errors import UserError
 from mtp_jax.model.rope import attention_factor
@@ -192,7 +192,7 @@ PUBLISHED = {
 
 def read(raw):
     entry = architecture(raw, "config.json")
-    return entry.read(*reader.normalised(raw, "config.json"), "config.json")
+    return entry.read(*layouts.normalised(raw, "config.json"), "config.json")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -13,7 +13,7 @@ from reference.small_llama import EMBED, FIELDS, HEAD, INDEX, SINGLE, TENSORS, U
 from safetensors.numpy import load_file
 
 import mtp_jax
-from mtp_jax.convert import reader
+from mtp_jax.convert import layouts, reader
 from mtp_jax.convert.architectures import architecture
 from mtp_jax.convert.layout import differing
 from mtp_jax.convert.reader import open_checkpoint
@@ -109,7 +109,7 @@ def test_the_same_config_in_another_spelling(name, plain):
     """model(config) = model(plain config) for fields without a say in the numbers. Breaks without UNTOLD or `empty` in
     `_told`, or an entry of HARMLESS."""
     raw = {field: value for field, value in (FIELDS | FIELD_SPELLINGS[name]).items() if value is not ...}
-    model = architecture(raw, "config.json").read(*reader.normalised(raw, "config.json"), "config.json")
+    model = architecture(raw, "config.json").read(*layouts.normalised(raw, "config.json"), "config.json")
     assert differing(model, plain[0]) == [] and model.max_seq_len == plain[0].max_seq_len
 
 
@@ -151,9 +151,9 @@ def test_a_repository_of_torch_files_is_fetched(tmp_path, monkeypatch):
         return str(tmp_path / name.replace("/", "-"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert reader.locate("new/model") == tmp_path / "new-model"
+    assert reader.locate("new/model", quiet) == tmp_path / "new-model"
     assert len(asked) == 1 and not any("bin" in pattern for pattern in asked[0])
-    assert reader.locate("old/model") == tmp_path / "old-model"
+    assert reader.locate("old/model", quiet) == tmp_path / "old-model"
     assert "pytorch_model*.bin" in asked[2]
 
 

@@ -8,9 +8,9 @@ from reference.tiny import tiny_config, write_text
 from mtp_jax.errors import UserError
 from mtp_jax.loading import load
 from mtp_jax.metrics import read_metrics
+from mtp_jax.starting import start_from
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
-from mtp_jax.train.start import start_from
 
 
 def run(config, workdir):

@@ -35,7 +35,8 @@ class Args:
     """What to measure."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of a trained or imported model, Hugging Face directory, or CONFIG.py: random weights of that shape."""
+    """Workdir of a trained or imported model, Hugging Face directory, .gguf file, smollm2, or CONFIG.py: random weights
+    of that shape."""
     data: str = ""
     """Text to take prompts from, as `mtp eval --data`; by default the run's held-out text, and `stdlib` for a model
     that we did not train."""

@@ -1,0 +1,76 @@
+"""Runs that start from the model of another run, or from a model that is known by a name."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mtp_jax.config import Config, OptimConfig, TrainConfig, override
+from mtp_jax.convert import fetch
+from mtp_jax.train.start import config_of
+
+Notify = Callable[[str], None]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config:
+    """The config of a run that starts from the model of another run, or of an import.
+
+    Model, tokenizer and heads are those of the source, so that only what is new has to be said:
+
+        config = mtp_jax.start_from(
+            "runs/qwen", data={"source": "my/text/*.txt", "seq_len": 512}, train={"steps": 2000, "trainable": "heads"}
+        )
+
+    Args:
+      source: the workdir of `mtp train` or `mtp import`, or `smollm2`.
+      sections: fields by section that differ. New heads (`heads=...`) start as `heads.init` says. The learning rate is
+        1e-4 for heads alone and 1e-5 for the whole model, constant after warm-up and without weight decay, unless
+        `optim` says otherwise: a trained model is not to be torn apart.
+
+    Raises:
+      UserError: no such directory, an unknown section or field, or a value that the schema refuses.
+    """
+    directory = run_of(source, _to_stderr).expanduser().absolute()
+    start = config_of(directory, "start_from")
+    tokenizer = directory / "data" / "tokenizer.json"
+    heads_only = sections.get("train", {}).get("trainable") == "heads"
+    settled = {
+        # The template lies next to the tokenizer.
+        "data": {"tokenizer": str(tokenizer) if tokenizer.is_file() else "none", "chat_template": ""},
+        "train": {"init_from": str(directory), "init_heads": "new" if "heads" in sections else "same"},
+        "optim": {"learning_rate": 1e-4 if heads_only else 1e-5, "schedule": "constant", "weight_decay": 0.0},
+    }
+    if start.heads.num_future == 1 and "heads" not in sections:
+        settled["train"]["init_heads"] = "new"
+    fresh = dataclasses.replace(start, optim=OptimConfig(), train=TrainConfig())
+    changes = {name: settled.get(name, {}) | sections.get(name, {}) for name in (*settled, *sections)}
+    flat = {f"{section}.{field}": value for section, fields in changes.items() for field, value in fields.items()}
+    return override(fresh, flat)
+
+
+def with_run(config: Config, notify: Notify) -> Config:
+    """A config of which `train.init_from` is a directory where it was the name of a model."""
+    if not fetch.is_named(config.train.init_from):
+        return config
+    return override(config, {"train.init_from": str(run_of(config.train.init_from, notify))})
+
+
+def run_of(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
+    """The run that a source names; a model known by a name is imported into the cache the first time."""
+    if not fetch.is_named(source):
+        return pathlib.Path(source)
+    name = str(source)
+    file = fetch.model(name, notify)
+    with fetch.locked(name, notify) as folder:
+        run = folder / "run"
+        if not (run / "config.json").is_file():
+            from mtp_jax.convert.importer import import_model
+
+            notify(f"{name}: making a run of it in {run}, for training to start from")
+            import_model(file, run, notify=notify)
+    return run
