@@ -13,4 +13,4 @@ to bfloat16, which would hide a product or a sum that is not float32. Takes the 
 
 _SWITCH = "xla_cpu_use_fusion_emitters"
 fused_jit = functools.partial(jax.jit, compiler_options={_SWITCH: True} if _SWITCH in os.environ["XLA_FLAGS"] else {})
-"""jax.jit with the fusions that users have, which reference.session turns off: for what is equal bit for bit in them."""
+"""jax.jit with the fusions that users have, which `session` turns off: for what is equal bit for bit in them."""
