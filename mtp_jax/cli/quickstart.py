@@ -28,6 +28,7 @@ from mtp_jax.config import (
     equal_parameter_layers,
     override,
 )
+from mtp_jax.data.loader import prepare
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import REAL_COLUMNS, real_rows, side_by_side_page, speed_remark, write_page
 from mtp_jax.eval.report import Evaluation, evaluate
@@ -54,10 +55,10 @@ CONFIG = Config(
         remat="block",
     ),
     heads=HeadsConfig(kind="parallel", num_future=4),
-    data=DataConfig(source="stdlib", tokenizer="bpe", seq_len=128),
+    data=DataConfig(source="stdlib", tokenizer="bpe", seq_len=128, eval_fraction=0.02),
     # A constant rate: the compiled step is the same for any number of steps, and the time allowed decides on that.
     optim=OptimConfig(name="muon", muon_learning_rate=0.02, schedule="constant"),
-    train=TrainConfig(steps=1000, batch_size=16),
+    train=TrainConfig(steps=1000, batch_size=16, eval_rows=128),
     decode=DecodeConfig(num_prompts=8, prompt_tokens=64, max_new_tokens=128),
 )
 AS_TIME_ALLOWS = 1_000_000
@@ -79,7 +80,8 @@ class Args(Config):
     checkpoint: Annotated[str, tyro.conf.arg(name="model", metavar="SOURCE|none")] = "smollm2"
     """The real checkpoint: smollm2, a directory, a .gguf file or a hub id; none goes on without one."""
     minutes: float = 2.0
-    """What the small model's training may take; the number of steps is measured. --train.steps fixes it instead."""
+    """What the small model may take, from reading the text to the last step; how many steps that is, is measured.
+    --train.steps fixes their number instead."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -96,7 +98,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--minutes {args.minutes:g}; it must be above 0, and at most {24 * 60}")
     if (workdir / "config.json").is_file() and config.train.steps == AS_TIME_ALLOWS:
         config = override(config, {"train.steps": config_of(workdir, "--workdir").train.steps})
-    check_run(workdir, config)  # before anything is fetched for it
+    if workdir.exists():
+        check_run(workdir, config)  # before anything is fetched for it
     keep_freed_memory()
     real = None if args.checkpoint == "none" else _real(args)
     result, config, seconds = _own(config, workdir, args.minutes)
@@ -139,8 +142,11 @@ def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainRe
     """Trains the small model from scratch; its run, the config with its steps, and the seconds that took."""
     began = time.monotonic()
     if config.train.steps == AS_TIME_ALLOWS:
-        say(f"measuring how many steps fit into {minutes:g} minutes ...")
-        config = override(config, {"train.steps": steps_within(config, workdir, 60 * minutes)})
+        say("reading and tokenising the text ...")
+        prepare(config, workdir / "data")
+        say(f"measuring how many steps fit into the rest of {minutes:g} minutes ...")
+        left = 60 * minutes - (time.monotonic() - began)
+        config = override(config, {"train.steps": steps_within(config, workdir, left)})
     size = f"{count_params(config) / 1e6:.2f}M parameters, {config.heads.num_future} heads"
     say(f"a small model from scratch: {size}, {config.train.steps:,} steps, in {workdir}")
     with RunConsole() as console:
