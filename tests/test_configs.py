@@ -18,7 +18,7 @@ from mtp_jax.model import mtp
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PARAMETERS = {
     "tiny": 62_816,
-    "quickstart": 3_049_920,
+    "quickstart": 1_410_688,
     "bench_30m": 34_087_424,
     "bench_200m": 219_702_272,
     "bench_1b": 1_100_048_384,

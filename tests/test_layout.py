@@ -58,10 +58,7 @@ ALLOWED = {
     "fit": {"axes", "config", "decode", "flops", "hardware", "model", "sharding", "train"},
     "cli": {
         *("compiled", "config", "convert", "data", "decode", "distributed", "eval", "fit", "flops", "hardware"),
-        *("integrity", "loading", "losses", "metrics", "model"),
-        "sharding",
-        "starting",
-        "train",
+        *("integrity", "loading", "losses", "metrics", "model", "sharding", "starting", "train", "workdir"),
     },
 }
 

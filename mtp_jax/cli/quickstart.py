@@ -1,11 +1,20 @@
-"""`mtp quickstart [--workdir DIR]`: the whole job on real text, without a download."""
+"""`mtp quickstart [--workdir DIR]`: a real checkpoint with and without drafts, then a small model from scratch."""
 
 import dataclasses
 import pathlib
 import signal
+import sys
 import time
+from typing import Annotated
 
-from mtp_jax.cli.common import parse_over, print_evaluation, print_json, say
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mtp_jax.cli.common import own_directory, parse_over, print_evaluation, print_json, say
 from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.compiled import keep_compiled
 from mtp_jax.config import (
@@ -17,38 +26,48 @@ from mtp_jax.config import (
     OptimConfig,
     TrainConfig,
     equal_parameter_layers,
+    override,
 )
+from mtp_jax.data.loader import prepare
 from mtp_jax.errors import UserError
-from mtp_jax.eval.page import speed_remark, write_page
-from mtp_jax.eval.report import evaluate
+from mtp_jax.eval.page import REAL_COLUMNS, real_rows, side_by_side_page, speed_remark, write_page
+from mtp_jax.eval.report import Evaluation, evaluate
+from mtp_jax.eval.side_by_side import SIDES, SideBySide, remark, side_by_side
 from mtp_jax.loading import load
 from mtp_jax.metrics import read_metrics
 from mtp_jax.model.mtp import count_params
+from mtp_jax.train.budget import steps_within
 from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.train.loop import TrainResult, train
+from mtp_jax.train.start import config_of
+from mtp_jax.workdir import check_run
 
 CONFIG = Config(
     model=ModelConfig(
-        vocab_size=2048,
+        vocab_size=1024,
         num_layers=equal_parameter_layers(total_layers=6, num_future=4),
-        d_model=192,
-        num_heads=3,
-        num_kv_heads=3,
+        d_model=128,
+        num_heads=2,
+        num_kv_heads=2,
         head_dim=64,
-        d_ff=512,
+        d_ff=384,
         max_seq_len=512,
         remat="block",
     ),
     heads=HeadsConfig(kind="parallel", num_future=4),
-    data=DataConfig(source="stdlib", tokenizer="bpe", seq_len=128),
-    optim=OptimConfig(name="muon", muon_learning_rate=0.02),
-    train=TrainConfig(steps=1000, batch_size=16),
-    decode=DecodeConfig(num_prompts=16, prompt_tokens=64, max_new_tokens=128),
+    data=DataConfig(source="stdlib", tokenizer="bpe", seq_len=128, eval_fraction=0.02),
+    # A constant rate: the compiled step is the same for any number of steps, and the time allowed decides on that.
+    optim=OptimConfig(name="muon", muon_learning_rate=0.02, schedule="constant"),
+    train=TrainConfig(steps=1000, batch_size=16, eval_rows=128),
+    decode=DecodeConfig(num_prompts=8, prompt_tokens=64, max_new_tokens=128),
 )
+AS_TIME_ALLOWS = 1_000_000
+"""Stands for the number of steps that the time allows."""
 
 DESCRIPTION = (
-    "Train a model with 4 heads on the source of Python's standard library for about five minutes on two cores, decode "
-    "held-out prompts with and without drafting, and write a report. Run again, it continues or reuses the model."
+    "Load a real checkpoint and decode three prompts with and without drafting. Then train a small model with 4 heads "
+    "on the source of Python's standard library for two minutes, and decode held-out prompts with it. Write a report. "
+    "Run again, it continues or reuses the model."
 )
 
 
@@ -58,39 +77,134 @@ class Args(Config):
 
     workdir: str = "runs/quickstart"
     """Where checkpoint, config, tokenizer, metrics and report go."""
+    checkpoint: Annotated[str, tyro.conf.arg(name="model", metavar="SOURCE|none")] = "smollm2"
+    """The real checkpoint: smollm2, a directory, a .gguf file or a hub id; none goes on without one."""
+    minutes: float = 2.0
+    """What the small model may take, from reading the text to the last step; how many steps that is, is measured.
+    --train.steps fixes their number instead."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def main(argv: list[str]) -> None:
-    """Trains, decodes, reports."""
+    """Decodes with the real checkpoint; then trains, decodes, reports."""
     began = time.monotonic()
-    args, config = parse_over(CONFIG, Args, argv, "mtp quickstart", DESCRIPTION)
+    base = override(CONFIG, {"train.steps": AS_TIME_ALLOWS})
+    args, config = parse_over(base, Args, argv, "mtp quickstart", DESCRIPTION)
+    workdir = pathlib.Path(args.workdir)
     if not config.num_draft:
         raise UserError("quickstart compares drafting with plain decoding; it needs heads.num_future >= 2 and a draft")
-    workdir = pathlib.Path(args.workdir)
-    say(f"mtp quickstart: {count_params(config) / 1e6:.2f}M parameters, {config.heads.num_future} heads, in {workdir}")
+    if not 0 < args.minutes <= 24 * 60:
+        raise UserError(f"--minutes {args.minutes:g}; it must be above 0, and at most {24 * 60}")
+    if (workdir / "config.json").is_file() and config.train.steps == AS_TIME_ALLOWS:
+        config = override(config, {"train.steps": config_of(workdir, "--workdir").train.steps})
+    if workdir.exists():
+        check_run(workdir, config)  # before anything is fetched for it
     keep_freed_memory()
+    real = None if args.checkpoint == "none" else _real(args)
+    result, config, seconds = _own(config, workdir, args.minutes)
+    if not result.finished:
+        if args.json:
+            print_json({"finished": False, "step": result.step, "workdir": args.workdir})
+        raise SystemExit(128 + signal.Signals[result.stopped_by])
+    evaluation = evaluate(load(args.workdir), result.corpus.heldout, progress=say, keep_params=False)
+    facts = {"parameters": f"{count_params(config):,}"}
+    whole = time.monotonic() - began
+    if result.first_step == 0:
+        # A continued run has been trained for longer than this process knows.
+        facts |= {"steps": f"{result.step:,}", "seconds, training": f"{seconds:.0f}", "seconds, all": f"{whole:.0f}"}
+    opening = side_by_side_page(real) if real is not None else []
+    metrics = read_metrics(workdir)
+    page = write_page(workdir / "report", "mtp quickstart", evaluation, metrics, facts, opening)
+    if args.json:
+        times = {"train_seconds": seconds, "seconds": whole}
+        own = evaluation.as_json() | times | {"workdir": str(workdir), "report": str(page)}
+        print_json(own | {"real": None if real is None else real.as_json()})
+        return
+    _print(real, evaluation, facts, workdir, page)
+
+
+def _real(args: Args) -> SideBySide:
+    """The real checkpoint, decoded on both sides, while one looks on where there is a terminal."""
+    keep_compiled(own_directory(args.checkpoint))
+    try:
+        lm = load(args.checkpoint)
+    except UserError as error:
+        raise UserError(f"{error}; or go on without it: --model none") from error
+    if lm.tokenizer is None:
+        raise UserError(f"--model {args.checkpoint} has no tokenizer; give one that has, or --model none")
+    say(f"{args.checkpoint}: {count_params(lm.config) / 1e6:.0f}M parameters, {lm.config.model.dtype}")
+    with Watcher(sys.stderr.isatty() and not args.json) as watcher:
+        return side_by_side(lm.decode_only(), args.checkpoint, show=watcher.show, progress=say)
+
+
+def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainResult, Config, float]:
+    """Trains the small model from scratch; its run, the config with its steps, and the seconds that took."""
+    began = time.monotonic()
+    if config.train.steps == AS_TIME_ALLOWS:
+        say("reading and tokenising the text ...")
+        prepare(config, workdir / "data")
+        say(f"measuring how many steps fit into the rest of {minutes:g} minutes ...")
+        left = 60 * minutes - (time.monotonic() - began)
+        config = override(config, {"train.steps": steps_within(config, workdir, left)})
+    size = f"{count_params(config) / 1e6:.2f}M parameters, {config.heads.num_future} heads"
+    say(f"a small model from scratch: {size}, {config.train.steps:,} steps, in {workdir}")
     with RunConsole() as console:
         result = train(config, workdir, console)
     keep_compiled(workdir)
-    trained = time.monotonic()
-    if not result.finished:
-        if args.json:
-            print_json({"finished": False, "step": result.step, "workdir": str(workdir)})
-        raise SystemExit(128 + signal.Signals[result.stopped_by])
-    evaluation = evaluate(load(workdir), result.corpus.heldout, progress=say, keep_params=False)
-    facts = {"parameters": f"{count_params(config):,}"}
-    if result.first_step == 0:
-        # A continued run has been trained for longer than this process knows.
-        facts["seconds, training"] = f"{trained - began:.0f}"
-        facts["seconds, all"] = f"{time.monotonic() - began:.0f}"
-    metrics = read_metrics(workdir)
-    page = write_page(workdir / "report", "mtp quickstart", evaluation, metrics, facts)
-    seconds = {"train_seconds": trained - began, "seconds": time.monotonic() - began}
-    if args.json:
-        print_json(evaluation.as_json() | seconds | {"workdir": str(workdir), "report": str(page)})
-        return
+    return result, config, time.monotonic() - began
+
+
+class Watcher:
+    """Both sides' text, next to each other, as it is decided."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.show = self._show if wanted else None
+        self._live: Live | None = None
+        self._kind = ""
+        self._began: dict[str, float] = {}
+        self._text: dict[str, str] = {}
+
+    def __enter__(self) -> "Watcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show(self, kind: str, side: str, text: str) -> None:
+        if kind != self._kind:
+            self._close()
+            self._kind, self._began, self._text = kind, {}, {}
+            self._live = Live(console=Console(stderr=True), refresh_per_second=12)
+            self._live.start()
+        self._began.setdefault(side, time.monotonic())
+        self._text[side] = text
+        table = Table.grid(expand=True)
+        table.add_column(ratio=1)
+        table.add_column(ratio=1)
+        table.add_row(*(Panel(Text(self._text.get(name, "")), title=f"{kind}, {name}") for name in SIDES))
+        self._live.update(table)
+
+
+def _print(
+    real: SideBySide | None, evaluation: Evaluation, facts: dict[str, str], workdir: pathlib.Path, page: pathlib.Path
+) -> None:
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    if real is not None:
+        table = Table(*REAL_COLUMNS, box=None, padding=(0, 2), header_style="bold")
+        for row in real_rows(real):
+            table.add_row(*row)
+        console.print(f"[bold]{real.model}[/bold]")
+        console.print(table)
+        console.print(f"\n{remark(real)}\n")
+    console.print("[bold]a small model from scratch[/bold]")
     print_evaluation(evaluation, facts)
     print(f"\n{speed_remark(evaluation)}\n\nreport and plots: {page}")
+    if real is not None:
+        print(f'try: mtp generate {real.model} --prompt "def fibonacci(n):"')
     print(f'try: mtp generate {workdir} --prompt "def "')

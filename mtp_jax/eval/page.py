@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -12,12 +13,18 @@ import numpy as np
 
 from mtp_jax.errors import UserError
 from mtp_jax.eval.report import Evaluation
+from mtp_jax.eval.side_by_side import SideBySide, remark
 
 COLORS = ("#1f4e79", "#2e8b8b", "#e08a1e", "#b03a48", "#6b4c9a", "#4a7c3f", "#8c6d46", "#5b6770")
 
 
 def write_page(
-    directory: pathlib.Path, title: str, evaluation: Evaluation, metrics: list[dict], facts: dict
+    directory: pathlib.Path,
+    title: str,
+    evaluation: Evaluation,
+    metrics: list[dict],
+    facts: dict,
+    opening: Sequence[str] = (),
 ) -> pathlib.Path:
     """Writes `report.md` and its plots.
 
@@ -27,12 +34,14 @@ def write_page(
       evaluation: the figures.
       metrics: records of `metrics.jsonl`; empty leaves out the training plot.
       facts: further rows of the table, name to text.
+      opening: lines to begin with, such as those of `side_by_side_page`.
 
     Returns:
       The page's path.
     """
     make_directory(directory)
-    parts = [f"# {title}", "", *_table(summary(evaluation) | facts), "", "## By head", "", *_head_table(evaluation), ""]
+    parts = [f"# {title}", "", *opening, *_table(summary(evaluation) | facts), ""]
+    parts += ["## By head", "", *_head_table(evaluation), ""]
     steps = [record for record in metrics if "head_loss" in record]
     if steps:
         plot_losses(directory / "loss_by_head.png", steps)
@@ -53,6 +62,32 @@ def write_page(
     page = directory / "report.md"
     page.write_text("\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
     return page
+
+
+REAL_COLUMNS = ("prompt", "same tokens", "plain, ms per token", "a round, ms", "tokens per round", "gain")
+
+
+def real_rows(result: SideBySide) -> list[tuple[str, ...]]:
+    """One row per prompt of a real checkpoint."""
+    rows = []
+    for one in result.pairs:
+        tokens = one.comparison.drafted.stats.tokens_per_round
+        times = (f"{one.plain_ms:.1f}", f"{one.round_ms:.1f}", f"{tokens:.2f}", f"{one.comparison.speedup:.2f}x")
+        rows.append((one.sample.kind, "yes" if one.comparison.identical else "NO", *times))
+    return rows
+
+
+def side_by_side_page(result: SideBySide) -> list[str]:
+    """A real checkpoint on the page: the table, the remark and what it wrote."""
+    rule = "|" + "---|" * len(REAL_COLUMNS)
+    rows = [f"| {' | '.join(row)} |" for row in real_rows(result)]
+    lines = [f"## {result.model}, plainly and with drafts", "", f"| {' | '.join(REAL_COLUMNS)} |", rule, *rows, ""]
+    lines += [remark(result), ""]
+    for one in result.pairs:
+        written = (one.comparison.drafted.text or [""])[0]
+        for name, text in ((f"Prompt ({one.sample.kind})", one.sample.text), ("Model, on both sides", written)):
+            lines += [f"**{name}**", "", *("    " + line for line in text.splitlines()), ""]
+    return [*lines, "## A small model from scratch", ""]
 
 
 def make_directory(directory: pathlib.Path) -> None:

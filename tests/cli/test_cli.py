@@ -51,7 +51,8 @@ def text(tmp_path_factory):
 def quickstart(text, tmp_path_factory):
     """A finished quickstart at tiny settings: its workdir and arguments."""
     workdir = tmp_path_factory.mktemp("quickstart") / "run"
-    arguments = ["quickstart", "--workdir", str(workdir), *flags(**{"data.source": text}), "--json"]
+    small = flags(**{"data.source": text})
+    arguments = ["quickstart", "--workdir", str(workdir), "--model", "none", *small, "--json"]
     assert run(arguments) == 0
     return workdir, arguments
 

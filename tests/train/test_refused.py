@@ -187,7 +187,7 @@ def test_a_directory_of_somebody_else_is_as_it_was(place):
 
 COMMANDS = {
     "train": ["train", "config.py", "--workdir", "run", "--model.rope-theta", "500"],
-    "quickstart": ["quickstart", "--workdir", "run"],
+    "quickstart": ["quickstart", "--workdir", "run", "--model", "none"],
     "generate": ["generate", "run", "--prompt-tokens", "1,99999"],
     "generate nothing": ["generate", "run"],
     "eval": ["eval", "run", "--data", "missing"],

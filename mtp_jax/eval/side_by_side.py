@@ -1,0 +1,172 @@
+"""The same prompts decoded plainly and with drafts, one after the other: what a person looks at.
+
+Every prompt is decoded by `eval.acceptance.time_sides`, which takes turns and leaves compilation out, and then once
+more as a stream, so that one can watch.
+"""
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mtp_jax.decode.generate import Generation, stream
+from mtp_jax.decode.stats import none_for_nan
+from mtp_jax.eval.acceptance import Comparison, pair, time_sides
+from mtp_jax.loading import LoadedModel
+
+PLAIN, DRAFTED = "plain", "drafted"
+SIDES: dict[str, dict[str, Any]] = {PLAIN: {"draft": "none"}, DRAFTED: {"draft": "auto", "num_draft": "auto"}}
+"""Options of `generate` on each side. Of drafts only as many are made as pay by the clock, none at all if need be."""
+
+Show = Callable[[str, str, str], None]
+"""`(kind, side, text so far)`, called as text is decided."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A prompt and what it stands for."""
+
+    kind: str
+    """`chat`, `code` or `prose`."""
+    text: str
+    """Text to go on with, or for `chat` what the user says."""
+    is_chat: bool = False
+
+
+SAMPLES = (
+    Sample("chat", "Explain in a few sentences why the sky is blue.", is_chat=True),
+    Sample(
+        "code",
+        "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n"
+        "    def __add__(self, other):\n        return Point(self.x + other.x, self.y + other.y)\n\n    def __sub__(",
+    ),
+    Sample("prose", "The train left the station at dawn. The passengers looked out of the windows, and"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One prompt, decoded on both sides."""
+
+    sample: Sample
+    comparison: Comparison
+
+    @property
+    def plain_ms(self) -> float:
+        """Milliseconds of a plain step."""
+        return 1e3 * self.comparison.plain_seconds / self.comparison.plain.stats.batch_rounds
+
+    @property
+    def round_ms(self) -> float:
+        """Milliseconds of a round."""
+        return 1e3 * self.comparison.drafted_seconds / self.comparison.drafted.stats.batch_rounds
+
+
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """All prompts."""
+
+    model: str
+    pairs: tuple[Pair, ...]
+
+    @property
+    def identical(self) -> bool:
+        """Whether drafting changed no token of any prompt."""
+        return all(one.comparison.identical for one in self.pairs)
+
+    @property
+    def speedup(self) -> float:
+        """Gain by the clock, the geometric mean over the prompts."""
+        return statistics.geometric_mean(one.comparison.speedup for one in self.pairs)
+
+    def as_json(self) -> dict[str, Any]:
+        """The stable keys of `real` in `mtp quickstart --json`, and the same by prompt."""
+        rounds = sum(one.comparison.drafted.stats.rounds for one in self.pairs)
+        emitted = sum(one.comparison.drafted.stats.emitted_in_rounds for one in self.pairs)
+        each = [
+            {
+                "kind": one.sample.kind,
+                "identical": one.comparison.identical,
+                "speedup": one.comparison.speedup,
+                "tokens_per_round": one.comparison.drafted.stats.tokens_per_round,
+                "plain_ms": one.plain_ms,
+                "round_ms": one.round_ms,
+            }
+            for one in self.pairs
+        ]
+        result = {
+            "model": self.model,
+            "identical": self.identical,
+            "speedup": self.speedup,
+            "tokens_per_round": emitted / rounds if rounds else math.nan,
+            "plain_ms": statistics.fmean(one.plain_ms for one in self.pairs),
+            "round_ms": statistics.fmean(one.round_ms for one in self.pairs),
+            "prompts": each,
+        }
+        return none_for_nan(result)
+
+
+def side_by_side(
+    lm: LoadedModel,
+    name: str,
+    *,
+    samples: Sequence[Sample] = SAMPLES,
+    max_new_tokens: int = 96,
+    timed_runs: int = 2,
+    show: Show | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> SideBySide:
+    """Decodes every prompt on both sides.
+
+    Args:
+      lm: a model with a tokenizer.
+      name: what to call it.
+      samples: the prompts.
+      max_new_tokens: tokens of each.
+      timed_runs: runs on each side that are timed; their median counts.
+      show: is told the text of a further, streamed run on each side.
+      progress: is told what is going on.
+
+    Raises:
+      UserError: what `generate` refuses.
+    """
+    pairs = []
+    for sample in samples:
+        prompt = prompt_of(lm, sample)
+        progress(f"{sample.kind}: {max_new_tokens} tokens plainly and with drafts, {timed_runs} timed runs each")
+        timed = time_sides(lm, [prompt], SIDES, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
+        pairs.append(Pair(sample, pair(timed, PLAIN, DRAFTED)))
+        if show is not None:
+            for side, options in SIDES.items():
+                _watch(lm, prompt, max_new_tokens, options, functools.partial(show, sample.kind, side))
+    return SideBySide(name, tuple(pairs))
+
+
+def prompt_of(lm: LoadedModel, sample: Sample) -> Any:
+    """The prompt as this model wants it: a conversation where the tokenizer has a chat template, and text elsewhere."""
+    if sample.is_chat and getattr(lm.tokenizer, "chat", None) is not None:
+        return [{"role": "user", "content": sample.text}]
+    return sample.text
+
+
+def _watch(
+    lm: LoadedModel, prompt: Any, max_new_tokens: int, options: Mapping[str, Any], show: Callable[[str], None]
+) -> None:
+    text = ""
+    for item in stream(lm, [prompt], max_new_tokens=max_new_tokens, **options):
+        if not isinstance(item, Generation):
+            text += item[1]
+            show(text)
+
+
+def remark(result: SideBySide) -> str:
+    """An honest sentence on the gain."""
+    kinds = ", ".join(f"{one.sample.kind} {one.comparison.speedup:.2f}x" for one in result.pairs)
+    if result.speedup >= 1.03:
+        return f"Drafting is {result.speedup:.2f} times as fast as plain decoding over these prompts ({kinds})."
+    return (
+        f"Drafting gains nothing over these prompts ({kinds}): too few drafts are right for what a wider pass costs on "
+        "this machine, so few are made."
+    )
