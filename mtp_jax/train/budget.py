@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-import time
+from time import monotonic
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ def steps_within(config: Config, workdir: pathlib.Path, seconds: float) -> int:
     Returns:
       At least `LEAST_STEPS`.
     """
-    began = time.monotonic()
+    began = monotonic()
     mesh = sharding.mesh_of(config)
     shape = (config.train.batch_size, config.data.seq_len)
     rows = {
@@ -45,11 +45,11 @@ def steps_within(config: Config, workdir: pathlib.Path, seconds: float) -> int:
         batch = jax.device_put(rows, steps.batch_sharding)
         state, metrics = steps.train(state, batch)
         jax.block_until_ready(metrics)
-        ready = time.monotonic()
+        ready = monotonic()
         for _ in range(TIMED_STEPS):
             state, metrics = steps.train(state, batch)
         jax.block_until_ready(metrics)
-    done = time.monotonic()
+    done = monotonic()
     # The run traces its programs again and reads the compiled ones, which takes about half of what it took here.
     left = seconds - (done - began) - 0.5 * (ready - began)
     return max(LEAST_STEPS, _rounded(left / ((done - ready) / TIMED_STEPS)))

@@ -47,7 +47,7 @@ def test_figures_by_hand():
 def test_both_sides_of_a_model():
     """Tokens are the same on both sides, and the streamed text is that of the drafted side. Breaks if one side is
     shown under the other's name."""
-    config = tiny_config(model={"vocab_size": 258})
+    config = tiny_config(model={"vocab_size": 258, "max_seq_len": 256})
     lm = loaded(config, loud_params(config), bytes_tokenizer())
     seen: dict = {}
     show = lambda kind, side, text: seen.__setitem__((kind, side), text)  # noqa: E731
