@@ -25,8 +25,6 @@ from mtp_jax.convert.layouts import normalised
 from mtp_jax.convert.reader import open_checkpoint
 from mtp_jax.errors import UserError
 
-UNPACKED = [kind for kind in Kind if _unpacks(kind)]
-
 
 @pytest.fixture(scope="module")
 def models():
@@ -82,8 +80,11 @@ def test_header_is_what_the_package_reads(models, tmp_path):
 def test_every_type_unpacks_as_the_package_does(tmp_path):
     """values(tensor) = dequantize(its bytes), with the rows of queries in our order, for every type of the package.
     Breaks if a row is cut at another length, or without `self.rows`."""
-    rows = np.arange(64).reshape(4, 8, 2).swapaxes(1, 2).reshape(-1)
-    for kind in UNPACKED:
+    rows, unpacked = (
+        np.arange(64).reshape(4, 8, 2).swapaxes(1, 2).reshape(-1),
+        [kind for kind in Kind if _unpacks(kind)],
+    )
+    for kind in unpacked:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         raw = np.random.default_rng(0).integers(0, 256, (64, 256 // block * size), np.uint8)
         path = tmp_path / f"{kind.name}.gguf"
@@ -100,7 +101,7 @@ def test_every_type_unpacks_as_the_package_does(tmp_path):
             found = tensor.array
             np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32)[rows])
         assert tensor.shape == found.shape == (64, 256) and tensor.dtype == found.dtype
-    assert {"F32", "F16", "BF16", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ1_M"} <= {kind.name for kind in UNPACKED}
+    assert {"F32", "F16", "BF16", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ1_M"} <= {kind.name for kind in unpacked}
 
 
 def test_names_there_and_back():

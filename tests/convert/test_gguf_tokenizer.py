@@ -9,16 +9,19 @@ import pytest
 import tokenizers
 from reference import gguf_files
 from reference.gguf_files import LETTERS, write
+from reference.tiers import sampled
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
 from mtp_jax.convert.gguf.header import read_header
 from mtp_jax.convert.gguf.tokenizer import RULES, merges_of, open_tokenizer
 from mtp_jax.errors import UserError
 
+WHOLE = {"<unk>": 3, "<s>": 3, "</s>": 3, "<|turn|>": 3, "<think>": 4}
+"""Tokens that are found whole, with their types; the last one is not special."""
 TEXTS = (
     "Hello, world!  It's 12345 o'clock;\n\n    x = y1 + 2\t\tDON'T",
     "a =  2024\n    1. foo  ",
-    "<s>def f(x):</s> naïve cafe\u0301 日本語 \U0001f642",
+    "<s>def f(x):</s><|turn|> naïve <think> cafe\u0301 日本語 \U0001f642",
     "",
     "   ",
 )
@@ -50,14 +53,14 @@ def own(name):
     if name == "qwen2":
         inner.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=340, special_tokens=list(WHOLE), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     inner.train_from_iterator(CORPUS, trainer)
     vocabulary = inner.get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.get)
     merges = [" ".join(pair) for pair in json.loads(inner.to_str())["model"]["merges"]]
     fields = LETTERS | {"tokenizer.ggml.pre": name, "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
-    return inner, fields | {"tokenizer.ggml.token_type": [3, 3, 3] + [1] * (len(tokens) - 3)}
+    return inner, fields | {"tokenizer.ggml.token_type": [*WHOLE.values()] + [1] * (len(tokens) - 5)}
 
 
 def opened(path, fields, architecture="llama"):
@@ -84,10 +87,11 @@ def test_tokens_are_those_of_the_models_own_tokenizer(name, tmp_path):
     for text in TEXTS:
         ids = inner.encode(text).ids
         assert found.inner(text, add_special_tokens=False)["input_ids"] == ids
-        assert found.decode(ids) == inner.decode(ids)
+        assert found.decode([token for token in ids if token != 4]) == inner.decode(ids)
+    assert found.decode([4]) == "<think>"  # no special token, unlike in `inner`
 
 
-@pytest.mark.parametrize("name", [name for name in SPLITS if name != "smollm"])
+@pytest.mark.parametrize("name", sampled([name for name in SPLITS if name != "smollm"], "llama-bpe"))
 def test_tokens_are_those_of_transformers(name, tmp_path):
     """The same of transformers' own reading of a file, where it knows the split; characters that are composed first are
     left out, since it does not compose them. Breaks with another split in `RULES`."""
