@@ -135,7 +135,7 @@ def _real(args: Args) -> SideBySide:
         raise UserError(f"--model {args.checkpoint} has no tokenizer; give one that has, or --model none")
     say(f"{args.checkpoint}: {count_params(lm.config) / 1e6:.0f}M parameters, {lm.config.model.dtype}")
     with Watcher(sys.stderr.isatty() and not args.json) as watcher:
-        return side_by_side(lm.decode_only(), args.checkpoint, show=watcher.show, progress=say)
+        return side_by_side(lm.decode_only(), args.checkpoint, timed_runs=1, show=watcher.show, progress=say)
 
 
 def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainResult, Config, float]:
