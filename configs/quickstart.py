@@ -2,7 +2,7 @@
 
     mtp train configs/quickstart.py --workdir runs/mine --model.d_model 256 --model.num_heads 4 --model.num_kv_heads 4
 
-Two cores of a CPU: about five minutes. The figures of the unchanged config are in the README.
+1,000 steps, or as many as `--train.steps` says; `mtp quickstart` itself takes as many as two minutes hold.
 """
 
 from mtp_jax.cli.quickstart import CONFIG as config  # noqa: F401
