@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 import mtp_jax
 from mtp_jax.config import Config, DecodeConfig, HeadsConfig
 from mtp_jax.convert.architectures import ARCHITECTURES, architecture
-from mtp_jax.convert.reader import normalised
+from mtp_jax.convert.layouts import normalised
 from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both
 from mtp_jax.convert.writer import export_model
 from mtp_jax.data.tokenize import bytes_tokenizer
