@@ -34,6 +34,8 @@ class Drafts(NamedTuple):
     tokens_BP: jax.Array
     probs_BPV: jax.Array | None = None
     """What each was drawn from; None where it was certain, or where the rule does not ask."""
+    worth_B: jax.Array | None = None
+    """Whether a row's drafts are worth a look. Asked of a drafter that `passes`; None is yes."""
 
 
 class DraftContext(NamedTuple):
@@ -72,6 +74,9 @@ class Drafter:
     draft: Callable[[Config, Any, Any, DraftContext], tuple[Drafts, Any]]
     masks: int = 0
     """Mask tokens that the model shall run beside every position that it verifies, for heads of that kind."""
+    passes: bool = False
+    """Whether it says for which rows its drafts are worth a look (`Drafts.worth_B`). A round in which no row's are
+    verifies none, and costs what a plain step costs."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_draft, int) or self.num_draft < 0:
@@ -81,7 +86,7 @@ class Drafter:
 def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_probs: bool) -> Drafts:
     """What a drafter of the caller's returns, while it is traced: tokens in int32, probabilities in float32."""
     V, most = vocab_size, drafter.num_draft
-    tokens, probs = drafts if isinstance(drafts, Drafts) else (drafts, None)
+    tokens, probs = drafts[:2] if isinstance(drafts, Drafts) else (drafts, None)
     shape = jnp.shape(tokens) if hasattr(tokens, "dtype") else ()
     integers = hasattr(tokens, "dtype") and jnp.issubdtype(tokens.dtype, jnp.integer)
     if not isinstance(drafts, Drafts) or not integers or len(shape) != 2 or shape[0] != rows or shape[1] > most:
@@ -99,7 +104,14 @@ def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_
         raise UserError(
             f"accept='confidence' goes by the drafter's own probabilities, and {drafter.name!r} returns none"
         )
-    return Drafts(jnp.asarray(tokens, jnp.int32), None if probs is None else jnp.asarray(probs, jnp.float32))
+    worth_B = drafts.worth_B
+    if worth_B is not None and (jnp.shape(worth_B) != (rows,) or worth_B.dtype != bool):
+        raise UserError(
+            f"drafter {drafter.name!r} returns worth_B as {worth_B.dtype} of shape {list(jnp.shape(worth_B))}; it must "
+            f"be bool of shape [{rows}]"
+        )
+    probs = None if probs is None else jnp.asarray(probs, jnp.float32)
+    return Drafts(jnp.asarray(tokens, jnp.int32), probs, worth_B)
 
 
 def _no_cache(config: Config, num_draft: int, batch: int, slots: int) -> tuple:
@@ -131,6 +143,8 @@ def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext)
 
 LONGEST_MATCH = 8
 """Tokens that `lookup` compares at most."""
+LEAST_MATCH = 2
+"""Matched tokens from which the drafts of `lookup` are verified: what followed one token is too seldom right."""
 SURE_MATCH = 3
 """Matched tokens from which `heads+lookup` trusts the lookup."""
 
@@ -169,7 +183,8 @@ def lookup(tokens_BS: jax.Array, total_B: jax.Array, count: int) -> tuple[jax.Ar
 
 
 def _lookup_draft(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
-    return Drafts(lookup(context.tokens_BS, context.total_B, context.count)[0]), cache
+    tokens_BP, matched_B = lookup(context.tokens_BS, context.total_B, context.count)
+    return Drafts(tokens_BP, worth_B=matched_B >= LEAST_MATCH), cache
 
 
 def _both_draft(config: Config, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
@@ -213,7 +228,7 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Dra
         num_draft = LOOKUP_DRAFTS if num_draft is None else num_draft
         if not 1 <= num_draft <= MOST_DRAFTS:
             raise UserError(f"num_draft={num_draft} with draft='lookup'; use 0..{MOST_DRAFTS}")
-        return Drafter(name, num_draft, _no_cache, _lookup_draft)
+        return Drafter(name, num_draft, _no_cache, _lookup_draft, passes=True)
     extra = config.heads.num_future - 1
     if config.heads.kind == "registers":
         raise UserError(

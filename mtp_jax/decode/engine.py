@@ -15,6 +15,7 @@ caller goes on with a larger state (`grow`).
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -179,6 +180,7 @@ def rows_state(
     B, T = prompt_BT.shape
     P, V = plan.drafter.num_draft, plan.config.model.vocab_size
     probs_BPV = jnp.zeros((B, P, V)) if plan.rule.reads_drafter else None
+    worth_B = jnp.zeros((B,), bool) if plan.drafter.passes else None
     return DecodeState(
         tokens_BS=jnp.pad(prompt_BT, ((0, 0), (0, length - T))),
         total_B=prompt_len_B,
@@ -187,7 +189,7 @@ def rows_state(
         end_ids_E=end_ids_E,
         failed_B=jnp.zeros((B,), bool),
         begin_B=begin_B,
-        drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV),
+        drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV, worth_B),
         caches=(),
         drafter_cache=(),
         histogram_BQ=jnp.zeros((B, P + 1), jnp.int32),
@@ -227,6 +229,10 @@ def prefill_chunk(
     return drafted._replace(drafts=jax.tree.map(keep, drafted.drafts, state.drafts))
 
 
+_Carry = tuple[jax.Array, DecodeState]
+"""Rounds that have run, and the state."""
+
+
 @bounded(statics=(0, 1), donate=(4,), weights=2)
 def decode_rounds(
     plan: Plan, width: int, params: Any, controls: Controls, state: DecodeState, max_rounds: jax.Array
@@ -242,31 +248,57 @@ def decode_rounds(
       max_rounds: most rounds.
     """
 
-    def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+    def go_on(carry: _Carry) -> jax.Array:
         rounds, state = carry
         # Finished rows as well: they are written to until the last one is.
         fits = jnp.max(state.total_B) + width < slots_of(state)
         return (rounds < max_rounds) & ~jnp.all(state.done_B) & fits
 
-    def one_round(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+    def worth(carry: _Carry) -> jax.Array:
+        return jnp.any(carry[1].drafts.worth_B & ~carry[1].done_B)
+
+    def one_round(verified: int, carry: _Carry) -> _Carry:
         rounds, state = carry
-        return rounds + 1, decode_round(plan, width, params, controls, state)
+        return rounds + 1, decode_round(plan, width, params, controls, state, verified)
 
-    return jax.lax.while_loop(go_on, one_round, (jnp.int32(0), state))[1]
+    start = (jnp.int32(0), state)
+    if not plan.drafter.passes or not width:
+        return jax.lax.while_loop(go_on, functools.partial(one_round, width), start)[1]
+
+    # Two loops in turn, and not a branch in one: caches go through a loop in place, and are copied by a branch.
+    def both(carry: _Carry) -> _Carry:
+        plainly, widely = functools.partial(one_round, 0), functools.partial(one_round, width)
+        carry = jax.lax.while_loop(lambda carry: go_on(carry) & ~worth(carry), plainly, carry)
+        return jax.lax.while_loop(lambda carry: go_on(carry) & worth(carry), widely, carry)
+
+    return jax.lax.while_loop(go_on, both, start)[1]
 
 
-def decode_round(plan: Plan, width: int, params: Any, controls: Controls, state: DecodeState) -> DecodeState:
-    """One round for every row: verify, accept, draft."""
+def decode_round(
+    plan: Plan, width: int, params: Any, controls: Controls, state: DecodeState, verified: int | None = None
+) -> DecodeState:
+    """One round for every row: verify, accept, draft.
+
+    Args:
+      plan: what to run.
+      width: drafts that are made for the next round.
+      params: a `mtp.decode_view`.
+      controls: numbers and noise of the sampler.
+      state: the state.
+      verified: drafts of the last round that are verified; None is `width`.
+    """
+    verified = width if verified is None else verified
     start_B = state.total_B - 1
-    drafts = jax.tree.map(lambda leaf: leaf[:, :width], state.drafts)
+    tokens_BP, probs_BPV, _ = state.drafts
+    drafts = Drafts(tokens_BP[:, :verified], None if probs_BPV is None else probs_BPV[:, :verified])
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
-    ask = Ask(min(plan.drafter.masks, width))
+    ask = Ask(min(plan.drafter.masks, verified))
     state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, ask)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
     choices = _choose(plan, params, controls, state, state_BQD, drafts)
     state, accepted = _emit(state, choices)
-    state = _count(state, accepted, width)
+    state = _count(state, accepted, verified)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
     where = _Where(tap_BQD, start_B, index_B, jnp.ones_like(state.done_B))
     return _draft(plan, width, params, controls, state, where)
@@ -388,4 +420,7 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
         if drafts.probs_BPV is not None:
             given_BPV = jnp.where(known_BP[..., None], drafts.probs_BPV, given_BPV)
         probs_BPV = jnp.concatenate([given_BPV, certain_BPV[:, made:]], axis=1)
-    return state._replace(drafts=Drafts(tokens_BP, probs_BPV), drafter_cache=cache)
+    worth_B = None
+    if plan.drafter.passes:
+        worth_B = jnp.ones_like(state.done_B) if drafts.worth_B is None else drafts.worth_B
+    return state._replace(drafts=Drafts(tokens_BP, probs_BPV, worth_B), drafter_cache=cache)

@@ -162,7 +162,9 @@ class Request:
         # The first block of a new program is several times slower than the next, compiling apart.
         seconds = None if clock.compiling() else clock.seconds()
         newest = _minus(self.counts, before)
-        self.chooser.record(width, newest.histogram_BQ, seconds, newest.untried_BP)
+        # Where rounds without a draft worth a look are in what a round costs, they are in what it brings, too.
+        untried_BP = 0 if self.plan.drafter.passes else newest.untried_BP
+        self.chooser.record(width, newest.histogram_BQ, seconds, untried_BP)
         if self.chooser.hopeless and jax.tree.leaves(self.state.drafter_cache):
             self.plan = dataclasses.replace(self.plan, drafter=NONE)
             self.chooser = None

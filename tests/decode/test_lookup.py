@@ -1,6 +1,7 @@
 """lookup(row) = a search in plain Python. Each docstring names the line whose deletion breaks the test."""
 
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -8,7 +9,7 @@ from reference.decoding import NEW, PROMPTS, chain_model, following, model, plai
 from reference.quick import quick_jit
 from reference.tiers import sampled
 
-from mtp_jax.decode.drafters import LONGEST_MATCH, lookup
+from mtp_jax.decode.drafters import LONGEST_MATCH, Drafter, Drafts, lookup
 from mtp_jax.decode.generate import generate
 
 lookup_jit = quick_jit(lookup, static_argnums=2)
@@ -71,3 +72,24 @@ def test_takes_the_lookup_where_it_is_sure():
     both = generate(lm, [[*ids, 10, 11, 12]], max_new_tokens=16, draft="heads+lookup").stats
     assert heads.tokens_per_round == 1
     assert both.tokens_per_round > 3.5
+
+
+def test_drafts_that_are_not_worth_a_look_are_not_verified():
+    """A drafter of wrong tokens that says every third time that they are worth a look: the tokens are those of plain
+    decoding, and drafts are tried in those rounds alone, as many as there is room for. Breaks without `~worth(carry)`
+    in `decode_rounds`, or with `width` for `verified` in `_count`."""
+    lm, prompt, P = model("random"), PROMPTS[0], 2
+    expected = plain("random", tuple(prompt), NEW)
+    wrong = next(token for token in range(40) if token not in expected)
+
+    def draft(config, params, cache, context):
+        tokens_BP = jnp.full((1, context.count), wrong, jnp.int32)
+        return Drafts(tokens_BP, worth_B=context.total_B % 3 == 0), cache
+
+    drafter = Drafter("now and then", P, lambda *_: (), draft, passes=True)
+    result = generate(lm, [prompt], max_new_tokens=NEW, draft=drafter, ignore_eos=True)
+    assert result.tokens[0] == expected
+    limit = len(prompt) + NEW
+    rounds = range(len(prompt) + 1, limit)
+    assert result.stats.drafted == sum(min(limit - total, P) for total in rounds if total % 3 == 0)
+    assert result.stats.batch_rounds == len(rounds)
