@@ -77,6 +77,7 @@ def test_inside_another_function(three):
     assert jax.jit(lambda x_B: scaled_sum(2, jnp.float32(2), x_B))(jnp.ones((2,))).tolist() == [4.0, 4.0]
 
 
+@pytest.mark.grid
 def test_dropped_programs_give_their_mappings_back(three):
     """The number of the process's memory mappings after twelve shapes is that after three, up to what one program
     holds. Breaks when the dropped ones are still held anywhere."""

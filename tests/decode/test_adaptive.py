@@ -98,6 +98,7 @@ def test_changes_nothing(name, draft):
     assert result.tokens == generate(model(name), PROMPTS, max_new_tokens=44, draft="none").tokens
 
 
+@pytest.mark.grid
 def test_stops_hopeless_drafts(monkeypatch):
     """Drafts that are always wrong are soon not verified any more, and `drafted` counts what was. Breaks when a width
     is compiled in but never chosen."""

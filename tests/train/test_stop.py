@@ -159,6 +159,7 @@ def history(workdir):
     return {(record["step"], "heldout_loss" in record): record for record in records}
 
 
+@pytest.mark.grid
 def test_a_stop_cuts_an_evaluation_and_the_next_start_makes_up_for_it(tmp_path, monkeypatch):
     """A run that is stopped in the middle of both its evaluations, the last one too, and started again, has the record
     of one that was not, every evaluation once; until then it is not finished.
