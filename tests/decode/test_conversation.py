@@ -57,7 +57,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("options", sampled([{}, {"temperature": 1.0, "seed": 3}], {}), ids=str)
-@pytest.mark.parametrize("kind", sampled(["parallel", "sequential", "causal", "masks", "medusa"], "medusa"))
+@pytest.mark.parametrize("kind", sampled(["parallel", "sequential", "causal", "masks", "medusa"], "sequential"))
 def test_turns_are_generations_of_the_whole(kind, options):
     """say(new) = generate(all messages so far), tokens, text and accepted drafts; and all entries of the caches, those
     of the heads included, are those of a conversation that runs everything at once.
@@ -98,6 +98,7 @@ def test_only_what_is_new_is_run(monkeypatch):
     assert held < conversation.prompt_tokens <= held + 32
 
 
+@pytest.mark.grid
 def test_a_template_that_writes_earlier_turns_otherwise():
     """Where the longer conversation parts from what is held, it is run from there. Breaks if `kept` counts tokens
     without comparing them: the answers would be other ones."""
@@ -119,6 +120,7 @@ def test_a_turn_within_the_same_sizes_compiles_nothing():
     assert seen == []
 
 
+@pytest.mark.grid
 def test_pieces_say_what_was_drafted():
     """The prompt's token and the last one of each round are the model's own; with right heads all others are drafts.
     Breaks if `accepted` is that of all rounds, or a cut drops the end of a piece."""
@@ -127,6 +129,7 @@ def test_pieces_say_what_was_drafted():
     assert isinstance(result, Generation) and result.text == ["HELO!"]
 
 
+@pytest.mark.grid
 def test_an_answer_that_is_not_read_to_its_end():
     """The answer is what was read, and the next turn is that of such a conversation. Breaks without `GeneratorExit`."""
     lm = random_model("sequential")
@@ -141,6 +144,7 @@ def test_an_answer_that_is_not_read_to_its_end():
     assert conversation.reused_tokens >= len("user:\nhello\nassistant:\n") - 2
 
 
+@pytest.mark.grid
 def test_drafts_that_do_not_pay_are_given_up_for_good(monkeypatch):
     """When num_draft="auto" has taken the heads away, later turns go on without them, from the same caches. Breaks
     without `self._draft = NONE`: the entries of the heads are gone."""

@@ -59,7 +59,8 @@ def outputs(state, prompts=PROMPTS):
 LIMITS = [len(prompt) + NEW for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
+@pytest.mark.grid
+@pytest.mark.parametrize("name", ["random", "trained"])
 def test_state_after_rounds_is_that_of_a_prefill(name):
     """rounds(prefill(prompt)) = prefill(prompt + output): tokens, drafts, and every cache entry that counts, those of
     the heads as well, although drafts were rejected in between and the two ran in chunks of other sizes.

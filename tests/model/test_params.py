@@ -143,6 +143,7 @@ def params(init):
     return init(jax.random.key(0))
 
 
+@pytest.mark.grid
 def test_init_is_a_function_of_the_key(config, init, params):
     """init(key) twice is the same bit for bit and the same program; another key changes every entry of every matrix.
 

@@ -125,6 +125,7 @@ def test_only_log_steps_wait_and_know(text, tmp_path, waits):
     assert all(records[i]["step_seconds"] > 0 and records[i]["process_bytes"] > 0 for i in (7, 15))
 
 
+@pytest.mark.grid
 def test_the_host_runs_ahead_only_so_far(text, tmp_path, waits, monkeypatch):
     """With three steps in flight every step from the fifth on waits for the one three before it, and for that only.
 
