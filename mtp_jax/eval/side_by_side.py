@@ -17,8 +17,8 @@ from mtp_jax.eval.acceptance import Comparison, pair, time_sides
 from mtp_jax.loading import LoadedModel
 
 PLAIN, DRAFTED = "plain", "drafted"
-SIDES: dict[str, dict[str, Any]] = {PLAIN: {"draft": "none"}, DRAFTED: {"draft": "auto", "num_draft": "auto"}}
-"""Options of `generate` on each side. Of drafts only as many are made as pay by the clock, none at all if need be."""
+SIDES: dict[str, dict[str, Any]] = {PLAIN: {"draft": "none"}, DRAFTED: {"draft": "auto"}}
+"""Options of `generate` on each side: heads, or lookup where there are none. One width, so that little is compiled."""
 
 Show = Callable[[str, str, str], None]
 """`(kind, side, text so far)`, called as text is decided."""
