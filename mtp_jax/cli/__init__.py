@@ -8,7 +8,7 @@ from mtp_jax.cli.threads import enough_threads
 from mtp_jax.errors import UserError
 
 COMMANDS = {
-    "quickstart": "train a small model on Python's standard library, decode with it, write a report",
+    "quickstart": "decode with a real checkpoint, train a small model, write a report",
     "train": "train a config, or continue where its workdir stopped",
     "generate": "generate text from a trained model",
     "chat": "a conversation in the terminal",

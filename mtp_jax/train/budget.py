@@ -5,12 +5,11 @@ import pathlib
 from time import monotonic
 
 import jax
-import numpy as np
 
 from mtp_jax import sharding
 from mtp_jax.compiled import kept_compiled
 from mtp_jax.config import Config
-from mtp_jax.train.step import compile_steps
+from mtp_jax.train.step import compile_steps, random_batch
 
 TIMED_STEPS = 3
 LEAST_STEPS = 20
@@ -33,16 +32,10 @@ def steps_within(config: Config, workdir: pathlib.Path, seconds: float) -> int:
     """
     began = monotonic()
     mesh = sharding.mesh_of(config)
-    shape = (config.train.batch_size, config.data.seq_len)
-    rows = {
-        "tokens": np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32),
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
-    }
     with kept_compiled(workdir), jax.set_mesh(mesh):
         steps = compile_steps(config, mesh)
         state = steps.init(jax.random.key(0))
-        batch = jax.device_put(rows, steps.batch_sharding)
+        batch = jax.device_put(random_batch(config), steps.batch_sharding)
         state, metrics = steps.train(state, batch)
         jax.block_until_ready(metrics)
         ready = monotonic()

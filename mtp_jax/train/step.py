@@ -137,6 +137,17 @@ def _from_all_rows(rows_BT: np.ndarray, where: jax.sharding.Sharding) -> jax.Arr
     return jax.make_array_from_callback(rows_BT.shape, where, lambda index: rows_BT[index])
 
 
+def random_batch(config: Config) -> dict[str, np.ndarray]:
+    """Rows of random tokens, one document each, to time a step with."""
+    B, T = config.train.batch_size, config.data.seq_len
+    tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T), np.int32)
+    positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)}
+    if config.data.prompt_tokens:
+        batch["learn"] = (positions_BT >= config.data.prompt_tokens).astype(np.int32)
+    return batch
+
+
 def compile_steps(config: Config, mesh: Mesh) -> Steps:
     """Binds the statics and jits: shardings from the table, the state donated to the step that replaces it."""
     if config.model.remat == "offload":

@@ -26,7 +26,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.flops import step_flops
 from mtp_jax.model import mtp
 from mtp_jax.train.loop import place
-from mtp_jax.train.step import StepMetrics, compile_steps
+from mtp_jax.train.step import StepMetrics, compile_steps, random_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +59,7 @@ class Step:
         self.config, began = config, time.perf_counter()
         mesh = sharding.mesh_of(config)
         self.devices, self._steps = mesh.size, compile_steps(config, mesh)
-        B, T = config.train.batch_size, config.data.seq_len
-        tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T), np.int32)
-        positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-        batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)}
-        if config.data.prompt_tokens:
-            batch["learn"] = (positions_BT >= config.data.prompt_tokens).astype(np.int32)
-        self.feed(batch)
+        self.feed(random_batch(config))
         self.compiled = self._steps.train.lower(self._steps.abstract_state, self._batch).compile()
         self.compile_seconds = time.perf_counter() - began
         self._state = self._steps.init(jax.random.key(0))
