@@ -81,3 +81,21 @@ def test_both_forms_of_the_weight_gradient(inner, outer):
     """The form of accelerators equals that of CPUs. Breaks without the `.T`, or if either leaves out an axis."""
     x, y = normal(2, 3, 4, inner), normal(2, 3, 4, outer, seed=1)
     np.testing.assert_allclose(_flat_outer_sum(x, y), _plain_outer_sum(x, y), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="this path is for CPUs")
+def test_a_few_rows_are_each_what_they_are_alone():
+    """On a CPU linear(x, w)[b, t] = linear(x[b, t], w), bit for bit, for 2 to 6 rows of a large float32 matrix; so a
+    round's products are those of plain steps. The gradients are those of x @ w.
+
+    Breaks if `_product` asks for fewer rows than two, or `_row_by_row` puts the rows together in another order.
+    """
+    x_BTI, w_IO = normal(2, 3, 256), normal(256, 256)
+    alone = jax.jit(linear)
+    expected = [[alone(x_BTI[b : b + 1, t : t + 1], w_IO)[0, 0] for t in range(3)] for b in range(2)]
+    np.testing.assert_array_equal(alone(x_BTI, w_IO), np.asarray(expected))
+    cotangent = normal(2, 3, 256, seed=1)
+    actual = pull_back(linear, x_BTI, w_IO, cotangent=cotangent)
+    reference = pull_back(lambda x, w: x @ w, x_BTI, w_IO, cotangent=cotangent)
+    for one, other in zip(actual, reference, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
