@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
     from mtp_jax.eval.report import evaluate as evaluate
+    from mtp_jax.heads_file import with_heads as with_heads
+    from mtp_jax.heads_file import write_heads as write_heads
     from mtp_jax.loading import LoadedModel as LoadedModel
     from mtp_jax.loading import load as load
     from mtp_jax.starting import start_from as start_from
@@ -60,6 +62,8 @@ _HOMES = {
     "evaluate": "eval.report",
     "start_from": "starting",
     "import_model": "convert.importer",
+    "with_heads": "heads_file",
+    "write_heads": "heads_file",
     "export_model": "convert.writer",
 }
 __all__ = sorted(_HOMES)

@@ -177,6 +177,11 @@ class Config:
             train.trainable == "all" or not loss.token_order,
             f"loss.token_order={loss.token_order} trains the model's own states; use train.trainable='all', or 0",
         )
+        moves = "heads.tap_mix=True" if heads.tap_mix else f"heads.kind={heads.kind!r}"
+        require(
+            not train.keep_states or not (heads.tap_mix or heads.kind in BESIDE),
+            f"train.keep_states=True, but with {moves} the model does not stand still while heads learn; use False",
+        )
         require(
             loss.teacherless < model.vocab_size,
             f"loss.teacherless={loss.teacherless} is no token of model.vocab_size={model.vocab_size}",

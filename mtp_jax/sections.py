@@ -354,6 +354,10 @@ class TrainConfig:
     has a checkpoint."""
     init_heads: Literal["new", "same"] = "new"
     """Whether the heads start as `heads.init` says, or as those of `init_from`."""
+    keep_states: bool = False
+    """With trainable='heads': run the model over the training text once, keep its states on disk (2 states of d_model
+    numbers for every token, in `states` of the workdir), and train the heads on those. The heads become the same. The
+    next-token loss, which cannot change, is then measured by evaluations only."""
     seed: int = 0
     """Seed of the initial parameters, and of random choices in the loss."""
     log_every: int = 20
@@ -376,6 +380,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative")
         only_with("train", self, "init_heads", bool(self.init_from), "train.init_from")
+        only_with("train", self, "keep_states", self.trainable == "heads", "train.trainable='heads'")
         require(
             self.batch_size % self.grad_accum == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.grad_accum={self.grad_accum}",

@@ -29,17 +29,29 @@ CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 CORPUS = "corpus.json"
+STATES = "states"
 VISIBLE_WITHIN = 60
 """Seconds in which every process must see what process 0 wrote; caches of network file systems are younger."""
 
 RUN_FILES = (
-    *(f"{CONFIG}.tmp", CHECKPOINTS, "metrics.jsonl", "tensorboard", "data", "data.new", "compiled", LOCK, CORPUS),
+    *(
+        f"{CONFIG}.tmp",
+        CHECKPOINTS,
+        "metrics.jsonl",
+        "tensorboard",
+        "data",
+        "data.new",
+        "compiled",
+        LOCK,
+        CORPUS,
+        STATES,
+    ),
     *(ORIGIN, f"{ORIGIN}.new", START, f"{START}.tmp"),
 )
 """Names that a run's directory may hold before its config.json is written."""
 
 FREE_FIELDS = re.compile(
-    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows|grad_accum)"
+    r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows|grad_accum|keep_states)"
     r"|loss\.(impl|chunk_bytes|skip|gather)|model\.(remat|attention)|decode\..*|mesh\..*"
 )
 """Config fields that may change between a run and its continuation: none of them changes what is learned, but for

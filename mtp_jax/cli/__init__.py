@@ -9,6 +9,7 @@ from mtp_jax.errors import UserError
 
 COMMANDS = {
     "quickstart": "decode with a real checkpoint, train a small model, write a report",
+    "accelerate": "train heads that draft for a model, from what it says itself",
     "train": "train a config, or continue where its workdir stopped",
     "generate": "generate text from a trained model",
     "chat": "a conversation in the terminal",

@@ -53,11 +53,11 @@ class HubTokenizer(Reading):
         one = self.inner(text, **options)
         return one["input_ids"], one["offset_mapping"] if places else []
 
-    def encode_learned(self, text: str, learned: Spans, rendered: bool) -> Encoded:
+    def encode_learned(self, text: str, learned: Spans, rendered: bool, finished: bool = True) -> Encoded:
         """As of `Reading`."""
         if not self.inner.is_fast:
             raise UserError("the tokenizer has no tokenizer.json, which says where in a text its tokens stand")
-        return super().encode_learned(text, learned, rendered)
+        return super().encode_learned(text, learned, rendered, finished)
 
     def _piece(self, token: int) -> str:
         return self.inner.convert_ids_to_tokens(token)

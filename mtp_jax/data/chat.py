@@ -41,6 +41,7 @@ NAMED = {
     )
 }
 """Templates by name. `plain` needs no special token but the end of a text, so it suits every tokenizer."""
+_PLACEHOLDER = "placeholder4711"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Message = Mapping[str, Any]
@@ -68,6 +69,19 @@ class ChatTemplate:
         check_messages(messages)
         return self._render(messages, add_generation_prompt=True)
 
+    def opening(self, messages: Sequence[Message] = ()) -> str:
+        """The text behind which a user's message begins, after other messages.
+
+        An instruct model that goes on from here writes what a user may ask (Magpie, arXiv:2406.08464).
+
+        Raises:
+          UserError: the template refuses the messages, or writes a user's message in another way than it is given.
+        """
+        text = self._render([*messages, {"role": "user", "content": _PLACEHOLDER}])
+        if text.count(_PLACEHOLDER) != 1:
+            raise UserError(f"{self.origin} does not write a user's message as it is, so none can be begun")
+        return text[: text.index(_PLACEHOLDER)]
+
     def learned(self, messages: Sequence[Message]) -> tuple[str, Spans]:
         """The conversation, and where in it the assistant's words stand.
 
@@ -88,6 +102,20 @@ class ChatTemplate:
                 "data.chat_template to one that does, or leave the record out"
             )
         return text, spans
+
+    def learned_of_cut(self, messages: Sequence[Message]) -> tuple[str, Spans]:
+        """A conversation that ends within the assistant's last message, and where that stands.
+
+        Raises:
+          UserError: as of `prompt`; or the last message is not the assistant's, or is empty.
+        """
+        check_messages(messages)
+        last = messages[-1]
+        if last["role"] != ASSISTANT or not last["content"]:
+            raise UserError("it is not finished, so its last message must be the assistant's, with some text")
+        before = self.prompt(messages[:-1])
+        text = before + last["content"]
+        return text, ((len(before), len(text)),)
 
     def _by_beginnings(self, messages: Sequence[Message]) -> tuple[str, Spans]:
         whole = self._render(messages)

@@ -4,6 +4,8 @@
     {"messages": [{"role": ..., "content": ...}]} what the assistant says, written by the tokenizer's chat template
     {"prompt": "...", "completion": "..."}        the completion; the document is both texts, one behind the other
 
+With `"finished": false` the last answer, or the completion, was cut off: no end stands behind it.
+
 The first of these fields that a record has decides. `data.text_field` names the first one, and may hold messages too.
 """
 
@@ -16,6 +18,7 @@ from mtp_jax.errors import UserError
 MESSAGES = "messages"
 PROMPT = "prompt"
 COMPLETION = "completion"
+FINISHED = "finished"
 
 
 class Document(NamedTuple):
@@ -27,6 +30,8 @@ class Document(NamedTuple):
     """What is learned of the text; None is all of it."""
     rendered: bool = False
     """Whether a chat template wrote it. No token goes around it then, and special tokens in it are read."""
+    finished: bool = True
+    """Whether it ends where it ends; if not, no end token stands behind it. Asked where not all of it is learned."""
 
 
 def is_record(tree: Any, text_field: str) -> bool:
@@ -56,27 +61,34 @@ def document_of(
     if not isinstance(record, dict):
         raise UserError(f"{where} holds a {type(record).__name__}, not an object with a field {text_field!r}")
     if isinstance(record.get(text_field), list):
-        return _conversation(name, record[text_field], chat, where)
+        return _conversation(name, record[text_field], chat, where, _finished(record, where))
     if text_field in record:
         return Document(name, _text(record, text_field, where))
     if MESSAGES in record:
-        return _conversation(name, record[MESSAGES], chat, where)
+        return _conversation(name, record[MESSAGES], chat, where, _finished(record, where))
     if PROMPT in record and COMPLETION in record:
         prompt = _text(record, PROMPT, where)
         text = prompt + _text(record, COMPLETION, where)
-        return Document(name, text, ((len(prompt), len(text)),))
+        return Document(name, text, ((len(prompt), len(text)),), finished=_finished(record, where))
     fields = ", ".join(map(repr, record)) or "none"
     raise UserError(f"{where} has no field {text_field!r}; fields present: {fields}; set data.text_field{hint}")
 
 
-def _conversation(name: str, messages: Any, chat: ChatTemplate | None, where: str) -> Document:
+def _finished(record: Mapping[str, Any], where: str) -> bool:
+    finished = record.get(FINISHED, True)
+    if not isinstance(finished, bool):
+        raise UserError(f"{where}: field {FINISHED!r} is {finished!r}; it must be true or false")
+    return finished
+
+
+def _conversation(name: str, messages: Any, chat: ChatTemplate | None, where: str, finished: bool) -> Document:
     if chat is None:
         raise UserError(
             f"{where} holds messages, and the tokenizer has no chat template that writes them as text; set "
             "data.chat_template to the path of one, or to 'plain'"
         )
     try:
-        text, learned = chat.learned(messages)
+        text, learned = chat.learned(messages) if finished else chat.learned_of_cut(messages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     return Document(name, text, learned, rendered=True)

@@ -91,7 +91,7 @@ def _encoded(batch: list[Document], tokenizer: Reading) -> list[Encoded]:
             tokens = next(ids)
             found.append(Encoded(tokens, None, tokenizer.unpredicted_bytes(one.text, tokens)))
             continue
-        found.append(tokenizer.encode_learned(one.text, one.learned, one.rendered))
+        found.append(tokenizer.encode_learned(one.text, one.learned, one.rendered, one.finished))
         if not any(found[-1].learn[1:]):
             raise UserError(
                 f"{one.name}: none of its {len(found[-1].ids)} tokens is to be learned behind another one; leave the "

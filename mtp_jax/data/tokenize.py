@@ -96,9 +96,13 @@ class Reading:
                 "the tokenizer has no chat template; give it one, 'plain' or the path of a file: --chat-template in "
                 "commands, lm.with_chat_template(...) in Python, data.chat_template in training"
             )
-        return self._placed(self.chat.prompt(messages), rendered=True)[0]
+        return self.encode_rendered(self.chat.prompt(messages))
 
-    def encode_learned(self, text: str, learned: Spans, rendered: bool) -> Encoded:
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a text that a chat template wrote; special tokens in it are read, and none goes around it."""
+        return self._placed(text, rendered=True)[0]
+
+    def encode_learned(self, text: str, learned: Spans, rendered: bool, finished: bool = True) -> Encoded:
         """Ids of a document of which parts are learned: every token with a character of theirs.
 
         Args:
@@ -106,12 +110,13 @@ class Reading:
           learned: the parts.
           rendered: whether a chat template wrote it. If not, what stands around every document stands around it, and
             its end is learned.
+          finished: whether the text ends there; if not, no end stands behind it.
         """
         ids, places = self._placed(text, rendered)
         learn = tokens_of(places, learned)
         if not rendered:
             begun = self._begun(ids)
-            whole = self._ended(begun)
+            whole = self._ended(begun) if finished else begun
             front, behind = len(begun) - len(ids), len(whole) - len(begun)
             places = [(0, 0)] * front + places + [(len(text), len(text))] * behind
             ids, learn = whole, [False] * front + learn + [True] * behind

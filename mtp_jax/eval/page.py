@@ -180,7 +180,8 @@ def _samples(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> Any:
+def new_figure(title: str, xlabel: str, ylabel: str) -> Any:
+    """A figure with one plot, and its axes."""
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel(xlabel)
@@ -191,14 +192,15 @@ def _axes(title: str, xlabel: str, ylabel: str) -> Any:
     return figure, axes
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def save_figure(figure: Any, path: pathlib.Path) -> None:
+    """Writes a figure and lets go of it."""
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def plot_losses(path: pathlib.Path, records: list[dict], smooth: int = 40) -> None:
     """Training loss of every head over steps, as a running mean over `smooth` steps."""
-    figure, axes = _axes("Training loss by head, running mean", "step", "nats per token")
+    figure, axes = new_figure("Training loss by head, running mean", "step", "nats per token")
     steps = np.array([record["step"] for record in records])
     losses = np.array([record["head_loss"] for record in records], dtype=float)
     width = min(smooth, max(len(steps) // 10, 1))
@@ -206,13 +208,13 @@ def plot_losses(path: pathlib.Path, records: list[dict], smooth: int = 40) -> No
         mean = np.convolve(losses[:, m], np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], mean, color=COLORS[m % len(COLORS)], label=f"head {m} (t+{m + 1})", linewidth=1.8)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_acceptance(path: pathlib.Path, evaluation: Evaluation) -> None:
     """Share of rounds that accept at least k drafts, and the share among those that accepted k-1."""
     stats = evaluation.decoding.drafted.stats
-    figure, axes = _axes(
+    figure, axes = new_figure(
         f"Accepted drafts: {stats.tokens_per_round:.2f} tokens per round", "depth of the draft", "share accepted"
     )
     depth = np.arange(1, len(stats.accept_at) + 1)
@@ -226,15 +228,15 @@ def plot_acceptance(path: pathlib.Path, evaluation: Evaluation) -> None:
     axes.set_ylim(0, 1.12)
     axes.set_yticks(np.arange(0, 1.01, 0.2))
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_speed(path: pathlib.Path, evaluation: Evaluation) -> None:
     """Tokens per second of plain and drafted decoding."""
     decoding = evaluation.decoding
-    figure, axes = _axes(f"Decoding one prompt at a time: {decoding.speedup:.2f}x", "", "tokens per second")
+    figure, axes = new_figure(f"Decoding one prompt at a time: {decoding.speedup:.2f}x", "", "tokens per second")
     values = [decoding.plain_tokens_per_second, decoding.drafted_tokens_per_second]
     bars = axes.bar(["plain", "drafted with the heads"], values, 0.5, color=[COLORS[7], COLORS[1]])
     axes.bar_label(bars, [f"{value:,.0f}" for value in values], padding=2)
     axes.margins(y=0.15)
-    _save(figure, path)
+    save_figure(figure, path)

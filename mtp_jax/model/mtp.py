@@ -68,6 +68,7 @@ def apply(
     segment_ids_BT: jax.Array,
     *,
     everywhere: bool = False,
+    states_BTE: jax.Array | None = None,
 ) -> jax.Array:
     """States of every head at every position, ready for the unembedding.
 
@@ -78,6 +79,7 @@ def apply(
       positions_BT: position of each token inside its document.
       segment_ids_BT: document of each token; tokens see their own document only.
       everywhere: also compute the states that training leaves out; see `trained`.
+      states_BTE: `trunk_states` of the same rows, so that the blocks of the next-token path need not run.
 
     Returns:
       hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
@@ -87,7 +89,8 @@ def apply(
     family, rows = FAMILIES[config.heads.kind], (embedded_BTD, positions_BT, segment_ids_BT)
     # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
     if config.heads.kind not in BESIDE:
-        state_BTD, tap_BTD = _trunk(config, params, *rows)
+        known = _trunk(config, params, *rows) if states_BTE is None else jnp.split(states_BTE, 2, axis=-1)
+        state_BTD, tap_BTD = known
         states_MBTD = family.train(config, params, Rows(tap_BTD, *rows)) if "heads" in params else None
     elif "heads" in params:
         state_BTD, states_MBTD = family.forward(config, params, tokens_BT, *rows, everywhere=everywhere)
@@ -97,6 +100,19 @@ def apply(
     if states_MBTD is None:
         return lm.scaled(config.model, hidden_1BTD)
     return lm.scaled(config.model, jnp.concatenate([hidden_1BTD, heads.finish(config, params, states_MBTD)]))
+
+
+def trunk_states(
+    config: Config, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """The next-token path's last state and what the heads read, side by side: [B, T, E] with E = 2 D.
+
+    For heads that learn while the rest stands still; not for families that run through the model, nor for a learned mix
+    of states.
+    """
+    params = with_constants(config, params)
+    embedded_BTD = lm.embed(config.model, params, tokens_BT)
+    return jnp.concatenate(_trunk(config, params, embedded_BTD, positions_BT, segment_ids_BT), axis=-1)
 
 
 def with_constants(config: Config, params: Params) -> Params:

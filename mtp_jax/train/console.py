@@ -1,5 +1,6 @@
 """What a person sees of a run, on standard error: a progress bar in a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class RunConsole:
 
     def update(self, step: int, head_losses: list[float], costs: Mapping[str, float]) -> None:
         """Moves the bar, or prints a line where there is no terminal; `costs` are those of `Meter.read`."""
-        status = "  ".join([f"loss by head {' '.join(f'{loss:.3f}' for loss in head_losses)}", *_shown(costs)])
+        status = "  ".join([f"loss by head {' '.join(map(_number, head_losses))}", *_shown(costs)])
         if self._progress is not None:
             self._progress.update(self._task, completed=step, status=status)
             return
@@ -56,6 +57,11 @@ class RunConsole:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+
+def _number(loss: float) -> str:
+    """A dash for a head of which nothing was measured."""
+    return "-" if math.isnan(loss) else f"{loss:.3f}"
 
 
 def _shown(costs: Mapping[str, float]) -> list[str]:

@@ -34,6 +34,7 @@ from mtp_jax.train.meter import Meter
 from mtp_jax.train.opening import Opening, read_run, write_run
 from mtp_jax.train.pace import Pace
 from mtp_jax.train.state import TrainState
+from mtp_jax.train.states import check_keeps_states, with_states
 from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
 from mtp_jax.train.stop import StopRequest
 from mtp_jax.workdir import check_run, claim
@@ -84,6 +85,8 @@ def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainRe
 
 def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunConsole) -> TrainResult:
     continued = check_run(workdir, config)
+    if config.train.keep_states:
+        check_keeps_states(config)
     steps = compile_steps(config, mesh)
     opening = read_run(config, workdir, steps, console.note)
     write_run(config, workdir, opening)
@@ -91,13 +94,17 @@ def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunConsol
     console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
     console.note(_devices(mesh, steps))
     mine = sharding.rows_here(steps.batch_sharding, config.train.batch_size)
-    batches = train_batches(corpus.train, config.train.batch_size, config.data.seed, mine)
     keep = config.train.keep_checkpoints
     with kept_compiled(workdir), jax.set_mesh(mesh), Checkpoints(workdir, keep, console.note) as checkpoints:
         if opening.restored is not None:
             checkpoints.move_aside(opening.restored)
-            batches.set_state(opening.restored.data)
         state, first = _first_state(config, steps, opening, console)
+        rows = corpus.train
+        if config.train.keep_states and first < config.train.steps:
+            rows = with_states(config, state.params, rows, corpus.digest, workdir, console.note)
+        batches = train_batches(rows, config.train.batch_size, config.data.seed, mine)
+        if opening.restored is not None:
+            batches.set_state(opening.restored.data)
         del opening  # With it go the parameters that the run started from.
         if continued:
             going_on = f"continuing from step {first}" if first else "no whole checkpoint yet, starting over"
@@ -289,7 +296,6 @@ class _Run:
 
 def place(batch: dict[str, np.ndarray], steps: Steps, batch_size: int) -> dict[str, jax.Array]:
     """This process's rows, whole, as part of the global batch on the mesh, where positions may be split too."""
-    onto = lambda rows_BT: jax.make_array_from_process_local_data(  # noqa: E731
-        steps.batch_sharding, rows_BT, (batch_size, rows_BT.shape[1])
-    )
-    return {name: onto(rows_BT) for name, rows_BT in batch.items()}
+    make = jax.make_array_from_process_local_data
+    where = steps.batch_sharding
+    return {name: make(where, rows, (batch_size, *rows.shape[1:])) for name, rows in batch.items()}

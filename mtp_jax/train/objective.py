@@ -104,7 +104,8 @@ def loss_sums(
 
 def _hidden(config: Config, spec: XentSpec, params: dict, batch: Batch) -> jax.Array:
     with sharding.on_mesh(spec.mesh):
-        return mtp.apply(config, params, inputs(config, batch), batch["positions"], batch["segment_ids"])
+        rows = inputs(config, batch), batch["positions"], batch["segment_ids"]
+        return mtp.apply(config, params, *rows, states_BTE=batch.get("states"))
 
 
 def _heads_loss(

@@ -55,12 +55,14 @@ def train_step(
       config, spec, optimizer: static, bound by `compile_steps`.
       state: the training state.
       batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each; with `learn`, only the tokens where it is 1 are
-        learned.
+        learned; with `states` [B, T, E], the model does not run, see `mtp.trunk_states`.
 
     Returns:
       The next state and the step's metrics, those of the parameters at which the gradient was taken.
     """
     targets = batch_targets(config, state.params, batch)
+    if "states" in batch:  # The next-token head is what it was.
+        targets = targets._replace(weights_MBT=targets.weights_MBT.at[0].set(0.0))
     w_M = head_weights(head_schedule(config), state.step)
     scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
     order_BT = _order_weights(targets.weights_MBT[0])
@@ -100,11 +102,13 @@ def _split(whole: tuple, count: int) -> tuple:
     """[B, T] to [A, B/A, T], and [M, B, T] to [A, M, B/A, T]. Micro-batch a takes rows a, a+A, ..., so that every
     device keeps its own rows."""
 
-    def split(x: jax.Array) -> jax.Array:
-        by_row = x.reshape(*x.shape[:-2], -1, count, x.shape[-1])
-        return jnp.moveaxis(by_row, -2, 0)
+    def split(x: jax.Array, axis: int = -2) -> jax.Array:
+        axis %= x.ndim
+        by_row = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
+        return jnp.moveaxis(by_row, axis + 1, 0)
 
-    return jax.tree.map(split, whole)
+    batch, *others = whole
+    return ({name: split(x, 0) for name, x in batch.items()}, *jax.tree.map(split, tuple(others)))
 
 
 def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> HeadSums:
@@ -145,6 +149,8 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
     batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)}
     if config.data.prompt_tokens:
         batch["learn"] = (positions_BT >= config.data.prompt_tokens).astype(np.int32)
+    if config.train.keep_states:
+        batch["states"] = np.zeros((B, T, 2 * config.model.d_model), config.model.dtype)
     return batch
 
 

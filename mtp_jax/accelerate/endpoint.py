@@ -1,0 +1,99 @@
+"""Answers from a server that speaks OpenAI's protocol and runs the same model: `mtp accelerate --endpoint URL`.
+
+For people who have such a server: it answers faster than the engine does here. It must run the very model that is to be
+accelerated, because the heads learn what that model says.
+"""
+
+import json
+import pathlib
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mtp_jax.accelerate.answers import record_of
+from mtp_jax.accelerate.batches import Record, read_batches, run_batches
+from mtp_jax.accelerate.prompts import Say
+from mtp_jax.errors import UserError
+from mtp_jax.loading import LoadedModel
+
+BATCH = 64
+AT_ONCE = 8
+"""Requests on their way at a time."""
+TIMEOUT = 600
+
+
+def make_answers(
+    url: str, lm: LoadedModel, prompts: list[Record], tokens: int, seed: int, folder: pathlib.Path, say: Say
+) -> list[Record]:
+    """Answers to all prompts; as `answers.make_answers`, but for where they come from.
+
+    Args:
+      url: of the server, up to and without `/chat/completions`.
+      lm: the model; its tokenizer counts the tokens of answers.
+      prompts: what to answer.
+      tokens: most tokens of an answer.
+      seed: of drawn answers.
+      folder: where batches are kept.
+      say: is told of progress.
+
+    Raises:
+      UserError: a server that cannot be reached or answers otherwise.
+    """
+    base, batches = url.rstrip("/"), -(-len(prompts) // BATCH)
+    model = _model(base)
+
+    def make(number: int) -> list[Record]:
+        chosen = range(number * BATCH, min((number + 1) * BATCH, len(prompts)))
+        drawn = {"temperature": 0.8} if number % 2 else {"temperature": 0.0}
+
+        def ask(i: int) -> Record | None:
+            body = {"model": model, "max_tokens": tokens, "seed": seed * 1_000_003 + i, **drawn}
+            text, finished = _answer(base, prompts[i], body)
+            return record_of(prompts[i], text, len(lm.tokenizer.encode(text)), finished) if text.strip() else None
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return [record for record in pool.map(ask, chosen) if record is not None]
+
+    for number in run_batches(folder, batches, make):
+        say(f"answers from {base}: {number + 1} of {batches} batches")
+    return read_batches(folder, batches)
+
+
+def _model(base: str) -> str:
+    found = _call(f"{base}/models", None)
+    try:
+        return str(found["data"][0]["id"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"--endpoint {base} lists no model at {base}/models; is it an OpenAI-compatible server?"
+        ) from error
+
+
+def _answer(base: str, prompt: Record, body: dict[str, Any]) -> tuple[str, bool]:
+    """What the server says, and whether it came to its end."""
+    is_text = "text" in prompt
+    url = f"{base}/completions" if is_text else f"{base}/chat/completions"
+    given = {"prompt": prompt["text"]} if is_text else {"messages": prompt["messages"]}
+    found = _call(url, body | given)
+    try:
+        choice = found["choices"][0]
+        text = choice["text"] if is_text else choice["message"]["content"]
+        return str(text or ""), choice["finish_reason"] == "stop"
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(f"--endpoint {base}: the answer of {url} has no choices; is it OpenAI-compatible?") from error
+
+
+def _call(url: str, body: dict[str, Any] | None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        said = error.read(200).decode(errors="replace")
+        raise UserError(f"--endpoint: {url} answers {error.code}: {' '.join(said.split())}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--endpoint: {url} cannot be asked: {error}; start the server, or leave --endpoint out"
+        ) from error

@@ -1,0 +1,106 @@
+"""What a run of `mtp accelerate` was asked to do, and the counts that were measured for it once."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from mtp_jax.errors import UserError
+from mtp_jax.integrity import write_atomically
+
+FILE = "plan.json"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What was asked for."""
+
+    prompts: str = ""
+    """File of prompts; "" has them made."""
+    num_prompts: int = 0
+    """Prompts to answer; 0 is as many as the minutes allow, or all of the file."""
+    minutes: float = 60.0
+    """What prompts, answers, training and measurement may take together."""
+    answer_tokens: int = 128
+    """Most tokens of an answer."""
+    heldout: int = 24
+    """Prompts that are not answered but measured on, at most a quarter of all."""
+    exclude: tuple[str, ...] = ()
+    """Files of texts that no prompt may come close to."""
+    endpoint: str = ""
+    """An OpenAI-compatible server that answers in place of the engine."""
+    kind: str = "recursive"
+    """Head family."""
+    num_future: int = 4
+    """M, prediction heads including the next-token head."""
+    draft_vocab: int = 8192
+    """Tokens that heads draft over; at most a quarter of the vocabulary."""
+    steps: int = 0
+    """Training steps; 0 is as many as the minutes allow."""
+    batch_size: int = 8
+    """Rows of a training step."""
+    seq_len: int = 256
+    """Tokens of a row."""
+    soft: bool = True
+    """Heads learn the model's distributions; if not, its tokens."""
+    seed: int = 0
+    """Of everything that is drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Settings, and what was measured: None until it was."""
+
+    source: str
+    trunk: str
+    """The run that holds the model: a directory, relative to the workdir where it lies inside."""
+    settings: Settings
+    num_prompts: int | None = None
+    steps: int | None = None
+
+
+def read_plan(workdir: pathlib.Path) -> Plan | None:
+    """The plan in a directory; None where there is none.
+
+    Raises:
+      UserError: one that cannot be read.
+    """
+    path = workdir / FILE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if fields.pop("version") != VERSION:
+            raise UserError(f"{path} was written by another version of mtp_jax; use another WORKDIR")
+        settings = fields.pop("settings")
+        return Plan(settings=Settings(**settings | {"exclude": tuple(settings["exclude"])}), **fields)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; delete it to begin again, or use another WORKDIR") from error
+
+
+def write_plan(workdir: pathlib.Path, plan: Plan) -> Plan:
+    """Writes a plan, whole or not at all."""
+    write_atomically(workdir / FILE, json.dumps({"version": VERSION, **dataclasses.asdict(plan)}, indent=1) + "\n")
+    return plan
+
+
+def check_same(before: Plan, source: str, settings: Settings, workdir: pathlib.Path) -> None:
+    """Refuses to go on with something else.
+
+    Raises:
+      UserError: the directory belongs to another source, or to other settings.
+    """
+    if before.source != source:
+        raise UserError(f"{workdir} accelerates {before.source}, not {source}; use another WORKDIR")
+    old, new = dataclasses.asdict(before.settings), dataclasses.asdict(settings)
+    for name, value in new.items():
+        if value != old[name]:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{workdir} was begun with {option} {_shown(old[name])}, not {_shown(value)}; use another WORKDIR"
+            )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) or "none" if isinstance(value, tuple) else repr(value) if value == "" else str(value)

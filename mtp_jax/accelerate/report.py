@@ -1,0 +1,120 @@
+"""What a run of `mtp accelerate` shows at its end: a table, a sentence, and a page with plots."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.eval.by_kind import COLUMNS, PLAIN, Result, mean_gain
+from mtp_jax.eval.page import COLORS, make_directory, new_figure, plot_losses, save_figure
+from mtp_jax.metrics import read_metrics
+
+
+def best_side(results: Sequence[Result]) -> str:
+    """The side with the largest mean gain; plain decoding where nothing gains."""
+    sides = dict.fromkeys(one.side for one in results)
+    return max(sides, key=lambda side: mean_gain(results, side))
+
+
+def remark(results: Sequence[Result]) -> str:
+    """An honest sentence on what came of it."""
+    side = best_side(results)
+    kinds = ", ".join(f"{one.kind} {one.gain:.2f}x" for one in results if one.side == side)
+    if side == PLAIN:
+        return "Nothing is faster than plain decoding here: too few drafts are right for what a wider pass costs."
+    same = all(one.identical for one in results)
+    tokens = "the tokens are those of plain decoding" if same else "SOME TOKENS DIFFER from those of plain decoding"
+    return f"{side}: {mean_gain(results, side):.2f} times as fast as plain decoding ({kinds}); {tokens}."
+
+
+def use_line(heads: pathlib.Path, results: Sequence[Result]) -> str:
+    """The command that uses the result, in the way that was fastest."""
+    name, *auto = best_side(results).split(", ")
+    draft = {PLAIN: "none"}.get(name, name)
+    return f'mtp generate {heads} --draft {draft}{" --num-draft auto" if auto else ""} --prompt "..."'
+
+
+def write_report(
+    directory: pathlib.Path, source: str, heads: pathlib.Path, results: Sequence[Result], facts: dict[str, str]
+) -> pathlib.Path:
+    """Writes `report.md` and its plots; returns its path.
+
+    Args:
+      directory: where to; made if it does not exist.
+      source: the model.
+      heads: the run of the heads.
+      results: figures on held-out prompts.
+      facts: further rows of the first table, name to text.
+    """
+    make_directory(directory)
+    rule, rows = "|" + "---|" * len(COLUMNS), [f"| {' | '.join(one.cells())} |" for one in results]
+    parts = [f"# {source}, accelerated", "", remark(results), "", f"    {use_line(heads, results)}", ""]
+    parts += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items()), ""]
+    parts += ["## Held-out prompts, by kind of text", "", f"| {' | '.join(COLUMNS)} |", rule, *rows, ""]
+    parts += ["One prompt at a time, greedy. A side's gain is the time of plain decoding over its own.", ""]
+    plot_gains(directory / "gain.png", results)
+    parts += ["![Gain by kind of text](gain.png)", ""]
+    if any(one.accepted for one in results if one.side == "heads"):
+        plot_depths(directory / "acceptance.png", results)
+        parts += ["![Acceptance by depth](acceptance.png)", ""]
+    steps = [record for record in read_metrics(heads) if "head_loss" in record]
+    if steps:
+        plot_losses(directory / "loss_by_head.png", _extra_heads(steps))
+        parts += ["## Training", "", "![Loss by head over training steps](loss_by_head.png)", ""]
+    page = directory / "report.md"
+    page.write_text("\n".join(parts), encoding="utf-8", errors="backslashreplace")
+    return page
+
+
+def _extra_heads(records: list[dict]) -> list[dict]:
+    """The next-token head is not trained, so its loss was not measured in every step."""
+    return [record | {"head_loss": [math.nan, *record["head_loss"][1:]]} for record in records]
+
+
+def plot_gains(path: pathlib.Path, results: Sequence[Result]) -> None:
+    """Gain of every side, by kind, with intervals."""
+    figure, axes = new_figure("Gain over plain decoding, with 95 % intervals", "", "times as fast")
+    sides = [side for side in dict.fromkeys(one.side for one in results) if side != PLAIN]
+    kinds = list(dict.fromkeys(one.kind for one in results))
+    width = 0.8 / max(1, len(sides))
+    for i, side in enumerate(sides):
+        chosen = [one for one in results if one.side == side]
+        at = np.arange(len(chosen)) + (i - (len(sides) - 1) / 2) * width
+        gains = np.array([one.gain for one in chosen])
+        spread = np.abs(np.array([[one.low for one in chosen], [one.high for one in chosen]]) - gains)
+        axes.bar(at, gains, 0.92 * width, color=COLORS[i % len(COLORS)], label=side, yerr=spread, ecolor="#444444")
+    axes.axhline(1, color="#444444", linewidth=1)
+    axes.set_xticks(np.arange(len(kinds)), kinds)
+    axes.legend(frameon=False, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    save_figure(figure, path)
+
+
+def plot_depths(path: pathlib.Path, results: Sequence[Result]) -> None:
+    """Share of rounds that accept at least k drafts of the heads, by kind."""
+    figure, axes = new_figure("Drafts of the heads that are accepted", "depth of the draft", "share of the rounds")
+    for i, one in enumerate(one for one in results if one.side == "heads"):
+        depth = np.arange(1, len(one.accepted) + 1)
+        label = f"{one.kind}, {one.tokens_per_round:.2f} tokens per round"
+        axes.plot(depth, one.accepted, marker="o", color=COLORS[i % len(COLORS)], label=label)
+        axes.set_xticks(depth)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def as_json(outcome: Any, source: str, page: pathlib.Path) -> dict[str, Any]:
+    """The stable keys of `mtp accelerate --json`."""
+    results = outcome.results
+    side = best_side(results)
+    return {
+        "source": source,
+        "finished": True,
+        "heads": str(outcome.heads),
+        "report": str(page),
+        "best": side,
+        "gain": mean_gain(results, side),
+        "identical": all(one.identical for one in results),
+        "results": [one.as_json() for one in results],
+    }

@@ -1,0 +1,237 @@
+"""The stages of `mtp accelerate`, one behind the other, each skipped where its result lies there whole."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.accelerate import endpoint, plan
+from mtp_jax.accelerate.answers import make_answers
+from mtp_jax.accelerate.batches import Record, read_records, write_records
+from mtp_jax.accelerate.overlap import read_excluded
+from mtp_jax.accelerate.plan import Plan, Settings
+from mtp_jax.accelerate.prompts import USER_TOKENS, Say, engine_prompt, fitting, make_prompts, read_prompts, text_of
+from mtp_jax.config import Config, override
+from mtp_jax.convert import fetch
+from mtp_jax.data.conversations import FINISHED
+from mtp_jax.data.loader import prepare
+from mtp_jax.decode.generate import generate
+from mtp_jax.errors import UserError
+from mtp_jax.eval.by_kind import Result, measure
+from mtp_jax.integrity import write_atomically
+from mtp_jax.loading import LoadedModel, is_run, load
+from mtp_jax.model import mtp
+from mtp_jax.starting import run_of, start_from
+from mtp_jax.train.budget import steps_within
+from mtp_jax.train.console import RunConsole
+from mtp_jax.train.loop import TrainResult, train
+from mtp_jax.train.start import config_of
+from mtp_jax.workdir import claim
+
+SHARES = {"text": 0.45, "training": 0.45, "measurement": 0.1}
+"""Of the minutes, by stage."""
+LEAST_PROMPTS = 64
+MEASURED_TOKENS = 16
+MEASURED_ROWS = 64
+NEW_TOKENS = 128
+"""Tokens that a held-out prompt is decoded for."""
+
+
+class Outcome(NamedTuple):
+    """A run of `accelerate` that came to its end, or was stopped while training."""
+
+    heads: pathlib.Path
+    """The run that holds model and heads; `mtp generate` takes it."""
+    training: TrainResult
+    results: list[Result] | None
+    """Figures on held-out prompts; None where training was stopped."""
+
+
+def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say) -> Outcome:
+    """From a model to heads that draft for it; a run that was stopped goes on.
+
+    Args:
+      source: what `load` takes.
+      workdir: where everything goes.
+      settings: what to do.
+      say: is told of progress.
+
+    Raises:
+      UserError: a source without a tokenizer, a workdir of another run, or what the stages refuse.
+    """
+    before = plan.read_plan(workdir)
+    if before is not None:
+        plan.check_same(before, source, settings, workdir)
+    excluded = read_excluded(settings.exclude)  # refuses before anything is made
+    workdir.mkdir(parents=True, exist_ok=True)
+    with claim(workdir):
+        trunk = _trunk(source, workdir, say)
+        now = before or plan.write_plan(workdir, Plan(source, _relative(trunk, workdir), settings))
+        lm = load(trunk, notify=say)
+        if lm.tokenizer is None:
+            raise UserError(f"{source} has no tokenizer, and heads are trained on text; give a model that has one")
+        prompts, heldout, now = _prompts(lm, workdir, now, excluded, say)
+        _answers(lm, workdir, now, prompts, say)
+        del lm
+        config, now = _config(trunk, workdir, now, say)
+        heads = workdir / "heads"
+        with RunConsole() as console:
+            training = train(config, heads, console)
+        if not training.finished:
+            return Outcome(heads, training, None)
+        return Outcome(heads, training, _measured(heads, workdir, heldout, say))
+
+
+def _relative(path: pathlib.Path, workdir: pathlib.Path) -> str:
+    inside = path.absolute().is_relative_to(workdir.absolute())
+    return str(path.absolute().relative_to(workdir.absolute()) if inside else path.absolute())
+
+
+def _trunk(source: str, workdir: pathlib.Path, say: Say) -> pathlib.Path:
+    """The source as a run; made in the workdir where it is none."""
+    if fetch.is_named(source):
+        return run_of(source, say)
+    if is_run(pathlib.Path(source)):
+        config_of(source, "SOURCE")
+        return pathlib.Path(source)
+    trunk = workdir / "trunk"
+    if not (trunk / "config.json").is_file():
+        from mtp_jax.convert.importer import import_model
+
+        import_model(source, trunk, notify=say)
+    return trunk
+
+
+# Prompts and answers.
+
+
+def _prompts(
+    lm: LoadedModel, workdir: pathlib.Path, now: Plan, excluded: Any, say: Say
+) -> tuple[list[Record], list[Record], Plan]:
+    """Prompts to answer, and prompts to measure on."""
+    asked, path = now.settings, workdir / "prompts.jsonl"
+    if now.num_prompts is None:
+        count = asked.num_prompts
+        if not count and not asked.prompts:
+            count = max(LEAST_PROMPTS, int(SHARES["text"] * 60 * asked.minutes / _seconds_per_prompt(lm, asked, say)))
+            say(f"{count:,} prompts fit into {SHARES['text'] * asked.minutes:.3g} minutes")
+        now = plan.write_plan(workdir, dataclasses.replace(now, num_prompts=count))
+    if not path.is_file():
+        if asked.prompts:
+            found = read_prompts(asked.prompts, getattr(lm.tokenizer, "chat", None) is not None)
+            found = [one for one in found if not excluded.is_close(text_of(one))]
+            found = fitting(lm, found[: now.num_prompts or len(found)], say)
+        else:
+            made = make_prompts(lm, now.num_prompts, asked.seed, workdir / "prompts", excluded, say)
+            found = fitting(lm, made, say)
+        if len(found) < 2:
+            raise UserError(f"{len(found)} prompts are left, and at least 2 are needed; give more, or exclude less")
+        write_records(path, found)
+    found = read_records(path)
+    held = min(asked.heldout, max(1, len(found) // 4))
+    return found[held:], found[:held], now
+
+
+def _seconds_per_prompt(lm: LoadedModel, asked: Settings, say: Say) -> float:
+    """What a prompt takes, with its answer: measured."""
+    say("measuring how fast this machine writes ...")
+    ids = lm.tokenizer.encode_prompt("The") or [0]
+    made = [
+        generate(lm, [ids] * MEASURED_ROWS, max_new_tokens=MEASURED_TOKENS, draft="none", ignore_eos=True)
+        for _ in range(2)
+    ][1]
+    per_token = (made.stats.prefill_seconds + made.stats.decode_seconds) / made.stats.emitted
+    return per_token * (asked.answer_tokens + USER_TOKENS)
+
+
+def _answers(lm: LoadedModel, workdir: pathlib.Path, now: Plan, prompts: list[Record], say: Say) -> None:
+    path, asked = workdir / "answers.jsonl", now.settings
+    if path.is_file():
+        return
+    make = (lambda *args: endpoint.make_answers(asked.endpoint, *args)) if asked.endpoint else make_answers
+    tokens = min(asked.answer_tokens, lm.config.model.max_seq_len // 2)
+    answers = make(lm, prompts, tokens, asked.seed, workdir / "answers", say)
+    finished = sum(answer[FINISHED] for answer in answers)
+    tokens = sum(answer["tokens"] for answer in answers)
+    say(f"{len(answers):,} answers, {tokens:,} tokens; {finished:,} came to their end, the others were cut off")
+    if len(answers) < 2:
+        raise UserError(f"{len(answers)} prompts have an answer, and at least 2 are needed; give more prompts")
+    write_records(path, answers)
+
+
+# Heads.
+
+
+def heads_config(trunk: pathlib.Path, answers: pathlib.Path, asked: Settings) -> Config:
+    """The training run of the heads; its steps are not settled yet."""
+    model = config_of(trunk, "SOURCE").model
+    vocab = min(asked.draft_vocab, model.vocab_size // 4)
+    heads: dict[str, Any] = {"kind": asked.kind, "num_future": asked.num_future, "draft_vocab": vocab}
+    if asked.kind in ("sequential", "recursive"):
+        heads |= {"tap": model.num_layers, "init": "copy_block"}
+    train = {"trainable": "heads", "keep_states": True, "batch_size": asked.batch_size, "checkpoint_every": 100}
+    return start_from(
+        trunk,
+        heads=heads,
+        loss={"distil": "kl"} if asked.soft else {},
+        data={"source": str(answers.absolute()), "seq_len": min(asked.seq_len, model.max_seq_len)},
+        optim={"name": "muon", "learning_rate": 1e-3, "warmup_steps": 20, "schedule": "linear", "final_fraction": 0.05},
+        train=train | {"seed": asked.seed},
+    )
+
+
+def _config(trunk: pathlib.Path, workdir: pathlib.Path, now: Plan, say: Say) -> tuple[Config, Plan]:
+    """The heads' run with its number of steps, which is measured once."""
+    asked, config = now.settings, heads_config(trunk, workdir / "answers.jsonl", now.settings)
+    if now.steps is None:
+        steps = asked.steps
+        if not steps:
+            seconds = SHARES["training"] * 60 * asked.minutes
+            say(f"measuring how many steps fit into {seconds / 60:.3g} minutes ...")
+            began = time.monotonic()
+            corpus = prepare(config, workdir / "heads" / "data")
+            seconds -= time.monotonic() - began
+            seconds -= _seconds_of_states(trunk, config, len(corpus.train))
+            steps = steps_within(config, workdir / "heads", seconds)
+        now = plan.write_plan(workdir, dataclasses.replace(now, steps=steps))
+    warmup = min(config.optim.warmup_steps, now.steps // 4)
+    return override(config, {"train.steps": now.steps, "optim.warmup_steps": warmup}), now
+
+
+def _seconds_of_states(trunk: pathlib.Path, config: Config, rows: int) -> float:
+    """What running the model over so many rows takes: measured on one batch."""
+    params = load(trunk, notify=lambda _: None).stacked_params()
+    shape = (config.train.batch_size, config.data.seq_len)
+    tokens_BT, positions_BT = jnp.zeros(shape, jnp.int32), jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+    run = jax.jit(lambda params, *rows: mtp.trunk_states(config, params, *rows))
+    jax.block_until_ready(run(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
+    began = time.monotonic()
+    jax.block_until_ready(run(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
+    return (time.monotonic() - began) * -(-rows // config.train.batch_size)
+
+
+# Figures.
+
+
+def _measured(heads: pathlib.Path, workdir: pathlib.Path, heldout: list[Record], say: Say) -> list[Result]:
+    path = workdir / "figures.json"
+    if path.is_file():
+        return [Result.of_json(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    lm = load(heads, notify=say).decode_only()
+    tokens = min(NEW_TOKENS, lm.config.model.max_seq_len // 2)
+    results = measure(lm, by_kind(heldout), max_new_tokens=tokens, timed_runs=1, progress=say)
+    write_atomically(path, json.dumps([one.as_json() for one in results], indent=1) + "\n")
+    return results
+
+
+def by_kind(prompts: list[Record]) -> Mapping[str, list[Any]]:
+    """Prompts as the engine takes them, by kind."""
+    found: dict[str, list[Any]] = {}
+    for prompt in prompts:
+        found.setdefault(prompt["kind"], []).append(engine_prompt(prompt))
+    return dict(sorted(found.items()))

@@ -1,0 +1,111 @@
+"""`mtp accelerate SOURCE WORKDIR`: heads that draft for a model, made from what the model says."""
+
+import dataclasses
+import pathlib
+import signal
+import sys
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mtp_jax.accelerate import report
+from mtp_jax.accelerate.plan import Settings
+from mtp_jax.accelerate.stages import accelerate
+from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.cli.memory import keep_freed_memory
+from mtp_jax.compiled import keep_compiled
+from mtp_jax.config import Family
+from mtp_jax.errors import UserError
+from mtp_jax.eval.by_kind import COLUMNS
+
+SHOWN = 6
+"""Columns that fit into a terminal; the page has all."""
+DESCRIPTION = (
+    "Train heads that draft for a model. The model answers prompts, heads learn its answers while the model stands "
+    "still, and held-out prompts show what that gains by the clock. Killed at any point, the same command goes on."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """What to accelerate, and how."""
+
+    source: tyro.conf.Positional[str]
+    """The model: smollm2, a run, a Hugging Face directory or hub id, or a .gguf file."""
+    workdir: tyro.conf.Positional[str]
+    """Where everything goes; WORKDIR/heads is the model with its heads."""
+    minutes: float = 60.0
+    """What all of it may take. How many prompts and steps that is, is measured."""
+    prompts: str = ""
+    """File of prompts: a .jsonl with `messages` or `prompt`, or a text with one prompt a line. Without it the model
+    writes its own, and Python's standard library gives beginnings of code and prose."""
+    num_prompts: int = 0
+    """Number of prompts in place of what the minutes allow."""
+    answer_tokens: int = 128
+    """Most tokens of an answer."""
+    heldout: int = 24
+    """Prompts that are held out to measure on; at most a quarter of all."""
+    exclude: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """File of texts that no prompt may come close to, such as an evaluation set; may be given several times."""
+    endpoint: str = ""
+    """Base URL of an OpenAI-compatible server that runs the same model and answers in its place."""
+    kind: Family = "recursive"
+    """Head family."""
+    num_future: int = 4
+    """M, prediction heads including the next-token head."""
+    draft_vocab: int = 8192
+    """Tokens that heads draft over, those that the answers have most often; at most a quarter of the vocabulary."""
+    steps: int = 0
+    """Training steps in place of what the minutes allow."""
+    batch_size: int = 8
+    """Rows of a training step."""
+    seq_len: int = 256
+    """Tokens of a row."""
+    targets: Literal["soft", "hard"] = "soft"
+    """Whether heads learn the model's distributions or its tokens."""
+    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """Of everything that is drawn."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def main(argv: list[str]) -> None:
+    """Accelerates."""
+    args = parse(Args, argv, "mtp accelerate", DESCRIPTION)
+    settings = _settings(args)
+    workdir = pathlib.Path(args.workdir)
+    keep_freed_memory()
+    keep_compiled(workdir)
+    outcome = accelerate(args.source, workdir, settings, say)
+    if outcome.results is None:
+        if args.json:
+            print_json({"finished": False, "step": outcome.training.step, "heads": str(outcome.heads)})
+        raise SystemExit(128 + signal.Signals[outcome.training.stopped_by])
+    facts = {"drafts over": f"{settings.draft_vocab:,} tokens", "training steps": f"{outcome.training.step:,}"}
+    page = report.write_report(workdir / "report", args.source, outcome.heads, outcome.results, facts)
+    if args.json:
+        print_json(report.as_json(outcome, args.source, page))
+        return
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    table = Table(*COLUMNS[:SHOWN], box=None, padding=(0, 1), header_style="bold")
+    for one in outcome.results:
+        table.add_row(*one.cells()[:SHOWN])
+    console.print(table)
+    print(f"\n{report.remark(outcome.results)}\n\nreport and plots: {page}")
+    print(f"use it: {report.use_line(outcome.heads, outcome.results)}")
+
+
+def _settings(args: Args) -> Settings:
+    least = {"num_prompts": 0, "answer_tokens": 2, "heldout": 1, "num_future": 2, "draft_vocab": 1, "steps": 0}
+    for name, lowest in (least | {"batch_size": 1, "seq_len": 16}).items():
+        value = getattr(args, name)
+        if value < lowest:
+            raise UserError(f"--{name.replace('_', '-')} {value}; it must be at least {lowest}")
+    if not 0 < args.minutes <= 7 * 24 * 60:
+        raise UserError(f"--minutes {args.minutes:g}; it must be above 0, and at most {7 * 24 * 60}")
+    if args.kind in ("registers",):
+        raise UserError(f"--kind {args.kind} heads draft nothing; choose another family")
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings) if field.name != "soft"}
+    return Settings(**fields, soft=args.targets == "soft")

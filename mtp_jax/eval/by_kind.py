@@ -1,0 +1,133 @@
+"""What drafting gains on prompts of several kinds: acceptance, milliseconds, and the gain by the clock."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.decode.stats import none_for_nan
+from mtp_jax.eval.acceptance import TIMED_RUNS, Timed, merge, time_sides
+from mtp_jax.loading import LoadedModel
+
+PLAIN = "plain"
+RESAMPLES = 2000
+WITHOUT_HEADS: dict[str, dict[str, Any]] = {
+    PLAIN: {"draft": "none"},
+    "lookup": {"draft": "lookup"},
+    "lookup, auto": {"draft": "lookup", "num_draft": "auto"},
+}
+WITH_HEADS: dict[str, dict[str, Any]] = {
+    "heads": {"draft": "heads"},
+    "heads+lookup": {"draft": "heads+lookup"},
+    "heads+lookup, auto": {"draft": "heads+lookup", "num_draft": "auto"},
+}
+"""Options of `generate` by side."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One side on the prompts of one kind."""
+
+    kind: str
+    side: str
+    identical: bool
+    """Whether every prompt got the tokens of plain decoding."""
+    tokens_per_round: float
+    accepted: tuple[float, ...]
+    """Share of the rounds that accepted at least 1, 2, ... drafts."""
+    plain_ms: float
+    """Milliseconds of a plain step."""
+    ms: float
+    """Milliseconds of a round."""
+    gain: float
+    """Time of plain decoding over that of this side."""
+    low: float
+    high: float
+    """A 95 % interval of it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields; null where nothing was measured."""
+        return none_for_nan(dataclasses.asdict(self) | {"accepted": list(self.accepted)})
+
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> "Result":
+        """What `as_json` gave."""
+        numbers = {name: math.nan if value is None else value for name, value in fields.items()}
+        return cls(**numbers | {"accepted": tuple(math.nan if one is None else one for one in fields["accepted"])})
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table; see `COLUMNS`."""
+        accepted = ", ".join("-" if math.isnan(rate) else f"{rate:.0%}" for rate in self.accepted) or "-"
+        gain = f"{self.gain:.2f} ({self.low:.2f}-{self.high:.2f})"
+        same = "yes" if self.identical else "NO"
+        return (self.kind, self.side, same, f"{self.tokens_per_round:.2f}", f"{self.ms:.1f}", gain, accepted)
+
+
+COLUMNS = ("text", "side", "same", "tokens/round", "ms/round", "gain (95 %)", "accepted by depth")
+
+
+def measure(
+    lm: LoadedModel,
+    prompts: Mapping[str, Sequence[Any]],
+    *,
+    max_new_tokens: int,
+    sides: Mapping[str, Mapping[str, Any]] | None = None,
+    timed_runs: int = TIMED_RUNS,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Result]:
+    """Decodes prompts one by one on several sides, which take turns prompt by prompt.
+
+    Args:
+      lm: a loaded model.
+      prompts: by kind.
+      max_new_tokens: tokens of each.
+      sides: options of `generate` by side, `plain` among them; by default all that the model has.
+      timed_runs: timed runs of each, whose median counts.
+      options: further options of `generate`, for all sides.
+      progress: is told of progress.
+    """
+    if sides is None:
+        sides = WITHOUT_HEADS | (WITH_HEADS if lm.config.num_draft else {})
+    sides = {name: dict(one) | dict(options or {}) for name, one in sides.items()}
+    results = []
+    for kind, given in prompts.items():
+        progress(f"{kind}: {len(given)} prompts, {max_new_tokens} tokens each, in {len(sides)} ways")
+        timed = [time_sides(lm, [one], sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs) for one in given]
+        results += [_result(kind, side, timed) for side in sides]
+    return results
+
+
+def _result(kind: str, side: str, timed: Sequence[Timed]) -> Result:
+    seconds = {name: [statistics.median(one[name][1]) for one in timed] for name in (PLAIN, side)}
+    whole = {name: merge([one[name][0] for one in timed]) for name in (PLAIN, side)}
+    ms = {name: 1e3 * sum(seconds[name]) / whole[name].stats.batch_rounds for name in whole}
+    low, high = _interval(seconds[PLAIN], seconds[side])
+    return Result(
+        kind=kind,
+        side=side,
+        identical=whole[side].tokens == whole[PLAIN].tokens,
+        tokens_per_round=whole[side].stats.tokens_per_round,
+        accepted=tuple(float(rate) for rate in whole[side].stats.accept_at),
+        plain_ms=ms[PLAIN],
+        ms=ms[side],
+        gain=sum(seconds[PLAIN]) / sum(seconds[side]),
+        low=low,
+        high=high,
+    )
+
+
+def _interval(plain: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """A 95 % interval of the ratio of summed times, prompts drawn again and again with replacement."""
+    rng, one, two = np.random.default_rng(0), np.asarray(plain), np.asarray(other)
+    drawn = rng.integers(0, len(one), (RESAMPLES, len(one)))
+    low, high = np.percentile(one[drawn].sum(1) / two[drawn].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_gain(results: Sequence[Result], side: str) -> float:
+    """Geometric mean of a side's gains over the kinds."""
+    return statistics.geometric_mean(one.gain for one in results if one.side == side)

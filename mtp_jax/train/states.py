@@ -1,0 +1,120 @@
+"""States of a model that stands still, kept on disk while heads learn to read them: `train.keep_states`.
+
+    states/00000.npy ...     [rows, T, 2 D] each, rows in order, `mtp.trunk_states`
+    states/meta.json         what they were made from
+
+Each file is whole or not there. A run that was killed goes on with the first that is missing.
+"""
+
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax.config import Config
+from mtp_jax.data.pack import PackedRows
+from mtp_jax.data.sources import replacing
+from mtp_jax.errors import UserError
+from mtp_jax.integrity import write_atomically
+from mtp_jax.model import mtp
+from mtp_jax.trees import digest_of
+from mtp_jax.workdir import STATES
+
+ROWS = 64
+"""Rows of a file."""
+
+
+class RowsWithStates:
+    """Packed rows, each with the model's states as `states` [T, 2 D]."""
+
+    def __init__(self, rows: PackedRows, files: list[np.ndarray], dtype: np.dtype) -> None:
+        self._rows, self._files, self._dtype = rows, files, dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """The row."""
+        item = self._rows[row]
+        return item | {"states": np.array(self._files[row // ROWS][row % ROWS]).view(self._dtype)}
+
+
+def check_keeps_states(config: Config) -> None:
+    """Refuses what states on disk cannot serve.
+
+    Raises:
+      UserError: several processes.
+    """
+    if jax.process_count() > 1:
+        raise UserError("train.keep_states=True with several processes; set it to False")
+
+
+def with_states(
+    config: Config, params: Any, rows: PackedRows, digest: str, workdir: pathlib.Path, notify: Callable[[str], None]
+) -> RowsWithStates:
+    """The rows with their states; makes those that are not on disk.
+
+    Args:
+      config: the run's config.
+      params: its parameters; those that do not learn are read.
+      rows: the training text.
+      digest: of the text.
+      workdir: the run's directory.
+      notify: is told of progress.
+    """
+    folder, made_from = workdir / STATES, _made_from(config, params, digest)
+    if _read_meta(folder) != made_from:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(folder / "meta.json", json.dumps(made_from))
+    paths = [folder / f"{number:05d}.npy" for number in range(-(-len(rows) // ROWS))]
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        size = len(rows) * config.data.seq_len * 2 * config.model.d_model * np.dtype(config.model.dtype).itemsize
+        notify(f"running the model once over the {len(rows):,} rows of the text; states of {size / 1e6:,.0f} MB")
+    run = jax.jit(functools.partial(mtp.trunk_states, config))
+    for done, number in enumerate(missing, start=1):
+        made = _file_of(config, run, params, rows, number)
+        with replacing(paths[number]) as temporary, open(temporary, "wb") as file:
+            np.save(file, made.view(_stored(made.dtype)))
+        notify(f"states: {done} of {len(missing)} files")
+    return RowsWithStates(rows, [np.load(path, mmap_mode="r") for path in paths], np.dtype(config.model.dtype))
+
+
+def _file_of(config: Config, run: Callable[..., jax.Array], params: Any, rows: PackedRows, number: int) -> np.ndarray:
+    made, chosen = [], range(number * ROWS, min((number + 1) * ROWS, len(rows)))
+    for start in range(0, len(chosen), config.train.batch_size):
+        items = [rows[row] for row in chosen[start : start + config.train.batch_size]]
+        short = [(0, config.train.batch_size - len(items)), (0, 0)]
+        batch = {name: np.pad(np.stack([item[name] for item in items]), short) for name in items[0]}
+        made.append(np.asarray(run(params, batch["tokens"], batch["positions"], batch["segment_ids"]))[: len(items)])
+    return np.concatenate(made)
+
+
+def _stored(dtype: np.dtype) -> np.dtype:
+    """numpy's files know no bfloat16."""
+    return dtype if dtype.isbuiltin else np.dtype(f"u{dtype.itemsize}")
+
+
+def _made_from(config: Config, params: Any, digest: str) -> dict[str, Any]:
+    trunk = {name: tree for name, tree in params.items() if name not in ("heads", "draft_ids", "token_order")}
+    return {
+        "text": digest,
+        "seq_len": config.data.seq_len,
+        "tap": config.tap,
+        "tap_norm": config.heads.tap_norm,
+        "dtype": config.model.dtype,
+        "model": digest_of(trunk),
+    }
+
+
+def _read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
