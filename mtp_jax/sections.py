@@ -60,7 +60,8 @@ class HeadsConfig:
     """sequential, recursive: whether the next depth reads a head's state before or after the norm at the head's end."""
     init: Literal["default", "random", "copy_block", "zero"] = "default"
     """random; copy_block: every block of a head starts as a copy of block `init_block` of the model; zero: a head
-    starts by passing on what it reads. The default is random, and zero for medusa."""
+    starts by passing on what it reads. The projection of a sequential or recursive head passes the hidden state on in
+    both. The default is random, and zero for medusa."""
     init_block: int = -1
     """The block that copy_block copies; negative counts from the end (CAFT takes -2)."""
     mask_stride: int = 1

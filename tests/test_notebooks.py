@@ -5,9 +5,10 @@ import pathlib
 import nbclient
 import nbformat
 import pytest
+from reference import gguf_files, hub
 from reference.tiny import write_text
 
-NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 TINY = {
     "model.vocab_size": 300,
     "model.d_model": 16,
@@ -25,19 +26,41 @@ TINY = {
 }
 
 
+def executed(path, parameters):
+    """A notebook's outputs, its cell of parameters replaced."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(cells) == 1
+    cells[0].source = parameters
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    images = sum("image/png" in output.get("data", {}) for output in outputs)
+    return "".join(output.get("text", "") for output in outputs), images
+
+
 @pytest.mark.grid
 @pytest.mark.filterwarnings("default")  # warnings of the Jupyter client are not ours
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path):
+def test_train_and_decode(tmp_path):
     """Every cell runs, the tokens are identical, and three plots are shown."""
-    notebook = nbformat.read(path, as_version=4)
-    parameters = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(parameters) == 1
     settings = TINY | {"data.source": str(write_text(tmp_path / "corpus", files=20, words=600))}
-    parameters[0].source = f"WORKDIR = {str(tmp_path / 'run')!r}\nOVERRIDES = {settings!r}"
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    text = "".join(output.get("text", "") for output in outputs)
+    parameters = f"WORKDIR = {str(tmp_path / 'run')!r}\nOVERRIDES = {settings!r}"
+    text, images = executed(NOTEBOOKS / "01_train_and_decode.ipynb", parameters)
     assert "identical: True" in text
     assert "finished: True" in text
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert images == 3
+
+
+@pytest.mark.grid
+@pytest.mark.filterwarnings("default")
+def test_make_a_checkpoint_faster(tmp_path):
+    """Every cell runs on a small GGUF file, the tokens are identical, and three plots are shown."""
+    source = gguf_files.write(tmp_path / "model.gguf", hub.random_model(gguf_files.small("llama")))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abc abc\nabd\nabcabcabc\nabe abc\neee bcd\n")
+    settings = {"prompts": str(prompts), "steps": 2, "answer_tokens": 6, "seq_len": 16, "batch_size": 2, "heldout": 1}
+    settings |= {"kind": "linear", "num_future": 2}
+    parameters = f"SOURCE = {str(source)!r}\nWORKDIR = {str(tmp_path / 'run')!r}\nSETTINGS = {settings!r}"
+    text, images = executed(NOTEBOOKS / "02_make_a_checkpoint_faster.ipynb", parameters)
+    assert "identical: True" in text
+    assert "finished: True" in text
+    assert images == 3

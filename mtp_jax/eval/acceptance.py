@@ -96,6 +96,7 @@ def time_sides(
     max_new_tokens: int,
     batch_size: int = 1,
     timed_runs: int = TIMED_RUNS,
+    warm_up: bool = True,
 ) -> Timed:
     """Decodes every prompt in several ways.
 
@@ -110,6 +111,7 @@ def time_sides(
       max_new_tokens: tokens per prompt.
       batch_size: prompts decoded together.
       timed_runs: runs over all prompts on each side, beside the first.
+      warm_up: whether there is such a first one; without it the programs must have run before.
     """
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 
@@ -118,7 +120,7 @@ def time_sides(
         return merge(parts), sum(part.stats.decode_seconds for part in parts)
 
     results, seconds = {}, {name: [] for name in sides}
-    for run in range(timed_runs + 1):
+    for run in range(0 if warm_up else 1, timed_runs + 1):
         for name, options in sides.items():
             results[name], elapsed = decode(options)
             if run:

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mtp_jax.decode.buckets import padded
+from mtp_jax.decode.engine import CHUNK
+from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import TIMED_RUNS, Timed, merge, time_sides
 from mtp_jax.loading import LoadedModel
@@ -93,10 +96,17 @@ def measure(
     if sides is None:
         sides = WITHOUT_HEADS | (WITH_HEADS if lm.config.num_draft else {})
     sides = {name: dict(one) | dict(options or {}) for name, one in sides.items()}
-    results = []
+    results, warm = [], set()
+
+    def decode(prompt: Any) -> Timed:
+        """Prompts of about one length share their programs, which run once before they are timed."""
+        size = padded(len(prompt_ids(lm, prompt, 0)), CHUNK)
+        new, _ = size not in warm, warm.add(size)
+        return time_sides(lm, [prompt], sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs, warm_up=new)
+
     for kind, given in prompts.items():
         progress(f"{kind}: {len(given)} prompts, {max_new_tokens} tokens each, in {len(sides)} ways")
-        timed = [time_sides(lm, [one], sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs) for one in given]
+        timed = [decode(one) for one in given]
         results += [_result(kind, side, timed) for side in sides]
     return results
 

@@ -34,7 +34,8 @@ def init(config: Config, key: jax.Array, trunk: Params) -> Params:
     count, D = base.sets(config), config.model.d_model
     norms = {name: base.init_norms(config) for name in ("embed_norm", "hidden_norm")}
     proj = base.weight(config, proj_key, (count, 2 * D, D), (LAYERS, None, EMBED))
-    if config.heads.init == "zero":
+    if config.heads.init in ("zero", "copy_block"):
+        # The block reads the hidden state at first; a copied one what it read before.
         passed = {"embedding_first": (0, 1), "hidden_first": (1, 0)}[config.heads.concat]
         identity_DD = jnp.eye(D, dtype=proj.value.dtype)
         one = jnp.concatenate([factor * identity_DD for factor in passed])
