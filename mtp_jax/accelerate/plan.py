@@ -26,6 +26,8 @@ class Settings:
     """Most tokens of an answer."""
     heldout: int = 24
     """Prompts that are not answered but measured on, at most a quarter of all."""
+    library: float = 1.0
+    """Characters of the standard library that heads learn from besides, per character of the answers."""
     exclude: tuple[str, ...] = ()
     """Files of texts that no prompt may come close to."""
     endpoint: str = ""

@@ -43,6 +43,8 @@ BEGINNINGS = (
 SPREAD = 5
 """Beginnings that are read per one that is taken, so that they come from many files."""
 CODE_LINES = 14
+FUNCTION_LINES = 40
+PAGE_CHARACTERS = 1500
 PROSE_CHARACTERS = (160, 400)
 
 Say = Callable[[str], None]
@@ -243,3 +245,54 @@ def _prose(seed: int) -> Iterator[Record]:
                 text = " ".join(paragraph.split())
                 if len(text) >= least and not re.search(r">>>|[=_{}\[\]]|--", text):
                     yield _text("prose", text[: random.Random(text).randint(least // 2, most)].rsplit(" ", 1)[0])
+
+
+# Whole texts from the standard library.
+
+
+def library_texts(characters: int, seed: int, excluded: Excluded) -> list[Record]:
+    """Functions with their bodies, and pages of Python's documentation, half of the characters each.
+
+    Reading a text costs far less than writing one, so it adds variety to the answers; the heads learn what the model
+    expects at every place of it.
+
+    Args:
+      characters: of all texts together.
+      seed: of the choice.
+      excluded: texts that none may come close to.
+    """
+    found = []
+    for texts in (_functions(seed), _pages(seed)):
+        size = 0
+        for text in texts:
+            if size >= characters / 2:
+                break
+            if not excluded.is_close(text):
+                found.append({"text": text})
+                size += len(text)
+    return found
+
+
+def _functions(seed: int) -> Iterator[str]:
+    for source, tree in _sources(seed):
+        lines, taken = source.splitlines(), 0
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef) or not 5 <= node.end_lineno - node.lineno <= FUNCTION_LINES:
+                continue
+            yield textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])) + "\n"
+            taken += 1
+            if taken == SPREAD:
+                break
+
+
+def _pages(seed: int) -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    random.Random(seed).shuffle(names)
+    for name in names:
+        page = topics[name]
+        for start in range(0, len(page), PAGE_CHARACTERS):
+            text = page[start : start + PAGE_CHARACTERS]
+            if len(text) >= PROSE_CHARACTERS[0]:
+                yield text if not start else text.split(" ", 1)[-1]

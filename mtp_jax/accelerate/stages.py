@@ -13,9 +13,18 @@ import jax.numpy as jnp
 from mtp_jax.accelerate import endpoint, plan
 from mtp_jax.accelerate.answers import make_answers
 from mtp_jax.accelerate.batches import Record, read_records, write_records
-from mtp_jax.accelerate.overlap import read_excluded
+from mtp_jax.accelerate.overlap import Excluded, read_excluded
 from mtp_jax.accelerate.plan import Plan, Settings
-from mtp_jax.accelerate.prompts import USER_TOKENS, Say, engine_prompt, fitting, make_prompts, read_prompts, text_of
+from mtp_jax.accelerate.prompts import (
+    USER_TOKENS,
+    Say,
+    engine_prompt,
+    fitting,
+    library_texts,
+    make_prompts,
+    read_prompts,
+    text_of,
+)
 from mtp_jax.config import Config, override
 from mtp_jax.convert import fetch
 from mtp_jax.data.conversations import FINISHED
@@ -38,6 +47,8 @@ SHARES = {"text": 0.45, "training": 0.45, "measurement": 0.1}
 LEAST_PROMPTS = 64
 MEASURED_TOKENS = 16
 MEASURED_ROWS = 64
+TEXT = "text.jsonl"
+"""What the heads learn from."""
 NEW_TOKENS = 128
 """Tokens that a held-out prompt is decoded for."""
 
@@ -76,7 +87,7 @@ def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say)
         if lm.tokenizer is None:
             raise UserError(f"{source} has no tokenizer, and heads are trained on text; give a model that has one")
         prompts, heldout, now = _prompts(lm, workdir, now, excluded, say)
-        _answers(lm, workdir, now, prompts, say)
+        _answers(lm, workdir, now, prompts, excluded, say)
         del lm
         config, now = _config(trunk, workdir, now, say)
         heads = workdir / "heads"
@@ -111,7 +122,7 @@ def _trunk(source: str, workdir: pathlib.Path, say: Say) -> pathlib.Path:
 
 
 def _prompts(
-    lm: LoadedModel, workdir: pathlib.Path, now: Plan, excluded: Any, say: Say
+    lm: LoadedModel, workdir: pathlib.Path, now: Plan, excluded: Excluded, say: Say
 ) -> tuple[list[Record], list[Record], Plan]:
     """Prompts to answer, and prompts to measure on."""
     asked, path = now.settings, workdir / "prompts.jsonl"
@@ -149,8 +160,11 @@ def _seconds_per_prompt(lm: LoadedModel, asked: Settings, say: Say) -> float:
     return per_token * (asked.answer_tokens + USER_TOKENS)
 
 
-def _answers(lm: LoadedModel, workdir: pathlib.Path, now: Plan, prompts: list[Record], say: Say) -> None:
-    path, asked = workdir / "answers.jsonl", now.settings
+def _answers(
+    lm: LoadedModel, workdir: pathlib.Path, now: Plan, prompts: list[Record], excluded: Excluded, say: Say
+) -> None:
+    """Writes what the heads learn from: answers, and texts of the standard library."""
+    path, asked = workdir / TEXT, now.settings
     if path.is_file():
         return
     make = (lambda *args: endpoint.make_answers(asked.endpoint, *args)) if asked.endpoint else make_answers
@@ -161,13 +175,19 @@ def _answers(lm: LoadedModel, workdir: pathlib.Path, now: Plan, prompts: list[Re
     say(f"{len(answers):,} answers, {tokens:,} tokens; {finished:,} came to their end, the others were cut off")
     if len(answers) < 2:
         raise UserError(f"{len(answers)} prompts have an answer, and at least 2 are needed; give more prompts")
-    write_records(path, answers)
+    said = sum(len(_answer(one)) for one in answers)
+    texts = library_texts(round(asked.library * said), asked.seed, excluded) if asked.library else []
+    write_records(path, answers + texts)
+
+
+def _answer(record: Record) -> str:
+    return record["completion"] if "completion" in record else record["messages"][-1]["content"]
 
 
 # Heads.
 
 
-def heads_config(trunk: pathlib.Path, answers: pathlib.Path, asked: Settings) -> Config:
+def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Config:
     """The training run of the heads; its steps are not settled yet."""
     model = config_of(trunk, "SOURCE").model
     vocab = min(asked.draft_vocab, model.vocab_size // 4)
@@ -179,7 +199,7 @@ def heads_config(trunk: pathlib.Path, answers: pathlib.Path, asked: Settings) ->
         trunk,
         heads=heads,
         loss={"distil": "kl"} if asked.soft else {},
-        data={"source": str(answers.absolute()), "seq_len": min(asked.seq_len, model.max_seq_len)},
+        data={"source": str(text.absolute()), "seq_len": min(asked.seq_len, model.max_seq_len)},
         optim={"name": "muon", "learning_rate": 1e-3, "warmup_steps": 20, "schedule": "linear", "final_fraction": 0.05},
         train=train | {"seed": asked.seed},
     )
@@ -187,7 +207,7 @@ def heads_config(trunk: pathlib.Path, answers: pathlib.Path, asked: Settings) ->
 
 def _config(trunk: pathlib.Path, workdir: pathlib.Path, now: Plan, say: Say) -> tuple[Config, Plan]:
     """The heads' run with its number of steps, which is measured once."""
-    asked, config = now.settings, heads_config(trunk, workdir / "answers.jsonl", now.settings)
+    asked, config = now.settings, heads_config(trunk, workdir / TEXT, now.settings)
     if now.steps is None:
         steps = asked.steps
         if not steps:

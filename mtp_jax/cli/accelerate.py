@@ -47,6 +47,9 @@ class Args:
     """Most tokens of an answer."""
     heldout: int = 24
     """Prompts that are held out to measure on; at most a quarter of all."""
+    library: float = 1.0
+    """Characters of Python's standard library, code and documentation, that heads learn from besides, per character of
+    the answers; 0 for answers alone."""
     exclude: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """File of texts that no prompt may come close to, such as an evaluation set; may be given several times."""
     endpoint: str = ""
@@ -105,6 +108,8 @@ def _settings(args: Args) -> Settings:
             raise UserError(f"--{name.replace('_', '-')} {value}; it must be at least {lowest}")
     if not 0 < args.minutes <= 7 * 24 * 60:
         raise UserError(f"--minutes {args.minutes:g}; it must be above 0, and at most {7 * 24 * 60}")
+    if not 0 <= args.library <= 100:
+        raise UserError(f"--library {args.library:g}; it must lie between 0 and 100")
     if args.kind in ("registers",):
         raise UserError(f"--kind {args.kind} heads draft nothing; choose another family")
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings) if field.name != "soft"}

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from mtp_jax.convert.tokenizer import load_hub_tokenizer
 from mtp_jax.data import chat
+from mtp_jax.data.conversations import document_of
 from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer, train_bpe
 from mtp_jax.errors import UserError
 
@@ -127,3 +128,50 @@ def test_no_template_has_a_remedy(tmp_path):
         bytes_tokenizer().with_chat(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": BARE, "eos_token": "X"}))
     assert bytes_tokenizer().with_chat(str(tmp_path)).chat.tokens["eos_token"] == "<|eos|>"
+
+
+def test_where_a_users_message_begins():
+    """`opening` is the text up to the user's own words, behind other messages; a template that leaves them out, or
+    writes them twice, cannot be used so.
+
+    Breaks without the count in `opening`.
+    """
+    assert template(BARE).opening() == "(user)"
+    assert template(BARE).opening([{"role": "system", "content": "be brief"}]) == "(system)be brief(user)"
+    for text in ("{{ messages | length }}", BARE + BARE):
+        with pytest.raises(UserError, match=r"^t does not write a user's message as it is"):
+            template(text, "t").opening()
+
+
+def test_a_cut_answer_has_no_end():
+    """Of a conversation that is not finished the last answer is learned as it stands, behind what a prompt would be;
+    a completion that is not finished has no end token behind it.
+
+    Breaks if `learned_of_cut` renders the last message, or `encode_learned` ends what is not finished.
+    """
+    ends = "{% for m in messages %}({{ m['role'] }}){{ m['content'] }}</s>{% endfor %}" + _GENERATE
+    text, learned = template(ends).learned_of_cut(TALK[:3])
+    assert text == template(ends).prompt(TALK[:2]) + TALK[2]["content"]
+    assert texts_of(text, learned) == [TALK[2]["content"]]
+    with pytest.raises(UserError, match="its last message must be the assistant's"):
+        template(ends).learned_of_cut(TALK[:2])
+    plain = bytes_tokenizer()
+    whole, cut = (plain.encode_learned("abc", ((1, 3),), False, finished) for finished in (True, False))
+    assert whole.ids == [*cut.ids, plain.eos_id] and whole.learn == [*cut.learn, True]
+
+
+def test_unfinished_records():
+    """`finished` of a record reaches its document; what is neither true nor false is refused.
+
+    Breaks without `_finished` in `document_of`.
+    """
+    asked = {"prompt": "ab", "completion": "cd"}
+    document = lambda record: document_of("n", record, "text", template(BARE), "file, line 1")  # noqa: E731
+    assert document(asked).finished and not document(asked | {"finished": False}).finished
+    talk = {"messages": TALK[:3], "finished": False}
+    assert document(talk).text == template(BARE).learned_of_cut(TALK[:3])[0]
+    with pytest.raises(UserError, match=r"^file, line 1: field 'finished' is 'no'; it must be true or false"):
+        document(asked | {"finished": "no"})
+
+
+_GENERATE = "{% if add_generation_prompt %}(assistant){% endif %}"
