@@ -5,6 +5,7 @@ import re
 
 import jax
 import pytest
+from reference.tiers import sampled
 
 from mtp_jax import sharding
 from mtp_jax.cli.common import read_config
@@ -33,8 +34,20 @@ PARAMETERS = {
 }
 
 
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+ALIKE = ("bench_30m", "bench_1b", "pretrain_13b", "star_graph_2_3", "star_graph_5_3")
+"""Configs that differ from another one in their sizes alone."""
+
+
 @pytest.mark.grid
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
+@pytest.mark.parametrize("name", ALIKE)
+def test_parameter_counts(name):
+    """A config that is not built in the grid is read there at least, and has the known number of parameters."""
+    assert mtp.count_params(read_config(str(CONFIGS / f"{name}.py"))) == PARAMETERS[name]
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("name", sampled(NAMES, *(name for name in NAMES if name not in ALIKE), others="slow"))
 def test_config_builds(name, monkeypatch):
     """Every config's train step is traced and lowered on the config's own mesh, over eight devices where it takes the
     rest; it has the known number of parameters, and the products that the formula counts, or those and recomputed ones.

@@ -20,6 +20,14 @@ from mtp_jax.train.objective import xent_spec
 from mtp_jax.train.state import init_state
 from mtp_jax.train.step import train_step
 
+GRID = [
+    *KINDS,
+    "parallel, mixed tap",
+    "medusa, own ends, a part of the vocabulary",
+    "sequential, as DeepSeek-V3",
+    "recursive, as EAGLE",
+    "masks, every third position",
+]
 ALONE = [*(kind for kind in KINDS if kind != "registers"), "masks, with LoRA and own ends"]
 
 
@@ -38,7 +46,7 @@ def assert_counted(config):
     np.testing.assert_allclose(formula, traced_flops(config), rtol=1e-12)
 
 
-@pytest.mark.parametrize("family", sampled(SETTINGS, "masks, with LoRA and own ends"))
+@pytest.mark.parametrize("family", sampled(SETTINGS, "masks, with LoRA and own ends", grid=GRID))
 def test_formula_counts_the_traced_step(family):
     """step_flops(computed=True) = 2 m n k over every dot of the step's jaxpr, to the last operation, for every family.
 

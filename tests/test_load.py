@@ -14,7 +14,7 @@ from reference.decoding import compilations, slow_greedy
 from reference.families import KINDS, heads_of
 from reference.models import random_params, small_config
 from reference.tiers import sampled
-from reference.tiny import tiny_config, write_text
+from reference.tiny import run_config, tiny_config, write_text
 
 import mtp_jax
 from mtp_jax import sharding
@@ -36,7 +36,7 @@ PROMPTS = ["def return", "if"]
 def run(tmp_path_factory):
     """A workdir that `train` left behind, with checkpoints of steps 2 and 4, and the state it returned."""
     root = tmp_path_factory.mktemp("load")
-    config = tiny_config(write_text(root / "text"), train={"steps": 4, "checkpoint_every": 2, "eval_rows": 8})
+    config = run_config(write_text(root / "text"), train={"steps": 4, "checkpoint_every": 2, "eval_rows": 8})
     result = train(config, root / "run", RunConsole(quiet=True))
     return root / "run", config, jax.device_get(result.state.params)
 
@@ -75,7 +75,7 @@ def test_logits(run, lm):
     """logits[m, b, t] = unembed(hidden of head m), [M, B, T, V] in float32, for arrays and nested lists alike."""
     _, config, params = run
     logits_MBTV = lm.logits(TOKENS_BT)
-    assert logits_MBTV.dtype == np.float32 and logits_MBTV.shape == (3, 2, 9, 264)
+    assert logits_MBTV.dtype == np.float32 and logits_MBTV.shape == (2, 2, 9, 264)
     np.testing.assert_allclose(logits_MBTV, direct_logits(config, params, TOKENS_BT), atol=1e-5)
     np.testing.assert_array_equal(lm.logits(TOKENS_BT.tolist()), logits_MBTV)
 
@@ -279,7 +279,7 @@ def test_mesh_places_parameters(on_mesh, run):
     """The parameters lie as the table says, split over eight devices, and are still the trained ones. Breaks when
     `param_shardings` gets another mesh, or restore ignores it."""
     q_LDNH = on_mesh.params["blocks"]["attn"]["q"]
-    assert q_LDNH.sharding.shard_shape(q_LDNH.shape) == (2, 8, 2, 4)
+    assert q_LDNH.sharding.shard_shape(q_LDNH.shape) == (1, 8, 2, 4)
     table_VD = on_mesh.params["embed"]["table"]
     assert table_VD.sharding.shard_shape(table_VD.shape) == (132, 8)
     assert len(table_VD.sharding.device_set) == 8

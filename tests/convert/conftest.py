@@ -48,7 +48,7 @@ def fresh(text):
 @pytest.fixture(scope="session")
 def trained(text, finished, tmp_path_factory):
     """A run long enough for its heads to be right now and then."""
-    return finished(settings_of(text, 120), tmp_path_factory.mktemp("trained") / "run")
+    return finished(settings_of(text, 60), tmp_path_factory.mktemp("trained") / "run")
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,9 @@ def test_logits_are_those_of_transformers(checkpoint, lm):
 
 
 @pytest.mark.grid
+@pytest.mark.parametrize(
+    "checkpoint", sampled(ARCHITECTURES, "gemma3_text", "gpt_neox", "mixtral", others="slow"), indirect=True
+)
 def test_greedy_tokens_are_those_of_transformers(checkpoint, lm):
     """Without heads, drafting by lookup: the tokens of transformers' own greedy search, one for one."""
     model, _ = checkpoint

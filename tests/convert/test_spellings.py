@@ -27,7 +27,7 @@ from mtp_jax.model import mtp
 FIRST = dict.fromkeys(ARCHITECTURES, 0) | {"gemma3_text": 2}
 """A seed of each whose values are not the defaults of transformers 4: windows that turn by another theta."""
 CASES = [
-    pytest.param(kind, seed, marks=() if seed == FIRST[kind] else pytest.mark.grid)
+    pytest.param(kind, seed, marks=() if seed == FIRST[kind] else pytest.mark.grid if seed < 4 else pytest.mark.slow)
     for kind in ARCHITECTURES
     for seed in range(12)
 ]

@@ -4,6 +4,7 @@ whose deletion breaks the test."""
 import numpy as np
 import pytest
 from reference.decoding import NEW, PROMPTS, model, plain, scripted, with_script
+from reference.tiers import sampled
 
 from mtp_jax.decode import adaptive
 from mtp_jax.decode.adaptive import BLOCK, WidthChooser, widths
@@ -88,7 +89,7 @@ def test_follows_a_change():
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("name", ["random", "trained"])
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "trained", others="slow"))
 @pytest.mark.parametrize("draft", ["heads", "lookup"])
 def test_changes_nothing(name, draft):
     """auto = reference, through every width."""

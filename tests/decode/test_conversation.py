@@ -56,8 +56,15 @@ def same(one, other):
     return (one.tokens, one.text, one.stats.histogram) == (other.tokens, other.text, other.stats.histogram)
 
 
-@pytest.mark.parametrize("options", sampled([{}, {"temperature": 1.0, "seed": 3}], {}), ids=str)
-@pytest.mark.parametrize("kind", sampled(["parallel", "sequential", "causal", "masks", "medusa"], "sequential"))
+DRAWN = {"temperature": 1.0, "seed": 3}
+TURNS = [(kind, options) for kind in ("parallel", "sequential", "causal", "masks", "medusa") for options in ({}, DRAWN)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    sampled(TURNS, ("sequential", {}), grid=[("causal", {}), ("masks", {}), ("sequential", DRAWN)]),
+    ids=str,
+)
 def test_turns_are_generations_of_the_whole(kind, options):
     """say(new) = generate(all messages so far), tokens, text and accepted drafts; and all entries of the caches, those
     of the heads included, are those of a conversation that runs everything at once.

@@ -29,9 +29,7 @@ def model(kind):
     return loaded(config, trunk | {"heads": loud_params(config, seed=6)["heads"]})
 
 
-OF_THE_GRID = sampled(
-    [kind for kind in KINDS if kind in DRAFTING], "parallel", "sequential", "recursive", "masks", others="slow"
-)
+OF_THE_GRID = sampled([kind for kind in KINDS if kind in DRAFTING], "sequential", "masks", others="slow")
 
 
 @functools.cache

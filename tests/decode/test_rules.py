@@ -21,7 +21,7 @@ from mtp_jax.errors import UserError
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("draft", sampled(["heads", "lookup", "heads+lookup", "none"], "heads+lookup"))
+@pytest.mark.parametrize("draft", sampled(["heads", "lookup", "heads+lookup", "none"], "heads+lookup", others="slow"))
 @pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_rejection_without_noise_is_greedy(name, draft):
     """temperature 0 puts p on one token: rejection = reference. Breaks when q is compared with logits, or p with
@@ -31,7 +31,7 @@ def test_rejection_without_noise_is_greedy(name, draft):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("draft", ["heads", "heads+lookup"])
+@pytest.mark.parametrize("draft", sampled(["heads", "heads+lookup"], "heads", others="slow"))
 def test_joint_law_of_rejection(draft):
     """Frequencies of all 27 continuations by three of three tokens = products of the model's probabilities, within five
     standard errors. Breaks when a uniform serves twice, when q is not what the draft was drawn from, or with p as the
@@ -127,7 +127,7 @@ def test_replaced_counts_returned_tokens(cut):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", sampled([0.0, 1.0], 1.0, others="slow"))
 def test_lossy_rules_in_between(temperature):
     """The defaults accept more than the exact rule does, and say how many tokens are not the model's choice."""
     settings = {"max_new_tokens": NEW, "temperature": temperature}

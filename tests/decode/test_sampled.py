@@ -57,7 +57,9 @@ def _reference(name, prompt, items, key_row, new):
 
 
 @pytest.mark.parametrize("batch", sampled([1, 4], 1))
-@pytest.mark.parametrize(("draft", "num_draft"), sampled(DRAFTERS, ("heads", 3)), ids=str)
+@pytest.mark.parametrize(
+    ("draft", "num_draft"), sampled(DRAFTERS, ("heads", 3), grid=[("none", None), ("heads+lookup", 3)]), ids=str
+)
 @pytest.mark.parametrize("name", sampled(["random", "trained"], "random"))
 def test_drafts_change_nothing(name, draft, num_draft, batch):
     """any drafter, any P, any batch = reference, over a grid of temperature, top-p and seed. Breaks when noise is keyed
@@ -127,7 +129,7 @@ def forbid_last(logits_V, tokens_S, length):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("temperature", sampled([0.0, 0.8], 0.8))
+@pytest.mark.parametrize("temperature", sampled([0.0, 0.8], 0.8, others="slow"))
 def test_processed_logits(temperature):
     """heads(P) = reference with penalty, bias and a function of the row's tokens; the drafts that stand before a
     position in its round count among them. Breaks without the drafts in `tokens_BS`, or `length_BQ` off by one."""
@@ -162,7 +164,7 @@ def test_streamed():
     assert ["".join(text for at, text in pieces if at == row) for row in (0, 1)] == whole.text
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 @hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
 @hypothesis.given(
     layers=st.integers(1, 3),

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from mtp_jax.decode.verify import Rule, accept, confidence, rejection, typical
 
 accept_jit = jax.jit(accept)
+rejection_jit = jax.jit(rejection)
+typical_jit = jax.jit(typical, static_argnums=0)
 CHOICES = (11, 12, 13, 14)
 FREE = 99  # room for everything
 
@@ -119,7 +121,7 @@ def law_of_rejection(p_QV, q_PV, grid=64):
         target_NQV = np.broadcast_to(p_QV, (N, 2, V)).astype(np.float32)
         drafter_N1V = np.broadcast_to(q_PV, (N, 1, V)).astype(np.float32)
         drafts_N1 = np.full((N, 1), draft, np.int32)
-        choices_NQ = np.asarray(rejection(target_NQV, drafts_N1, drafter_N1V, uniforms_NQ2.astype(np.float32)))
+        choices_NQ = np.asarray(rejection_jit(target_NQV, drafts_N1, drafter_N1V, uniforms_NQ2.astype(np.float32)))
         first_V += q_PV[0, draft] * np.bincount(choices_NQ[:, 0], minlength=V) / N
         right_N = choices_NQ[:, 0] == draft
         second_V += q_PV[0, draft] * np.bincount(choices_NQ[right_N, 1], minlength=V) / N
@@ -164,7 +166,7 @@ def test_a_lossy_rule_fails_the_law():
     p_V, q_V = np.array([0.5, 0.25, 0.25, 0.0]), np.array([0.0, 1.0, 0.0, 0.0])
     target_N2V = np.tile(p_V, (4, 2, 1)).astype(np.float32)
     own_N2 = np.array([[0, 0], [0, 0], [1, 0], [2, 0]])  # p, enumerated
-    chosen_N2 = typical(Rule("typical"), own_N2, target_N2V, np.full((4, 1), q_V.argmax()))
+    chosen_N2 = typical_jit(Rule("typical"), own_N2, target_N2V, np.full((4, 1), q_V.argmax()))
     assert chosen_N2[:, 0].tolist() == [1, 1, 1, 1]
 
 
@@ -173,10 +175,12 @@ def test_typical_on_literals():
     or with a maximum."""
     flat, peaked = [0.25] * 4, [1.0, 0.0, 0.0, 0.0]
     rule = Rule("typical", epsilon=0.5, delta=0.8)  # bars 0.2 and 0.5
-    chosen = typical(rule, np.array([[3, 3, 3]]), np.array([[flat, peaked, flat]], np.float32), np.array([[1, 1]]))
+    chosen = typical_jit(rule, np.array([[3, 3, 3]]), np.array([[flat, peaked, flat]], np.float32), np.array([[1, 1]]))
     assert chosen.tolist() == [[1, 3, 3]]
     strict = Rule("typical", epsilon=0.5, delta=1.2)  # 0.3 and 0.5
-    chosen = typical(strict, np.array([[3, 3, 3]]), np.array([[flat, peaked, flat]], np.float32), np.array([[1, 0]]))
+    chosen = typical_jit(
+        strict, np.array([[3, 3, 3]]), np.array([[flat, peaked, flat]], np.float32), np.array([[1, 0]])
+    )
     assert chosen.tolist() == [[3, 0, 3]]
 
 

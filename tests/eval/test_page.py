@@ -4,14 +4,40 @@ import re
 
 import numpy as np
 import pytest
-from reference.evaluation import evaluation, without_heads
+from reference.evaluation import without_heads
 
+from mtp_jax.decode.generate import Generation
+from mtp_jax.decode.stats import DecodeStats
+from mtp_jax.eval.acceptance import Comparison
 from mtp_jax.eval.page import head_rows, speed_remark, summary, write_page
+from mtp_jax.eval.report import Evaluation
+from mtp_jax.losses.mtp import HeadSums
 
 PNG = b"\x89PNG\r\n\x1a\n"
 METRICS = [
     {"step": s, "head_loss": (np.array([3, 3.5, 4, 4.2]) + 2 / s).tolist(), "loss": 1.0} for s in range(1, 60)
 ] + [{"step": 59, "heldout_loss": [3.0] * 4}]
+
+
+def generated(histogram, seconds):
+    """Two rows of nine tokens, by rounds with so many accepted drafts."""
+    stats = DecodeStats(histogram, sum(histogram), 18, 16, 0.1, seconds, drafted=3 * sum(histogram), replaced=0)
+    return Generation([list(range(9)), list(range(9, 18))], None, ["length"] * 2, stats)
+
+
+def evaluation():
+    """Of four heads over a hundred tokens, written down: a page computes nothing."""
+    sums = HeadSums(
+        *(
+            np.array(row, np.float32)
+            for row in ([250, 300, 330, 350], [40, 30, 20, 10], [70, 60, 50, 40], [100, 98, 96, 94], [0, 0, 0, 0])
+        )
+    )
+    decoding = Comparison(
+        drafted=generated((3, 2, 1, 2), 0.5), plain=generated((16,), 1.0), drafted_seconds=0.5, plain_seconds=1.0
+    )
+    samples = (("a prompt", "what came", "what follows"), ("another", "one", "two"))
+    return Evaluation(sums, 80, decoding, 0.75, 0.875, samples)
 
 
 def images(page):

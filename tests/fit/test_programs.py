@@ -173,7 +173,7 @@ def test_compiles_for_a_tpu_slice(name):
 @pytest.mark.grid
 @needs_libtpu
 @pytest.mark.usefixtures("uncached")
-@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+@pytest.mark.parametrize("kind", sampled(["parallel", "sequential"], "sequential", others="slow"))
 def test_a_tpu_decodes_in_place(kind):
     """What a round needs beside its arguments is less than a quarter of its caches: none of them is copied.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from reference.tiers import sampled
 
 from mtp_jax import axes
 from mtp_jax.config import ModelConfig
@@ -64,7 +65,7 @@ CASES = {
 
 @pytest.mark.grid
 @pytest.mark.usefixtures("uncached")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, *(name for name in CASES if name != "float32"), others="slow"))
 def test_layers_compile_with_their_kernels(name, chips, monkeypatch):
     """The compiled gradient of a scan over layers calls as many kernels as the table says.
 

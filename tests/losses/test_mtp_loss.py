@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.quick import quick_jit
 from reference.tiers import sampled
 from reference.xent_problems import problem
 
@@ -31,9 +32,10 @@ def loss_and_grads(hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_M, spe
 
 def scale_of(weights_MBT, head_weights=None):
     head_weights = head_weights or (1.0,) * len(weights_MBT)
-    return head_scale(jnp.sum(jnp.asarray(weights_MBT), (1, 2)), head_weights)
+    return head_scale(jnp.asarray(np.sum(weights_MBT, (1, 2))), head_weights)
 
 
+@jax.jit
 def mean_ce(hidden_BTD, table_VD, targets_BT, weights_BT):
     """A plain language model's loss: mean over counted tokens of -log softmax(h W^T)[y]."""
     log_probs_BTV = jax.nn.log_softmax(hidden_BTD @ table_VD.T)
@@ -51,7 +53,7 @@ def test_one_head_is_the_language_model(impl):
     (loss, _), grads = loss_and_grads(
         hidden_MBTD, table_VD, targets_MBT, weights_MBT, scale_of(weights_MBT), SPEC, impl
     )
-    plain = jax.value_and_grad(lambda h, w: mean_ce(h[0], w, targets_MBT[0], weights_MBT[0]), argnums=(0, 1))
+    plain = quick_jit(jax.value_and_grad(lambda h, w: mean_ce(h[0], w, targets_MBT[0], weights_MBT[0]), argnums=(0, 1)))
     expected, expected_grads = plain(hidden_MBTD, table_VD)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for actual, wanted in zip(grads, expected_grads, strict=True):
@@ -154,11 +156,11 @@ def test_sums_and_means_by_hand():
     Breaks if `correct_M` or `top5_M` takes another rank, if a sum leaves out `weights_MBT`, or if `means` divides by a
     count.
     """
-    table_VD = jnp.eye(6)
+    table_VD = np.eye(6, dtype=np.float32)
     logits = [[3.0, 0, 0, 0, 0, 0], [3.0, 2, 1, 0, 0, 0], [9.0, 8, 7, 6, 5, 4], [9.0, 8, 7, 6, 5, 4]]
-    hidden_MBTD = jnp.array(logits)[None, None]
-    targets_MBT, weights_MBT = jnp.array([[[0, 1, 4, 5]]]), jnp.array([[[1.0, 2.0, 4.0, 8.0]]])
-    _, sums = mtp_loss(hidden_MBTD, table_VD, targets_MBT, weights_MBT, jnp.ones(1), SPEC)
+    hidden_MBTD = np.array(logits, np.float32)[None, None]
+    targets_MBT, weights_MBT = np.array([[[0, 1, 4, 5]]]), np.array([[[1, 2, 4, 8]]], np.float32)
+    (_, sums), _ = loss_and_grads(hidden_MBTD, table_VD, targets_MBT, weights_MBT, np.ones(1, np.float32))
     ce = [np.log(np.exp(row).sum()) - row[target] for row, target in zip(logits, (0, 1, 4, 5), strict=True)]
     ce_sum = ce[0] + 2 * ce[1] + 4 * ce[2] + 8 * ce[3]
     expected = HeadSums(*([value] for value in (ce_sum, 1.0, 7.0, 15.0, 0.0)))
@@ -177,10 +179,10 @@ def test_skipping_changes_nothing():
 
     def run(skip):
         def loss(hidden_MBTD, table_VD):
-            arrays = (hidden_MBTD, table_VD, targets_MBT, weights_MBT, jnp.ones(3))
+            arrays = (hidden_MBTD, table_VD, targets_MBT, weights_MBT, np.ones(3, np.float32))
             return mtp_loss(*arrays, SPEC, learn_MBT=learn_MBT, skip=skip)
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_MBTD, table_VD)
+        return quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden_MBTD, table_VD)
 
     for one, other in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)

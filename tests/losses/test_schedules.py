@@ -51,13 +51,14 @@ def test_tables(name):
 def test_head_dropout(keep):
     """Every step trains exactly `keep` extra heads; over all steps each head's mean weight is its weight without
     dropout. Breaks without the factor (M-1) / keep, or if the subset does not depend on the step."""
-    weights = jax.vmap(lambda step: head_weights(HeadSchedule(ONES, decay=0.5, keep=keep, steps=3000), step))
+    schedule = HeadSchedule(ONES, decay=0.5, keep=keep, steps=3000)
+    weights = quick_jit(jax.vmap(lambda step: head_weights(schedule, step)))
     drawn_SM = np.asarray(weights(jnp.arange(3000)))
     np.testing.assert_array_equal((drawn_SM[:, 1:] > 0).sum(1), keep)
     np.testing.assert_array_equal(drawn_SM[:, 0], 1)
     deviation = np.sqrt(3 / keep) / np.sqrt(3000)
     np.testing.assert_allclose(drawn_SM.mean(0)[1:] / [0.5, 0.25, 0.125], 1, atol=4 * deviation)
-    other = head_weights(HeadSchedule(ONES, decay=0.5, keep=3, steps=10), jnp.int32(1))
+    other = weights_of(HeadSchedule(ONES, decay=0.5, keep=3, steps=10), jnp.int32(1))
     np.testing.assert_allclose(other, [1, 0.5, 0.25, 0.125])
 
 

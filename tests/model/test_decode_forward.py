@@ -34,6 +34,19 @@ VARIANTS = (
 )
 
 DRAFTING_KINDS = [name for name in KINDS if name in DRAFTING]
+GRID = [
+    *DRAFTING_KINDS,
+    "parallel, mixed tap",
+    "medusa, own ends, a part of the vocabulary",
+    "sequential, chained behind the norm",
+    "masks, with LoRA and own ends",
+    "masks, in windows",
+    "one-kv-head-tap-0",
+    "bfloat16",
+    "as GPT-NeoX",
+    "as Qwen3-MoE",
+]
+"""One of everything that a cache, a round of heads or a block does otherwise."""
 
 
 class Proposed(NamedTuple):
@@ -94,7 +107,7 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("name", DRAFTING_KINDS)
+@pytest.mark.parametrize("name", sampled(DRAFTING_KINDS, "anticausal", "sequential", "masks", others="slow"))
 def test_every_split_point(name):
     """forward(tokens[:s]) then forward(tokens[s:]) = full(tokens), for every s, and so does one token at a time.
 
@@ -118,7 +131,7 @@ def test_every_split_point(name):
             start = end
 
 
-@pytest.mark.parametrize("name", sampled(VARIANTS, "recursive, own ends", "sequential, in windows"))
+@pytest.mark.parametrize("name", sampled(VARIANTS, "recursive, own ends", "sequential, in windows", grid=GRID))
 def test_ragged_rounds_with_rejected_tokens(name):
     """Rows of different lengths, each round feeding 3 tokens of which 1 to 3 are right: logits at every kept position,
     and of every head behind it, = full forward of the kept tokens with the drafts behind them. What was rejected lies
@@ -156,7 +169,7 @@ def test_ragged_rounds_with_rejected_tokens(name):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("name", sampled(DRAFTING_KINDS, "anticausal"))
+@pytest.mark.parametrize("name", sampled(DRAFTING_KINDS, "anticausal", "sequential", others="slow"))
 def test_fewer_drafts_are_the_first_heads(name):
     """P caches give the drafts of heads 1..P. Breaks if `draft` counts heads from the end, or runs only P of a chain
     that ends in head 1."""

@@ -179,14 +179,14 @@ def test_muon_updates_every_expert_by_itself():
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", sampled(["none", "dots"], "none", others="slow"))
 def test_sharded_equals_unsharded(remat):
     """Steps of a model with experts on data 2 x fsdp 2 x tensor 2 = those on one device without remat, metrics and
     parameters. Breaks if the weights of experts are summed over a mesh axis, or differ when computed again.
     """
     expected_state, expected = _unsharded()
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    state, history, _ = run(tiny_config(model=MOE | {"remat": remat}, mesh=mesh))
+    state, history, _ = run(tiny_config(model=MOE | {"remat": remat}, heads={"num_future": 2}, mesh=mesh))
     chex.assert_trees_all_close(history, expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(jax.device_get(state.params), expected_state, atol=2e-5)
     paths = {param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
@@ -195,5 +195,5 @@ def test_sharded_equals_unsharded(remat):
 
 @functools.cache
 def _unsharded():
-    state, history, _ = run(tiny_config(model=MOE))
+    state, history, _ = run(tiny_config(model=MOE, heads={"num_future": 2}))
     return jax.device_get(state.params), history

@@ -93,6 +93,8 @@ def attention(
 ):
     """Softmax attention one query and one head at a time, over the list of keys that the query may see."""
     q_BTNH, k_BSKH, v_BSKH = (np.asarray(x, np.float64) for x in (q_BTNH, k_BSKH, v_BSKH))
+    query_slots_BT = np.asarray(query_slots_BT)  # an element of a JAX array costs a program's call
+    segment_ids_BS = segment_ids_BS if segment_ids_BS is None else np.asarray(segment_ids_BS)
     B, T, N, H = q_BTNH.shape
     group = N // k_BSKH.shape[2]
     out_BTNH = np.zeros_like(q_BTNH)

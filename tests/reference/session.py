@@ -2,7 +2,7 @@
 rank promotion, warnings as errors (pyproject.toml), and a compilation cache kept between runs.
 
 Tests stand in three tiers: the default one has every equation once, on the smallest case that can break it; `grid` has
-the other variants and settings; `slow` has what takes minutes."""
+the other variants and settings; `slow` has what takes minutes, and variants whose parts the grid has in others."""
 
 import gc
 import os

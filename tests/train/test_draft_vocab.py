@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.models import random_params
+from reference.quick import quick_jit
 from reference.stepping import batch_of, run
 from reference.tiers import sampled
 from reference.tiny import tiny_config, write_text
@@ -24,6 +25,7 @@ from mtp_jax.train.console import RunConsole
 from mtp_jax.train.objective import batch_targets, total_loss, xent_spec
 
 HEADS = {"kind": "sequential", "draft_vocab": 16}
+LONG = {"fsdp": 2, "context": 2, "tensor": 2}
 SIZE = {"model": {"vocab_size": 40, "num_layers": 1}, "data": {"seq_len": 12}, "train": {"batch_size": 3}}
 
 
@@ -71,7 +73,7 @@ def test_loss_and_gradient_are_those_of_the_kept_logits(unembed, distil):
     """Loss and every gradient = the definition's: softmax, targets and teacher over the N tokens alone. The weight of
     the other targets is reported. Breaks without `teacher_table`, or with the whole table for any head."""
     loss = {"distil": distil, "distil_mix": 0.5} if distil != "none" else {}
-    heads = {"kind": "linear", "draft_vocab": 24, "unembed": unembed}
+    heads = {"kind": "linear", "num_future": 2, "draft_vocab": 24, "unembed": unembed}
     config = tiny_config(**SIZE, heads=heads, loss=loss)
     params, batch = random_params(config), batch_of(config)
     ids_N = {"draft_ids": params.pop("draft_ids")}
@@ -83,12 +85,12 @@ def test_loss_and_gradient_are_those_of_the_kept_logits(unembed, distil):
         loss, parts = total_loss(config, spec, params | ids_N, batch, targets, targets.weights_MBT[0], scale_M)
         return loss, parts.sums
 
-    (actual, sums), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
-    naive = jax.jit(jax.value_and_grad(lambda params: naive_loss(config, params | ids_N, batch)))
+    (actual, sums), grads = quick_jit(jax.value_and_grad(ours, has_aux=True))(params)
+    naive = quick_jit(jax.value_and_grad(lambda params: naive_loss(config, params | ids_N, batch)))
     expected, expected_grads = naive(params)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
-    targets_MBT, weights_MBT = make_targets(batch["tokens"], batch["segment_ids"], 3)
+    targets_MBT, weights_MBT = quick_jit(make_targets, static_argnums=2)(batch["tokens"], batch["segment_ids"], 2)
     missed_MBT = weights_MBT * ~np.isin(targets_MBT, ids_N["draft_ids"])
     np.testing.assert_array_equal(sums.outside_M[1:], missed_MBT.sum((1, 2))[1:])
     assert sums.outside_M[0] == 0 < sums.outside_M[1]
@@ -113,13 +115,14 @@ def test_decoding_drafts_from_the_same_logits(unembed):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("unembed", ["shared", "own"])
-@pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("mesh", sampled([{"data": 2, "fsdp": 2, "tensor": 2}, LONG], LONG, others="slow"), ids=str)
 def test_sharded_equals_unsharded(mesh, unembed):
     """Three steps on eight devices = three on one: rows of a table that is split over devices, and their gradient.
 
     Breaks if `draft_rows` looks up rows where only a part of them is.
     """
-    sections = {"heads": HEADS | {"unembed": unembed}, "optim": {"name": "adamw", "eps": 1e-3}}
+    heads = {"kind": "linear", "num_future": 2, "draft_vocab": 16, "unembed": unembed}
+    sections = {"model": {"num_layers": 1}, "heads": heads, "optim": {"name": "adamw", "eps": 1e-3}}
     one, alone, _ = run(tiny_config(**sections))
     many, together, _ = run(tiny_config(**sections, mesh=mesh))
     np.testing.assert_allclose([m.loss for m in together], [m.loss for m in alone], rtol=1e-5)
@@ -144,7 +147,8 @@ def trained(tmp_path_factory):
     text, lines = write_text(directory / "text", files=4), []
     with RunConsole(quiet=True) as console:
         console.note = lines.append
-        loop.train(tiny_config(text, heads=HEADS, train={"steps": 4}), directory / "run", console)
+        config = tiny_config(text, model={"num_layers": 1}, heads=HEADS, train={"steps": 4})
+        loop.train(config, directory / "run", console)
     return directory / "run", lines
 
 

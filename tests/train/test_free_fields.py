@@ -65,10 +65,10 @@ def whole(text, tmp_path_factory):
     "changed",
     [
         {"train": {"grad_accum": 4}},
-        pytest.param({"loss": {"impl": "remat"}}, marks=pytest.mark.grid),
-        pytest.param({"model": {"remat": "block"}}, marks=pytest.mark.grid),
-        pytest.param({"loss": {"chunk_bytes": 2**14, "skip": False}}, marks=pytest.mark.grid),
-        pytest.param({"mesh": {"fsdp": 2}, "train": {"grad_accum": 2}}, marks=pytest.mark.grid),
+        {"loss": {"impl": "remat"}},
+        pytest.param({"model": {"remat": "block"}}, marks=pytest.mark.slow),
+        pytest.param({"loss": {"chunk_bytes": 2**14, "skip": False}}, marks=pytest.mark.slow),
+        {"mesh": {"fsdp": 2}, "train": {"grad_accum": 2}},
     ],
     ids=str,
 )

@@ -62,7 +62,8 @@ def test_accumulation_is_smaller(whole):
 
 def test_accumulators_are_float32():
     """The scan over micro-batches carries float32 only, bfloat16 parameters or not; the state keeps its dtypes."""
-    config = tiny_config(model={"param_dtype": "bfloat16"}, train={"grad_accum": 4})
+    model = {"param_dtype": "bfloat16", "num_layers": 1}
+    config = tiny_config(model=model, heads={"num_future": 2}, train={"grad_accum": 4})
     trace, state = lowered(config)
     scans = [equation for equation in equations(trace.jaxpr) if equation.primitive.name == "scan"]
     # It hands out what it carries and nothing else; the others are over layers and chunks.

@@ -1,5 +1,6 @@
 """A run holds all it needs: what it started from, and the place where it was made, may be gone."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -11,7 +12,7 @@ from reference.tiny import tiny_config, write_text
 import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.ancestry import disinherit, inherit, origin_folder
-from mtp_jax.config import override
+from mtp_jax.config import Config, DataConfig, override
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
@@ -51,11 +52,14 @@ def make_hub(directory):
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 9]}))
 
 
+NOWHERE = {"data.source": "", "data.tokenizer": "none", "train.init_from": "", "train.init_heads": "new"}
+"""What programs need not know, so that one serves all runs."""
+
+
 def compile_once():
     """`compile_steps`, whose programs know nothing of paths, for runs that differ in nothing else."""
     compiled = functools.cache(loop.compile_steps)
-    nowhere = {"data.source": "", "data.tokenizer": "none", "train.init_from": "", "train.init_heads": "new"}
-    return lambda config, mesh: compiled(override(config, nowhere), mesh)
+    return lambda config, mesh: compiled(override(config, NOWHERE), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +86,14 @@ def answers(workdir, out):
     """What a run says of a prompt, and all that it exports."""
     lm = load(workdir, notify=pytest.fail)
     mtp_jax.export_model(lm, out, notify=str)
+    # Of what the programs of generation are made from alone: one of each serves all runs.
+    shape = Config(lm.config.model, lm.config.heads, data=DataConfig(seq_len=32), decode=lm.config.decode)
+    nowhere = dataclasses.replace(lm, config=shape)
     exported = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     return {
         "prompt": lm.tokenizer.encode_prompt(PROMPT),
         "ends": getattr(lm.tokenizer, "end_ids", (lm.tokenizer.eos_id,)),
-        "tokens": mtp_jax.generate(lm, [PROMPT], max_new_tokens=3, draft="none").tokens,
+        "tokens": mtp_jax.generate(nowhere, [PROMPT], max_new_tokens=3, draft="none").tokens,
         "exported": exported,
     }
 
@@ -112,7 +119,6 @@ def alone(made, tmp_path, monkeypatch):
     made.with_name("gone").rename(made)
 
 
-@pytest.mark.grid
 def test_chains_know_what_they_came_from(before):
     """The import and both runs behind it read `<|im_start|>` as one token, end at both ends, and export a template."""
     for name in ("imported", "first", "second"):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from reference.tiny import tiny_config, write_text
+from reference.tiny import run_config, write_text
 
 from mtp_jax.errors import UserError
 from mtp_jax.loading import load
@@ -27,7 +27,7 @@ def text(tmp_path_factory):
 def source(text, tmp_path_factory):
     """A finished run."""
     workdir = tmp_path_factory.mktemp("source")
-    run(tiny_config(text, train={"steps": 4}), workdir)
+    run(run_config(text, train={"steps": 4}), workdir)
     return workdir
 
 
@@ -35,7 +35,7 @@ def heldout(workdir):
     return read_metrics(workdir)[-1]["heldout_loss"]
 
 
-MEDUSA = {"kind": "medusa", "tap": 2, "tap_norm": True, "norm": "none", "unembed": "own"}
+MEDUSA = {"kind": "medusa", "tap": 1, "tap_norm": True, "norm": "none", "unembed": "own"}
 
 
 @pytest.mark.grid
@@ -46,7 +46,7 @@ def test_heads_on_a_trained_model(text, source, tmp_path):
     Breaks if `init` is not given the loaded parameters, or heads start from a fresh model.
     """
     settings = {"trainable": "heads", "init_from": str(source), "steps": 3}
-    result = run(tiny_config(text, heads=MEDUSA, train=settings, optim={"learning_rate": 1e-9}), tmp_path)
+    result = run(run_config(text, heads=MEDUSA, train=settings, optim={"learning_rate": 1e-9}), tmp_path)
     before, after = load(source).params, result.state.params
     for name in ("embed", "blocks", "final_norm"):
         jax.tree.map(np.testing.assert_array_equal, after[name], before[name])
@@ -65,7 +65,7 @@ def test_blocks_and_heads_that_are_taken_over(text, source, tmp_path):
     Breaks if the loaded parameters are put in after the heads have been made.
     """
     frozen = {"learning_rate": 1e-12, "weight_decay": 0.0}
-    copied = tiny_config(text, heads={"init": "copy_block"}, train={"steps": 1, "init_from": str(source)}, optim=frozen)
+    copied = run_config(text, heads={"init": "copy_block"}, train={"steps": 1, "init_from": str(source)}, optim=frozen)
     params, before = run(copied, tmp_path / "copied").state.params, load(source).params
     jax.tree.map(
         lambda own, trunk: np.testing.assert_allclose(own[0], trunk[-1], atol=1e-7),
@@ -73,7 +73,7 @@ def test_blocks_and_heads_that_are_taken_over(text, source, tmp_path):
         before["blocks"],
     )
     train_settings = {"steps": 1, "init_from": str(source), "init_heads": "same"}
-    same = run(tiny_config(text, train=train_settings, optim=frozen), tmp_path / "same").state.params
+    same = run(run_config(text, train=train_settings, optim=frozen), tmp_path / "same").state.params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), same, before)
 
 
@@ -86,17 +86,17 @@ def refused(config, workdir):
 def test_what_does_not_fit_is_refused(text, source, tmp_path):
     """Another model, other heads, another tokenizer or no run, each with the field and the remedy."""
     start = {"init_from": str(source), "steps": 1}
-    other = tiny_config(text, model={"rope_theta": 5.0}, train=start)
+    other = run_config(text, model={"rope_theta": 5.0}, train=start)
     assert "model.rope_theta=5.0, but the run of train.init_from=" in refused(other, tmp_path / "a")
-    heads = tiny_config(text, heads={"num_future": 2}, train=start | {"init_heads": "same"})
-    assert "has heads.num_future=3; use those, or mtp_jax.start_from" in refused(heads, tmp_path / "b")
-    several = tiny_config(text, model={"rope_theta": 5.0, "norm_eps": 0.1}, train=start)
+    heads = run_config(text, heads={"num_future": 3}, train=start | {"init_heads": "same"})
+    assert "has heads.num_future=2; use those, or mtp_jax.start_from" in refused(heads, tmp_path / "b")
+    several = run_config(text, model={"rope_theta": 5.0, "norm_eps": 0.1}, train=start)
     assert "model.norm_eps=0.1, model.rope_theta=5.0, but" in refused(several, tmp_path / "e")
-    bpe = tiny_config(text, data={"tokenizer": "bpe"}, train=start)
+    bpe = run_config(text, data={"tokenizer": "bpe"}, train=start)
     message = refused(bpe, tmp_path / "c")
     assert "data.tokenizer='bpe' is not the tokenizer of train.init_from=" in message
     assert f"use data.tokenizer='{source}/data/tokenizer.json'" in message
-    nowhere = tiny_config(text, train=start | {"init_from": str(tmp_path / "none")})
+    nowhere = run_config(text, train=start | {"init_from": str(tmp_path / "none")})
     assert "has no config.json; give the workdir of `mtp train`" in refused(nowhere, tmp_path / "d")
 
 
@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused(text, source, tmp_path):
 def test_heads_on_random_parameters_are_pointed_out(text, tmp_path, capsys):
     """Head-only training without a model to stand on says so."""
     with RunConsole() as console:
-        train(tiny_config(text, train={"trainable": "heads", "steps": 1}), tmp_path, console)
+        train(run_config(text, train={"trainable": "heads", "steps": 1}), tmp_path, console)
     assert "the heads learn from a model of random parameters" in " ".join(capsys.readouterr().err.split())
 
 
