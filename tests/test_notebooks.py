@@ -58,7 +58,7 @@ def test_make_a_checkpoint_faster(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abc abc\nabd\nabcabcabc\nabe abc\neee bcd\n")
     settings = {"prompts": str(prompts), "steps": 2, "answer_tokens": 6, "seq_len": 16, "batch_size": 2, "heldout": 1}
-    settings |= {"kind": "linear", "num_future": 2}
+    settings |= {"kind": "linear", "num_future": 2, "library": 0.0}
     parameters = f"SOURCE = {str(source)!r}\nWORKDIR = {str(tmp_path / 'run')!r}\nSETTINGS = {settings!r}"
     text, images = executed(NOTEBOOKS / "02_make_a_checkpoint_faster.ipynb", parameters)
     assert "identical: True" in text

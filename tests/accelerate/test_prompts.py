@@ -7,7 +7,7 @@ import pytest
 
 from mtp_jax.accelerate import prompts
 from mtp_jax.accelerate.overlap import Excluded, read_excluded
-from mtp_jax.accelerate.prompts import make_prompts, read_prompts
+from mtp_jax.accelerate.prompts import library_texts, make_prompts, read_prompts
 from mtp_jax.errors import UserError
 
 QUESTION = "How many apples does Anna have after she gives three of them to Ben?"
@@ -83,6 +83,22 @@ def test_beginnings_from_the_standard_library(tmp_path):
             assert "def " in one["text"] and one["text"].endswith("\n")
         else:
             assert not one["text"].endswith(" ") and "\n" not in one["text"]
+
+
+def test_texts_of_the_library():
+    """About so many characters, half code and half documentation, the same for a seed, and nothing that is excluded.
+
+    Breaks if `library_texts` counts both halves together, or does not ask `excluded`.
+    """
+    texts = [one["text"] for one in library_texts(6000, 1, Excluded())]
+    code = [text for text in texts if text.startswith(("def ", "@"))]
+    for text in code:
+        compile(text, "function", "exec")
+    sizes = [sum(map(len, chosen)) for chosen in (code, set(texts) - set(code))]
+    assert all(3000 <= size <= 3000 + 3 * 1500 for size in sizes)
+    assert [one["text"] for one in library_texts(6000, 1, Excluded())] == texts
+    others = [one["text"] for one in library_texts(6000, 1, Excluded([texts[0], texts[-1]]))]
+    assert texts[0] not in others and texts[-1] not in others
 
 
 def test_prompts_of_a_file(tmp_path):

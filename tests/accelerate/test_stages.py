@@ -27,6 +27,7 @@ SMALL = {
     "heldout": 1,
     "kind": "linear",
     "num_future": 2,
+    "library": 0,
 }
 
 
@@ -102,6 +103,7 @@ class Killed(BaseException):
     """What no code catches."""
 
 
+@pytest.mark.grid
 def test_stopped_three_times_it_ends_with_the_same_heads(whole, source, prompts, tmp_path, monkeypatch):
     """Killed behind the first answers, behind the first states, and stopped in the second step, it ends with the heads
     of the run that nothing stopped, bit for bit.
