@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import override
+from mtp_jax.convert.fetch import is_named
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import mtp
@@ -29,8 +29,6 @@ OF_HEADS = ("heads", "draft_ids")
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
 SHIPPED_SHA256: dict[str, str] = {}
 """Files of heads in the package, by the name of their model."""
-
-Notify = Callable[[str], None]
 
 
 def write_heads(lm: LoadedModel, path: str | pathlib.Path, model: str, dtype: str = "bfloat16") -> None:
@@ -108,13 +106,14 @@ def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     return said, tensors
 
 
-def with_shipped(lm: LoadedModel, name: str, notify: Notify) -> LoadedModel:
-    """The model of that name with the heads that the package holds for it; as it is where it holds none.
+def with_shipped(lm: LoadedModel, source: str | pathlib.Path) -> LoadedModel:
+    """The model of a source with the heads that the package holds for it; as it is where it holds none.
 
     Raises:
       UserError: the file in the package was changed.
     """
-    if name not in SHIPPED_SHA256:
+    name = str(source)
+    if name not in SHIPPED_SHA256 or not is_named(source):
         return lm
     path = SHIPPED / f"{name}.safetensors"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHIPPED_SHA256[name]:

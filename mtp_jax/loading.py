@@ -136,6 +136,7 @@ def load(
     *,
     ignore: Sequence[str] = (),
     heads_from: str | pathlib.Path | None = None,
+    shipped_heads: bool = True,
 ) -> LoadedModel:
     """Loads a model from a directory of ours, or as it is from a Hugging Face directory or a GGUF file.
 
@@ -148,6 +149,7 @@ def load(
         Face checkpoint; standard error by default.
       ignore: of a Hugging Face checkpoint: patterns of config fields and tensor names to leave out of account.
       heads_from: of a Hugging Face checkpoint: a file or directory of heads for it (Medusa, EAGLE, CAFT).
+      shipped_heads: whether `smollm2` gets the heads that the package holds for it (`mtp_jax/shipped`).
 
     Raises:
       UserError: no such model, no whole checkpoint, an unknown dtype, or what `convert.reader.open_checkpoint` refuses.
@@ -159,7 +161,12 @@ def load(
         if ignore or heads_from is not None:
             raise UserError(f"{source} is a run of ours; ignore and heads_from belong to Hugging Face checkpoints")
         return _load_run(pathlib.Path(source), dtype, mesh, notify)
-    return _load_checkpoint(source, dtype, mesh, notify, ignore, heads_from)
+    lm = _load_checkpoint(source, dtype, mesh, notify, ignore, heads_from)
+    if not shipped_heads or ignore or heads_from is not None:
+        return lm
+    from mtp_jax.heads_file import with_shipped
+
+    return with_shipped(lm, source)
 
 
 def is_run(directory: pathlib.Path) -> bool:

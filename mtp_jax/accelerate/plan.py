@@ -24,7 +24,7 @@ class Settings:
     """What prompts, answers, training and measurement may take together."""
     answer_tokens: int = 128
     """Most tokens of an answer."""
-    heldout: int = 24
+    heldout: int = 12
     """Prompts that are not answered but measured on, at most a quarter of all."""
     library: float = 1.0
     """Characters of the standard library that heads learn from besides, per character of the answers."""

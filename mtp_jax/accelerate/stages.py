@@ -25,7 +25,7 @@ from mtp_jax.accelerate.prompts import (
     read_prompts,
     text_of,
 )
-from mtp_jax.config import Config, override
+from mtp_jax.config import BESIDE, Config, override
 from mtp_jax.convert import fetch
 from mtp_jax.data.conversations import FINISHED
 from mtp_jax.data.loader import prepare
@@ -193,14 +193,15 @@ def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Co
     vocab = min(asked.draft_vocab, model.vocab_size // 4)
     heads: dict[str, Any] = {"kind": asked.kind, "num_future": asked.num_future, "draft_vocab": vocab}
     if asked.kind in ("sequential", "recursive"):
-        heads |= {"tap": model.num_layers, "init": "copy_block"}
-    train = {"trainable": "heads", "keep_states": True, "batch_size": asked.batch_size, "checkpoint_every": 100}
+        heads |= {"tap": model.num_layers, "norm": "own", "init": "random"}
+    kept = asked.kind not in BESIDE
+    train = {"trainable": "heads", "keep_states": kept, "batch_size": asked.batch_size, "checkpoint_every": 100}
     return start_from(
         trunk,
         heads=heads,
         loss={"distil": "kl"} if asked.soft else {},
         data={"source": str(text.absolute()), "seq_len": min(asked.seq_len, model.max_seq_len)},
-        optim={"name": "muon", "learning_rate": 1e-3, "warmup_steps": 20, "schedule": "linear", "final_fraction": 0.05},
+        optim={"name": "muon", "learning_rate": 3e-3, "warmup_steps": 20, "schedule": "linear", "final_fraction": 0.05},
         train=train | {"seed": asked.seed},
     )
 
@@ -216,7 +217,8 @@ def _config(trunk: pathlib.Path, workdir: pathlib.Path, now: Plan, say: Say) -> 
             began = time.monotonic()
             corpus = prepare(config, workdir / "heads" / "data")
             seconds -= time.monotonic() - began
-            seconds -= _seconds_of_states(trunk, config, len(corpus.train))
+            if config.train.keep_states:
+                seconds -= _seconds_of_states(trunk, config, len(corpus.train))
             steps = steps_within(config, workdir / "heads", seconds)
         now = plan.write_plan(workdir, dataclasses.replace(now, steps=steps))
     warmup = min(config.optim.warmup_steps, now.steps // 4)

@@ -19,6 +19,7 @@ from mtp_jax.compiled import keep_compiled
 from mtp_jax.config import Family
 from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import COLUMNS
+from mtp_jax.train.start import config_of
 
 SHOWN = 6
 """Columns that fit into a terminal; the page has all."""
@@ -45,7 +46,7 @@ class Args:
     """Number of prompts in place of what the minutes allow."""
     answer_tokens: int = 128
     """Most tokens of an answer."""
-    heldout: int = 24
+    heldout: int = 12
     """Prompts that are held out to measure on; at most a quarter of all."""
     library: float = 1.0
     """Characters of Python's standard library, code and documentation, that heads learn from besides, per character of
@@ -86,7 +87,12 @@ def main(argv: list[str]) -> None:
         if args.json:
             print_json({"finished": False, "step": outcome.training.step, "heads": str(outcome.heads)})
         raise SystemExit(128 + signal.Signals[outcome.training.stopped_by])
-    facts = {"drafts over": f"{settings.draft_vocab:,} tokens", "training steps": f"{outcome.training.step:,}"}
+    heads = config_of(outcome.heads).heads
+    facts = {
+        "heads": f"{heads.num_future - 1} {heads.kind}, over {heads.draft_vocab:,} tokens",
+        "training steps": f"{outcome.training.step:,}",
+        "learned from": outcome.training.corpus.description,
+    }
     page = report.write_report(workdir / "report", args.source, outcome.heads, outcome.results, facts)
     if args.json:
         print_json(report.as_json(outcome, args.source, page))
