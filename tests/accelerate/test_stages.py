@@ -74,6 +74,7 @@ def parameters(workdir):
     return load(workdir / "heads").params
 
 
+@pytest.mark.grid
 def test_to_its_page(whole, source, prompts, capsys):
     """The page names every side and image; the heads learned from every answer but those held out, and the model is
     what it was. Run again, it decodes nothing anew and prints the same figures; other settings are refused by name.
@@ -195,6 +196,7 @@ def test_answers_of_a_server(server, source, tmp_path):
     assert [one["finished"] for one in made] == [False, True]
 
 
+@pytest.mark.grid
 def test_a_server_that_is_not_there(source, tmp_path, prompts, capsys):
     """One line says whom it asked; nothing that was made is lost.
 

@@ -22,8 +22,8 @@ def run(config, workdir):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     source = write_text(tmp_path_factory.mktemp("corpus"))
-    heads = {"kind": "recursive", "num_future": 3, "tap": -1, "draft_vocab": 100}
-    chosen = {"heads": heads, "loss": {"distil": "kl"}, "train": {"trainable": "heads", "steps": 3, "grad_accum": 2}}
+    heads, train = {"kind": "linear", "num_future": 2}, {"trainable": "heads", "steps": 3, "grad_accum": 2}
+    chosen = {"heads": heads, "model": {"num_layers": 2}, "train": train}
     return tiny_config(source, **chosen)
 
 
@@ -76,6 +76,6 @@ def test_refused(config):
     Breaks without the checks in `TrainConfig` and `Config`.
     """
     with pytest.raises(UserError, match=r"train.keep_states=True .*trainable='heads'"):
-        override(config, {"train.trainable": "all", "train.keep_states": True, "heads.draft_vocab": 0})
+        override(config, {"train.trainable": "all", "train.keep_states": True})
     with pytest.raises(UserError, match=r"heads.tap_mix=True"):
         override(config, {"heads.tap_mix": True, "train.keep_states": True})
