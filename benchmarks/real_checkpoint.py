@@ -19,7 +19,7 @@ import jax
 from reporting import RESULTS, Report
 
 import mtp_jax
-from mtp_jax.eval.by_kind import COLUMNS, PLAIN, mean_gain, measure
+from mtp_jax.eval.by_kind import COLUMNS, PLAIN, WITH_HEADS, WITHOUT_HEADS, mean_gain, measure
 
 KINDS = {"code": ("humaneval.jsonl", "prompt"), "chat": ("mtbench_prompts.jsonl", "prompt")}
 KINDS["mathematics"] = ("gsm8k_test.jsonl", "question")
@@ -62,13 +62,18 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--sides", nargs="*", help="some of the sides, such as plain and 'heads+lookup, auto'")
     parser.add_argument("--peer", type=pathlib.Path, help="the same model as a Hugging Face directory")
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
     lm = mtp_jax.load(args.source)
     prompts = {kind: prompts_of(args.data, kind, args.prompts) for kind in KINDS}
-    options = {"temperature": args.temperature}
-    found = measure(lm, prompts, max_new_tokens=args.new_tokens, timed_runs=args.runs, options=options, progress=print)
+    options, sides = {"temperature": args.temperature}, None
+    if args.sides:
+        sides = {name: (WITHOUT_HEADS | WITH_HEADS)[name] for name in dict.fromkeys([PLAIN, *args.sides])}
+    found = measure(
+        lm, prompts, max_new_tokens=args.new_tokens, sides=sides, timed_runs=args.runs, options=options, progress=print
+    )
     for one in found:
         print(*one.cells(), flush=True)
     sides = [side for side in dict.fromkeys(one.side for one in found) if side != PLAIN]

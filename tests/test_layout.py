@@ -17,6 +17,7 @@ ALLOWED = {
         "convert",
         "decode",
         "eval",
+        "heads_file",
         "loading",
         "starting",
         "train",
@@ -48,15 +49,22 @@ ALLOWED = {
     "metrics": {"axes", "config"},
     "train": {
         *("compiled", "config", "model", "losses", "sharding", "optim", "data", "distributed", "workdir", "checkpoint"),
-        *("metrics", "flops", "hardware", "ancestry", "integrity", "paths"),
+        *("metrics", "flops", "hardware", "ancestry", "integrity", "paths", "trees"),
     },
     "decode": {"config", "model", "programs", "sharding"},  # programs: a bound on those that are kept
     "convert": {"ancestry", "config", "model", "sharding", "integrity", "checkpoint", "data", "trees", "workdir"},
-    "loading": {"ancestry", "config", "model", "programs", "sharding", "checkpoint", "data", "convert"},
+    "loading": {"ancestry", "config", "model", "programs", "sharding", "checkpoint", "data", "convert"}
+    | {"heads_file"},  # what the package ships for a model known by a name
+    "heads_file": {"config", "convert", "loading", "model", "sharding", "trees"},
+    "accelerate": {
+        *("config", "convert", "data", "decode", "eval", "integrity", "loading", "metrics", "model", "starting"),
+        *("train", "workdir"),
+    },
     "starting": {"config", "convert", "train"},  # an import, where training starts from a model known by a name
     "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
     "fit": {"axes", "config", "decode", "flops", "hardware", "model", "sharding", "train"},
     "cli": {
+        "accelerate",
         *("compiled", "config", "convert", "data", "decode", "distributed", "eval", "fit", "flops", "hardware"),
         *("integrity", "loading", "losses", "metrics", "model", "sharding", "starting", "train", "workdir"),
     },

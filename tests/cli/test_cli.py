@@ -269,7 +269,7 @@ def test_bench_decode(quickstart, capsys):
 
 
 BAD = {
-    "no command": (["dance"], r"'dance' is no command; choose one of quickstart, train"),
+    "no command": (["dance"], r"'dance' is no command; choose one of quickstart, accelerate, train"),
     "unknown key": (["train", "CONFIG", "--model.d_modl", 3], r"--model.d_modl.* Perhaps you meant.*--model.d.model"),
     "wrong type": (["train", "CONFIG", "--train.steps", "many"], r"--train.steps.*'many'"),
     "indivisible": (["train", "CONFIG", "--model.num_heads", 3], r"model.num_heads=3 .* model.num_kv_heads=2"),
