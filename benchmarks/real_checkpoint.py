@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--peer", type=pathlib.Path, help="the same model as a Hugging Face directory")
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
-    lm = mtp_jax.load(args.source)
+    lm = mtp_jax.load(args.source, shipped_heads=True)
     prompts = {kind: prompts_of(args.data, kind, args.prompts) for kind in KINDS}
     options, sides = {"temperature": args.temperature}, None
     if args.sides:

@@ -136,7 +136,7 @@ def load(
     *,
     ignore: Sequence[str] = (),
     heads_from: str | pathlib.Path | None = None,
-    shipped_heads: bool = True,
+    shipped_heads: bool = False,
 ) -> LoadedModel:
     """Loads a model from a directory of ours, or as it is from a Hugging Face directory or a GGUF file.
 

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     """Exports."""
     args = parse(Args, argv, "mtp export", "Write a model as a Hugging Face directory.")
     form = export_model(
-        load(args.source, shipped_heads=False),
+        load(args.source),
         args.out,
         form=None if args.form == "auto" else args.form,
         dtype=None if args.dtype == "keep" else args.dtype,

@@ -59,6 +59,7 @@ def open_model(args: Decoding) -> LoadedModel:
     """The model, for decoding alone."""
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
+    others["shipped_heads"] = args.draft in ("heads", "heads+lookup")  # lookup, the default, costs less
     lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype, **others)
     if args.chat_template:
         lm = lm.with_chat_template(args.chat_template)
