@@ -86,7 +86,7 @@ def test_to_its_page(whole, source, prompts, capsys):
     for name in ("plain", "lookup", "heads", "heads+lookup, auto", "gain.png", "acceptance.png", "loss_by_head.png"):
         assert name in text
     assert all((page.parent / f"{name}.png").read_bytes()[-8:-4] == b"IEND" for name in ("gain", "loss_by_head"))
-    told = read_records(whole / "answers.jsonl")
+    told = read_records(whole / "text.jsonl")
     assert 4 <= len(told) < len(PROMPTS)  # one is held out; an answer may be blank
     held = read_records(whole / "prompts.jsonl")[0]["messages"][0]["content"]
     assert held not in {one["messages"][0]["content"] for one in told}
