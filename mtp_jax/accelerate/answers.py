@@ -7,8 +7,8 @@ section 3.2). Half of the batches take the most likely tokens, as greedy decodin
 import pathlib
 from typing import Any
 
-from mtp_jax.accelerate.batches import Record, read_batches, run_batches
-from mtp_jax.accelerate.prompts import Say, engine_prompt, num_tokens
+from mtp_jax.accelerate.batches import Record, Say, run_batches
+from mtp_jax.accelerate.prompts import engine_prompt, num_tokens
 from mtp_jax.data.conversations import FINISHED
 from mtp_jax.decode.generate import generate
 from mtp_jax.loading import LoadedModel
@@ -49,9 +49,7 @@ def make_answers(
             if text.strip()
         ]
 
-    for number in run_batches(folder, batches, make):
-        say(f"answers: {number + 1} of {batches} batches")
-    return read_batches(folder, batches)
+    return run_batches(folder, batches, make, "answers", say)
 
 
 def record_of(prompt: Record, answer: str, tokens: int, finished: bool) -> Record:

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from mtp_jax.errors import UserError
@@ -11,29 +11,31 @@ from mtp_jax.integrity import write_atomically
 Record = dict[str, Any]
 
 
-def run_batches(folder: pathlib.Path, count: int, make: Callable[[int], list[Record]]) -> Iterator[int]:
-    """Writes the records of every batch that is not there yet; yields the number of each batch once it is.
+Say = Callable[[str], None]
+"""Is told of progress."""
+
+
+def run_batches(
+    folder: pathlib.Path, count: int, make: Callable[[int], list[Record]], what: str, say: Say
+) -> list[Record]:
+    """The records of all batches, in order; those of a batch that is not there yet are made and written.
 
     Args:
       folder: where the files go, `00000.jsonl` and on.
       count: number of batches.
       make: the records of a batch; they may depend on its number alone.
+      what: what to call them.
+      say: is told of every batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    records = []
     for number in range(count):
-        path = _path(folder, number)
+        path = folder / f"{number:05d}.jsonl"
         if not path.is_file():
             write_records(path, make(number))
-        yield number
-
-
-def read_batches(folder: pathlib.Path, count: int) -> list[Record]:
-    """The records of all batches, in order."""
-    return [record for number in range(count) for record in read_records(_path(folder, number))]
-
-
-def _path(folder: pathlib.Path, number: int) -> pathlib.Path:
-    return folder / f"{number:05d}.jsonl"
+        records += read_records(path)
+        say(f"{what}: {number + 1} of {count} batches")
+    return records
 
 
 def write_records(path: pathlib.Path, records: list[Record]) -> None:

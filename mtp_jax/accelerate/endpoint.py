@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mtp_jax.accelerate.answers import record_of
-from mtp_jax.accelerate.batches import Record, read_batches, run_batches
-from mtp_jax.accelerate.prompts import Say
+from mtp_jax.accelerate.batches import Record, Say, run_batches
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel
 
@@ -55,9 +54,7 @@ def make_answers(
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return [record for record in pool.map(ask, chosen) if record is not None]
 
-    for number in run_batches(folder, batches, make):
-        say(f"answers from {base}: {number + 1} of {batches} batches")
-    return read_batches(folder, batches)
+    return run_batches(folder, batches, make, f"answers from {base}", say)
 
 
 def _model(base: str) -> str:

@@ -33,9 +33,6 @@ class Excluded:
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self._runs = {run for text in texts for run in _runs(text) if run}
 
-    def __len__(self) -> int:
-        return len(self._runs)
-
     def is_close(self, text: str) -> bool:
         """Whether a text shares a run of `RUN` words with one of them, or is one of them as a whole."""
         return any(run in self._runs for run in _runs(text))

@@ -55,8 +55,6 @@ class Plan:
     """Settings, and what was measured: None until it was."""
 
     source: str
-    trunk: str
-    """The run that holds the model: a directory, relative to the workdir where it lies inside."""
     settings: Settings
     num_prompts: int | None = None
     steps: int | None = None

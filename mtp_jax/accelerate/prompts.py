@@ -14,10 +14,10 @@ import pathlib
 import random
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from mtp_jax.accelerate.batches import Record, read_batches, read_records, run_batches
+from mtp_jax.accelerate.batches import Record, Say, read_records, run_batches
 from mtp_jax.accelerate.overlap import Excluded, same_text
 from mtp_jax.data.sources import STDLIB, list_files
 from mtp_jax.decode.generate import generate
@@ -46,8 +46,6 @@ CODE_LINES = 14
 FUNCTION_LINES = 40
 PAGE_CHARACTERS = 1500
 PROSE_CHARACTERS = (160, 400)
-
-Say = Callable[[str], None]
 
 
 def read_prompts(path: str, has_template: bool) -> list[Record]:
@@ -189,18 +187,15 @@ def _written(
 
     def make(number: int) -> list[Record]:
         draw = random.Random(f"{seed} {kind} {number}")
-        begun = [f"{draw.choice(BEGINNINGS)} " if kind == "mathematics" else "" for _ in range(BATCH)]
-        # A space is the beginning of the next word's token.
-        ids = [lm.tokenizer.encode_rendered(opening + words.rstrip()) for words in begun]
+        begun = [draw.choice(BEGINNINGS) if kind == "mathematics" else "" for _ in range(BATCH)]
+        ids = [lm.tokenizer.encode_rendered(opening + words) for words in begun]
         seeds = [seed * 1_000_003 + number * BATCH + i for i in range(BATCH)]
         made = generate(lm, ids, max_new_tokens=USER_TOKENS, draft="none", seed=seeds, **SAMPLING)
-        texts = [words.rstrip() + text for words, text in zip(begun, made.text, strict=True)]
+        texts = [words + text for words, text in zip(begun, made.text, strict=True)]
         ended = [reason == "eos" for reason in made.finish_reason]
         return [{"text": text.strip(), "ended": end} for text, end in zip(texts, ended, strict=True)]
 
-    for number in run_batches(folder, batches, make):
-        say(f"{kind}: {number + 1} of {batches} batches of messages written")
-    records = read_batches(folder, batches)
+    records = run_batches(folder, batches, make, f"messages, {kind}", say)
     return [_user(kind, record["text"]) for record in records if record["ended"] and _is_message(record["text"])]
 
 

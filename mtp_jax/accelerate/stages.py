@@ -12,12 +12,11 @@ import jax.numpy as jnp
 
 from mtp_jax.accelerate import endpoint, plan
 from mtp_jax.accelerate.answers import make_answers
-from mtp_jax.accelerate.batches import Record, read_records, write_records
+from mtp_jax.accelerate.batches import Record, Say, read_records, write_records
 from mtp_jax.accelerate.overlap import Excluded, read_excluded
 from mtp_jax.accelerate.plan import Plan, Settings
 from mtp_jax.accelerate.prompts import (
     USER_TOKENS,
-    Say,
     engine_prompt,
     fitting,
     library_texts,
@@ -82,7 +81,7 @@ def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say)
     workdir.mkdir(parents=True, exist_ok=True)
     with claim(workdir):
         trunk = _trunk(source, workdir, say)
-        now = before or plan.write_plan(workdir, Plan(source, _relative(trunk, workdir), settings))
+        now = before or plan.write_plan(workdir, Plan(source, settings))
         lm = load(trunk, notify=say)
         if lm.tokenizer is None:
             raise UserError(f"{source} has no tokenizer, and heads are trained on text; give a model that has one")
@@ -96,11 +95,6 @@ def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say)
         if not training.finished:
             return Outcome(heads, training, None)
         return Outcome(heads, training, _measured(heads, workdir, heldout, say))
-
-
-def _relative(path: pathlib.Path, workdir: pathlib.Path) -> str:
-    inside = path.absolute().is_relative_to(workdir.absolute())
-    return str(path.absolute().relative_to(workdir.absolute()) if inside else path.absolute())
 
 
 def _trunk(source: str, workdir: pathlib.Path, say: Say) -> pathlib.Path:

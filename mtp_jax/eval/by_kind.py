@@ -101,8 +101,9 @@ def measure(
     def decode(prompt: Any) -> Timed:
         """Prompts of about one length share their programs, which run once before they are timed."""
         size = padded(len(prompt_ids(lm, prompt, 0)), CHUNK)
-        new, _ = size not in warm, warm.add(size)
-        return time_sides(lm, [prompt], sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs, warm_up=new)
+        is_new = size not in warm
+        warm.add(size)
+        return time_sides(lm, [prompt], sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs, warm_up=is_new)
 
     for kind, given in prompts.items():
         progress(f"{kind}: {len(given)} prompts, {max_new_tokens} tokens each, in {len(sides)} ways")
