@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
+from mtp_jax.config import Family
 from mtp_jax.errors import UserError
 from mtp_jax.integrity import write_atomically
 
@@ -16,36 +17,38 @@ VERSION = 1
 class Settings:
     """What was asked for."""
 
-    prompts: str = ""
-    """File of prompts; "" has them made."""
-    num_prompts: int = 0
-    """Prompts to answer; 0 is as many as the minutes allow, or all of the file."""
     minutes: float = 60.0
-    """What prompts, answers, training and measurement may take together."""
+    """What all of it may take. How many prompts and steps that is, is measured."""
+    prompts: str = ""
+    """File of prompts: a .jsonl with `messages` or `prompt`, or a text with one prompt a line. Without it the model
+    writes its own, and Python's standard library gives beginnings of code and prose."""
+    num_prompts: int = 0
+    """Number of prompts in place of what the minutes allow, or of all in the file."""
     answer_tokens: int = 128
     """Most tokens of an answer."""
     heldout: int = 12
-    """Prompts that are not answered but measured on, at most a quarter of all."""
+    """Prompts that are held out to measure on; at most a quarter of all."""
     library: float = 1.0
-    """Characters of the standard library that heads learn from besides, per character of the answers."""
+    """Characters of Python's standard library, code and documentation, that heads learn from besides, per character of
+    the answers; 0 for answers alone."""
     exclude: tuple[str, ...] = ()
-    """Files of texts that no prompt may come close to."""
+    """Files of texts that no prompt may come close to, such as evaluation sets."""
     endpoint: str = ""
-    """An OpenAI-compatible server that answers in place of the engine."""
-    kind: str = "recursive"
+    """Base URL of an OpenAI-compatible server that runs the same model and answers in its place."""
+    kind: Family = "recursive"
     """Head family."""
     num_future: int = 4
     """M, prediction heads including the next-token head."""
     draft_vocab: int = 8192
-    """Tokens that heads draft over; at most a quarter of the vocabulary."""
+    """Tokens that heads draft over, those that the answers have most often; at most a quarter of the vocabulary."""
     steps: int = 0
-    """Training steps; 0 is as many as the minutes allow."""
+    """Training steps in place of what the minutes allow."""
     batch_size: int = 8
     """Rows of a training step."""
     seq_len: int = 256
     """Tokens of a row."""
-    soft: bool = True
-    """Heads learn the model's distributions; if not, its tokens."""
+    targets: Literal["soft", "hard"] = "soft"
+    """Whether heads learn the model's distributions or its tokens."""
     seed: int = 0
     """Of everything that is drawn."""
 

@@ -193,7 +193,7 @@ def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Co
     return start_from(
         trunk,
         heads=heads,
-        loss={"distil": "kl"} if asked.soft else {},
+        loss={"distil": "kl"} if asked.targets == "soft" else {},
         data={"source": str(text.absolute()), "seq_len": min(asked.seq_len, model.max_seq_len)},
         optim={"name": "muon", "learning_rate": 3e-3, "warmup_steps": 20, "schedule": "linear", "final_fraction": 0.05},
         train=train | {"seed": asked.seed},

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 import signal
 import sys
-from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -16,7 +15,6 @@ from mtp_jax.accelerate.stages import accelerate
 from mtp_jax.cli.common import parse, print_json, say
 from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.compiled import keep_compiled
-from mtp_jax.config import Family
 from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import COLUMNS
 from mtp_jax.train.start import config_of
@@ -29,48 +27,16 @@ DESCRIPTION = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Args:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args(Settings):
     """What to accelerate, and how."""
 
     source: tyro.conf.Positional[str]
     """The model: smollm2, a run, a Hugging Face directory or hub id, or a .gguf file."""
     workdir: tyro.conf.Positional[str]
     """Where everything goes; WORKDIR/heads is the model with its heads."""
-    minutes: float = 60.0
-    """What all of it may take. How many prompts and steps that is, is measured."""
-    prompts: str = ""
-    """File of prompts: a .jsonl with `messages` or `prompt`, or a text with one prompt a line. Without it the model
-    writes its own, and Python's standard library gives beginnings of code and prose."""
-    num_prompts: int = 0
-    """Number of prompts in place of what the minutes allow."""
-    answer_tokens: int = 128
-    """Most tokens of an answer."""
-    heldout: int = 12
-    """Prompts that are held out to measure on; at most a quarter of all."""
-    library: float = 1.0
-    """Characters of Python's standard library, code and documentation, that heads learn from besides, per character of
-    the answers; 0 for answers alone."""
     exclude: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """File of texts that no prompt may come close to, such as an evaluation set; may be given several times."""
-    endpoint: str = ""
-    """Base URL of an OpenAI-compatible server that runs the same model and answers in its place."""
-    kind: Family = "recursive"
-    """Head family."""
-    num_future: int = 4
-    """M, prediction heads including the next-token head."""
-    draft_vocab: int = 8192
-    """Tokens that heads draft over, those that the answers have most often; at most a quarter of the vocabulary."""
-    steps: int = 0
-    """Training steps in place of what the minutes allow."""
-    batch_size: int = 8
-    """Rows of a training step."""
-    seq_len: int = 256
-    """Tokens of a row."""
-    targets: Literal["soft", "hard"] = "soft"
-    """Whether heads learn the model's distributions or its tokens."""
-    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
-    """Of everything that is drawn."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -118,5 +84,4 @@ def _settings(args: Args) -> Settings:
         raise UserError(f"--library {args.library:g}; it must lie between 0 and 100")
     if args.kind in ("registers",):
         raise UserError(f"--kind {args.kind} heads draft nothing; choose another family")
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings) if field.name != "soft"}
-    return Settings(**fields, soft=args.targets == "soft")
+    return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
