@@ -53,13 +53,15 @@ def _block(c: ModelConfig, tokens: int, sees: int, passes: _Passes, computed: bo
 
 def _projections(c: ModelConfig, tokens: int, passes: _Passes, computed: bool) -> int:
     """The products with the block's matrices."""
-    weights = c.d_model * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
-    layers = 1
-    if c.num_experts:
-        layers = c.num_experts if computed else c.experts_per_token
-        weights += c.d_model * c.num_experts
-    weights += layers * (3 if c.gated else 2) * c.d_model * c.d_ff
+    weights = c.d_model * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + _feed_forward(c, computed)
     return passes.linear * 2 * tokens * weights
+
+
+def _feed_forward(c: ModelConfig, computed: bool) -> int:
+    """Weights of a feed-forward layer that a token meets."""
+    layers = (c.num_experts if computed else c.experts_per_token) if c.num_experts else 1
+    router = c.d_model * c.num_experts if c.num_experts else 0
+    return layers * (3 if c.gated else 2) * c.d_model * c.d_ff + router
 
 
 def _attention(c: ModelConfig, queries: int, sees: int) -> int:
@@ -77,7 +79,10 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
         # A map that reads a frozen state needs no gradient for it.
         passes = THROUGH if kind == "linear" and config.train.trainable == "heads" else LEARNED
         return passes.linear * extra * config.heads.layers * 2 * tokens * D * D
-    blocks = config.heads.layers * _block(c, tokens, seq_len, LEARNED, computed)
+    if config.heads.attention:
+        blocks = config.heads.layers * _block(c, tokens, seq_len, LEARNED, computed)
+    else:
+        blocks = config.heads.layers * LEARNED.linear * 2 * tokens * _feed_forward(c, computed)
     joined = LEARNED.linear * 2 * tokens * 2 * D * D if kind in CHAINED_TOKENS else 0
     return extra * (blocks + joined)
 

@@ -56,6 +56,10 @@ class HeadsConfig:
     input_norm: bool = True
     """sequential, recursive: whether attention in a head reads normed states; EAGLE's head has no norm there, the two
     inputs of its projection being normed."""
+    attention: bool = True
+    """sequential, recursive: whether a head's block has attention. Without it a head is a projection and a feed-forward
+    layer, as in Hydra (arXiv:2402.05109) and the MLP speculator (arXiv:2404.19124). It drafts without a cache, at a
+    fraction of the cost."""
     chain: Literal["pre_norm", "post_norm"] = "pre_norm"
     """sequential, recursive: whether the next depth reads a head's state before or after the norm at the head's end."""
     init: Literal["default", "random", "copy_block", "zero"] = "default"
@@ -81,6 +85,7 @@ class HeadsConfig:
         self._belongs("residual", False, ("linear",))
         self._belongs("concat", "embedding_first", CHAINED_TOKENS)
         self._belongs("input_norm", True, CHAINED_TOKENS)
+        self._belongs("attention", True, CHAINED_TOKENS)
         self._belongs("chain", "pre_norm", CHAINED_TOKENS)
         self._belongs("mask_stride", 1, ("masks",))
         self._belongs("lora_rank", 0, BESIDE)
@@ -95,6 +100,11 @@ class HeadsConfig:
             self.init != "zero" or self.kind != "linear" or self.residual,
             "heads.init='zero' with heads.kind='linear' needs heads.residual=True; a map of zeros predicts nothing",
         )
+        require(
+            self.attention or self.init != "copy_block",
+            "heads.init='copy_block' with heads.attention=False; a copied block has attention, so use init='random'",
+        )
+        only_with("heads", self, "input_norm", self.attention, "heads.attention: it is attention that would read it")
         own_norms = self.kind in BLOCK_FAMILIES or self.norm == "own"
         only_with("heads", self, "init_block", self.init == "copy_block", "heads.init='copy_block'")
         only_with("heads", self, "lora_alpha", self.lora_rank > 0, "heads.lora_rank")

@@ -187,7 +187,7 @@ def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Co
     vocab = min(asked.draft_vocab, model.vocab_size // 4)
     heads: dict[str, Any] = {"kind": asked.kind, "num_future": asked.num_future, "draft_vocab": vocab}
     if asked.kind in ("sequential", "recursive"):
-        heads |= {"tap": model.num_layers, "norm": "own", "init": "random"}
+        heads |= {"tap": model.num_layers, "norm": "own", "init": "random", "attention": asked.attention}
     kept = asked.kind not in BESIDE
     train = {"trainable": "heads", "keep_states": kept, "batch_size": asked.batch_size, "checkpoint_every": 100}
     return start_from(

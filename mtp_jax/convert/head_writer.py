@@ -90,6 +90,7 @@ def _misfit(form: forms.Form, config: Config) -> str:
         return f"its heads read the state after block {tap}, not {config.tap}"
     free = {*form.free, *(("chain",) if heads.num_future == 2 else ())}
     fields = ("tap_norm", "tap_mix", "norm", "unembed", "norm_plus_one", "concat", "chain", "input_norm", "layers")
+    fields += ("attention",)
     plain = type(heads)(kind=heads.kind, num_future=heads.num_future)
     for name in fields:
         want, have = expected.get(name, getattr(plain, name)), getattr(heads, name)

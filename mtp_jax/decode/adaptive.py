@@ -1,12 +1,22 @@
 """How many drafts to verify: measured costs, running acceptance, and the width that finishes the batch first.
 
-With a_k the running share of a row's rounds that accept k drafts or more (counted as `DecodeStats` says), c_w the
-measured seconds of a round of width w and n the tokens that a row still has to go,
+**Several rows** (`WidthChooser`). With a_k the running share of a row's rounds that accept k drafts or more (counted as
+`DecodeStats` says), c_w the measured seconds of a round of width w and n the tokens that a row still has to go,
 
     seconds to the end at width w  =  c_w  x  largest over rows of  n / (1 + a_1 + ... + a_w)
 
 because a batch takes as many rounds as its slowest row. Width 0 is plain decoding, so that drafts which do not pay are
-not made. Whatever is chosen, the tokens are the same.
+not made.
+
+**One row, and a drafter that says what it expects** (`Gate`). A round of all w drafts emits 1 + e tokens where e drafts
+are accepted. With g tokens in the time c_0 of a plain step, which is the pace so far, it is worth its time if
+
+    (1 + e) / c_w  >  g / c_0          so e must be at least  g c_w / c_0 - 1
+
+and where the drafter expects less the round is a plain step. Where even that is slower than to draft nothing, nothing
+is drafted.
+
+Whatever is chosen, the tokens are the same.
 """
 
 import math
@@ -95,3 +105,75 @@ class WidthChooser:
         reached_BP, tried_BP = self._reached_BQ[:, 1 : width + 1], self._tried_BQ[:, 1 : width + 1]
         given_BP = np.where(tried_BP > 0, reached_BP / np.maximum(tried_BP, 1e-9), 1.0)
         return 1.0 + np.cumprod(given_BP, axis=1).sum(axis=1)
+
+
+ALL = -1.0
+"""What every round is expected to bring at least."""
+NEUTRAL = 16.0
+"""Tokens at the plain pace that a gate counts before it has seen any."""
+SLOWER = 1.02
+"""Times the seconds of plain decoding from which drafting stops."""
+
+
+class Gate:
+    """Chooses for one row whether to draft, and says what a round must promise to verify the drafts (`least`).
+
+    The first block of a process verifies every draft, which tells what that costs; the second drafts nothing, which
+    tells what a plain step costs. Both are kept in `costs`, which the caller may share between requests.
+    """
+
+    def __init__(self, num_draft: int, costs: dict[int, float]) -> None:
+        self.num_draft, self.costs = num_draft, costs
+        self.rounds, self._last = BLOCK, -1
+        self._seconds = self._tokens = 0.0
+        self._idle, self._probe_after = 0, FIRST_PROBE
+
+    @property
+    def least(self) -> float:
+        """Accepted drafts that a round must promise."""
+        if len(self.costs) < 2:
+            return ALL
+        pace = max(1.0, self.costs[0] / self._seconds_per_token())
+        return pace * self.costs[self.num_draft] / self.costs[0] - 1.0
+
+    def _seconds_per_token(self) -> float:
+        """Of drafting so far, and before it has shown anything, of plain decoding."""
+        return (self._seconds + NEUTRAL * self.costs[0]) / (self._tokens + NEUTRAL)
+
+    def choose(self, remaining_B: np.ndarray) -> int:
+        """Width of the next block, of `rounds` rounds: all drafts, or none."""
+        width = self._choose()
+        self.rounds = min(2 * self.rounds, LONGEST_BLOCK) if width == self._last else BLOCK
+        self._last = width
+        return width
+
+    def _choose(self) -> int:
+        if self.num_draft not in self.costs:
+            return self.num_draft
+        if 0 not in self.costs:
+            return 0
+        if self._idle >= self._probe_after:
+            self._idle, self._probe_after = 0, 2 * self._probe_after
+            return self.num_draft
+        stop = self._seconds_per_token() > SLOWER * self.costs[0]
+        self._idle = self._idle + 1 if stop else 0
+        return 0 if stop else self.num_draft
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether drafts have not paid for so long that nothing should be spent on them."""
+        return self._idle >= GIVE_UP
+
+    def record(
+        self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
+    ) -> None:
+        """Takes in a block: rounds by accepted drafts, and the seconds it took, if they tell what a round costs."""
+        rounds = float(histogram_BQ.sum())
+        if not rounds or seconds is None:
+            return
+        asked_for_all = self.least == ALL
+        if not width or asked_for_all:
+            self.costs[width] = min(self.costs.get(width, math.inf) * 1.02, seconds / rounds)
+        if width and not asked_for_all:
+            tokens = float((histogram_BQ * (1 + np.arange(histogram_BQ.shape[1]))).sum())
+            self._seconds, self._tokens = DECAY * self._seconds + seconds, DECAY * self._tokens + tokens

@@ -36,6 +36,8 @@ class Drafts(NamedTuple):
     """What each was drawn from; None where it was certain, or where the rule does not ask."""
     worth_B: jax.Array | None = None
     """Whether a row's drafts are worth a look. Asked of a drafter that `passes`; None is yes."""
+    sure_BP: jax.Array | None = None
+    """The drafter's own probability of each token. `DraftContext.propose` gives it where the drafter `passes`."""
 
 
 class DraftContext(NamedTuple):
@@ -61,6 +63,8 @@ class DraftContext(NamedTuple):
     begin_B: jax.Array | int = 0
     """Position from which each row was processed without a break; above 0 in later turns of a conversation, which begin
     somewhere in an earlier one. What a drafter kept of the positions before may belong to other tokens."""
+    least: jax.Array | float = 0.0
+    """Accepted drafts that must be expected for a round to be worth what it costs more than a plain step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +142,15 @@ def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext)
     pieces, cache = FAMILIES[config.heads.kind].draft(config, params, cache, now)
     if not pieces:
         return _no_drafts(config, params, (), context)[0], cache
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces), cache
+    drafts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces)
+    if drafts.sure_BP is not None:
+        drafts = drafts._replace(worth_B=expected(drafts.sure_BP) >= context.least)
+    return drafts, cache
+
+
+def expected(sure_BP: jax.Array) -> jax.Array:
+    """Accepted drafts [B] to expect where each is right with its own probability and those before it must be, too."""
+    return jnp.sum(jnp.cumprod(sure_BP, axis=1), axis=1)
 
 
 LONGEST_MATCH = 8
@@ -192,10 +204,11 @@ def _both_draft(config: Config, params: Any, cache: Any, context: DraftContext) 
     found_BP, matched_B = lookup(context.tokens_BS, context.total_B, context.count)
     sure_B1 = (matched_B >= SURE_MATCH)[:, None]
     tokens_BP = jnp.where(sure_B1, found_BP, drafts.tokens_BP)
+    worth_B = None if drafts.worth_B is None else drafts.worth_B | sure_B1[:, 0]
     if drafts.probs_BPV is None:
-        return Drafts(tokens_BP), cache
+        return Drafts(tokens_BP, worth_B=worth_B), cache
     certain_BPV = jax.nn.one_hot(found_BP, config.model.vocab_size)
-    return Drafts(tokens_BP, jnp.where(sure_B1[..., None], certain_BPV, drafts.probs_BPV)), cache
+    return Drafts(tokens_BP, jnp.where(sure_B1[..., None], certain_BPV, drafts.probs_BPV), worth_B), cache
 
 
 NONE = Drafter("none", 0, _no_cache, _no_drafts)
@@ -207,13 +220,15 @@ MOST_DRAFTS = 64
 NAMES = ("heads", "lookup", "heads+lookup", "none")
 
 
-def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Drafter:
+def make_drafter(name: str, config: Config, num_draft: int | None = None, passes: bool = False) -> Drafter:
     """A drafter by name.
 
     Args:
       name: `heads`, `lookup`, `heads+lookup` or `none`.
       config: the model's config.
       num_draft: P; None takes every head, and `LOOKUP_DRAFTS` without heads.
+      passes: whether heads shall say which of their drafts are worth a look. Lookup always does, masks never: they run
+        beside what is verified.
 
     Raises:
       UserError: an unknown name, a model without heads, or more drafts than extra heads.
@@ -244,4 +259,5 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None) -> Dra
             f"num_draft={num_draft}, but this model has {extra} extra heads; use 0..{extra}, or draft='none'"
         )
     masks = num_draft if config.heads.kind == "masks" else 0
-    return Drafter(name, num_draft, _heads_cache, _heads_draft if name == "heads" else _both_draft, masks)
+    draft = _heads_draft if name == "heads" else _both_draft
+    return Drafter(name, num_draft, _heads_cache, draft, masks, passes=passes and not masks)

@@ -65,6 +65,8 @@ class DecodeState(NamedTuple):
     """Rows that met logits from which no token can be chosen."""
     begin_B: jax.Array
     """Where each row's processing began: 0, or in a later turn of a conversation what `Kept` holds of it."""
+    least: jax.Array
+    """Accepted drafts that a drafter which `passes` must expect for a round to verify any; float32 []."""
     # Between rounds.
     drafts: Drafts
     """For the P positions behind the pending token; with fewer drafted, the last ones mean nothing."""
@@ -189,6 +191,7 @@ def rows_state(
         end_ids_E=end_ids_E,
         failed_B=jnp.zeros((B,), bool),
         begin_B=begin_B,
+        least=jnp.zeros((), jnp.float32),
         drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV, worth_B),
         caches=(),
         drafter_cache=(),
@@ -289,7 +292,7 @@ def decode_round(
     """
     verified = width if verified is None else verified
     start_B = state.total_B - 1
-    tokens_BP, probs_BPV, _ = state.drafts
+    tokens_BP, probs_BPV = state.drafts.tokens_BP, state.drafts.probs_BPV
     drafts = Drafts(tokens_BP[:, :verified], None if probs_BPV is None else probs_BPV[:, :verified])
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
@@ -398,13 +401,18 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
         known_BP = jnp.broadcast_to(state.total_B[:, None], position_BP.shape)
         logits_BPV = sampling.process(sampler, controls, logits_BPV, state.tokens_BS, known_BP)
         tokens_BP = sampling.choose(sampler, controls, logits_BPV, position_BP)
-        if not plan.rule.reads_drafter:
-            return Drafts(tokens_BP)
+        sure_BP = None
+        if plan.drafter.passes:
+            chosen_BP = jnp.take_along_axis(logits_BPV, tokens_BP[..., None], axis=-1)[..., 0]
+            sure_BP = jnp.exp(chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1))
+        probs_BPV = None
         if plan.rule.name == "confidence" and not sampler.sampled:
-            return Drafts(tokens_BP, jax.nn.softmax(logits_BPV))
-        return Drafts(tokens_BP, sampling.probabilities(sampler, controls, logits_BPV))
+            probs_BPV = jax.nn.softmax(logits_BPV)
+        elif plan.rule.reads_drafter:
+            probs_BPV = sampling.probabilities(sampler, controls, logits_BPV)
+        return Drafts(tokens_BP, probs_BPV, sure_BP=sure_BP)
 
-    context = DraftContext(*where, state.tokens_BS, state.total_B, count, propose, state.begin_B)
+    context = DraftContext(*where, state.tokens_BS, state.total_B, count, propose, state.begin_B, state.least)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
     wants_probs = plan.rule.name == "confidence"
     drafts = checked(plan.drafter, drafts, len(state.total_B), plan.config.model.vocab_size, wants_probs)

@@ -13,7 +13,7 @@ import numpy as np
 from mtp_jax import programs
 from mtp_jax.config import Config
 from mtp_jax.decode import buckets, engine
-from mtp_jax.decode.adaptive import COSTS, WidthChooser
+from mtp_jax.decode.adaptive import COSTS, Gate, WidthChooser
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.engine import DecodeState, Plan
@@ -72,11 +72,11 @@ class Request:
         self.lm = lm
         special = _special_tokens(lm)
         self.stop = StopStrings(stop, special.values())
-        drafter = _drafter(lm, draft, num_draft)
+        ids = _checked_prompts(lm, prompts)
+        drafter = _drafter(lm, draft, num_draft, len(ids))
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer")
-        ids = _checked_prompts(lm, prompts)
         self.plan = Plan(lm.config, drafter, options.sampler(), options.rule())
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.config.model.max_seq_len
@@ -108,7 +108,10 @@ class Request:
         shapes = (rows, num_draft + 1), (rows, num_draft), (rows,)
         self.counts = Counts(*(np.zeros(shape, np.int32) for shape in shapes))
         self.surplus = Counts(*(np.zeros(shape, np.int32) for shape in shapes))
-        self.chooser = WidthChooser(num_draft, rows, {}) if auto and num_draft else None
+        self.chooser: Gate | WidthChooser | None = None
+        if auto and num_draft:
+            gated = rows == 1 and self.plan.drafter.passes
+            self.chooser = Gate(num_draft, {}) if gated else WidthChooser(num_draft, rows, {})
         self.cut_B: list[int | None] = [None] * rows
         self.ends_B = [-1] * rows
         self.read_B = [0] * rows
@@ -156,6 +159,9 @@ class Request:
         self.chooser.costs = COSTS.recall(shape, dict)
         remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
         width = self.chooser.choose(remaining_B)
+        if isinstance(self.chooser, Gate):
+            least = jax.device_put(np.float32(self.chooser.least), self.state.least.sharding)
+            self.state = self.state._replace(least=least)
         before = self.counts
         clock = _Clock()
         self._run(width, min(max_rounds, self.chooser.rounds))
@@ -327,15 +333,17 @@ def _end_ids(lm: Model, ignore_eos: bool) -> list[int]:
     return ids + [-1] * (buckets.power(len(ids), LEAST_ENDS) - len(ids))
 
 
-def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft) -> Drafter:
+def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, rows: int) -> Drafter:
+    passes = False
     if isinstance(num_draft, str) and num_draft == "auto":
-        num_draft = None
+        # Of several rows some are always worth it.
+        num_draft, passes = None, rows == 1
     if num_draft is not None:
         num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
     if isinstance(draft, str) and draft == "auto":
         draft = "heads" if lm.config.heads.draft else "lookup"
     if not isinstance(draft, Drafter):
-        return make_drafter(draft, lm.config, num_draft)
+        return make_drafter(draft, lm.config, num_draft, passes)
     if num_draft not in (None, draft.num_draft):
         raise UserError(f"num_draft={num_draft}, but the drafter given drafts {draft.num_draft}; leave num_draft out")
     return draft

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mtp_jax.axes import BATCH, EMBED, EXPERTS, HEAD_DIM, HEADS, KV_HEADS, LENGTH, MLP, VOCAB
 from mtp_jax.config import ModelConfig
-from mtp_jax.kernels.attention import Anchors, Form, attention, attention_beside
+from mtp_jax.kernels.attention import Anchors, Form, attention_beside, cached_attention
 from mtp_jax.kernels.linear import linear
 from mtp_jax.kernels.rows import Placement, row_attention
 from mtp_jax.model.cache import LayerCache, write_cache
@@ -211,7 +211,7 @@ class Attention(nn.Module):
 
     def mix(self, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, query_slots_BT: jax.Array) -> jax.Array:
         """Attended values [B, T, N, H]."""
-        return attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, None, self._form())
+        return cached_attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, self._form())
 
     def attend_row(
         self,
@@ -377,6 +377,19 @@ class Block(nn.Module):
 
     def _read(self, x_BQD: jax.Array, h_BQD: jax.Array, slots_BQ: jax.Array, cache: LayerCache) -> jax.Array:
         return self._finished(x_BQD, self.attn.attend(h_BQD, slots_BQ, cache.k_BKSH, cache.v_BKSH, slots_BQ))
+
+
+class BlockWithoutAttention(nn.Module):
+    """x + f(norm(x)), position by position."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        c = self.config
+        mlp = Experts(c, name="mlp") if c.num_experts else FeedForward(c, name="mlp")
+        return x_BTD + c.residual_scale * mlp(Norm(c, name="mlp_norm")(x_BTD))
 
 
 def _slots(start_B: jax.Array, count: int) -> jax.Array:

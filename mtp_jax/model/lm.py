@@ -40,6 +40,11 @@ def init_blocks(config: ModelConfig, key: jax.Array, count: int) -> Params:
         rngs = {"params": key}
         return block.apply(given, x_BTD, ids_BT, ids_BT, rngs=rngs, mutable=["params"])[1]["params"]
 
+    return stacked(init_one, key, count)
+
+
+def stacked(init_one: Callable[[jax.Array], Params], key: jax.Array, count: int) -> Params:
+    """What `init_one(key)` gives, `count` times along a leading axis of layers."""
     boxed = jax.vmap(init_one)(jax.random.split(key, count))
     return jax.tree.map(lambda box: box.replace(names=(LAYERS, *box.names)), boxed, is_leaf=is_box)
 

@@ -1,14 +1,18 @@
 """The chosen width has the most tokens per second; what is chosen never changes a token. Each docstring names the line
 whose deletion breaks the test."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.decoding import NEW, PROMPTS, model, plain, scripted, with_script
 from reference.tiers import sampled
 
-from mtp_jax.decode import adaptive
-from mtp_jax.decode.adaptive import BLOCK, WidthChooser, widths
+from mtp_jax.decode import adaptive, engine
+from mtp_jax.decode.adaptive import ALL, BLOCK, FIRST_PROBE, NEUTRAL, Gate, WidthChooser, widths
+from mtp_jax.decode.drafters import expected, make_drafter
+from mtp_jax.decode.engine import Plan
 from mtp_jax.decode.generate import generate
+from mtp_jax.decode.options import Options
 
 
 def histogram(accept_B, width, num_draft=4):
@@ -110,3 +114,92 @@ def test_stops_hopeless_drafts(monkeypatch):
     assert stats.histogram == (4 * (NEW - 1), 0, 0, 0)
     assert stats.drafted < 3 * stats.rounds
     assert stats.draft_accept_rate == 0
+
+
+# One row, and a drafter that says what it expects.
+
+
+def block(gate, tokens, rounds, seconds, width=None):
+    """A block of the width that the gate chooses, in which so many rounds emit so many tokens."""
+    chosen = gate.choose(np.array([100]))
+    assert width is None or chosen == width
+    right = tokens - rounds
+    histogram_BQ = np.array([[rounds - right, right, 0, 0, 0]])
+    gate.record(chosen, histogram_BQ, seconds)
+    return chosen
+
+
+def test_a_gate_measures_first():
+    """All drafts, until that is timed; none, until that is. Breaks when a block that compiled counts."""
+    gate = Gate(4, {})
+    assert gate.least == ALL
+    block(gate, 8, 8, None, width=4)
+    block(gate, 8, 8, 16.0, width=4)
+    assert gate.least == ALL
+    block(gate, 8, 8, None, width=0)
+    block(gate, 8, 8, 8.0, width=0)
+    assert gate.costs == {4: 2.0, 0: 1.0}
+    assert gate.least == pytest.approx(1.0)  # 1 x 2.0 / 1.0 - 1: at the plain pace
+
+
+def test_a_gate_asks_for_more_where_the_pace_is_higher():
+    """e >= g c_w / c_0 - 1 with the pace g so far, which is never below 1. Breaks without the pace, or without its
+    start at the plain one."""
+    gate = Gate(4, {4: 1.5, 0: 1.0})
+    assert gate.least == pytest.approx(0.5)
+    block(gate, 16, 8, 8.0, width=4)
+    pace = (16 + NEUTRAL) / (8 + NEUTRAL)
+    assert gate.least == pytest.approx(1.5 * pace - 1)
+    assert gate.costs == {4: 1.5, 0: 1.0}  # a block of both kinds of rounds tells neither cost
+    slow = Gate(4, {4: 1.5, 0: 1.0})
+    block(slow, 8, 8, 12.0, width=4)
+    assert slow.least == pytest.approx(0.5)
+
+
+def test_a_gate_stops_drafts_that_cost_more_than_they_bring():
+    """Slower than plain decoding: off, with a probe now and then; back when it pays. Breaks without the comparison."""
+    gate = Gate(4, {4: 1.5, 0: 1.0})
+    assert [block(gate, 8, 8, 10.0) for _ in range(4)] == [4, 0, 0, 0] and gate.hopeless
+    assert [block(gate, 8, 8, 8.0) for _ in range(FIRST_PROBE)].count(4) == 1
+    for _ in range(20):
+        chosen = gate.choose(np.array([100]))
+        gate.record(chosen, np.array([[0, 8, 0, 0, 0]]), 8.0)
+    assert chosen == 4 and not gate.hopeless
+
+
+def test_expected():
+    """p1 + p1 p2 + p1 p2 p3. Breaks with a sum of p."""
+    assert expected(jnp.array([[0.5, 0.4, 0.5], [1.0, 0.0, 1.0]])).tolist() == pytest.approx([0.8, 1.0])
+
+
+@pytest.mark.parametrize("draft", ["heads", pytest.param("heads+lookup", marks=pytest.mark.grid)])
+def test_rounds_that_promise_too_little_are_plain_steps(draft):
+    """least = P: nothing is verified, and every round emits one token. least = ALL: every round verifies. The tokens
+    are those of plain decoding. Breaks when `worth_B` does not look at `least`."""
+    lm, prompt = model("random"), PROMPTS[2]
+    plan = Plan(lm.config, make_drafter(draft, lm.config, passes=True))
+    numbers = jnp.array([len(prompt)]), jnp.array([len(prompt) + NEW]), jnp.zeros((0,), jnp.int32)
+    controls = Options().controls(1, lm.config.model.vocab_size)
+    found = {}
+    for least in (ALL, 3.0):
+        state = engine.prefill(plan, 40, lm.decode_params, controls, np.array([prompt], np.int32), *numbers)
+        # The drafts of the prefill were made before anything was asked of them.
+        state = state._replace(least=jnp.float32(least), drafts=state.drafts._replace(worth_B=jnp.zeros(1, bool)))
+        state = engine.decode_rounds(plan, 3, lm.decode_params, controls, state, jnp.int32(99))
+        assert state.tokens_BS[0, len(prompt) : len(prompt) + NEW].tolist() == plain("random", prompt)[:NEW]
+        found[least] = int(state.drafted_B[0])
+    assert found[ALL] > 0 == found[3.0]
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("name", sampled(["random", "trained"], "trained", others="slow"))
+@pytest.mark.parametrize("draft", ["heads", "heads+lookup", "lookup"])
+def test_a_gate_changes_nothing(name, draft):
+    """auto = reference for one row, greedy and sampled."""
+    adaptive.COSTS.clear()
+    for _ in range(2):  # while it measures, and then
+        result = generate(model(name), PROMPTS[:1], max_new_tokens=44, draft=draft, num_draft="auto")
+        assert result.tokens == generate(model(name), PROMPTS[:1], max_new_tokens=44, draft="none").tokens
+    options = {"max_new_tokens": 44, "temperature": 1.2, "seed": 3}
+    drawn = generate(model(name), PROMPTS[:1], draft=draft, num_draft="auto", **options)
+    assert drawn.tokens == generate(model(name), PROMPTS[:1], draft="none", **options).tokens

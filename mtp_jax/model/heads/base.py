@@ -20,7 +20,7 @@ from mtp_jax.axes import EMBED, LAYERS, VOCAB
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.model import lm
 from mtp_jax.model.cache import LayerCache, init_cache
-from mtp_jax.model.layers import Block, Norm, variables
+from mtp_jax.model.layers import Block, BlockWithoutAttention, Norm, variables
 
 Params = dict[str, Any]
 
@@ -139,17 +139,26 @@ def init_blocks(config: Config, key: jax.Array, trunk: Params) -> Params:
 
         kept = {name: tree for name, tree in trunk["blocks"].items() if name != "attn_norm" or config.heads.input_norm}
         return jax.tree_util.tree_map_with_path(copy, kept, is_leaf=lm.is_box)
-    blocks = lm.init_blocks(head_model(config), key, count)
+    blocks = _random_blocks(config, key, count)
     if config.heads.init == "zero":
         # Without what it writes into the residual stream a block passes its input on.
         for layer, name in (("attn", "o"), ("mlp", "down")):
-            blocks[layer][name] = jax.tree.map(jnp.zeros_like, blocks[layer][name])
+            if layer in blocks:
+                blocks[layer][name] = jax.tree.map(jnp.zeros_like, blocks[layer][name])
     return blocks
+
+
+def _random_blocks(config: Config, key: jax.Array, count: int) -> Params:
+    if config.heads.attention:
+        return lm.init_blocks(head_model(config), key, count)
+    x_BTD = jnp.zeros((1, 1, config.model.d_model), config.model.dtype)
+    block = BlockWithoutAttention(head_model(config))
+    return lm.stacked(lambda key: block.init(key, x_BTD)["params"], key, count)
 
 
 def with_constants(config: Config, heads: Params) -> Params:
     """Head parameters with the constants of their blocks, which are of the kind of the model's block `init_block`."""
-    if "blocks" not in heads:
+    if "blocks" not in heads or not config.heads.attention:
         return heads
     kinds = [config.model.layers[config.heads.init_block]] * (sets(config) * config.heads.layers)
     return heads | {"blocks": lm.with_constants(head_model(config), heads["blocks"], kinds)}
@@ -162,7 +171,19 @@ def by_head(config: Config, blocks: Params) -> Params:
 
 def run_blocks(config: Config, blocks: Params, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     """One head's blocks [layers, ...] over whole rows."""
+    if not config.heads.attention:
+
+        def run(block: Params, x_BTD: jax.Array) -> jax.Array:
+            return lm.constrain(without_attention(config, block, x_BTD))
+
+        run = lm.rematerialised(config.model, run)
+        return jax.lax.scan(lambda x_BTD, block: (run(block, x_BTD), None), x_BTD, blocks)[0]
     return lm.run_blocks(head_model(config), blocks, x_BTD, rows.positions_BT, rows.segment_ids_BT)
+
+
+def without_attention(config: Config, block: Params, x_BTD: jax.Array) -> jax.Array:
+    """One block of a head that has no attention."""
+    return BlockWithoutAttention(head_model(config)).apply({"params": block}, x_BTD)
 
 
 def end_norm(config: Config, params: Params, states: jax.Array, norm: Params | None) -> jax.Array:

@@ -5,8 +5,12 @@
 The complete chain of causes is kept: head m sees the tokens up to t+m, the true ones in training, its predecessors'
 drafts in decoding. Embedding and unembedding are the model's.
 
-In decoding depth m has a cache of its own. The entry of position j was made from token j+m, which at the time may have
-been a draft; so a round makes the entries of the P-1 positions before it once more, from tapped states that it keeps:
+With `heads.attention=False` a block is a feed-forward layer: a chain of heads as in Hydra (Ankner et al. 2024) and in
+the MLP speculator (Wertheimer et al. 2024). Drafting then takes one position per depth, and there is no cache.
+
+In decoding depth m has a cache of its own, where its block has attention. The entry of position j was made from token
+j+m, which at the time may have been a draft; so a round makes the entries of the P-1 positions before it once more,
+from tapped states that it keeps:
 
     tokens           a  b  c  d  e              newest token e = token 4, so index is position 3
     depth 1 reads    b  c  d  e                 all true
@@ -14,7 +18,7 @@ been a draft; so a round makes the entries of the P-1 positions before it once m
     depth 3 reads    d  e  x  y                 ... so positions 2 and 3 of depth 3 are made again in the next round
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +106,10 @@ class SequentialCache(NamedTuple):
     """Tapped states of the P-1 positions before the next round's first one."""
 
 
-def init_cache(config: Config, batch: int, slots: int, count: int) -> SequentialCache:
+def init_cache(config: Config, batch: int, slots: int, count: int) -> SequentialCache | tuple[()]:
     """Empty caches of `count` depths; a window of a round may be longer by count-1 positions than the round."""
+    if not config.heads.attention:
+        return ()
     tail = max(count - 1, 0)
     tail_BJD = jnp.zeros((batch, tail, config.model.d_model), config.model.dtype)
     return SequentialCache(base.block_caches(config, batch, whole_tiles(slots + tail), count), tail_BJD)
@@ -132,13 +138,20 @@ def _window(cache: SequentialCache, now: Round) -> tuple[_Window, jax.Array]:
     return _Window(now.start_B - back_B, take(at_BW), now.index_B + back_B), next_tail_BJD
 
 
-def draft(config: Config, params: Params, cache: SequentialCache, now: Round) -> tuple[tuple, SequentialCache]:
+def _module(config: Config, params: Params, depth: int) -> Params:
+    """Parameters of one depth, in a decoding view."""
+    head = base.set_of(config, depth)
+    return {name: tree[head] for name, tree in params["heads"].items() if name in (*_NAMES, "norm")}
+
+
+def draft(config: Config, params: Params, cache: Any, now: Round) -> tuple[tuple, Any]:
     """Depth by depth, each reading the draft of the one before."""
+    if not config.heads.attention:
+        return _draft_in_place(config, params, now), cache
     window, tail_BJD = _window(cache, now)
     hidden_BWD, drafts, written = window.tap_BWD, [], []
     for depth, layers in enumerate(cache.layers, start=1):
-        head = base.set_of(config, depth)
-        module = {name: tree[head] for name, tree in params["heads"].items() if name in (*_NAMES, "norm")}
+        module = _module(config, params, depth)
         embedded_BWD = now.embed(_tokens(window, now, drafts, depth))
         x_BWD = _join(config, module, embedded_BWD, hidden_BWD)
         wanted = depth <= now.count
@@ -152,6 +165,21 @@ def draft(config: Config, params: Params, cache: SequentialCache, now: Round) ->
         drafts += [now.propose(state_B1D, depth)] if wanted else []
         written.append(layers)
     return tuple(drafts), SequentialCache(tuple(written), tail_BJD)
+
+
+def _draft_in_place(config: Config, params: Params, now: Round) -> tuple:
+    """`draft` without attention: every depth runs at the position that produced the newest token, and there alone."""
+    hidden_B1D, drafts = base.at_index(now.tap_BQD, now.index_B), []
+    token_B1 = jnp.take_along_axis(now.tokens_BS, now.total_B[:, None] - 1, axis=1)
+    for depth in range(1, now.count + 1):
+        module = _module(config, params, depth)
+        state_B1D = _join(config, module, now.embed(token_B1), hidden_B1D)
+        for block in module["blocks"]:
+            state_B1D = base.without_attention(config, block, state_B1D)
+        hidden_B1D = _handed_on(config, params, module, state_B1D)
+        drafts.append(now.propose(state_B1D, depth))
+        token_B1 = drafts[-1].tokens_BP
+    return tuple(drafts)
 
 
 def _tokens(window: _Window, now: Round, drafts: list, depth: int) -> jax.Array:
