@@ -6,6 +6,9 @@ DATA holds `humaneval.jsonl`, `mtbench_prompts.jsonl` and `gsm8k_test.jsonl`: co
 and problems of mathematics, the last two as conversations. Float32, one prompt at a time. Every side decodes the same
 prompts; sides take turns prompt by prompt. With --peer DIR transformers decodes them too, plainly and with its prompt
 lookup.
+
+Beside the gain stands what the parts allow: tokens per round x plain step / (pass + drafting), each part timed alone. A
+round that verifies no drafts counts as a plain step with drafting.
 """
 
 import argparse
@@ -16,10 +19,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from reporting import RESULTS, Report
 
 import mtp_jax
-from mtp_jax.eval.by_kind import COLUMNS, PLAIN, WITH_HEADS, WITHOUT_HEADS, mean_gain, measure
+from mtp_jax.decode.drafters import LOOKUP_DRAFTS
+from mtp_jax.eval.by_kind import COLUMNS, PLAIN, WITH_HEADS, WITHOUT_HEADS, Result, mean_gain, measure
+from mtp_jax.loading import LoadedModel
+from mtp_jax.model import lm as language_model
+from mtp_jax.model import mtp
+from mtp_jax.model.heads import FAMILIES
+from mtp_jax.model.heads.base import Round
 
 KINDS = {"code": ("humaneval.jsonl", "prompt"), "chat": ("mtbench_prompts.jsonl", "prompt")}
 KINDS["mathematics"] = ("gsm8k_test.jsonl", "question")
@@ -53,6 +63,56 @@ def peer(directory: pathlib.Path, prompts: Sequence[list[int]], new_tokens: int)
     return took
 
 
+SLOTS = 256
+REPEATS = 15
+
+
+def parts_ms(lm: LoadedModel, tokens: int) -> tuple[float, float]:
+    """Milliseconds of a pass over so many tokens up to the chosen ones, and of what the heads add behind it."""
+    config, params = lm.config, lm.decode_params
+    start_B, ids_BQ = jnp.full((1,), SLOTS // 2), jnp.ones((1, tokens), jnp.int32)
+    caches = mtp.init_caches(config, 1, SLOTS)
+
+    def verify(params: Any, caches: Any) -> Any:
+        state_BQD, tap_BQD, caches = mtp.decode_forward(config, params, ids_BQ, start_B, caches)
+        normed_BQD = language_model.final_norm(config.model, params, state_BQD)
+        return jax.lax.top_k(language_model.logits(config.model, params, normed_BQD)[0], 1)[1], tap_BQD, caches
+
+    def draft(params: Any, cache: Any, tap_BQD: jax.Array) -> Any:
+        def propose(states_BPD: jax.Array, first: int) -> Any:
+            logits_BPV = mtp.draft_logits(config, params, states_BPD, first)
+            return mtp_jax.Drafts(jax.lax.top_k(logits_BPV[0], 1)[1][None, :, 0])
+
+        tokens_BS = jnp.ones((1, SLOTS), jnp.int32)
+        embed = lambda ids: language_model.embed(config.model, params, ids)  # noqa: E731
+        live = (start_B, jnp.zeros((1,), jnp.int32), jnp.ones((1,), bool), tokens_BS, start_B + 1)
+        now = Round(tap_BQD, *live, config.num_draft, embed, propose)
+        return FAMILIES[config.heads.kind].draft(config, params, cache, now)
+
+    verify, drafting = jax.jit(verify, donate_argnums=1), 0.0
+    took, caches = _median_ms(lambda caches: verify(params, caches)[2], caches)
+    if config.num_draft:
+        tap_BQD = verify(params, caches)[1]
+        cache, draft = FAMILIES[config.heads.kind].init_cache(config, 1, SLOTS, config.num_draft), jax.jit(draft)
+        drafting, _ = _median_ms(lambda _: draft(params, cache, tap_BQD), None)
+    return took, drafting
+
+
+def _median_ms(run: Any, state: Any) -> tuple[float, Any]:
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        state = jax.block_until_ready(run(state))
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * sorted(seconds)[REPEATS // 2], state
+
+
+def allowed(one: Result, plain: float, wide: float, drafting: float) -> float:
+    """The gain that the parts allow."""
+    drafting = drafting if "heads" in one.side else 0.0
+    return one.tokens_per_round * plain / (one.verified * wide + (1 - one.verified) * plain + drafting)
+
+
 def main() -> None:
     """Measures and publishes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,23 +131,44 @@ def main() -> None:
     options, sides = {"temperature": args.temperature}, None
     if args.sides:
         sides = {name: (WITHOUT_HEADS | WITH_HEADS)[name] for name in dict.fromkeys([PLAIN, *args.sides])}
+    parts = {Q: parts_ms(lm, Q) for Q in sorted({1, lm.config.num_draft + 1, LOOKUP_DRAFTS + 1})}
+    shown = ", ".join(f"{Q} {'token' if Q == 1 else 'tokens'} {took:.1f}" for Q, (took, _) in parts.items())
+    drafting = parts[lm.config.num_draft + 1][1]
+    print(f"ms of a pass over {shown}; of drafting {drafting:.1f}", flush=True)
+
+    def cells(one: Result) -> tuple[str, ...]:
+        if one.side == PLAIN:
+            return (*one.cells(), "", "")
+        width = 1 + (LOOKUP_DRAFTS if "heads" not in one.side else lm.config.num_draft)
+        may = allowed(one, parts[1][0], parts[width][0], drafting)
+        return (*one.cells(), f"{one.verified:.0%}", f"{may:.2f} ({one.gain / may:.0%})")
+
+    def show(one: Result) -> None:
+        print(*cells(one), sep=" | ", flush=True)
+
     found = measure(
-        lm, prompts, max_new_tokens=args.new_tokens, sides=sides, timed_runs=args.runs, options=options, progress=print
+        lm,
+        prompts,
+        max_new_tokens=args.new_tokens,
+        sides=sides,
+        timed_runs=args.runs,
+        options=options,
+        progress=print,
+        each=show,
     )
-    for one in found:
-        print(*one.cells(), flush=True)
     sides = [side for side in dict.fromkeys(one.side for one in found) if side != PLAIN]
     means = ", ".join(f"{side} {mean_gain(found, side):.2f}" for side in sides)
     notes = [
         f"{args.prompts} prompts of each kind, {args.new_tokens} new tokens each, temperature {args.temperature:g}."
     ]
+    notes.append(f"A pass over {shown} ms; drafting {drafting:.1f} ms.")
     notes.append(f"Geometric means of the gain: {means}.")
     for kind in KINDS if args.peer else ():
         texts = [one if isinstance(one, str) else lm.tokenizer.chat.prompt(one) for one in prompts[kind]]
         took = peer(args.peer, [lm.tokenizer.encode_prompt(text) for text in texts], args.new_tokens)
         notes.append(f"transformers on {kind}, ms a token: {', '.join(f'{k} {v:.1f}' for k, v in took.items())}.")
     title = f"Drafting on {args.source}" + (f", temperature {args.temperature:g}" if args.temperature else "")
-    report = Report(title, COLUMNS, [one.cells() for one in found], " ".join(notes))
+    report = Report(title, (*COLUMNS, "verified", "parts allow"), [cells(one) for one in found], " ".join(notes))
     report.publish(args.results, jax.devices()[0].device_kind)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,6 +57,10 @@ def write_heads(lm: LoadedModel, path: str | pathlib.Path, model: str, dtype: st
     save_file(tensors, path, said)
 
 
+class OtherModel(UserError):
+    """Heads for another model."""
+
+
 def with_heads(lm: LoadedModel, path: str | pathlib.Path, check: bool = True) -> LoadedModel:
     """A model with the heads of a file, in place of its own.
 
@@ -70,7 +75,7 @@ def with_heads(lm: LoadedModel, path: str | pathlib.Path, check: bool = True) ->
     said, tensors = _read(pathlib.Path(path))
     params = {name: tree for name, tree in lm.stacked_params().items() if name not in OF_HEADS}
     if check and _digest(params) != said["digest"]:
-        raise UserError(
+        raise OtherModel(
             f"{path} holds heads for {said['model']}, whose parameters are others than those of this model; heads are "
             "of no use to another model. Load that one, as it came and in its own dtype, or train heads for this one: "
             "mtp accelerate"
@@ -106,8 +111,11 @@ def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     return said, tensors
 
 
-def with_shipped(lm: LoadedModel, source: str | pathlib.Path) -> LoadedModel:
+def with_shipped(lm: LoadedModel, source: str | pathlib.Path, notify: Callable[[str], None]) -> LoadedModel:
     """The model of a source with the heads that the package holds for it; as it is where it holds none.
+
+    The hub has the model's own weights, the package index those of a smaller file, which the heads were trained on.
+    They go onto either, because both say nearly the same; `notify` is told.
 
     Raises:
       UserError: the file in the package was changed.
@@ -118,5 +126,8 @@ def with_shipped(lm: LoadedModel, source: str | pathlib.Path) -> LoadedModel:
     path = SHIPPED / f"{name}.safetensors"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHIPPED_SHA256[name]:
         raise UserError(f"{path} is missing or not the file that belongs there; install mtp_jax again")
-    # The name stands for one file with one checksum, so the model is the right one.
-    return with_heads(lm, path, check=False)
+    try:
+        return with_heads(lm, path)
+    except OtherModel:
+        notify(f"{name}: its heads were trained on another form of this model; they may draft a little worse")
+        return with_heads(lm, path, check=False)

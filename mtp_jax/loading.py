@@ -166,7 +166,7 @@ def load(
         return lm
     from mtp_jax.heads_file import with_shipped
 
-    return with_shipped(lm, source)
+    return with_shipped(lm, source, notify)
 
 
 def is_run(directory: pathlib.Path) -> bool:

@@ -5,12 +5,13 @@ section 3.2). Half of the batches take the most likely tokens, as greedy decodin
 """
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtp_jax.accelerate.batches import Record, Say, run_batches
 from mtp_jax.accelerate.prompts import engine_prompt, num_tokens
 from mtp_jax.data.conversations import FINISHED
 from mtp_jax.decode.generate import generate
+from mtp_jax.decode.memory import CacheTooLarge
 from mtp_jax.loading import LoadedModel
 
 BATCH = 64
@@ -41,15 +42,33 @@ def make_answers(
         given = [engine_prompt(prompts[i]) for i in chosen]
         options = DRAWN if number % 2 else {}
         seeds = [seed * 1_000_003 + i for i in chosen]
-        made = generate(lm, given, max_new_tokens=tokens, draft="none", seed=seeds, **options)
-        rows = zip(chosen, made.text, made.tokens, made.finish_reason, strict=True)
-        return [
-            record_of(prompts[i], text, len(written), reason == "eos")
-            for i, text, written, reason in rows
-            if text.strip()
-        ]
+        rows = zip(chosen, _answers(lm, given, seeds, max_new_tokens=tokens, **options), strict=True)
+        return [record_of(prompts[i], *answer) for i, answer in rows if answer.text.strip()]
 
     return run_batches(folder, batches, make, "answers", say)
+
+
+class _Answer(NamedTuple):
+    text: str
+    tokens: int
+    is_finished: bool
+
+
+def _answers(lm: LoadedModel, prompts: list[Any], seeds: list[int], **options: Any) -> list[_Answer]:
+    """Together, or in halves where the cache for all of them would not fit."""
+    try:
+        made = generate(lm, prompts, draft="none", seed=seeds, **options)
+    except CacheTooLarge:
+        half = len(prompts) // 2
+        if not half:
+            raise
+        return [
+            answer
+            for part in (slice(half), slice(half, None))
+            for answer in _answers(lm, prompts[part], seeds[part], **options)
+        ]
+    rows = zip(made.text, made.tokens, made.finish_reason, strict=True)
+    return [_Answer(text, len(tokens), reason == "eos") for text, tokens, reason in rows]
 
 
 def record_of(prompt: Record, answer: str, tokens: int, finished: bool) -> Record:

@@ -4,8 +4,10 @@ For people who have such a server: it answers faster than the engine does here. 
 accelerated, because the heads learn what that model says.
 """
 
+import http.client
 import json
 import pathlib
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,8 @@ BATCH = 64
 AT_ONCE = 8
 """Requests on their way at a time."""
 TIMEOUT = 600
+WAITS = (1, 4, 16)
+"""Seconds before a request is made again that the server was too busy for."""
 
 
 def make_answers(
@@ -52,7 +56,10 @@ def make_answers(
             return record_of(prompts[i], text, len(lm.tokenizer.encode(text)), finished) if text.strip() else None
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return [record for record in pool.map(ask, chosen) if record is not None]
+            found = [record for record in pool.map(ask, chosen) if record is not None]
+        if not found:
+            raise UserError(f"--endpoint {base} answers {len(chosen)} prompts with nothing; is the model loaded there?")
+        return found
 
     return run_batches(folder, batches, make, f"answers from {base}", say)
 
@@ -83,14 +90,19 @@ def _answer(base: str, prompt: Record, body: dict[str, Any]) -> tuple[str, bool]
 
 def _call(url: str, body: dict[str, Any] | None) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        said = error.read(200).decode(errors="replace")
-        raise UserError(f"--endpoint: {url} answers {error.code}: {' '.join(said.split())}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--endpoint: {url} cannot be asked: {error}; start the server, or leave --endpoint out"
-        ) from error
+    for wait in (*WAITS, None):
+        try:
+            request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if wait is not None and (error.code == 429 or error.code >= 500):
+                time.sleep(wait)
+                continue
+            said = error.read(200).decode(errors="replace")
+            raise UserError(f"--endpoint: {url} answers {error.code}: {' '.join(said.split())}") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise UserError(
+                f"--endpoint: {url} cannot be asked: {error}; start the server, or leave --endpoint out"
+            ) from error
+    raise AssertionError("the last try returns or raises")

@@ -33,6 +33,12 @@ class Excluded:
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self._runs = {run for text in texts for run in _runs(text) if run}
 
+    def and_of(self, texts: Iterable[str]) -> "Excluded":
+        """These, and further ones."""
+        more = Excluded(texts)
+        more._runs |= self._runs
+        return more
+
     def is_close(self, text: str) -> bool:
         """Whether a text shares a run of `RUN` words with one of them, or is one of them as a whole."""
         return any(run in self._runs for run in _runs(text))

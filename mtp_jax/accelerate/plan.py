@@ -81,8 +81,10 @@ def read_plan(workdir: pathlib.Path) -> Plan | None:
         return Plan(settings=Settings(**settings | {"exclude": tuple(settings["exclude"])}), **fields)
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise UserError(f"{workdir} is a file; give a directory for WORKDIR") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; delete it to begin again, or use another WORKDIR") from error
+        raise UserError(f"{path} cannot be read: {error}; use another WORKDIR") from error
 
 
 def write_plan(workdir: pathlib.Path, plan: Plan) -> Plan:
@@ -91,8 +93,8 @@ def write_plan(workdir: pathlib.Path, plan: Plan) -> Plan:
     return plan
 
 
-def check_same(before: Plan, source: str, settings: Settings, workdir: pathlib.Path) -> None:
-    """Refuses to go on with something else.
+def changed(before: Plan, source: str, settings: Settings, workdir: pathlib.Path, free: set[str]) -> Plan:
+    """The plan with settings that may still change; `free` names them.
 
     Raises:
       UserError: the directory belongs to another source, or to other settings.
@@ -101,11 +103,13 @@ def check_same(before: Plan, source: str, settings: Settings, workdir: pathlib.P
         raise UserError(f"{workdir} accelerates {before.source}, not {source}; use another WORKDIR")
     old, new = dataclasses.asdict(before.settings), dataclasses.asdict(settings)
     for name, value in new.items():
-        if value != old[name]:
+        if value != old[name] and name not in free:
             option = "--" + name.replace("_", "-")
             raise UserError(
                 f"{workdir} was begun with {option} {_shown(old[name])}, not {_shown(value)}; use another WORKDIR"
             )
+    same_prompts = all(new[name] == old[name] for name in ("prompts", "num_prompts"))
+    return Plan(source, settings, before.num_prompts if same_prompts else None, before.steps)
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ only.
 import ast
 import hashlib
 import itertools
+import json
 import pathlib
 import random
 import re
@@ -19,11 +20,14 @@ from typing import Any
 
 from mtp_jax.accelerate.batches import Record, Say, read_records, run_batches
 from mtp_jax.accelerate.overlap import Excluded, same_text
+from mtp_jax.data.chat import check_messages
 from mtp_jax.data.sources import STDLIB, list_files
 from mtp_jax.decode.generate import generate
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel
 
+LEAST = 3
+"""Prompts that are needed: one is held out, and training holds out another."""
 SHARES = {"chat": 0.4, "mathematics": 0.2, "code": 0.3, "prose": 0.1}
 """Of the prompts that are made here, by kind."""
 WRITTEN = ("chat", "mathematics")
@@ -59,17 +63,19 @@ def read_prompts(path: str, has_template: bool) -> list[Record]:
       UserError: no such file, none in it, or a record of another form.
     """
     file = pathlib.Path(path).expanduser()
+    if file.suffix == ".json":
+        raise UserError(f"--prompts {path}: give a .jsonl, one record a line, or a text file, one prompt a line")
     if file.suffix == ".jsonl":
         found = [_given(record, f"{path}, record {i}") for i, record in enumerate(read_records(file), start=1)]
     else:
         try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, ValueError) as error:
             raise UserError(f"--prompts {path} cannot be read: {error}; give a .jsonl or a text file") from error
         found = [_user("given", line) if has_template else _text("given", line) for line in lines if line]
-    found = _distinct(found, Excluded())
-    if len(found) < 2:
-        raise UserError(f"--prompts {path} holds {len(found)} prompt; some are held out, so at least 2 are needed")
+    found = list({json.dumps(one, sort_keys=True): one for one in found}.values())
+    if len(found) < LEAST:
+        raise UserError(f"--prompts {path} holds {len(found)} different prompts; at least {LEAST} are needed")
     return found
 
 
@@ -77,10 +83,17 @@ def _given(record: Record, where: str) -> Record:
     kind = record.get("kind", "given")
     if not isinstance(kind, str):
         raise UserError(f"{where}: field 'kind' is {kind!r}; it must be a text")
-    if isinstance(record.get("messages"), list):
-        return {"kind": kind, "messages": record["messages"]}
-    if isinstance(record.get("prompt"), str) and record["prompt"]:
-        return _text(kind, record["prompt"])
+    text = record.get("prompt")
+    try:
+        if "messages" in record:
+            check_messages(record["messages"])
+            return {"kind": kind, "messages": record["messages"]}
+        if isinstance(text, str) and text and text.encode():
+            return _text(kind, text)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: field 'prompt' is no Unicode text: {error}") from error
     raise UserError(f"{where} has neither 'messages' nor a text 'prompt'; give one of them")
 
 
@@ -94,7 +107,7 @@ def _text(kind: str, text: str) -> Record:
 
 def text_of(prompt: Record) -> str:
     """What a prompt says, without its template."""
-    return prompt["text"] if "text" in prompt else "\n".join(str(one["content"]) for one in prompt["messages"])
+    return prompt["text"] if "text" in prompt else "\n".join(one.get("content") or "" for one in prompt["messages"])
 
 
 def engine_prompt(prompt: Record) -> Any:
@@ -112,10 +125,17 @@ def num_tokens(lm: LoadedModel, prompt: Record) -> int:
 def fitting(lm: LoadedModel, prompts: list[Record], say: Say) -> list[Record]:
     """Prompts of at least one token that fill at most half of the model's length: the rest is for the answer."""
     longest = lm.config.model.max_seq_len // 2
-    found = [prompt for prompt in prompts if 1 <= num_tokens(lm, prompt) <= longest]
+    found = [prompt for prompt in prompts if 1 <= _counted(lm, prompt) <= longest]
     if skipped := len(prompts) - len(found):
         say(f"{skipped} of {len(prompts)} prompts have no token, or more than {longest}, and are left out")
     return found
+
+
+def _counted(lm: LoadedModel, prompt: Record) -> int:
+    try:
+        return num_tokens(lm, prompt)
+    except UserError as error:
+        raise UserError(f"prompt {text_of(prompt)[:60]!r}: {error}") from error
 
 
 def make_prompts(
@@ -140,10 +160,10 @@ def make_prompts(
         if kind in WRITTEN:
             made = _written(lm, opening, kind, number, seed, folder / kind, say)
         else:
-            made = _shuffled(list(itertools.islice(makers[kind](seed), SPREAD * number)), seed)
+            made = shuffled(list(itertools.islice(makers[kind](seed), SPREAD * number)), seed)
         found += _distinct(made, excluded)[:number]
     say(f"{len(found):,} prompts: {_counts(found)}")
-    return _shuffled(found, seed)
+    return shuffled(found, seed)
 
 
 def _opening(lm: LoadedModel, say: Say) -> str:
@@ -162,7 +182,7 @@ def _counts(prompts: list[Record]) -> str:
     return ", ".join(f"{kinds.count(kind):,} {kind}" for kind in dict.fromkeys(kinds))
 
 
-def _shuffled(records: list[Record], seed: int) -> list[Record]:
+def shuffled(records: list[Record], seed: int) -> list[Record]:
     """In an order of their own, which does not hang on the order in which they were found."""
     return sorted(records, key=lambda one: hashlib.blake2b(f"{seed}\0{text_of(one)}".encode()).digest())
 

@@ -16,15 +16,17 @@ from mtp_jax.accelerate.batches import Record, Say, read_records, write_records
 from mtp_jax.accelerate.overlap import Excluded, read_excluded
 from mtp_jax.accelerate.plan import Plan, Settings
 from mtp_jax.accelerate.prompts import (
+    LEAST,
     USER_TOKENS,
     engine_prompt,
     fitting,
     library_texts,
     make_prompts,
     read_prompts,
+    shuffled,
     text_of,
 )
-from mtp_jax.config import BESIDE, Config, override
+from mtp_jax.config import BESIDE, Config, DecodeConfig, HeadsConfig, LossConfig, MeshConfig, override
 from mtp_jax.convert import fetch
 from mtp_jax.data.conversations import FINISHED
 from mtp_jax.data.loader import prepare
@@ -46,8 +48,11 @@ SHARES = {"text": 0.45, "training": 0.45, "measurement": 0.1}
 LEAST_PROMPTS = 64
 MEASURED_TOKENS = 16
 MEASURED_ROWS = 64
+PROMPTS = "prompts.jsonl"
 TEXT = "text.jsonl"
 """What the heads learn from."""
+RESULTS = ("prompts", PROMPTS, "answers", TEXT, "heads", "figures.json")
+"""What stages leave in the workdir."""
 NEW_TOKENS = 128
 """Tokens that a held-out prompt is decoded for."""
 
@@ -76,17 +81,19 @@ def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say)
     """
     before = plan.read_plan(workdir)
     if before is not None:
-        plan.check_same(before, source, settings, workdir)
+        before = plan.changed(before, source, settings, workdir, _changeable(workdir))
+    elif found := [name for name in RESULTS if (workdir / name).exists()]:
+        raise UserError(f"{workdir} holds {found[0]}, and no {plan.FILE} that says what it is; use another WORKDIR")
     excluded = read_excluded(settings.exclude)  # refuses before anything is made
-    workdir.mkdir(parents=True, exist_ok=True)
     with claim(workdir):
         trunk = _trunk(source, workdir, say)
-        now = before or plan.write_plan(workdir, Plan(source, settings))
+        heads_config(trunk, workdir / TEXT, settings)  # refuses before an hour has passed
+        now = plan.write_plan(workdir, before or Plan(source, settings))
         lm = load(trunk, notify=say)
         if lm.tokenizer is None:
             raise UserError(f"{source} has no tokenizer, and heads are trained on text; give a model that has one")
         prompts, heldout, now = _prompts(lm, workdir, now, excluded, say)
-        _answers(lm, workdir, now, prompts, excluded, say)
+        _answers(lm, workdir, now, prompts, excluded.and_of(map(text_of, heldout)), say)
         del lm
         config, now = _config(trunk, workdir, now, say)
         heads = workdir / "heads"
@@ -95,6 +102,13 @@ def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say)
         if not training.finished:
             return Outcome(heads, training, None)
         return Outcome(heads, training, _measured(heads, workdir, heldout, say))
+
+
+def _changeable(workdir: pathlib.Path) -> set[str]:
+    """Settings that nothing has been made by yet."""
+    if not (workdir / PROMPTS).is_file() and not (workdir / "prompts").exists():
+        return {"prompts", "num_prompts", "exclude", "heldout", "endpoint"}
+    return set() if (workdir / TEXT).is_file() else {"endpoint"}
 
 
 def _trunk(source: str, workdir: pathlib.Path, say: Say) -> pathlib.Path:
@@ -119,7 +133,7 @@ def _prompts(
     lm: LoadedModel, workdir: pathlib.Path, now: Plan, excluded: Excluded, say: Say
 ) -> tuple[list[Record], list[Record], Plan]:
     """Prompts to answer, and prompts to measure on."""
-    asked, path = now.settings, workdir / "prompts.jsonl"
+    asked, path = now.settings, workdir / PROMPTS
     if now.num_prompts is None:
         count = asked.num_prompts
         if not count and not asked.prompts:
@@ -129,13 +143,14 @@ def _prompts(
     if not path.is_file():
         if asked.prompts:
             found = read_prompts(asked.prompts, getattr(lm.tokenizer, "chat", None) is not None)
-            found = [one for one in found if not excluded.is_close(text_of(one))]
+            # A file may be sorted by kind, and the first ones are held out.
+            found = shuffled([one for one in found if not excluded.is_close(text_of(one))], asked.seed)
             found = fitting(lm, found[: now.num_prompts or len(found)], say)
         else:
             made = make_prompts(lm, now.num_prompts, asked.seed, workdir / "prompts", excluded, say)
             found = fitting(lm, made, say)
-        if len(found) < 2:
-            raise UserError(f"{len(found)} prompts are left, and at least 2 are needed; give more, or exclude less")
+        if len(found) < LEAST:
+            raise UserError(f"{len(found)} prompts are left, and {LEAST} are needed; give more, or exclude less")
         write_records(path, found)
     found = read_records(path)
     held = min(asked.heldout, max(1, len(found) // 4))
@@ -185,7 +200,8 @@ def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Co
     """The training run of the heads; its steps are not settled yet."""
     model = config_of(trunk, "SOURCE").model
     vocab = min(asked.draft_vocab, model.vocab_size // 4)
-    heads: dict[str, Any] = {"kind": asked.kind, "num_future": asked.num_future, "draft_vocab": vocab}
+    # What the model was trained with means nothing here.
+    heads = _fresh(HeadsConfig, kind=asked.kind, num_future=asked.num_future, draft_vocab=vocab)
     if asked.kind in ("sequential", "recursive"):
         heads |= {"tap": model.num_layers, "norm": "own", "init": "random", "attention": asked.attention}
     kept = asked.kind not in BESIDE
@@ -193,11 +209,22 @@ def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Co
     return start_from(
         trunk,
         heads=heads,
-        loss={"distil": "kl"} if asked.targets == "soft" else {},
-        data={"source": str(text.absolute()), "seq_len": min(asked.seq_len, model.max_seq_len)},
+        loss=_fresh(LossConfig, distil="kl" if asked.targets == "soft" else "none"),
+        mesh=_fresh(MeshConfig),
+        decode=_fresh(DecodeConfig),
+        data={
+            "source": str(text.absolute()),
+            "seq_len": min(asked.seq_len, model.max_seq_len),
+            "text_field": "text",
+            "prompt_tokens": 0,
+        },
         optim={"name": "muon", "learning_rate": 3e-3, "warmup_steps": 20, "schedule": "linear", "final_fraction": 0.05},
         train=train | {"seed": asked.seed},
     )
+
+
+def _fresh(section: type, **fields: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(section)} | fields
 
 
 def _config(trunk: pathlib.Path, workdir: pathlib.Path, now: Plan, say: Say) -> tuple[Config, Plan]:

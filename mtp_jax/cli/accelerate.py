@@ -15,6 +15,7 @@ from mtp_jax.accelerate.stages import accelerate
 from mtp_jax.cli.common import parse, print_json, say
 from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.compiled import keep_compiled
+from mtp_jax.config import CHAINED_TOKENS
 from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import COLUMNS
 from mtp_jax.train.start import config_of
@@ -82,6 +83,10 @@ def _settings(args: Args) -> Settings:
         raise UserError(f"--minutes {args.minutes:g}; it must be above 0, and at most {7 * 24 * 60}")
     if not 0 <= args.library <= 100:
         raise UserError(f"--library {args.library:g}; it must lie between 0 and 100")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}; it must lie between 0 and {2**32 - 1}")
+    if args.attention and args.kind not in CHAINED_TOKENS:
+        raise UserError(f"--attention means nothing to --kind {args.kind}; it belongs to {', '.join(CHAINED_TOKENS)}")
     if args.kind in ("registers",):
         raise UserError(f"--kind {args.kind} heads draft nothing; choose another family")
     return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})

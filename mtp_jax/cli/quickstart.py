@@ -128,12 +128,13 @@ def _real(args: Args) -> SideBySide:
     """The real checkpoint, decoded on both sides, while one looks on where there is a terminal."""
     keep_compiled(own_directory(args.checkpoint))
     try:
-        lm = load(args.checkpoint)
+        lm = load(args.checkpoint, shipped_heads=True)
     except UserError as error:
         raise UserError(f"{error}; or go on without it: --model none") from error
     if lm.tokenizer is None:
         raise UserError(f"--model {args.checkpoint} has no tokenizer; give one that has, or --model none")
-    say(f"{args.checkpoint}: {count_params(lm.config) / 1e6:.0f}M parameters, {lm.config.model.dtype}")
+    heads = f", {lm.config.num_draft} heads that draft" if lm.config.num_draft else ", no heads: drafts are looked up"
+    say(f"{args.checkpoint}: {count_params(lm.config) / 1e6:.0f}M parameters, {lm.config.model.dtype}{heads}")
     with Watcher(sys.stderr.isatty() and not args.json) as watcher:
         return side_by_side(lm.decode_only(), args.checkpoint, timed_runs=1, show=watcher.show, progress=say)
 

@@ -19,6 +19,7 @@ is drafted.
 Whatever is chosen, the tokens are the same.
 """
 
+import abc
 import math
 
 import numpy as np
@@ -44,18 +45,16 @@ def widths(num_draft: int) -> tuple[int, ...]:
     return tuple(sorted({0, (num_draft + 1) // 2, num_draft}))
 
 
-class WidthChooser:
-    """Chooses the width of the next block of rounds, for `rows` rows.
+class Chooser(abc.ABC):
+    """What both have in common: blocks that grow while the choice stays, and a probe where nothing has been drafted."""
 
-    The first blocks try every width; what they cost is kept in `costs`, which the caller may share between requests.
-    """
+    least = 0.0
+    """Accepted drafts that a round must promise to verify any."""
 
-    def __init__(self, num_draft: int, rows: int, costs: dict[int, float]) -> None:
-        self.widths, self.costs = widths(num_draft), costs
-        self._reached_BQ = np.zeros((rows, num_draft + 1))
-        self._tried_BQ = np.zeros((rows, num_draft + 1))
-        self._idle, self._probe_after = 0, FIRST_PROBE
+    def __init__(self, costs: dict[int, float]) -> None:
+        self.costs = costs
         self.rounds, self._last = BLOCK, -1
+        self._idle, self._probe_after = 0, FIRST_PROBE
 
     def choose(self, remaining_B: np.ndarray) -> int:
         """Width of the next block, of `rounds` rounds, for rows that have so many tokens to go."""
@@ -64,33 +63,65 @@ class WidthChooser:
         self._last = width
         return width
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether drafts have not paid for so long that nothing should be spent on them."""
+        return self._idle >= GIVE_UP
+
+    @abc.abstractmethod
+    def record(
+        self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
+    ) -> None:
+        """Takes in a block: rounds by accepted drafts, the seconds it took, if they tell what a round costs, and those
+        of the rounds that did not try the next draft."""
+
+    @abc.abstractmethod
+    def _choose(self, remaining_B: np.ndarray) -> int:
+        """Width of the next block."""
+
+    def _is_time_to_probe(self) -> bool:
+        if self._idle < self._probe_after:
+            return False
+        self._idle, self._probe_after = 0, 2 * self._probe_after
+        return True
+
+    def _time(self, width: int, seconds: float) -> None:
+        """Keeps the least seconds of a round, which rise slowly where it has become slower."""
+        self.costs[width] = min(self.costs.get(width, math.inf) * 1.02, seconds)
+
+
+class WidthChooser(Chooser):
+    """Chooses among none, half and all of the drafts, for `rows` rows.
+
+    The first blocks try every width; what they cost is kept in `costs`, which the caller may share between requests.
+    """
+
+    def __init__(self, num_draft: int, rows: int, costs: dict[int, float]) -> None:
+        super().__init__(costs)
+        self.widths = widths(num_draft)
+        self._reached_BQ = np.zeros((rows, num_draft + 1))
+        self._tried_BQ = np.zeros((rows, num_draft + 1))
+
     def _choose(self, remaining_B: np.ndarray) -> int:
         if not self._tried_BQ.any():
             return self.widths[-1]
         untimed = [width for width in self.widths if width not in self.costs]
         if untimed:
             return untimed[0]
-        if self._idle >= self._probe_after:
-            self._idle, self._probe_after = 0, 2 * self._probe_after
+        if self._is_time_to_probe():
             return self.widths[-1]
         left = lambda width: self.costs[width] * np.max(remaining_B / self.tokens_per_round(width))  # noqa: E731
         best = min(self.widths, key=left)
         self._idle = 0 if best else self._idle + 1
         return best
 
-    @property
-    def hopeless(self) -> bool:
-        """Whether drafts have not paid for so long that nothing should be spent on them."""
-        return self._idle >= GIVE_UP
-
     def record(
         self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
     ) -> None:
-        """Takes in a block: rounds by accepted drafts, the seconds it took, if they tell what a round costs, and those
-        of the rounds that did not try the next draft."""
+        """See `Chooser`."""
         rounds = histogram_BQ.sum(axis=1).max()
         if rounds and seconds is not None:
-            self.costs[width] = min(self.costs.get(width, math.inf) * 1.02, seconds / rounds)
+            self._time(width, seconds / rounds)
         if width:
             # Depth k is told by rounds that accepted what is before it, and tried it.
             reached_BQ = np.cumsum(histogram_BQ[:, ::-1], axis=1)[:, ::-1]
@@ -108,30 +139,30 @@ class WidthChooser:
 
 
 ALL = -1.0
-"""What every round is expected to bring at least."""
+"""What every round promises at least."""
 NEUTRAL = 16.0
 """Tokens at the plain pace that a gate counts before it has seen any."""
 SLOWER = 1.02
 """Times the seconds of plain decoding from which drafting stops."""
 
 
-class Gate:
+class Gate(Chooser):
     """Chooses for one row whether to draft, and says what a round must promise to verify the drafts (`least`).
 
     The first block of a process verifies every draft, which tells what that costs; the second drafts nothing, which
-    tells what a plain step costs. Both are kept in `costs`, which the caller may share between requests.
+    tells what a plain step costs. Both are kept in `costs`, which the caller may share between requests. A probe
+    verifies every draft, too.
     """
 
     def __init__(self, num_draft: int, costs: dict[int, float]) -> None:
-        self.num_draft, self.costs = num_draft, costs
-        self.rounds, self._last = BLOCK, -1
+        super().__init__(costs)
+        self.num_draft, self._is_probe = num_draft, False
         self._seconds = self._tokens = 0.0
-        self._idle, self._probe_after = 0, FIRST_PROBE
 
     @property
     def least(self) -> float:
         """Accepted drafts that a round must promise."""
-        if len(self.costs) < 2:
+        if len(self.costs) < 2 or self._is_probe:
             return ALL
         pace = max(1.0, self.costs[0] / self._seconds_per_token())
         return pace * self.costs[self.num_draft] / self.costs[0] - 1.0
@@ -140,40 +171,29 @@ class Gate:
         """Of drafting so far, and before it has shown anything, of plain decoding."""
         return (self._seconds + NEUTRAL * self.costs[0]) / (self._tokens + NEUTRAL)
 
-    def choose(self, remaining_B: np.ndarray) -> int:
-        """Width of the next block, of `rounds` rounds: all drafts, or none."""
-        width = self._choose()
-        self.rounds = min(2 * self.rounds, LONGEST_BLOCK) if width == self._last else BLOCK
-        self._last = width
-        return width
-
-    def _choose(self) -> int:
+    def _choose(self, remaining_B: np.ndarray) -> int:
         if self.num_draft not in self.costs:
             return self.num_draft
         if 0 not in self.costs:
             return 0
-        if self._idle >= self._probe_after:
-            self._idle, self._probe_after = 0, 2 * self._probe_after
+        self._is_probe = self._is_time_to_probe()
+        if self._is_probe:
+            self._seconds = self._tokens = 0.0
             return self.num_draft
         stop = self._seconds_per_token() > SLOWER * self.costs[0]
         self._idle = self._idle + 1 if stop else 0
         return 0 if stop else self.num_draft
 
-    @property
-    def hopeless(self) -> bool:
-        """Whether drafts have not paid for so long that nothing should be spent on them."""
-        return self._idle >= GIVE_UP
-
     def record(
         self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
     ) -> None:
-        """Takes in a block: rounds by accepted drafts, and the seconds it took, if they tell what a round costs."""
+        """See `Chooser`."""
         rounds = float(histogram_BQ.sum())
         if not rounds or seconds is None:
             return
-        asked_for_all = self.least == ALL
-        if not width or asked_for_all:
-            self.costs[width] = min(self.costs.get(width, math.inf) * 1.02, seconds / rounds)
-        if width and not asked_for_all:
+        is_measuring = self.least == ALL
+        if not width or is_measuring:
+            self._time(width, seconds / rounds)
+        if width and not is_measuring:
             tokens = float((histogram_BQ * (1 + np.arange(histogram_BQ.shape[1]))).sum())
             self._seconds, self._tokens = DECAY * self._seconds + seconds, DECAY * self._tokens + tokens

@@ -80,7 +80,8 @@ class Drafter:
     """Mask tokens that the model shall run beside every position that it verifies, for heads of that kind."""
     passes: bool = False
     """Whether it says for which rows its drafts are worth a look (`Drafts.worth_B`). A round in which no row's are
-    verifies none, and costs what a plain step costs."""
+    verifies none, and costs what a plain step costs. Under the rule `rejection` it must not look at drafts that were
+    drawn: what is emitted would not follow the model's law."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_draft, int) or self.num_draft < 0:

@@ -7,6 +7,10 @@ from mtp_jax.decode.engine import LEAST_SLOTS, Plan, empty_state
 from mtp_jax.errors import UserError
 
 
+class CacheTooLarge(UserError):
+    """A batch whose cache would not fit."""
+
+
 def cache_bytes(plan: Plan, rows: int, slots: int) -> int:
     """Most bytes of decoding states at once: caches, tokens and counters, and what the caches grow from."""
     grows = slots > LEAST_SLOTS
@@ -30,14 +34,14 @@ def free_bytes() -> int:
 
 
 def check_cache_fits(plan: Plan, rows: int, slots: int) -> None:
-    """Raises a UserError that says what is needed and what would fit."""
+    """Raises a CacheTooLarge that says what is needed and what would fit."""
     needed, free = cache_bytes(plan, rows, slots), free_bytes()
     if needed <= free:
         return
     per_row = needed // rows
     rows_fit, slots_fit = free // per_row, free * slots // needed
     what_fits = f"{rows_fit} rows of {slots:,} slots" if rows_fit else f"no row of {slots:,} slots"
-    raise UserError(
+    raise CacheTooLarge(
         f"a cache of {rows} rows with {slots:,} slots each needs {needed:,} bytes, and {free:,} are free; "
         f"{what_fits} would fit, or {rows} rows of {slots_fit:,}: use fewer prompts at once or a smaller max_new_tokens"
     )

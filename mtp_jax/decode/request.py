@@ -13,7 +13,7 @@ import numpy as np
 from mtp_jax import programs
 from mtp_jax.config import Config
 from mtp_jax.decode import buckets, engine
-from mtp_jax.decode.adaptive import COSTS, Gate, WidthChooser
+from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.engine import DecodeState, Plan
@@ -73,11 +73,12 @@ class Request:
         special = _special_tokens(lm)
         self.stop = StopStrings(stop, special.values())
         ids = _checked_prompts(lm, prompts)
-        drafter = _drafter(lm, draft, num_draft, len(ids))
+        rule = options.rule()
+        drafter = _drafter(lm, draft, num_draft, passes=len(ids) == 1 and rule.name != "rejection")
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer")
-        self.plan = Plan(lm.config, drafter, options.sampler(), options.rule())
+        self.plan = Plan(lm.config, drafter, options.sampler(), rule)
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.config.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
@@ -108,7 +109,7 @@ class Request:
         shapes = (rows, num_draft + 1), (rows, num_draft), (rows,)
         self.counts = Counts(*(np.zeros(shape, np.int32) for shape in shapes))
         self.surplus = Counts(*(np.zeros(shape, np.int32) for shape in shapes))
-        self.chooser: Gate | WidthChooser | None = None
+        self.chooser: Chooser | None = None
         if auto and num_draft:
             gated = rows == 1 and self.plan.drafter.passes
             self.chooser = Gate(num_draft, {}) if gated else WidthChooser(num_draft, rows, {})
@@ -155,13 +156,13 @@ class Request:
     def _run_block(self, max_rounds: int) -> None:
         """One block of the width that promises most, timed for the next choice."""
         self._grow()
-        shape = (self.plan, len(self.state.total_B), engine.slots_of(self.state))
+        # Where every round comes back to the host, as in a stream, rounds cost more.
+        shape = (self.plan, len(self.state.total_B), engine.slots_of(self.state), max_rounds < BLOCK)
         self.chooser.costs = COSTS.recall(shape, dict)
         remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
         width = self.chooser.choose(remaining_B)
-        if isinstance(self.chooser, Gate):
-            least = jax.device_put(np.float32(self.chooser.least), self.state.least.sharding)
-            self.state = self.state._replace(least=least)
+        least = jax.device_put(np.float32(self.chooser.least), self.state.least.sharding)
+        self.state = self.state._replace(least=least)
         before = self.counts
         clock = _Clock()
         self._run(width, min(max_rounds, self.chooser.rounds))
@@ -174,7 +175,7 @@ class Request:
         if self.chooser.hopeless and jax.tree.leaves(self.state.drafter_cache):
             self.plan = dataclasses.replace(self.plan, drafter=NONE)
             self.chooser = None
-            self.state = self.state._replace(drafter_cache=())
+            self.state = self.state._replace(drafter_cache=(), drafts=self.state.drafts._replace(worth_B=None))
 
     def _grow(self) -> None:
         needed = engine.bucket(int(self.total_B.max()), self.plan.drafter.num_draft, self.slots)
@@ -333,11 +334,16 @@ def _end_ids(lm: Model, ignore_eos: bool) -> list[int]:
     return ids + [-1] * (buckets.power(len(ids), LEAST_ENDS) - len(ids))
 
 
-def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, rows: int) -> Drafter:
-    passes = False
+def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, passes: bool) -> Drafter:
+    """The drafter; with "auto" its heads may pass: for one row, as of several some are always worth it.
+
+    Not under the rule `rejection`: whether a draft is looked at would depend on which one was drawn, and the tokens
+    would not follow the model's law any more.
+    """
     if isinstance(num_draft, str) and num_draft == "auto":
-        # Of several rows some are always worth it.
-        num_draft, passes = None, rows == 1
+        num_draft = None
+    else:
+        passes = False
     if num_draft is not None:
         num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
     if isinstance(draft, str) and draft == "auto":

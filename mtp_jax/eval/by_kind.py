@@ -50,6 +50,8 @@ class Result:
     low: float
     high: float
     """A 95 % interval of it."""
+    verified: float = 1.0
+    """Share of drafts that rounds verified: below 1 where rounds were plain steps."""
 
     def as_json(self) -> dict[str, Any]:
         """Its fields; null where nothing was measured."""
@@ -81,6 +83,7 @@ def measure(
     timed_runs: int = TIMED_RUNS,
     options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    each: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
     """Decodes prompts one by one on several sides, which take turns prompt by prompt.
 
@@ -92,6 +95,7 @@ def measure(
       timed_runs: timed runs of each, whose median counts.
       options: further options of `generate`, for all sides.
       progress: is told of progress.
+      each: is given every result as soon as it is there.
     """
     if sides is None:
         sides = WITHOUT_HEADS | (WITH_HEADS if lm.config.num_draft else {})
@@ -108,7 +112,9 @@ def measure(
     for kind, given in prompts.items():
         progress(f"{kind}: {len(given)} prompts, {max_new_tokens} tokens each, in {len(sides)} ways")
         timed = [decode(one) for one in given]
-        results += [_result(kind, side, timed) for side in sides]
+        for side in sides:
+            results.append(_result(kind, side, timed))
+            each(results[-1])
     return results
 
 
@@ -117,6 +123,8 @@ def _result(kind: str, side: str, timed: Sequence[Timed]) -> Result:
     whole = {name: merge([one[name][0] for one in timed]) for name in (PLAIN, side)}
     ms = {name: 1e3 * sum(seconds[name]) / whole[name].stats.batch_rounds for name in whole}
     low, high = _interval(seconds[PLAIN], seconds[side])
+    stats = whole[side].stats
+    possible = stats.rounds * (len(stats.histogram) - 1)
     return Result(
         kind=kind,
         side=side,
@@ -128,6 +136,7 @@ def _result(kind: str, side: str, timed: Sequence[Timed]) -> Result:
         gain=sum(seconds[PLAIN]) / sum(seconds[side]),
         low=low,
         high=high,
+        verified=stats.drafted / possible if possible else 1.0,
     )
 
 

@@ -17,8 +17,7 @@ from mtp_jax.eval.acceptance import Comparison, pair, time_sides
 from mtp_jax.loading import LoadedModel
 
 PLAIN, DRAFTED = "plain", "drafted"
-SIDES: dict[str, dict[str, Any]] = {PLAIN: {"draft": "none"}, DRAFTED: {"draft": "auto"}}
-"""Options of `generate` on each side: heads, or lookup where there are none. One width, so that little is compiled."""
+SIDES = (PLAIN, DRAFTED)
 
 Show = Callable[[str, str, str], None]
 """`(kind, side, text so far)`, called as text is decided."""
@@ -132,16 +131,22 @@ def side_by_side(
     Raises:
       UserError: what `generate` refuses.
     """
-    pairs = []
+    sides, pairs = sides_of(lm), []
     for sample in samples:
         prompt = prompt_of(lm, sample)
         progress(f"{sample.kind}: {max_new_tokens} tokens plainly and with drafts, {timed_runs} timed runs each")
-        timed = time_sides(lm, [prompt], SIDES, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
+        timed = time_sides(lm, [prompt], sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
         pairs.append(Pair(sample, pair(timed, PLAIN, DRAFTED)))
         if show is not None:
-            for side, options in SIDES.items():
+            for side, options in sides.items():
                 _watch(lm, prompt, max_new_tokens, options, functools.partial(show, sample.kind, side))
     return SideBySide(name, tuple(pairs))
+
+
+def sides_of(lm: LoadedModel) -> dict[str, dict[str, Any]]:
+    """Options of `generate` on each side: heads and lookup as far as they pay, or lookup where there are no heads."""
+    drafted = {"draft": "heads+lookup", "num_draft": "auto"} if lm.config.heads.draft else {"draft": "lookup"}
+    return {PLAIN: {"draft": "none"}, DRAFTED: drafted}
 
 
 def prompt_of(lm: LoadedModel, sample: Sample) -> Any:

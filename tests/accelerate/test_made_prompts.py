@@ -108,20 +108,22 @@ def test_prompts_of_a_file(tmp_path):
     Breaks if `_given` exchanges the two, or `read_prompts` keeps empty lines.
     """
     text = tmp_path / "prompts.txt"
-    text.write_text("one line\n\nanother line\none  line.\n")
+    text.write_text("one line\n\nanother line\none line\nlast\n")
     user = [{"role": "user", "content": "one line"}]
     assert read_prompts(str(text), True)[0] == {"kind": "given", "messages": user}
-    assert [one["text"] for one in read_prompts(str(text), False)] == ["one line", "another line"]
+    assert [one["text"] for one in read_prompts(str(text), False)] == ["one line", "another line", "last"]
     records = tmp_path / "prompts.jsonl"
-    records.write_text(json.dumps({"messages": user, "kind": "talk"}) + "\n" + json.dumps({"prompt": "def f("}) + "\n")
+    records.write_text(
+        json.dumps({"messages": user, "kind": "talk"}) + "\n" + '{"prompt": "def f("}\n{"prompt": "x"}\n'
+    )
     expected = [{"kind": "talk", "messages": user}, {"kind": "given", "text": "def f("}]
-    assert read_prompts(str(records), True) == expected
+    assert read_prompts(str(records), True)[:2] == expected
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("one.txt", "alone\n", "holds 1 prompt; some are held out"),
+        ("one.txt", "alone\n", "holds 1 different prompts; at least 3"),
         ("a.jsonl", '{"question": "?"}\n', "record 1 has neither 'messages' nor a text 'prompt'"),
         ("b.jsonl", '{"prompt": "x"\n', r"b\.jsonl, line 1 is no JSON"),
         ("c.jsonl", "[1]\n", "line 1 is a list, not an object"),
@@ -137,3 +139,35 @@ def test_refused_files(tmp_path, name, content, said):
         read_prompts(str(tmp_path / name), True)
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(str(tmp_path / "nothing.txt"), True)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [{"role": "user"}]}, "message 1: field 'content' is missing"),
+        ({"messages": ["hi"]}, "message 1 is 'hi'"),
+        ({"prompt": "a \ud83d b"}, "field 'prompt' is no Unicode text"),
+    ],
+)
+def test_odd_records_are_named(tmp_path, record, message):
+    """By their number. Breaks without `check_messages`, or `encode`."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ({"prompt": "a"}, record)))
+    with pytest.raises(UserError, match=r"p\.jsonl, record 2: " + message):
+        read_prompts(str(path), True)
+
+
+def test_prompts_of_a_file_are_kept_apart(tmp_path):
+    """1+1 and 1-1 are two prompts, the second 1+1 is none; a mark at the beginning of the file is no text; two prompts
+    are too few, and an array is refused.
+
+    Breaks if files are compared by words, or read without "utf-8-sig".
+    """
+    path = tmp_path / "p.txt"
+    path.write_text("\ufeff1+1\n1-1\n1+1\n2*2\n", encoding="utf-8")
+    assert [one["text"] for one in read_prompts(str(path), False)] == ["1+1", "1-1", "2*2"]
+    path.write_text("1+1\n1-1\n")
+    with pytest.raises(UserError, match="holds 2 different prompts; at least 3"):
+        read_prompts(str(path), False)
+    with pytest.raises(UserError, match=r"give a \.jsonl"):
+        read_prompts(str(tmp_path / "p.json"), False)

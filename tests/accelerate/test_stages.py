@@ -3,9 +3,9 @@
 import http.server
 import json
 import os
-import pathlib
 import signal
 import threading
+import types
 
 import jax
 import numpy as np
@@ -14,7 +14,11 @@ from reference import gguf_files, hub
 
 from mtp_jax.accelerate import answers, endpoint, stages
 from mtp_jax.accelerate.batches import read_records
+from mtp_jax.accelerate.plan import Settings
 from mtp_jax.cli import run
+from mtp_jax.convert.importer import import_model
+from mtp_jax.decode.memory import CacheTooLarge
+from mtp_jax.errors import UserError
 from mtp_jax.loading import load
 from mtp_jax.train import loop, states
 
@@ -79,7 +83,7 @@ def test_to_its_page(whole, source, prompts, capsys):
     """The page names every side and image; the heads learned from every answer but those held out, and the model is
     what it was. Run again, it decodes nothing anew and prints the same figures; other settings are refused by name.
 
-    Breaks if held-out prompts are answered, if `figures.json` is not read, or without `check_same`.
+    Breaks if held-out prompts are answered, if `figures.json` is not read, or without `plan.changed`.
     """
     page = whole / "report" / "report.md"
     text = page.read_text()
@@ -152,7 +156,13 @@ class Server(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    busy = 0
+
     def do_GET(self):
+        if type(self).busy:
+            type(self).busy -= 1
+            self.send_error(429)
+            return
         self.answer({"data": [{"id": "m"}]})
 
     def do_POST(self):
@@ -206,4 +216,82 @@ def test_a_server_that_is_not_there(source, tmp_path, prompts, capsys):
     assert run(command(source, tmp_path / "work", prompts, **options)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("mtp: error: --endpoint: http://127.0.0.1:9/v1/models cannot be asked")
-    assert pathlib.Path(tmp_path / "work" / "prompts.jsonl").is_file()
+    made = (tmp_path / "work" / "prompts.jsonl").read_bytes()
+    # Without it, as the line says, the same workdir goes on from the same prompts.
+    assert run(command(source, tmp_path / "work", prompts)) == 0
+    assert (tmp_path / "work" / "prompts.jsonl").read_bytes() == made
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:80a0/v1", "no-scheme/v1"])
+def test_an_address_that_is_none(url):
+    """One line. Breaks if the request is made outside of `try`, or without `HTTPException`."""
+    with pytest.raises(UserError, match=r"^--endpoint: .* cannot be asked: .*; start the server, or leave"):
+        endpoint._call(f"{url}/models", None)
+
+
+def test_a_busy_server_is_asked_again(server, monkeypatch):
+    """429 twice, then the answer. Breaks without `WAITS`."""
+    monkeypatch.setattr(endpoint, "WAITS", (0, 0))
+    monkeypatch.setattr(Server, "busy", 2)
+    assert endpoint._model(server) == "m"
+    monkeypatch.setattr(Server, "busy", 3)
+    with pytest.raises(UserError, match="answers 429"):
+        endpoint._model(server)
+
+
+def test_silence_is_no_batch(server, source, tmp_path):
+    """A batch without any answer is refused and not written. Breaks without the refusal: a rerun would never ask."""
+    given = [{"kind": "a", "text": " "}]
+    with pytest.raises(UserError, match=r"answers 1 prompts with nothing"):
+        endpoint.make_answers(server, load(source), given, 6, 0, tmp_path / "answers", lambda line: None)
+    assert not list((tmp_path / "answers").iterdir())
+
+
+def test_a_directory_with_other_things(source, prompts, tmp_path, capsys):
+    """A user's own prompts.jsonl in WORKDIR is not taken for ours, and a file for WORKDIR is called one.
+
+    Breaks without `RESULTS`, or `NotADirectoryError`.
+    """
+    workdir = tmp_path / "work"
+    workdir.mkdir()
+    (workdir / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    assert run(command(source, workdir, prompts)) == 2
+    assert "holds prompts.jsonl, and no plan.json" in capsys.readouterr().err
+    assert [path.name for path in workdir.iterdir() if path.name != "compiled"] == ["prompts.jsonl"]
+    assert run(command(source, workdir / "prompts.jsonl", prompts)) == 2
+    assert "prompts.jsonl is a file; give a directory for WORKDIR" in capsys.readouterr().err
+
+
+def test_settings_of_the_model_mean_nothing_to_its_heads(source, tmp_path):
+    """A run whose loss and heads were of another kind gives the heads that were asked for.
+
+    Breaks without `_fresh` for either.
+    """
+    trunk = tmp_path / "trunk"
+    import_model(str(source), trunk, notify=lambda line: None)
+    config = json.loads((trunk / "config.json").read_text())
+    config["loss"]["token_order"], config["data"]["prompt_tokens"] = 0.5, 3
+    config["heads"]["num_future"], config["heads"]["tap_mix"] = 3, True
+    (trunk / "config.json").write_text(json.dumps(config))
+    heads = stages.heads_config(trunk, tmp_path / "text.jsonl", Settings(kind="linear", num_future=2))
+    assert heads.loss.token_order == 0 and heads.data.prompt_tokens == 0 and not heads.heads.tap_mix
+
+
+def test_a_batch_too_large_is_halved(monkeypatch):
+    """Answers come in the order of the prompts, each with its own seed.
+
+    Breaks if a half gets the seeds of the other.
+    """
+
+    def generate(lm, prompts, *, seed, **options):
+        if len(prompts) > 2:
+            raise CacheTooLarge("no")
+        said = [f"{prompt}{one}" for prompt, one in zip(prompts, seed, strict=True)]
+        return types.SimpleNamespace(text=said, tokens=[[1]] * len(said), finish_reason=["eos"] * len(said))
+
+    monkeypatch.setattr(answers, "generate", generate)
+    found = answers._answers(None, ["a", "b", "c", "d", "e"], [1, 2, 3, 4, 5])
+    assert [one.text for one in found] == ["a1", "b2", "c3", "d4", "e5"]
+    monkeypatch.setattr(answers, "generate", lambda *args, **options: generate(None, ["too", "many", "rows"], seed=[]))
+    with pytest.raises(CacheTooLarge):
+        answers._answers(None, ["a"], [1])

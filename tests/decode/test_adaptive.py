@@ -13,6 +13,7 @@ from mtp_jax.decode.drafters import expected, make_drafter
 from mtp_jax.decode.engine import Plan
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.options import Options
+from mtp_jax.decode.request import Request
 
 
 def histogram(accept_B, width, num_draft=4):
@@ -165,6 +166,35 @@ def test_a_gate_stops_drafts_that_cost_more_than_they_bring():
         chosen = gate.choose(np.array([100]))
         gate.record(chosen, np.array([[0, 8, 0, 0, 0]]), 8.0)
     assert chosen == 4 and not gate.hopeless
+
+
+def test_a_probe_measures_again():
+    """A wide round that once took too long is timed again by the next probe. Breaks without `_is_probe`."""
+    gate = Gate(4, {4: 9.0, 0: 1.0})
+    assert gate.least == pytest.approx(8.0)
+    seconds = {0: 8.0, 4: 9.6}
+    for _ in range(3 + FIRST_PROBE):
+        chosen = gate.choose(np.array([100]))
+        gate.record(chosen, np.array([[8, 0, 0, 0, 0]]), seconds[chosen])
+    assert gate.costs[4] == pytest.approx(1.2)
+
+
+def test_rounds_pass_only_where_the_law_stays():
+    """`rejection` depends on which draft was drawn: its rounds verify all. Breaks without the rule in `passes`."""
+    for rule, passes in (("exact", True), ("typical", True), ("rejection", False)):
+        options = Options(temperature=1.0, accept=rule)
+        one = Request(model("random"), PROMPTS[:1], 4, "heads", "auto", options, (), False)
+        assert one.plan.drafter.passes is passes
+    assert not Request(model("random"), PROMPTS, 4, "heads", "auto", Options(), (), False).plan.drafter.passes
+
+
+@pytest.mark.grid
+def test_drafts_are_given_up(monkeypatch):
+    """Where drafting is given up, the rest is plain decoding from the same caches. Breaks without `worth_B=None`."""
+    monkeypatch.setattr(adaptive.Chooser, "hopeless", True)
+    adaptive.COSTS.clear()
+    result = generate(model("random"), PROMPTS[:1], max_new_tokens=44, draft="heads", num_draft="auto")
+    assert result.tokens == generate(model("random"), PROMPTS[:1], max_new_tokens=44, draft="none").tokens
 
 
 def test_expected():

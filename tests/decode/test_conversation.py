@@ -17,7 +17,7 @@ from reference.tiny import tiny_config
 from mtp_jax.data.chat import ChatTemplate
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.decode import engine
-from mtp_jax.decode.adaptive import WidthChooser
+from mtp_jax.decode.adaptive import Chooser
 from mtp_jax.decode.conversation import Conversation, Piece
 from mtp_jax.decode.generate import Generation, generate
 from mtp_jax.decode.options import Options
@@ -155,7 +155,7 @@ def test_an_answer_that_is_not_read_to_its_end():
 def test_drafts_that_do_not_pay_are_given_up_for_good(monkeypatch):
     """When num_draft="auto" has taken the heads away, later turns go on without them, from the same caches. Breaks
     without `self._draft = NONE`: the entries of the heads are gone."""
-    monkeypatch.setattr(WidthChooser, "hopeless", True)
+    monkeypatch.setattr(Chooser, "hopeless", True)
     conversation = Conversation(chain(), max_new_tokens=12, num_draft="auto")
     assert conversation.say("a").text == ["HELO!"]
     assert conversation._held.drafter_cache == ()
