@@ -69,18 +69,24 @@ def test_refused(models, tmp_path):
 
 
 def test_shipped_heads(models, tmp_path, monkeypatch):
-    """A model known by a name gets the heads that the package holds for it; a file that was changed is refused.
+    """A model known by a name gets the heads that the package holds for it; a file that was changed is refused, and
+    other parameters under the name are told of.
 
-    Breaks without the checksum.
+    Breaks without the checksum, or the digest.
     """
     whole, plain = models
-    assert with_shipped(plain, "tiny") is plain
+    said = []
+    assert with_shipped(plain, "tiny", said.append) is plain
     monkeypatch.setattr(heads_file, "SHIPPED", tmp_path)
     monkeypatch.setattr(heads_file, "is_named", lambda source: source == "tiny")
     monkeypatch.setattr(heads_file, "SHIPPED_SHA256", {"tiny": "0"})
     write_heads(whole, tmp_path / "tiny.safetensors", "tiny")
     with pytest.raises(UserError, match="missing or not the file that belongs there"):
-        with_shipped(plain, "tiny")
+        with_shipped(plain, "tiny", said.append)
     digest = heads_file.hashlib.sha256((tmp_path / "tiny.safetensors").read_bytes()).hexdigest()
     monkeypatch.setattr(heads_file, "SHIPPED_SHA256", {"tiny": digest})
-    assert with_shipped(plain, "tiny").config.heads == whole.config.heads
+    assert with_shipped(plain, "tiny", said.append).config.heads == whole.config.heads and not said
+    moved = jax.tree.map(lambda leaf: leaf + 1 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, plain.params)
+    other = dataclasses.replace(plain, params=moved)
+    assert with_shipped(other, "tiny", said.append).config.heads == whole.config.heads
+    assert said == ["tiny: its heads were trained on another form of this model; they may draft a little worse"]

@@ -211,7 +211,7 @@ def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Co
         heads=heads,
         loss=_fresh(LossConfig, distil="kl" if asked.targets == "soft" else "none"),
         mesh=_fresh(MeshConfig),
-        decode=_fresh(DecodeConfig),
+        decode={"num_draft": DecodeConfig.num_draft},
         data={
             "source": str(text.absolute()),
             "seq_len": min(asked.seq_len, model.max_seq_len),

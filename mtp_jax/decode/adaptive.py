@@ -8,10 +8,11 @@
 because a batch takes as many rounds as its slowest row. Width 0 is plain decoding, so that drafts which do not pay are
 not made.
 
-**One row, and a drafter that says what it expects** (`Gate`). A round of all w drafts emits 1 + e tokens where e drafts
-are accepted. With g tokens in the time c_0 of a plain step, which is the pace so far, it is worth its time if
+**One row, and a drafter that says what it expects** (`Gate`). A round that verifies all w drafts takes c_w - c_0 seconds
+more than a plain step, and emits e tokens more where e drafts are accepted. With g tokens in the time c_0 of a plain
+step, which is the pace so far, it is worth its time if
 
-    (1 + e) / c_w  >  g / c_0          so e must be at least  g c_w / c_0 - 1
+    e  >=  g (c_w - c_0) / c_0
 
 and where the drafter expects less the round is a plain step. Where even that is slower than to draft nothing, nothing
 is drafted.
@@ -165,7 +166,7 @@ class Gate(Chooser):
         if len(self.costs) < 2 or self._is_probe:
             return ALL
         pace = max(1.0, self.costs[0] / self._seconds_per_token())
-        return pace * self.costs[self.num_draft] / self.costs[0] - 1.0
+        return max(0.0, pace * (self.costs[self.num_draft] / self.costs[0] - 1.0))
 
     def _seconds_per_token(self) -> float:
         """Of drafting so far, and before it has shown anything, of plain decoding."""
