@@ -266,6 +266,15 @@ REFUSED = [
     (lambda: HeadsConfig(residual=True), "heads.residual=True means nothing to heads.kind='parallel'"),
     (lambda: HeadsConfig(concat="hidden_first"), "heads.concat='hidden_first' means nothing to heads.kind='parallel'"),
     (lambda: HeadsConfig(kind="medusa", chain="post_norm"), "heads.chain='post_norm' means nothing to"),
+    (lambda: HeadsConfig(attention=False), "heads.attention=False means nothing to heads.kind='parallel'"),
+    (
+        lambda: HeadsConfig(kind="recursive", attention=False, init="copy_block"),
+        "heads.init='copy_block' with heads.attention=False; a copied block has attention, so use init='random'",
+    ),
+    (
+        lambda: HeadsConfig(kind="recursive", attention=False, input_norm=False),
+        "heads.input_norm=False means nothing without heads.attention",
+    ),
     (lambda: HeadsConfig(mask_stride=2), "heads.mask_stride=2 means nothing to heads.kind='parallel'"),
     (lambda: HeadsConfig(lora_rank=4), "heads.lora_rank=4 means nothing to heads.kind='parallel'"),
     (lambda: HeadsConfig(kind="masks", tap=0), "heads.tap=0 means nothing to heads.kind='masks'"),

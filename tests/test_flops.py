@@ -26,6 +26,7 @@ GRID = [
     "medusa, own ends, a part of the vocabulary",
     "sequential, as DeepSeek-V3",
     "recursive, as EAGLE",
+    "sequential, without attention, two blocks",
     "masks, every third position",
 ]
 ALONE = [*(kind for kind in KINDS if kind != "registers"), "masks, with LoRA and own ends"]

@@ -8,9 +8,9 @@
 because a batch takes as many rounds as its slowest row. Width 0 is plain decoding, so that drafts which do not pay are
 not made.
 
-**One row, and a drafter that says what it expects** (`Gate`). A round that verifies all w drafts takes c_w - c_0 seconds
-more than a plain step, and emits e tokens more where e drafts are accepted. With g tokens in the time c_0 of a plain
-step, which is the pace so far, it is worth its time if
+**One row, and a drafter that says what it expects** (`Gate`). A round that verifies all w drafts takes c_w - c_0
+seconds more than a plain step, and emits e tokens more where e drafts are accepted. With g tokens in the time c_0 of a
+plain step, which is the pace so far, it is worth its time if
 
     e  >=  g (c_w - c_0) / c_0
 

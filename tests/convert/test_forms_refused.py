@@ -2,12 +2,15 @@
 
 Each docstring names what breaks the test."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from reference.head_files import CASES, MANIFESTS, Cases, drawn, export, inside, load, make_trunk
 
+from mtp_jax.config import override
 from mtp_jax.errors import UserError
 
 
@@ -48,6 +51,14 @@ def test_heads_of_another_form(made, tmp_path, name, form, what):
     with pytest.raises(UserError, match=f"the form '{form}' cannot hold these heads: .*{what}"):
         export(made(name).lm, tmp_path / "out", form=form)
     assert not list(tmp_path.iterdir())
+
+
+def test_heads_without_attention(made, tmp_path):
+    """No form has them. Breaks when `_misfit` leaves the field out."""
+    lm = made("deepseek").lm
+    lm = dataclasses.replace(lm, config=override(lm.config, {"heads.attention": False}))
+    with pytest.raises(UserError, match=r"cannot hold these heads: it has heads.attention=True, not False"):
+        export(lm, tmp_path / "out", form="deepseek")
 
 
 @pytest.mark.parametrize(
