@@ -88,21 +88,20 @@ def _answer(base: str, prompt: Record, body: dict[str, Any]) -> tuple[str, bool]
         raise UserError(f"--endpoint {base}: the answer of {url} has no choices; is it OpenAI-compatible?") from error
 
 
-def _call(url: str, body: dict[str, Any] | None) -> Any:
+def _call(url: str, body: dict[str, Any] | None, tried: int = 0) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    for wait in (*WAITS, None):
-        try:
-            request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            if wait is not None and (error.code == 429 or error.code >= 500):
-                time.sleep(wait)
-                continue
+    try:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        is_busy = error.code == 429 or error.code >= 500
+        if not is_busy or tried == len(WAITS):
             said = error.read(200).decode(errors="replace")
             raise UserError(f"--endpoint: {url} answers {error.code}: {' '.join(said.split())}") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(
-                f"--endpoint: {url} cannot be asked: {error}; start the server, or leave --endpoint out"
-            ) from error
-    raise AssertionError("the last try returns or raises")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(
+            f"--endpoint: {url} cannot be asked: {error}; start the server, or leave --endpoint out"
+        ) from error
+    time.sleep(WAITS[tried])
+    return _call(url, body, tried + 1)

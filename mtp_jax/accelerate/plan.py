@@ -10,7 +10,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.integrity import write_atomically
 
 FILE = "plan.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)

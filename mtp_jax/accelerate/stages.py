@@ -26,7 +26,16 @@ from mtp_jax.accelerate.prompts import (
     shuffled,
     text_of,
 )
-from mtp_jax.config import BESIDE, Config, DecodeConfig, HeadsConfig, LossConfig, MeshConfig, override
+from mtp_jax.config import (
+    BESIDE,
+    CHAINED_TOKENS,
+    Config,
+    DecodeConfig,
+    HeadsConfig,
+    LossConfig,
+    MeshConfig,
+    override,
+)
 from mtp_jax.convert import fetch
 from mtp_jax.data.conversations import FINISHED
 from mtp_jax.data.loader import prepare
@@ -202,7 +211,7 @@ def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Co
     vocab = min(asked.draft_vocab, model.vocab_size // 4)
     # What the model was trained with means nothing here.
     heads = _fresh(HeadsConfig, kind=asked.kind, num_future=asked.num_future, draft_vocab=vocab)
-    if asked.kind in ("sequential", "recursive"):
+    if asked.kind in CHAINED_TOKENS:
         heads |= {"tap": model.num_layers, "norm": "own", "init": "random", "attention": asked.attention}
     kept = asked.kind not in BESIDE
     train = {"trainable": "heads", "keep_states": kept, "batch_size": asked.batch_size, "checkpoint_every": 100}
