@@ -9,7 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.decode.buckets import padded
+from mtp_jax.decode.engine import CHUNK
 from mtp_jax.decode.generate import Generation, Model, generate
+from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.loading import LoadedModel
 
@@ -126,6 +129,31 @@ def time_sides(
             if run:
                 seconds[name].append(elapsed)
     return {name: (results[name], seconds[name]) for name in sides}
+
+
+class OneByOne:
+    """Times prompts one by one. Prompts of about one length share their programs, which run once before they are timed.
+
+    Args:
+      lm: a loaded model.
+      sides: as for `time_sides`.
+      max_new_tokens: tokens per prompt.
+      timed_runs: runs of each prompt on each side.
+    """
+
+    def __init__(
+        self, lm: LoadedModel, sides: Mapping[str, Mapping[str, Any]], *, max_new_tokens: int, timed_runs: int
+    ) -> None:
+        self._lm, self._sides = lm, sides
+        self._counts = {"max_new_tokens": max_new_tokens, "timed_runs": timed_runs}
+        self._warm: set[int] = set()
+
+    def __call__(self, prompt: Any) -> Timed:
+        """`time_sides` of one prompt."""
+        size = padded(len(prompt_ids(self._lm, prompt, 0)), CHUNK)
+        is_new = size not in self._warm
+        self._warm.add(size)
+        return time_sides(self._lm, [prompt], self._sides, warm_up=is_new, **self._counts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.decode.buckets import padded
-from mtp_jax.decode.engine import CHUNK
-from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.decode.stats import none_for_nan
-from mtp_jax.eval.acceptance import TIMED_RUNS, Timed, merge, time_sides
+from mtp_jax.eval.acceptance import TIMED_RUNS, OneByOne, Timed, merge
 from mtp_jax.loading import LoadedModel
 
 PLAIN = "plain"
@@ -100,15 +97,7 @@ def measure(
     if sides is None:
         sides = WITHOUT_HEADS | (WITH_HEADS if lm.config.num_draft else {})
     sides = {name: dict(one) | dict(options or {}) for name, one in sides.items()}
-    results, warm = [], set()
-
-    def decode(prompt: Any) -> Timed:
-        """Prompts of about one length share their programs, which run once before they are timed."""
-        size = padded(len(prompt_ids(lm, prompt, 0)), CHUNK)
-        is_new = size not in warm
-        warm.add(size)
-        return time_sides(lm, [prompt], sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs, warm_up=is_new)
-
+    results, decode = [], OneByOne(lm, sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
     for kind, given in prompts.items():
         progress(f"{kind}: {len(given)} prompts, {max_new_tokens} tokens each, in {len(sides)} ways")
         timed = [decode(one) for one in given]

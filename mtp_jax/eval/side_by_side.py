@@ -1,6 +1,6 @@
 """The same prompts decoded plainly and with drafts, one after the other: what a person looks at.
 
-Every prompt is decoded by `eval.acceptance.time_sides`, which takes turns and leaves compilation out, and then once
+Every prompt is decoded by `eval.acceptance`, which takes turns and leaves compilation out, and then once
 more as a stream, so that one can watch.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from mtp_jax.decode.generate import Generation, stream
 from mtp_jax.decode.stats import none_for_nan
-from mtp_jax.eval.acceptance import Comparison, pair, time_sides
+from mtp_jax.eval.acceptance import Comparison, OneByOne, pair
 from mtp_jax.loading import LoadedModel
 
 PLAIN, DRAFTED = "plain", "drafted"
@@ -132,11 +132,11 @@ def side_by_side(
       UserError: what `generate` refuses.
     """
     sides, pairs = sides_of(lm), []
+    decode = OneByOne(lm, sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
     for sample in samples:
         prompt = prompt_of(lm, sample)
         progress(f"{sample.kind}: {max_new_tokens} tokens plainly and with drafts, {timed_runs} timed runs each")
-        timed = time_sides(lm, [prompt], sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
-        pairs.append(Pair(sample, pair(timed, PLAIN, DRAFTED)))
+        pairs.append(Pair(sample, pair(decode(prompt), PLAIN, DRAFTED)))
         if show is not None:
             for side, options in sides.items():
                 _watch(lm, prompt, max_new_tokens, options, functools.partial(show, sample.kind, side))

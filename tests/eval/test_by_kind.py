@@ -8,7 +8,7 @@ from reference.decoding import chain_model
 
 from mtp_jax.decode.generate import Generation
 from mtp_jax.decode.stats import DecodeStats
-from mtp_jax.eval import by_kind
+from mtp_jax.eval import acceptance
 from mtp_jax.eval.by_kind import WITH_HEADS, WITHOUT_HEADS, Result, mean_gain, measure
 
 
@@ -31,7 +31,7 @@ def test_figures_by_hand(monkeypatch):
         warm.append(warm_up)
         return {"plain": (generation(8, 8), [plain]), "heads": (generation(4, 8), [drafted])}
 
-    monkeypatch.setattr(by_kind, "time_sides", time_sides)
+    monkeypatch.setattr(acceptance, "time_sides", time_sides)
     plain, heads = measure(chain_model(), {"code": [[10], [10, 10]]}, max_new_tokens=9, sides=sides)
     assert (heads.plain_ms, heads.ms, heads.tokens_per_round, heads.gain) == (375.0, 500.0, 2.0, 1.5)
     assert 1 <= heads.low < heads.gain < heads.high <= 2 and plain.gain == 1
