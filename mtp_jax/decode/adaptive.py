@@ -31,11 +31,12 @@ BLOCK = 8
 """Rounds before the first choice; twice as many whenever the choice stays the same: to stop and choose costs, too."""
 LONGEST_BLOCK = 64
 DECAY = 0.7
-"""Weight of the past at every choice; about three blocks are remembered."""
-FIRST_PROBE = 4
-"""Blocks of width 0 after which drafting is tried once more; twice as many after every try."""
+"""Weight of the past at every choice; about three blocks are remembered. A gate counts it per `BLOCK` rounds."""
+FIRST_PROBE = 15
+"""Times `BLOCK` rounds of width 0 after which drafting is tried once more; twice as many after every try."""
 GIVE_UP = 3
-"""Blocks of width 0 after which a drafter with a cache of its own is let go: to keep it up to date costs, too."""
+"""Times `BLOCK` rounds of width 0 after which a drafter with a cache of its own is let go: to keep it up to date costs,
+too."""
 
 COSTS = Recent(MOST)
 """Seconds per round by width, of the shapes that `num_draft="auto"` has measured in this process."""
@@ -55,7 +56,7 @@ class Chooser(abc.ABC):
     def __init__(self, costs: dict[int, float]) -> None:
         self.costs = costs
         self.rounds, self._last = BLOCK, -1
-        self._idle, self._probe_after = 0, FIRST_PROBE
+        self._idle, self._probe_after = 0.0, FIRST_PROBE
 
     def choose(self, remaining_B: np.ndarray) -> int:
         """Width of the next block, of `rounds` rounds, for rows that have so many tokens to go."""
@@ -83,8 +84,12 @@ class Chooser(abc.ABC):
     def _is_time_to_probe(self) -> bool:
         if self._idle < self._probe_after:
             return False
-        self._idle, self._probe_after = 0, 2 * self._probe_after
+        self._idle, self._probe_after = 0.0, 2 * self._probe_after
         return True
+
+    def _took_part(self, width: int, rounds: float) -> None:
+        """Counts for how long nothing has been drafted."""
+        self._idle = 0.0 if width else self._idle + rounds / BLOCK
 
     def _time(self, width: int, seconds: float) -> None:
         """Keeps the least seconds of a round, which rise slowly where it has become slower."""
@@ -112,15 +117,14 @@ class WidthChooser(Chooser):
         if self._is_time_to_probe():
             return self.widths[-1]
         left = lambda width: self.costs[width] * np.max(remaining_B / self.tokens_per_round(width))  # noqa: E731
-        best = min(self.widths, key=left)
-        self._idle = 0 if best else self._idle + 1
-        return best
+        return min(self.widths, key=left)
 
     def record(
         self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
     ) -> None:
         """See `Chooser`."""
         rounds = histogram_BQ.sum(axis=1).max()
+        self._took_part(width, rounds)
         if rounds and seconds is not None:
             self._time(width, seconds / rounds)
         if width:
@@ -181,15 +185,14 @@ class Gate(Chooser):
         if self._is_probe:
             self._seconds = self._tokens = 0.0
             return self.num_draft
-        stop = self._seconds_per_token() > SLOWER * self.costs[0]
-        self._idle = self._idle + 1 if stop else 0
-        return 0 if stop else self.num_draft
+        return 0 if self._seconds_per_token() > SLOWER * self.costs[0] else self.num_draft
 
     def record(
         self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
     ) -> None:
         """See `Chooser`."""
         rounds = float(histogram_BQ.sum())
+        self._took_part(width, rounds)
         if not rounds or seconds is None:
             return
         is_measuring = self.least == ALL
@@ -197,4 +200,6 @@ class Gate(Chooser):
             self._time(width, seconds / rounds)
         if width and not is_measuring:
             tokens = float((histogram_BQ * (1 + np.arange(histogram_BQ.shape[1]))).sum())
-            self._seconds, self._tokens = DECAY * self._seconds + seconds, DECAY * self._tokens + tokens
+            # A stream has blocks of one round.
+            past = DECAY ** (rounds / BLOCK)
+            self._seconds, self._tokens = past * self._seconds + seconds, past * self._tokens + tokens

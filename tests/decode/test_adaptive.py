@@ -126,7 +126,7 @@ def block(gate, tokens, rounds, seconds, width=None):
     assert width is None or chosen == width
     right = tokens - rounds
     histogram_BQ = np.array([[rounds - right, right, 0, 0, 0]])
-    gate.record(chosen, histogram_BQ, seconds)
+    gate.record(chosen, histogram_BQ, seconds[chosen] if isinstance(seconds, dict) else seconds)
     return chosen
 
 
@@ -159,9 +159,9 @@ def test_a_gate_asks_for_more_where_the_pace_is_higher():
 
 def test_a_gate_stops_drafts_that_cost_more_than_they_bring():
     """Slower than plain decoding: off, with a probe now and then; back when it pays. Breaks without the comparison."""
-    gate = Gate(4, {4: 1.5, 0: 1.0})
-    assert [block(gate, 8, 8, 10.0) for _ in range(4)] == [4, 0, 0, 0] and gate.hopeless
-    assert [block(gate, 8, 8, 10.0) for _ in range(FIRST_PROBE)] == [0, 4, 4, 0]  # a probe, and what it leads to
+    gate, took = Gate(4, {4: 1.5, 0: 1.0}), {4: 10.0, 0: 8.0}
+    assert [block(gate, 8, 8, took) for _ in range(4)] == [4, 0, 0, 0] and gate.hopeless
+    assert [block(gate, 8, 8, took) for _ in range(FIRST_PROBE)] == [0] * (FIRST_PROBE - 3) + [4, 4, 0]
     for _ in range(20):
         chosen = gate.choose(np.array([100]))
         gate.record(chosen, np.array([[0, 8, 0, 0, 0]]), 8.0)
