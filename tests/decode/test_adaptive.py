@@ -162,7 +162,7 @@ def test_a_gate_stops_drafts_that_cost_more_than_they_bring():
     gate, took = Gate(4, {4: 1.5, 0: 1.0}), {4: 10.0, 0: 8.0}
     assert [block(gate, 8, 8, took) for _ in range(4)] == [4, 0, 0, 0] and gate.hopeless
     assert [block(gate, 8, 8, took) for _ in range(FIRST_PROBE)] == [0] * (FIRST_PROBE - 3) + [4, 4, 0]
-    for _ in range(20):
+    for _ in range(3 * FIRST_PROBE):
         chosen = gate.choose(np.array([100]))
         gate.record(chosen, np.array([[0, 8, 0, 0, 0]]), 8.0)
     assert chosen == 4 and not gate.hopeless
