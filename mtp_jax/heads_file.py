@@ -28,7 +28,7 @@ from mtp_jax.trees import by_path, digest_of
 
 OF_HEADS = ("heads", "draft_ids")
 SHIPPED = pathlib.Path(__file__).parent / "shipped"
-SHIPPED_SHA256 = {"smollm2": "f53d588de2939a74d443738119b6be06f0860a55c522b0336e080498e0d3851a"}
+SHIPPED_SHA256 = {"smollm2": "2b86144293ea0df972cdc1903ec5b6d62a212e6018da9a2755f7a0fd8777d112"}
 """Files of heads in the package, by the name of their model."""
 
 

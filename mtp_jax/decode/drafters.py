@@ -37,7 +37,8 @@ class Drafts(NamedTuple):
     worth_B: jax.Array | None = None
     """Whether a row's drafts are worth a look. Asked of a drafter that `passes`; None is yes."""
     sure_BP: jax.Array | None = None
-    """The drafter's own probability of each token. `DraftContext.propose` gives it where the drafter `passes`."""
+    """How sure the drafter is that the model chooses each token: the square root of its own probability of it.
+    `DraftContext.propose` gives it where the drafter `passes`."""
 
 
 class DraftContext(NamedTuple):
@@ -150,7 +151,7 @@ def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext)
 
 
 def expected(sure_BP: jax.Array) -> jax.Array:
-    """Accepted drafts [B] to expect where each is right with its own probability and those before it must be, too."""
+    """Accepted drafts [B] to expect, where each is right as surely as said and those before it must be, too."""
     return jnp.sum(jnp.cumprod(sure_BP, axis=1), axis=1)
 
 

@@ -404,7 +404,9 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
         sure_BP = None
         if plan.drafter.passes:
             chosen_BP = jnp.take_along_axis(logits_BPV, tokens_BP[..., None], axis=-1)[..., 0]
-            sure_BP = jnp.exp(chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1))
+            # The model may choose the same token though both give it less than 1: they agree on what is most likely,
+            # and draw with the same noise. So a token is right more often than its probability says.
+            sure_BP = jnp.exp(0.5 * (chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1)))
         probs_BPV = None
         if plan.rule.name == "confidence" and not sampler.sampled:
             probs_BPV = jax.nn.softmax(logits_BPV)
