@@ -162,25 +162,29 @@ class Gate(Chooser):
     def __init__(self, num_draft: int, costs: dict[int, float]) -> None:
         super().__init__(costs)
         self.num_draft, self._is_probe = num_draft, False
+        self._timed = {0: 0.0, num_draft: 0.0}
         self._seconds = self._tokens = 0.0
 
     @property
     def least(self) -> float:
         """Accepted drafts that a round must promise."""
-        if len(self.costs) < 2 or self._is_probe:
+        if self._is_unknown(0) or self._is_unknown(self.num_draft) or self._is_probe:
             return ALL
         pace = max(1.0, self.costs[0] / self._seconds_per_token())
         return max(0.0, pace * (self.costs[self.num_draft] / self.costs[0] - 1.0))
+
+    def _is_unknown(self, width: int) -> bool:
+        """Whether the width was never timed, or in this request for less than `BLOCK` rounds: the first are slow."""
+        return width not in self.costs or 0 < self._timed[width] < BLOCK
 
     def _seconds_per_token(self) -> float:
         """Of drafting so far, and before it has shown anything, of plain decoding."""
         return (self._seconds + NEUTRAL * self.costs[0]) / (self._tokens + NEUTRAL)
 
     def _choose(self, remaining_B: np.ndarray) -> int:
-        if self.num_draft not in self.costs:
-            return self.num_draft
-        if 0 not in self.costs:
-            return 0
+        for width in (self.num_draft, 0):
+            if self._is_unknown(width):
+                return width
         self._is_probe = self._is_time_to_probe()
         if self._is_probe:
             self._seconds = self._tokens = 0.0
@@ -196,6 +200,8 @@ class Gate(Chooser):
         if not rounds or seconds is None:
             return
         is_measuring = self.least == ALL
+        if self._is_unknown(width):
+            self._timed[width] += rounds
         if not width or is_measuring:
             self._time(width, seconds / rounds)
         if width and not is_measuring:

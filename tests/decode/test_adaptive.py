@@ -168,6 +168,17 @@ def test_a_gate_stops_drafts_that_cost_more_than_they_bring():
     assert chosen == 4 and not gate.hopeless
 
 
+def test_a_gate_times_a_whole_block():
+    """Rounds that come one by one, as in a stream: eight of each width, of which the first is slow. Breaks without
+    `_timed`."""
+    gate, chosen = Gate(4, {}), []
+    for i in range(2 * BLOCK):
+        chosen.append(gate.choose(np.array([100])))
+        gate.record(chosen[-1], np.array([[1, 0, 0, 0, 0]]), 9.0 if i in (0, BLOCK) else 1.0 + chosen[-1] / 8)
+    assert chosen == [4] * BLOCK + [0] * BLOCK
+    assert gate.least == pytest.approx(0.5, rel=0.2)
+
+
 def test_a_probe_measures_again():
     """A wide round that once took too long is timed again by the next probe. Breaks without `_is_probe`."""
     gate = Gate(4, {4: 9.0, 0: 1.0})
