@@ -9,8 +9,6 @@ from mtp_jax.errors import UserError
 from mtp_jax.integrity import write_atomically
 
 Record = dict[str, Any]
-
-
 Say = Callable[[str], None]
 """Is told of progress."""
 

@@ -109,7 +109,7 @@ def changed(before: Plan, source: str, settings: Settings, workdir: pathlib.Path
                 f"{workdir} was begun with {option} {_shown(old[name])}, not {_shown(value)}; use another WORKDIR"
             )
     same_prompts = all(new[name] == old[name] for name in ("prompts", "num_prompts"))
-    return Plan(source, settings, before.num_prompts if same_prompts else None, before.steps)
+    return dataclasses.replace(before, settings=settings, num_prompts=before.num_prompts if same_prompts else None)
 
 
 def _shown(value: Any) -> str:

@@ -292,8 +292,7 @@ def decode_round(
     """
     verified = width if verified is None else verified
     start_B = state.total_B - 1
-    tokens_BP, probs_BPV = state.drafts.tokens_BP, state.drafts.probs_BPV
-    drafts = Drafts(tokens_BP[:, :verified], None if probs_BPV is None else probs_BPV[:, :verified])
+    drafts = jax.tree.map(lambda drafted: drafted[:, :verified], state.drafts._replace(worth_B=None))
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
     ask = Ask(min(plan.drafter.masks, verified))
