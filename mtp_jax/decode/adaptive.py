@@ -8,19 +8,21 @@
 because a batch takes as many rounds as its slowest row. Width 0 is plain decoding, so that drafts which do not pay are
 not made.
 
-**One row, and a drafter that says what it expects** (`Gate`). A round that verifies all w drafts takes c_w - c_0
-seconds more than a plain step, and emits e tokens more where e drafts are accepted. With g tokens in the time c_0 of a
-plain step, which is the pace so far, it is worth its time if
+**One row, and a drafter that says what it expects** (`Gate`). A round that verifies all w drafts takes c_w seconds, and
+emits e tokens more where e drafts are accepted. A round that passes over its drafts takes c_p seconds: a plain step and
+the drafting. With g tokens in the time c_0 of a plain step, which is the pace so far, drafts are worth verifying if
 
-    e  >=  g (c_w - c_0) / c_0
+    e  >=  g (c_w - c_p) / c_0
 
-and where the drafter expects less the round is a plain step. Where even that is slower than to draft nothing, nothing
-is drafted.
+and where the drafter expects less the round passes over them. Where all of that is slower than plain decoding, nothing
+is drafted. With `heads+lookup` only the heads stop then, if they have no caches to keep up to date: a lookup costs next
+to nothing.
 
 Whatever is chosen, the tokens are the same.
 """
 
 import abc
+import dataclasses
 import math
 
 import numpy as np
@@ -52,6 +54,8 @@ class Chooser(abc.ABC):
 
     least = 0.0
     """Accepted drafts that a round must promise to verify any."""
+    asks_heads = True
+    """Whether heads shall draft where something else can, too."""
 
     def __init__(self, costs: dict[int, float]) -> None:
         self.costs = costs
@@ -87,9 +91,9 @@ class Chooser(abc.ABC):
         self._idle, self._probe_after = 0.0, 2 * self._probe_after
         return True
 
-    def _took_part(self, width: int, rounds: float) -> None:
-        """Counts for how long nothing has been drafted."""
-        self._idle = 0.0 if width else self._idle + rounds / BLOCK
+    def _took_part(self, drafted: bool, rounds: float) -> None:
+        """Counts for how long nothing has been drafted that costs something."""
+        self._idle = 0.0 if drafted else self._idle + rounds / BLOCK
 
     def _time(self, width: int, seconds: float) -> None:
         """Keeps the least seconds of a round, which rise slowly where it has become slower."""
@@ -124,7 +128,7 @@ class WidthChooser(Chooser):
     ) -> None:
         """See `Chooser`."""
         rounds = histogram_BQ.sum(axis=1).max()
-        self._took_part(width, rounds)
+        self._took_part(width > 0, rounds)
         if rounds and seconds is not None:
             self._time(width, seconds / rounds)
         if width:
@@ -145,67 +149,98 @@ class WidthChooser(Chooser):
 
 ALL = -1.0
 """What every round promises at least."""
-NEUTRAL = 16.0
+NOTHING = math.inf
+"""What no round promises."""
+PASSED = -1
+"""Stands among the costs for a round that makes drafts and passes over them."""
+NEUTRAL = 48.0
 """Tokens at the plain pace that a gate counts before it has seen any."""
-SLOWER = 1.02
-"""Times the seconds of plain decoding from which drafting stops."""
+SLOWER = 1.03
+"""Times the seconds without the drafts of heads from which these stop."""
+
+
+@dataclasses.dataclass
+class _Pace:
+    """Seconds and tokens of late."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+    def add(self, rounds: float, seconds: float, tokens: float) -> None:
+        """Counts a block. A stream has blocks of one round."""
+        past = DECAY ** (rounds / BLOCK)
+        self.seconds = past * self.seconds + seconds
+        self.tokens = past * self.tokens + tokens
 
 
 class Gate(Chooser):
     """Chooses for one row whether to draft, and says what a round must promise to verify the drafts (`least`).
 
-    The first block of a process verifies every draft, which tells what that costs; the second drafts nothing, which
-    tells what a plain step costs. Both are kept in `costs`, which the caller may share between requests. A probe
-    verifies every draft, too.
+    The first blocks of a process tell what rounds cost: one verifies every draft, one passes over all of them, one
+    drafts nothing. The costs are kept in `costs`, which the caller may share between requests. A probe verifies every
+    draft, too.
+
+    Args:
+      num_draft: drafts of a round.
+      costs: seconds of a round, by width, and of `PASSED`.
+      spares_heads: whether something is drafted at next to no cost where heads do not.
     """
 
-    def __init__(self, num_draft: int, costs: dict[int, float]) -> None:
+    def __init__(self, num_draft: int, costs: dict[int, float], spares_heads: bool = False) -> None:
         super().__init__(costs)
-        self.num_draft, self._is_probe = num_draft, False
-        self._timed = {0: 0.0, num_draft: 0.0}
-        self._seconds = self._tokens = 0.0
+        self.num_draft = num_draft
+        self.asks_heads = True
+        self._spares_heads = spares_heads
+        self._timed = {num_draft: 0.0, PASSED: 0.0, 0: 0.0}
+        self._measures: int | None = num_draft
+        self._seen = {True: _Pace(), False: _Pace()}
 
     @property
     def least(self) -> float:
         """Accepted drafts that a round must promise."""
-        if self._is_unknown(0) or self._is_unknown(self.num_draft) or self._is_probe:
+        if self._measures == PASSED:
+            return NOTHING
+        if self._measures is not None:
             return ALL
-        pace = max(1.0, self.costs[0] / self._seconds_per_token())
-        return max(0.0, pace * (self.costs[self.num_draft] / self.costs[0] - 1.0))
+        pace = max(1.0, self.costs[0] / self._seconds_per_token(self.asks_heads))
+        return max(0.0, pace * (self.costs[self.num_draft] - self.costs[PASSED]) / self.costs[0])
 
-    def _is_unknown(self, width: int) -> bool:
-        """Whether the width was never timed, or in this request for less than `BLOCK` rounds: the first are slow."""
-        return width not in self.costs or 0 < self._timed[width] < BLOCK
+    def _is_unknown(self, kind: int) -> bool:
+        """Whether such rounds were never timed, or in this request fewer than `BLOCK`: the first are slow."""
+        return kind not in self.costs or 0 < self._timed[kind] < BLOCK
 
-    def _seconds_per_token(self) -> float:
-        """Of drafting so far, and before it has shown anything, of plain decoding."""
-        return (self._seconds + NEUTRAL * self.costs[0]) / (self._tokens + NEUTRAL)
+    def _seconds_per_token(self, with_heads: bool) -> float:
+        """With the drafts of heads or without so far, and before that has shown anything, of plain decoding."""
+        seen = self._seen[with_heads]
+        return (seen.seconds + NEUTRAL * self.costs[0]) / (seen.tokens + NEUTRAL)
 
     def _choose(self, remaining_B: np.ndarray) -> int:
-        for width in (self.num_draft, 0):
-            if self._is_unknown(width):
-                return width
-        self._is_probe = self._is_time_to_probe()
-        if self._is_probe:
-            self._seconds = self._tokens = 0.0
+        self.asks_heads = True
+        self._measures = next((kind for kind in self._timed if self._is_unknown(kind)), None)
+        if self._measures is None and self._is_time_to_probe():
+            self._measures = self.num_draft
+            self._seen[True] = _Pace()
+        if self._measures is not None:
+            return 0 if self._measures == 0 else self.num_draft
+        if self._seconds_per_token(True) <= SLOWER * self._seconds_per_token(False):
             return self.num_draft
-        return 0 if self._seconds_per_token() > SLOWER * self.costs[0] else self.num_draft
+        self.asks_heads = False
+        return self.num_draft if self._spares_heads else 0
 
     def record(
         self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
     ) -> None:
         """See `Chooser`."""
         rounds = float(histogram_BQ.sum())
-        self._took_part(width, rounds)
+        self._took_part(width > 0 and self.asks_heads, rounds)
         if not rounds or seconds is None:
             return
-        is_measuring = self.least == ALL
-        if self._is_unknown(width):
-            self._timed[width] += rounds
-        if not width or is_measuring:
-            self._time(width, seconds / rounds)
-        if width and not is_measuring:
+        kind = self._measures
+        if kind is None and not width:
+            kind = 0
+        if kind is not None:
+            self._timed[kind] += rounds
+            self._time(kind, seconds / rounds)
+        else:
             tokens = float((histogram_BQ * (1 + np.arange(histogram_BQ.shape[1]))).sum())
-            # A stream has blocks of one round.
-            past = DECAY ** (rounds / BLOCK)
-            self._seconds, self._tokens = past * self._seconds + seconds, past * self._tokens + tokens
+            self._seen[self.asks_heads].add(rounds, seconds, tokens)

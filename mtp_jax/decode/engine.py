@@ -67,6 +67,8 @@ class DecodeState(NamedTuple):
     """Where each row's processing began: 0, or in a later turn of a conversation what `Kept` holds of it."""
     least: jax.Array
     """Accepted drafts that a drafter which `passes` must expect for a round to verify any; float32 []."""
+    asks_heads: jax.Array
+    """Whether heads shall draft where something else can, too; bool []."""
     # Between rounds.
     drafts: Drafts
     """For the P positions behind the pending token; with fewer drafted, the last ones mean nothing."""
@@ -192,6 +194,7 @@ def rows_state(
         failed_B=jnp.zeros((B,), bool),
         begin_B=begin_B,
         least=jnp.zeros((), jnp.float32),
+        asks_heads=jnp.ones((), bool),
         drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV, worth_B),
         caches=(),
         drafter_cache=(),
@@ -401,11 +404,9 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
         logits_BPV = sampling.process(sampler, controls, logits_BPV, state.tokens_BS, known_BP)
         tokens_BP = sampling.choose(sampler, controls, logits_BPV, position_BP)
         sure_BP = None
-        if plan.drafter.passes:
+        if plan.rule.name != "rejection":
             chosen_BP = jnp.take_along_axis(logits_BPV, tokens_BP[..., None], axis=-1)[..., 0]
-            # The model may choose the same token though both give it less than 1: they agree on what is most likely,
-            # and draw with the same noise. So a token is right more often than its probability says.
-            sure_BP = jnp.exp(0.5 * (chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1)))
+            sure_BP = jnp.exp(chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1))
         probs_BPV = None
         if plan.rule.name == "confidence" and not sampler.sampled:
             probs_BPV = jax.nn.softmax(logits_BPV)
@@ -413,7 +414,8 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
             probs_BPV = sampling.probabilities(sampler, controls, logits_BPV)
         return Drafts(tokens_BP, probs_BPV, sure_BP=sure_BP)
 
-    context = DraftContext(*where, state.tokens_BS, state.total_B, count, propose, state.begin_B, state.least)
+    known = (state.tokens_BS, state.total_B, count, propose, state.begin_B)
+    context = DraftContext(*where, *known, state.least, state.asks_heads, plan.drafter.passes)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
     wants_probs = plan.rule.name == "confidence"
     drafts = checked(plan.drafter, drafts, len(state.total_B), plan.config.model.vocab_size, wants_probs)

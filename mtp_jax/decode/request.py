@@ -13,7 +13,7 @@ import numpy as np
 from mtp_jax import programs
 from mtp_jax.config import Config
 from mtp_jax.decode import buckets, engine
-from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
+from mtp_jax.decode.adaptive import ALL, BLOCK, COSTS, NOTHING, Chooser, Gate, WidthChooser
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.engine import DecodeState, Plan
@@ -112,7 +112,8 @@ class Request:
         self.chooser: Chooser | None = None
         if auto and num_draft:
             gated = rows == 1 and self.plan.drafter.passes
-            self.chooser = Gate(num_draft, {}) if gated else WidthChooser(num_draft, rows, {})
+            gate = Gate(num_draft, {}, self.plan.drafter.spares_heads)
+            self.chooser = gate if gated else WidthChooser(num_draft, rows, {})
         self.cut_B: list[int | None] = [None] * rows
         self.ends_B = [-1] * rows
         self.read_B = [0] * rows
@@ -161,8 +162,7 @@ class Request:
         self.chooser.costs = COSTS.recall(shape, dict)
         remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
         width = self.chooser.choose(remaining_B)
-        least = jax.device_put(np.float32(self.chooser.least), self.state.least.sharding)
-        self.state = self.state._replace(least=least)
+        self._ask(self.chooser.least, self.chooser.asks_heads)
         before = self.counts
         clock = _Clock()
         self._run(width, min(max_rounds, self.chooser.rounds))
@@ -176,6 +176,16 @@ class Request:
             self.plan = dataclasses.replace(self.plan, drafter=NONE)
             self.chooser = None
             self.state = self.state._replace(drafter_cache=(), drafts=self.state.drafts._replace(worth_B=None))
+
+    def _ask(self, least: float, asks_heads: bool) -> None:
+        """Sets what a round must promise to verify its drafts, and who drafts."""
+        given = jax.device_put((np.float32(least), np.bool_(asks_heads)), self.state.least.sharding)
+        self.state = self.state._replace(least=given[0], asks_heads=given[1])
+        worth_B = self.state.drafts.worth_B
+        if worth_B is not None and least in (ALL, NOTHING):
+            # The drafts of the block's first round were made before.
+            worth_B = jax.device_put(np.full(worth_B.shape, least == ALL), worth_B.sharding)
+            self.state = self.state._replace(drafts=self.state.drafts._replace(worth_B=worth_B))
 
     def _grow(self) -> None:
         needed = engine.bucket(int(self.total_B.max()), self.plan.drafter.num_draft, self.slots)

@@ -1,19 +1,30 @@
 """The chosen width has the most tokens per second; what is chosen never changes a token. Each docstring names the line
 whose deletion breaks the test."""
 
+import dataclasses
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.decoding import NEW, PROMPTS, model, plain, scripted, with_script
+from reference.decoding import CONFIG, NEW, PROMPTS, loaded, loud_params, model, plain, scripted, with_script
 from reference.tiers import sampled
 
 from mtp_jax.decode import adaptive, engine
-from mtp_jax.decode.adaptive import ALL, BLOCK, FIRST_PROBE, NEUTRAL, Gate, WidthChooser, widths
-from mtp_jax.decode.drafters import expected, make_drafter
+from mtp_jax.decode.adaptive import ALL, BLOCK, FIRST_PROBE, NEUTRAL, NOTHING, PASSED, Gate, WidthChooser, widths
+from mtp_jax.decode.drafters import expected, lookup, make_drafter
 from mtp_jax.decode.engine import Plan
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.options import Options
 from mtp_jax.decode.request import Request
+
+
+@functools.cache
+def in_place_model():
+    """Recursive heads without attention."""
+    heads = dataclasses.replace(CONFIG.heads, kind="recursive", attention=False)
+    config = dataclasses.replace(CONFIG, heads=heads)
+    return loaded(config, loud_params(config, seed=6))
 
 
 def histogram(accept_B, width, num_draft=4):
@@ -131,35 +142,35 @@ def block(gate, tokens, rounds, seconds, width=None):
 
 
 def test_a_gate_measures_first():
-    """All drafts, until that is timed; none, until that is. Breaks when a block that compiled counts."""
+    """All drafts are verified until that is timed; then none of those that are made; then none are made. Breaks when a
+    block that compiled counts."""
     gate = Gate(4, {})
-    assert gate.least == ALL
-    block(gate, 8, 8, None, width=4)
-    block(gate, 8, 8, 16.0, width=4)
-    assert gate.least == ALL
-    block(gate, 8, 8, None, width=0)
-    block(gate, 8, 8, 8.0, width=0)
-    assert gate.costs == {4: 2.0, 0: 1.0}
-    assert gate.least == pytest.approx(1.0)  # at the plain pace: (2.0 - 1.0) / 1.0
+    for width, least, seconds in ((4, ALL, 16.0), (4, NOTHING, 9.6), (0, ALL, 8.0)):
+        block(gate, 8, 8, None, width=width)
+        block(gate, 8, 8, seconds, width=width)
+        assert gate.least == least
+    gate.choose(np.array([100]))
+    assert gate.costs == {4: 2.0, PASSED: 1.2, 0: 1.0}
+    assert gate.least == pytest.approx(0.8)  # at the plain pace: (2.0 - 1.2) / 1.0
 
 
 def test_a_gate_asks_for_more_where_the_pace_is_higher():
-    """e >= g (c_w - c_0) / c_0 with the pace g so far, which is never below 1. Breaks without the pace, or without its
+    """e >= g (c_w - c_p) / c_0 with the pace g so far, which is never below 1. Breaks without the pace, or without its
     start at the plain one."""
-    gate = Gate(4, {4: 1.5, 0: 1.0})
-    assert gate.least == pytest.approx(0.5)
+    costs = {4: 1.6, PASSED: 1.1, 0: 1.0}
+    gate = Gate(4, dict(costs))
     block(gate, 16, 8, 8.0, width=4)
     pace = (16 + NEUTRAL) / (8 + NEUTRAL)
     assert gate.least == pytest.approx(0.5 * pace)
-    assert gate.costs == {4: 1.5, 0: 1.0}  # a block of both kinds of rounds tells neither cost
-    slow = Gate(4, {4: 1.5, 0: 1.0})
+    assert gate.costs == costs  # a block of both kinds of rounds tells neither cost
+    slow = Gate(4, dict(costs))
     block(slow, 8, 8, 12.0, width=4)
     assert slow.least == pytest.approx(0.5)
 
 
 def test_a_gate_stops_drafts_that_cost_more_than_they_bring():
     """Slower than plain decoding: off, with a probe now and then; back when it pays. Breaks without the comparison."""
-    gate, took = Gate(4, {4: 1.5, 0: 1.0}), {4: 10.0, 0: 8.0}
+    gate, took = Gate(4, {4: 1.5, PASSED: 1.1, 0: 1.0}), {4: 14.0, 0: 8.0}
     assert [block(gate, 8, 8, took) for _ in range(4)] == [4, 0, 0, 0] and gate.hopeless
     assert [block(gate, 8, 8, took) for _ in range(FIRST_PROBE)] == [0] * (FIRST_PROBE - 3) + [4, 4, 0]
     for _ in range(3 * FIRST_PROBE):
@@ -168,21 +179,39 @@ def test_a_gate_stops_drafts_that_cost_more_than_they_bring():
     assert chosen == 4 and not gate.hopeless
 
 
+def test_a_gate_goes_on_with_what_costs_nothing():
+    """Where heads cost more than they bring, lookups are still verified, by the pace that they have without heads.
+    Breaks without `spares_heads`, or with one pace for both."""
+    gate = Gate(4, {4: 1.6, PASSED: 1.1, 0: 1.0}, spares_heads=True)
+    block(gate, 8, 8, 14.0, width=4)
+    assert gate.asks_heads
+    block(gate, 16, 8, 8.0, width=4)
+    assert not gate.asks_heads
+    pace = (16 + NEUTRAL) / (8 + NEUTRAL)
+    assert gate.least == pytest.approx(0.5 * pace)
+    for _ in range(FIRST_PROBE - 1):
+        block(gate, 16, 8, 8.0, width=4)
+        assert not gate.asks_heads
+    block(gate, 8, 8, 14.0, width=4)
+    assert gate.asks_heads and gate.least == ALL
+
+
 def test_a_gate_times_a_whole_block():
-    """Rounds that come one by one, as in a stream: eight of each width, of which the first is slow. Breaks without
+    """Rounds that come one by one, as in a stream: eight of each kind, of which the first is slow. Breaks without
     `_timed`."""
     gate, chosen = Gate(4, {}), []
-    for i in range(2 * BLOCK):
+    for i in range(3 * BLOCK):
         chosen.append(gate.choose(np.array([100])))
-        gate.record(chosen[-1], np.array([[1, 0, 0, 0, 0]]), 9.0 if i in (0, BLOCK) else 1.0 + chosen[-1] / 8)
-    assert chosen == [4] * BLOCK + [0] * BLOCK
-    assert gate.least == pytest.approx(0.5, rel=0.2)
+        seconds = {ALL: 1.0 + chosen[-1] / 8, NOTHING: 1.1}[gate.least]
+        gate.record(chosen[-1], np.array([[1, 0, 0, 0, 0]]), 9.0 if i % BLOCK == 0 else seconds)
+    assert chosen == [4] * 2 * BLOCK + [0] * BLOCK
+    gate.choose(np.array([100]))
+    assert gate.least == pytest.approx(0.4, rel=0.2)
 
 
 def test_a_probe_measures_again():
-    """A wide round that once took too long is timed again by the next probe. Breaks without `_is_probe`."""
-    gate = Gate(4, {4: 9.0, 0: 1.0})
-    assert gate.least == pytest.approx(8.0)
+    """A wide round that once took too long is timed again by the next probe. Breaks without `_is_time_to_probe`."""
+    gate = Gate(4, {4: 9.0, PASSED: 1.0, 0: 1.0})
     seconds = {0: 8.0, 4: 9.6}
     for _ in range(3 + FIRST_PROBE):
         chosen = gate.choose(np.array([100]))
@@ -222,14 +251,37 @@ def test_rounds_that_promise_too_little_are_plain_steps(draft):
     numbers = jnp.array([len(prompt)]), jnp.array([len(prompt) + NEW]), jnp.zeros((0,), jnp.int32)
     controls = Options().controls(1, lm.config.model.vocab_size)
     found = {}
-    for least in (ALL, 3.0):
+    for least in (ALL, 3.0, NOTHING):
         state = engine.prefill(plan, 40, lm.decode_params, controls, np.array([prompt], np.int32), *numbers)
         # The drafts of the prefill were made before anything was asked of them.
         state = state._replace(least=jnp.float32(least), drafts=state.drafts._replace(worth_B=jnp.zeros(1, bool)))
         state = engine.decode_rounds(plan, 3, lm.decode_params, controls, state, jnp.int32(99))
         assert state.tokens_BS[0, len(prompt) : len(prompt) + NEW].tolist() == plain("random", prompt)[:NEW]
         found[least] = int(state.drafted_B[0])
-    assert found[ALL] > 0 == found[3.0]
+    assert found[ALL] > 0 == found[3.0] == found[NOTHING]
+
+
+@pytest.mark.parametrize("draft", [pytest.param("heads", marks=pytest.mark.grid), "heads+lookup"])
+def test_heads_that_are_not_asked(draft):
+    """Heads without caches: no drafts of theirs where they are not asked, no further ones where the first is too
+    unsure, and the tokens of plain decoding in either case. Breaks without `run_if` in `_both_draft` or
+    `_draft_in_place`."""
+    lm, prompt = in_place_model(), PROMPTS[2]
+    plan = Plan(lm.config, make_drafter(draft, lm.config, passes=True))
+    numbers = jnp.array([len(prompt)]), jnp.array([len(prompt) + NEW]), jnp.zeros((0,), jnp.int32)
+    controls = Options().controls(1, lm.config.model.vocab_size)
+    wanted = generate(lm, [prompt], max_new_tokens=NEW, draft="none", ignore_eos=True).tokens[0]
+    for least, asks_heads in ((0.0, True), (0.0, False), (2.0, True), (NOTHING, True)):
+        state = engine.prefill(plan, 40, lm.decode_params, controls, np.array([prompt], np.int32), *numbers)
+        state = state._replace(least=jnp.float32(least), asks_heads=jnp.bool_(asks_heads))
+        one = engine.decode_rounds(plan, 3, lm.decode_params, controls, state, jnp.int32(1))
+        drafted = np.asarray(one.drafts.tokens_BP[0]).tolist()
+        if draft == "heads":
+            assert (drafted[1:] == [0, 0]) is (least == 2.0)
+        elif not asks_heads:
+            assert drafted == lookup(one.tokens_BS, one.total_B, 3)[0][0].tolist()
+        state = engine.decode_rounds(plan, 3, lm.decode_params, controls, one, jnp.int32(99))
+        assert state.tokens_BS[0, len(prompt) : len(prompt) + NEW].tolist() == wanted
 
 
 @pytest.mark.grid

@@ -9,7 +9,8 @@ from reference.decoding import NEW, PROMPTS, chain_model, following, model, plai
 from reference.quick import quick_jit
 from reference.tiers import sampled
 
-from mtp_jax.decode.drafters import LONGEST_MATCH, Drafter, Drafts, lookup
+from mtp_jax.decode import drafters
+from mtp_jax.decode.drafters import LONGEST_MATCH, SURE_MATCH, Drafter, Drafts, better, lookup
 from mtp_jax.decode.generate import generate
 
 lookup_jit = quick_jit(lookup, static_argnums=2)
@@ -65,13 +66,40 @@ def test_a_row_in_a_loop():
 
 @pytest.mark.grid
 def test_takes_the_lookup_where_it_is_sure():
-    """heads+lookup accepts what either would: text that stands in the prompt, although every head is wrong."""
+    """heads+lookup accepts text that stands in the prompt, although every head is wrong and sure. Breaks without
+    `MOST_SURE`."""
     ids = tuple(range(10, 40))
     lm = chain_model(ids, wrong_heads=(1, 2, 3))
-    heads = generate(lm, [[*ids, 10, 11, 12]], max_new_tokens=16, draft="heads").stats
-    both = generate(lm, [[*ids, 10, 11, 12]], max_new_tokens=16, draft="heads+lookup").stats
+    prompt = [*ids, *ids[:LONGEST_MATCH]]
+    heads = generate(lm, [prompt], max_new_tokens=16, draft="heads").stats
+    both = generate(lm, [prompt], max_new_tokens=16, draft="heads+lookup").stats
     assert heads.tokens_per_round == 1
     assert both.tokens_per_round > 3.5
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["heads say how sure they are", "heads say nothing"])
+def test_the_better_drafts_are_taken(says):
+    """Row by row: the lookup where a (1 + n + n^2), with a and n by matched tokens and by whether the first head
+    agrees, is at least s1 + s1 s2 + s1 s2 s3 of the heads; without s from `SURE_MATCH` on. Breaks with `>=` turned
+    round, with one table for both, or without the product."""
+    matched_B = np.repeat(np.arange(LONGEST_MATCH + 1), 4)
+    agrees_B = np.tile([True, False], 2 * LONGEST_MATCH + 2)
+    s_BP = np.where((np.arange(len(matched_B)) % 4 < 2)[:, None], [0.3, 0.8, 0.7], [0.8, 0.9, 0.9])
+    found_BP = np.array([[1, 5, 6]] * len(matched_B))
+    heads_BP = np.where(agrees_B[:, None], [1, 2, 3], [4, 2, 3])
+    given = Drafts(jnp.array(heads_BP), sure_BP=jnp.array(s_BP, jnp.float32) if says else None)
+    drafts = better(given, jnp.array(found_BP), jnp.array(matched_B), 1.0)
+    for b, matched in enumerate(matched_B):
+        right = (drafters.RIGHT_WITH_HEADS if agrees_B[b] else drafters.RIGHT_AGAINST_HEADS)[matched]
+        following = drafters.RIGHT_NEXT[matched]
+        lookup_brings = right * (1 + following + following**2)
+        s1, s2, s3 = s_BP[b]
+        heads_bring = s1 + s1 * s2 + s1 * s2 * s3
+        takes_lookup = lookup_brings >= heads_bring if says else matched >= SURE_MATCH
+        assert drafts.tokens_BP[b].tolist() == (found_BP if takes_lookup else heads_BP)[b].tolist()
+        if says:
+            assert bool(drafts.worth_B[b]) == (max(lookup_brings, heads_bring) >= 1.0)
+    assert says or drafts.worth_B is None
 
 
 def test_drafts_that_are_not_worth_a_look_are_not_verified():

@@ -59,6 +59,18 @@ class Round(NamedTuple):
     """`(states_BPD, first) -> drafts`: what heads first, first+1, ... draft from these states; `.tokens_BP` are ids."""
     begin_B: jax.Array | int = 0
     """Position from which each row was processed without a break; states kept of those before do not count."""
+    goes_on: Callable[[Any], jax.Array] | None = None
+    """`first drafts -> bool []`: whether drafts behind them can be of use. None where they always are. A family may
+    ask, and save the work."""
+
+
+def run_if(wanted: jax.Array, make: Callable[[], Any]) -> Any:
+    """What `make` returns where it is wanted, a bool []; else zeros of the same shapes, without the work."""
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(make))
+
+    return jax.lax.cond(wanted, make, zeros)
 
 
 def head_model(config: Config) -> ModelConfig:

@@ -169,17 +169,27 @@ def draft(config: Config, params: Params, cache: Any, now: Round) -> tuple[tuple
 
 def _draft_in_place(config: Config, params: Params, now: Round) -> tuple:
     """`draft` without attention: every depth runs at the position that produced the newest token, and there alone."""
-    hidden_B1D, drafts = base.at_index(now.tap_BQD, now.index_B), []
-    token_B1 = jnp.take_along_axis(now.tokens_BS, now.total_B[:, None] - 1, axis=1)
-    for depth in range(1, now.count + 1):
-        module = _module(config, params, depth)
-        state_B1D = _join(config, module, now.embed(token_B1), hidden_B1D)
-        for block in module["blocks"]:
-            state_B1D = base.without_attention(config, block, state_B1D)
-        hidden_B1D = _handed_on(config, params, module, state_B1D)
-        drafts.append(now.propose(state_B1D, depth))
-        token_B1 = drafts[-1].tokens_BP
-    return tuple(drafts)
+
+    def depths(which: range, hidden_B1D: jax.Array, token_B1: jax.Array) -> tuple[tuple, jax.Array]:
+        drafts = []
+        for depth in which:
+            module = _module(config, params, depth)
+            state_B1D = _join(config, module, now.embed(token_B1), hidden_B1D)
+            for block in module["blocks"]:
+                state_B1D = base.without_attention(config, block, state_B1D)
+            hidden_B1D = _handed_on(config, params, module, state_B1D)
+            drafts.append(now.propose(state_B1D, depth))
+            token_B1 = drafts[-1].tokens_BP
+        return tuple(drafts), hidden_B1D
+
+    tap_B1D = base.at_index(now.tap_BQD, now.index_B)
+    newest_B1 = jnp.take_along_axis(now.tokens_BS, now.total_B[:, None] - 1, axis=1)
+    if now.goes_on is None or now.count < 2:
+        return depths(range(1, now.count + 1), tap_B1D, newest_B1)[0]
+    (first,), hidden_B1D = depths(range(1, 2), tap_B1D, newest_B1)
+    others = range(2, now.count + 1)
+    rest = base.run_if(now.goes_on(first), lambda: depths(others, hidden_B1D, first.tokens_BP)[0])
+    return (first, *rest)
 
 
 def _tokens(window: _Window, now: Round, drafts: list, depth: int) -> jax.Array:
