@@ -44,7 +44,10 @@ napoleon_use_ivar = True
 # A single backtick in a docstring is code.
 default_role = "code"
 
-CODE_IN_A_WORD = re.compile(r"(`[^`]+`)(?=\w)")
+CODE = re.compile(r"(`[^`]+`)(\w?)")
+
+FIELDS: dict[str, list[str]] = {}
+"""Docstrings of fields while Napoleon is at work."""
 
 # Files from outside this folder that are pages of the site. Git ignores the copies.
 COPIED = {
@@ -85,19 +88,28 @@ def keep_drawings(app, what, name, obj, options, lines) -> None:
             elif indent == 0:
                 indented = False
             before = line
-        # Sphinx ends code only before a blank or a punctuation mark: `LayerCache`s needs an invisible one.
-        result.append(line if indented else CODE_IN_A_WORD.sub(r"\1\\ ", line))
+        result.append(line if indented else CODE.sub(end_of_code, line))
     lines[:] = result
 
 
-def plain_attributes(app, what, name, obj, options, lines) -> None:
-    """Keeps the text of a field as it is: Napoleon would take what stands before a colon for the type."""
+def end_of_code(match: re.Match) -> str:
+    """Sphinx ends code only before a blank or a punctuation mark: `LayerCache`s needs an invisible one."""
+    return f"{match[1]}\\ {match[2]}" if match[2] else match[1]
+
+
+def set_aside(app, what, name, obj, options, lines) -> None:
+    """Keeps the text of a field from Napoleon, which would take what stands before a colon for the type."""
     if what not in ("attribute", "property") or not lines:
         return
-    if lines[0].startswith("Alias for field number"):
-        lines.clear()
-        return
-    lines.insert(0, "")
+    # A field of a named tuple without a docstring has this line from Python.
+    FIELDS[name] = [] if lines[0].startswith("Alias for field number") else list(lines)
+    lines.clear()
+
+
+def put_back(app, what, name, obj, options, lines) -> None:
+    """Undoes `set_aside` after Napoleon."""
+    if name in FIELDS:
+        lines[:] = FIELDS.pop(name)
 
 
 def short_signature(app, what, name, obj, options, signature, returns) -> tuple | None:
@@ -129,5 +141,6 @@ def setup(app) -> None:
     app.connect("source-read", link_to_copies)
     app.connect("autodoc-process-docstring", keep_drawings, priority=400)
     app.connect("autodoc-process-docstring", make_tables, priority=410)
-    app.connect("autodoc-process-docstring", plain_attributes, priority=420)
+    app.connect("autodoc-process-docstring", set_aside, priority=420)
+    app.connect("autodoc-process-docstring", put_back, priority=600)
     app.connect("autodoc-process-signature", short_signature)
