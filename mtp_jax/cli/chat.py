@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from mtp_jax.cli.common import parse, say
-from mtp_jax.cli.options import Decoding, open_model, options_of, statistics
+from mtp_jax.cli.options import Decoding, open_model, options_of, statistics, with_best_draft
 from mtp_jax.decode.conversation import Conversation, Piece
 from mtp_jax.decode.generate import Generation
 from mtp_jax.errors import UserError
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, "mtp chat", "A conversation with a model that has a chat template, line by line.")
     options = options_of(args)
     lm = open_model(args)
+    options = with_best_draft(args, lm, options)
     conversation = Conversation(lm, **options)
     if sys.stdin.isatty():
         say(f"Each line is a message. {NEW} begins anew, Ctrl-C ends an answer, Ctrl-D ends the conversation.")

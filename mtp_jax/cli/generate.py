@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from mtp_jax.cli.common import parse, print_json, say
-from mtp_jax.cli.options import Decoding, open_model, options_of, statistics
+from mtp_jax.cli.options import Decoding, open_model, options_of, statistics, with_best_draft
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
 from mtp_jax.decode.prompts import is_conversation
 from mtp_jax.decode.verify import Rule
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
     prompts, options = _prompts(args), options_of(args)
     lm = open_model(args)
+    options = with_best_draft(args, lm, options)
     say("compiling for this prompt and these options, unless that was done before ...")
     if args.json:
         result = generate(lm, prompts, **options)

@@ -8,6 +8,7 @@ import tyro
 
 from mtp_jax.cli.common import own_directory, say
 from mtp_jax.compiled import keep_compiled
+from mtp_jax.convert.fetch import is_named
 from mtp_jax.decode.result import Generation
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
@@ -36,7 +37,7 @@ class Decoding:
     """Makes tokens of the prompt and the output less likely; 1 leaves them alone."""
     draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "auto"
     """Who drafts: heads, what followed the same words before, both, nobody; auto is heads, and lookup where there are
-    none."""
+    none. For smollm2 it is heads+lookup, with --num-draft auto."""
     num_draft: Annotated[str | None, tyro.conf.arg(metavar="INT|auto")] = None
     """Drafted tokens per round, or auto to measure what pays (under rules other than exact the tokens then differ from
     call to call); all heads by default, 4 of lookup."""
@@ -59,11 +60,20 @@ def open_model(args: Decoding) -> LoadedModel:
     """The model, for decoding alone."""
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
-    others["shipped_heads"] = args.draft in ("heads", "heads+lookup")  # lookup, the default, costs less
+    others["shipped_heads"] = args.draft not in ("lookup", "none")
     lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype, **others)
     if args.chat_template:
         lm = lm.with_chat_template(args.chat_template)
     return lm.decode_only()
+
+
+def with_best_draft(args: Decoding, lm: LoadedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the drafter that is fastest for heads that come with the package, unless the user chose one."""
+    if args.draft != "auto" or not is_named(args.source) or not lm.config.num_draft:
+        return options
+    # Under other rules what is measured would change the tokens from call to call.
+    measured = args.num_draft is None and args.accept == "exact"
+    return options | {"draft": "heads+lookup"} | ({"num_draft": "auto"} if measured else {})
 
 
 def options_of(args: Decoding) -> dict[str, Any]:
