@@ -75,7 +75,8 @@ def inherit(workdir: pathlib.Path, source: str, folder: pathlib.Path | None) -> 
       source: what it starts from.
       folder: the source's `origin_folder`.
     """
-    ours, fresh = workdir / ORIGIN, workdir / f"{ORIGIN}.new"
+    ours = workdir / ORIGIN
+    fresh = workdir / f"{ORIGIN}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     if folder is not None:
         shutil.copytree(folder, fresh, copy_function=_link_or_copy)

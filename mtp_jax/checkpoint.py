@@ -129,7 +129,8 @@ class Checkpoints:
         self._saving = None
 
     def _save_failed(self, error: Exception) -> UserError:
-        step, self._saving = self._saving, None
+        step = self._saving
+        self._saving = None
         if jax.process_index() == 0:
             # What was written so far may be what filled the disk.
             for part in self._root.glob(f"{step}.orbax-checkpoint-tmp*"):

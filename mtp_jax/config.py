@@ -71,7 +71,10 @@ class Config:
 
     def _check_rows(self) -> None:
         """Lengths of rows, prompts and outputs."""
-        model, heads, data, decode = self.model, self.heads, self.data, self.decode
+        model = self.model
+        heads = self.heads
+        data = self.data
+        decode = self.decode
         require(
             heads.num_future < data.seq_len,
             f"heads.num_future={heads.num_future} needs rows longer than that, but data.seq_len={data.seq_len}; "
@@ -97,7 +100,9 @@ class Config:
 
     def _check_heads(self) -> None:
         """Heads that the model can carry, and drafts that they can make."""
-        model, heads, decode = self.model, self.heads, self.decode
+        model = self.model
+        heads = self.heads
+        decode = self.decode
         require(
             -model.num_layers <= heads.tap <= model.num_layers,
             f"heads.tap={heads.tap} is no layer of a model with model.num_layers={model.num_layers}; "
@@ -134,7 +139,11 @@ class Config:
 
     def _check_training(self) -> None:
         """Objectives and what they train."""
-        model, heads, loss, data, train = self.model, self.heads, self.loss, self.data, self.train
+        model = self.model
+        heads = self.heads
+        loss = self.loss
+        data = self.data
+        train = self.train
         require(
             len(loss.head_weights) in (0, heads.num_future),
             f"loss.head_weights has {len(loss.head_weights)} values for heads.num_future={heads.num_future} heads; "
@@ -198,7 +207,9 @@ class Config:
 
     def _check_mesh(self) -> None:
         """What is split over devices divides over them."""
-        data, train, mesh = self.data, self.train, self.mesh
+        data = self.data
+        train = self.train
+        mesh = self.mesh
         micro = train.batch_size // train.grad_accum
         rows = max(mesh.data, 1) * max(mesh.fsdp, 1)
         require(
@@ -310,7 +321,8 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def differences(old: Config, new: Config) -> list[str]:
     """One `path: old -> new` for every field in which two configs differ."""
-    old_fields, new_fields = flatten(old), flatten(new)
+    old_fields = flatten(old)
+    new_fields = flatten(new)
     return [
         f"{path}: {old_fields[path]} -> {new_fields[path]}"
         for path in old_fields

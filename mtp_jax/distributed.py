@@ -115,7 +115,8 @@ def _arguments(settings: Distributed) -> dict[str, Any] | None:
         "process_id": settings.process if settings.process >= 0 else _integer("JAX_PROCESS_ID"),
     }
     known = {name: value for name, value in given.items() if value is not None}
-    count, index = known.get("num_processes"), known.get("process_id")
+    count = known.get("num_processes")
+    index = known.get("process_id")
     if count == 1 or not (known or _several_around()):
         return None
     if missing := [option for name, option in _OPTIONS.items() if name not in known]:
@@ -180,11 +181,14 @@ def _initialize(arguments: dict[str, Any], settings: Distributed, words: "_LastW
 
 def _end(who: str, error: BaseException, words: "_LastWords") -> NoReturn:
     """Says what ended this process and exits."""
-    reason, status = " ".join(str(error).split()), 1
+    reason = " ".join(str(error).split())
+    status = 1
     if isinstance(error, UserError):
-        text, status = f"{who}: {reason}", 2
+        text = f"{who}: {reason}"
+        status = 2
     elif isinstance(error, KeyboardInterrupt):
-        text, status = f"{who} was interrupted", 130
+        text = f"{who} was interrupted"
+        status = 130
     elif isinstance(error, jax.errors.JaxRuntimeError) and _BROKEN.search(reason):
         status = PEER_LOST
         text = (
@@ -262,7 +266,8 @@ def on_first(do: Callable[[], T]) -> T | None:
     """
     if jax.process_count() == 1:
         return do()
-    result, refusal = None, None
+    result = None
+    refusal = None
     if jax.process_index() == 0:
         try:
             result = do()

@@ -23,7 +23,8 @@ class _Passes(NamedTuple):
     """Of activations with activations, as in attention."""
 
 
-LEARNED, READ = _Passes(3, 3), _Passes(1, 1)
+LEARNED = _Passes(3, 3)
+READ = _Passes(1, 1)
 THROUGH = _Passes(2, 2)
 """The gradient passes through, to something that learns further down; the other input stands still."""
 
@@ -39,7 +40,8 @@ def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool 
         logits of teachers and entropy weights. The recomputation that `model.remat` and `loss.impl="remat"` ask for is
         not in it.
     """
-    tokens, frozen = batch_size * seq_len, config.train.trainable == "heads"
+    tokens = batch_size * seq_len
+    frozen = config.train.trainable == "heads"
     trunk = READ if frozen else LEARNED
     total = config.model.num_layers * _block(config.model, tokens, seq_len, trunk, computed)
     total += _heads(config, batch_size, seq_len, computed) if config.heads.num_future > 1 else 0
@@ -71,8 +73,11 @@ def _attention(c: ModelConfig, queries: int, sees: int) -> int:
 
 def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:
     """The extra heads, without their unembeddings."""
-    kind, extra, c = config.heads.kind, config.heads.num_future - 1, config.model
-    tokens, D = batch_size * seq_len, c.d_model
+    kind = config.heads.kind
+    extra = config.heads.num_future - 1
+    c = config.model
+    tokens = batch_size * seq_len
+    D = c.d_model
     if kind in BESIDE:
         return _beside(config, batch_size, seq_len, computed)
     if kind in ("linear", "medusa"):
@@ -89,7 +94,8 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
 
 def _beside(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:
     """Masks or registers: their own stream through the model's blocks, and what they see of the tokens'."""
-    c, heads = config.model, config.heads
+    c = config.model
+    heads = config.heads
     each = heads.num_future - 1 if heads.kind == "masks" else 1
     stride = heads.mask_stride if heads.kind == "masks" else 1
     extra = batch_size * -(-seq_len // stride) * each
@@ -97,7 +103,9 @@ def _beside(config: Config, batch_size: int, seq_len: int, computed: bool) -> in
     layer = _projections(c, extra, passes, computed)
     layer += passes.mixed * _attention(c, extra, seq_len) + LEARNED.mixed * _attention(c, extra, each)
     if heads.lora_rank:
-        D, inner, keys = c.d_model, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        D = c.d_model
+        inner = c.num_heads * c.head_dim
+        keys = c.num_kv_heads * c.head_dim
         sides = 2 * (D + inner) + 2 * (D + keys) + (3 if c.gated else 2) * (D + c.d_ff)
         layer += LEARNED.linear * 2 * extra * heads.lora_rank * sides
     return c.num_layers * layer
@@ -105,15 +113,18 @@ def _beside(config: Config, batch_size: int, seq_len: int, computed: bool) -> in
 
 def _logits(config: Config, tokens: int, computed: bool) -> int:
     """The unembeddings of all heads, and that of the token order loss."""
-    per_row, M = 2 * tokens * config.model.d_model, config.heads.num_future
+    per_row = 2 * tokens * config.model.d_model
+    M = config.heads.num_future
     whole = per_row * config.model.vocab_size
     draft = per_row * config.heads.draft_vocab or whole
     first = extra = LEARNED.linear
     if config.train.trainable == "heads":
         own = config.heads.unembed == "own"
-        first, extra = READ.linear, LEARNED.linear if own else THROUGH.linear
+        first = READ.linear
+        extra = LEARNED.linear if own else THROUGH.linear
     if computed and config.loss.entropy != "none":
-        first, extra = first + 1, extra + 1
+        first = first + 1
+        extra = extra + 1
     if computed and config.loss.distil != "none":
         extra += 1
     order = LEARNED.linear * whole if config.loss.token_order else 0

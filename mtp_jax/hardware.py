@@ -13,7 +13,8 @@ give in binary gigabytes is counted so. Sources:
 
 import dataclasses
 
-GB, GIB = 10**9, 2**30
+GB = 10**9
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,8 @@ def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
       UserError: the place is taken, or cannot be written.
     """
     check_name(out, "the directory")
-    out, temporary = pathlib.Path(out), None
+    out = pathlib.Path(out)
+    temporary = None
     with new_directories(out.parent):
         try:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -207,7 +207,8 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     sharding.check_mesh(mesh, config)
     params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
     origin = _origin(workdir, config)
-    data, trained = workdir / "data", bool(config.train.init_from)
+    data = workdir / "data"
+    trained = bool(config.train.init_from)
     tokenizer = load_run_tokenizer(data, origin.directory if origin is not None else None, trained)
     if tokenizer is None and config.data.tokenizer != "none":
         raise UserError(f"{data / 'tokenizer.json'} is missing; `mtp train` on this run makes it anew")

@@ -33,7 +33,8 @@ class MetricsWriter:
         self._file = self._board = None
         if jax.process_index() != 0:
             return
-        workdir, last = pathlib.Path(workdir), -1 if resume_step is None else resume_step
+        workdir = pathlib.Path(workdir)
+        last = -1 if resume_step is None else resume_step
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             kept = _drop_after(workdir / METRICS, last)

@@ -198,7 +198,8 @@ class ModelConfig:
             f"model.rope_scaling={self.rope_scaling!r} needs model.rope_original_len",
         )
         for low, high in (("rope_low", "rope_high"), ("rope_beta_slow", "rope_beta_fast")):
-            lesser, greater = getattr(self, low), getattr(self, high)
+            lesser = getattr(self, low)
+            greater = getattr(self, high)
             require(0 < lesser < greater, f"model.{low}={lesser} must be above 0 and below model.{high}={greater}")
 
     @property

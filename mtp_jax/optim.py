@@ -144,8 +144,11 @@ def _lion(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.Gra
 
 def _adafactor(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.GradientTransformation:
     rate = _scaled(config.learning_rate, config, steps)
+
     # optax does not multiply this one's weight decay by the learning rate.
-    per_step = lambda count: config.weight_decay * rate(count)  # noqa: E731
+    def per_step(count: jax.Array) -> jax.Array:
+        return config.weight_decay * rate(count)
+
     return optax.adafactor(rate, weight_decay_rate=per_step, weight_decay_mask=decay)
 
 

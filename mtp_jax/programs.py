@@ -86,7 +86,8 @@ def make_room() -> None:
     Raises:
       UserError: it is short of them without our programs.
     """
-    most, count = most_mappings(), mappings()
+    most = most_mappings()
+    count = mappings()
     if not most or count < SHORT * most:
         return
     PROGRAMS.forget(len(PROGRAMS) if count >= OUT * most else -(-len(PROGRAMS) // 2))

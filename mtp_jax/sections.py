@@ -206,7 +206,8 @@ class LossConfig:
             (self.entropy, self.entropy_fraction) not in (("keep_top", 0.0), ("drop_top", 1.0)),
             f"loss.entropy_fraction={self.entropy_fraction} with loss.entropy={self.entropy!r} leaves nothing to learn",
         )
-        select, moves = self.entropy in ("keep_top", "drop_top"), self.schedule in ("linear", "switch")
+        select = self.entropy in ("keep_top", "drop_top")
+        moves = self.schedule in ("linear", "switch")
         only_with("loss", self, "gather", self.impl == "fused", "loss.impl='fused'")
         only_with("loss", self, "distil_mix", self.distil != "none", "loss.distil")
         only_with("loss", self, "schedule_final", moves, "loss.schedule='linear' or 'switch'")

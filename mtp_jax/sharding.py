@@ -130,7 +130,9 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
             raise ValueError(f"parameter {jax.tree_util.keystr(path)} has no logical axis names")
         return NamedSharding(mesh, logical_spec(leaf.names))
 
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
     return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=is_box)
 
 

@@ -194,9 +194,11 @@ def _check_new(workdir: pathlib.Path) -> None:
     foreign = sorted({entry.name for entry in workdir.iterdir()}.difference(RUN_FILES))
     if foreign:
         names = ", ".join(foreign[:3]) + (" and more" if foreign[3:] else "")
-        reason, remedy = f"{names} but no {CONFIG}: it is not a run", "use another --workdir, or an empty directory"
+        reason = f"{names} but no {CONFIG}: it is not a run"
+        remedy = "use another --workdir, or an empty directory"
     elif _committed(workdir / CHECKPOINTS):
-        reason, remedy = f"checkpoints but no {CONFIG} with their settings", "put it back, or use another --workdir"
+        reason = f"checkpoints but no {CONFIG} with their settings"
+        remedy = "put it back, or use another --workdir"
     else:
         return
     raise UserError(f"--workdir {workdir} holds {reason}; {remedy}")

@@ -43,7 +43,8 @@ def make_answers(
     Raises:
       UserError: a server that cannot be reached or answers otherwise.
     """
-    base, batches = url.rstrip("/"), -(-len(prompts) // BATCH)
+    base = url.rstrip("/")
+    batches = -(-len(prompts) // BATCH)
     model = _model(base)
 
     def make(number: int) -> list[Record]:

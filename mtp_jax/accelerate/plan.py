@@ -101,7 +101,8 @@ def changed(before: Plan, source: str, settings: Settings, workdir: pathlib.Path
     """
     if before.source != source:
         raise UserError(f"{workdir} accelerates {before.source}, not {source}; use another WORKDIR")
-    old, new = dataclasses.asdict(before.settings), dataclasses.asdict(settings)
+    old = dataclasses.asdict(before.settings)
+    new = dataclasses.asdict(settings)
     for name, value in new.items():
         if value != old[name] and name not in free:
             option = "--" + name.replace("_", "-")

@@ -290,7 +290,8 @@ def library_texts(characters: int, seed: int, excluded: Excluded) -> list[Record
 
 def _functions(seed: int) -> Iterator[str]:
     for source, tree in _sources(seed):
-        lines, taken = source.splitlines(), 0
+        lines = source.splitlines()
+        taken = 0
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef) or not 5 <= node.end_lineno - node.lineno <= FUNCTION_LINES:
                 continue

@@ -49,7 +49,8 @@ def write_report(
       facts: further rows of the first table, name to text.
     """
     make_directory(directory)
-    rule, rows = "|" + "---|" * len(COLUMNS), [f"| {' | '.join(one.cells())} |" for one in results]
+    rule = "|" + "---|" * len(COLUMNS)
+    rows = [f"| {' | '.join(one.cells())} |" for one in results]
     parts = [f"# {source}, accelerated", "", remark(results), "", f"    {use_line(heads, results)}", ""]
     parts += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items()), ""]
     parts += ["## Held-out prompts, by kind of text", "", f"| {' | '.join(COLUMNS)} |", rule, *rows, ""]

@@ -142,7 +142,8 @@ def _prompts(
     lm: LoadedModel, workdir: pathlib.Path, now: Plan, excluded: Excluded, say: Say
 ) -> tuple[list[Record], list[Record], Plan]:
     """Prompts to answer, and prompts to measure on."""
-    asked, path = now.settings, workdir / PROMPTS
+    asked = now.settings
+    path = workdir / PROMPTS
     if now.num_prompts is None:
         count = asked.num_prompts
         if not count and not asked.prompts:
@@ -182,7 +183,8 @@ def _answers(
     lm: LoadedModel, workdir: pathlib.Path, now: Plan, prompts: list[Record], excluded: Excluded, say: Say
 ) -> None:
     """Writes what the heads learn from: answers, and texts of the standard library."""
-    path, asked = workdir / TEXT, now.settings
+    path = workdir / TEXT
+    asked = now.settings
     if path.is_file():
         return
     make = (lambda *args: endpoint.make_answers(asked.endpoint, *args)) if asked.endpoint else make_answers
@@ -238,7 +240,8 @@ def _fresh(section: type, **fields: Any) -> dict[str, Any]:
 
 def _config(trunk: pathlib.Path, workdir: pathlib.Path, now: Plan, say: Say) -> tuple[Config, Plan]:
     """The heads' run with its number of steps, which is measured once."""
-    asked, config = now.settings, heads_config(trunk, workdir / TEXT, now.settings)
+    asked = now.settings
+    config = heads_config(trunk, workdir / TEXT, now.settings)
     if now.steps is None:
         steps = asked.steps
         if not steps:
@@ -259,7 +262,8 @@ def _seconds_of_states(trunk: pathlib.Path, config: Config, rows: int) -> float:
     """What running the model over so many rows takes: measured on one batch."""
     params = load(trunk, notify=lambda _: None).stacked_params()
     shape = (config.train.batch_size, config.data.seq_len)
-    tokens_BT, positions_BT = jnp.zeros(shape, jnp.int32), jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+    tokens_BT = jnp.zeros(shape, jnp.int32)
+    positions_BT = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
     run = jax.jit(lambda params, *rows: mtp.trunk_states(config, params, *rows))
     jax.block_until_ready(run(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
     began = time.monotonic()

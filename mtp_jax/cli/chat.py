@@ -72,7 +72,8 @@ def _turn(conversation: Conversation, line: str, args: Args) -> None:
         items.close()  # The answer is what was read of it.
     print(flush=True)
     if result is not None:
-        prompt, reused = conversation.prompt_tokens, conversation.reused_tokens
+        prompt = conversation.prompt_tokens
+        reused = conversation.reused_tokens
         say(f"{statistics(result)[:-1]}; {prompt - reused} of {prompt} prompt tokens run]")
 
 

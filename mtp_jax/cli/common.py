@@ -31,7 +31,8 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, description: str, defau
     Raises:
       UserError: unknown options (with near misses), or values of the wrong type.
     """
-    errors, options = io.StringIO(), {} if default is None else {"default": default}
+    errors = io.StringIO()
+    options = {} if default is None else {"default": default}
     # tyro builds frozen configs field by field; their own checks raise UserError and pass through here.
     try:
         with contextlib.redirect_stderr(errors):

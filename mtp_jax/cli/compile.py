@@ -126,7 +126,8 @@ def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures
 def _rows(config: Config, one: Report, figures: Chip | None, devices: int, tokens: int) -> list[tuple[str, str]]:
     memory = one.memory
     rows = [(kind, _size(size)) for kind, size in memory.arguments.items()]
-    kept, whole = memory.kept_bytes, memory.temp_bytes
+    kept = memory.kept_bytes
+    whole = memory.temp_bytes
     if whole is not None and 0 < kept < whole:
         rows += [("activations", _size(kept)), ("temporaries", _size(whole - kept))]
     else:
@@ -151,7 +152,8 @@ def _rows(config: Config, one: Report, figures: Chip | None, devices: int, token
         rows += [("roofline", f"{', '.join(shown)} ({figures.name})")]
         rows += [("at best", f"{1e3 * roofline.seconds:.2f} ms; {1e3 * roofline.apart:.2f} ms without overlap")]
         if tokens:
-            rate, peak = tokens / roofline.seconds, figures.bf16_flops * devices
+            rate = tokens / roofline.seconds
+            peak = figures.bf16_flops * devices
             mfu = _model_flops(config) / roofline.seconds / peak
             rows += [("that is", f"{rate:,.0f} tokens/s, {mfu:.1%} MFU")]
     rows += [("compiled in", f"{one.compile_seconds:.0f} s")]

@@ -77,7 +77,8 @@ def main(argv: list[str]) -> None:
 def _for_task(lm: LoadedModel, source: str) -> LoadedModel:
     """The model with rows and prompts of the lengths that a generated task has."""
     tokens, prompt = sizes(source)
-    config, longest = lm.config, lm.config.model.max_seq_len
+    config = lm.config
+    longest = lm.config.model.max_seq_len
     if tokens + 1 > longest:
         raise UserError(f"the documents of {source!r} have {tokens} tokens, beyond model.max_seq_len={longest}")
     seq_len = tokens * max((config.data.seq_len - 1) // tokens, 1) + 1

@@ -36,7 +36,8 @@ class Args(Decoding):
 def main(argv: list[str]) -> None:
     """Generates."""
     args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
-    prompts, options = _prompts(args), options_of(args)
+    prompts = _prompts(args)
+    options = options_of(args)
     lm = open_model(args)
     options = with_best_draft(args, lm, options)
     say("compiling for this prompt and these options, unless that was done before ...")
@@ -100,7 +101,8 @@ def _prompts(args: Args) -> list[Prompt]:
 
 def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> Generation:
     """Prints the first prompt's output while it is made, then the others."""
-    later, items = [""] * len(prompts), stream(lm, prompts, **options)
+    later = [""] * len(prompts)
+    items = stream(lm, prompts, **options)
     print(_shown(lm, prompts[0]), end="", flush=True)
     for item in items:
         if isinstance(item, Generation):

@@ -14,7 +14,8 @@ import sys
 import jax
 
 # From glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD = -1
+_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:

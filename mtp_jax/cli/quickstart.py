@@ -180,7 +180,9 @@ class Watcher:
     def _show(self, kind: str, side: str, text: str) -> None:
         if kind != self._kind:
             self._close()
-            self._kind, self._began, self._text = kind, {}, {}
+            self._kind = kind
+            self._began = {}
+            self._text = {}
             self._live = Live(console=Console(stderr=True), refresh_per_second=12)
             self._live.start()
         self._began.setdefault(side, time.monotonic())

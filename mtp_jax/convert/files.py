@@ -219,12 +219,15 @@ def _header(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, Place]:
         raise UserError(f"{path} is no safetensors file: its header is not JSON; fetch it again") from error
     if not isinstance(pairs, dict):
         raise UserError(f"{path} is no safetensors file: its header is no JSON object; fetch it again")
-    found, taken = {}, []
+    found = {}
+    taken = []
     for name, entry in pairs.items():
         if name == "__metadata__":
             continue
         try:
-            dtype_name, shape, (first, last) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            dtype_name = str(entry["dtype"])
+            shape = tuple(entry["shape"])
+            first, last = entry["data_offsets"]
             understood = all(type(number) is int for number in (*shape, first, last)) and min(shape, default=0) >= 0
         except (KeyError, TypeError, ValueError):
             understood = False
@@ -301,7 +304,8 @@ def write(directory: pathlib.Path, entries: Iterable[Entry], shard_bytes: int = 
     if len(shards) == 1:
         write_file(directory / SINGLE, shards[0])
         return
-    where, total = {}, 0
+    where = {}
+    total = 0
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_file(directory / name, shard)

@@ -27,7 +27,8 @@ MOST_SIDES = 200
 
 def described(path: pathlib.Path) -> str | None:
     """What a file is and what to give in its place, in one line; None for a file of no kind that we know."""
-    suffix, parent = path.suffix.lower(), path.parent
+    suffix = path.suffix.lower()
+    parent = path.parent
     if suffix == ".safetensors":
         return f"{path} holds tensors alone, without a config and a tokenizer; {_whole(parent)}"
     if suffix in TORCH:

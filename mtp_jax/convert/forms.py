@@ -241,8 +241,12 @@ class Found:
 
 def pieces(form: Form, entry: Architecture, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
     """Where the parameters of heads lie in a form."""
-    layers, first = config.heads.layers, form.first(config.model)
-    numbers = lambda i: {"i": first + i, "m": i // layers, "j": i % layers}  # noqa: E731
+    layers = config.heads.layers
+    first = form.first(config.model)
+
+    def numbers(i: int) -> dict[str, int]:
+        return {"i": first + i, "m": i // layers, "j": i % layers}
+
     return mapping.expand(form.slots(entry, config), shapes, config.model, numbers)
 
 
@@ -355,9 +359,14 @@ def _repeated(form: Form, trunk: Trunk, numbers: list[int]) -> tuple[dict[str, s
 
     If one of them has, none counts as a repetition: they are parameters then, all of them.
     """
-    entry, tensors = trunk.entry, trunk.tensors
-    original = lambda theirs: theirs if theirs in tensors else entry.embed  # noqa: E731
-    same, own = {}, False
+    entry = trunk.entry
+    tensors = trunk.tensors
+
+    def original(theirs: str) -> str:
+        return theirs if theirs in tensors else entry.embed
+
+    same = {}
+    own = False
     for name, theirs in _repeats(form, entry, numbers).items():
         if name not in tensors or original(theirs) not in tensors:
             continue

@@ -73,7 +73,8 @@ def _as_it_came(config: Config, origin: Origin | None) -> bool:
 
 def _misfit(form: forms.Form, config: Config) -> str:
     """Why a form cannot hold these heads; "" if it can."""
-    heads, expected = config.heads, form.heads(config.model)
+    heads = config.heads
+    expected = form.heads(config.model)
     kinds = form.kinds
     if heads.kind not in kinds:
         return f"it holds {' or '.join(kinds)} heads, not {heads.kind}"
@@ -93,7 +94,8 @@ def _misfit(form: forms.Form, config: Config) -> str:
     fields += ("attention",)
     plain = type(heads)(kind=heads.kind, num_future=heads.num_future)
     for name in fields:
-        want, have = expected.get(name, getattr(plain, name)), getattr(heads, name)
+        want = expected.get(name, getattr(plain, name))
+        have = getattr(heads, name)
         if want != have and name not in free:
             return f"it has heads.{name}={want!r}, not {have!r}"
     return ""
@@ -117,7 +119,8 @@ HEAD_FIELDS = ("num_mtp_layers", "mtp_layer_types", "mtp_hidden_states_first", *
 
 def with_head_fields(raw: dict[str, Any], form: str, config: Config) -> dict[str, Any]:
     """A config.json that speaks of the heads inside the checkpoint, and of none that were there before."""
-    depths, fields = sets(config), {}
+    depths = sets(config)
+    fields = {}
     if form == "mtp":
         kind = forms.attention_type(config)
         fields = {"num_mtp_layers": depths, "mtp_layer_types": [kind] * depths}
@@ -133,7 +136,9 @@ def write_beside(
     directory: pathlib.Path, form: str, config: Config, entries: list[Entry], trunk: dict[str, Any]
 ) -> None:
     """A directory `heads` beside the weights, as the code that reads this form wants it."""
-    model, heads, target = config.model, config.heads, directory / "heads"
+    model = config.model
+    heads = config.heads
+    target = directory / "heads"
     target.mkdir()
     names = {"medusa": "medusa_lm_head.safetensors", "caft": "heads.safetensors"}
     write_file(target / names.get(form, "model.safetensors"), entries)

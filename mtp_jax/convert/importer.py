@@ -78,7 +78,8 @@ def import_model(
         checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
         tokenizer = checkpoint.tokenizer()
         check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
-        config, mesh = checkpoint.config, mesh or sharding.make_mesh(MeshConfig())
+        config = checkpoint.config
+        mesh = mesh or sharding.make_mesh(MeshConfig())
         params = read_params(checkpoint, mesh, notify)
         if form is not None:
             heads = forms.preset(form, config.model, **(head_settings or {}))

@@ -72,7 +72,8 @@ class Architecture:
         Raises:
           UserError: a field that is missing, or that we do not implement.
         """
-        given, fields = Given(values, origin), {}
+        given = Given(values, origin)
+        fields = {}
         for setting in self.settings:
             fields |= given.through(setting)
         given.check_all_read(defaults, (*self.unused, *ignore))

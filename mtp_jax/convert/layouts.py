@@ -129,7 +129,8 @@ class Meta(HuggingFace):
 
     def open(self, ignore: Sequence[str]) -> Opened:
         """See `Layout`."""
-        path, found = self.path / PARAMS, meta.open_weights(self.path)
+        path = self.path / PARAMS
+        found = meta.open_weights(self.path)
         raw = meta.fields(read_json(path), found, str(path))
         return Opened(META, raw, META.read(raw, {}, str(path), (*ignore, *meta.IGNORED)), found)
 
@@ -156,7 +157,8 @@ class Gguf:
 
     def open(self, ignore: Sequence[str]) -> Opened:
         """See `Layout`."""
-        known, raw = settings.known(self.header), settings.config_fields(self.header, ignore)
+        known = settings.known(self.header)
+        raw = settings.config_fields(self.header, ignore)
         entry = ARCHITECTURES[known.model_type]
         model = entry.read(*normalised(raw, str(self.path)), str(self.path))
         found = tensors.open_tensors(self.header, model, self._parts, known.turned, ignore)

@@ -78,7 +78,8 @@ def expand(
     for path, name, rows in slots:
         if path not in shapes:
             continue
-        shape, picked = shapes[path], None if rows is None else rows(model)
+        shape = shapes[path]
+        picked = None if rows is None else rows(model)
         stacked = path.startswith(("blocks/", "heads/"))
         expert = "{e}" in name
         for i in range(shape[0] if stacked else 1):
@@ -108,8 +109,10 @@ def tensor_shapes(pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
 
 def entries(pieces: Iterable[Piece], params: Any, dtype_of: Callable[[str], np.dtype]) -> list[Entry]:
     """The tensors that hold these pieces, made one at a time."""
-    pieces, leaves = list(pieces), by_path(params)
-    shapes, groups = tensor_shapes(pieces), {}
+    pieces = list(pieces)
+    leaves = by_path(params)
+    shapes = tensor_shapes(pieces)
+    groups = {}
     for piece in pieces:
         groups.setdefault(piece.name, []).append(piece)
 

@@ -28,7 +28,8 @@ def _inner_width(given: Given) -> dict[str, Any]:
 
 
 def _heads(given: Given) -> dict[str, Any]:
-    heads, wide = given("n_heads"), given("dim")
+    heads = given("n_heads")
+    wide = given("dim")
     return {"num_heads": heads, "num_kv_heads": given("n_kv_heads", None) or heads, "head_dim": wide // heads}
 
 
@@ -85,7 +86,8 @@ def fields(raw: dict[str, Any], tensors: Tensors, origin: str) -> dict[str, Any]
     if raw.get("use_scaled_rope"):
         raise UserError(f"{origin}: use_scaled_rope is not implemented for Meta's layout; take the Hugging Face one")
     layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
-    embed, width = tensors.get(META.embed), tensors.get("layers.0.feed_forward.w1.weight")
+    embed = tensors.get(META.embed)
+    width = tensors.get("layers.0.feed_forward.w1.weight")
     if embed is None or width is None or not embed.shape:
         raise UserError(f"{origin}: its weights lack {META.embed} or layers.0.feed_forward.w1.weight")
     return raw | {"vocab_size": embed.shape[0], "n_layers": len(layers)}
@@ -97,7 +99,8 @@ def written_fields(config: Config, before: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: a model that this layout cannot hold.
     """
-    model, heads = config.model, config.heads.num_future
+    model = config.model
+    heads = config.heads.num_future
     if model.num_heads * model.head_dim != model.d_model:
         raise _not_ours(f"model.head_dim={model.head_dim} (it has d_model / num_heads)")
     raw = before | META.write(model)

@@ -111,7 +111,8 @@ def _rebuild(
     key, dtype = storage
     if not all(type(number) is int and number >= 0 for number in (offset, *shape)):
         raise ValueError(f"a tensor at {offset!r} with the shape {shape!r}")
-    dense, step = [], 1
+    dense = []
+    step = 1
     for size in reversed(shape):
         dense.append(step)
         step *= size

@@ -95,7 +95,8 @@ def _by_transfer(
 
 def _put(piece: Piece, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """One layer's parameter on the leaf's devices, in the dtype of the file."""
-    value, sharding = piece.ours(tensor.array), leaf.sharding
+    value = piece.ours(tensor.array)
+    sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[len(piece.at) :]))
     parts = [

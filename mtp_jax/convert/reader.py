@@ -145,7 +145,8 @@ def open_checkpoint(
     shapes = mapping.shapes_of(jax.eval_shape(lambda: mtp.init(config, jax.random.key(0))))
     pieces = mapping.expand(entry.slots(), shapes, model)
     if found:
-        tensors, repeated = tensors | found.tensors, repeated | found.repeated
+        tensors = tensors | found.tensors
+        repeated = repeated | found.repeated
         pieces += forms.pieces(found.form, entry, config, shapes)
         forms.check_attention(found.form, config, raw)
         notify(f"{directory}: {_described(found.form.name, config)}")
@@ -193,7 +194,9 @@ def config_for(model: ModelConfig, heads: HeadsConfig, directory: pathlib.Path) 
 
 def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
     """The parameters, on the mesh, by the table in `sharding`; says every few seconds how far it has come."""
-    total, done, said = sum(tensor.nbytes for tensor in checkpoint.tensors.values()), 0, time.monotonic()
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    done = 0
+    said = time.monotonic()
 
     def step(name: str) -> None:
         nonlocal done, said
@@ -241,7 +244,8 @@ def _check(
     notify: Notify,
 ) -> tuple[str, ...]:
     """Every tensor is there with its shape; returns those that belong to nothing, which must be known or ignored."""
-    expected, directory = mapping.tensor_shapes(pieces), layout.path
+    expected = mapping.tensor_shapes(pieces)
+    directory = layout.path
     known = leftovers.Model(frozenset(expected), tuple(ignore))
     rest = sorted(tensors.keys() - expected.keys() - repeated.keys())
     unread = [name for name in rest if not matches(name, entry.buffers)]

@@ -48,7 +48,9 @@ class Given:
     """The fields of a config file, which remember that they were read."""
 
     def __init__(self, values: dict[str, Any], origin: str) -> None:
-        self._values, self._read, self.origin = values, set(), origin
+        self._values = values
+        self._read = set()
+        self.origin = origin
         self._asked: list[str] = []
 
     def __call__(self, name: str, default: Any = REQUIRED) -> Any:
@@ -265,7 +267,8 @@ def _whole(given: Given) -> dict[str, Any]:
 
 
 def _partial(given: Given) -> dict[str, Any]:
-    rope, name = given("rope_parameters"), "partial_rotary_factor"
+    rope = given("rope_parameters")
+    name = "partial_rotary_factor"
     share = 1.0 if rope.get(name) is None else _number(rope, name, given.origin)
     return {"rope_fraction": share} | _read_rope(rope, given("max_position_embeddings"), given.origin)
 

@@ -69,11 +69,14 @@ def export_model(
         raise UserError(f"{str(lm)!r} is a path; load it first: export_model(mtp_jax.load({str(lm)!r}), ...)")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes={shard_bytes}; it must be at least 1")
-    config, params, origin = lm.config, lm.stacked_params(), lm.origin
+    config = lm.config
+    params = lm.stacked_params()
+    origin = lm.origin
     form = head_writer.choose_form(config, origin, form)
     if form == "meta" or (origin is not None and origin.architecture is META and form in ("", "meta")):
         came = origin.raw if origin is not None and origin.architecture is META else {}
-        entry, raw = META, meta.written_fields(config, came)
+        entry = META
+        raw = meta.written_fields(config, came)
     else:
         entry, raw = _architecture(config.model, origin)
     pieces = _pieces(entry, config, params)

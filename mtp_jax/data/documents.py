@@ -33,7 +33,11 @@ def tokenise(
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
     check = limit is not None and tokenizer.vocab_size > limit
-    names, sizes, lengths, unpredicted, chosen = [], [], [], [], []
+    names = []
+    sizes = []
+    lengths = []
+    unpredicted = []
+    chosen = []
     special = tokenizer.special_counter()
     with _sink(directory) as ids_sink, _sink(directory) as learn_sink:
         for batch in _in_batches(documents):
@@ -49,7 +53,8 @@ def tokenise(
                 ids_sink.write(np.array(encoded.ids, dtype).tobytes())
                 if encoded.learn is not None:
                     learn_sink.write(np.array(encoded.learn, np.uint8).tobytes())
-        tokens, learn = _contents(ids_sink, dtype), _contents(learn_sink, np.dtype(np.uint8))
+        tokens = _contents(ids_sink, dtype)
+        learn = _contents(learn_sink, np.dtype(np.uint8))
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
     learn = _of_all(learn, np.array(chosen), offsets) if any(chosen) else None
     sizes, unpredicted = (np.array(one, np.int64) for one in (sizes, unpredicted))
@@ -124,13 +129,15 @@ def _remark(special: SpecialCounter, reading: Special) -> str:
 
 
 def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
+    batch = []
+    size = 0
     for document in documents:
         batch.append(document)
         size += len(document.text)
         if size >= _BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 

@@ -38,7 +38,8 @@ def tokens_of(places: Sequence[Place], parts: Spans) -> list[bool]:
 
 def bytes_of(text: str, places: Sequence[Place], learn: Sequence[bool]) -> int:
     """UTF-8 bytes of the text that learned tokens stand for, the first token apart."""
-    size, at = 0, 1
+    size = 0
+    at = 1
     for is_learned, run in itertools.groupby(learn[1:]):
         stop = at + len(list(run))
         if is_learned:

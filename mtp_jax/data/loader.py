@@ -321,7 +321,9 @@ def _choose(names: list[str], sizes: np.ndarray, split: tuple[int, float] | None
 
 
 def _describe(source: str, flat: TokenisedDocuments, heldout: int) -> str:
-    documents, tokens, size = len(flat.names), len(flat.tokens), int(flat.sizes.sum())
+    documents = len(flat.names)
+    tokens = len(flat.tokens)
+    size = int(flat.sizes.sum())
     text = f"{source}: {documents:,} documents ({heldout:,} held out), {tokens:,} tokens"
     text = f"{text}, {size / 1e6:.2f} MB, {size / tokens:.2f} bytes per token" if size else text
     return text if flat.learn is None else f"{text}, {flat.learn.mean():.0%} of the tokens learned"

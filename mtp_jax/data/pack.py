@@ -144,7 +144,8 @@ def _laid_out(flat: np.ndarray, offsets: np.ndarray, order: np.ndarray, path: pa
     """One number per token, document behind document."""
     lengths = np.diff(offsets)[order]
     ends = np.cumsum(lengths)
-    shape, dtype = (int(ends[-1]),), flat.dtype
+    shape = (int(ends[-1]),)
+    dtype = flat.dtype
     with replacing(path) if path else contextlib.nullcontext() as file:
         if file:
             # Take the space first: writing to a map of a file that the disk cannot hold would kill the process.

@@ -193,7 +193,8 @@ def split_documents(
     keys = [hashlib.blake2b(f"{seed}\0{name}".encode(errors="surrogateescape")).digest() for name in names]
     order = sorted(range(len(names)), key=keys.__getitem__)
     target = fraction * float(sizes.sum())
-    chosen, held = set(), 0
+    chosen = set()
+    held = 0
     for index in order:
         if held >= target or len(chosen) == len(names) - 1:
             break

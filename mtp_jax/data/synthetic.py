@@ -19,7 +19,8 @@ from mtp_jax.errors import UserError
 PREFIX = "synthetic:"
 MOST = 10_000_000
 """Largest value of an option; so many documents still fit into memory."""
-PRIME, DEGREE = 7, 5
+PRIME = 7
+DEGREE = 5
 
 
 class Task(NamedTuple):
@@ -46,7 +47,9 @@ def star_graph(degree: int = 2, length: int = 5, nodes: int = 30, documents: int
     if used > nodes:
         raise UserError(f"star_graph: degree={degree}, length={length} needs {used} nodes, but nodes={nodes}")
     rng = np.random.default_rng(seed)
-    bar, slash, equals = nodes, nodes + 1, nodes + 2
+    bar = nodes
+    slash = nodes + 1
+    equals = nodes + 2
     label_BN = np.argsort(rng.random((documents, nodes)), axis=1)[:, :used]
     # Node 0 is the centre; arm a holds nodes 1 + a (length - 1) and on.
     arm_AN = np.concatenate([np.zeros((degree, 1), int), 1 + np.arange(used - 1).reshape(degree, -1)], axis=1)
@@ -57,7 +60,10 @@ def star_graph(degree: int = 2, length: int = 5, nodes: int = 30, documents: int
     listed_BX = np.concatenate([edge_BE2, bars_BE1], axis=-1).reshape(documents, -1)[:, :-1]
     arm_B = rng.integers(0, degree, documents)
     path_BN = np.take_along_axis(label_BN, arm_AN[arm_B], axis=1)
-    column = lambda token: np.full((documents, 1), token)  # noqa: E731
+
+    def column(token: int) -> np.ndarray:
+        return np.full((documents, 1), token)
+
     parts = (listed_BX, column(slash), path_BN[:, :1], path_BN[:, -1:], column(equals), path_BN)
     tokens_BT = np.concatenate(parts, axis=1)
     vocab = (*map(str, range(nodes)), "|", "/", "=", "$")
@@ -78,7 +84,8 @@ def induction(
     first_BN = np.argsort(rng.random((documents, firsts)), axis=1)[:, :names]
     second_BN = firsts + rng.integers(0, words, (documents, names))
     tokens_BT = firsts + rng.integers(0, words, (documents, length))
-    begins_BT, which_BT = rng.random((documents, length)) < 0.25, rng.integers(0, names, (documents, length))
+    begins_BT = rng.random((documents, length)) < 0.25
+    which_BT = rng.integers(0, names, (documents, length))
     for t in range(length - 1):
         begins_B = begins_BT[:, t]
         name_B1 = which_BT[:, t : t + 1]
@@ -99,7 +106,8 @@ def polynomials(operations: int = 5, exactly: int = 0, documents: int = 100_000,
     `operations`, or is `exactly` that many.
     """
     rng = np.random.default_rng(seed)
-    fill, equals = PRIME + len(OPERATORS), PRIME + len(OPERATORS) + 1
+    fill = PRIME + len(OPERATORS)
+    equals = PRIME + len(OPERATORS) + 1
     most = max(operations, exactly)
     width = most + DEGREE * (most + 1)
     tokens_BT = np.full((documents, width + 1 + DEGREE), fill)
@@ -182,7 +190,8 @@ def _parse(source: str) -> tuple[Callable[..., Task], dict[str, int]]:
     name, _, given = source.removeprefix(PREFIX).partition(":")
     if name not in TASKS:
         raise UserError(f"data source {source!r}: no task {name!r}; choose one of {', '.join(TASKS)}")
-    task, options = TASKS[name], {}
+    task = TASKS[name]
+    options = {}
     known = task.__code__.co_varnames[: task.__code__.co_argcount]
     for pair in filter(None, given.split(",")):
         option, _, value = pair.partition("=")

@@ -117,9 +117,11 @@ class Reading:
         if not rendered:
             begun = self._begun(ids)
             whole = self._ended(begun) if finished else begun
-            front, behind = len(begun) - len(ids), len(whole) - len(begun)
+            front = len(begun) - len(ids)
+            behind = len(whole) - len(begun)
             places = [(0, 0)] * front + places + [(len(text), len(text))] * behind
-            ids, learn = whole, [False] * front + learn + [True] * behind
+            ids = whole
+            learn = [False] * front + learn + [True] * behind
         return Encoded(ids, learn, len(text.encode()) - bytes_of(text, places, learn))
 
     def with_chat(self, setting: str) -> "Reading":

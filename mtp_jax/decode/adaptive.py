@@ -59,8 +59,10 @@ class Chooser(abc.ABC):
 
     def __init__(self, costs: dict[int, float]) -> None:
         self.costs = costs
-        self.rounds, self._last = BLOCK, -1
-        self._idle, self._probe_after = 0.0, FIRST_PROBE
+        self.rounds = BLOCK
+        self._last = -1
+        self._idle = 0.0
+        self._probe_after = FIRST_PROBE
 
     def choose(self, remaining_B: np.ndarray) -> int:
         """Width of the next block, of `rounds` rounds, for rows that have so many tokens to go."""
@@ -88,7 +90,8 @@ class Chooser(abc.ABC):
     def _is_time_to_probe(self) -> bool:
         if self._idle < self._probe_after:
             return False
-        self._idle, self._probe_after = 0.0, 2 * self._probe_after
+        self._idle = 0.0
+        self._probe_after = 2 * self._probe_after
         return True
 
     def _took_part(self, drafted: bool, rounds: float) -> None:
@@ -120,7 +123,10 @@ class WidthChooser(Chooser):
             return untimed[0]
         if self._is_time_to_probe():
             return self.widths[-1]
-        left = lambda width: self.costs[width] * np.max(remaining_B / self.tokens_per_round(width))  # noqa: E731
+
+        def left(width: int) -> float:
+            return self.costs[width] * np.max(remaining_B / self.tokens_per_round(width))
+
         return min(self.widths, key=left)
 
     def record(
@@ -142,7 +148,8 @@ class WidthChooser(Chooser):
 
     def tokens_per_round(self, width: int) -> np.ndarray:
         """Expected tokens of a round by row, by running acceptance; depths never tried count as accepted."""
-        reached_BP, tried_BP = self._reached_BQ[:, 1 : width + 1], self._tried_BQ[:, 1 : width + 1]
+        reached_BP = self._reached_BQ[:, 1 : width + 1]
+        tried_BP = self._tried_BQ[:, 1 : width + 1]
         given_BP = np.where(tried_BP > 0, reached_BP / np.maximum(tried_BP, 1e-9), 1.0)
         return 1.0 + np.cumprod(given_BP, axis=1).sum(axis=1)
 

@@ -106,7 +106,9 @@ class Conversation:
         return self._pieces(request, history, ids)
 
     def _request(self, ids: list[int]) -> Request:
-        held, self._held = self._held, Held([])  # Given up to the request, until it is through.
+        # Given up to the request, until it is through.
+        held = self._held
+        self._held = Held([])
         options = self._options, self._stop, False
         return Request(self._lm, [ids], self._max_new_tokens, self._draft, self._num_draft, *options, held=held)
 
@@ -136,7 +138,9 @@ class Conversation:
             if whole:  # Otherwise the arrays may be gone.
                 self._held = held_of(request.state)
             if request.plan.drafter is NONE and request.chooser is None:
-                self._draft, self._num_draft = NONE, None  # num_draft="auto" found that drafts do not pay.
+                # num_draft="auto" found that drafts do not pay.
+                self._draft = NONE
+                self._num_draft = None
 
 
 class _Origins:

@@ -98,7 +98,8 @@ class Drafter:
 
 def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_probs: bool) -> Drafts:
     """What a drafter of the caller's returns, while it is traced: tokens in int32, probabilities in float32."""
-    V, most = vocab_size, drafter.num_draft
+    V = vocab_size
+    most = drafter.num_draft
     tokens, probs = drafts[:2] if isinstance(drafts, Drafts) else (drafts, None)
     shape = jnp.shape(tokens) if hasattr(tokens, "dtype") else ()
     integers = hasattr(tokens, "dtype") and jnp.issubdtype(tokens.dtype, jnp.integer)
@@ -216,7 +217,8 @@ def lookup(tokens_BS: jax.Array, total_B: jax.Array, count: int) -> tuple[jax.Ar
     def one_row(tokens_S: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
         last = total - 1
         slot_S = jnp.arange(S)
-        run_S, matched_S = slot_S < last, jnp.zeros((S,), jnp.int32)
+        run_S = slot_S < last
+        matched_S = jnp.zeros((S,), jnp.int32)
         for back in range(min(LONGEST_MATCH, S)):
             shifted_S = jnp.pad(tokens_S, (back, 0))[:S]
             run_S &= (shifted_S == tokens_S[jnp.maximum(last - back, 0)]) & (slot_S >= back)

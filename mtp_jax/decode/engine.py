@@ -144,7 +144,8 @@ def prefill(
       end_ids_E: tokens that end a row.
       kept: caches that hold the first tokens of every row; given up.
     """
-    T, begin = prompt_BT.shape[1], kept.length if kept is not None else 0
+    T = prompt_BT.shape[1]
+    begin = kept.length if kept is not None else 0
     chunk = min(T - begin, CHUNK)
     # On the host: a program for every number of chunks would be one too many. jnp.asarray would compile one, too.
     rows_BS = jax.device_put(np.pad(np.asarray(prompt_BT), ((0, 0), (0, slots - T))))
@@ -164,7 +165,9 @@ def prefill(
 @bounded(statics=(0, 1, 2))
 def empty_state(plan: Plan, slots: int, length: int, prompt_BT: jax.Array, *rows: jax.Array) -> DecodeState:
     """`rows_state` with caches of `slots` zeros."""
-    config, drafter, B = plan.config, plan.drafter, len(prompt_BT)
+    config = plan.config
+    drafter = plan.drafter
+    B = len(prompt_BT)
     state = rows_state(plan, length, prompt_BT, *rows, jnp.zeros((B,), jnp.int32))
     drafter_cache = drafter.init(config, drafter.num_draft, B, slots)
     return state._replace(caches=mtp.init_caches(config, B, slots), drafter_cache=drafter_cache)
@@ -182,7 +185,8 @@ def rows_state(
 ) -> DecodeState:
     """Rows of `length` that hold their prompts only, without caches."""
     B, T = prompt_BT.shape
-    P, V = plan.drafter.num_draft, plan.config.model.vocab_size
+    P = plan.drafter.num_draft
+    V = plan.config.model.vocab_size
     probs_BPV = jnp.zeros((B, P, V)) if plan.rule.reads_drafter else None
     worth_B = jnp.zeros((B,), bool) if plan.drafter.passes else None
     return DecodeState(
@@ -231,7 +235,10 @@ def prefill_chunk(
     emitted = emitted._replace(done_B=jnp.where(ends_B, emitted.done_B, state.done_B))
     where = _Where(tap_BQD, start_B, index_B, last_B >= 0)
     drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, where)
-    keep = lambda new, old: jnp.where(ends_B.reshape(B, *[1] * (new.ndim - 1)), new, old)  # noqa: E731
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(ends_B.reshape(B, *[1] * (new.ndim - 1)), new, old)
+
     return drafted._replace(drafts=jax.tree.map(keep, drafted.drafts, state.drafts))
 
 
@@ -273,7 +280,8 @@ def decode_rounds(
 
     # Two loops in turn, and not a branch in one: caches go through a loop in place, and are copied by a branch.
     def both(carry: _Carry) -> _Carry:
-        plainly, widely = functools.partial(one_round, 0), functools.partial(one_round, width)
+        plainly = functools.partial(one_round, 0)
+        widely = functools.partial(one_round, width)
         carry = jax.lax.while_loop(lambda carry: go_on(carry) & ~worth(carry), plainly, carry)
         return jax.lax.while_loop(lambda carry: go_on(carry) & worth(carry), widely, carry)
 
@@ -325,7 +333,9 @@ def _count(state: DecodeState, accepted: verify.Accepted, width: int) -> DecodeS
 
 
 def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Array:
-    write_row = lambda row_S, new_Q, at: jax.lax.dynamic_update_slice(row_S, new_Q, (at,))  # noqa: E731
+    def write_row(row_S: jax.Array, new_Q: jax.Array, at: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice(row_S, new_Q, (at,))
+
     return jax.vmap(write_row)(tokens_BS, new_BQ, at_B)
 
 
@@ -343,7 +353,9 @@ def _choose(
     plan: Plan, params: Any, controls: Controls, state: DecodeState, state_BQD: jax.Array, drafts: Drafts
 ) -> _Choices:
     """The token for positions total..total+Q-1 of every row, from the states before them."""
-    config, sampler, rule = plan.config, plan.sampler, plan.rule
+    config = plan.config
+    sampler = plan.sampler
+    rule = plan.rule
     position_BQ = state.total_B[:, None] + jnp.arange(state_BQD.shape[1])[None, :]
     logits_BQV = lm.logits(config.model, params, lm.final_norm(config.model, params, state_BQD))
     logits_BQV = sampling.process(sampler, controls, logits_BQV, state.tokens_BS, position_BQ)
@@ -419,7 +431,9 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
     wants_probs = plan.rule.name == "confidence"
     drafts = checked(plan.drafter, drafts, len(state.total_B), plan.config.model.vocab_size, wants_probs)
-    V, P, made = plan.config.model.vocab_size, state.drafts.tokens_BP.shape[1], drafts.tokens_BP.shape[1]
+    V = plan.config.model.vocab_size
+    P = state.drafts.tokens_BP.shape[1]
+    made = drafts.tokens_BP.shape[1]
     known_BP = (drafts.tokens_BP >= 0) & (drafts.tokens_BP < V)
     tokens_BP = jnp.pad(jnp.where(known_BP, drafts.tokens_BP, 0), ((0, 0), (0, P - made)))
     probs_BPV = None

@@ -35,11 +35,13 @@ def free_bytes() -> int:
 
 def check_cache_fits(plan: Plan, rows: int, slots: int) -> None:
     """Raises a CacheTooLarge that says what is needed and what would fit."""
-    needed, free = cache_bytes(plan, rows, slots), free_bytes()
+    needed = cache_bytes(plan, rows, slots)
+    free = free_bytes()
     if needed <= free:
         return
     per_row = needed // rows
-    rows_fit, slots_fit = free // per_row, free * slots // needed
+    rows_fit = free // per_row
+    slots_fit = free * slots // needed
     what_fits = f"{rows_fit} rows of {slots:,} slots" if rows_fit else f"no row of {slots:,} slots"
     raise CacheTooLarge(
         f"a cache of {rows} rows with {slots:,} slots each needs {needed:,} bytes, and {free:,} are free; "

@@ -77,11 +77,15 @@ class Options:
 
     def controls(self, rows: int, vocab_size: int, filled: int = 0) -> Controls:
         """The numbers, for a batch of `rows` that is filled up to `filled`, or not at all."""
-        seed, bias_V = self._seed(rows), self._bias(vocab_size)
+        seed = self._seed(rows)
+        bias_V = self._bias(vocab_size)
         filled = max(rows, filled)
         if not isinstance(seed, int):
             seed = seed + [0] * (filled - rows)
-        number = lambda value, off: jnp.float32(off if value is None else value)  # noqa: E731
+
+        def number(value: float | None, off: float) -> jax.Array:
+            return jnp.float32(off if value is None else value)
+
         return Controls(
             key_B=row_keys(seed, filled),
             temperature=number(self.temperature, 0.0),
@@ -93,7 +97,9 @@ class Options:
         )
 
     def _seed(self, rows: int) -> int | list[int]:
-        check = lambda seed: whole("seed", seed, "from 0 to 2**64 - 1", lambda s: 0 <= s < 1 << 64)  # noqa: E731
+        def check(seed: Any) -> int:
+            return whole("seed", seed, "from 0 to 2**64 - 1", lambda s: 0 <= s < 1 << 64)
+
         if not isinstance(self.seed, Sequence | np.ndarray) or np.ndim(self.seed) == 0:
             return check(self.seed)
         if len(self.seed) != rows:

@@ -294,7 +294,8 @@ class Request:
         tokens = [self.new_tokens(row) for row in rows]
         emitted = sum(map(len, tokens))
         counts = _minus(self.counts, self.surplus)
-        replaced_BS, starts = np.asarray(self.state.replaced_BS), enumerate(self.prompt_len_B)
+        replaced_BS = np.asarray(self.state.replaced_BS)
+        starts = enumerate(self.prompt_len_B)
         stats = DecodeStats(
             histogram=tuple(counts.histogram_BQ.sum(axis=0).tolist()),
             batch_rounds=int(counts.histogram_BQ.sum(axis=1).max()),

@@ -147,7 +147,8 @@ def process(
 
 def penalise(logits_BQV: jax.Array, tokens_BS: jax.Array, length_BQ: jax.Array, penalty: jax.Array) -> jax.Array:
     """Divides positive and multiplies negative logits of tokens that the row already holds (Keskar et al. 2019)."""
-    (B, _, V), S = logits_BQV.shape, tokens_BS.shape[1]
+    B, _, V = logits_BQV.shape
+    S = tokens_BS.shape[1]
     # Where each token stands first: it is a repetition from then on.
     first_BV = jnp.full((B, V), S, jnp.int32).at[jnp.arange(B)[:, None], tokens_BS].min(jnp.arange(S)[None, :])
     seen_BQV = first_BV[:, None, :] < length_BQ[:, :, None]
@@ -165,7 +166,8 @@ def threshold(controls: Controls, z: jax.Array, top_z: jax.Array) -> jax.Array:
     Returns:
       [..., 1].
     """
-    V, C = z.shape[-1], top_z.shape[-1]
+    V = z.shape[-1]
+    C = top_z.shape[-1]
     fast = _threshold_of_sorted(controls, top_z, z)
     if V == C:
         return fast
@@ -260,12 +262,18 @@ def uniforms(controls: Controls, vocab_size: int, position_BQ: jax.Array) -> jax
 def _scaled(sampler: Sampler, controls: Controls, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits over temperature, the largest of them, and their ids."""
     top, top_id = _top_k(logits, min(sampler.candidates, logits.shape[-1]))
+
     # From the largest one down: a small temperature must not overflow.
-    scale = lambda values: (values - top[..., :1]) / controls.temperature  # noqa: E731
+    def scale(values: jax.Array) -> jax.Array:
+        return (values - top[..., :1]) / controls.temperature
+
     return scale(logits), scale(top), top_id
 
 
 def _noise(keys: jax.Array, ids: jax.Array) -> jax.Array:
     """Gumbel noise of tokens, [..., C], from keys [...]."""
-    one = lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token))  # noqa: E731
+
+    def one(key: jax.Array, token: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.fold_in(key, token))
+
     return jnp.vectorize(jax.vmap(one, (None, 0)), signature="(),(c)->(c)")(keys, ids)

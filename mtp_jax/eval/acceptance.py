@@ -122,7 +122,8 @@ def time_sides(
         parts = [generate(lm, batch, max_new_tokens=max_new_tokens, ignore_eos=True, **options) for batch in batches]
         return merge(parts), sum(part.stats.decode_seconds for part in parts)
 
-    results, seconds = {}, {name: [] for name in sides}
+    results = {}
+    seconds = {name: [] for name in sides}
     for run in range(0 if warm_up else 1, timed_runs + 1):
         for name, options in sides.items():
             results[name], elapsed = decode(options)
@@ -144,7 +145,8 @@ class OneByOne:
     def __init__(
         self, lm: LoadedModel, sides: Mapping[str, Mapping[str, Any]], *, max_new_tokens: int, timed_runs: int
     ) -> None:
-        self._lm, self._sides = lm, sides
+        self._lm = lm
+        self._sides = sides
         self._counts = {"max_new_tokens": max_new_tokens, "timed_runs": timed_runs}
         self._warm: set[int] = set()
 

@@ -24,7 +24,8 @@ class Answers(NamedTuple):
 
 def answers(lm: LoadedModel, documents_BT: np.ndarray) -> Answers:
     """Answers of whole documents, whose first `lm.config.data.prompt_tokens` tokens are the prompt."""
-    prompt, dummy = lm.config.data.prompt_tokens, lm.config.loss.teacherless
+    prompt = lm.config.data.prompt_tokens
+    dummy = lm.config.loss.teacherless
     parts = [documents_BT[start : start + ROWS] for start in range(0, len(documents_BT), ROWS)]
     forced_B = np.concatenate([_predicted(lm, part, prompt, dummy) for part in parts])
     if dummy >= 0:

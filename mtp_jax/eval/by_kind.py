@@ -97,7 +97,8 @@ def measure(
     if sides is None:
         sides = WITHOUT_HEADS | (WITH_HEADS if lm.config.num_draft else {})
     sides = {name: dict(one) | dict(options or {}) for name, one in sides.items()}
-    results, decode = [], OneByOne(lm, sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
+    results = []
+    decode = OneByOne(lm, sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
     for kind, given in prompts.items():
         progress(f"{kind}: {len(given)} prompts, {max_new_tokens} tokens each, in {len(sides)} ways")
         timed = [decode(one) for one in given]
@@ -131,7 +132,9 @@ def _result(kind: str, side: str, timed: Sequence[Timed]) -> Result:
 
 def _interval(plain: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """A 95 % interval of the ratio of summed times, prompts drawn again and again with replacement."""
-    rng, one, two = np.random.default_rng(0), np.asarray(plain), np.asarray(other)
+    rng = np.random.default_rng(0)
+    one = np.asarray(plain)
+    two = np.asarray(other)
     drawn = rng.integers(0, len(one), (RESAMPLES, len(one)))
     low, high = np.percentile(one[drawn].sum(1) / two[drawn].sum(1), [2.5, 97.5])
     return float(low), float(high)

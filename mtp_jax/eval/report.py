@@ -98,7 +98,8 @@ def evaluate(
     Raises:
       UserError: the model's run has prompts (data.prompt_tokens), and the rows cut documents.
     """
-    config, settings = lm.config, lm.config.decode
+    config = lm.config
+    settings = lm.config.decode
     check_prompts(config.data, rows, "the text")
     rows = dataclasses.replace(rows, prompt_tokens=config.data.prompt_tokens)
     progress(f"held-out loss over {min(limit, len(rows)) if limit else len(rows)} rows")
@@ -121,9 +122,11 @@ def evaluate(
         progress(f"the text has room for {room} prompts of decode.num_prompts={wanted}")
     count = min(room, wanted)
     pairs = heldout_prompts(rows, count, settings.prompt_tokens, settings.max_new_tokens) if count else []
-    prompts, references = [prompt for prompt, _ in pairs], [reference for _, reference in pairs]
+    prompts = [prompt for prompt, _ in pairs]
+    references = [reference for _, reference in pairs]
     lengths = {"max_new_tokens": settings.max_new_tokens}
-    decoding, generated = None, []
+    decoding = None
+    generated = []
     if prompts and config.num_draft:
         decoding = compare(lm, prompts, num_draft=config.num_draft, progress=progress, **lengths)
         generated = decoding.drafted.tokens

@@ -16,7 +16,8 @@ from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import Comparison, OneByOne, pair
 from mtp_jax.loading import LoadedModel
 
-PLAIN, DRAFTED = "plain", "drafted"
+PLAIN = "plain"
+DRAFTED = "drafted"
 SIDES = (PLAIN, DRAFTED)
 
 Show = Callable[[str, str, str], None]
@@ -131,7 +132,8 @@ def side_by_side(
     Raises:
       UserError: what `generate` refuses.
     """
-    sides, pairs = sides_of(lm), []
+    sides = sides_of(lm)
+    pairs = []
     decode = OneByOne(lm, sides, max_new_tokens=max_new_tokens, timed_runs=timed_runs)
     for sample in samples:
         prompt = prompt_of(lm, sample)

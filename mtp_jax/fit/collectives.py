@@ -55,7 +55,10 @@ def read(text: str, devices: int) -> tuple[dict[str, Sent], int]:
       devices: devices of the program, for collectives among all of them.
     """
     computations, entry = _parse(text)
-    counts, sent, unknown, seen = collections.Counter(), collections.Counter(), set(), set()
+    counts = collections.Counter()
+    sent = collections.Counter()
+    unknown = set()
+    seen = set()
 
     def walk(name: str, times: int, scattered: bool, loops: tuple[str, ...]) -> None:
         for line in computations[name]:
@@ -84,7 +87,9 @@ def read(text: str, devices: int) -> tuple[dict[str, Sent], int]:
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Instructions by computation, and the name of the one that starts."""
-    computations, entry, current = {}, "", None
+    computations = {}
+    entry = ""
+    current = None
     for line in text.splitlines():
         if not line.startswith(" "):
             head = _COMPUTATION.match(line)
@@ -111,7 +116,8 @@ def _inner(line: Instruction) -> list[str]:
 
 def _sends(kind: str, line: Instruction, devices: int, scattered: bool) -> tuple[str, float]:
     """The kind and the bytes of one collective; `scattered`: a TPU's reduce-scatter, an all-reduce then a slice."""
-    n, size = _group(line.rest, devices), _bytes(line.shape)
+    n = _group(line.rest, devices)
+    size = _bytes(line.shape)
     if line.opcode.endswith("-start") and line.shape.startswith("("):
         # ((operands), (results), ...): results are n times as much in a gather, and as much in a permutation.
         size = size * n / (n + 1) if kind == "all-gather" else size / 2
@@ -154,7 +160,8 @@ def _turns(loop: Instruction, computations: dict[str, list[Instruction]], name: 
     operands = re.findall(r"%([\w.-]+)", root.rest.split(")")[0])
     if root.opcode != "compare" or "direction=LT" not in root.rest or len(operands) != 2:
         return None
-    end, index = _constant(lines[operands[1]]), re.search(r"index=(\d+)", lines[operands[0]].rest)
+    end = _constant(lines[operands[1]])
+    index = re.search(r"index=(\d+)", lines[operands[0]].rest)
     start = _start(loop, computations[name], int(index[1])) if index else None
     return None if end is None or start is None else max(end - start, 0)
 

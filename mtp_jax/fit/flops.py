@@ -20,19 +20,23 @@ class Counted(NamedTuple):
 
 def count(jaxpr: ClosedJaxpr) -> Counted:
     """Counts the products of a trace."""
-    total, loops = 0.0, 0
+    total = 0.0
+    loops = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        kind, params = equation.primitive.name, equation.params
+        kind = equation.primitive.name
+        params = equation.params
         if kind == "dot_general":
             total += _product(equation)
             continue
         inner = [count(part) for part in _parts(params)]
         if kind == "cond":
             best = max(inner, key=lambda part: part.flops)
-            total, loops = total + best.flops, loops + best.open_loops
+            total = total + best.flops
+            loops = loops + best.open_loops
             continue
         flops = _times(kind, params) * sum(part.flops for part in inner)
-        total, loops = total + flops, loops + sum(part.open_loops for part in inner) + (kind == "while" and flops > 0)
+        total = total + flops
+        loops = loops + sum(part.open_loops for part in inner) + (kind == "while" and flops > 0)
     return Counted(total, loops)
 
 

@@ -74,14 +74,18 @@ def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
     def residuals(learned: Any, rest: Any, batch: dict) -> Any:
         targets = batch_targets(config, learned | rest, batch)
         scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
-        loss = lambda learned: total_loss(  # noqa: E731
-            config, spec, learned | rest, batch, targets, targets.weights_MBT[0], scale_M
-        )
+
+        def loss(learned: Any) -> Any:
+            return total_loss(config, spec, learned | rest, batch, targets, targets.weights_MBT[0], scale_M)
+
         return jax.vjp(loss, learned, has_aux=True)[1]
 
     micro = {name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
     leaves = jax.tree.leaves(jax.eval_shape(residuals, learned, rest, micro))
-    has_rows = lambda leaf: rows in leaf.shape and config.data.seq_len in leaf.shape  # noqa: E731
+
+    def has_rows(leaf: jax.Array) -> bool:
+        return rows in leaf.shape and config.data.seq_len in leaf.shape
+
     return sum(_size(leaf) for leaf in leaves if has_rows(leaf))
 
 
@@ -95,14 +99,21 @@ def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
       tokens: of prompt and output together.
     """
     drafter = make_drafter("heads" if config.num_draft else "none", config, config.num_draft)
-    plan, vocab = Plan(config, drafter, Options().sampler(), Options().rule()), config.model.vocab_size
-    params, everywhere = decode_params(config, mesh), sharding.replicated(mesh)
+    plan = Plan(config, drafter, Options().sampler(), Options().rule())
+    vocab = config.model.vocab_size
+    params = decode_params(config, mesh)
+    everywhere = sharding.replicated(mesh)
     controls = jax.eval_shape(lambda: Options().controls(rows, vocab))
-    one_B, ends_E = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    slots, prompt_BT = slots_needed(tokens, drafter.num_draft), jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    one_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    ends_E = jax.ShapeDtypeStruct((1,), jnp.int32)
+    slots = slots_needed(tokens, drafter.num_draft)
+    prompt_BT = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
     state = jax.eval_shape(functools.partial(empty_state, plan, slots, slots), prompt_BT, one_B, one_B, ends_E)
     state = place_state(mesh, state)
-    put = lambda tree: jax.tree.map(lambda leaf: _placed(leaf, everywhere), tree)  # noqa: E731
+
+    def put(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: _placed(leaf, everywhere), tree)
+
     one = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     traced = decode_rounds.trace(plan, drafter.num_draft, params, put(controls), state, one)
     caches = (state.caches, state.drafter_cache)
@@ -122,10 +133,15 @@ def decode_params(config: Config, mesh: Mesh) -> Any:
 
 def place_state(mesh: Mesh, state: Any) -> Any:
     """Where the partitioner puts a decoding state: caches by the heads that made them, all else on every device."""
-    is_cache = lambda node: isinstance(node, LayerCache)  # noqa: E731
+
+    def is_cache(node: Any) -> bool:
+        return isinstance(node, LayerCache)
+
     by_heads = jax.sharding.NamedSharding(mesh, sharding.logical_spec((None, axes.KV_HEADS, None, None)))
     everywhere = sharding.replicated(mesh)
-    place = lambda leaf, where: _placed(leaf, where)  # noqa: E731
+
+    def place(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+        return _placed(leaf, where)
 
     def of_node(node: Any) -> Any:
         return jax.tree.map(lambda leaf: place(leaf, by_heads), node) if is_cache(node) else place(node, everywhere)
@@ -151,7 +167,10 @@ def compile_program(program: Program) -> Compiled:
 
 def shard_bytes(tree: Any) -> int:
     """Bytes of a tree's shards on one device."""
-    shard = lambda leaf: jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)  # noqa: E731
+
+    def shard(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+
     return sum(_size(shard(leaf)) for leaf in jax.tree.leaves(tree))
 
 

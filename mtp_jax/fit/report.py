@@ -77,7 +77,9 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The stable keys of `mtp compile --json`."""
-        memory, sent, roofline = self.memory, self.sent, self.roofline
+        memory = self.memory
+        sent = self.sent
+        roofline = self.roofline
         return {
             "fits": self.fits,
             "per_device": {
@@ -120,7 +122,9 @@ def report(config: Config, mesh: Mesh, program: Program, compiled: Compiled) -> 
     figures = chip(device.device_kind)
     counted = flops.count(program.traced.jaxpr)
     memory = _memory(mesh, program, compiled, _capacity(device, mesh, figures))
-    sent, open_loops, roofline = None, counted.open_loops, None
+    sent = None
+    open_loops = counted.open_loops
+    roofline = None
     if compiled.executable is not None:
         sent, open_sends = collectives.read(compiled.executable.as_text(), mesh.size)
         open_loops = max(open_loops, open_sends)

@@ -82,7 +82,8 @@ def _attend(form: Form, row: _Row) -> jax.Array:
 
 
 def _forward(form: Form, row: _Row) -> tuple[jax.Array, tuple[_Row, jax.Array, jax.Array]]:
-    (T, N), (K, S) = row.q_BTNH.shape[1:3], row.k_BKSH.shape[1:3]
+    T, N = row.q_BTNH.shape[1:3]
+    K, S = row.k_BKSH.shape[1:3]
     size, parts = _parts(T, S)
     queries = _cut(row.q_BTNH * form.scale, size, K), _cut_slots(row.slots_BT, size)
 
@@ -106,7 +107,8 @@ def _forward(form: Form, row: _Row) -> tuple[jax.Array, tuple[_Row, jax.Array, j
 def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_BTNH: jax.Array) -> tuple[_Row]:
     """With p the probabilities and a the attended values: dz = p (da v^T - da . a), then as for any product."""
     row, mixed_BTNH, lse_bBKR = residuals
-    (T, N), (K, S) = row.q_BTNH.shape[1:3], row.k_BKSH.shape[1:3]
+    T, N = row.q_BTNH.shape[1:3]
+    K, S = row.k_BKSH.shape[1:3]
     size, parts = _parts(T, S)
     own_BTN1 = jnp.sum(dmixed_BTNH.astype(jnp.float32) * mixed_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
     queries = (
@@ -119,7 +121,8 @@ def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_B
 
     def gradients(part: _Part, sums: tuple, block: tuple) -> tuple[tuple, jax.Array]:
         q_BKRH, slots_Bb, dmixed_BKRH, own_BKR1, lse_BKR = block
-        k_BKsH, v_BKsH = row.k_BKSH[:, :, : part.slots], row.v_BKSH[:, :, : part.slots]
+        k_BKsH = row.k_BKSH[:, :, : part.slots]
+        v_BKsH = row.v_BKSH[:, :, : part.slots]
         z_BKRs, seen = _scores(form, row, part, q_BKRH, slots_Bb)
         p_BKRs = jnp.where(seen, jnp.exp(z_BKRs - lse_BKR[..., None]), 0)
         dz_BKRs = p_BKRs * (_product("BKRH,BKsH->BKRs", dmixed_BKRH, v_BKsH) - own_BKR1)
@@ -131,7 +134,8 @@ def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_B
         dv_BKHs = sums[1] + _product("BKRH,BKRs->BKHs", dmixed_BKRH, p_BKRs.astype(dmixed_BKRH.dtype))
         return (dk_BKHs, dv_BKHs), _product("BKRs,BKsH->BKRH", dz_BKRs, k_BKsH)
 
-    sums_BKHS, dq_bBKRH = (jnp.zeros((*row.k_BKSH.shape[:2], row.k_BKSH.shape[3], S), jnp.float32),) * 2, []
+    sums_BKHS = (jnp.zeros((*row.k_BKSH.shape[:2], row.k_BKSH.shape[3], S), jnp.float32),) * 2
+    dq_bBKRH = []
     for part in parts:
         zeros = jax.tree.map(lambda sum_BKHS, part=part: jnp.zeros_like(sum_BKHS[..., : part.slots]), sums_BKHS)
         sums, dq = _scan(functools.partial(gradients, part), zeros, tuple(x[part.blocks] for x in queries))
@@ -148,7 +152,8 @@ _attend.defvjp(_forward, _backward)
 def _scores(form: Form, row: _Row, part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Capped scores of a block with the slots of its part, in float32, and which of them count."""
     B, K, R, _ = q_BKRH.shape
-    size, s = slots_Bb.shape[1], part.slots
+    size = slots_Bb.shape[1]
+    s = part.slots
     z_BKRs = capped(_product("BKRH,BKsH->BKRs", q_BKRH, row.k_BKSH[:, :, :s]), form)
     segments_Bs = None if row.segments_BS is None else row.segments_BS[:, :s]
     seen_Bbs = visible(slots_Bb, segments_Bs, s, row.window)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 from mtp_jax.kernels.attention import Form, visible
 
-AMPERE, HOPPER = 8.0, 9.0
+AMPERE = 8.0
+HOPPER = 9.0
 
 
 def refusal(q_BTNH: jax.Array, form: Form, capability: float) -> str | None:
     """Why cuDNN cannot attend for these queries on a GPU of this compute capability, or None if it can."""
-    (_, T, _, H), dtype = q_BTNH.shape, q_BTNH.dtype
+    _, T, _, H = q_BTNH.shape
+    dtype = q_BTNH.dtype
     most = 128 if capability < HOPPER else 256
     if capability < AMPERE:
         return f"its flash attention needs a GPU of compute capability {AMPERE}, and this one has {capability}"
@@ -43,7 +45,8 @@ def cudnn_attention(
     form: Form,
 ) -> jax.Array:
     """`attention` by cuDNN; arguments and result are the reference's."""
-    T, S = q_BTNH.shape[1], k_BKSH.shape[2]
+    T = q_BTNH.shape[1]
+    S = k_BKSH.shape[2]
     mask_B1TS = visible(query_slots_BT, segment_ids_BS, S, form.window)[:, None]
     # Whole rows have the diagonal where cuDNN looks for it; a shard's queries begin somewhere inside their row.
     return jax.nn.dot_product_attention(

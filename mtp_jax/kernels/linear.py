@@ -78,7 +78,8 @@ def _plain_outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _flat_outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
     """One axis is contracted: with two, a CPU copies the left operand and cannot sum bfloat16 products in float32."""
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    x = x.reshape(-1, x.shape[-1])
+    y = y.reshape(-1, y.shape[-1])
     if x.shape[1] <= y.shape[1]:
         return jnp.einsum("ti,to->io", x, y, preferred_element_type=jnp.float32)
     return jnp.einsum("to,ti->oi", y, x, preferred_element_type=jnp.float32).T

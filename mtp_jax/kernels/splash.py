@@ -23,7 +23,8 @@ Kernels = tuple[splash.SplashAttentionKernel, ...]
 
 def refusal(q_BTNH: jax.Array, shards: int, form: Form) -> str | None:
     """Why the kernel cannot attend for these queries, of which each device of `shards` has its share, or None."""
-    slots, precision = q_BTNH.shape[1], jax.config.jax_default_matmul_precision
+    slots = q_BTNH.shape[1]
+    precision = jax.config.jax_default_matmul_precision
     queries = slots // shards
     if queries % LANES or slots % LANES:
         return f"it takes multiples of {LANES} tokens, not {queries} queries of a device over {slots} tokens"

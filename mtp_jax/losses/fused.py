@@ -65,11 +65,16 @@ def _on_mesh(
         teacher = Teacher(teacher.hidden_MBTD, teacher.table_VD.astype(teacher.hidden_MBTD.dtype))
     if spec.sharded:
         tokens = (None, spec.batch_axes or None, spec.length_axes or None)
-        by_token = lambda tree: jax.tree.map(lambda x: PartitionSpec(*tokens, *[None] * (x.ndim - 3)), tree)  # noqa: E731
-        vocab, embed = spec.vocab_axes or None, spec.embed_axes or None
+
+        def by_token(tree: Any) -> Any:
+            return jax.tree.map(lambda x: PartitionSpec(*tokens, *[None] * (x.ndim - 3)), tree)
+
+        vocab = spec.vocab_axes or None
+        embed = spec.embed_axes or None
         table_spec = table_split(spec)
         dtable = PartitionSpec(vocab, embed) if spec.learn_table else PartitionSpec()
-        rows, states = PartitionSpec(*tokens), PartitionSpec(*tokens, None)
+        rows = PartitionSpec(*tokens)
+        states = PartitionSpec(*tokens, None)
         local = jax.shard_map(
             local,
             mesh=spec.mesh,
@@ -110,8 +115,10 @@ def _loop_over_chunks(
     teacher: Teacher | None,
 ) -> tuple:
     """The loop over this shard's N = M B T tokens and this shard's part of the vocabulary."""
-    (M, B, T, D), N = hidden_MBTD.shape, weights_MBT.size
-    V, C = table_VD.shape[0], chunk_size(B * T, table_VD.shape[0], spec)
+    M, B, T, D = hidden_MBTD.shape
+    N = weights_MBT.size
+    V = table_VD.shape[0]
+    C = chunk_size(B * T, table_VD.shape[0], spec)
     taught_by = None if teacher is None else teacher.hidden_MBTD
     arrays = (hidden_MBTD, targets, weights_MBT, taught_by)
     flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(N, *x.shape[3:]), arrays)
@@ -185,10 +192,15 @@ def _chunk(
     teacher_table_VD: jax.Array | None,
 ) -> _Chunk:
     """A chunk, while its logits are alive; V is this shard's part of the vocabulary."""
-    V, objective, axes = table_VD.shape[0], spec.objective, spec.vocab_axes
+    V = table_VD.shape[0]
+    objective = spec.objective
+    axes = spec.vocab_axes
     offset = jax.lax.axis_index(axes) * V if axes else 0
     vocab = across(jax.lax.psum, V, axes)
-    total = lambda x_CV: across(jax.lax.psum, jnp.sum(x_CV, axis=-1), axes)  # noqa: E731
+
+    def total(x_CV: jax.Array) -> jax.Array:
+        return across(jax.lax.psum, jnp.sum(x_CV, axis=-1), axes)
+
     ids_CW, probs_CW = as_soft(target)
     soft = softmax(spec, axes, h_CD, table_VD)
     labels_CW = across(jax.lax.psum, pick(soft.z_CV, ids_CW - offset), axes)

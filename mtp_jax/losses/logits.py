@@ -79,7 +79,8 @@ class XentSpec:
                 raise UserError(f"XentSpec.{name}={getattr(self, name)} is negative; 0 switches it off")
 
     def _check_axes(self) -> None:
-        mesh, known = self.mesh, set(self.mesh.shape if self.mesh else ())
+        mesh = self.mesh
+        known = set(self.mesh.shape if self.mesh else ())
         for name in ("batch_axes", "length_axes", "vocab_axes", "embed_axes"):
             axes = getattr(self, name)
             if not isinstance(axes, tuple) or not set(axes) <= known:

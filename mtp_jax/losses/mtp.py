@@ -47,7 +47,8 @@ class HeadSums(NamedTuple):
         With a draft vocabulary also `outside`, the share of targets that a head cannot predict. The loss is that of the
         others; `top1` and `top5` are shares of all targets, as acceptance is.
         """
-        all_M, found = self.weight_M + self.outside_M, bool(np.any(np.asarray(self.outside_M)))
+        all_M = self.weight_M + self.outside_M
+        found = bool(np.any(np.asarray(self.outside_M)))
         with np.errstate(invalid="ignore"):
             means = {"loss": self.ce_M / self.weight_M, "top1": self.correct_M / all_M, "top5": self.top5_M / all_M}
             return means | ({"outside": self.outside_M / all_M} if found else {})
@@ -111,7 +112,8 @@ def mtp_loss(
     scaled_MBT = (weights_MBT if learn_MBT is None else learn_MBT) * scale_M[:, None, None]
     parts = []
     for heads in _parts(len(hidden_MBTD), tables, bool(spec.mix) or frozen):
-        first, table = heads.start, tables[heads.start] if isinstance(tables, tuple) else tables
+        first = heads.start
+        table = tables[heads.start] if isinstance(tables, tuple) else tables
         still = frozen and not (first and own)
         options = dataclasses.replace(spec, mix=spec.mix if first else 0.0, learn_table=not still)
         hidden = jax.lax.stop_gradient(hidden_MBTD[heads]) if frozen and not first else hidden_MBTD[heads]
@@ -119,8 +121,12 @@ def mtp_loss(
         wanted = None if wanted_MBT is None else wanted_MBT[heads]
         teacher = _teacher(hidden_MBTD[0], tables, teacher_table, heads) if options.mix else None
         parts.append(XENT[impl](hidden, table, targets_MBT[heads], scaled_MBT[heads], options, teacher, wanted))
-    join = lambda field: jnp.concatenate([getattr(part, field) for part in parts])  # noqa: E731
-    ce_MBT, rank_MBT = join("ce_MBT"), join("rank_MBT")
+
+    def join(field: str) -> jax.Array:
+        return jnp.concatenate([getattr(part, field) for part in parts])
+
+    ce_MBT = join("ce_MBT")
+    rank_MBT = join("rank_MBT")
 
     def total(x_MBT: jax.Array) -> jax.Array:
         return jnp.sum(weights_MBT * x_MBT, axis=(1, 2))
@@ -161,7 +167,10 @@ def _check(hidden_MBTD: Any, tables: Any, targets_MBT: Any, weights_MBT: Any, sc
 def _parts(M: int, tables: Any, apart: bool) -> list[slice]:
     """Heads that go through the cross-entropy together: neighbours with one table, head 0 by itself where it is another
     case than the others."""
-    same = lambda m: not isinstance(tables, tuple) or tables[m] is tables[m - 1]  # noqa: E731
+
+    def same(m: int) -> bool:
+        return not isinstance(tables, tuple) or tables[m] is tables[m - 1]
+
     cuts = [0, *(m for m in range(1, M) if not same(m) or (apart and m == 1)), M]
     return [slice(first, last) for first, last in itertools.pairwise(cuts)]
 

@@ -78,7 +78,8 @@ def token_terms(
 
 
 def _distance(name: Distance, soft: Softmax, teacher: Softmax, total: Total) -> jax.Array:
-    p_CV, q_CV = _probs(teacher), _probs(soft)
+    p_CV = _probs(teacher)
+    q_CV = _probs(soft)
     accept_C = total(jnp.minimum(p_CV, q_CV))
     if name == "tv":
         return 1 - accept_C
@@ -100,7 +101,8 @@ def logit_gradient(
     objective: Objective, soft: Softmax, target_CV: jax.Array, teacher: Softmax | None, total: Total, vocab: int
 ) -> jax.Array:
     """The derivative of `token_terms` by the student's logits; `target_CV` is the target as a distribution."""
-    hard, s = 1 - objective.mix, objective.smoothing
+    hard = 1 - objective.mix
+    s = objective.smoothing
     scale_C = (hard + 2 * objective.z_loss * soft.lse_C) / soft.sum_C
     dz_CV = soft.exp_CV * scale_C[:, None] - hard * (1 - s) * target_CV
     if s:
@@ -112,7 +114,8 @@ def logit_gradient(
 
 def _distance_gradient(name: Distance, soft: Softmax, teacher: Softmax, total: Total) -> jax.Array:
     """Through q: dD/dz_v = q_v (g_v - sum_u q_u g_u) with g = dD/dq, which for kl is q - p."""
-    p_CV, q_CV = _probs(teacher), _probs(soft)
+    p_CV = _probs(teacher)
+    q_CV = _probs(soft)
     if name == "kl":
         return q_CV - p_CV
     below_CV = q_CV < p_CV  # where min(p, q) is q

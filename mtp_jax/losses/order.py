@@ -31,7 +31,8 @@ def order_targets(tokens_BT: jax.Array, segment_ids_BT: jax.Array, window: int) 
       Targets [1, B, T, W], and weights [1, B, T]: 1 where anything follows.
     """
     far = min(window, FAR)
-    ids, counts = [], []
+    ids = []
+    counts = []
     for d in range(1, far + 1):
         token_BT = ahead(tokens_BT, d)
         inside_BT = (ahead(segment_ids_BT, d) == segment_ids_BT) & (segment_ids_BT != 0)
@@ -40,7 +41,8 @@ def order_targets(tokens_BT: jax.Array, segment_ids_BT: jax.Array, window: int) 
             seen_BT |= earlier == token_BT
         ids.append(token_BT)
         counts.append(inside_BT & ~seen_BT)
-    ids_BTW, counts_BTW = jnp.stack(ids, axis=-1), jnp.stack(counts, axis=-1)
+    ids_BTW = jnp.stack(ids, axis=-1)
+    counts_BTW = jnp.stack(counts, axis=-1)
     score_W = jnp.exp(-jnp.arange(far, dtype=jnp.float32))
     score_BTW = jnp.where(counts_BTW, score_W[None, None, :], 0)
     sum_BT1 = score_BTW.sum(axis=-1, keepdims=True)

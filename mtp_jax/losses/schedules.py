@@ -64,7 +64,8 @@ class HeadSchedule:
 def head_weights(schedule: HeadSchedule, step: jax.Array) -> jax.Array:
     """w_M at a step, counted from 0."""
     M = len(schedule.base)
-    head_M, extra_M = jnp.arange(M), jnp.arange(M) > 0
+    head_M = jnp.arange(M)
+    extra_M = jnp.arange(M) > 0
     share = step / schedule.steps
     scale = schedule.scale / max(M - 1, 1) if schedule.average else schedule.scale
     factor_M = scale * schedule.decay**head_M * _shape(schedule, share, head_M)

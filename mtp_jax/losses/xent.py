@@ -124,7 +124,8 @@ def remat_xent(
     loss, aux = jax.lax.scan(step, jnp.float32(0), to_chunks(arrays, chunk_size(B * T, V, spec)))
     ce_MBT, rank_MBT = (from_chunks(x, (M, B, T)) for x in aux)
     if wanted_MBT is not None:
-        ce_MBT, rank_MBT = jnp.where(wanted_MBT, ce_MBT, 0), jnp.where(wanted_MBT, rank_MBT, 0)
+        ce_MBT = jnp.where(wanted_MBT, ce_MBT, 0)
+        rank_MBT = jnp.where(wanted_MBT, rank_MBT, 0)
     return Xent(loss, jax.lax.stop_gradient(ce_MBT), rank_MBT)
 
 

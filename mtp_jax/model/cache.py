@@ -52,14 +52,18 @@ def init_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.
 def write_cache(cache: LayerCache, k_BQKH: jax.Array, v_BQKH: jax.Array, start_B: jax.Array) -> LayerCache:
     """Writes Q entries per row, row b's at slots start_B[b]..start_B[b]+Q-1."""
 
-    to_slots = lambda new_BQKH, old_BKSH: new_BQKH.swapaxes(1, 2).astype(old_BKSH.dtype)  # noqa: E731
+    def to_slots(new_BQKH: jax.Array, old_BKSH: jax.Array) -> jax.Array:
+        return new_BQKH.swapaxes(1, 2).astype(old_BKSH.dtype)
+
     new = jax.tree.map(to_slots, LayerCache(k_BQKH, v_BQKH), cache)
     # Rows with starts of their own are a scatter, for which XLA's CPU backend copies the whole cache several times.
     return jax.lax.platform_dependent(cache, new, start_B, cpu=_row_by_row, default=_all_at_once)
 
 
 def _all_at_once(cache: LayerCache, new: LayerCache, start_B: jax.Array) -> LayerCache:
-    write = lambda old_KSH, new_KQH, start: jax.lax.dynamic_update_slice(old_KSH, new_KQH, (0, start, 0))  # noqa: E731
+    def write(old_KSH: jax.Array, new_KQH: jax.Array, start: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old_KSH, new_KQH, (0, start, 0))
+
     return jax.tree.map(lambda old_BKSH, new_BKQH: jax.vmap(write)(old_BKSH, new_BKQH, start_B), cache, new)
 
 

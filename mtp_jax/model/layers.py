@@ -55,7 +55,8 @@ def _matrix(
 
 def _linear(module: nn.Module, x_BTI: jax.Array, matrix: Matrix) -> jax.Array:
     """x W + b, and from position `lora_from` on also (x A) B, if the collection "lora" holds A and B by that name."""
-    y_BTO, first = linear(x_BTI, matrix.w_IO), module.lora_from
+    y_BTO = linear(x_BTI, matrix.w_IO)
+    first = module.lora_from
     if matrix.bias_O is not None:
         y_BTO += matrix.bias_O.astype(y_BTO.dtype)[None, None, :]
     if not module.has_variable("lora", matrix.name):
@@ -84,10 +85,12 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of x, of any rank."""
-        c, last = self.config, (1,) * (x.ndim - 1) + (-1,)
+        c = self.config
+        last = (1,) * (x.ndim - 1) + (-1,)
         start = {"scale": nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones}
         start |= {"bias": nn.initializers.zeros} if c.norm == "layer" else {}
-        shape, dtype = (x.shape[-1],), jnp.dtype(c.param_dtype)
+        shape = (x.shape[-1],)
+        dtype = jnp.dtype(c.param_dtype)
         given = {
             name: self.param(name, nn.with_logical_partitioning(init, (self.axis,)), shape, dtype)
             for name, init in start.items()
@@ -112,7 +115,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
-        c, bias = self.config, self.config.mlp_bias
+        c = self.config
+        bias = self.config.mlp_bias
         act = ACTIVATIONS[c.activation]
         inner = (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model)
         up = _matrix(self, "up", *inner, bias=bias)
@@ -135,9 +139,11 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
-        c, act = self.config, ACTIVATIONS[self.config.activation]
+        c = self.config
+        act = ACTIVATIONS[self.config.activation]
         inner = (c.d_model, c.d_ff), (EMBED, MLP), _fan_in(c.d_model)
-        gate_EDF, up_EDF = self._stack("gate", *inner), self._stack("up", *inner)
+        gate_EDF = self._stack("gate", *inner)
+        up_EDF = self._stack("up", *inner)
         down_EFD = self._stack("down", (c.d_ff, c.d_model), (MLP, EMBED), _residual(c, c.d_ff))
         router = _matrix(self, "router", (c.d_model, c.num_experts), (EMBED, EXPERTS), _fan_in(c.d_model), bias=False)
         weight_BTE = mixture(c, linear(x_BTD, router.w_IO))
@@ -153,7 +159,8 @@ class Experts(nn.Module):
 
     def _stack(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Init) -> jax.Array:
         """One matrix per expert."""
-        c, boxed = self.config, nn.with_logical_partitioning(init, (EXPERTS, *axes))
+        c = self.config
+        boxed = nn.with_logical_partitioning(init, (EXPERTS, *axes))
         return self.param(name, boxed, (c.num_experts, *shape), jnp.dtype(c.param_dtype))
 
 
@@ -182,7 +189,8 @@ class Attention(nn.Module):
     lora_from: int = 0
 
     def setup(self) -> None:
-        c, fan_in = self.config, _fan_in(self.config.d_model)
+        c = self.config
+        fan_in = _fan_in(self.config.d_model)
         key = (c.d_model, c.num_kv_heads, c.head_dim), (EMBED, KV_HEADS, HEAD_DIM), fan_in
         query = (c.d_model, c.num_heads, c.head_dim), (EMBED, HEADS, HEAD_DIM), fan_in
         out = (c.num_heads, c.head_dim, c.d_model), (HEADS, HEAD_DIM, EMBED), _residual(c, c.num_heads * c.head_dim)
@@ -191,7 +199,8 @@ class Attention(nn.Module):
         self.o = _matrix(self, "o", *out, bias=c.out_bias, inputs=2)
         if c.qk_norm:
             axis = None if c.qk_norm_joint else HEAD_DIM
-            self.q_norm, self.k_norm = Norm(c, axis), Norm(c, axis)
+            self.q_norm = Norm(c, axis)
+            self.k_norm = Norm(c, axis)
 
     def keys_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and values, [B, T, K, H] each."""
@@ -223,7 +232,8 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Queries of x over its own row, by the path that `attention` in the config means."""
         q_BTNH = self.queries(x_BTD, positions_BT)
-        path, placement = self.config.attention, _placement()
+        path = self.config.attention
+        placement = _placement()
         mixed_BTNH = row_attention(q_BTNH, k_BKTH, v_BKTH, segment_ids_BT, self._form(), path, placement)
         return self.output(mixed_BTNH)
 
@@ -249,7 +259,8 @@ class Attention(nn.Module):
         return _linear(self, mixed_BTNH.reshape(*mixed_BTNH.shape[:2], -1), self.o)
 
     def _turned(self, x_BTD: jax.Array, matrix: Matrix, norm: Norm | None, positions_BT: jax.Array) -> jax.Array:
-        c, y_BTO = self.config, _linear(self, x_BTD, matrix)
+        c = self.config
+        y_BTO = _linear(self, x_BTD, matrix)
         if norm is not None:
             y_BTO = norm(y_BTO) if c.qk_norm_joint else norm(self._to_heads(y_BTO))
         frequency_h = self.get_variable("constants", "frequency")
@@ -303,7 +314,8 @@ class Block(nn.Module):
         if c.norm_position != "post":
             self.mlp_norm = Norm(c)
         if c.norm_position in ("post", "sandwich"):
-            self.attn_post_norm, self.mlp_post_norm = Norm(c), Norm(c)
+            self.attn_post_norm = Norm(c)
+            self.mlp_post_norm = Norm(c)
 
     def _normed(self, x: jax.Array) -> jax.Array:
         """What attention reads."""
@@ -311,7 +323,8 @@ class Block(nn.Module):
 
     def _finished(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """The block's output, given its input and what attention made of it."""
-        where, scale = self.config.norm_position, self.config.residual_scale
+        where = self.config.norm_position
+        scale = self.config.residual_scale
         after = where in ("post", "sandwich")
         attended = self.attn_post_norm(attended) if after else attended
         if where == "parallel":
@@ -340,7 +353,8 @@ class Block(nn.Module):
     ) -> jax.Array:
         """Y = X P positions beside a sequence whose keys and values are given; see `attention_beside`."""
         h_BYD = self._normed(x_BYD)
-        q_BYNH, own = self.attn.queries(h_BYD, positions_BY), self.attn.keys_values(h_BYD, positions_BY)
+        q_BYNH = self.attn.queries(h_BYD, positions_BY)
+        own = self.attn.keys_values(h_BYD, positions_BY)
         mixed_BYNH = self.attn.mix_beside(q_BYNH, own, (k_BKSH, v_BKSH), where)
         return self._finished(x_BYD, self.attn.output(mixed_BYNH))
 
@@ -349,9 +363,11 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache]:
         """`write_read` of the first Q = `lora_from` positions and `beside` of the Y others, in joint products."""
         Q = self.lora_from
-        h_BZD, slots_BQ = self._normed(xy_BZD), _slots(start_B, Q)
+        h_BZD = self._normed(xy_BZD)
+        slots_BQ = _slots(start_B, Q)
         positions_BZ = jnp.concatenate([slots_BQ, positions_BY], axis=1)
-        q_BZNH, (k_BZKH, v_BZKH) = self.attn.queries(h_BZD, positions_BZ), self.attn.keys_values(h_BZD, positions_BZ)
+        q_BZNH = self.attn.queries(h_BZD, positions_BZ)
+        k_BZKH, v_BZKH = self.attn.keys_values(h_BZD, positions_BZ)
         cache = write_cache(cache, k_BZKH[:, :Q], v_BZKH[:, :Q], start_B)
         mixed_BQNH = self.attn.mix(q_BZNH[:, :Q], *cache, slots_BQ)
         mixed_BYNH = self.attn.mix_beside(q_BZNH[:, Q:], (k_BZKH[:, Q:], v_BZKH[:, Q:]), cache, where)
@@ -368,7 +384,8 @@ class Block(nn.Module):
 
     def write_read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """`write`, then `read` at the same positions."""
-        h_BQD, slots_BQ = self._normed(x_BQD), _slots(start_B, x_BQD.shape[1])
+        h_BQD = self._normed(x_BQD)
+        slots_BQ = _slots(start_B, x_BQD.shape[1])
         cache = self._write(h_BQD, slots_BQ, start_B, cache)
         return self._read(x_BQD, h_BQD, slots_BQ, cache), cache
 

@@ -239,7 +239,8 @@ def decode_blocks_mixed(
     weight_L: jax.Array,
 ) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
     """`decode_blocks`, and the mix of `run_blocks_mixed`."""
-    mix_BQD, written = weight_L[0] * unit_rms(x_BQD, config.norm_eps), []
+    mix_BQD = weight_L[0] * unit_rms(x_BQD, config.norm_eps)
+    written = []
     for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
         x_BQD, new = decode_blocks(config, (block,), x_BQD, start_B, (cache,))
         mix_BQD += weight_L[i + 1] * unit_rms(x_BQD, config.norm_eps)

@@ -31,7 +31,8 @@ def init_boxed(config: Config, key: jax.Array, given: Params | None = None) -> P
     step changes. A run gives those that its text has most often; without them they are the first N.
     """
     lm_key, heads_key, order_key = *jax.random.split(key), jax.random.fold_in(key, 2)
-    given, params = given or {}, lm.init(config.model, lm_key)
+    given = given or {}
+    params = lm.init(config.model, lm_key)
     if config.heads.draft_vocab:
         ids_N = jnp.arange(config.heads.draft_vocab, dtype=jnp.int32)
         params["draft_ids"] = nn.LogicallyPartitioned(ids_N, (None,))
@@ -86,7 +87,8 @@ def apply(
     """
     params = with_constants(config, params)
     embedded_BTD = lm.embed(config.model, params, tokens_BT)
-    family, rows = FAMILIES[config.heads.kind], (embedded_BTD, positions_BT, segment_ids_BT)
+    family = FAMILIES[config.heads.kind]
+    rows = (embedded_BTD, positions_BT, segment_ids_BT)
     # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
     if config.heads.kind not in BESIDE:
         known = _trunk(config, params, *rows) if states_BTE is None else jnp.split(states_BTE, 2, axis=-1)
@@ -95,7 +97,8 @@ def apply(
     elif "heads" in params:
         state_BTD, states_MBTD = family.forward(config, params, tokens_BT, *rows, everywhere=everywhere)
     else:
-        state_BTD, states_MBTD = lm.run_blocks(config.model, params["blocks"], *rows), None
+        state_BTD = lm.run_blocks(config.model, params["blocks"], *rows)
+        states_MBTD = None
     hidden_1BTD = lm.final_norm(config.model, params, state_BTD)[None]
     if states_MBTD is None:
         return lm.scaled(config.model, hidden_1BTD)
@@ -125,7 +128,8 @@ def _trunk(
     config: Config, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The next-token path's last state, and what the heads read of it."""
-    model, rows = config.model, (positions_BT, segment_ids_BT)
+    model = config.model
+    rows = (positions_BT, segment_ids_BT)
     if config.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
         return lm.run_blocks_mixed(model, params["blocks"], x_BTD, *rows, weight_L)
@@ -239,7 +243,8 @@ def decode_forward(
       state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; and the
       caches.
     """
-    model, tap = config.model, config.tap
+    model = config.model
+    tap = config.tap
     x_BQD = lm.embed(model, params, tokens_BQ)
     if ask.count:
         return _decode_beside(config, params, x_BQD, start_B, caches, ask)
@@ -262,11 +267,13 @@ def _decode_beside(
     ask: Ask,
 ) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
     """Both streams of `heads.masks`; the tokens' keys and values enter the caches, the masks' are forgotten."""
-    Q, slots = x_BQD.shape[1], caches[0].slots
+    Q = x_BQD.shape[1]
+    slots = caches[0].slots
     at_BX = jnp.arange(Q)[None, :] if ask.at_B is None else ask.at_B[:, None]
     beside = masks.decode_masks(params, start_B[:, None] + at_BX, ask.count, slots)
     xy_BZD = jnp.concatenate([x_BQD, beside.embedded_BYD.astype(x_BQD.dtype)], axis=1)
-    block_of, written = Block(config.model, lora_from=Q), []
+    block_of = Block(config.model, lora_from=Q)
+    written = []
     loras = params["heads"].get("lora", (None,) * len(caches))
     for block, lora, cache in zip(params["blocks"], loras, caches, strict=True):
         arrays = (xy_BZD, start_B, cache, beside.positions_BY, beside.anchors)

@@ -34,7 +34,8 @@ def rotary(
     """
     turning = 2 * frequency_h.shape[0]
     angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h[None, None, None, :]
-    sin_BT1h, cos_BT1h = factor * jnp.sin(angle_BT1h), factor * jnp.cos(angle_BT1h)
+    sin_BT1h = factor * jnp.sin(angle_BT1h)
+    cos_BT1h = factor * jnp.cos(angle_BT1h)
     low_BTNh, high_BTNh = jnp.split(x_BTNH[..., :turning].astype(jnp.float32), 2, axis=-1)
     turned = [low_BTNh * cos_BT1h - high_BTNh * sin_BT1h, high_BTNh * cos_BT1h + low_BTNh * sin_BT1h]
     whole = [part.astype(x_BTNH.dtype) for part in turned]
@@ -64,7 +65,8 @@ def _stretch(config: ModelConfig, frequency_h: np.ndarray) -> np.ndarray | float
     else:
         last = len(frequency_h) - 1
         fast, slow = (_dimension(config, turns) for turns in (config.rope_beta_fast, config.rope_beta_slow))
-        first_dim, last_dim = max(math.floor(fast), 0), min(math.ceil(slow), 2 * last + 1)
+        first_dim = max(math.floor(fast), 0)
+        last_dim = min(math.ceil(slow), 2 * last + 1)
         kept_h = 1 - (np.arange(last + 1) - first_dim) / max(last_dim - first_dim, 0.001)
     kept_h = np.clip(kept_h, 0, 1)
     return 1 / (kept_h + (1 - kept_h) / s)

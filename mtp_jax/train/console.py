@@ -16,7 +16,9 @@ class RunConsole:
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
-        self._total, self._step, self._time = 0, 0, 0.0
+        self._total = 0
+        self._step = 0
+        self._time = 0.0
 
     def note(self, text: str) -> None:
         """One line that stays above the bar."""
@@ -24,7 +26,9 @@ class RunConsole:
 
     def start(self, total: int, done: int) -> None:
         """Opens the bar for steps done..total."""
-        self._total, self._step, self._time = total, done, time.monotonic()
+        self._total = total
+        self._step = done
+        self._time = time.monotonic()
         if self._console.is_terminal:
             columns = (
                 *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
@@ -43,7 +47,8 @@ class RunConsole:
         now = time.monotonic()
         # From the newest steps alone: the first ones had to wait for the compiler.
         left = (now - self._time) / max(step - self._step, 1) * (self._total - step)
-        self._step, self._time = step, now
+        self._step = step
+        self._time = now
         self.note(f"step {step}/{self._total}  {status}  {left:.0f} s left")
 
     def stop(self) -> None:

@@ -133,7 +133,9 @@ def _first_state(config: Config, steps: Steps, opening: Opening, console: RunCon
     """What was restored, or random parameters but for those that the run starts from; and the step of it."""
     if opening.restored is not None:
         return opening.restored.state, opening.restored.step
-    key, settings, given = jax.random.key(config.train.seed), config.train, dict(opening.start or {})
+    key = jax.random.key(config.train.seed)
+    settings = config.train
+    given = dict(opening.start or {})
     if config.heads.draft_vocab and "draft_ids" not in given:
         vocab = DraftVocab.of(opening.corpus.train, config.heads.draft_vocab, config.model.vocab_size)
         console.note(vocab.describe(opening.corpus.heldout))
@@ -159,11 +161,17 @@ class _Run:
         console: RunConsole,
         stop: StopRequest,
     ) -> None:
-        self.config, self.steps, self.corpus = config, steps, corpus
-        self.checkpoints, self.writer, self.console, self.stop = checkpoints, writer, console, stop
+        self.config = config
+        self.steps = steps
+        self.corpus = corpus
+        self.checkpoints = checkpoints
+        self.writer = writer
+        self.console = console
+        self.stop = stop
         self.learning_rate = schedule(config.optim, config.train.steps)
         self.pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self.meter, self.pace = Meter(config, mesh), Pace()
+        self.meter = Meter(config, mesh)
+        self.pace = Pace()
         self.whole = True
         """False once a stop has cut an evaluation."""
 
@@ -284,7 +292,8 @@ class _Run:
 
     def write_heldout(self, state: TrainState, step: int) -> None:
         """`evaluate`, when nothing is pending."""
-        settings, rows = self.config.train, self.corpus.heldout
+        settings = self.config.train
+        rows = self.corpus.heldout
         batches = heldout_batches(rows, settings.batch_size // settings.grad_accum, settings.eval_rows)
         batches = self.until_stopped(batches)
         sums = heldout_sums(self.steps.evaluate, state.params, batches, self.steps.batch_sharding)

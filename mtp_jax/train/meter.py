@@ -38,14 +38,18 @@ class Meter:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         rows = config.train.batch_size, config.data.seq_len
         known = chip(mesh.devices.flat[0].device_kind)
-        self._tokens, self._flops = rows[0] * rows[1], step_flops(config, *rows)
+        self._tokens = rows[0] * rows[1]
+        self._flops = step_flops(config, *rows)
         self._peak = known.bf16_flops * mesh.size if known else None
         self._devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
         self._compiled: float | None = None
         self._start(0)
 
     def _start(self, step: int) -> None:
-        self._step, self._since, self._waited, self._paused = step, time.monotonic(), 0.0, 0.0
+        self._step = step
+        self._since = time.monotonic()
+        self._waited = 0.0
+        self._paused = 0.0
 
     def start(self, step: int, compile_seconds: float) -> None:
         """Time counts from here, with `step` steps done, the first of which took the compiler so long."""
@@ -68,8 +72,10 @@ class Meter:
 
     def read(self, step: int) -> dict[str, float]:
         """The fields since the last reading; all steps up to `step` must be done."""
-        done, total = step - self._step, time.monotonic() - self._since
-        busy, fields = total - self._paused, {}
+        done = step - self._step
+        total = time.monotonic() - self._since
+        busy = total - self._paused
+        fields = {}
         if done:
             fields = {"tokens_per_second": done * self._tokens / total, "step_seconds": busy / done}
             if self._peak is not None:

@@ -28,7 +28,9 @@ Batch = dict[str, jax.Array]
 
 def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
     """The cross-entropy's static options for a run."""
-    loss, platform, placement = config.loss, mesh.devices.flat[0].platform, sharding.loss_placement(mesh)
+    loss = config.loss
+    platform = mesh.devices.flat[0].platform
+    placement = sharding.loss_placement(mesh)
     shards = math.prod(mesh.shape[axis] for axis in placement["vocab_axes"])
     return XentSpec(
         chunk_bytes=loss.chunk_bytes or default_chunk_bytes(platform, config.model.vocab_size // shards),
@@ -111,7 +113,9 @@ def _hidden(config: Config, spec: XentSpec, params: dict, batch: Batch) -> jax.A
 def _heads_loss(
     config: Config, spec: XentSpec, params: dict, hidden_MBTD: jax.Array, targets: Targets, scale_M: jax.Array
 ) -> tuple[jax.Array, HeadSums]:
-    tables, settings, learn_MBT = mtp.unembeddings(config, params), config.loss, None
+    tables = mtp.unembeddings(config, params)
+    settings = config.loss
+    learn_MBT = None
     if settings.entropy != "none":
         options = EntropyWeights(
             settings.entropy,
@@ -121,7 +125,8 @@ def _heads_loss(
             settings.entropy_temperature,
         )
         learn_MBT = entropy_weights(options, _entropies(hidden_MBTD, tables, spec), targets.weights_MBT)
-    own, draft = config.heads.unembed == "own", config.heads.draft_vocab > 0
+    own = config.heads.unembed == "own"
+    draft = config.heads.draft_vocab > 0
     loss, sums = mtp_loss(
         hidden_MBTD,
         tables,

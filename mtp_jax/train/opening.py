@@ -85,7 +85,8 @@ def _corpus(config: Config, workdir: pathlib.Path, notify: Notify) -> Corpus:
 
 def _lost(config: Config, workdir: pathlib.Path) -> list[str]:
     """What is missing of that from which the corpus was made, where the run holds the very corpus it was trained on."""
-    lost, digest = missing(config, "data.source", "data.tokenizer", "data.chat_template"), trained_on(workdir)
+    lost = missing(config, "data.source", "data.tokenizer", "data.chat_template")
+    digest = trained_on(workdir)
     if not lost or not digest:
         return []
     held = reuse(workdir / "data", None, config.data.seq_len)

@@ -63,7 +63,8 @@ def parameters_to_start_from(
     Raises:
       UserError: no whole checkpoint, or another tokenizer.
     """
-    settings, source = config.train, pathlib.Path(config.train.init_from).expanduser()
+    settings = config.train
+    source = pathlib.Path(config.train.init_from).expanduser()
     tokenizers = [directory / "tokenizer.json" for directory in (source / "data", corpus)]
     theirs, ours = (path.read_bytes() if path.is_file() else b"" for path in tokenizers)
     if theirs != ours:

@@ -23,7 +23,10 @@ class TrainState(NamedTuple):
 
 def split_params(config: Config, params: Any) -> tuple[Any, Any]:
     """Parameters (or anything of their structure) as those that train and the rest."""
-    learns = lambda name: name != "draft_ids" and (config.train.trainable == "all" or name == "heads")  # noqa: E731
+
+    def learns(name: str) -> bool:
+        return name != "draft_ids" and (config.train.trainable == "all" or name == "heads")
+
     learned = {name: tree for name, tree in params.items() if learns(name)}
     return learned, {name: tree for name, tree in params.items() if name not in learned}
 
@@ -71,7 +74,10 @@ def _like(param: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct, path: tuple) 
     adafactor factors one; None for any other shape."""
     if leaf.shape == param.shape:
         return param.sharding
-    without = lambda sizes, axis: tuple(sizes[:axis]) + tuple(sizes[axis + 1 :])  # noqa: E731
+
+    def without(sizes: Any, axis: int) -> tuple:
+        return tuple(sizes[:axis]) + tuple(sizes[axis + 1 :])
+
     left_out = [axis for axis in range(len(param.shape)) if without(param.shape, axis) == leaf.shape]
     if not left_out:
         return None

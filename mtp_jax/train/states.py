@@ -33,7 +33,9 @@ class RowsWithStates:
     """Packed rows, each with the model's states as `states` [T, 2 D]."""
 
     def __init__(self, rows: PackedRows, files: list[np.ndarray], dtype: np.dtype) -> None:
-        self._rows, self._files, self._dtype = rows, files, dtype
+        self._rows = rows
+        self._files = files
+        self._dtype = dtype
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -67,7 +69,8 @@ def with_states(
       workdir: the run's directory.
       notify: is told of progress.
     """
-    folder, made_from = workdir / STATES, _made_from(config, params, digest)
+    folder = workdir / STATES
+    made_from = _made_from(config, params, digest)
     if _read_meta(folder) != made_from:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -87,7 +90,8 @@ def with_states(
 
 
 def _file_of(config: Config, run: Callable[..., jax.Array], params: Any, rows: PackedRows, number: int) -> np.ndarray:
-    made, chosen = [], range(number * ROWS, min((number + 1) * ROWS, len(rows)))
+    made = []
+    chosen = range(number * ROWS, min((number + 1) * ROWS, len(rows)))
     for start in range(0, len(chosen), config.train.batch_size):
         items = [rows[row] for row in chosen[start : start + config.train.batch_size]]
         short = [(0, config.train.batch_size - len(items)), (0, 0)]

@@ -70,7 +70,9 @@ def train_step(
     point = gradient_point(state.opt_state, learned)
 
     def value_and_grad(micro: tuple) -> tuple[tuple[jax.Array, Parts], dict]:
-        loss = lambda point: total_loss(config, spec, point | rest, *micro, scale_M)  # noqa: E731
+        def loss(point: Any) -> Any:
+            return total_loss(config, spec, point | rest, *micro, scale_M)
+
         return jax.value_and_grad(loss, has_aux=True)(point)
 
     def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
@@ -113,7 +115,8 @@ def _split(whole: tuple, count: int) -> tuple:
 
 def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> HeadSums:
     """Sums over a held-out batch; rows of padding (segment 0) count nothing."""
-    targets, scale_M = batch_targets(config, params, batch), jnp.ones((config.heads.num_future,), jnp.float32)
+    targets = batch_targets(config, params, batch)
+    scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
     return loss_sums(config, spec, params, batch, targets, scale_M)[1]
 
 
@@ -143,7 +146,8 @@ def _from_all_rows(rows_BT: np.ndarray, where: jax.sharding.Sharding) -> jax.Arr
 
 def random_batch(config: Config) -> dict[str, np.ndarray]:
     """Rows of random tokens, one document each, to time a step with."""
-    B, T = config.train.batch_size, config.data.seq_len
+    B = config.train.batch_size
+    T = config.data.seq_len
     tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T), np.int32)
     positions_BT = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": np.ones((B, T), np.int32)}
@@ -159,10 +163,15 @@ def compile_steps(config: Config, mesh: Mesh) -> Steps:
     if config.model.remat == "offload":
         sharding.check_host_memory(mesh)
     abstract_params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
-    select = lambda tree: split_params(config, tree)[0]  # noqa: E731
+
+    def select(tree: Any) -> Any:
+        return split_params(config, tree)[0]
+
     optimizer = make_optimizer(config.optim, config.train.steps, abstract_params, select)
-    spec, shardings = xent_spec(config, mesh), state_shardings(config, optimizer, mesh)
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    spec = xent_spec(config, mesh)
+    shardings = state_shardings(config, optimizer, mesh)
+    rows = sharding.batch_sharding(mesh)
+    everywhere = sharding.replicated(mesh)
     init = functools.partial(init_state, config, optimizer)
     abstract = jax.eval_shape(init, jax.random.key(0))
     return Steps(

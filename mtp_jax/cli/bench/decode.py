@@ -117,7 +117,8 @@ def _prompts(lm: LoadedModel, args: Args) -> list[list[int]]:
     if args.source.endswith(".py"):
         shape = (args.batch_size, args.prompt_tokens)
         return np.random.default_rng(0).integers(0, lm.config.model.vocab_size, shape).tolist()
-    data, text = lm.config.data, args.data or ("stdlib" if lm.origin is not None else "")
+    data = lm.config.data
+    text = args.data or ("stdlib" if lm.origin is not None else "")
     if text:
         split = (data.seed, data.eval_fraction) if text == "stdlib" else None
         rows = load_heldout(text, data.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
@@ -128,9 +129,12 @@ def _prompts(lm: LoadedModel, args: Args) -> list[list[int]]:
 
 def measure(lm: LoadedModel, prompts: list[list[int]], timed: Timed, args: Args, drafter: Drafter) -> dict[str, Any]:
     """The stable keys of `mtp bench decode --json`."""
-    comparison, auto = pair(timed, "plain", "drafted"), pair(timed, "plain", "auto")
-    plain, drafted = comparison.plain, comparison.drafted
-    verified, verified_seconds = timed["verified"][0], statistics.median(timed["verified"][1])
+    comparison = pair(timed, "plain", "drafted")
+    auto = pair(timed, "plain", "auto")
+    plain = comparison.plain
+    drafted = comparison.drafted
+    verified = timed["verified"][0]
+    verified_seconds = statistics.median(timed["verified"][1])
     turns = zip(timed["plain"][1], timed["drafted"][1], strict=True)
     verify_ms = 1e3 * verified_seconds / verified.stats.batch_rounds
     round_ms = 1e3 * comparison.drafted_seconds / drafted.stats.batch_rounds
@@ -204,7 +208,8 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
     plain = size * (blocks + c.num_layers * 2 * batch * live * c.num_kv_heads * c.head_dim + table)
     if not heads:
         return plain, plain
-    chained, kind = config.heads.kind in CHAINED_TOKENS, config.heads.kind
+    chained = config.heads.kind in CHAINED_TOKENS
+    kind = config.heads.kind
     # A module that serves every depth is read again for each; the near heads of an anticausal chain need the far ones.
     # Masks run through the model's own blocks in the same pass; their LoRA factors serve all of them.
     sets = {"recursive": heads, "anticausal": 1, "masks": 1}.get(kind, heads / (config.heads.num_future - 1))
@@ -221,7 +226,9 @@ def _count(tree: Any) -> int:
 
 
 def _layer_caches(tree: Any) -> list[LayerCache]:
-    is_cache = lambda node: isinstance(node, LayerCache)  # noqa: E731
+    def is_cache(node: Any) -> bool:
+        return isinstance(node, LayerCache)
+
     return [node for node in jax.tree.leaves(tree, is_leaf=is_cache) if is_cache(node)]
 
 
@@ -235,7 +242,8 @@ def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:
     product = jax.jit(lambda matrix_RW, vector_W: matrix_RW @ vector_W)
     vector_W = jnp.ones((width,))
     product(matrix_RW, vector_W).block_until_ready()
-    count, began = 0, time.perf_counter()
+    count = 0
+    began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         product(matrix_RW, vector_W).block_until_ready()
         count += 1
@@ -243,8 +251,10 @@ def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:
 
 
 def _print(result: dict[str, Any]) -> None:
-    plain, draft = result["plain"], result["draft"]
-    auto, parting = result["auto"], result["mismatches"]
+    plain = result["plain"]
+    draft = result["draft"]
+    auto = result["auto"]
+    parting = result["mismatches"]
     table = Table("", "ms", "floor ms", "ratio", "tokens/s", box=None, padding=(0, 2), header_style="bold")
     for name, side, took in (("plain step", plain, "ms_per_step"), ("drafted round", draft, "ms_per_round")):
         ratio = side[took] / side["floor_ms"]

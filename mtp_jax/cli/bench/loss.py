@@ -99,7 +99,8 @@ def measure(args: Args) -> dict[str, Any]:
     keep_freed_memory()  # as `mtp train` does
     arrays = make_arrays(args, args.rows, args.tokens // args.rows)
     result: dict[str, Any] = {}
-    compiled, runnable = {}, {}
+    compiled = {}
+    runnable = {}
     for name in args.forms:
         compiled[name] = jax.jit(jax.value_and_grad(form(name, args), (0, 1))).lower(*arrays).compile()
         result[name] = {"seconds": None, "temp_bytes": temp_bytes(compiled[name])}
@@ -147,7 +148,8 @@ def make_arrays(args: Args, rows: int, length: int) -> tuple[jax.Array, ...]:
 def form(name: str, args: Args) -> Loss:
     """The loss in one of the forms, a function of states, unembedding, targets and weights."""
     if name in ("remat", "fused", "skip"):
-        spec, scale_M = XentSpec(chunk_bytes=_chunk_bytes(args)), jnp.ones(args.heads)
+        spec = XentSpec(chunk_bytes=_chunk_bytes(args))
+        scale_M = jnp.ones(args.heads)
         impl = "remat" if name == "remat" else "fused"
         return lambda *arrays: mtp_loss(*arrays, scale_M, spec, impl, skip=name == "skip")[0]
 
@@ -183,9 +185,11 @@ def exact_gradients(*arrays: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Gradients for states and unembedding by the formula, in float64."""
     hidden_MBTD, table_VD, targets_MBT, weights_MBT = (np.asarray(array) for array in arrays)
     table_VD = table_VD.astype(np.float64)
-    dhidden_MBTD, dtable_VD = np.zeros(hidden_MBTD.shape), np.zeros(table_VD.shape)
+    dhidden_MBTD = np.zeros(hidden_MBTD.shape)
+    dtable_VD = np.zeros(table_VD.shape)
     for m, hidden_BTD in enumerate(hidden_MBTD.astype(np.float64)):
-        hidden_XD, target_X = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_MBT[m].reshape(-1)
+        hidden_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        target_X = targets_MBT[m].reshape(-1)
         z_XV = hidden_XD @ table_VD.T
         dz_XV = np.exp(z_XV - z_XV.max(axis=1, keepdims=True))
         dz_XV /= dz_XV.sum(axis=1, keepdims=True)
@@ -199,7 +203,10 @@ def exact_gradients(*arrays: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 def cells(result: dict[str, Any], name: str) -> tuple[str, ...]:
     """A form's seconds, times over the floor, naive logits over it, megabytes of temporaries, and gradient error."""
     of = result[name]
-    shown = lambda key, spec: "-" if of.get(key) is None else format(of[key], spec)  # noqa: E731
+
+    def shown(key: str, spec: str) -> str:
+        return "-" if of.get(key) is None else format(of[key], spec)
+
     figures = (shown("seconds", ".3f"), shown("over_floor", ".2f"), shown("naive_over", ".2f"))
     return (*figures, f"{of['temp_bytes'] / 1e6:,.1f}", shown("gradient_error", ".1e"))
 

@@ -54,7 +54,8 @@ class Products:
         # As large as the machine multiplies best, and small where little is measured.
         timed = min(flops, most)
         width = int(min(max((timed / 2) ** (1 / 3), 64), 2048))
-        self._flops, self._one = flops, 2 * width**3
+        self._flops = flops
+        self._one = 2 * width**3
         self._count = max(round(timed / self._one), 1)
         self._matrix = jnp.full((width, width), width**-0.5, dtype)
         self._product = jax.jit(lambda a, b: a @ b)

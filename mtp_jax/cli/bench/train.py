@@ -56,9 +56,11 @@ class Step:
 
     def __init__(self, config: Config) -> None:
         keep_freed_memory()  # as `mtp train` does
-        self.config, began = config, time.perf_counter()
+        self.config = config
+        began = time.perf_counter()
         mesh = sharding.mesh_of(config)
-        self.devices, self._steps = mesh.size, compile_steps(config, mesh)
+        self.devices = mesh.size
+        self._steps = compile_steps(config, mesh)
         self.feed(random_batch(config))
         self.compiled = self._steps.train.lower(self._steps.abstract_state, self._batch).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -99,7 +101,8 @@ def measure(configs: dict[str, Config], runs: int, count: int = 1) -> dict[str, 
     }
     functions = {name: functools.partial(step, count) for name, step in steps.items()}
     times = in_turns(functions | {f"{name} {FLOOR}": floor for name, floor in floors.items()}, runs)
-    first, result = next(iter(steps)), {}
+    first = next(iter(steps))
+    result = {}
     for name, step in steps.items():
         over_floor = ratio(times[name], floors[name].seconds(times[f"{name} {FLOOR}"]))
         seconds = statistics.median(times[name]) / count

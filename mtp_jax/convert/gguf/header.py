@@ -79,7 +79,9 @@ class _Cursor:
     """A place in a file, which moves on as values are read; `what` names the value for the line about a short file."""
 
     def __init__(self, path: pathlib.Path, mapped: mmap.mmap) -> None:
-        self.path, self.mapped, self.at = path, mapped, 0
+        self.path = path
+        self.mapped = mapped
+        self.at = 0
 
     def numbers(self, letters: str, what: str) -> tuple[Any, ...]:
         layout = struct.Struct("<" + letters)

@@ -58,7 +58,8 @@ def known(header: Header) -> Known:
     Raises:
       UserError: none, or one that is not read.
     """
-    path, name = header.path, header.fields.get("general.architecture")
+    path = header.path
+    name = header.fields.get("general.architecture")
     if name is None:
         raise UserError(f"{path} has no general.architecture, which says what model it is; fetch it again")
     if (kind := header.fields.get("general.type", "model")) != "model":
@@ -86,12 +87,14 @@ def config_fields(header: Header, ignore: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
       UserError: metadata that is missing, or that we do not implement, by name.
     """
-    entry, name = known(header), header.fields["general.architecture"]
+    entry = known(header)
+    name = header.fields["general.architecture"]
     prefix = f"{name}."
     given = Given(
         {key: _exact(value) for key, value in header.fields.items() if key.startswith(prefix)}, str(header.path)
     )
-    width, heads = _count(given, f"{prefix}embedding_length"), _count(given, f"{prefix}attention.head_count")
+    width = _count(given, f"{prefix}embedding_length")
+    heads = _count(given, f"{prefix}attention.head_count")
     turned = given(f"{prefix}rope.dimension_count", None)
     head_dim = _count(given, f"{prefix}attention.key_length", (turned if entry.turned else None) or width // heads)
     for other, value in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):
@@ -194,7 +197,8 @@ def _llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> np.nda
     """By what each frequency is divided: 1 for fast ones, `factor` for slow ones, something between for the others."""
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
     share = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return 1 / ((1 - share) / rope["factor"] + share)
 
@@ -204,7 +208,8 @@ def _llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> np.nda
 
 def _gemma(given: Given, prefix: str, entry: Known, fields: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
     """Windows, caps and scales; the same dimensions turn by another base in the windows of Gemma 3."""
-    layers, head_dim = fields["num_hidden_layers"], fields["head_dim"]
+    layers = fields["num_hidden_layers"]
+    head_dim = fields["head_dim"]
     largest = layers == entry.largest
     more = {
         "hidden_act": "gelu_pytorch_tanh",

@@ -20,7 +20,8 @@ from mtp_jax.data.chat import quiet_transformers
 from mtp_jax.errors import UserError
 
 PRE = "tokenizer.ggml.pre"
-CONTROL, USER_DEFINED = 3, 4
+CONTROL = 3
+USER_DEFINED = 4
 """Types of tokens that are found whole in a text; the first are special."""
 
 
@@ -138,7 +139,8 @@ def _byte_level(header: Header, tokens: list[str], ignore: Sequence[str]) -> tup
     vocabulary = {token: number for number, token in enumerate(tokens)}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole))
     inner.normalizer = normalizers.NFC() if rule.composes else None
-    inner.pre_tokenizer, inner.decoder = rule.split(), decoders.ByteLevel()
+    inner.pre_tokenizer = rule.split()
+    inner.decoder = decoders.ByteLevel()
     return inner, rule.bos
 
 

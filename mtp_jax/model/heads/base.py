@@ -109,7 +109,8 @@ def init_norms(config: Config) -> Params:
 def init_ends(config: Config, trunk: Params) -> Params:
     """Own norms and unembeddings, if the config asks for them; unembeddings start as the model's own."""
     ends: Params = {}
-    count, c = sets(config), config.model
+    count = sets(config)
+    c = config.model
     if config.heads.norm == "own":
         ends["norm"] = init_norms(config)
     if config.heads.unembed == "own":
@@ -216,7 +217,8 @@ def unstack(config: Config, heads: Params, replace: lm.Replace = lm.changed) -> 
     view = {name: heads[name] for name in whole if name in heads}
     view |= {name: lm.unstack(tree, replace) for name, tree in heads.items() if name not in ("blocks", *whole)}
     if "blocks" in heads:
-        flat, n = lm.unstack(heads["blocks"], replace), config.heads.layers
+        flat = lm.unstack(heads["blocks"], replace)
+        n = config.heads.layers
         view["blocks"] = tuple(flat[i : i + n] for i in range(0, len(flat), n))
     return view
 
@@ -224,7 +226,10 @@ def unstack(config: Config, heads: Params, replace: lm.Replace = lm.changed) -> 
 def block_caches(config: Config, batch: int, slots: int, count: int) -> tuple[tuple[LayerCache, ...], ...]:
     """One cache per block for each of `count` heads."""
     c = config.model
-    one = lambda: init_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype)  # noqa: E731
+
+    def one() -> LayerCache:
+        return init_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype)
+
     return tuple(tuple(one() for _ in range(config.heads.layers)) for _ in range(count))
 
 
@@ -253,7 +258,8 @@ def blocks_at(
     """
     model = head_model(config)
     x_BQD, below = lm.decode_blocks(model, blocks[:-1], x_BQD, start_B, caches[:-1])
-    block, last_block = Block(model), variables(blocks[-1])
+    block = Block(model)
+    last_block = variables(blocks[-1])
     last = block.apply(last_block, x_BQD, start_B, caches[-1], method="write")
     if not wanted:
         return None, (*below, last)
@@ -276,9 +282,12 @@ def chain_draft(config: Config, params: Params, caches: tuple, now: Round, order
 
     Every head but the last of the chain runs at all Q positions, because the next one reads them.
     """
-    x_BQD, states, written = now.tap_BQD, {}, dict(enumerate(caches))
+    x_BQD = now.tap_BQD
+    states = {}
+    written = dict(enumerate(caches))
     for head in order:
-        blocks, wanted = params["heads"]["blocks"][head], head < now.count
+        blocks = params["heads"]["blocks"][head]
+        wanted = head < now.count
         if head != order[-1]:
             x_BQD, written[head] = blocks_everywhere(config, blocks, x_BQD, now.start_B, caches[head])
             state_B1D = at_index(x_BQD, now.index_B)

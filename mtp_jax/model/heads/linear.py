@@ -14,7 +14,8 @@ from mtp_jax.model.heads.base import Params, Round, Rows
 
 def init(config: Config, key: jax.Array, trunk: Params) -> Params:
     """M-1 maps, normal with gain 1, or zeros."""
-    D, gain = config.model.d_model, 0.0 if config.heads.init == "zero" else 1.0
+    D = config.model.d_model
+    gain = 0.0 if config.heads.init == "zero" else 1.0
     return {"map": base.weight(config, key, (base.sets(config), D, D), (LAYERS, None, EMBED), gain)}
 
 

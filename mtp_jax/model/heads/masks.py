@@ -46,12 +46,14 @@ def init_lora(config: Config, key: jax.Array, trunk: Params) -> Params:
     """A [L, in, R], normal with gain 1, and B [L, R, out], zeros: the update starts as nothing."""
     if not config.heads.lora_rank:
         return {}
-    R, lora = config.heads.lora_rank, {}
+    R = config.heads.lora_rank
+    lora = {}
     for layer, names in MATRICES:
         lora[layer] = {}
         for i, name in enumerate(names):
             inner, outer = _sides(name, trunk["blocks"][layer][name].value.shape[1:])
-            L, here = config.model.num_layers, jax.random.fold_in(jax.random.fold_in(key, len(lora)), i)
+            L = config.model.num_layers
+            here = jax.random.fold_in(jax.random.fold_in(key, len(lora)), i)
             zeros = jnp.zeros((L, R, outer), jnp.dtype(config.model.param_dtype))
             lora[layer][name] = {
                 "a": base.weight(config, here, (L, inner, R), (LAYERS, None, None)),
@@ -71,7 +73,10 @@ def adapters(config: Config, lora: Params | None) -> dict[str, Params]:
     if lora is None:
         return {}
     scale = config.heads.lora_alpha / config.heads.lora_rank
-    scaled = lambda path, leaf: scale * leaf if path[-1].key == "b" else leaf  # noqa: E731
+
+    def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
+        return scale * leaf if path[-1].key == "b" else leaf
+
     return {"lora": jax.tree_util.tree_map_with_path(scaled, lora)}
 
 
@@ -85,8 +90,12 @@ class Beside(NamedTuple):
 
 def _beside(embed_PD: jax.Array, position_BX: jax.Array, anchor_BX: jax.Array, visible_BXS: jax.Array) -> Beside:
     """All masks beside anchors at these positions, which are these slots and see those."""
-    (P, _), (B, X) = embed_PD.shape, anchor_BX.shape
-    behind = lambda first_BX: first_BX[..., None] + 1 + jnp.arange(P)[None, None, :]  # noqa: E731
+    P, _ = embed_PD.shape
+    B, X = anchor_BX.shape
+
+    def behind(first_BX: jax.Array) -> jax.Array:
+        return first_BX[..., None] + 1 + jnp.arange(P)[None, None, :]
+
     where = Anchors(visible_BXS, behind(anchor_BX))
     return Beside(jnp.tile(embed_PD[None], (B, X, 1)), behind(position_BX).reshape(B, X * P), where)
 
@@ -123,10 +132,15 @@ def forward(
     everywhere: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """States of the tokens [B, T, D], and of masks 1..M-1 [M-1, B, T, D], everywhere or where `trained` says."""
-    (B, T), P, D = tokens_BT.shape, config.heads.num_future - 1, config.model.d_model
+    B, T = tokens_BT.shape
+    P = config.heads.num_future - 1
+    D = config.model.d_model
     stride = 1 if everywhere else config.heads.mask_stride
     anchor_BX = anchors(stride, tokens_BT)
-    at_anchor = lambda x_BT: jnp.take_along_axis(x_BT, jnp.minimum(anchor_BX, T - 1), axis=1)  # noqa: E731
+
+    def at_anchor(x_BT: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BT, jnp.minimum(anchor_BX, T - 1), axis=1)
+
     visible_BXS = jnp.arange(T)[None, None, :] <= anchor_BX[..., None]
     visible_BXS &= at_anchor(segment_ids_BT)[..., None] == segment_ids_BT[:, None, :]
     X = anchor_BX.shape[1]

@@ -18,7 +18,8 @@ from mtp_jax.model.heads.base import Params, Round, Rows
 
 def init(config: Config, key: jax.Array, trunk: Params) -> Params:
     """M-1 stacks of `heads.layers` residual layers, flat: [(M-1) * layers, ...]."""
-    count, D = base.sets(config) * config.heads.layers, config.model.d_model
+    count = base.sets(config) * config.heads.layers
+    D = config.model.d_model
     gain = 1.0 if config.heads.init == "random" else 0.0
     bias_D = jnp.zeros((count, D), jnp.dtype(config.model.param_dtype))
     return {
@@ -50,7 +51,9 @@ def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
 
 def draft(config: Config, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
     """The first `count` heads on the state at index_B[b]."""
-    layers, n, states = params["heads"]["residual"], config.heads.layers, []
+    layers = params["heads"]["residual"]
+    n = config.heads.layers
+    states = []
     for head in range(now.count):
         state_B1D = base.at_index(now.tap_BQD, now.index_B)
         for layer in layers[head * n : (head + 1) * n]:

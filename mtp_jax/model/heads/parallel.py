@@ -33,9 +33,11 @@ def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
 
 def draft(config: Config, params: Params, caches: tuple, now: Round) -> tuple[tuple, tuple]:
     """Every head enters all Q tapped states into its cache and drafts from the one at index_B[b]."""
-    states, written = [], []
+    states = []
+    written = []
     for head, cache in enumerate(caches):
-        blocks, wanted = params["heads"]["blocks"][head], head < now.count
+        blocks = params["heads"]["blocks"][head]
+        wanted = head < now.count
         state_B1D, cache = base.blocks_at(config, blocks, now.tap_BQD, now.start_B, now.index_B, cache, wanted)
         states += [state_B1D] if wanted else []
         written.append(cache)

@@ -27,7 +27,10 @@ def heads_of(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) ->
     """The head 1..M-1 whose target each position's register has, [B, T]."""
     mixed_BT = jnp.zeros(tokens_BT.shape, jnp.uint32)
     for back in range(RECENT):
-        earlier = lambda x_BT, back=back: jnp.pad(x_BT, ((0, 0), (back, 0)))[:, : x_BT.shape[1]]  # noqa: E731
+
+        def earlier(x_BT: jax.Array, back: int = back) -> jax.Array:
+            return jnp.pad(x_BT, ((0, 0), (back, 0)))[:, : x_BT.shape[1]]
+
         same_BT = earlier(segment_ids_BT) == segment_ids_BT
         token_BT = jnp.where(same_BT, earlier(tokens_BT), 0).astype(jnp.uint32)
         mixed_BT = (mixed_BT ^ token_BT) * jnp.uint32(2654435761)

@@ -35,7 +35,8 @@ from mtp_jax.model.layers import Norm
 def init(config: Config, key: jax.Array, trunk: Params) -> Params:
     """Two norms, a projection and blocks per set."""
     blocks_key, proj_key = jax.random.split(key)
-    count, D = base.sets(config), config.model.d_model
+    count = base.sets(config)
+    D = config.model.d_model
     norms = {name: base.init_norms(config) for name in ("embed_norm", "hidden_norm")}
     proj = base.weight(config, proj_key, (count, 2 * D, D), (LAYERS, None, EMBED))
     if config.heads.init in ("zero", "copy_block"):
@@ -84,7 +85,8 @@ def train(config: Config, params: Params, rows: Rows) -> jax.Array:
         state_BTD = base.run_blocks(config, module["blocks"], _join(config, module, embedded_BTD, hidden_BTD), rows)
         return (_handed_on(config, params, module, state_BTD), embedded_BTD), state_BTD
 
-    modules, start = _modules(config, params), (rows.tap_BTD, rows.embedded_BTD)
+    modules = _modules(config, params)
+    start = (rows.tap_BTD, rows.embedded_BTD)
     if base.sets(config) == config.heads.num_future - 1:
         return jax.lax.scan(one_depth, start, modules)[1]
     module = jax.tree.map(lambda leaf: leaf[0], modules)
@@ -93,7 +95,10 @@ def train(config: Config, params: Params, rows: Rows) -> jax.Array:
 
 def _shift(embedded_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """The next position's embedding, zeros where that belongs to another document."""
-    ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))  # noqa: E731
+
+    def ahead(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[:, 1:], ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
+
     same_BT = ahead(segment_ids_BT) == segment_ids_BT
     return jnp.where(same_BT[..., None], ahead(embedded_BTD), 0)
 
@@ -132,7 +137,10 @@ def _window(cache: SequentialCache, now: Round) -> tuple[_Window, jax.Array]:
     back_B = jnp.minimum(now.start_B - now.begin_B, tail)
     width = both_BWD.shape[1]
     at_BW = jnp.minimum(tail - back_B[:, None] + jnp.arange(width)[None, :], width - 1)
-    take = lambda at_BX: jnp.take_along_axis(both_BWD, at_BX[..., None], axis=1)  # noqa: E731
+
+    def take(at_BX: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(both_BWD, at_BX[..., None], axis=1)
+
     next_tail_BJD = take(now.index_B[:, None] + 1 + jnp.arange(tail)[None, :])
     next_tail_BJD = jnp.where(now.live_B[:, None, None], next_tail_BJD, cache.tail_BJD)
     return _Window(now.start_B - back_B, take(at_BW), now.index_B + back_B), next_tail_BJD
@@ -149,7 +157,9 @@ def draft(config: Config, params: Params, cache: Any, now: Round) -> tuple[tuple
     if not config.heads.attention:
         return _draft_in_place(config, params, now), cache
     window, tail_BJD = _window(cache, now)
-    hidden_BWD, drafts, written = window.tap_BWD, [], []
+    hidden_BWD = window.tap_BWD
+    drafts = []
+    written = []
     for depth, layers in enumerate(cache.layers, start=1):
         module = _module(config, params, depth)
         embedded_BWD = now.embed(_tokens(window, now, drafts, depth))
