@@ -23,7 +23,7 @@ from mtp_jax.cli.bench.timing import in_turns
 from mtp_jax.cli.bench.train import Step, memory
 from mtp_jax.cli.common import read_config, say
 from mtp_jax.config import Config, DecodeConfig
-from mtp_jax.hardware import chip
+from mtp_jax.cost.hardware import chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ import tyro
 
 from mtp_jax import Config, HeadsConfig, MeshConfig, evaluate, load
 from mtp_jax.cli.common import read_config
-from mtp_jax.compiled import keep_compiled
 from mtp_jax.model import mtp
+from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.sharding import make_mesh
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train

@@ -19,10 +19,10 @@ from reporting import RESULTS, Report
 from shapes import config
 
 from mtp_jax import sharding
+from mtp_jax.aot import flops, programs
 from mtp_jax.cli.bench.train import measure
 from mtp_jax.config import Config
-from mtp_jax.fit import flops, programs
-from mtp_jax.flops import step_flops
+from mtp_jax.cost.flops import step_flops
 
 POLICIES = ("none", "dots", "block", "offload")
 

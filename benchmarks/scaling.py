@@ -6,9 +6,9 @@
 Width 256, feed-forward 704, float32, AdamW. From 4 rows of 256 tokens, 4 blocks, vocabulary 8,192 and M = 4 parallel
 heads at equal parameters, one dimension at a time doubles a few times. The exponent p of `c * size^p` is fitted to step
 time and to temporaries, and stands beside the one fitted in the same way to what is expected: operations for time
-(`mtp_jax.flops`), for memory `expected_bytes`. Time is divided by that of matrix products in the same turn, so that a
-machine that slows down does not bend it. Where an exponent is larger than expected, something grows that should not;
-smaller means that fixed costs still count.
+(`mtp_jax.cost.flops`), for memory `expected_bytes`. Time is divided by that of matrix products in the same turn, so
+that a machine that slows down does not bend it. Where an exponent is larger than expected, something grows that should
+not; smaller means that fixed costs still count.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from shapes import config
 
 from mtp_jax import Config
 from mtp_jax.cli.bench.train import measure
-from mtp_jax.flops import step_flops
+from mtp_jax.cost.flops import step_flops
 from mtp_jax.model import mtp
 
 BASE = {"batch_size": 4, "seq_len": 256, "total_layers": 4, "vocab_size": 8192, "num_future": 4}

@@ -21,11 +21,12 @@ import numpy as np
 import psutil
 import tyro
 
-from mtp_jax import generate, programs, sharding
+from mtp_jax import generate, sharding
 from mtp_jax.cli.common import read_config
 from mtp_jax.config import MeshConfig
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import mtp
+from mtp_jax.runs import programs
 
 SETTINGS = (
     {"draft": "heads"},

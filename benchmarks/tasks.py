@@ -26,11 +26,11 @@ import tyro
 
 from mtp_jax import Config, load
 from mtp_jax.cli.common import read_config
-from mtp_jax.compiled import keep_compiled
 from mtp_jax.data import synthetic
 from mtp_jax.data.loader import prepare
 from mtp_jax.eval.answers import answers
 from mtp_jax.loading import LoadedModel
+from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
 

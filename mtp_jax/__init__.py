@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from mtp_jax.config import TrainConfig as TrainConfig
     from mtp_jax.config import equal_parameter_layers as equal_parameter_layers
     from mtp_jax.config import override as override
+    from mtp_jax.convert.heads_file import with_heads as with_heads
+    from mtp_jax.convert.heads_file import write_heads as write_heads
     from mtp_jax.convert.importer import import_model as import_model
+    from mtp_jax.convert.starting import start_from as start_from
     from mtp_jax.convert.writer import export_model as export_model
     from mtp_jax.decode.conversation import Conversation as Conversation
     from mtp_jax.decode.drafters import DraftContext as DraftContext
@@ -29,11 +32,8 @@ if TYPE_CHECKING:
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
     from mtp_jax.eval.report import evaluate as evaluate
-    from mtp_jax.heads_file import with_heads as with_heads
-    from mtp_jax.heads_file import write_heads as write_heads
     from mtp_jax.loading import LoadedModel as LoadedModel
     from mtp_jax.loading import load as load
-    from mtp_jax.starting import start_from as start_from
 
 __version__ = "0.1.0"
 
@@ -60,10 +60,10 @@ _HOMES = {
     "Drafts": "decode.drafters",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
-    "start_from": "starting",
+    "start_from": "convert.starting",
     "import_model": "convert.importer",
-    "with_heads": "heads_file",
-    "write_heads": "heads_file",
+    "with_heads": "convert.heads_file",
+    "write_heads": "convert.heads_file",
     "export_model": "convert.writer",
 }
 __all__ = sorted(_HOMES)

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.ancestry import origin_folder
 from mtp_jax.config import Config, MeshConfig, from_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
-from mtp_jax.programs import bounded
+from mtp_jax.runs.ancestry import origin_folder
+from mtp_jax.runs.programs import bounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def load(
     lm = _load_checkpoint(source, dtype, mesh, notify, ignore, heads_from)
     if not shipped_heads or ignore or heads_from is not None:
         return lm
-    from mtp_jax.heads_file import with_shipped
+    from mtp_jax.convert.heads_file import with_shipped
 
     return with_shipped(lm, source, notify)
 
@@ -196,8 +196,8 @@ def _load_checkpoint(
 
 def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
     # Checkpointing and tokenizers are slow to import; `import mtp_jax` stays free of them.
-    from mtp_jax.checkpoint import restore_params
     from mtp_jax.convert.tokenizer import check_size, load_run_tokenizer
+    from mtp_jax.runs.checkpoint import restore_params
 
     config = _read_config(workdir)
     if dtype is not None:

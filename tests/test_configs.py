@@ -8,11 +8,11 @@ import pytest
 from reference.tiers import sampled
 
 from mtp_jax import sharding
+from mtp_jax.aot import flops, programs
 from mtp_jax.cli.common import read_config
 from mtp_jax.config import equal_parameter_layers
+from mtp_jax.cost.flops import step_flops
 from mtp_jax.data import synthetic
-from mtp_jax.fit import flops, programs
-from mtp_jax.flops import step_flops
 from mtp_jax.kernels import rows
 from mtp_jax.model import mtp
 

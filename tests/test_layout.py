@@ -12,61 +12,30 @@ ROOT = pathlib.Path(__file__).parents[1] / "mtp_jax"
 # Package-internal imports that each part may make; `errors` is open to all. An edge that is not here needs a reason in
 # the commit that adds it.
 ALLOWED = {
-    "__init__": {
-        "config",
-        "convert",
-        "decode",
-        "eval",
-        "heads_file",
-        "loading",
-        "starting",
-        "train",
-    },  # names only, imported at first use
+    "__init__": {"config", "convert", "decode", "eval", "loading", "train"},  # names only, imported at first use
     "__main__": {"cli"},
     "errors": set(),
     "axes": set(),
-    "hardware": set(),
-    "compiled": set(),
     "trees": set(),
-    "programs": set(),
-    "checks": set(),
-    "model_section": {"checks"},
-    "sections": {"checks", "model_section"},
-    "config": {"checks", "sections"},
+    "config": set(),
     "kernels": {"axes"},
     "model": {"axes", "config", "kernels"},
     "losses": {"axes"},
     "sharding": {"axes", "config"},
-    "data": {"axes", "config", "integrity"},
-    "flops": {"config"},
-    "optim": {"axes", "config"},
-    "distributed": set(),
-    "integrity": set(),
-    "paths": {"config"},
-    "ancestry": {"config", "integrity"},
-    "workdir": {"ancestry", "config", "distributed", "integrity", "paths"},
-    "checkpoint": {"distributed", "integrity", "trees", "workdir"},
-    "metrics": {"axes", "config"},
-    "train": {
-        *("compiled", "config", "model", "losses", "sharding", "optim", "data", "distributed", "workdir", "checkpoint"),
-        *("metrics", "flops", "hardware", "ancestry", "integrity", "paths", "trees"),
-    },
-    "decode": {"config", "model", "programs", "sharding"},  # programs: a bound on those that are kept
-    "convert": {"ancestry", "config", "model", "sharding", "integrity", "checkpoint", "data", "trees", "workdir"},
-    "loading": {"ancestry", "config", "model", "programs", "sharding", "checkpoint", "data", "convert"}
-    | {"heads_file"},  # what the package ships for a model known by a name
-    "heads_file": {"config", "convert", "loading", "model", "sharding", "trees"},
-    "accelerate": {
-        *("config", "convert", "data", "decode", "eval", "integrity", "loading", "metrics", "model", "starting"),
-        *("train", "workdir"),
-    },
-    "starting": {"config", "convert", "train"},  # an import, where training starts from a model known by a name
-    "eval": {"config", "model", "losses", "data", "decode", "loading", "metrics", "sharding", "train"},
-    "fit": {"axes", "config", "decode", "flops", "hardware", "model", "sharding", "train"},
+    "runs": {"axes", "config", "trees"},
+    "cost": {"config"},
+    "data": {"axes", "config", "runs"},  # runs: files that are written whole or not at all
+    "train": {"axes", "config", "cost", "data", "losses", "model", "runs", "sharding", "trees"},
+    "decode": {"config", "model", "runs", "sharding"},  # runs: a bound on the programs that are kept
+    # train: what a run started from, and where training starts from an import
+    "convert": {"config", "data", "model", "runs", "sharding", "train", "trees"},
+    "loading": {"config", "convert", "data", "model", "runs", "sharding"},
+    "eval": {"config", "data", "decode", "loading", "losses", "model", "runs", "sharding", "train"},
+    "aot": {"axes", "config", "cost", "decode", "model", "sharding", "train"},
+    "accelerate": {"config", "convert", "data", "decode", "eval", "loading", "model", "runs", "train"},
     "cli": {
-        "accelerate",
-        *("compiled", "config", "convert", "data", "decode", "distributed", "eval", "fit", "flops", "hardware"),
-        *("integrity", "loading", "losses", "metrics", "model", "sharding", "starting", "train", "workdir"),
+        *("accelerate", "aot", "config", "convert", "cost", "data", "decode", "eval", "loading", "losses", "model"),
+        *("runs", "sharding", "train"),
     },
 }
 

@@ -18,13 +18,13 @@ from reference.tiny import run_config, tiny_config, write_text
 
 import mtp_jax
 from mtp_jax import sharding
-from mtp_jax.checkpoint import restore_params
 from mtp_jax.config import MeshConfig, to_json
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
 from mtp_jax.model import lm as next_token
 from mtp_jax.model import mtp
+from mtp_jax.runs.checkpoint import restore_params
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import write_atomically
+from mtp_jax.runs.integrity import write_atomically
 
 Record = dict[str, Any]
 Say = Callable[[str], None]

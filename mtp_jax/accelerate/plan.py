@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mtp_jax.config import Family
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import write_atomically
+from mtp_jax.runs.integrity import write_atomically
 
 FILE = "plan.json"
 VERSION = 2

@@ -9,7 +9,7 @@ import numpy as np
 
 from mtp_jax.eval.by_kind import COLUMNS, PLAIN, Result, mean_gain
 from mtp_jax.eval.page import COLORS, make_directory, new_figure, plot_losses, save_figure
-from mtp_jax.metrics import read_metrics
+from mtp_jax.runs.metrics import read_metrics
 
 
 def best_side(results: Sequence[Result]) -> str:

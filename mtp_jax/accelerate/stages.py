@@ -37,20 +37,20 @@ from mtp_jax.config import (
     override,
 )
 from mtp_jax.convert import fetch
+from mtp_jax.convert.starting import run_of, start_from
 from mtp_jax.data.conversations import FINISHED
 from mtp_jax.data.loader import prepare
 from mtp_jax.decode.generate import generate
 from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import Result, measure
-from mtp_jax.integrity import write_atomically
 from mtp_jax.loading import LoadedModel, is_run, load
 from mtp_jax.model import mtp
-from mtp_jax.starting import run_of, start_from
+from mtp_jax.runs.integrity import write_atomically
+from mtp_jax.runs.workdir import claim
 from mtp_jax.train.budget import steps_within
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import TrainResult, train
 from mtp_jax.train.start import config_of
-from mtp_jax.workdir import claim
 
 SHARES = {"text": 0.45, "training": 0.45, "measurement": 0.1}
 """Of the minutes, by stage."""

@@ -4,8 +4,8 @@ import importlib
 import keyword
 import sys
 
-from mtp_jax.cli.threads import enough_threads
 from mtp_jax.errors import UserError
+from mtp_jax.runs.threads import enough_threads
 
 COMMANDS = {
     "quickstart": "decode with a real checkpoint, train a small model, write a report",

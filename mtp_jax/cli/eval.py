@@ -6,14 +6,14 @@ import pathlib
 import tyro
 
 from mtp_jax.cli.common import own_directory, parse, print_evaluation, print_json, say
-from mtp_jax.compiled import keep_compiled
 from mtp_jax.data.loader import load_heldout
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import make_directory, write_page
 from mtp_jax.eval.report import evaluate
-from mtp_jax.integrity import new_directories
 from mtp_jax.loading import LoadedModel, is_run, load
+from mtp_jax.runs.compiled import keep_compiled
+from mtp_jax.runs.integrity import new_directories
 
 
 @dataclasses.dataclass(frozen=True)

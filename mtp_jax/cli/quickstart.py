@@ -15,8 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mtp_jax.cli.common import own_directory, parse_over, print_evaluation, print_json, say
-from mtp_jax.cli.memory import keep_freed_memory
-from mtp_jax.compiled import keep_compiled
 from mtp_jax.config import (
     Config,
     DataConfig,
@@ -34,13 +32,15 @@ from mtp_jax.eval.page import REAL_COLUMNS, real_rows, side_by_side_page, speed_
 from mtp_jax.eval.report import Evaluation, evaluate
 from mtp_jax.eval.side_by_side import SIDES, SideBySide, remark, side_by_side
 from mtp_jax.loading import load
-from mtp_jax.metrics import read_metrics
 from mtp_jax.model.mtp import count_params
+from mtp_jax.runs.compiled import keep_compiled
+from mtp_jax.runs.freed_memory import keep_freed_memory
+from mtp_jax.runs.metrics import read_metrics
+from mtp_jax.runs.workdir import check_run
 from mtp_jax.train.budget import steps_within
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import TrainResult, train
 from mtp_jax.train.start import config_of
-from mtp_jax.workdir import check_run
 
 CONFIG = Config(
     model=ModelConfig(

@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import short_reason, write_atomically
+from mtp_jax.runs.integrity import short_reason, write_atomically
 
 Notify = Callable[[str], None]
 

@@ -11,8 +11,6 @@ import jax
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.ancestry import ORIGIN, note_start
-from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.config import Config, HeadsConfig, MeshConfig, to_json
 from mtp_jax.convert import forms
 from mtp_jax.convert.head_writer import choose_form
@@ -20,9 +18,11 @@ from mtp_jax.convert.origin import Origin, keep_origin, origin_of
 from mtp_jax.convert.reader import Notify, open_checkpoint, read_params, to_stderr
 from mtp_jax.convert.tokenizer import HubTokenizer, check_size, save_for_training
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import whole_directory
 from mtp_jax.model import mtp
-from mtp_jax.workdir import CONFIG
+from mtp_jax.runs.ancestry import ORIGIN, note_start
+from mtp_jax.runs.checkpoint import Checkpoints
+from mtp_jax.runs.integrity import whole_directory
+from mtp_jax.runs.workdir import CONFIG
 
 
 class _NoData:

@@ -22,7 +22,7 @@ from mtp_jax.convert.reader import Notify, to_stderr
 from mtp_jax.convert.settings import shortest_pattern
 from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both, write_template
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import whole_directory
+from mtp_jax.runs.integrity import whole_directory
 from mtp_jax.trees import by_path
 
 

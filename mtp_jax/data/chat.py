@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import write_atomically
+from mtp_jax.runs.integrity import write_atomically
 
 FILE = "chat.json"
 """A template and the special tokens that it names, next to the tokenizer.json of a run."""

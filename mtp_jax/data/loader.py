@@ -18,7 +18,7 @@ from mtp_jax.data.pack import PackedRows, TokenisedDocuments, concatenate
 from mtp_jax.data.store import Corpus
 from mtp_jax.data.tokenize import Reading, Tokenizer, given_tokenizer, template_of, train_bpe
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import short_reason
+from mtp_jax.runs.integrity import short_reason
 
 _BPE_BYTES = 64 * 2**20  # text that BPE trains on: its merges settle long before, and its time does not
 

@@ -24,7 +24,7 @@ from mtp_jax.data import chat, marks, sources, synthetic
 from mtp_jax.data.pack import PackedRows, learn_file
 from mtp_jax.data.tokenize import Tokenizer, load_tokenizer, template_of
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import crc32
+from mtp_jax.runs.integrity import crc32
 
 TEMPLATE = "template"
 FORMAT = 3  # raise it when the files, or the way to choose or tokenise them, change

@@ -26,7 +26,7 @@ from mtp_jax.data.learned import bytes_of, tokens_of
 from mtp_jax.data.marks import BOS, EOS, EOS_NAMES, Marks
 from mtp_jax.data.sources import replacing
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import check_name
+from mtp_jax.runs.integrity import check_name
 
 MIN_VOCAB = 256 + 2
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

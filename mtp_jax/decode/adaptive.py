@@ -27,7 +27,7 @@ import math
 
 import numpy as np
 
-from mtp_jax.programs import MOST, Recent
+from mtp_jax.runs.programs import MOST, Recent
 
 BLOCK = 8
 """Rounds before the first choice; twice as many whenever the choice stays the same: to stop and choose costs, too."""

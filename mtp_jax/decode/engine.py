@@ -30,7 +30,7 @@ from mtp_jax.decode.verify import Rule
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.cache import grow_caches, whole_tiles
 from mtp_jax.model.mtp import Ask
-from mtp_jax.programs import bounded
+from mtp_jax.runs.programs import bounded
 
 CHUNK = 512
 """Prompt tokens that go through the model at once."""

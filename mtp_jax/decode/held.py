@@ -14,7 +14,7 @@ import jax
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.engine import DecodeState, Kept, Plan
 from mtp_jax.model import mtp
-from mtp_jax.programs import bounded
+from mtp_jax.runs.programs import bounded
 
 
 class Held(NamedTuple):

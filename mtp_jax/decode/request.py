@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import programs
 from mtp_jax.config import Config
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.adaptive import ALL, BLOCK, COSTS, NOTHING, Chooser, Gate, WidthChooser
@@ -25,6 +24,7 @@ from mtp_jax.decode.result import Generation
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.decode.stopping import StopSearch, StopStrings
 from mtp_jax.errors import UserError
+from mtp_jax.runs import programs
 
 NumDraft = int | Literal["auto"] | None
 LEAST_ENDS = 4

@@ -7,8 +7,8 @@ from time import monotonic
 import jax
 
 from mtp_jax import sharding
-from mtp_jax.compiled import kept_compiled
 from mtp_jax.config import Config
+from mtp_jax.runs.compiled import kept_compiled
 from mtp_jax.train.step import compile_steps, random_batch
 
 TIMED_STEPS = 3

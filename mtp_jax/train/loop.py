@@ -18,26 +18,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.checkpoint import Checkpoints
-from mtp_jax.compiled import kept_compiled
 from mtp_jax.config import Config, to_json
 from mtp_jax.data.draft_vocab import DraftVocab
 from mtp_jax.data.loader import heldout_batches, train_batches
 from mtp_jax.data.sources import is_inside
 from mtp_jax.data.store import Corpus
-from mtp_jax.distributed import check_same, from_first
 from mtp_jax.errors import UserError
-from mtp_jax.metrics import MetricsWriter, bits_per_byte
-from mtp_jax.optim import schedule
+from mtp_jax.runs.checkpoint import Checkpoints
+from mtp_jax.runs.compiled import kept_compiled
+from mtp_jax.runs.distributed import check_same, from_first
+from mtp_jax.runs.metrics import MetricsWriter, bits_per_byte
+from mtp_jax.runs.workdir import check_run, claim
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.meter import Meter
 from mtp_jax.train.opening import Opening, read_run, write_run
+from mtp_jax.train.optim import schedule
 from mtp_jax.train.pace import Pace
 from mtp_jax.train.state import TrainState
 from mtp_jax.train.states import check_keeps_states, with_states
 from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
 from mtp_jax.train.stop import StopRequest
-from mtp_jax.workdir import check_run, claim
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ import jax
 from jax.sharding import Mesh
 
 from mtp_jax.config import Config
-from mtp_jax.flops import step_flops
-from mtp_jax.hardware import chip
+from mtp_jax.cost.flops import step_flops
+from mtp_jax.cost.hardware import chip
 
 FIELDS = {
     "tokens_per_second": "tokens of all devices over all time since the last reading, evaluation and saving included",

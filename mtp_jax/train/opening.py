@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mtp_jax.ancestry import disinherit, inherit, is_noted, origin_folder
-from mtp_jax.checkpoint import Restored, read_latest
 from mtp_jax.config import Config
+from mtp_jax.config.paths import missing
 from mtp_jax.data.loader import prepare
 from mtp_jax.data.store import Corpus, new_files, open_prepared, put_in_place, reuse
-from mtp_jax.distributed import from_first, on_first
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import short_reason
-from mtp_jax.metrics import read_metrics
-from mtp_jax.paths import missing
+from mtp_jax.runs.ancestry import disinherit, inherit, is_noted, origin_folder
+from mtp_jax.runs.checkpoint import Restored, read_latest
+from mtp_jax.runs.distributed import from_first, on_first
+from mtp_jax.runs.integrity import short_reason
+from mtp_jax.runs.metrics import read_metrics
+from mtp_jax.runs.workdir import record_corpus, record_run, trained_on
 from mtp_jax.train.start import check_start, parameters_to_start_from
 from mtp_jax.train.step import Steps
-from mtp_jax.workdir import record_corpus, record_run, trained_on
 
 Notify = Callable[[str], None]
 

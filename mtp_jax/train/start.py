@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from mtp_jax.checkpoint import restore_params
 from mtp_jax.config import Config, HeadsConfig, ModelConfig, from_json
 from mtp_jax.errors import UserError
+from mtp_jax.runs.checkpoint import restore_params
 
 FREE = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
 """Settings of the model that may change: how it is computed, and for how long rows."""

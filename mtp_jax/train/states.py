@@ -20,10 +20,10 @@ from mtp_jax.config import Config
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.data.sources import replacing
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import write_atomically
 from mtp_jax.model import mtp
+from mtp_jax.runs.integrity import write_atomically
+from mtp_jax.runs.workdir import STATES
 from mtp_jax.trees import digest_of
-from mtp_jax.workdir import STATES
 
 ROWS = 64
 """Rows of a file."""

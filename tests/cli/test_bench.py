@@ -9,7 +9,7 @@ from reference.tiers import sampled
 
 from mtp_jax.cli import run
 from mtp_jax.cli.bench import loss, timing
-from mtp_jax.flops import step_flops
+from mtp_jax.cost.flops import step_flops
 
 TINY = ["--heads", "4", "--vocab", "2048", "--tokens", "64", "--width", "16", "--chunk-bytes", "65536", "--runs", "2"]
 

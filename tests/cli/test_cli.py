@@ -14,7 +14,7 @@ from mtp_jax.cli import COMMANDS, run
 from mtp_jax.config import to_json
 from mtp_jax.decode.generate import generate
 from mtp_jax.loading import load
-from mtp_jax.metrics import read_metrics
+from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.train import loop
 
 OVERRIDES = {

@@ -20,7 +20,6 @@ from reference.tiers import sampled
 from safetensors.numpy import load_file, save_file
 
 import mtp_jax
-from mtp_jax import integrity
 from mtp_jax.convert import importer, layouts
 from mtp_jax.convert.architectures import ARCHITECTURES, REFUSED, architecture
 from mtp_jax.convert.files import INDEX, SINGLE
@@ -30,6 +29,7 @@ from mtp_jax.convert.meta import META
 from mtp_jax.convert.reader import open_checkpoint
 from mtp_jax.convert.writer import export_model
 from mtp_jax.loading import load
+from mtp_jax.runs import integrity
 
 FIELDS = small_llama.FIELDS | {"tie_word_embeddings": False, "rope_theta": 10000.0}
 del FIELDS["torch_dtype"]

@@ -20,8 +20,8 @@ from reference.small_llama import quiet
 
 import mtp_jax
 from mtp_jax.convert import fetch
+from mtp_jax.convert.starting import with_run
 from mtp_jax.errors import UserError
-from mtp_jax.starting import with_run
 
 NAME = "small"
 

@@ -13,8 +13,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from mtp_jax import programs
-from mtp_jax.cli.threads import enough_threads
+from mtp_jax.runs import programs
+from mtp_jax.runs.threads import enough_threads
 
 gc.disable()  # until all is imported and collected: it would look at a growing heap again and again
 

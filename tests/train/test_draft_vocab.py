@@ -18,8 +18,8 @@ from mtp_jax.data.pack import PackedRows
 from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import head_scale
 from mtp_jax.losses.targets import draft_targets, make_targets
-from mtp_jax.metrics import read_metrics
 from mtp_jax.model import heads, lm, mtp
+from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.train import loop
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.objective import batch_targets, total_loss, xent_spec

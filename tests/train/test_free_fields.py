@@ -11,11 +11,11 @@ from reference.tiny import tiny_config, write_text
 
 from mtp_jax.config import override
 from mtp_jax.errors import UserError
-from mtp_jax.metrics import read_metrics
+from mtp_jax.runs.metrics import read_metrics
+from mtp_jax.runs.workdir import check_run, claim, record_run
 from mtp_jax.train import loop
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
-from mtp_jax.workdir import check_run, claim, record_run
 
 
 @pytest.fixture(scope="module")

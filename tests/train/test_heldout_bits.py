@@ -8,7 +8,7 @@ from reference.odd_tokenizers import plain_bytes
 from reference.tiny import tiny_config, write_text
 
 from mtp_jax.data import store
-from mtp_jax.metrics import read_metrics
+from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
 

@@ -9,10 +9,11 @@ import pytest
 from jax._src.array import ArrayImpl
 from reference.tiny import tiny_config, write_text
 
-from mtp_jax import compiled, sharding
-from mtp_jax.flops import step_flops
-from mtp_jax.hardware import chip
-from mtp_jax.metrics import read_metrics
+from mtp_jax import sharding
+from mtp_jax.cost.flops import step_flops
+from mtp_jax.cost.hardware import chip
+from mtp_jax.runs import compiled
+from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.train import loop, meter
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train

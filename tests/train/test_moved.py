@@ -11,11 +11,11 @@ from reference.tiny import tiny_config, write_text
 
 import mtp_jax
 from mtp_jax import sharding
-from mtp_jax.ancestry import disinherit, inherit, origin_folder
 from mtp_jax.config import Config, DataConfig, override
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
+from mtp_jax.runs.ancestry import disinherit, inherit, origin_folder
 from mtp_jax.train import loop
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train

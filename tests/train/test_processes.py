@@ -22,7 +22,7 @@ import pytest
 from reference.tiny import tiny_config, write_text
 
 from mtp_jax.config import to_json
-from mtp_jax.metrics import read_metrics
+from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.train import loop
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train

@@ -11,7 +11,7 @@ from reference.tiny import tiny_config, write_text
 from mtp_jax.cli import run as mtp
 from mtp_jax.config import to_json
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import whole_directory
+from mtp_jax.runs.integrity import whole_directory
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from reference.tiny import run_config, write_text
 
+from mtp_jax.convert.starting import start_from
 from mtp_jax.errors import UserError
 from mtp_jax.loading import load
-from mtp_jax.metrics import read_metrics
-from mtp_jax.starting import start_from
+from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train
 

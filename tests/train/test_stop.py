@@ -12,7 +12,7 @@ from reference.tiny import tiny_config, write_text
 
 from mtp_jax import sharding
 from mtp_jax.losses.mtp import HeadSums
-from mtp_jax.metrics import read_metrics
+from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.train import loop, meter, stop
 from mtp_jax.train.console import RunConsole
 from mtp_jax.train.loop import train

@@ -24,11 +24,11 @@ from rich.table import Table
 from mtp_jax import sharding
 from mtp_jax.cli.bench.timing import FLOOR, Products, Times, in_turns, ratio, temp_bytes
 from mtp_jax.cli.common import parse, print_json, say
-from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import mtp_loss
 from mtp_jax.losses.xent import XentSpec
+from mtp_jax.runs.freed_memory import keep_freed_memory
 from mtp_jax.train.objective import xent_spec
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]

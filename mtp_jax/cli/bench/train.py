@@ -20,11 +20,11 @@ from rich.table import Table
 from mtp_jax import sharding
 from mtp_jax.cli.bench.timing import FLOOR, Products, in_turns, ratio, temp_bytes
 from mtp_jax.cli.common import parse_run, print_json, say
-from mtp_jax.cli.memory import keep_freed_memory
 from mtp_jax.config import Config
+from mtp_jax.cost.flops import step_flops
 from mtp_jax.errors import UserError
-from mtp_jax.flops import step_flops
 from mtp_jax.model import mtp
+from mtp_jax.runs.freed_memory import keep_freed_memory
 from mtp_jax.train.loop import place
 from mtp_jax.train.step import StepMetrics, compile_steps, random_batch
 

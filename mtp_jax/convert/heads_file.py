@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,19 @@ import numpy as np
 from mtp_jax.config import override
 from mtp_jax.convert.fetch import is_named
 from mtp_jax.errors import UserError
-from mtp_jax.loading import LoadedModel
 from mtp_jax.model import mtp
 from mtp_jax.sharding import abstract_params
 from mtp_jax.trees import by_path, digest_of
 
+Opened = TypeVar("Opened")
+"""A `loading.LoadedModel`, which is made above this file."""
 OF_HEADS = ("heads", "draft_ids")
-SHIPPED = pathlib.Path(__file__).parent / "shipped"
+SHIPPED = pathlib.Path(__file__).parents[1] / "shipped"
 SHIPPED_SHA256 = {"smollm2": "2b86144293ea0df972cdc1903ec5b6d62a212e6018da9a2755f7a0fd8777d112"}
 """Files of heads in the package, by the name of their model."""
 
 
-def write_heads(lm: LoadedModel, path: str | pathlib.Path, model: str, dtype: str = "bfloat16") -> None:
+def write_heads(lm: Any, path: str | pathlib.Path, model: str, dtype: str = "bfloat16") -> None:
     """Writes the heads of a model to a file.
 
     Args:
@@ -61,7 +62,7 @@ class OtherModel(UserError):
     """Heads for another model."""
 
 
-def with_heads(lm: LoadedModel, path: str | pathlib.Path, check: bool = True) -> LoadedModel:
+def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Opened:
     """A model with the heads of a file, in place of its own.
 
     Args:
@@ -111,7 +112,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     return said, tensors
 
 
-def with_shipped(lm: LoadedModel, source: str | pathlib.Path, notify: Callable[[str], None]) -> LoadedModel:
+def with_shipped(lm: Opened, source: str | pathlib.Path, notify: Callable[[str], None]) -> Opened:
     """The model of a source with the heads that the package holds for it; as it is where it holds none.
 
     The hub has the model's own weights, the package index those of a smaller file, which the heads were trained on.

@@ -12,7 +12,7 @@ import shutil
 
 from mtp_jax.config import Config, from_json
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import write_atomically
+from mtp_jax.runs.integrity import write_atomically
 
 ORIGIN = "hf"
 """Folder of an import, and of runs that started from it."""

@@ -9,9 +9,9 @@ import types
 import numpy as np
 import pytest
 
-from mtp_jax import distributed
-from mtp_jax.distributed import Distributed, check_everywhere, on_first, together
 from mtp_jax.errors import UserError
+from mtp_jax.runs import distributed
+from mtp_jax.runs.distributed import Distributed, check_everywhere, on_first, together
 from mtp_jax.sharding import rows_here
 
 EVERYTHING = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 0}
@@ -112,7 +112,7 @@ def test_last_words_outlive_an_abort(words, said):
     """
     child = f"""
         import os, signal
-        from mtp_jax.distributed import _LastWords
+        from mtp_jax.runs.distributed import _LastWords
         with _LastWords() as speaker:
             speaker.leave("it begins")
             speaker.leave({words!r})

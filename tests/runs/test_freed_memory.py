@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import resource
-from mtp_jax.cli.memory import keep_freed_memory
+from mtp_jax.runs.freed_memory import keep_freed_memory
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def touched():
     before = faults()
@@ -35,7 +35,7 @@ def test_freed_memory_is_used_again():
 
 def test_other_devices_are_left_alone(monkeypatch):
     """Where the device is no CPU the temporaries are not in this memory, and nothing is changed."""
-    from mtp_jax.cli import memory
+    from mtp_jax.runs import freed_memory as memory
 
     monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(memory.ctypes, "CDLL", None)

@@ -9,10 +9,10 @@ import psutil
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
+from mtp_jax.aot import collectives, flops
+from mtp_jax.aot.programs import Compiled, Program, shard_bytes
 from mtp_jax.config import Config
-from mtp_jax.fit import collectives, flops
-from mtp_jax.fit.programs import Compiled, Program, shard_bytes
-from mtp_jax.hardware import Chip, chip
+from mtp_jax.cost.hardware import Chip, chip
 
 
 @dataclasses.dataclass(frozen=True)

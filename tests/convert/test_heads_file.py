@@ -9,10 +9,10 @@ import pytest
 from reference.decoding import loaded
 from reference.tiny import tiny_config
 
-from mtp_jax import heads_file
+from mtp_jax.convert import heads_file
+from mtp_jax.convert.heads_file import with_heads, with_shipped, write_heads
 from mtp_jax.decode.generate import generate
 from mtp_jax.errors import UserError
-from mtp_jax.heads_file import with_heads, with_shipped, write_heads
 from mtp_jax.model import mtp
 
 PROMPT = [[3, 5, 8]]

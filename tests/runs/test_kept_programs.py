@@ -11,13 +11,13 @@ import pytest
 from reference.decoding import compilations, loaded, loud_params, slow_greedy
 from reference.tiny import tiny_config
 
-from mtp_jax import programs
 from mtp_jax.decode import request
 from mtp_jax.decode.buckets import batch_rows
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.errors import UserError
-from mtp_jax.programs import PROGRAMS, Recent, bounded
+from mtp_jax.runs import programs
+from mtp_jax.runs.programs import PROGRAMS, Recent, bounded
 
 CALLS = []
 

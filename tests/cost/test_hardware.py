@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtp_jax.hardware import chip
+from mtp_jax.cost.hardware import chip
 
 
 @pytest.mark.parametrize(

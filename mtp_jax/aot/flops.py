@@ -1,7 +1,7 @@
 """Floating-point operations of a traced program: its matrix products, the bodies of loops as often as they run.
 
-XLA counts the body of a loop once. What is counted here is what runs, recomputation included; `mtp_jax.flops` has what
-a model needs.
+XLA counts the body of a loop once. What is counted here is what runs, recomputation included; `mtp_jax.cost.flops`
+has what a model needs.
 """
 
 import math

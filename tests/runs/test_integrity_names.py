@@ -8,7 +8,7 @@ from reference.tiny import write_text
 from mtp_jax.cli import run as mtp
 from mtp_jax.data.tokenize import load_tokenizer
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import whole_directory
+from mtp_jax.runs.integrity import whole_directory
 
 BAD = os.fsdecode(b"run_\xff")
 

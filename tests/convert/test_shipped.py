@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mtp_jax.heads_file import SHIPPED, SHIPPED_SHA256, _read
+from mtp_jax.convert.heads_file import SHIPPED, SHIPPED_SHA256, _read
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED_SHA256))

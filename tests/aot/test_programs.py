@@ -11,15 +11,15 @@ import pytest
 from reference.tiers import sampled
 
 from mtp_jax import sharding
+from mtp_jax.aot import flops, programs, topology
+from mtp_jax.aot.report import report
 from mtp_jax.cli import run
 from mtp_jax.cli.common import read_config
 from mtp_jax.cli.compile import _rows, _size
 from mtp_jax.config import MeshConfig
+from mtp_jax.cost.flops import step_flops
 from mtp_jax.decode.options import Options
 from mtp_jax.decode.request import Request
-from mtp_jax.fit import flops, programs, topology
-from mtp_jax.fit.report import report
-from mtp_jax.flops import step_flops
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import mtp
 

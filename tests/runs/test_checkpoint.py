@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from mtp_jax.checkpoint import Checkpoints, restore_params
 from mtp_jax.config import Config, to_json
 from mtp_jax.errors import UserError
-from mtp_jax.integrity import MANIFEST
-from mtp_jax.workdir import CHECKPOINTS, check_run, claim, record_run
+from mtp_jax.runs.checkpoint import Checkpoints, restore_params
+from mtp_jax.runs.integrity import MANIFEST
+from mtp_jax.runs.workdir import CHECKPOINTS, check_run, claim, record_run
 
 
 class State(NamedTuple):
@@ -257,7 +257,7 @@ def test_no_whole_checkpoint_is_an_error_and_nothing_is_moved(tmp_path):
 def test_save_killed_in_the_middle_is_ignored_and_removed(tmp_path):
     """SIGKILL before the commit leaves the earlier checkpoint in force. Breaks without `cleanup_tmp_directories`."""
     child = textwrap.dedent(f"""
-        import time, jax.numpy as jnp, mtp_jax.checkpoint as checkpoint
+        import time, jax.numpy as jnp, mtp_jax.runs.checkpoint as checkpoint
 
         class Position:
             get_state = lambda self: {{"row": 1}}
@@ -293,7 +293,7 @@ def test_full_disk_fails_the_save_and_keeps_the_earlier_one(tmp_path):
     of a failed save under the writes that still run, and each of them then reports an unraisable exception."""
     child = textwrap.dedent(f"""
         import os, resource, jax, jax.numpy as jnp, numpy as np
-        from mtp_jax.checkpoint import Checkpoints
+        from mtp_jax.runs.checkpoint import Checkpoints
         from mtp_jax.errors import UserError
 
         class Position:

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from mtp_jax import integrity
 from mtp_jax.errors import UserError
+from mtp_jax.runs import integrity
 
 
 def test_a_directory_takes_its_place_by_a_rename(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mtp_jax import sharding
+from mtp_jax.aot.collectives import Sent, read
 from mtp_jax.config import MeshConfig
-from mtp_jax.fit.collectives import Sent, read
 
 TPU = """HloModule jit_step, is_scheduled=true
 

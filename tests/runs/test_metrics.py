@@ -13,7 +13,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from mtp_jax.errors import UserError
-from mtp_jax.metrics import METRICS, MetricsWriter, bits_per_byte, distinct_ratio, read_metrics
+from mtp_jax.runs.metrics import METRICS, MetricsWriter, bits_per_byte, distinct_ratio, read_metrics
 
 
 def board(workdir):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mtp_jax.cli.threads import PER_DEVICE, enough_threads
+from mtp_jax.runs.threads import PER_DEVICE, enough_threads
 
 FLAG = "--xla_force_host_platform_device_count"
 

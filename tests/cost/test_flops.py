@@ -15,7 +15,7 @@ from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
-from mtp_jax.flops import step_flops
+from mtp_jax.cost.flops import step_flops
 from mtp_jax.train.objective import xent_spec
 from mtp_jax.train.state import init_state
 from mtp_jax.train.step import train_step

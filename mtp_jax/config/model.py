@@ -7,7 +7,7 @@ config and nothing more.
 import dataclasses
 from typing import Literal
 
-from mtp_jax.checks import check_fields, only_with, positive, require
+from mtp_jax.config.checks import check_fields, only_with, positive, require
 
 SCALES = ("embed_scale", "residual_scale", "logit_scale")
 Layer = Literal["full", "window", "nope"]

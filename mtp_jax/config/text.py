@@ -1,0 +1,85 @@
+"""A config in and out of JSON, with some fields replaced, and compared with another one."""
+
+import dataclasses
+import difflib
+import json
+import typing
+from typing import Any
+
+from mtp_jax.config.checks import check_type, require
+from mtp_jax.config.run import Config
+from mtp_jax.errors import UserError
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON, which `from_json` reads back."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str, origin: str = "config") -> Config:
+    """Reads `to_json`'s text.
+
+    Args:
+      text: the JSON.
+      origin: what to call it in an error, usually its path.
+
+    Raises:
+      UserError: not JSON, an unknown key (with the nearest known one), or a value that the schema refuses.
+    """
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin} is not JSON: {error}") from error
+    return _build(Config, tree, origin)
+
+
+def _build(cls: type, tree: Any, origin: str) -> Any:
+    require(isinstance(tree, dict), f"{origin} holds {tree!r} where an object with fields is needed")
+    types = typing.get_type_hints(cls)
+    for key in tree:
+        near = difflib.get_close_matches(key, types, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(types)}"
+        require(key in types, f"{origin}: unknown key {key!r}{hint}")
+    values = {}
+    for key, value in tree.items():
+        if dataclasses.is_dataclass(types[key]):
+            value = _build(types[key], value, f"{origin}.{key}")
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            check_type(value, types[key], f"{origin}.{key}")
+        values[key] = value
+    return cls(**values)
+
+
+def override(config: Config, changes: dict[str, Any]) -> Config:
+    """The config with some fields replaced.
+
+    Args:
+      config: where to start from.
+      changes: values by dotted path, as `{"train.steps": 100, "optim.name": "muon"}`.
+
+    Raises:
+      UserError: an unknown path (with the nearest known one), or a value that the schema refuses.
+    """
+    tree = json.loads(to_json(config))
+    for path, value in changes.items():
+        section, _, field = path.partition(".")
+        tree.setdefault(section, {})[field] = list(value) if isinstance(value, tuple) else value
+    return _build(Config, tree, "config")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The config as `{'model.d_model': 256, ...}`, in schema order."""
+    tree = dataclasses.asdict(config)
+    return {f"{section}.{field}": value for section, fields in tree.items() for field, value in fields.items()}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One `path: old -> new` for every field in which two configs differ."""
+    old_fields = flatten(old)
+    new_fields = flatten(new)
+    return [
+        f"{path}: {old_fields[path]} -> {new_fields[path]}"
+        for path in old_fields
+        if old_fields[path] != new_fields[path]
+    ]

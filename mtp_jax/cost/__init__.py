@@ -1,0 +1,1 @@
+"""What a model costs: operations, and what a machine can do."""
