@@ -4,8 +4,12 @@ import ast
 import pathlib
 import subprocess
 import sys
+import typing
 
 import pytest
+
+from mtp_jax.config import FACTS, Family
+from mtp_jax.model.heads import FAMILIES
 
 ROOT = pathlib.Path(__file__).parents[1] / "mtp_jax"
 
@@ -60,6 +64,28 @@ def test_imports_follow_the_table(path):
     """imports(file) is a subset of ALLOWED[part] plus the part itself. Fails on any new cross-edge."""
     part = part_of(path)
     assert imported_parts(path) <= ALLOWED[part] | {part}
+
+
+OF_FAMILIES = {"config/heads.py", *(f"model/heads/{path.name}" for path in (ROOT / "model" / "heads").iterdir())}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_other_file_asks_for_a_family_by_name(path):
+    """What a family is stands in its row of `config.heads.FACTS`: no file but those of families compares `kind` with a
+    name. Fails on `heads.kind == "masks"` anywhere else."""
+    compared = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        and any(isinstance(part, ast.Constant) and part.value in FACTS for part in ast.walk(node))
+        and "kind" in ast.unparse(node)
+    ]
+    assert not compared or str(path.relative_to(ROOT)) in OF_FAMILIES
+
+
+def test_every_family_has_a_row_and_functions():
+    """The names that a config takes, the rows of facts and the modules with functions are the same, in one order."""
+    assert list(FACTS) == list(typing.get_args(Family)) == list(FAMILIES)
 
 
 @pytest.mark.parametrize("part", ["sampling", "verify"])

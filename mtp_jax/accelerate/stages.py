@@ -27,8 +27,7 @@ from mtp_jax.accelerate.prompts import (
     text_of,
 )
 from mtp_jax.config import (
-    BESIDE,
-    CHAINED_TOKENS,
+    FACTS,
     Config,
     DecodeConfig,
     HeadsConfig,
@@ -213,9 +212,10 @@ def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Co
     vocab = min(asked.draft_vocab, model.vocab_size // 4)
     # What the model was trained with means nothing here.
     heads = _fresh(HeadsConfig, kind=asked.kind, num_future=asked.num_future, draft_vocab=vocab)
-    if asked.kind in CHAINED_TOKENS:
+    facts = FACTS[asked.kind]
+    if facts.chains_tokens:
         heads |= {"tap": model.num_layers, "norm": "own", "init": "random", "attention": asked.attention}
-    kept = asked.kind not in BESIDE
+    kept = not facts.in_trunk
     train = {"trainable": "heads", "keep_states": kept, "batch_size": asked.batch_size, "checkpoint_every": 100}
     return start_from(
         trunk,

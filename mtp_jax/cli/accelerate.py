@@ -13,7 +13,7 @@ from mtp_jax.accelerate import report
 from mtp_jax.accelerate.plan import Settings
 from mtp_jax.accelerate.stages import accelerate
 from mtp_jax.cli.common import parse, print_json, say
-from mtp_jax.config import CHAINED_TOKENS
+from mtp_jax.config import FACTS, families
 from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import COLUMNS
 from mtp_jax.runs.compiled import keep_compiled
@@ -85,8 +85,9 @@ def _settings(args: Args) -> Settings:
         raise UserError(f"--library {args.library:g}; it must lie between 0 and 100")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}; it must lie between 0 and {2**32 - 1}")
-    if args.attention and args.kind not in CHAINED_TOKENS:
-        raise UserError(f"--attention means nothing to --kind {args.kind}; it belongs to {', '.join(CHAINED_TOKENS)}")
-    if args.kind in ("registers",):
+    if args.attention and not FACTS[args.kind].chains_tokens:
+        readers = ", ".join(families("chains_tokens"))
+        raise UserError(f"--attention means nothing to --kind {args.kind}; it belongs to {readers}")
+    if not FACTS[args.kind].drafts:
         raise UserError(f"--kind {args.kind} heads draft nothing; choose another family")
     return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})

@@ -10,11 +10,11 @@ path (`--model.d_model 512`).
 
 from mtp_jax.config.data import DataConfig as DataConfig
 from mtp_jax.config.decode import DecodeConfig as DecodeConfig
-from mtp_jax.config.heads import BESIDE as BESIDE
-from mtp_jax.config.heads import BLOCK_FAMILIES as BLOCK_FAMILIES
-from mtp_jax.config.heads import CHAINED_TOKENS as CHAINED_TOKENS
+from mtp_jax.config.heads import FACTS as FACTS
 from mtp_jax.config.heads import Family as Family
+from mtp_jax.config.heads import FamilyFacts as FamilyFacts
 from mtp_jax.config.heads import HeadsConfig as HeadsConfig
+from mtp_jax.config.heads import families as families
 from mtp_jax.config.loss import LossConfig as LossConfig
 from mtp_jax.config.mesh import MeshConfig as MeshConfig
 from mtp_jax.config.model import ModelConfig as ModelConfig

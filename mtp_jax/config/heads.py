@@ -1,18 +1,57 @@
 """The `heads` section: the extra prediction heads."""
 
 import dataclasses
-import typing
-from typing import Any, Literal
+from typing import Literal
 
 from mtp_jax.config.checks import check_fields, only_with, positive, require
 
 Family = Literal[
     "parallel", "causal", "anticausal", "linear", "medusa", "sequential", "recursive", "masks", "registers"
 ]
-BLOCK_FAMILIES = ("parallel", "causal", "anticausal", "sequential", "recursive")
-CHAINED_TOKENS = ("sequential", "recursive")
-BESIDE = ("masks", "registers")
-"""Families that run through the model itself, beside its tokens, and read no tap."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyFacts:
+    """What the rest of the package must know of a head family. What it computes is in `model/heads`."""
+
+    settings: tuple[str, ...]
+    """Fields of `HeadsConfig` that mean something to it, of those that not every family reads."""
+    has_blocks: bool = False
+    """Whether its heads are transformer blocks."""
+    chains_tokens: bool = False
+    """Whether each depth reads the draft of the depth before, so that heads draft one after the other."""
+    in_trunk: bool = False
+    """Whether its extra tokens run through the trunk's own blocks. Such a family reads no tap."""
+    one_set: bool = False
+    """Whether one set of parameters serves all heads."""
+    needs_all: bool = False
+    """Whether the first drafts need the parameters of all heads."""
+    is_map: bool = False
+    """Whether a head is one linear map."""
+    drafts: bool = True
+    """Whether it can draft; else it is for training only."""
+
+
+TAP = ("tap", "tap_norm", "tap_mix", "init")
+CHAIN = ("layers", "concat", "input_norm", "attention", "chain")
+
+FACTS: dict[str, FamilyFacts] = {
+    "parallel": FamilyFacts((*TAP, "layers"), has_blocks=True),
+    "causal": FamilyFacts((*TAP, "layers"), has_blocks=True),
+    "anticausal": FamilyFacts((*TAP, "layers"), has_blocks=True, needs_all=True),
+    "linear": FamilyFacts((*TAP, "residual"), is_map=True),
+    "medusa": FamilyFacts((*TAP, "layers")),
+    "sequential": FamilyFacts((*TAP, *CHAIN), has_blocks=True, chains_tokens=True),
+    "recursive": FamilyFacts((*TAP, *CHAIN), has_blocks=True, chains_tokens=True, one_set=True),
+    "masks": FamilyFacts(("mask_stride", "lora_rank"), in_trunk=True, needs_all=True),
+    "registers": FamilyFacts(("lora_rank",), in_trunk=True, one_set=True, drafts=False),
+}
+"""A row for every family."""
+
+
+def families(fact: str) -> list[str]:
+    """The families of which a fact is true."""
+    return [name for name, facts in FACTS.items() if getattr(facts, fact)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,31 +116,24 @@ class HeadsConfig:
         require(self.draft_vocab >= 0, f"heads.draft_vocab={self.draft_vocab} is negative; 0 drafts over all tokens")
         require(self.lora_rank >= 0, f"heads.lora_rank={self.lora_rank} is negative; 0 switches it off")
         require(self.lora_alpha > 0, f"heads.lora_alpha={self.lora_alpha}; it must be above 0")
-        self._belongs("layers", 1, (*BLOCK_FAMILIES, "medusa"))
-        self._belongs("residual", False, ("linear",))
-        self._belongs("concat", "embedding_first", CHAINED_TOKENS)
-        self._belongs("input_norm", True, CHAINED_TOKENS)
-        self._belongs("attention", True, CHAINED_TOKENS)
-        self._belongs("chain", "pre_norm", CHAINED_TOKENS)
-        self._belongs("mask_stride", 1, ("masks",))
-        self._belongs("lora_rank", 0, BESIDE)
-        taps = [family for family in typing.get_args(Family) if family not in BESIDE]
-        for field, default in (("tap", -1), ("tap_norm", False), ("tap_mix", False), ("init", "default")):
-            self._belongs(field, default, tuple(taps))
+        self._check_settings()
+        facts = self.facts
         require(
-            self.init != "copy_block" or self.kind in BLOCK_FAMILIES,
-            f"heads.init='copy_block', but {self.kind} heads have no block; use one of {', '.join(BLOCK_FAMILIES)}",
+            self.init != "copy_block" or facts.has_blocks,
+            f"heads.init='copy_block', but {self.kind} heads have no block; use one of "
+            f"{', '.join(families('has_blocks'))}",
         )
         require(
-            self.init != "zero" or self.kind != "linear" or self.residual,
-            "heads.init='zero' with heads.kind='linear' needs heads.residual=True; a map of zeros predicts nothing",
+            self.init != "zero" or not facts.is_map or self.residual,
+            f"heads.init='zero' with heads.kind={self.kind!r} needs heads.residual=True; a map of zeros predicts "
+            "nothing",
         )
         require(
             self.attention or self.init != "copy_block",
             "heads.init='copy_block' with heads.attention=False; a copied block has attention, so use init='random'",
         )
         only_with("heads", self, "input_norm", self.attention, "heads.attention: it is attention that would read it")
-        own_norms = self.kind in BLOCK_FAMILIES or self.norm == "own"
+        own_norms = facts.has_blocks or self.norm == "own"
         only_with("heads", self, "init_block", self.init == "copy_block", "heads.init='copy_block'")
         only_with("heads", self, "lora_alpha", self.lora_rank > 0, "heads.lora_rank")
         only_with("heads", self, "chain", self.norm != "none", "a norm to stand behind: heads.norm='shared' or 'own'")
@@ -112,14 +144,22 @@ class HeadsConfig:
         )
 
     @property
+    def facts(self) -> FamilyFacts:
+        """The row of the family."""
+        return FACTS[self.kind]
+
+    @property
     def draft(self) -> bool:
         """Whether there is anything to draft with."""
-        return self.num_future > 1 and self.kind != "registers"
+        return self.num_future > 1 and self.facts.drafts
 
-    def _belongs(self, field: str, default: Any, kinds: tuple[str, ...]) -> None:
-        """A setting that the family would ignore is refused."""
-        value = getattr(self, field)
-        require(
-            value == default or self.kind in kinds,
-            f"heads.{field}={value!r} means nothing to heads.kind={self.kind!r}; it belongs to {', '.join(kinds)}",
-        )
+    def _check_settings(self) -> None:
+        """Refuses a setting that the family would ignore."""
+        for field in dataclasses.fields(self):
+            readers = [name for name, facts in FACTS.items() if field.name in facts.settings]
+            value = getattr(self, field.name)
+            require(
+                not readers or value == field.default or self.kind in readers,
+                f"heads.{field.name}={value!r} means nothing to heads.kind={self.kind!r}; it belongs to "
+                f"{', '.join(readers)}",
+            )

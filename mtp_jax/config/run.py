@@ -5,7 +5,7 @@ import dataclasses
 from mtp_jax.config.checks import require
 from mtp_jax.config.data import DataConfig
 from mtp_jax.config.decode import DecodeConfig
-from mtp_jax.config.heads import BESIDE, HeadsConfig
+from mtp_jax.config.heads import HeadsConfig
 from mtp_jax.config.loss import LossConfig
 from mtp_jax.config.mesh import MeshConfig
 from mtp_jax.config.model import ModelConfig
@@ -140,8 +140,8 @@ class Config:
             "train.trainable='heads', but heads.num_future=1 has no extra head; use num_future=2 or more",
         )
         require(
-            train.trainable == "all" or heads.kind != "registers",
-            "train.trainable='heads' with heads.kind='registers' trains nothing that is used afterwards; train all",
+            train.trainable == "all" or heads.facts.drafts,
+            f"train.trainable='heads' with heads.kind={heads.kind!r} trains nothing that is used afterwards; train all",
         )
         extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
         require(
@@ -174,7 +174,7 @@ class Config:
         )
         moves = "heads.tap_mix=True" if heads.tap_mix else f"heads.kind={heads.kind!r}"
         require(
-            not train.keep_states or not (heads.tap_mix or heads.kind in BESIDE),
+            not train.keep_states or not (heads.tap_mix or heads.facts.in_trunk),
             f"train.keep_states=True, but with {moves} the model does not stand still while heads learn; use False",
         )
         require(

@@ -111,7 +111,7 @@ def _medusa(name: str, mark: str, layer: str, unembed: str) -> Form:
 
 def _caft_slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
     unembed = Slot("heads/unembed/table", "{i}.lm_head.weight")
-    if config.heads.kind == "medusa":
+    if not config.heads.facts.has_blocks:
         return (*_medusa_slots("{m}.layers.{j}.linear", "{i}.lm_head.weight")(entry, config)[:2], unembed)
     return (*entry.block_slots("heads/blocks", "{m}.layers.{j}."), unembed)
 

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import FACTS, Config, ModelConfig
 from mtp_jax.convert import forms, meta, record
 from mtp_jax.convert.files import Entry, write_file
 from mtp_jax.convert.layout import Architecture
@@ -82,7 +82,7 @@ def _misfit(form: forms.Form, config: Config) -> str:
         return f"it holds one module, not {sets(config)}"
     if form.name == "mtp" and sets(config) > config.model.num_layers:
         return f"transformers mistakes heads beyond the model's {config.model.num_layers} layers for layers"
-    if "sequential" in kinds and (why := _unlike_llama(config.model)):
+    if any(FACTS[kind].chains_tokens for kind in kinds) and (why := _unlike_llama(config.model)):
         return why
     expected.pop("kind", None)
     tap = expected.pop("tap")

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.config import CHAINED_TOKENS, Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
+from mtp_jax.config import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
 from mtp_jax.convert import fetch, foreign, forms, leftovers, mapping, placing, record
 from mtp_jax.convert.files import FLOATS, NAMES, Tensors, matches, read_json
 from mtp_jax.convert.gguf.header import is_gguf
@@ -173,7 +173,7 @@ def _described(form: str, config: Config) -> str:
         f"{heads.num_future - 1} {heads.kind} heads ({form!r})",
         f"reading the state after block {config.tap}{after}",
     ]
-    if heads.kind in CHAINED_TOKENS:
+    if heads.facts.chains_tokens:
         said.append(f"{heads.concat.replace('_', ' ')} in the projection")
         said.append(f"norms scale by {'1 + w' if heads.norm_plus_one else 'w'}")
     said.append(

@@ -11,7 +11,7 @@ With `train.trainable="heads"` only the products that lead to a gradient of a he
 
 from typing import NamedTuple
 
-from mtp_jax.config import BESIDE, CHAINED_TOKENS, Config, ModelConfig
+from mtp_jax.config import Config, ModelConfig
 
 
 class _Passes(NamedTuple):
@@ -73,22 +73,22 @@ def _attention(c: ModelConfig, queries: int, sees: int) -> int:
 
 def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:
     """The extra heads, without their unembeddings."""
-    kind = config.heads.kind
+    facts = config.heads.facts
     extra = config.heads.num_future - 1
     c = config.model
     tokens = batch_size * seq_len
     D = c.d_model
-    if kind in BESIDE:
+    if facts.in_trunk:
         return _beside(config, batch_size, seq_len, computed)
-    if kind in ("linear", "medusa"):
+    if not facts.has_blocks:
         # A map that reads a frozen state needs no gradient for it.
-        passes = THROUGH if kind == "linear" and config.train.trainable == "heads" else LEARNED
+        passes = THROUGH if facts.is_map and config.train.trainable == "heads" else LEARNED
         return passes.linear * extra * config.heads.layers * 2 * tokens * D * D
     if config.heads.attention:
         blocks = config.heads.layers * _block(c, tokens, seq_len, LEARNED, computed)
     else:
         blocks = config.heads.layers * LEARNED.linear * 2 * tokens * _feed_forward(c, computed)
-    joined = LEARNED.linear * 2 * tokens * 2 * D * D if kind in CHAINED_TOKENS else 0
+    joined = LEARNED.linear * 2 * tokens * 2 * D * D if facts.chains_tokens else 0
     return extra * (blocks + joined)
 
 
@@ -96,9 +96,8 @@ def _beside(config: Config, batch_size: int, seq_len: int, computed: bool) -> in
     """Masks or registers: their own stream through the model's blocks, and what they see of the tokens'."""
     c = config.model
     heads = config.heads
-    each = heads.num_future - 1 if heads.kind == "masks" else 1
-    stride = heads.mask_stride if heads.kind == "masks" else 1
-    extra = batch_size * -(-seq_len // stride) * each
+    each = 1 if heads.facts.one_set else heads.num_future - 1
+    extra = batch_size * -(-seq_len // heads.mask_stride) * each
     passes = THROUGH if config.train.trainable == "heads" else LEARNED
     layer = _projections(c, extra, passes, computed)
     layer += passes.mixed * _attention(c, extra, seq_len) + LEARNED.mixed * _attention(c, extra, each)

@@ -334,9 +334,9 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None, passes
             raise UserError(f"num_draft={num_draft} with draft='lookup'; use 0..{MOST_DRAFTS}")
         return Drafter(name, num_draft, _no_cache, _lookup_draft, passes=True)
     extra = config.heads.num_future - 1
-    if config.heads.kind == "registers":
+    if not config.heads.facts.drafts:
         raise UserError(
-            f"draft={name!r}, but heads.kind='registers' is for training only; use draft='lookup' or 'none'"
+            f"draft={name!r}, but heads.kind={config.heads.kind!r} is for training only; use draft='lookup' or 'none'"
         )
     if extra == 0:
         raise UserError(
@@ -347,7 +347,7 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None, passes
         raise UserError(
             f"num_draft={num_draft}, but this model has {extra} extra heads; use 0..{extra}, or draft='none'"
         )
-    masks = num_draft if config.heads.kind == "masks" else 0
+    masks = num_draft if config.heads.facts.in_trunk else 0
     passes = passes and not masks
     if name == "heads":
         return Drafter(name, num_draft, _heads_cache, _heads_draft, masks, passes)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import BESIDE, Config
+from mtp_jax.config import Config
 from mtp_jax.model import heads, lm
 from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.heads import FAMILIES, base, masks
@@ -90,7 +90,7 @@ def apply(
     family = FAMILIES[config.heads.kind]
     rows = (embedded_BTD, positions_BT, segment_ids_BT)
     # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
-    if config.heads.kind not in BESIDE:
+    if not config.heads.facts.in_trunk:
         known = _trunk(config, params, *rows) if states_BTE is None else jnp.split(states_BTE, 2, axis=-1)
         state_BTD, tap_BTD = known
         states_MBTD = family.train(config, params, Rows(tap_BTD, *rows)) if "heads" in params else None
@@ -142,7 +142,7 @@ def _trunk(
 
 def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array | None:
     """Which heads have a state to learn with at which positions, [M, B, T]; None where all have, everywhere."""
-    if config.heads.kind not in BESIDE or config.heads.num_future == 1:
+    if not config.heads.facts.in_trunk or config.heads.num_future == 1:
         return None
     return FAMILIES[config.heads.kind].trained(config, tokens_BT, segment_ids_BT)
 

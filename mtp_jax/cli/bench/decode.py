@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mtp_jax import sharding
 from mtp_jax.cli.common import parse, print_json, read_config, say
-from mtp_jax.config import CHAINED_TOKENS, Config, MeshConfig
+from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.loader import heldout_prompts, load_heldout
 from mtp_jax.data.store import open_prepared
 from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts, make_drafter
@@ -208,15 +208,14 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
     plain = size * (blocks + c.num_layers * 2 * batch * live * c.num_kv_heads * c.head_dim + table)
     if not heads:
         return plain, plain
-    chained = config.heads.kind in CHAINED_TOKENS
-    kind = config.heads.kind
+    facts = config.heads.facts
     # A module that serves every depth is read again for each; the near heads of an anticausal chain need the far ones.
     # Masks run through the model's own blocks in the same pass; their LoRA factors serve all of them.
-    sets = {"recursive": heads, "anticausal": 1, "masks": 1}.get(kind, heads / (config.heads.num_future - 1))
+    sets = 1 if facts.needs_all else heads if facts.one_set else heads / (config.heads.num_future - 1)
     own = sets * _count(params["heads"])
     draft_table = config.heads.draft_vocab * c.d_model or table
-    tables = 0 if config.heads.unembed == "own" else (heads if chained else 1) * draft_table
-    slots = jax.eval_shape(lambda: FAMILIES[kind].init_cache(config, batch, 1, heads))
+    tables = 0 if config.heads.unembed == "own" else (heads if facts.chains_tokens else 1) * draft_table
+    slots = jax.eval_shape(lambda: FAMILIES[config.heads.kind].init_cache(config, batch, 1, heads))
     caches = live * sum(_count(cache) / cache.slots for cache in _layer_caches(slots))
     return plain, plain + size * (own + tables + caches)
 

@@ -12,13 +12,13 @@ drafts. What they are handed, and what families share, is in `base`.
 cache, and proposes `round.count` <= P tokens from position index_B[b]. Keys and values are kept in `LayerCache`s, which
 the engine enlarges. States are before the norm at the head's end.
 
-The families in `config.BESIDE` read no tap: their extra tokens go through the model itself. In the place of `train`
-they have
+A family that is `in_trunk` (`config.FamilyFacts`) reads no tap: its extra tokens go through the trunk's blocks. In the
+place of `train` it has
 
     forward(config, params, tokens, embedded, positions, segment_ids) -> (tokens' states [B, T, D], [M-1, B, T, D])
     trained(config, tokens, segment_ids) -> [M, B, T]        which head has a state where; others weigh nothing
 
-and in the place of tapped states their `draft` gets the extra tokens' states, which came with the verification.
+and in the place of tapped states its `draft` gets the extra tokens' states, which came with the verification.
 """
 
 from types import ModuleType
@@ -26,7 +26,7 @@ from types import ModuleType
 import flax.linen as nn
 import jax
 
-from mtp_jax.config import BESIDE, Config
+from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.model.heads import (
     anticausal,
@@ -100,7 +100,7 @@ def apply_for(config: Config, heads: Params, rows: Rows, final_norm: Params | No
 
 
 def _check_for(config: Config) -> None:
-    if config.heads.kind in BESIDE or config.heads.tap_mix:
+    if config.heads.facts.in_trunk or config.heads.tap_mix:
         what = "heads.tap_mix" if config.heads.tap_mix else f"heads.kind={config.heads.kind!r}"
         raise UserError(f"{what} runs through our model itself and cannot be put on another trunk")
 

@@ -81,7 +81,7 @@ def head_model(config: Config) -> ModelConfig:
 
 def sets(config: Config) -> int:
     """Sets of head parameters."""
-    return 1 if config.heads.kind in ("recursive", "registers") else config.heads.num_future - 1
+    return 1 if config.heads.facts.one_set else config.heads.num_future - 1
 
 
 def set_of(config: Config, head: int) -> int:
