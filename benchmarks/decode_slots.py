@@ -13,8 +13,9 @@ from mtp_jax import sharding
 from mtp_jax.cli.common import read_config
 from mtp_jax.config import MeshConfig
 from mtp_jax.decode.drafters import NONE
-from mtp_jax.decode.engine import Plan, decode_rounds, prefill
+from mtp_jax.decode.engine import decode_rounds, prefill
 from mtp_jax.decode.options import Options
+from mtp_jax.decode.state import Plan
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import mtp
 

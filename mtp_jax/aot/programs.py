@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from mtp_jax import axes, sharding
 from mtp_jax.config import Config
 from mtp_jax.decode.drafters import make_drafter
-from mtp_jax.decode.engine import Plan, decode_rounds, empty_state, slots_needed
+from mtp_jax.decode.engine import decode_rounds
 from mtp_jax.decode.options import Options
+from mtp_jax.decode.state import Plan, empty_state, slots_needed
 from mtp_jax.model import mtp
 from mtp_jax.model.cache import LayerCache
 from mtp_jax.train.objective import batch_targets, total_loss, xent_spec

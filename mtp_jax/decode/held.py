@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mtp_jax.decode import buckets, engine
-from mtp_jax.decode.engine import DecodeState, Kept, Plan
+from mtp_jax.decode.state import LEAST_SLOTS, DecodeState, Kept, Plan, slots_needed
 from mtp_jax.model import mtp
 from mtp_jax.runs.programs import bounded
 
@@ -35,7 +35,7 @@ class Held(NamedTuple):
         same = 0
         while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
             same += 1
-        caches = _no_entries(plan, engine.LEAST_SLOTS) if self.caches is None else (self.caches, self.drafter_cache)
+        caches = _no_entries(plan, LEAST_SLOTS) if self.caches is None else (self.caches, self.drafter_cache)
         # Heads that read tokens have entries that rest on the P tokens behind them.
         return Kept(max(same - plan.drafter.num_draft, 0), *caches)
 
@@ -60,5 +60,5 @@ def slots_of_turn(total: int, num_draft: int, longest: int) -> int:
       num_draft: P.
       longest: tokens that a row may have at all.
     """
-    most = engine.slots_needed(longest + engine.CHUNK, num_draft)
-    return min(buckets.power(engine.slots_needed(total, num_draft), engine.LEAST_SLOTS), most)
+    most = slots_needed(longest + engine.CHUNK, num_draft)
+    return min(buckets.power(slots_needed(total, num_draft), LEAST_SLOTS), most)

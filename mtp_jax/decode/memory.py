@@ -3,7 +3,7 @@
 import jax
 import psutil
 
-from mtp_jax.decode.engine import LEAST_SLOTS, Plan, empty_state
+from mtp_jax.decode.state import LEAST_SLOTS, Plan, empty_state
 from mtp_jax.errors import UserError
 
 

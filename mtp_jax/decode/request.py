@@ -15,12 +15,12 @@ from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.adaptive import ALL, BLOCK, COSTS, NOTHING, Chooser, Gate, WidthChooser
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
-from mtp_jax.decode.engine import DecodeState, Plan
 from mtp_jax.decode.held import Held, slots_of_turn
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
 from mtp_jax.decode.prompts import Prompt, prompt_ids, rows_of
 from mtp_jax.decode.result import Generation
+from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, grow, slots_needed, slots_of
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.decode.stopping import StopSearch, StopStrings
 from mtp_jax.errors import UserError
@@ -85,7 +85,7 @@ class Request:
         if held is None:
             padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
             new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))
-            self.slots = engine.slots_needed(buckets.bucket(padded) + new, drafter.num_draft)
+            self.slots = slots_needed(buckets.bucket(padded) + new, drafter.num_draft)
             kept = None
         else:
             kept = held.kept(self.plan, ids[0])
@@ -120,9 +120,7 @@ class Request:
         self.searches = [StopSearch(self.stop) for _ in range(rows)]
         self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
 
-    def _prefill(
-        self, ids: list[list[int]], rows: int, padded: int, end_ids: list[int], kept: engine.Kept | None
-    ) -> None:
+    def _prefill(self, ids: list[list[int]], rows: int, padded: int, end_ids: list[int], kept: Kept | None) -> None:
         """Runs the prompts; rows that only fill the batch have one token, and room for one."""
         prompt_BT = np.zeros((rows, padded), np.int32)
         for row, tokens in zip(prompt_BT, ids, strict=False):
@@ -158,7 +156,7 @@ class Request:
         """One block of the width that promises most, timed for the next choice."""
         self._grow()
         # Where every round comes back to the host, as in a stream, rounds cost more.
-        shape = (self.plan, len(self.state.total_B), engine.slots_of(self.state), max_rounds < BLOCK)
+        shape = (self.plan, len(self.state.total_B), slots_of(self.state), max_rounds < BLOCK)
         self.chooser.costs = COSTS.recall(shape, dict)
         remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
         width = self.chooser.choose(remaining_B)
@@ -188,9 +186,9 @@ class Request:
             self.state = self.state._replace(drafts=self.state.drafts._replace(worth_B=worth_B))
 
     def _grow(self) -> None:
-        needed = engine.bucket(int(self.total_B.max()), self.plan.drafter.num_draft, self.slots)
-        if needed > engine.slots_of(self.state):
-            self.state = engine.grow(self.state, needed)
+        needed = bucket(int(self.total_B.max()), self.plan.drafter.num_draft, self.slots)
+        if needed > slots_of(self.state):
+            self.state = grow(self.state, needed)
 
     def _take(self, state: DecodeState) -> None:
         """Keeps the state, reads what the host needs of it, and ends rows whose text holds a stop string."""

@@ -21,8 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from mtp_jax.axes import BATCH, LAYERS, LENGTH, VOCAB
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.linear import LINEAR
+from mtp_jax.model.block import NO_WINDOW, Block, variables
 from mtp_jax.model.cache import LayerCache
-from mtp_jax.model.layers import NO_WINDOW, Block, Embed, Norm, unit_rms, variables
+from mtp_jax.model.layers import Embed, Norm, unit_rms
 from mtp_jax.model.rope import attention_factor, frequencies
 
 Params = dict[str, Any]

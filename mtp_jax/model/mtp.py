@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config
 from mtp_jax.model import heads, lm
+from mtp_jax.model.block import Block, variables
 from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.heads import FAMILIES, base, masks
 from mtp_jax.model.heads.base import Rows
-from mtp_jax.model.layers import Block, variables
 
 Params = dict[str, Any]
 

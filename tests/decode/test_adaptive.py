@@ -13,10 +13,10 @@ from reference.tiers import sampled
 from mtp_jax.decode import adaptive, engine
 from mtp_jax.decode.adaptive import ALL, BLOCK, FIRST_PROBE, NEUTRAL, NOTHING, PASSED, Gate, WidthChooser, widths
 from mtp_jax.decode.drafters import expected, lookup, make_drafter
-from mtp_jax.decode.engine import Plan
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.options import Options
 from mtp_jax.decode.request import Request
+from mtp_jax.decode.state import Plan
 
 
 @functools.cache

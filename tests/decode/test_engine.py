@@ -21,9 +21,10 @@ from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax.decode.drafters import NONE, make_drafter
-from mtp_jax.decode.engine import Plan, decode_rounds, prefill, prefill_chunk, slots_needed
+from mtp_jax.decode.engine import decode_rounds, prefill, prefill_chunk
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.options import Options
+from mtp_jax.decode.state import Plan, slots_needed
 
 SLOTS = slots_needed(16 + NEW, 3)
 HEADS = make_drafter("heads", CONFIG)

@@ -14,9 +14,9 @@ from reference.tiers import sampled
 
 from mtp_jax.decode import engine
 from mtp_jax.decode.drafters import make_drafter
-from mtp_jax.decode.engine import Plan
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.options import Options
+from mtp_jax.decode.state import Plan
 
 SAMPLED = {"temperature": 1.3, "top_p": 0.9, "seed": 7}
 

@@ -11,9 +11,10 @@ from reference.tiny import tiny_config
 
 from mtp_jax.decode import engine
 from mtp_jax.decode.drafters import make_drafter
-from mtp_jax.decode.engine import Plan, bucket, prefill
+from mtp_jax.decode.engine import prefill
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.options import Options
+from mtp_jax.decode.state import Plan, bucket, grow, slots_of
 
 
 @pytest.mark.parametrize(("total", "width", "slots", "live"), [
@@ -96,8 +97,8 @@ def test_rounds_stop_before_the_cache_is_full():
     state = prefill(plan, 48, lm.decode_params, numbers, *arrays)
     state = state._replace(caches=cut(state.caches, 12), drafter_cache=cut(state.drafter_cache, 12))
     for slots in (12, 30):
-        state = engine.decode_rounds(plan, 3, lm.decode_params, numbers, engine.grow(state, slots), jnp.int32(100))
-        assert engine.slots_of(state) == slots
+        state = engine.decode_rounds(plan, 3, lm.decode_params, numbers, grow(state, slots), jnp.int32(100))
+        assert slots_of(state) == slots
         total = int(state.total_B[0])
         assert (total == 20) if slots == 30 else 12 - 3 <= total <= 12 + 1
         assert state.tokens_BS[0, 4:total].tolist() == plain("random", (7, 3, 11, 5))[: total - 4]

@@ -23,9 +23,9 @@ from reference.tiny import tiny_config
 
 from mtp_jax.decode import memory
 from mtp_jax.decode.drafters import NONE, Drafter, Drafts, make_drafter
-from mtp_jax.decode.engine import Plan
 from mtp_jax.decode.generate import generate, stream
 from mtp_jax.decode.memory import cache_bytes
+from mtp_jax.decode.state import Plan
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 

@@ -20,8 +20,8 @@ from mtp_jax.losses.mtp import head_scale, mtp_loss
 from mtp_jax.losses.targets import make_targets
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import lm, mtp
+from mtp_jax.model.block import Block, variables
 from mtp_jax.model.heads import masks
-from mtp_jax.model.layers import Block, variables
 
 apply = jax.jit(mtp.apply, static_argnums=0, static_argnames="everywhere")
 FIRST, SECOND = [3, 1, 4, 1, 5], [9, 2, 6]

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from mtp_jax.axes import EMBED, LAYERS, VOCAB
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.model import lm
+from mtp_jax.model.block import Block, BlockWithoutAttention, variables
 from mtp_jax.model.cache import LayerCache, init_cache
-from mtp_jax.model.layers import Block, BlockWithoutAttention, Norm, variables
+from mtp_jax.model.layers import Norm
 
 Params = dict[str, Any]
 

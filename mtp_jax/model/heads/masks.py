@@ -27,9 +27,9 @@ from mtp_jax.axes import EMBED, LAYERS, LENGTH
 from mtp_jax.config import Config
 from mtp_jax.kernels.attention import Anchors
 from mtp_jax.model import lm
+from mtp_jax.model.block import Block, variables
 from mtp_jax.model.heads import base
 from mtp_jax.model.heads.base import Params, Round
-from mtp_jax.model.layers import Block, variables
 
 MATRICES = (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down")))
 
