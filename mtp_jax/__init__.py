@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mtp_jax.decode.drafters import Drafts as Drafts
     from mtp_jax.decode.generate import generate as generate
     from mtp_jax.decode.generate import stream as stream
+    from mtp_jax.decode.options import Options as Options
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
     from mtp_jax.eval.report import evaluate as evaluate
@@ -58,6 +59,7 @@ _HOMES = {
     "Drafter": "decode.drafters",
     "DraftContext": "decode.drafters",
     "Drafts": "decode.drafters",
+    "Options": "decode.options",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
     "start_from": "convert.starting",

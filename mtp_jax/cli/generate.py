@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 def _loss(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any], result: Generation) -> dict[str, Any]:
     """For a lossy rule, how many tokens are not those of the exact rule, position by position."""
-    if not Rule(options["accept"]).lossy:
+    if not Rule(options["accept"]).facts.lossy:
         return {}
     say("decoding exactly as well, to see what differs ...")
     exact = generate(lm, prompts, **options | {"accept": "exact"})

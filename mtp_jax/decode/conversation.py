@@ -44,7 +44,8 @@ class Conversation:
         draft: str | Drafter = "auto",
         num_draft: NumDraft = None,
         stop: Sequence[str] = (),
-        **sampling: Any,
+        options: Options | None = None,
+        **keywords: Any,
     ) -> None:
         """A conversation without messages.
 
@@ -52,7 +53,8 @@ class Conversation:
           lm: a loaded model, the tokenizer of which has a chat template.
           max_new_tokens: most tokens of an answer.
           draft, num_draft, stop: as of `generate`.
-          sampling: `temperature` and the others of `generate`; the same for all turns.
+          options: how tokens are chosen and accepted; the same for all turns.
+          keywords: fields of `Options`, in place of those in `options`.
 
         Raises:
           UserError: no chat template, or a setting out of range.
@@ -63,7 +65,7 @@ class Conversation:
                 "(--chat-template in commands)"
             )
         self._lm = lm
-        self._options = Options(**sampling)
+        self._options = Options.of(options, keywords)
         self._max_new_tokens = max_new_tokens
         self._draft = draft
         self._num_draft = num_draft

@@ -26,6 +26,7 @@ from mtp_jax.decode import sampling, verify
 from mtp_jax.decode.drafters import DraftContext, Drafts, checked
 from mtp_jax.decode.sampling import Controls
 from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, empty_state, grow, rows_state, slots_of
+from mtp_jax.decode.verify import Verified
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.mtp import Ask
 from mtp_jax.runs.programs import bounded
@@ -227,20 +228,22 @@ def _choose(
     logits_BQV = lm.logits(config.model, params, lm.final_norm(config.model, params, state_BQD))
     logits_BQV = sampling.process(sampler, controls, logits_BQV, state.tokens_BS, position_BQ)
     usable_BQ = sampling.usable(logits_BQV)
-    if rule.name == "rejection":
-        V = config.model.vocab_size
-        probs_BPV = jax.nn.one_hot(drafts.tokens_BP, V) if drafts.probs_BPV is None else drafts.probs_BPV
-        target_BQV = sampling.probabilities(sampler, controls, logits_BQV)
-        noise_BQ2 = sampling.uniforms(controls, V, position_BQ)
-        tokens_BQ = verify.rejection(target_BQV, drafts.tokens_BP, probs_BPV, noise_BQ2)
-        return _Choices(tokens_BQ, tokens_BQ, usable_BQ, drafts.tokens_BP)
-    own_BQ = tokens_BQ = sampling.choose(sampler, controls, logits_BQV, position_BQ)
-    if rule.name == "typical":
-        sampled = sampler.sampled
-        target_BQV = sampling.probabilities(sampler, controls, logits_BQV) if sampled else jax.nn.softmax(logits_BQV)
-        tokens_BQ = verify.typical(rule, own_BQ, target_BQV, drafts.tokens_BP)
-    if rule.name == "confidence" and drafts.probs_BPV is not None:
-        tokens_BQ = verify.confidence(rule, own_BQ, drafts.tokens_BP, drafts.probs_BPV)
+
+    def own_tokens() -> jax.Array:
+        return sampling.choose(sampler, controls, logits_BQV, position_BQ)
+
+    def target_probs() -> jax.Array:
+        return sampling.probabilities(sampler, controls, logits_BQV)
+
+    def plain_probs() -> jax.Array:
+        return target_probs() if sampler.sampled else jax.nn.softmax(logits_BQV)
+
+    def uniforms() -> jax.Array:
+        return sampling.uniforms(controls, config.model.vocab_size, position_BQ)
+
+    verified = Verified(own_tokens, target_probs, plain_probs, uniforms, drafts.tokens_BP, drafts.probs_BPV)
+    tokens_BQ = rule.choose(verified)
+    own_BQ = own_tokens() if rule.facts.lossy else tokens_BQ
     return _Choices(tokens_BQ, own_BQ, usable_BQ, drafts.tokens_BP)
 
 
@@ -274,6 +277,7 @@ class _Where(NamedTuple):
 
 def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: DecodeState, where: _Where) -> DecodeState:
     """Asks the drafter for the next round's drafts."""
+    facts = plan.rule.facts
 
     def propose(logits_BPV: jax.Array, first: int = 0) -> Drafts:
         position_BP = state.total_B[:, None] + first + jnp.arange(logits_BPV.shape[1])[None, :]
@@ -283,31 +287,29 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
         logits_BPV = sampling.process(sampler, controls, logits_BPV, state.tokens_BS, known_BP)
         tokens_BP = sampling.choose(sampler, controls, logits_BPV, position_BP)
         sure_BP = None
-        if plan.rule.name != "rejection":
+        if not facts.blind:
             chosen_BP = jnp.take_along_axis(logits_BPV, tokens_BP[..., None], axis=-1)[..., 0]
             sure_BP = jnp.exp(chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1))
         probs_BPV = None
-        if plan.rule.name == "confidence" and not sampler.sampled:
+        if facts.needs_probs and not sampler.sampled:
             probs_BPV = jax.nn.softmax(logits_BPV)
-        elif plan.rule.reads_drafter:
+        elif facts.reads_drafter:
             probs_BPV = sampling.probabilities(sampler, controls, logits_BPV)
         return Drafts(tokens_BP, probs_BPV, sure_BP=sure_BP)
 
     known = (state.tokens_BS, state.total_B, count, propose, state.begin_B)
     context = DraftContext(*where, *known, state.least, state.asks_heads, plan.drafter.passes)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
-    wants_probs = plan.rule.name == "confidence"
-    drafts = checked(plan.drafter, drafts, len(state.total_B), plan.config.model.vocab_size, wants_probs)
+    drafts = checked(plan.drafter, drafts, len(state.total_B), plan.config.model.vocab_size, facts.needs_probs)
     V = plan.config.model.vocab_size
     P = state.drafts.tokens_BP.shape[1]
     made = drafts.tokens_BP.shape[1]
     known_BP = (drafts.tokens_BP >= 0) & (drafts.tokens_BP < V)
     tokens_BP = jnp.pad(jnp.where(known_BP, drafts.tokens_BP, 0), ((0, 0), (0, P - made)))
     probs_BPV = None
-    if plan.rule.reads_drafter:
-        # A draft without a distribution was certain, and so was one of no token, which counts as token 0. To the rule
-        # that goes by the drafter's own word it says nothing.
-        certain_BPV = jax.nn.one_hot(tokens_BP, V) * (plan.rule.name == "rejection")
+    if facts.reads_drafter:
+        # Where a draft without a distribution counts as certain, so does one of no token, which stands as token 0.
+        certain_BPV = jax.nn.one_hot(tokens_BP, V) * facts.certain
         given_BPV = certain_BPV[:, :made]
         if drafts.probs_BPV is not None:
             given_BPV = jnp.where(known_BP[..., None], drafts.probs_BPV, given_BPV)

@@ -1,21 +1,21 @@
 """Text in, text out: batching of prompts, buckets, stop conditions, streaming and statistics around the engine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from mtp_jax.decode.drafters import Drafter
-from mtp_jax.decode.options import Options
+from mtp_jax.decode.options import Options, takes_options
 from mtp_jax.decode.prompts import Prompt
 from mtp_jax.decode.request import Model, NumDraft, Request
 from mtp_jax.decode.result import Generation
-from mtp_jax.decode.sampling import LogitsFn
-from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 
 UNLIMITED = np.iinfo(np.int32).max
 
 
+@takes_options
 def generate(
     lm: Model,
     prompts: Sequence[Prompt],
@@ -23,17 +23,10 @@ def generate(
     max_new_tokens: int,
     draft: str | Drafter = "auto",
     num_draft: NumDraft = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int | Sequence[int] = 0,
-    repetition_penalty: float = 1.0,
-    logit_bias: Mapping[int, float] | None = None,
-    logits_fn: LogitsFn | None = None,
-    accept: str | Rule = "exact",
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    options: Options | None = None,
+    **keywords: Any,
 ) -> Generation:
     """Generates, drafted and verified; the tokens are those of plain decoding, whoever drafts.
 
@@ -51,34 +44,24 @@ def generate(
         the model has none.
       num_draft: P, drafts per round; None drafts with every head; `auto` measures what pays, down to none at all. With
         a rule other than `exact` the tokens depend on P, so `auto` gives other ones in every call.
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: only the k most likely tokens.
-      top_p: only the smallest set of most likely tokens that holds this probability.
-      min_p: only tokens at least this fraction as likely as the most likely one.
-      seed: one number, from which every row derives its own by its place in the batch, or one per prompt, with which a
-        row gets the same tokens wherever it stands.
-      repetition_penalty: divides positive and multiplies negative logits of tokens that prompt or output hold.
-      logit_bias: numbers that are added to the logits of tokens; -inf forbids one.
-      logits_fn: `(logits_V, tokens_S, length) -> logits_V`, a jax function of the logits behind the first `length`
-        tokens of a row. Pass the same function object in every call: a new one is compiled anew.
-      accept: `exact`, or `rejection`, the same in law only; `typical` and `confidence` are lossy: they take drafts that
-        the model would not have chosen. A `mtp_jax.Rule` sets their thresholds. At temperature 0 typical goes by the
-        model's distribution at temperature 1.
       stop: strings that end a row, also ones that spell special tokens; the text is cut before the first of them.
       ignore_eos: go on after an end token, for measurements.
+      options: how tokens are chosen and accepted.
+      keywords: fields of `Options`, in place of those in `options`: `temperature=0.8, seed=1`.
 
     Raises:
       UserError: a teacherless model, no prompts, an empty prompt, ids outside the vocabulary, a prompt longer than the
         model's limit, a setting out of range, a cache that does not fit into memory, or logits from which no token can
         be chosen.
     """
-    options = Options(temperature, top_k, top_p, min_p, seed, repetition_penalty, logit_bias, logits_fn, accept)
+    options = Options.of(options, keywords)
     request = Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos)
     while not request.done:
         request.advance(1 if request.stop else UNLIMITED)
     return request.result()
 
 
+@takes_options
 def stream(
     lm: Model,
     prompts: Sequence[Prompt],
@@ -86,16 +69,9 @@ def stream(
     max_new_tokens: int,
     draft: str | Drafter = "auto",
     num_draft: NumDraft = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int | Sequence[int] = 0,
-    repetition_penalty: float = 1.0,
-    logit_bias: Mapping[int, float] | None = None,
-    logits_fn: LogitsFn | None = None,
-    accept: str | Rule = "exact",
     stop: Sequence[str] = (),
+    options: Options | None = None,
+    **keywords: Any,
 ) -> Iterator[tuple[int, str] | Generation]:
     """Like `generate`, yielding `(prompt index, text)` as text is decided and the `Generation` as the last item.
 
@@ -104,7 +80,7 @@ def stream(
     """
     if lm.tokenizer is None:
         raise UserError("streaming needs a tokenizer, and this model was trained on token ids; use generate")
-    options = Options(temperature, top_k, top_p, min_p, seed, repetition_penalty, logit_bias, logits_fn, accept)
+    options = Options.of(options, keywords)
     return _pieces(Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos=False))
 
 

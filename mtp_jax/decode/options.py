@@ -1,6 +1,8 @@
 """How tokens are to be chosen: the caller's settings, checked, as the static and the traced part of the sampler."""
 
 import dataclasses
+import difflib
+import inspect
 import math
 import numbers
 import operator
@@ -18,17 +20,30 @@ from mtp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Settings of a request; see `generate` for what each does."""
+    """How tokens are chosen and accepted. `generate`, `stream` and `Conversation` take the fields as keywords, too."""
 
     temperature: float = 0.0
+    """Divides the logits; 0 takes the most likely token."""
     top_k: int | None = None
+    """Draw from the k most likely tokens only."""
     top_p: float | None = None
+    """Draw from the smallest set of most likely tokens that holds this probability."""
     min_p: float | None = None
+    """Draw from tokens at least this fraction as likely as the most likely one."""
     seed: int | Sequence[int] = 0
+    """One number, from which every row derives its own by its place in the batch, or one per prompt, with which a row
+    gets the same tokens wherever it stands."""
     repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that prompt or output hold."""
     logit_bias: Mapping[int, float] | None = None
+    """Numbers that are added to the logits of tokens; -inf forbids one."""
     logits_fn: LogitsFn | None = None
+    """`(logits_V, tokens_S, length) -> logits_V`, a jax function of the logits behind the first `length` tokens of a
+    row. Pass the same function object in every call: a new one is compiled anew."""
     accept: str | Rule = "exact"
+    """`exact`, or `rejection`, which keeps the distribution and not the tokens. `typical` and `confidence` are lossy:
+    they take drafts that the model would not have chosen. A `mtp_jax.Rule` sets their thresholds. At temperature 0
+    `typical` goes by the model's distribution at temperature 1."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, "0 for greedy, or from 1e-6 to 1e6", _is_temperature)
@@ -45,6 +60,21 @@ class Options:
             raise UserError(f"logits_fn={self.logits_fn!r}; it must be a function of (logits, tokens, length)")
         if not isinstance(self.logits_fn, Hashable):
             raise UserError(f"logits_fn={self.logits_fn!r} has no hash, and is compiled in; give a plain function")
+
+    @classmethod
+    def of(cls, options: "Options | None", keywords: Mapping[str, Any]) -> "Options":
+        """Options with some fields given as keywords.
+
+        Raises:
+          TypeError: a keyword that is no field.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in keywords:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+                raise TypeError(f"unknown option {name!r}; {hint}")
+        return dataclasses.replace(options or cls(), **keywords)
 
     def rule(self) -> Rule:
         """The accept rule."""
@@ -122,6 +152,18 @@ class Options:
         if np.all(bias_V == -np.inf):
             raise UserError(f"logit_bias forbids all {vocab_size} tokens; leave at least one")
         return bias_V
+
+
+def takes_options(function: Callable) -> Callable:
+    """Shows the fields of `Options` in the signature of a function that takes them as keywords."""
+    signature = inspect.signature(function)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    fields = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(Options)
+    ]
+    function.__signature__ = signature.replace(parameters=own + fields)
+    return function
 
 
 def _is_temperature(value: float) -> bool:

@@ -74,7 +74,7 @@ class Request:
         self.stop = StopStrings(stop, special.values())
         ids = _checked_prompts(lm, prompts)
         rule = options.rule()
-        drafter = _drafter(lm, draft, num_draft, passes=len(ids) == 1 and rule.name != "rejection")
+        drafter = _drafter(lm, draft, num_draft, passes=len(ids) == 1 and not rule.facts.blind)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer")

@@ -126,7 +126,7 @@ def rows_state(
     B, T = prompt_BT.shape
     P = plan.drafter.num_draft
     V = plan.config.model.vocab_size
-    probs_BPV = jnp.zeros((B, P, V)) if plan.rule.reads_drafter else None
+    probs_BPV = jnp.zeros((B, P, V)) if plan.rule.facts.reads_drafter else None
     worth_B = jnp.zeros((B,), bool) if plan.drafter.passes else None
     return DecodeState(
         tokens_BS=jnp.pad(prompt_BT, ((0, 0), (0, length - T))),
@@ -144,5 +144,5 @@ def rows_state(
         histogram_BQ=jnp.zeros((B, P + 1), jnp.int32),
         untried_BP=jnp.zeros((B, P), jnp.int32),
         drafted_B=jnp.zeros((B,), jnp.int32),
-        replaced_BS=jnp.zeros((B, length if plan.rule.lossy else 0), bool),
+        replaced_BS=jnp.zeros((B, length if plan.rule.facts.lossy else 0), bool),
     )

@@ -13,7 +13,8 @@ other rules differ in the choice alone, given the model's distribution p and the
 
     exact       the model's token, greedy or drawn with the position's noise; the tokens of plain decoding
     rejection   the draft d with probability min(1, p(d)/q(d)), else a draw from max(p - q, 0), rescaled (Leviathan et
-                al. 2023, Chen et al. 2023); plain decoding in law, with tokens that depend on the drafter
+                al. 2023, Chen et al. 2023); the distribution of plain decoding, with tokens that depend on
+                the drafter
     typical     the draft d where p(d) > min(epsilon, delta exp(-H(p))) (Medusa, Cai et al. 2024, section 2.3.1), else
                 the model's token. Lossy
     confidence  the draft d where q(d) > tau (ConfAdapt), else the model's token. Lossy
@@ -22,12 +23,46 @@ other rules differ in the choice alone, given the model's distribution p and the
 import dataclasses
 import math
 import numbers
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.errors import UserError
+
+
+class Verified(NamedTuple):
+    """What a rule may look at. What it does not ask for is not computed."""
+
+    own_tokens: Callable[[], jax.Array]
+    """The model's tokens [B, Q], greedy or drawn with the noise of their positions."""
+    target_probs: Callable[[], jax.Array]
+    """The model's distributions [B, Q, V] that these are drawn from; greedy, they are one-hot."""
+    plain_probs: Callable[[], jax.Array]
+    """The same at temperature 1 where decoding is greedy."""
+    uniforms: Callable[[], jax.Array]
+    """Noise [B, Q, 2] of the positions that nothing else uses, in [0, 1)."""
+    drafts_BP: jax.Array
+    draft_probs_BPV: jax.Array | None
+    """What each draft was drawn from; None where the drafter does not say."""
+
+
+class Facts(NamedTuple):
+    """What the engine must know of a rule."""
+
+    choose: Callable[["Rule", Verified], jax.Array]
+    """Tokens [B, Q] after the verified positions."""
+    lossy: bool = False
+    """Whether the output may follow another distribution than that of plain decoding."""
+    reads_drafter: bool = False
+    """Whether the drafter's distributions are needed."""
+    certain: bool = False
+    """Whether a draft without a distribution counts as certain; else the drafter has said nothing of it."""
+    needs_probs: bool = False
+    """Whether a drafter that gives no distributions is refused."""
+    blind: bool = False
+    """Whether what is verified must not depend on what the drafter drew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +78,21 @@ class Rule:
     """Of `confidence`: the drafter's own probability of its draft."""
 
     def __post_init__(self) -> None:
-        names = get_args(get_type_hints(Rule)["name"])
-        if self.name not in names:
-            raise UserError(f"accept={self.name!r}; choose one of {', '.join(map(repr, names))}, or give a Rule")
+        if self.name not in RULES:
+            raise UserError(f"accept={self.name!r}; choose one of {', '.join(map(repr, RULES))}, or give a Rule")
         for field in ("epsilon", "delta", "tau"):
             value = getattr(self, field)
             if not isinstance(value, numbers.Real) or math.isnan(value):
                 raise UserError(f"Rule.{field}={value!r}; it must be a number")
 
     @property
-    def lossy(self) -> bool:
-        """Whether the output may differ from plain decoding, in law as well."""
-        return self.name in ("typical", "confidence")
+    def facts(self) -> Facts:
+        """What the engine must know of it."""
+        return RULES[self.name]
 
-    @property
-    def reads_drafter(self) -> bool:
-        """Whether the drafter's probabilities are needed."""
-        return self.name in ("rejection", "confidence")
-
-
-EXACT = Rule()
+    def choose(self, verified: Verified) -> jax.Array:
+        """Tokens [B, Q] after the verified positions."""
+        return self.facts.choose(self, verified)
 
 
 def rejection(
@@ -95,6 +125,38 @@ def _inverse_cdf(weights_BQV: jax.Array, uniform_BQ: jax.Array) -> jax.Array:
     # Rounding may leave the uniform at the total: the last index with any weight.
     last_BQ = weights_BQV.shape[-1] - 1 - jnp.argmax(weights_BQV[..., ::-1] > 0, axis=-1)
     return jnp.minimum(jnp.sum(below_BQV, axis=-1), last_BQ).astype(jnp.int32)
+
+
+def _exact(rule: Rule, verified: Verified) -> jax.Array:
+    return verified.own_tokens()
+
+
+def _rejection(rule: Rule, verified: Verified) -> jax.Array:
+    target_BQV = verified.target_probs()
+    draft_probs_BPV = verified.draft_probs_BPV
+    if draft_probs_BPV is None:
+        draft_probs_BPV = jax.nn.one_hot(verified.drafts_BP, target_BQV.shape[-1])
+    return rejection(target_BQV, verified.drafts_BP, draft_probs_BPV, verified.uniforms())
+
+
+def _typical(rule: Rule, verified: Verified) -> jax.Array:
+    return typical(rule, verified.own_tokens(), verified.plain_probs(), verified.drafts_BP)
+
+
+def _confidence(rule: Rule, verified: Verified) -> jax.Array:
+    if verified.draft_probs_BPV is None:
+        return verified.own_tokens()
+    return confidence(rule, verified.own_tokens(), verified.drafts_BP, verified.draft_probs_BPV)
+
+
+RULES = {
+    "exact": Facts(_exact),
+    "rejection": Facts(_rejection, reads_drafter=True, certain=True, blind=True),
+    "typical": Facts(_typical, lossy=True),
+    "confidence": Facts(_confidence, lossy=True, reads_drafter=True, needs_probs=True),
+}
+"""A row for every rule."""
+EXACT = Rule()
 
 
 def typical(rule: Rule, choices_BQ: jax.Array, target_probs_BQV: jax.Array, drafts_BP: jax.Array) -> jax.Array:

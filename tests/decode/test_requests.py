@@ -1,5 +1,7 @@
 """What a request may be: bad input is one clear UserError, odd but legal input gives what the plain form gives."""
 
+import dataclasses
+import inspect
 import time
 
 import jax
@@ -25,6 +27,7 @@ from mtp_jax.decode import memory
 from mtp_jax.decode.drafters import NONE, Drafter, Drafts, make_drafter
 from mtp_jax.decode.generate import generate, stream
 from mtp_jax.decode.memory import cache_bytes
+from mtp_jax.decode.options import Options
 from mtp_jax.decode.state import Plan
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
@@ -105,6 +108,18 @@ def test_bad_input(name):
         generate(chain_model(), prompts, **options)
     with pytest.raises(UserError, match=message):
         stream(chain_model(), prompts, **options)  # at the call, not at the first item
+
+
+def test_options_as_an_object_or_as_keywords():
+    """options=o, seed=4 is every field of o as a keyword and seed=4. Breaks when keywords do not come last."""
+    lm = model("random")
+    options = Options(temperature=0.8, top_k=7, seed=3)
+    given = generate(lm, PROMPTS[:1], max_new_tokens=6, options=options, seed=4)
+    assert given.tokens == generate(lm, PROMPTS[:1], max_new_tokens=6, temperature=0.8, top_k=7, seed=4).tokens
+    with pytest.raises(TypeError, match="unknown option 'temprature'; did you mean 'temperature'"):
+        generate(lm, PROMPTS[:1], max_new_tokens=6, temprature=0.8)
+    shown = inspect.signature(generate).parameters
+    assert {field.name for field in dataclasses.fields(Options)} < set(shown)
 
 
 def test_bad_input_compiles_nothing():
