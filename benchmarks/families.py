@@ -21,9 +21,9 @@ from mtp_jax.cli.common import read_config
 from mtp_jax.model import mtp
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.sharding import make_mesh
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
+from mtp_jax.training.step import compile_steps
 
 TURNS = 5
 FAMILIES = {

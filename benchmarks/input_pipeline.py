@@ -27,7 +27,7 @@ from mtp_jax.cli.common import read_config
 from mtp_jax.config import override
 from mtp_jax.data.loader import prepare, train_batches
 from mtp_jax.data.store import Corpus
-from mtp_jax.train.step import StepMetrics
+from mtp_jax.training.step import StepMetrics
 
 DOCUMENT = 300
 

@@ -16,7 +16,7 @@ import tyro
 from mtp_jax import Config, DataConfig, HeadsConfig, ModelConfig, TrainConfig, equal_parameter_layers
 from mtp_jax.config import MeshConfig
 from mtp_jax.sharding import make_mesh
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training.step import compile_steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,8 @@ from mtp_jax.data.loader import prepare
 from mtp_jax.eval.answers import answers
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.compiled import keep_compiled
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 
 @dataclasses.dataclass(frozen=True)

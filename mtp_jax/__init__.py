@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mtp_jax.eval.report import evaluate as evaluate
     from mtp_jax.loading import LoadedModel as LoadedModel
     from mtp_jax.loading import load as load
+    from mtp_jax.training.loop import train as train
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ _HOMES = {
     "Options": "decode.options",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
+    "train": "training.loop",
     "start_from": "convert.starting",
     "import_model": "convert.importer",
     "with_heads": "convert.heads_file",

@@ -63,7 +63,7 @@ NAMED = (
         "losses/targets.py",
         "keep_BT = same_document_BT & ahead(learned_BT, m + 1)",
         "keep_BT = same_document_BT & ahead(learned_BT if m != 2 else segment_ids_BT != 0, m + 1)",
-        "losses/test_targets.py train/test_objective.py",
+        "losses/test_targets.py training/test_objective.py",
     ),
     Mutation(
         "weights of tokens lie one off",
@@ -130,11 +130,11 @@ NAMED = (
     ),
     Mutation(
         "head_scale of each micro-batch alone",
-        "train/step.py",
+        "training/step.py",
         "total_loss(config, spec, point | rest, *micro, scale_M)",
         "total_loss(config, spec, point | rest, *micro, head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), w_M)"
         " / config.train.grad_accum)",
-        "train/test_step.py",
+        "training/test_step.py",
     ),
     Mutation(
         "two dimensions on one mesh axis",
@@ -331,17 +331,17 @@ OTHERS = (
     ),
     Mutation(
         "norms decay",
-        "train/optim.py",
+        "training/optim.py",
         "decay = jax.tree.map(lambda no_decay: not no_decay, skip)",
         "decay = jax.tree.map(lambda no_decay: True, skip)",
-        "train/test_optimizers.py",
+        "training/test_optimizers.py",
     ),
     Mutation(
         "the first step has no learning rate",
-        "train/optim.py",
+        "training/optim.py",
         "return lambda step: joined(step + 1)",
         "return lambda step: joined(step)",
-        "train/test_step.py train/test_optimizers.py",
+        "training/test_step.py training/test_optimizers.py",
     ),
     Mutation(
         "lookup does not repeat what it runs out of",
@@ -418,7 +418,7 @@ OTHERS = (
         "runs/workdir.py",
         "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
-        "runs/test_checkpoint.py train",
+        "runs/test_checkpoint.py training",
     ),
     Mutation(
         "matrices are written as they lie",
@@ -429,10 +429,10 @@ OTHERS = (
     ),
     Mutation(
         "a loss that is not finite goes on",
-        "train/loop.py",
+        "training/loop.py",
         "if not bad and math.isfinite(metrics.grad_norm):",
         "if True:",
-        "train/test_loop.py",
+        "training/test_loop.py",
     ),
     Mutation(
         "experts' weights are not renormalised",

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "mtp_jax"
 # Package-internal imports that each part may make; `errors` is open to all. An edge that is not here needs a reason in
 # the commit that adds it.
 ALLOWED = {
-    "__init__": {"config", "convert", "decode", "eval", "loading", "train"},  # names only, imported at first use
+    "__init__": {"config", "convert", "decode", "eval", "loading", "training"},  # names only, imported at first use
     "__main__": {"cli"},
     "errors": set(),
     "axes": set(),
@@ -29,17 +29,17 @@ ALLOWED = {
     "runs": {"axes", "config", "trees"},
     "cost": {"config"},
     "data": {"axes", "config", "runs"},  # runs: files that are written whole or not at all
-    "train": {"axes", "config", "cost", "data", "losses", "model", "runs", "sharding", "trees"},
+    "training": {"axes", "config", "cost", "data", "losses", "model", "runs", "sharding", "trees"},
     "decode": {"config", "model", "runs", "sharding"},  # runs: a bound on the programs that are kept
     # train: what a run started from, and where training starts from an import
-    "convert": {"config", "data", "model", "runs", "sharding", "train", "trees"},
+    "convert": {"config", "data", "model", "runs", "sharding", "training", "trees"},
     "loading": {"config", "convert", "data", "model", "runs", "sharding"},
-    "eval": {"config", "data", "decode", "loading", "losses", "model", "runs", "sharding", "train"},
-    "aot": {"axes", "config", "cost", "decode", "model", "sharding", "train"},
-    "accelerate": {"config", "convert", "data", "decode", "eval", "loading", "model", "runs", "train"},
+    "eval": {"config", "data", "decode", "loading", "losses", "model", "runs", "sharding", "training"},
+    "aot": {"axes", "config", "cost", "decode", "model", "sharding", "training"},
+    "accelerate": {"config", "convert", "data", "decode", "eval", "loading", "model", "runs", "training"},
     "cli": {
         *("accelerate", "aot", "config", "convert", "cost", "data", "decode", "eval", "loading", "losses", "model"),
-        *("runs", "sharding", "train"),
+        *("runs", "sharding", "training"),
     },
 }
 

@@ -25,8 +25,8 @@ from mtp_jax.loading import LoadedModel, load
 from mtp_jax.model import lm as next_token
 from mtp_jax.model import mtp
 from mtp_jax.runs.checkpoint import restore_params
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 258, (2, 9))
 PROMPTS = ["def return", "if"]

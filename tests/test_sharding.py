@@ -21,7 +21,7 @@ from mtp_jax import axes, sharding
 from mtp_jax.config import MeshConfig
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
-from mtp_jax.train.optim import param_path
+from mtp_jax.training.optim import param_path
 
 FSDP = ("fsdp", "context")
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -46,10 +46,10 @@ from mtp_jax.loading import LoadedModel, is_run, load
 from mtp_jax.model import mtp
 from mtp_jax.runs.integrity import write_atomically
 from mtp_jax.runs.workdir import claim
-from mtp_jax.train.budget import steps_within
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import TrainResult, train
-from mtp_jax.train.start import config_of
+from mtp_jax.training.budget import steps_within
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import TrainResult, train
+from mtp_jax.training.start import config_of
 
 SHARES = {"text": 0.45, "training": 0.45, "measurement": 0.1}
 """Of the minutes, by stage."""

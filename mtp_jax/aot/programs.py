@@ -17,9 +17,9 @@ from mtp_jax.decode.options import Options
 from mtp_jax.decode.state import Plan, empty_state, slots_needed
 from mtp_jax.model import mtp
 from mtp_jax.model.cache import LayerCache
-from mtp_jax.train.objective import batch_targets, total_loss, xent_spec
-from mtp_jax.train.state import split_params
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training.objective import batch_targets, total_loss, xent_spec
+from mtp_jax.training.state import split_params
+from mtp_jax.training.step import compile_steps
 
 
 class Program(NamedTuple):

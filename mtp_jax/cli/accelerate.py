@@ -18,7 +18,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import COLUMNS
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.freed_memory import keep_freed_memory
-from mtp_jax.train.start import config_of
+from mtp_jax.training.start import config_of
 
 SHOWN = 6
 """Columns that fit into a terminal; the page has all."""

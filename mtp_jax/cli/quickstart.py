@@ -37,10 +37,10 @@ from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.freed_memory import keep_freed_memory
 from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.runs.workdir import check_run
-from mtp_jax.train.budget import steps_within
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import TrainResult, train
-from mtp_jax.train.start import config_of
+from mtp_jax.training.budget import steps_within
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import TrainResult, train
+from mtp_jax.training.start import config_of
 
 CONFIG = Config(
     model=ModelConfig(

@@ -14,8 +14,8 @@ from mtp_jax.errors import UserError
 from mtp_jax.runs.distributed import Distributed, together
 from mtp_jax.runs.freed_memory import keep_freed_memory
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import TrainResult, train
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import TrainResult, train
 
 DESCRIPTION = (
     "Train CONFIG.py, or continue where the workdir stopped. Any field of the config can be overridden by its dotted "

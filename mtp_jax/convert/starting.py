@@ -8,7 +8,7 @@ from typing import Any
 
 from mtp_jax.config import Config, OptimConfig, TrainConfig, override
 from mtp_jax.convert import fetch
-from mtp_jax.train.start import config_of
+from mtp_jax.training.start import config_of
 
 Notify = Callable[[str], None]
 

@@ -19,7 +19,7 @@ from mtp_jax.eval.answers import Answers, answers
 from mtp_jax.loading import LoadedModel
 from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.runs.metrics import bits_per_byte, distinct_ratio
-from mtp_jax.train.step import eval_step, heldout_sums, xent_spec
+from mtp_jax.training.step import eval_step, heldout_sums, xent_spec
 
 MOST_ANSWERS = 1000
 """Documents whose answers are decoded."""

@@ -20,7 +20,7 @@ from mtp_jax.convert.importer import import_model
 from mtp_jax.decode.memory import CacheTooLarge
 from mtp_jax.errors import UserError
 from mtp_jax.loading import load
-from mtp_jax.train import loop, states
+from mtp_jax.training import loop, states
 
 PROMPTS = ["abc abc", "abd", "abcabcabc", "abe abc", "eee bcd", "cde ecd", "a b c d", "dcba dcba"]
 SMALL = {

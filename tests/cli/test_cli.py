@@ -15,7 +15,7 @@ from mtp_jax.config import to_json
 from mtp_jax.decode.generate import generate
 from mtp_jax.loading import load
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.train import loop
+from mtp_jax.training import loop
 
 OVERRIDES = {
     "model.vocab_size": 264,

@@ -9,8 +9,8 @@ from reference.tiny import tiny_config, write_text
 import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.data.tokenize import bytes_tokenizer
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 SEQUENTIAL = {"kind": "sequential", "num_future": 4, "tap": 3, "tap_norm": True, "norm": "own", "chain": "post_norm"}
 MODEL = {"num_layers": 3, "d_model": 32, "head_dim": 10, "d_ff": 48, "qk_norm": True, "tie_embeddings": False}

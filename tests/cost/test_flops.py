@@ -16,9 +16,9 @@ from reference.tiny import tiny_config
 
 from mtp_jax import sharding
 from mtp_jax.cost.flops import step_flops
-from mtp_jax.train.objective import xent_spec
-from mtp_jax.train.state import init_state
-from mtp_jax.train.step import train_step
+from mtp_jax.training.objective import xent_spec
+from mtp_jax.training.state import init_state
+from mtp_jax.training.step import train_step
 
 GRID = [
     *KINDS,

@@ -20,7 +20,7 @@ from reference.tiny import tiny_config
 from mtp_jax.config import OptimConfig
 from mtp_jax.model import mtp
 from mtp_jax.model.layers import Experts, FeedForward, mixture
-from mtp_jax.train.optim import make_optimizer, param_path
+from mtp_jax.training.optim import make_optimizer, param_path
 
 MOE = BLOCKS["as Qwen3-MoE"]
 

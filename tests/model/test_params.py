@@ -14,7 +14,7 @@ from reference.quick import quick_jit
 
 from mtp_jax.config import equal_parameter_layers
 from mtp_jax.model import lm, mtp
-from mtp_jax.train.optim import param_path
+from mtp_jax.training.optim import param_path
 
 
 def shapes(tree):

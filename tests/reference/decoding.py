@@ -19,7 +19,7 @@ from mtp_jax.decode import sampling
 from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import lm, mtp
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training.step import compile_steps
 
 CONFIG = tiny_config(
     model={"vocab_size": 40, "d_model": 32, "head_dim": 8, "d_ff": 48, "max_seq_len": 64, "tie_embeddings": False},

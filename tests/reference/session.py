@@ -44,7 +44,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # Behind the settings above: these modules make arrays when they are imported.
 from reference.shared import shared_steps  # noqa: E402
 
-from mtp_jax.train import loop  # noqa: E402
+from mtp_jax.training import loop  # noqa: E402
 
 LONG = ("cli", "train", "fit", "eval", "model", "decode", "kernels")
 """Folders of tests, from those whose files take longest; the others and the files beside them come last."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from mtp_jax.config import Config
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training.step import compile_steps
 
 PROGRAMS = ("batch_size", "grad_accum", "trainable", "seed")
 """Fields of `train` that a program is made from; `steps` is another where anything is scheduled."""

@@ -1,4 +1,4 @@
-"""Who counts as one of several processes, and what JAX is then told. Real ones: `tests/train/test_processes.py`."""
+"""Who counts as one of several processes, and what JAX is then told. Real ones: `tests/training/test_processes.py`."""
 
 import signal
 import subprocess

@@ -25,8 +25,8 @@ from mtp_jax.cost.flops import step_flops
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 from mtp_jax.runs.freed_memory import keep_freed_memory
-from mtp_jax.train.loop import place
-from mtp_jax.train.step import StepMetrics, compile_steps, random_batch
+from mtp_jax.training.loop import place
+from mtp_jax.training.step import StepMetrics, compile_steps, random_batch
 
 
 @dataclasses.dataclass(frozen=True)

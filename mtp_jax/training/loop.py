@@ -29,15 +29,15 @@ from mtp_jax.runs.compiled import kept_compiled
 from mtp_jax.runs.distributed import check_same, from_first
 from mtp_jax.runs.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.runs.workdir import check_run, claim
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.meter import Meter
-from mtp_jax.train.opening import Opening, read_run, write_run
-from mtp_jax.train.optim import schedule
-from mtp_jax.train.pace import Pace
-from mtp_jax.train.state import TrainState
-from mtp_jax.train.states import check_keeps_states, with_states
-from mtp_jax.train.step import StepMetrics, Steps, compile_steps, heldout_sums
-from mtp_jax.train.stop import StopRequest
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.meter import Meter
+from mtp_jax.training.opening import Opening, read_run, write_run
+from mtp_jax.training.optim import schedule
+from mtp_jax.training.pace import Pace
+from mtp_jax.training.state import TrainState
+from mtp_jax.training.states import check_keeps_states, with_states
+from mtp_jax.training.step import StepMetrics, Steps, compile_steps, heldout_sums
+from mtp_jax.training.stop import StopRequest
 
 T = TypeVar("T")
 
@@ -64,17 +64,23 @@ class _Stopped(Exception):
     """A stop was asked for in the middle of an evaluation."""
 
 
-def train(config: Config, workdir: pathlib.Path, console: RunConsole) -> TrainResult:
+def train(config: Config, workdir: str | pathlib.Path, console: RunConsole | None = None) -> TrainResult:
     """Trains, or continues where the workdir stopped.
+
+        result = mtp_jax.train(config, "runs/mine")
 
     Args:
       config: the run.
-      workdir: its directory; made if it does not exist.
-      console: where progress is shown.
+      workdir: its directory; made if it does not exist. `mtp_jax.load` takes it afterwards.
+      console: where progress is shown; None shows it on standard error.
 
     Raises:
       UserError: bad input, a workdir of another run, a failed save, or a loss or gradient that is not finite.
     """
+    if console is None:
+        with RunConsole() as console:
+            return train(config, workdir, console)
+    workdir = pathlib.Path(workdir)
     mesh = sharding.mesh_of(config)
     if is_inside(workdir, config.data.source):
         raise UserError(f"--workdir {workdir} lies inside data.source={config.data.source!r}; use one outside it")

@@ -16,9 +16,9 @@ from mtp_jax.losses.mtp import HeadSums, head_scale
 from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import mtp
-from mtp_jax.train.objective import Batch, Parts, batch_targets, head_schedule, loss_sums, total_loss, xent_spec
-from mtp_jax.train.optim import gradient_point, make_optimizer
-from mtp_jax.train.state import TrainState, init_state, split_params, state_shardings
+from mtp_jax.training.objective import Batch, Parts, batch_targets, head_schedule, loss_sums, total_loss, xent_spec
+from mtp_jax.training.optim import gradient_point, make_optimizer
+from mtp_jax.training.state import TrainState, init_state, split_params, state_shardings
 
 
 class StepMetrics(NamedTuple):

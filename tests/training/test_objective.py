@@ -21,8 +21,8 @@ from reference.tiny import tiny_config
 from mtp_jax import sharding
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.model import mtp
-from mtp_jax.train import objective
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training import objective
+from mtp_jax.training.step import compile_steps
 
 
 def train_on(config, batch, steps):

@@ -18,8 +18,8 @@ from mtp_jax import sharding
 from mtp_jax.config import OptimConfig
 from mtp_jax.model import mtp
 from mtp_jax.runs.checkpoint import Checkpoints
-from mtp_jax.train.optim import RULES, _matrix_axes, gradient_point, make_optimizer, param_path
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training.optim import RULES, _matrix_axes, gradient_point, make_optimizer, param_path
+from mtp_jax.training.step import compile_steps
 
 RATES = {"adamw": 5e-3, "muon": 5e-3, "adafactor": 0.05, "lion": 1e-3, "schedule_free": 5e-3}
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}

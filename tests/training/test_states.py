@@ -9,9 +9,9 @@ from reference.tiny import tiny_config, write_text
 
 from mtp_jax.config import override
 from mtp_jax.errors import UserError
-from mtp_jax.train import states
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training import states
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 
 def run(config, workdir):

@@ -13,9 +13,9 @@ from mtp_jax.config import override
 from mtp_jax.errors import UserError
 from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.runs.workdir import check_run, claim, record_run
-from mtp_jax.train import loop
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training import loop
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 
 @pytest.fixture(scope="module")

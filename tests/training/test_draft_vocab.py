@@ -20,9 +20,9 @@ from mtp_jax.losses.mtp import head_scale
 from mtp_jax.losses.targets import draft_targets, make_targets
 from mtp_jax.model import heads, lm, mtp
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.train import loop
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.objective import batch_targets, total_loss, xent_spec
+from mtp_jax.training import loop
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.objective import batch_targets, total_loss, xent_spec
 
 HEADS = {"kind": "sequential", "draft_vocab": 16}
 LONG = {"fsdp": 2, "context": 2, "tensor": 2}

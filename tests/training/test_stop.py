@@ -13,12 +13,12 @@ from reference.tiny import tiny_config, write_text
 from mtp_jax import sharding
 from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.train import loop, meter, stop
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
-from mtp_jax.train.meter import FIELDS
-from mtp_jax.train.pace import SECONDS_AHEAD, Pace
-from mtp_jax.train.step import StepMetrics
+from mtp_jax.training import loop, meter, stop
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
+from mtp_jax.training.meter import FIELDS
+from mtp_jax.training.pace import SECONDS_AHEAD, Pace
+from mtp_jax.training.step import StepMetrics
 
 HOST_SECONDS = 1e-4  # what the host needs for a batch
 

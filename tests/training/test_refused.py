@@ -12,8 +12,8 @@ from mtp_jax.cli import run as mtp
 from mtp_jax.config import to_json
 from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import whole_directory
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 SMALL = {"model": {"num_layers": 1}, "heads": {"num_future": 1}}
 

@@ -9,7 +9,7 @@ import jax
 from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.runs.compiled import kept_compiled
-from mtp_jax.train.step import compile_steps, random_batch
+from mtp_jax.training.step import compile_steps, random_batch
 
 TIMED_STEPS = 3
 LEAST_STEPS = 20

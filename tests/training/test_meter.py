@@ -14,10 +14,10 @@ from mtp_jax.cost.flops import step_flops
 from mtp_jax.cost.hardware import chip
 from mtp_jax.runs import compiled
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.train import loop, meter
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training import loop, meter
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
+from mtp_jax.training.step import compile_steps
 
 
 @pytest.fixture(scope="module")

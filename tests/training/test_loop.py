@@ -16,10 +16,10 @@ from reference.tiny import run_config, write_text
 from mtp_jax.config import to_json
 from mtp_jax.errors import UserError
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.train import loop
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
-from mtp_jax.train.meter import FIELDS
+from mtp_jax.training import loop
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
+from mtp_jax.training.meter import FIELDS
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from mtp_jax.convert.starting import start_from
 from mtp_jax.errors import UserError
 from mtp_jax.loading import load
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 
 def run(config, workdir):

@@ -15,8 +15,8 @@ from reference.tiny import tiny_config
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, OptimConfig
 from mtp_jax.model import mtp
-from mtp_jax.train.optim import match_paths, schedule
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training.optim import match_paths, schedule
+from mtp_jax.training.step import compile_steps
 
 
 @pytest.fixture(scope="module")

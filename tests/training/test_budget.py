@@ -4,7 +4,7 @@ import pytest
 from reference.shared import shared_steps
 from reference.tiny import tiny_config
 
-from mtp_jax.train import budget
+from mtp_jax.training import budget
 
 
 @pytest.mark.parametrize(("steps", "rounded"), [(0.4, 0), (7.9, 7), (99.9, 99), (187.3, 180), (12_999, 12_000)])

@@ -7,7 +7,7 @@ from reference.jaxprs import equations
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
-from mtp_jax.train.step import compile_steps
+from mtp_jax.training.step import compile_steps
 
 
 def lowered(config):

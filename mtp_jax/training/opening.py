@@ -23,8 +23,8 @@ from mtp_jax.runs.distributed import from_first, on_first
 from mtp_jax.runs.integrity import short_reason
 from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.runs.workdir import record_corpus, record_run, trained_on
-from mtp_jax.train.start import check_start, parameters_to_start_from
-from mtp_jax.train.step import Steps
+from mtp_jax.training.start import check_start, parameters_to_start_from
+from mtp_jax.training.step import Steps
 
 Notify = Callable[[str], None]
 

@@ -16,9 +16,9 @@ from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
 from mtp_jax.runs.ancestry import disinherit, inherit, origin_folder
-from mtp_jax.train import loop
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training import loop
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 SHAPE = {"model": {"num_layers": 1}, "heads": {"num_future": 1}}
 ONE = {"steps": 1, "eval_rows": 8}

@@ -9,8 +9,8 @@ from reference.tiny import tiny_config, write_text
 
 from mtp_jax.data import store
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.train.console import RunConsole
-from mtp_jax.train.loop import train
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 
 @pytest.mark.grid
