@@ -20,17 +20,17 @@ class LossConfig:
     extra_weight: float = 1.0
     """Factor on all extra heads (lambda of DeepSeek-V3, beta of CAFT)."""
     decay: float = 1.0
-    """Head m >= 1 counts decay^m (0.8 in Medusa and CAFT)."""
+    """The weight of head m >= 1 is multiplied by decay^m (0.8 in Medusa and CAFT)."""
     average_extra: bool = False
     """Divide the extra heads' weights by their number (DeepSeek-V3)."""
     schedule: Literal["constant", "linear", "switch", "sine", "rsine", "forward", "reverse"] = "constant"
     """How the extra heads' weights change over the run; see `losses/schedules.py`."""
     schedule_final: float = 0.0
-    """linear, switch: their factor at the end."""
+    """linear, switch: factor of the extra heads' weights at the end of the run."""
     schedule_at: float = 0.5
-    """switch: share of the steps after which it holds."""
+    """switch: share of the steps after which the factor is `schedule_final`."""
     heads_per_step: int = 0
-    """Extra heads that train in a step, another random subset in each; 0 is all."""
+    """Extra heads that are trained in a step, drawn at random for each step. 0 trains all."""
     distil: Literal["none", "kl", "tv", "lk_alpha", "lk_lambda"] = "none"
     """Teach the extra heads the next-token head's distribution, by this distance; see `losses/objectives.py`."""
     distil_mix: float = 1.0
@@ -44,9 +44,9 @@ class LossConfig:
     entropy: Literal["none", "keep_top", "drop_top", "soft"] = "none"
     """Weigh tokens by entropy; experimental, see `losses/entropy.py`."""
     entropy_fraction: float = 0.2
-    """Of the counted tokens, how many are kept or dropped."""
+    """keep_top, drop_top: share of the counted tokens that are kept or dropped."""
     entropy_source: Literal["own", "next_token"] = "next_token"
-    """Whose entropy."""
+    """Distribution whose entropy counts: that of the head itself, or that of the next-token head."""
     entropy_normaliser: Literal["selected", "all"] = "selected"
     """What the sum over the selected tokens is divided by."""
     entropy_temperature: float = 1.0

@@ -20,7 +20,7 @@ class ModelConfig:
     vocab_size: int = 2048
     """Rows of the embedding and of the unembedding (V); at least the tokenizer's size."""
     num_layers: int = 4
-    """Blocks of the next-token path, head 0's block included (L)."""
+    """Blocks of the trunk (L)."""
     d_model: int = 256
     """Width of the residual stream (D)."""
     num_heads: int = 4
@@ -53,7 +53,7 @@ class ModelConfig:
     qkv_bias: bool = False
     """Biases of queries, keys and values (Qwen2)."""
     out_bias: bool = False
-    """A bias of attention's output."""
+    """A bias in the output projection of attention."""
     attn_scale: float = 0.0
     """Factor of attention scores; 0 is head_dim^-1/2."""
     attn_softcap: float = 0.0
@@ -66,42 +66,45 @@ class ModelConfig:
     mlp_bias: bool = False
     """Biases of the feed-forward layer."""
     num_experts: int = 0
-    """Gated feed-forward layers of every block, of which a token takes some (Mixtral, Qwen3-MoE) (E); 0 is one layer
-    that every token takes."""
+    """Experts in every block (E): gated feed-forward layers, of which each token uses some (Mixtral, Qwen3-MoE). 0 is
+    one feed-forward layer for all tokens."""
     experts_per_token: int = 0
-    """How many of them, those with the highest probabilities (2 in Mixtral, 8 in Qwen3-MoE)."""
+    """Experts that a token uses: those with the highest probabilities (2 in Mixtral, 8 in Qwen3-MoE)."""
     renormalise_experts: bool = True
     """The chosen experts' probabilities are divided by their sum (Mixtral, and Qwen3-MoE with norm_topk_prob)."""
 
     layer_pattern: tuple[Layer, ...] = ("full",)
-    """Kinds of the layers, repeated to the last one: attention over all before, over a window, or over all without
-    rotary positions (SmolLM 3). Gemma 2 is ("window", "full")."""
+    """Kinds of attention, layer by layer, repeated to the last layer. full: over all positions so far. window: over the
+    last `window` positions. nope: over all positions so far, without rotary embedding (SmolLM 3). Gemma 2 has
+    ("window", "full")."""
     window: int = 0
     """Positions that a token of a "window" layer sees, its own included."""
 
     rope_theta: float = 10_000.0
     """Base of the rotary position frequencies."""
     rope_theta_window: float = 0.0
-    """Base in "window" layers, which are then not scaled either (Gemma 3); 0 takes that of the others."""
+    """Base of the frequencies in "window" layers, which `rope_scaling` then leaves alone (Gemma 3). 0 uses
+    `rope_theta`."""
     rope_fraction: float = 1.0
-    """Share of a head's dimensions that turn, the first ones (GPT-NeoX, Phi-4-mini)."""
+    """Share of a head's dimensions that are rotated, counted from the first (GPT-NeoX, Phi-4-mini)."""
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """How frequencies are stretched for contexts beyond those of pretraining."""
+    """How rotary frequencies are lowered for contexts longer than those of pretraining."""
     rope_factor: float = 1.0
-    """By how much."""
+    """Factor by which `rope_scaling` lowers them: the new context length divided by that of pretraining."""
     rope_original_len: int = 0
-    """Context of pretraining, for llama3 and yarn."""
+    """llama3, yarn: context length of pretraining, in tokens."""
     rope_low: float = 1.0
-    """llama3: frequencies with fewer turns than this in `rope_original_len` are stretched in full. (low_freq_factor)"""
+    """llama3 (low_freq_factor): a frequency with fewer rotations than this within `rope_original_len` tokens is divided
+    by `rope_factor`."""
     rope_high: float = 4.0
-    """llama3: those with more turns than this stay. (high_freq_factor)"""
+    """llama3 (high_freq_factor): a frequency with more rotations than this stays as it is."""
     rope_beta_slow: float = 1.0
-    """yarn: as `rope_low`."""
+    """yarn (beta_slow): the same as `rope_low`."""
     rope_beta_fast: float = 32.0
-    """yarn: as `rope_high`."""
+    """yarn (beta_fast): the same as `rope_high`."""
     rope_attention_factor: float = 0.0
-    """yarn: turned queries and keys are multiplied by this; 0 is 0.1 ln(rope_factor) + 1, and 1
-    for a factor below 1."""
+    """yarn: rotated queries and keys are multiplied by this. 0 is 0.1 ln(rope_factor) + 1, or 1 if rope_factor is below
+    1."""
 
     embed_scale: float = 1.0
     """Embeddings are multiplied by this (Gemma: the root of d_model)."""
@@ -120,7 +123,8 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks; or whole blocks from
     inputs that wait in the host's memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """How whole rows attend: cuDNN's kernel on a GPU, splash attention on a TPU, XLA; auto takes what can be had."""
+    """Kernel of attention over whole rows: cuDNN on a GPU, splash on a TPU, or XLA. auto uses the first that is
+    available."""
 
     def __post_init__(self) -> None:
         check_fields("model", self)

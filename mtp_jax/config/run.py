@@ -91,12 +91,12 @@ class Config:
         decode = self.decode
         require(
             -model.num_layers <= heads.tap <= model.num_layers,
-            f"heads.tap={heads.tap} is no layer of a model with model.num_layers={model.num_layers}; "
+            f"heads.tap={heads.tap} is out of range for model.num_layers={model.num_layers}; "
             f"use -{model.num_layers}..{model.num_layers} (-1 is the input of the last block)",
         )
         require(
             -model.num_layers <= heads.init_block < model.num_layers,
-            f"heads.init_block={heads.init_block} is no block of a model with model.num_layers={model.num_layers}; "
+            f"heads.init_block={heads.init_block} is out of range for model.num_layers={model.num_layers}; "
             f"use -{model.num_layers}..{model.num_layers - 1}",
         )
         require(

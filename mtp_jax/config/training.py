@@ -18,8 +18,8 @@ class TrainConfig:
     """Micro-batches per optimizer step; changes memory, not the result, except that `loss.entropy` chooses within a
     micro-batch. Without that it may change when a run is continued."""
     trainable: Literal["all", "heads"] = "all"
-    """heads: the extra heads alone; nothing else has a gradient or an optimizer state. Give them a trained model to
-    stand on with `init_from`."""
+    """heads: only the extra heads are trained; nothing else has a gradient or an optimizer state. Name the trained
+    model that they belong to with `init_from`."""
     init_from: str = ""
     """Workdir of a finished run whose model this one starts from: everything but the heads, and with
     `init_heads='same'` those too. Needs the same `model` section and the same tokenizer. Not read again once the run

@@ -1,6 +1,6 @@
 """One run in several processes: how they find each other, agree with the first of them, and end together.
 
-Every host starts the same command. Process 0 is the coordinator: it prepares the data, writes metrics and speaks. A
+Every host starts the same command. Process 0 is the coordinator: it prepares the data, writes the metrics and prints messages. A
 process that is lost is noticed by its missing heartbeats, or at once where a connection to it breaks, and no process
 outlives another: whatever ends one of them ends all, each with one line, and the same command continues the run.
 JAX ends a process by abort when a heartbeat is missing, from a thread of its own and past every handler of Python. So
@@ -216,7 +216,7 @@ def _keep_stdout() -> None:
 
 
 class _LastWords:
-    """A small process that says the line it was left with when this process ends, however that comes."""
+    """A small process that prints a line when this process ends, even if it is killed."""
 
     def __enter__(self) -> "_LastWords":
         command = [sys.executable, "-I", "-S", "-c", _SPEAKER]

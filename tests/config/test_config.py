@@ -283,7 +283,7 @@ REFUSED = [
     (lambda: HeadsConfig(tap_mix=True, tap_norm=True), "heads.tap_norm=True with heads.tap_mix=True"),
     (
         lambda: Config(heads=HeadsConfig(init="copy_block", init_block=4)),
-        "heads.init_block=4 is no block of a model",
+        "heads.init_block=4 is out of range for model.num_layers",
     ),
     (
         lambda: Config(heads=HeadsConfig(num_future=1), train=TrainConfig(trainable="heads")),
@@ -371,8 +371,8 @@ REFUSED = [
         lambda: Config(decode=DecodeConfig(prompt_tokens=2000, max_new_tokens=49)),
         "decode.prompt_tokens + decode.max_new_tokens = 2049 is above model.max_seq_len=2048",
     ),
-    (lambda: Config(heads=HeadsConfig(tap=5)), "heads.tap=5 is no layer of a model with model.num_layers=4"),
-    (lambda: Config(heads=HeadsConfig(tap=-5)), "heads.tap=-5 is no layer of a model with model.num_layers=4"),
+    (lambda: Config(heads=HeadsConfig(tap=5)), "heads.tap=5 is out of range for model.num_layers=4"),
+    (lambda: Config(heads=HeadsConfig(tap=-5)), "heads.tap=-5 is out of range for model.num_layers=4"),
     (
         lambda: Config(loss=LossConfig(head_weights=(1.0, 1.0))),
         "loss.head_weights has 2 values for heads.num_future=4 heads",
