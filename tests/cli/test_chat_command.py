@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+import types
 
 import pytest
 from reference.decoding import EOS_ID, chain_model
@@ -95,3 +96,23 @@ def test_refused_in_one_line(arguments, message, monkeypatch, capsys):
     say(monkeypatch, "a")
     assert run(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"mtp: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "extra_heads", "wanted"),
+    [
+        ("smollm2", [], 3, ("heads+lookup", "auto")),
+        ("smollm2", ["--num-draft", "2"], 3, ("heads+lookup", 2)),
+        ("smollm2", ["--accept", "typical"], 3, ("heads+lookup", None)),
+        ("smollm2", ["--draft", "heads"], 3, ("heads", None)),
+        ("smollm2", [], 0, ("auto", None)),
+        ("some/run", [], 3, ("auto", None)),
+    ],
+)
+def test_heads_of_the_package_draft_as_it_was_measured(source, flags, extra_heads, wanted):
+    """--draft auto is heads+lookup with --num-draft auto where the package brings the heads; else nothing changes.
+    Breaks without `is_named`, without the look at `num_draft`, or where a user's choice is overruled."""
+    args = parse(generate.Args, [source, "--prompt", "x", *flags], "mtp generate", "")
+    lm = types.SimpleNamespace(config=types.SimpleNamespace(num_draft=extra_heads))
+    made = options.with_best_draft(args, lm, options.options_of(args))
+    assert (made["draft"], made["num_draft"]) == wanted
