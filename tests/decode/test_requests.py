@@ -140,8 +140,9 @@ def test_a_cache_that_does_not_fit(monkeypatch):
     needed = cache_bytes(Plan(CONFIG, make_drafter("heads", CONFIG)), 4, 40)
     state_bytes = 2 * 4 * 4 * 40 * (2 + 3) * CONFIG.model.num_kv_heads * CONFIG.model.head_dim
     assert state_bytes <= needed <= 1.2 * state_bytes  # keys and values in float32, and little else
+    half = -(-needed // 2)
     with monkeypatch.context() as patched, compilations() as compiled:
-        patched.setattr(memory, "free_bytes", lambda: needed // 2)
+        patched.setattr(memory, "free_bytes", lambda: half)
         with pytest.raises(UserError) as error:
             generate(lm, PROMPTS, max_new_tokens=NEW)
         patched.setattr(memory, "free_bytes", lambda: needed // 8)
@@ -149,9 +150,7 @@ def test_a_cache_that_does_not_fit(monkeypatch):
             generate(lm, PROMPTS, max_new_tokens=NEW)
     assert compiled == []
     said = str(error.value)
-    assert f"a cache of 4 rows with 40 slots each needs {needed:,} bytes, and {needed // 2:,} are free" in str(
-        error.value
-    )
+    assert f"a cache of 4 rows with 40 slots each needs {needed:,} bytes, and {half:,} are free" in str(error.value)
     assert "2 rows of 40 slots would fit, or 4 rows of 20: use fewer prompts" in said
     monkeypatch.setattr(memory, "free_bytes", lambda: needed)
     assert generate(lm, PROMPTS, max_new_tokens=NEW).tokens
