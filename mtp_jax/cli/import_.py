@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from mtp_jax.cli.common import parse, print_json, say
-from mtp_jax.config import Family, HeadsConfig
+from mtp_jax.config import FACTS, HeadsConfig
 from mtp_jax.convert.forms import FORMS
 from mtp_jax.convert.importer import import_model
 from mtp_jax.errors import UserError
@@ -23,7 +23,7 @@ class Args:
     """Hugging Face directory or hub id, a .gguf file, smollm2, or a directory in Meta's layout (params.json)."""
     out: tyro.conf.Positional[str]
     """Directory to make; `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it."""
-    heads: Literal[("none", *get_args(Family))] = "none"
+    heads: Literal[("none", *FACTS)] = "none"
     """Add fresh heads of this family."""
     form: Form = "none"
     """Add fresh heads with the settings that this form needs, so that `mtp export --form` can write them."""

@@ -5,10 +5,6 @@ from typing import Literal
 
 from mtp_jax.config.checks import check_fields, only_with, positive, require
 
-Family = Literal[
-    "parallel", "causal", "anticausal", "linear", "medusa", "sequential", "recursive", "masks", "registers"
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class FamilyFacts:
@@ -46,7 +42,9 @@ FACTS: dict[str, FamilyFacts] = {
     "masks": FamilyFacts(("mask_stride", "lora_rank"), in_trunk=True, needs_all=True),
     "registers": FamilyFacts(("lora_rank",), in_trunk=True, one_set=True, drafts=False),
 }
-"""A row for every family."""
+"""A row for every family; `model.heads.register` adds one."""
+Family = Literal[tuple(FACTS)]
+"""The families of this package, for commands to choose from."""
 
 
 def families(fact: str) -> list[str]:
@@ -58,8 +56,8 @@ def families(fact: str) -> list[str]:
 class HeadsConfig:
     """The extra prediction heads. See `model/heads` for what each family computes."""
 
-    kind: Family = "parallel"
-    """Head family."""
+    kind: str = "parallel"
+    """Head family: parallel, causal, anticausal, linear, medusa, sequential, recursive, masks or registers."""
     num_future: int = 4
     """M, prediction heads including the next-token head; 1 is a plain language model, to which the other settings of
     heads, and those of their losses, mean nothing."""
@@ -112,6 +110,8 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         check_fields("heads", self)
+        names = ", ".join(map(repr, FACTS))
+        require(self.kind in FACTS, f"heads.kind is {self.kind!r}; choose one of {names}")
         positive("heads", self, "num_future", "layers", "mask_stride")
         require(self.draft_vocab >= 0, f"heads.draft_vocab={self.draft_vocab} is negative; 0 drafts over all tokens")
         require(self.lora_rank >= 0, f"heads.lora_rank={self.lora_rank} is negative; 0 switches it off")

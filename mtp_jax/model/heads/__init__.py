@@ -21,12 +21,12 @@ place of `train` it has
 and in the place of tapped states its `draft` gets the extra tokens' states, which came with the verification.
 """
 
-from types import ModuleType
+from typing import Any
 
 import flax.linen as nn
 import jax
 
-from mtp_jax.config import Config
+from mtp_jax.config import FACTS, Config, FamilyFacts
 from mtp_jax.errors import UserError
 from mtp_jax.model.heads import (
     anticausal,
@@ -43,7 +43,7 @@ from mtp_jax.model.heads import (
 from mtp_jax.model.heads.base import Params
 from mtp_jax.model.heads.base import Rows as Rows
 
-FAMILIES: dict[str, ModuleType] = {
+FAMILIES: dict[str, Any] = {
     "parallel": parallel,
     "causal": causal,
     "anticausal": anticausal,
@@ -59,6 +59,23 @@ FAMILIES: dict[str, ModuleType] = {
 def init(config: Config, key: jax.Array, trunk: Params) -> Params:
     """Parameters of all heads, boxed with their logical axis names; `trunk` is the model's, boxed."""
     return FAMILIES[config.heads.kind].init(config, key, trunk) | base.init_ends(config, trunk)
+
+
+def register(name: str, facts: FamilyFacts, functions: Any) -> None:
+    """Adds a head family from outside the package: `heads.kind` may then be its name.
+
+    Args:
+      name: a new one.
+      facts: what the rest of the package must know of it.
+      functions: a module or object with `init`, `train`, `init_cache` and `draft`, as this file describes them.
+
+    Raises:
+      UserError: a family of that name.
+    """
+    if name in FACTS:
+        raise UserError(f"there is a head family {name!r} already; take another name")
+    FACTS[name] = facts
+    FAMILIES[name] = functions
 
 
 def init_for(config: Config, key: jax.Array) -> Params:
