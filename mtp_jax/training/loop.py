@@ -10,7 +10,7 @@ import collections
 import math
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -31,6 +31,7 @@ from mtp_jax.runs.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.runs.workdir import check_run, claim
 from mtp_jax.training.console import RunConsole
 from mtp_jax.training.meter import Meter
+from mtp_jax.training.objective import Term
 from mtp_jax.training.opening import Opening, read_run, write_run
 from mtp_jax.training.optim import schedule
 from mtp_jax.training.pace import Pace
@@ -64,7 +65,12 @@ class _Stopped(Exception):
     """A stop was asked for in the middle of an evaluation."""
 
 
-def train(config: Config, workdir: str | pathlib.Path, console: RunConsole | None = None) -> TrainResult:
+def train(
+    config: Config,
+    workdir: str | pathlib.Path,
+    console: RunConsole | None = None,
+    terms: Mapping[str, Term] | None = None,
+) -> TrainResult:
     """Trains, or continues where the workdir stopped.
 
         result = mtp_jax.train(config, "runs/mine")
@@ -73,27 +79,31 @@ def train(config: Config, workdir: str | pathlib.Path, console: RunConsole | Non
       config: the run.
       workdir: its directory; made if it does not exist. `mtp_jax.load` takes it afterwards.
       console: where progress is shown; None shows it on standard error.
+      terms: what is trained besides what the config asks for. Each is written to the metrics under its name. The config
+        does not hold them: give the same ones when the run goes on.
 
     Raises:
       UserError: bad input, a workdir of another run, a failed save, or a loss or gradient that is not finite.
     """
     if console is None:
         with RunConsole() as console:
-            return train(config, workdir, console)
+            return train(config, workdir, console, terms)
     workdir = pathlib.Path(workdir)
     mesh = sharding.mesh_of(config)
     if is_inside(workdir, config.data.source):
         raise UserError(f"--workdir {workdir} lies inside data.source={config.data.source!r}; use one outside it")
     check_same(to_json(config), "has another config than process 0; give every process the same file and options")
     with claim(workdir):
-        return _train(config, workdir, mesh, console)
+        return _train(config, workdir, mesh, console, terms)
 
 
-def _train(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunConsole) -> TrainResult:
+def _train(
+    config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunConsole, terms: Mapping[str, Term] | None
+) -> TrainResult:
     continued = check_run(workdir, config)
     if config.train.keep_states:
         check_keeps_states(config)
-    steps = compile_steps(config, mesh)
+    steps = compile_steps(config, mesh, terms)
     opening = read_run(config, workdir, steps, console.note)
     write_run(config, workdir, opening)
     corpus = opening.corpus.behind_prompts(config.data.prompt_tokens)
@@ -255,7 +265,7 @@ class _Run:
                 "head_top1": metrics.sums.means()["top1"].tolist(),
                 "head_weight": metrics.weight_M.tolist(),
                 "grad_norm": float(metrics.grad_norm),
-                **({"token_order_loss": float(metrics.token_order)} if self.config.loss.token_order else {}),
+                **{name: float(value) for name, value in metrics.extras.items()},
                 "learning_rate": float(self.config.optim.learning_rate * self.learning_rate(step - 1)),
             }
             if step == last_step:

@@ -5,7 +5,8 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,20 +166,65 @@ def order_loss(
     return XENT[config.loss.impl](hidden_1BTD, table_VD, targets, weights_1BT, options, None, wanted_1BT).loss
 
 
+class Seen(NamedTuple):
+    """What a term of the loss may look at: one micro-batch."""
+
+    config: Config
+    spec: XentSpec
+    params: dict
+    hidden_MBTD: jax.Array
+    """States of all heads, ready for the unembedding."""
+    batch: Batch
+    targets: Targets
+    weight_BT: jax.Array
+    """Next-token weights, which sum to 1 over all micro-batches: sum(weight_BT * x_BT) is this one's share of a
+    mean."""
+
+
+class Term(NamedTuple):
+    """Something that is trained beside the heads' losses."""
+
+    weight: float
+    """Its factor in the loss."""
+    share: Callable[[Seen], jax.Array]
+    """The micro-batch's share of a number, without the factor. The shares add up to what is reported."""
+
+
+def terms_of(config: Config) -> dict[str, Term]:
+    """The terms that a config asks for, by the name that metrics give them."""
+    if not config.loss.token_order:
+        return {}
+    return {"token_order_loss": Term(config.loss.token_order, _order_share)}
+
+
+def _order_share(seen: Seen) -> jax.Array:
+    return order_loss(seen.config, seen.spec, seen.params, seen.hidden_MBTD[:1], seen.batch, seen.weight_BT)
+
+
 class Parts(NamedTuple):
     """Shares of a micro-batch; shares add up to the whole batch's."""
 
     sums: HeadSums
-    token_order: jax.Array
+    extras: dict[str, jax.Array]
+    """What the terms report."""
 
 
 def total_loss(
-    config: Config, spec: XentSpec, params: dict, batch: Batch, targets: Targets, order_weight_BT: Any, scale_M: Any
+    config: Config,
+    spec: XentSpec,
+    params: dict,
+    batch: Batch,
+    targets: Targets,
+    weight_BT: jax.Array,
+    scale_M: jax.Array,
+    terms: Mapping[str, Term] | None = None,
 ) -> tuple[jax.Array, Parts]:
-    """Everything that is trained."""
+    """Everything that is trained: the heads' losses, and the terms; None are those of the config."""
+    terms = terms_of(config) if terms is None else terms
     hidden_MBTD = _hidden(config, spec, params, batch)
     loss, sums = _heads_loss(config, spec, params, hidden_MBTD, targets, scale_M)
-    if not config.loss.token_order:
-        return loss, Parts(sums, jnp.float32(0))
-    order = order_loss(config, spec, params, hidden_MBTD[:1], batch, order_weight_BT)
-    return loss + config.loss.token_order * order, Parts(sums, order)
+    seen = Seen(config, spec, params, hidden_MBTD, batch, targets, weight_BT)
+    extras = {name: term.share(seen) for name, term in terms.items()}
+    for name, term in terms.items():
+        loss += term.weight * extras[name]
+    return loss, Parts(sums, extras)

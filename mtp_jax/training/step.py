@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step, pure functions; `compile_steps` jits them in one place."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,17 @@ from mtp_jax.losses.mtp import HeadSums, head_scale
 from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import mtp
-from mtp_jax.training.objective import Batch, Parts, batch_targets, head_schedule, loss_sums, total_loss, xent_spec
+from mtp_jax.training.objective import (
+    Batch,
+    Parts,
+    Term,
+    batch_targets,
+    head_schedule,
+    loss_sums,
+    terms_of,
+    total_loss,
+    xent_spec,
+)
 from mtp_jax.training.optim import gradient_point, make_optimizer
 from mtp_jax.training.state import TrainState, init_state, split_params, state_shardings
 
@@ -28,8 +38,8 @@ class StepMetrics(NamedTuple):
     """What was differentiated: the weighted sum over heads, and whatever else is trained."""
     sums: HeadSums
     """Plain cross-entropies, the next-token head's among them, whatever the objective."""
-    token_order: jax.Array
-    """Mean token order loss; 0 without that head."""
+    extras: dict[str, jax.Array]
+    """What the terms of the loss report, by name."""
     grad_norm: jax.Array
     """Global norm before clipping."""
     weight_M: jax.Array
@@ -47,12 +57,17 @@ class Steps(NamedTuple):
 
 
 def train_step(
-    config: Config, spec: XentSpec, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+    config: Config,
+    spec: XentSpec,
+    optimizer: optax.GradientTransformation,
+    terms: Mapping[str, Term],
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step.
 
     Args:
-      config, spec, optimizer: static, bound by `compile_steps`.
+      config, spec, optimizer, terms: static, bound by `compile_steps`.
       state: the training state.
       batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each; with `learn`, only the tokens where it is 1 are
         learned; with `states` [B, T, E], the model does not run, see `mtp.trunk_states`.
@@ -65,20 +80,20 @@ def train_step(
         targets = targets._replace(weights_MBT=targets.weights_MBT.at[0].set(0.0))
     w_M = head_weights(head_schedule(config), state.step)
     scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
-    order_BT = _order_weights(targets.weights_MBT[0])
+    weight_BT = _shares(targets.weights_MBT[0])
     learned, rest = split_params(config, state.params)
     point = gradient_point(state.opt_state, learned)
 
     def value_and_grad(micro: tuple) -> tuple[tuple[jax.Array, Parts], dict]:
         def loss(point: Any) -> Any:
-            return total_loss(config, spec, point | rest, *micro, scale_M)
+            return total_loss(config, spec, point | rest, *micro, scale_M, terms)
 
         return jax.value_and_grad(loss, has_aux=True)(point)
 
     def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(micro)), None
 
-    whole = (batch, targets, order_BT)
+    whole = (batch, targets, weight_BT)
     if config.train.grad_accum == 1:
         (loss, parts), grads = value_and_grad(whole)
     else:
@@ -90,11 +105,11 @@ def train_step(
         grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, learned)
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     params = optax.apply_updates(learned, updates) | rest
-    metrics = StepMetrics(loss, parts.sums, parts.token_order, optax.tree.norm(grads), w_M)
+    metrics = StepMetrics(loss, parts.sums, parts.extras, optax.tree.norm(grads), w_M)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _order_weights(weights_BT: jax.Array) -> jax.Array:
+def _shares(weights_BT: jax.Array) -> jax.Array:
     """Next-token weights that sum to 1."""
     total = jnp.sum(weights_BT)
     return weights_BT / jnp.where(total > 0, total, 1)
@@ -158,8 +173,14 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
     return batch
 
 
-def compile_steps(config: Config, mesh: Mesh) -> Steps:
-    """Binds the statics and jits: shardings from the table, the state donated to the step that replaces it."""
+def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None = None) -> Steps:
+    """Binds the statics and jits: shardings from the table, the state donated to the step that replaces it.
+
+    Args:
+      config: the run's config.
+      mesh: its devices.
+      terms: what is trained besides what the config asks for, by the name that metrics give it.
+    """
     if config.model.remat == "offload":
         sharding.check_host_memory(mesh)
     abstract_params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
@@ -177,7 +198,7 @@ def compile_steps(config: Config, mesh: Mesh) -> Steps:
     return Steps(
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(
-            functools.partial(train_step, config, spec, optimizer),
+            functools.partial(train_step, config, spec, optimizer, terms_of(config) | dict(terms or {})),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,

@@ -15,8 +15,10 @@ def _compiled(config, mesh):
     return compile_steps(config, mesh)
 
 
-def shared_steps(config, mesh):
+def shared_steps(config, mesh, terms=None):
     """`compile_steps`, once for all runs that differ in their text, their length, or what they log and save."""
+    if terms:
+        return compile_steps(config, mesh, terms)
     train = {name: getattr(config.train, name) for name in PROGRAMS}
     if config.optim.schedule != "constant" or config.loss.schedule != "constant" or config.loss.heads_per_step:
         train["steps"] = config.train.steps

@@ -35,7 +35,7 @@ class Device:
         self.unfinished.append(round((max(self.free - self.now, 0)) / self.step_seconds + 0.499))
         self.free = max(self.free, self.now) + self.step_seconds
         one = np.ones(1)
-        return state, StepMetrics(Scalar(self, self.free), HeadSums(one, one, one, one, 0 * one), one[0], one[0], one)
+        return state, StepMetrics(Scalar(self, self.free), HeadSums(one, one, one, one, 0 * one), {}, one[0], one)
 
     def wait(self, until):
         self.now = max(self.now, until)
