@@ -118,6 +118,15 @@ class Config:
             f"heads.input_norm=False needs blocks with model.norm_position='pre', not {model.norm_position!r}",
         )
         require(
+            not heads.draft_vocab or heads.num_future > 1,
+            f"heads.draft_vocab={heads.draft_vocab} is for extra heads, and heads.num_future=1 has none; use 2 or more",
+        )
+        require(
+            heads.draft_vocab < model.vocab_size,
+            f"heads.draft_vocab={heads.draft_vocab} must be below model.vocab_size={model.vocab_size}; 0 drafts over "
+            "all tokens",
+        )
+        require(
             decode.num_draft < heads.num_future,
             f"decode.num_draft={decode.num_draft}, but heads.num_future={heads.num_future} heads draft at most "
             f"{heads.num_future - 1} tokens",
@@ -158,15 +167,6 @@ class Config:
             heads.num_future == 1 or loss.heads_per_step < heads.num_future,
             f"loss.heads_per_step={loss.heads_per_step}, but heads.num_future={heads.num_future} has "
             f"{heads.num_future - 1} extra heads; 0 trains all of them",
-        )
-        require(
-            not heads.draft_vocab or heads.num_future > 1,
-            f"heads.draft_vocab={heads.draft_vocab} is for extra heads, and heads.num_future=1 has none; use 2 or more",
-        )
-        require(
-            heads.draft_vocab < model.vocab_size,
-            f"heads.draft_vocab={heads.draft_vocab} must be below model.vocab_size={model.vocab_size}; 0 drafts over "
-            "all tokens",
         )
         require(
             train.trainable == "all" or not loss.token_order,
