@@ -3,8 +3,8 @@
     python benchmarks/accelerator.py [--config configs/bench_1b.py] [--rows 8] [--tokens 2048] [--remat dots]
 
 1.1B parameters in bfloat16 by default, at equal parameters with and without extra heads. MFU is operations that the
-model asks for (`flops.step_flops`) over time and the chip's published peak. The costs are the device's own times by
-kernel or operation, from a profile of three steps. On one H100 about five minutes, most of them in the compiler.
+model asks for (`cost.flops.step_flops`) over time and the chip's published peak. The costs are the device's own times
+by kernel or operation, from a profile of three steps. On one H100 about five minutes, most of them in the compiler.
 """
 
 import collections

@@ -30,7 +30,7 @@ ALLOWED = {
     "data": {"axes", "config", "runs"},  # runs: files that are written whole or not at all
     "training": {"axes", "config", "cost", "data", "losses", "model", "runs", "sharding", "trees"},
     "decode": {"config", "model", "runs", "sharding"},  # runs: a bound on the programs that are kept
-    # train: what a run started from, and where training starts from an import
+    # training: what a run started from, and where training starts from an import
     "convert": {"config", "data", "model", "runs", "sharding", "training", "trees"},
     "loading": {"config", "convert", "data", "model", "runs", "sharding"},
     "eval": {"config", "data", "decode", "loading", "losses", "model", "runs", "sharding", "training"},
@@ -91,6 +91,16 @@ def test_every_family_has_a_row_and_functions():
 def test_accept_rule_and_sampling_are_arrays_in_arrays_out(part):
     """decode/sampling and decode/verify import nothing of the package."""
     assert imported_parts(ROOT / "decode" / f"{part}.py") == set()
+
+
+def test_git_ignores_no_file_of_the_package():
+    """A wheel holds what git does not ignore: a pattern such as `runs/` would leave a part of the package out."""
+    if not (ROOT.parent / ".git").exists():
+        pytest.skip("no git checkout")
+    files = [str(path.relative_to(ROOT.parent)) for path in ROOT.rglob("*") if path.suffix in (".py", ".safetensors")]
+    command = ["git", "check-ignore", "--no-index", "--stdin"]
+    ignored = subprocess.run(command, input="\n".join(files), capture_output=True, text=True, cwd=ROOT.parent)
+    assert ignored.stdout == ""
 
 
 def test_import_is_light():

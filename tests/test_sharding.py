@@ -67,7 +67,7 @@ def test_every_parameter_of_every_config_has_a_place(path):
 def test_specs_are_literal():
     """The whole table as specs of a model with every kind of parameter.
 
-    Breaks if two axes of `axes.py` change places in `layers.py` or in RULES.
+    Breaks if two axes of `axes.py` change places in `block.py` and `layers.py` or in RULES.
     """
     config = small_config(model={"tie_embeddings": False, "qk_norm": True})
     shardings = sharding.param_shardings(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), boxed(config))

@@ -69,8 +69,12 @@ def open_model(args: Decoding) -> LoadedModel:
 
 def with_best_draft(args: Decoding, lm: LoadedModel, options: dict[str, Any]) -> dict[str, Any]:
     """The options with the drafter that is fastest for heads that come with the package, unless the user chose one."""
-    if args.draft != "auto" or not is_named(args.source) or not lm.config.num_draft:
+    is_shipped = is_named(args.source) and not args.heads_from and lm.config.num_draft > 0
+    wanted = options["num_draft"]
+    if args.draft != "auto" or not is_shipped:
         return options
+    if isinstance(wanted, int) and wanted > lm.config.num_draft:
+        return options | {"draft": "lookup"}
     # Under other rules what is measured would change the tokens from call to call.
     measured = args.num_draft is None and args.accept == "exact"
     return options | {"draft": "heads+lookup"} | ({"num_draft": "auto"} if measured else {})

@@ -24,6 +24,7 @@ Whatever is chosen, the tokens are the same.
 import abc
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -60,15 +61,21 @@ class Chooser(abc.ABC):
     def __init__(self, costs: dict[int, float]) -> None:
         self.costs = costs
         self.rounds = BLOCK
-        self._last = -1
+        self._last: Any = None
         self._idle = 0.0
         self._probe_after = FIRST_PROBE
+
+    def use(self, costs: dict[int, float]) -> None:
+        """Goes on with costs of other caches."""
+        self.costs = costs
 
     def choose(self, remaining_B: np.ndarray) -> int:
         """Width of the next block, of `rounds` rounds, for rows that have so many tokens to go."""
         width = self._choose(remaining_B)
-        self.rounds = min(2 * self.rounds, LONGEST_BLOCK) if width == self._last else BLOCK
-        self._last = width
+        kind = self._kind(width)
+        is_longer = kind == self._last and not self._is_measuring
+        self.rounds = min(2 * self.rounds, LONGEST_BLOCK) if is_longer else BLOCK
+        self._last = kind
         return width
 
     @property
@@ -82,6 +89,13 @@ class Chooser(abc.ABC):
     ) -> None:
         """Takes in a block: rounds by accepted drafts, the seconds it took, if they tell what a round costs, and those
         of the rounds that did not try the next draft."""
+
+    _is_measuring = False
+    """Whether the block is to tell what rounds cost."""
+
+    def _kind(self, width: int) -> Any:
+        """What must stay the same for blocks to grow."""
+        return width
 
     @abc.abstractmethod
     def _choose(self, remaining_B: np.ndarray) -> int:
@@ -212,6 +226,19 @@ class Gate(Chooser):
         pace = max(1.0, self.costs[0] / self._seconds_per_token(self.asks_heads))
         return max(0.0, pace * (self.costs[self.num_draft] - self.costs[PASSED]) / self.costs[0])
 
+    @property
+    def _is_measuring(self) -> bool:
+        return self._measures is not None
+
+    def _kind(self, width: int) -> Any:
+        return width, self._measures, self.asks_heads
+
+    def use(self, costs: dict[int, float]) -> None:
+        """Goes on with costs of other caches."""
+        if costs is not self.costs:
+            self._timed = dict.fromkeys(self._timed, 0.0)
+        self.costs = costs
+
     def _is_unknown(self, kind: int) -> bool:
         """Whether such rounds were never timed, or in this request fewer than `BLOCK`: the first are slow."""
         return kind not in self.costs or 0 < self._timed[kind] < BLOCK
@@ -226,7 +253,8 @@ class Gate(Chooser):
         self._measures = next((kind for kind in self._timed if self._is_unknown(kind)), None)
         if self._measures is None and self._is_time_to_probe():
             self._measures = self.num_draft
-            self._seen[True] = _Pace()
+            # Heads that were let go count as fast as what goes on without them.
+            self._seen[True] = dataclasses.replace(self._seen[False])
         if self._measures is not None:
             return 0 if self._measures == 0 else self.num_draft
         if self._seconds_per_token(True) <= SLOWER * self._seconds_per_token(False):

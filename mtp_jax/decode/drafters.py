@@ -292,11 +292,14 @@ def better(
         found_sure_BP = sure_of_lookup(right_B, matched_B, found_BP.shape[1])
         takes_found_B = expected(found_sure_BP) >= expected(drafts.sure_BP)
         sure_BP = jnp.where(takes_found_B[:, None], found_sure_BP, drafts.sure_BP)
-        worth_B = expected(sure_BP) >= least
+        promised_B = expected(sure_BP)
+        worth_B = (promised_B >= least) & (promised_B > 0)
     tokens_BP = jnp.where(takes_found_B[:, None], found_BP, drafts.tokens_BP)
     probs_BPV = drafts.probs_BPV
     if probs_BPV is not None:
         certain_BPV = jax.nn.one_hot(found_BP, probs_BPV.shape[-1])
+        if sure_BP is not None:
+            certain_BPV *= found_sure_BP[..., None]
         probs_BPV = jnp.where(takes_found_B[:, None, None], certain_BPV, probs_BPV)
     return Drafts(tokens_BP, probs_BPV, worth_B, sure_BP)
 

@@ -229,6 +229,7 @@ def _choose(
     logits_BQV = sampling.process(sampler, controls, logits_BQV, state.tokens_BS, position_BQ)
     usable_BQ = sampling.usable(logits_BQV)
 
+    @functools.cache
     def own_tokens() -> jax.Array:
         return sampling.choose(sampler, controls, logits_BQV, position_BQ)
 
@@ -298,7 +299,8 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
         return Drafts(tokens_BP, probs_BPV, sure_BP=sure_BP)
 
     known = (state.tokens_BS, state.total_B, count, propose, state.begin_B)
-    context = DraftContext(*where, *known, state.least, state.asks_heads, plan.drafter.passes)
+    passes = plan.drafter.passes and not facts.blind
+    context = DraftContext(*where, *known, state.least, state.asks_heads, passes)
     drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
     drafts = checked(plan.drafter, drafts, len(state.total_B), plan.config.model.vocab_size, facts.needs_probs)
     V = plan.config.model.vocab_size
@@ -316,5 +318,7 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
         probs_BPV = jnp.concatenate([given_BPV, certain_BPV[:, made:]], axis=1)
     worth_B = None
     if plan.drafter.passes:
-        worth_B = jnp.ones_like(state.done_B) if drafts.worth_B is None else drafts.worth_B
+        worth_B = jnp.full_like(state.done_B, made > 0) if drafts.worth_B is None else drafts.worth_B
+        # Where what rounds cost is measured, all verify, or none.
+        worth_B = (worth_B | (state.least < 0)) & ~jnp.isinf(state.least)
     return state._replace(drafts=Drafts(tokens_BP, probs_BPV, worth_B), drafter_cache=cache)

@@ -114,6 +114,7 @@ class Request:
             gated = rows == 1 and self.plan.drafter.passes
             gate = Gate(num_draft, {}, self.plan.drafter.spares_heads)
             self.chooser = gate if gated else WidthChooser(num_draft, rows, {})
+        self._asked: tuple[float, bool] | None = None
         self.cut_B: list[int | None] = [None] * rows
         self.ends_B = [-1] * rows
         self.read_B = [0] * rows
@@ -157,7 +158,7 @@ class Request:
         self._grow()
         # Where every round comes back to the host, as in a stream, rounds cost more.
         shape = (self.plan, len(self.state.total_B), slots_of(self.state), max_rounds < BLOCK)
-        self.chooser.costs = COSTS.recall(shape, dict)
+        self.chooser.use(COSTS.recall(shape, dict))
         remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
         width = self.chooser.choose(remaining_B)
         self._ask(self.chooser.least, self.chooser.asks_heads)
@@ -177,6 +178,9 @@ class Request:
 
     def _ask(self, least: float, asks_heads: bool) -> None:
         """Sets what a round must promise to verify its drafts, and who drafts."""
+        if self._asked == (least, asks_heads):
+            return
+        self._asked = (least, asks_heads)
         given = jax.device_put((np.float32(least), np.bool_(asks_heads)), self.state.least.sharding)
         self.state = self.state._replace(least=given[0], asks_heads=given[1])
         worth_B = self.state.drafts.worth_B

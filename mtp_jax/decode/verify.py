@@ -78,7 +78,7 @@ class Rule:
     """Of `confidence`: the drafter's own probability of its draft."""
 
     def __post_init__(self) -> None:
-        if self.name not in RULES:
+        if self.name not in tuple(RULES):
             raise UserError(f"accept={self.name!r}; choose one of {', '.join(map(repr, RULES))}, or give a Rule")
         for field in ("epsilon", "delta", "tau"):
             value = getattr(self, field)

@@ -22,11 +22,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mtp_jax.runs.distributed import from_first
 from mtp_jax.errors import UserError
+from mtp_jax.runs.distributed import from_first
 from mtp_jax.runs.integrity import damage, short_reason, write_manifest
-from mtp_jax.trees import by_path
 from mtp_jax.runs.workdir import CHECKPOINTS, saved_steps
+from mtp_jax.trees import by_path
 
 VERSION = 1
 """Layout of a checkpoint, stored in its `meta`."""

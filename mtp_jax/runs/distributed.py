@@ -1,8 +1,9 @@
 """One run in several processes: how they find each other, agree with the first of them, and end together.
 
-Every host starts the same command. Process 0 is the coordinator: it prepares the data, writes the metrics and prints messages. A
-process that is lost is noticed by its missing heartbeats, or at once where a connection to it breaks, and no process
-outlives another: whatever ends one of them ends all, each with one line, and the same command continues the run.
+Every host starts the same command. Process 0 is the coordinator: it prepares the data, writes the metrics and prints
+messages. A process that is lost is noticed by its missing heartbeats, or at once where a connection to it breaks, and
+no process outlives another: whatever ends one of them ends all, each with one line, and the same command continues the
+run.
 JAX ends a process by abort when a heartbeat is missing, from a thread of its own and past every handler of Python. So
 the line for that case is left with a small process beside this one, which says it if this one ends without a word.
 """

@@ -18,12 +18,12 @@ from typing import TextIO
 
 import jax
 
-from mtp_jax.runs.ancestry import ORIGIN, START
 from mtp_jax.config import Config, differences, from_json, to_json
-from mtp_jax.runs.distributed import check_everywhere, from_first, list_from_first, on_first
-from mtp_jax.errors import UserError
-from mtp_jax.runs.integrity import check_name, new_directories, short_reason, write_atomically
 from mtp_jax.config.paths import absolute, paths_in, same_name, same_place
+from mtp_jax.errors import UserError
+from mtp_jax.runs.ancestry import ORIGIN, START
+from mtp_jax.runs.distributed import check_everywhere, from_first, list_from_first, on_first
+from mtp_jax.runs.integrity import check_name, new_directories, short_reason, write_atomically
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"

@@ -21,7 +21,7 @@ from mtp_jax.cost.hardware import chip
 FIELDS = {
     "tokens_per_second": "tokens of all devices over all time since the last reading, evaluation and saving included",
     "step_seconds": "mean time of a step since the last reading, evaluation and saving left out",
-    "mfu": "flops.step_flops over step_seconds, as a share of the devices' bfloat16 peak; only where that is known",
+    "mfu": "cost.flops.step_flops over step_seconds, as a share of the bfloat16 peak; only where that is known",
     "data_wait": "share of that time in which the host waited for a batch",
     "compile_seconds": "tracing and compiling of the step, or loading it from the cache; once per start",
     "device_bytes": "memory in use on the fullest of this process's accelerators",

@@ -194,6 +194,33 @@ def test_a_gate_goes_on_with_what_costs_nothing():
         assert not gate.asks_heads
     block(gate, 8, 8, 14.0, width=4)
     assert gate.asks_heads and gate.least == ALL
+    # Behind the probe heads count as fast as what went on without them, and are tried again.
+    block(gate, 32, 8, 8.0, width=4)
+    assert gate.asks_heads and gate.least != ALL
+    gate.choose(np.array([100]))
+    assert gate.asks_heads
+
+
+def test_blocks_that_measure_stay_short():
+    """Eight rounds for each kind of round, although the first two have one width; then blocks grow. Breaks when only
+    the width is compared."""
+    gate, rounds = Gate(4, {}), []
+    for seconds in (16.0, 9.6, 8.0, 8.0, 8.0, 8.0):
+        block(gate, 8, 8, seconds)
+        rounds.append(gate.rounds)
+    assert rounds == [8, 8, 8, 8, 16, 32]
+
+
+def test_larger_caches_are_measured_anew():
+    """Where the costs of other caches begin, a whole block of each kind is timed, though they come round by round.
+    Breaks when `_timed` stays."""
+    gate = Gate(4, {})
+    for seconds in (16.0, 9.6, 8.0):
+        block(gate, 8, 8, seconds)
+    gate.use({})
+    chosen = [block(gate, 1, 1, 9.0 if i == 0 else 1.0) for i in range(2 * BLOCK)]
+    assert chosen == [4] * 2 * BLOCK and gate.least == NOTHING
+    assert gate.costs[4] < 1.2
 
 
 def test_a_gate_times_a_whole_block():

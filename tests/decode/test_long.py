@@ -10,6 +10,7 @@ from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 from mtp_jax.decode import engine
+from mtp_jax.decode import state as decode_state
 from mtp_jax.decode.drafters import make_drafter
 from mtp_jax.decode.engine import prefill
 from mtp_jax.decode.generate import generate
@@ -34,7 +35,7 @@ def test_chunks_and_growing_caches_change_nothing(monkeypatch, name, draft):
     without `fits` in `go_on`, without the heads' caches in `grow`, or when rows that end early are drafted for
     again (`keep`)."""
     monkeypatch.setattr(engine, "CHUNK", 4)
-    monkeypatch.setattr(engine, "LEAST_SLOTS", 8)
+    monkeypatch.setattr(decode_state, "LEAST_SLOTS", 8)
     result = generate(model(name), PROMPTS, max_new_tokens=NEW, draft=draft)
     assert result.tokens == [plain(name, prompt)[:NEW] for prompt in PROMPTS]
 

@@ -87,7 +87,8 @@ def test_the_better_drafts_are_taken(says):
     s_BP = np.where((np.arange(len(matched_B)) % 4 < 2)[:, None], [0.3, 0.8, 0.7], [0.8, 0.9, 0.9])
     found_BP = np.array([[1, 5, 6]] * len(matched_B))
     heads_BP = np.where(agrees_B[:, None], [1, 2, 3], [4, 2, 3])
-    given = Drafts(jnp.array(heads_BP), sure_BP=jnp.array(s_BP, jnp.float32) if says else None)
+    probs_BPV = jnp.full((*heads_BP.shape, 7), 1 / 7)
+    given = Drafts(jnp.array(heads_BP), probs_BPV, sure_BP=jnp.array(s_BP, jnp.float32) if says else None)
     drafts = better(given, jnp.array(found_BP), jnp.array(matched_B), 1.0)
     for b, matched in enumerate(matched_B):
         right = (drafters.RIGHT_WITH_HEADS if agrees_B[b] else drafters.RIGHT_AGAINST_HEADS)[matched]
@@ -97,6 +98,10 @@ def test_the_better_drafts_are_taken(says):
         heads_bring = s1 + s1 * s2 + s1 * s2 * s3
         takes_lookup = lookup_brings >= heads_bring if says else matched >= SURE_MATCH
         assert drafts.tokens_BP[b].tolist() == (found_BP if takes_lookup else heads_BP)[b].tolist()
+        # What is said of a lookup is how often it is right; to `rejection` it is certain.
+        right_P = [right, following, following] if says else [1, 1, 1]
+        said = np.eye(7)[found_BP[b]] * np.array(right_P)[:, None] if takes_lookup else np.full((3, 7), 1 / 7)
+        np.testing.assert_allclose(drafts.probs_BPV[b], said, rtol=1e-6)
         if says:
             assert bool(drafts.worth_B[b]) == (max(lookup_brings, heads_bring) >= 1.0)
     assert says or drafts.worth_B is None

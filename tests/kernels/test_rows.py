@@ -222,7 +222,7 @@ def test_cudnn_lowers(monkeypatch):
 def test_model_by_splash_equals_by_xla(mesh, monkeypatch):
     """A model with windows, soft caps and documents has the same states by splash attention, interpreted, as by XLA.
 
-    Breaks if `Form.windows` in model/layers.py lacks a kind of layer, or if the mesh does not reach the kernels.
+    Breaks if `Form.windows` in model/block.py lacks a kind of layer, or if the mesh does not reach the kernels.
     """
     config = small_config(BLOCKS["as Gemma 2"])
     params, ids_BT = random_params(config), jnp.asarray(np.random.default_rng(0).integers(0, 24, (2, 256)))

@@ -46,7 +46,7 @@ from reference.shared import shared_steps  # noqa: E402
 
 from mtp_jax.training import loop  # noqa: E402
 
-LONG = ("cli", "train", "fit", "eval", "model", "decode", "kernels")
+LONG = ("cli", "training", "aot", "eval", "model", "decode", "kernels")
 """Folders of tests, from those whose files take longest; the others and the files beside them come last."""
 LONG_FILES = ("test_load.py", "test_importer.py", "test_forms.py", "test_notebooks.py", "test_checkpoint.py")
 """Files elsewhere that take as long; they come first."""
