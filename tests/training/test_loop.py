@@ -155,8 +155,8 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(text, tmp_path,
     """
     calls = iter(range(100))
 
-    def poisoned(config, mesh):
-        steps = shared_steps(config, mesh)
+    def poisoned(config, mesh, terms):
+        steps = shared_steps(config, mesh, terms)
 
         def step(state, batch):
             state, metrics = steps.train(state, batch)

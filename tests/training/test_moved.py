@@ -59,7 +59,7 @@ NOWHERE = {"data.source": "", "data.tokenizer": "none", "train.init_from": "", "
 def compile_once():
     """`compile_steps`, whose programs know nothing of paths, for runs that differ in nothing else."""
     compiled = functools.cache(loop.compile_steps)
-    return lambda config, mesh: compiled(override(config, NOWHERE), mesh)
+    return lambda config, mesh, terms: compiled(override(config, NOWHERE), mesh, terms)
 
 
 @pytest.fixture(scope="module")
