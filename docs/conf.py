@@ -40,7 +40,8 @@ highlight_language = "none"
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
+# `generate` shows the fields of `Options`, which its source does not spell.
+autodoc_preserve_defaults = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 # A single backtick in a docstring is code.
