@@ -73,7 +73,7 @@ class Chooser(abc.ABC):
         """Width of the next block, of `rounds` rounds, for rows that have so many tokens to go."""
         width = self._choose(remaining_B)
         kind = self._kind(width)
-        is_longer = kind == self._last and not self._is_measuring
+        is_longer = kind is not None and kind == self._last
         self.rounds = min(2 * self.rounds, LONGEST_BLOCK) if is_longer else BLOCK
         self._last = kind
         return width
@@ -90,11 +90,8 @@ class Chooser(abc.ABC):
         """Takes in a block: rounds by accepted drafts, the seconds it took, if they tell what a round costs, and those
         of the rounds that did not try the next draft."""
 
-    _is_measuring = False
-    """Whether the block is to tell what rounds cost."""
-
     def _kind(self, width: int) -> Any:
-        """What must stay the same for blocks to grow."""
+        """What must stay the same for blocks to grow; None where they must not."""
         return width
 
     @abc.abstractmethod
@@ -226,12 +223,8 @@ class Gate(Chooser):
         pace = max(1.0, self.costs[0] / self._seconds_per_token(self.asks_heads))
         return max(0.0, pace * (self.costs[self.num_draft] - self.costs[PASSED]) / self.costs[0])
 
-    @property
-    def _is_measuring(self) -> bool:
-        return self._measures is not None
-
     def _kind(self, width: int) -> Any:
-        return width, self._measures, self.asks_heads
+        return (width, self.asks_heads) if self._measures is None else None
 
     def use(self, costs: dict[int, float]) -> None:
         """Goes on with costs of other caches."""

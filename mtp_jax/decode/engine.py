@@ -136,7 +136,10 @@ def decode_rounds(
         return (rounds < max_rounds) & ~jnp.all(state.done_B) & fits
 
     def worth(carry: _Carry) -> jax.Array:
-        return jnp.any(carry[1].drafts.worth_B & ~carry[1].done_B)
+        state = carry[1]
+        # Where what rounds cost is measured, all verify, or none.
+        worth_B = (state.drafts.worth_B | (state.least < 0)) & ~jnp.isinf(state.least)
+        return jnp.any(worth_B & ~state.done_B)
 
     def one_round(verified: int, carry: _Carry) -> _Carry:
         rounds, state = carry
@@ -319,6 +322,4 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
     worth_B = None
     if plan.drafter.passes:
         worth_B = jnp.full_like(state.done_B, made > 0) if drafts.worth_B is None else drafts.worth_B
-        # Where what rounds cost is measured, all verify, or none.
-        worth_B = (worth_B | (state.least < 0)) & ~jnp.isinf(state.least)
     return state._replace(drafts=Drafts(tokens_BP, probs_BPV, worth_B), drafter_cache=cache)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.decode import buckets, engine
-from mtp_jax.decode.adaptive import ALL, BLOCK, COSTS, NOTHING, Chooser, Gate, WidthChooser
+from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
@@ -183,11 +183,6 @@ class Request:
         self._asked = (least, asks_heads)
         given = jax.device_put((np.float32(least), np.bool_(asks_heads)), self.state.least.sharding)
         self.state = self.state._replace(least=given[0], asks_heads=given[1])
-        worth_B = self.state.drafts.worth_B
-        if worth_B is not None and least in (ALL, NOTHING):
-            # The drafts of the block's first round were made before.
-            worth_B = jax.device_put(np.full(worth_B.shape, least == ALL), worth_B.sharding)
-            self.state = self.state._replace(drafts=self.state.drafts._replace(worth_B=worth_B))
 
     def _grow(self) -> None:
         needed = bucket(int(self.total_B.max()), self.plan.drafter.num_draft, self.slots)
