@@ -216,10 +216,10 @@ class Gate(Chooser):
     @property
     def least(self) -> float:
         """Accepted drafts that a round must promise."""
-        if self._measures == PASSED:
-            return NOTHING
-        if self._measures is not None:
+        if self._measures == self.num_draft:
             return ALL
+        if self._measures is not None:
+            return NOTHING
         pace = max(1.0, self.costs[0] / self._seconds_per_token(self.asks_heads))
         return max(0.0, pace * (self.costs[self.num_draft] - self.costs[PASSED]) / self.costs[0])
 
@@ -249,9 +249,14 @@ class Gate(Chooser):
             # Heads that were let go count as fast as what goes on without them.
             self._seen[True] = dataclasses.replace(self._seen[False])
         if self._measures is not None:
-            return 0 if self._measures == 0 else self.num_draft
+            return self._without_heads() if self._measures == 0 else self.num_draft
         if self._seconds_per_token(True) <= SLOWER * self._seconds_per_token(False):
             return self.num_draft
+        return self._without_heads()
+
+    def _without_heads(self) -> int:
+        """Width of rounds without the drafts of heads. The program of the others serves where it can leave heads out: a
+        program of width 0 would take seconds to compile."""
         self.asks_heads = False
         return self.num_draft if self._spares_heads else 0
 

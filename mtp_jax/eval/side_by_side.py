@@ -42,8 +42,13 @@ SAMPLES = (
         "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n"
         "    def __add__(self, other):\n        return Point(self.x + other.x, self.y + other.y)\n\n    def __sub__(",
     ),
-    Sample("prose", "The train left the station at dawn. The passengers looked out of the windows, and"),
+    Sample(
+        "prose",
+        "The train left the station at dawn. The passengers looked out of the windows, and the fields went by in the "
+        "first light. An old man in the corner opened his newspaper, and",
+    ),
 )
+"""With SmolLM2's tokenizer each has 33 to 64 tokens, so that all of them share their compiled programs."""
 
 
 @dataclasses.dataclass(frozen=True)

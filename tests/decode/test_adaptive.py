@@ -145,7 +145,7 @@ def test_a_gate_measures_first():
     """All drafts are verified until that is timed; then none of those that are made; then none are made. Breaks when a
     block that compiled counts."""
     gate = Gate(4, {})
-    for width, least, seconds in ((4, ALL, 16.0), (4, NOTHING, 9.6), (0, ALL, 8.0)):
+    for width, least, seconds in ((4, ALL, 16.0), (4, NOTHING, 9.6), (0, NOTHING, 8.0)):
         block(gate, 8, 8, None, width=width)
         block(gate, 8, 8, seconds, width=width)
         assert gate.least == least
@@ -166,6 +166,16 @@ def test_a_gate_asks_for_more_where_the_pace_is_higher():
     slow = Gate(4, dict(costs))
     block(slow, 8, 8, 12.0, width=4)
     assert slow.least == pytest.approx(0.5)
+
+
+def test_a_gate_measures_with_one_program():
+    """Where heads can be left out of a round, plain rounds are those that leave them out and verify nothing: no program
+    of width 0. Breaks without `_without_heads` while costs are measured."""
+    gate = Gate(4, {}, spares_heads=True)
+    for asks_heads, least, seconds in ((True, ALL, 16.0), (True, NOTHING, 9.6), (False, NOTHING, 8.0)):
+        block(gate, 8, 8, seconds, width=4)
+        assert (gate.asks_heads, gate.least) == (asks_heads, least)
+    assert gate.costs == {4: 2.0, PASSED: 1.2, 0: 1.0}
 
 
 def test_a_gate_stops_drafts_that_cost_more_than_they_bring():
@@ -229,7 +239,7 @@ def test_a_gate_times_a_whole_block():
     gate, chosen = Gate(4, {}), []
     for i in range(3 * BLOCK):
         chosen.append(gate.choose(np.array([100])))
-        seconds = {ALL: 1.0 + chosen[-1] / 8, NOTHING: 1.1}[gate.least]
+        seconds = {ALL: 1.5, NOTHING: 1.1 if chosen[-1] else 1.0}[gate.least]
         gate.record(chosen[-1], np.array([[1, 0, 0, 0, 0]]), 9.0 if i % BLOCK == 0 else seconds)
     assert chosen == [4] * 2 * BLOCK + [0] * BLOCK
     gate.choose(np.array([100]))
