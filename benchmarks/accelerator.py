@@ -1,10 +1,11 @@
-"""What an accelerator gets out of the training step: MFU with one head and with four, and where the time goes.
+"""How fast is the training step on an accelerator? MFU with one head and with four, and where the time goes.
 
     python benchmarks/accelerator.py [--config configs/bench_1b.py] [--rows 8] [--tokens 2048] [--remat dots]
 
-1.1B parameters in bfloat16 by default, at equal parameters with and without extra heads. MFU is operations that the
-model asks for (`cost.flops.step_flops`) over time and the chip's published peak. The costs are the device's own times
-by kernel or operation, from a profile of three steps. On one H100 about five minutes, most of them in the compiler.
+The default model has 1.1B parameters in bfloat16, the same number with and without extra heads. MFU is the number of
+operations that the model needs (`cost.flops.step_flops`), divided by the time and the published peak of the chip. The
+costs are times per kernel or operation, from a profile of three steps. On one H100 it should take about five minutes,
+mostly for compiling.
 """
 
 import collections
@@ -28,26 +29,26 @@ from mtp_jax.cost.hardware import chip
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Shapes, and how often to time."""
+    """Shapes, and the number of timed runs."""
 
     config: str = "configs/bench_1b.py"
-    """The model; its heads are those of the second row."""
+    """The model. The second row of the table is measured with its heads."""
     rows: int = 8
     """Rows of a step."""
     tokens: int = 2048
     """Tokens of a row."""
     remat: str = "dots"
-    """What is computed again in the backward pass."""
+    """`model.remat`: what the backward pass computes again."""
     dtype: str = "bfloat16"
     """Dtype of activations; parameters are float32."""
     runs: int = 5
-    """Timed turns of four steps each; the fastest counts."""
+    """Number of timed runs of four steps each; the fastest counts."""
     results: str = RESULTS
-    """File to append the table to; empty prints it only."""
+    """File to append the table to; with an empty name the table is only printed."""
 
 
 def config_of(args: Args, plain: bool) -> Config:
-    """The config at these shapes; a plain one has the blocks of the heads in its trunk."""
+    """The config with these shapes. A plain one has no extra heads, and their blocks in its trunk."""
     base = read_config(args.config)
     layers = base.model.num_layers + (base.heads.num_future - 1) * base.heads.layers if plain else base.model.num_layers
     fields = {"dtype": args.dtype, "remat": args.remat, "num_layers": layers}
@@ -60,7 +61,7 @@ def config_of(args: Args, plain: bool) -> Config:
 
 
 def costs(step: Step, count: int = 3) -> list[tuple[str, float]]:
-    """What the device did in some steps: (kernel or operation, share of its busy time), the largest first."""
+    """A profile of some steps: (kernel or operation, share of the device's busy time), the largest share first."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             jax.block_until_ready(step(count))
@@ -78,7 +79,7 @@ def costs(step: Step, count: int = 3) -> list[tuple[str, float]]:
 
 
 def measure(args: Args, name: str, plain: bool) -> tuple[tuple[str, ...], str]:
-    """A row of the table and the largest costs; nothing stays on the device."""
+    """A row of the table, and a line with the largest costs. Frees the device's memory at the end."""
     say(f"compiling {name}")
     step, peak = Step(config_of(args, plain)), chip(jax.devices()[0].device_kind)
     seconds = min(in_turns({name: functools.partial(step, 4)}, args.runs)[name]) / 4

@@ -1,10 +1,11 @@
-"""Which attention is fastest for packed rows? Each path that this device has, forward alone and with gradients.
+"""Which attention path is fastest for packed rows? Times each path of this device, forward and with gradients.
 
     python benchmarks/attention.py [--tokens 2048 8192] [--heads 32] [--kv-heads 8] [--head-dim 128] [--window 1024]
 
-Every row holds four documents. `xla` is the reference in one piece, `blocks` the same by blocks of queries; `cudnn`
-runs on an NVIDIA GPU, `splash` on a TPU. Errors are the largest difference from float32 `blocks` on the same inputs,
-over the largest entry, of the result and of the gradient of the keys. A path that runs out of memory says so.
+Every row holds four documents. `xla` is the reference, computed in one piece. `blocks` computes the same in blocks of
+queries. `cudnn` runs on an NVIDIA GPU, `splash` on a TPU. The errors are those of the result and of the gradient of the
+keys: the largest difference from float32 `blocks` on the same inputs, divided by the largest entry. If a path runs out
+of memory, the table says so.
 """
 
 import dataclasses
@@ -25,28 +26,28 @@ from mtp_jax.kernels.blocks import attention_by_blocks
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Shapes, and how often to time."""
+    """Shapes, and the number of timed runs."""
 
     tokens: tuple[int, ...] = (512, 2048, 8192)
     """Tokens of a row, multiples of 128."""
     batch_tokens: int = 16_384
-    """Tokens of all rows; at least one row."""
+    """Tokens of all rows together; there is at least one row."""
     heads: int = 32
-    """Query heads."""
+    """Number of query heads."""
     kv_heads: int = 8
-    """Key/value heads."""
+    """Number of key-value heads."""
     head_dim: int = 128
-    """Width of a head."""
+    """Width of an attention head."""
     window: int = 0
-    """Slots that a query sees; 0 is all before it."""
+    """Number of slots that a query sees; 0 is all slots up to its own."""
     dtype: str = "bfloat16"
-    """Of queries, keys and values."""
+    """Dtype of queries, keys and values."""
     repeats: int = 10
-    """Timed runs, of which the median counts."""
+    """Number of timed runs; the median counts."""
 
 
 def paths(args: Args, form: Form, tokens: int) -> dict[str, Callable[..., jax.Array]]:
-    """The paths of this device by name."""
+    """The attention paths that run on this device, by name."""
     found = {
         "xla": functools.partial(attention, form=form),
         "blocks": functools.partial(attention_by_blocks, form=form),
@@ -62,7 +63,7 @@ def paths(args: Args, form: Form, tokens: int) -> dict[str, Callable[..., jax.Ar
 
 
 def milliseconds(run: Callable[..., object], arrays: tuple[jax.Array, ...], repeats: int) -> float:
-    """Median of the timed runs, the first one left out."""
+    """Median time of the timed runs. A first run is not timed."""
     jax.block_until_ready(run(*arrays))
     took = []
     for _ in range(repeats):
@@ -73,7 +74,8 @@ def milliseconds(run: Callable[..., object], arrays: tuple[jax.Array, ...], repe
 
 
 def with_gradients(path: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
-    """The result, and the gradients of queries, keys and values of half the sum of its squares."""
+    """A function that also returns gradients. They are for half the sum of squares of the result, with respect to
+    queries, keys and values."""
 
     def run(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, *where: jax.Array) -> tuple[jax.Array, ...]:
         mixed_BTNH, pull = jax.vjp(lambda *given: path(*given, *where), q_BTNH, k_BKSH, v_BKSH)
@@ -83,13 +85,13 @@ def with_gradients(path: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Ar
 
 
 def error(actual: jax.Array, exact: jax.Array) -> float:
-    """The largest difference over the largest entry."""
+    """The largest difference, divided by the largest entry."""
     exact = np.asarray(exact, np.float32)
     return float(np.abs(np.asarray(actual, np.float32) - exact).max() / np.abs(exact).max())
 
 
 def main() -> None:
-    """Times and prints."""
+    """Times the paths and prints the table."""
     args = tyro.cli(Args, description=__doc__)
     window = (jnp.int32(args.window), (args.window,)) if args.window else (None, ())
     form = Form(args.head_dim**-0.5, 0.0, *window)

@@ -1,10 +1,10 @@
-"""Plain decoding of mtp_jax and of transformers on torch, at the same shapes, by turns.
+"""Compares plain decoding of mtp_jax with transformers on torch, at the same shapes, in alternating runs.
 
     python benchmarks/decode_peers.py --torch-python PATH_TO_A_PYTHON_WITH_TORCH_AND_TRANSFORMERS
 
-Random weights, prompts of 64 tokens, 128 new tokens, float32, greedy, all layers in the next-token path. transformers
-decodes with its default cache. Milliseconds per step of the whole batch, prefill included on both sides; the best of
-three runs.
+Random weights, no extra heads, prompts of 64 tokens, 128 new tokens, float32, greedy. transformers decodes with its
+default cache. The figures are milliseconds per step of the whole batch, prefill included on both sides. The best of
+three runs counts.
 """
 
 import dataclasses
@@ -47,16 +47,16 @@ print(json.dumps(1e3 * best / new))
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to run."""
+    """Arguments of the benchmark."""
 
     torch_python: str
-    """A Python with torch and transformers; it may be of another environment."""
+    """Path of a Python with torch and transformers. It may belong to another environment."""
     threads: int = 2
-    """Threads of torch."""
+    """Number of threads that torch uses."""
 
 
 def ours(shape: tuple[int, ...], batch: int) -> float:
-    """Milliseconds per step."""
+    """Milliseconds per step of mtp_jax."""
     layers, width, ff, vocab, heads = shape
     model = ModelConfig(
         vocab_size=vocab,
@@ -81,7 +81,7 @@ def ours(shape: tuple[int, ...], batch: int) -> float:
 
 
 def main() -> None:
-    """Prints one line per shape and batch."""
+    """Prints one line per shape and batch size."""
     args = tyro.cli(Args)
     code = PEER.replace("{threads}", str(args.threads))
     for name, shape in SHAPES.items():

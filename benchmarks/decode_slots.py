@@ -1,4 +1,6 @@
-"""Milliseconds of a plain step over about 100 live tokens, in a request that may grow to 8,192 slots and in one of 256.
+"""Does a large cache slow decoding down while it is nearly empty?
+
+Times a plain step over about 100 tokens, with a cache of 8,192 slots and with one of 256 slots.
 
 python benchmarks/decode_slots.py
 """
@@ -23,7 +25,7 @@ ROUNDS = 64
 
 
 def main() -> None:
-    """Prints the medians of 9 runs by turns."""
+    """Prints the medians of 9 alternating runs."""
     config = read_config("configs/bench_30m.py")
     params = jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0))
     lm = LoadedModel(config, params, None, sharding.make_mesh(MeshConfig()))

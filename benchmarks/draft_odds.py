@@ -1,10 +1,10 @@
-"""How often are drafts right, by how sure their drafter is? Where the numbers in `decode/drafters.py` come from.
+"""How often are drafts right, given how sure their drafter is? The numbers in `decode/drafters.py` come from here.
 
     python benchmarks/draft_odds.py smollm2 DATA [--skip 20] [--prompts 40] [--new-tokens 128]
 
-DATA is that of `real_checkpoint.py`, whose prompts are skipped. The model answers greedily. At every position of every
-answer heads and lookup draft, whether decoding would stop there or not, and each draft is compared with what the model
-said. Heads must be without caches (`heads.attention=False`).
+DATA is the same as for `real_checkpoint.py`; the prompts used there are skipped. The model answers greedily. Then the
+heads and lookup draft at every position of every answer, also where no round of decoding would begin. Each draft is
+compared with the model's answer. The heads must not have caches (`heads.attention=False`).
 """
 
 import argparse
@@ -33,7 +33,8 @@ COUNT = 3
 
 
 def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, new: int) -> tuple:
-    """Drafts of heads, their probabilities, drafts of lookup and matched tokens behind each of `new` tokens."""
+    """After each of `new` tokens: the drafts of the heads, their probabilities, the drafts of lookup, and the number of
+    tokens that lookup matched."""
     config = lm.config
     S = ids_S.shape[0]
     zero_B = jnp.zeros((1,), jnp.int32)
@@ -57,12 +58,12 @@ def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, ne
 
 
 def share(right: list[bool]) -> str:
-    """Share and number."""
+    """The share of right drafts, and the number of drafts, as text."""
     return f"{np.mean(right):.2f} ({len(right):,})" if right else "-"
 
 
 def main() -> None:
-    """Counts and publishes."""
+    """Counts right drafts and publishes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("data", type=pathlib.Path)
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def count(new: list[int], drafts: list[np.ndarray], by_sure: dict, lookups: dict) -> None:
-    """Adds one answer: a draft counts where those before it were right."""
+    """Adds the counts of one answer. A draft counts only if all drafts before it were right."""
     heads_TP, sure_TP, found_TP, matched_T = drafts
     for t in range(len(heads_TP)):
         said = new[t + 1 : t + 1 + COUNT]

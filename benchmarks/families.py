@@ -1,10 +1,11 @@
-"""Every head family on the same text, at about the same number of parameters and the same number of steps.
+"""Compares all head families on the same text, with about the same number of parameters and the same number of steps.
 
     python benchmarks/families.py [--steps 600] [--families parallel sequential ...] [--workdir runs/families]
 
-The shape is that of `mtp quickstart`; the next-token path has as many blocks as bring the whole model nearest to the
-parameters of a plain model of `--layers` blocks. Per family: parameters, held-out loss and accuracy by head, tokens per
-round of greedy drafting on held-out prompts, and time per training step. A run that is there is not trained again.
+The shape is that of `mtp quickstart`. The number of blocks in the trunk is chosen so that the whole model comes nearest
+to the number of parameters of a plain model with `--layers` blocks. For each family the table has the parameters, the
+held-out loss and accuracy by head, and the tokens per round of greedy decoding on held-out prompts. A second table has
+the time per training step. A run that exists already is not trained again.
 """
 
 import dataclasses
@@ -42,24 +43,24 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to train."""
+    """Arguments of the benchmark."""
 
     families: tuple[str, ...] = tuple(FAMILIES)
-    """Which of them."""
+    """Families to compare."""
     config: str = "configs/quickstart.py"
     """Shape, data and optimizer."""
     layers: int = 6
-    """Blocks of the plain model that sets the number of parameters."""
+    """Number of blocks of the plain model that sets the number of parameters."""
     steps: int = 600
-    """Training steps."""
+    """Number of training steps."""
     prompts: int = 16
-    """Held-out prompts that are decoded."""
+    """Number of held-out prompts that are decoded."""
     workdir: pathlib.Path = pathlib.Path("runs/families")
-    """Where runs go."""
+    """Directory for the runs."""
 
 
 def variant(base: Config, heads: dict, budget: int) -> Config:
-    """The family with the number of blocks that comes nearest to the budget of parameters."""
+    """The config of a family with the number of blocks that comes nearest to `budget` parameters."""
 
     def with_layers(count: int) -> Config:
         fields = heads | ({"tap": count} if heads.get("tap") == "top" else {})
@@ -71,7 +72,7 @@ def variant(base: Config, heads: dict, budget: int) -> Config:
 
 
 def step_times(configs: dict[str, Config]) -> dict[str, float]:
-    """Milliseconds of a training step, the median of turns that all families take one after the other."""
+    """Milliseconds of a training step. The runs of the families alternate; the median counts."""
     mesh, ready, times = make_mesh(MeshConfig()), {}, {name: [] for name in configs}
     for name, config in configs.items():
         steps, shape = compile_steps(config, mesh), (config.train.batch_size, config.data.seq_len)
@@ -91,7 +92,7 @@ def step_times(configs: dict[str, Config]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Trains, evaluates, prints one table."""
+    """Trains and evaluates the families, and prints two tables."""
     args = tyro.cli(Args, description=__doc__)
     base = read_config(args.config)
     base = dataclasses.replace(

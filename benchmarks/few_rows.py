@@ -1,9 +1,10 @@
-"""What does a product with a few rows cost on a CPU, as a chain of SwiGLU layers, by how it is written?
+"""What does a matrix product with a few rows cost on a CPU? Compares several ways to write it, in SwiGLU layers.
 
     python benchmarks/few_rows.py [--layers 30] [--width 576] [--inner 1536] [--runs 15]
 
-A round of decoding multiplies 2 to 6 rows where a plain step multiplies one. The weights (30 x 3 x 576 x 1536 float32,
-318 MB) do not fit into a cache, so one row is as fast as memory is. The floor of every row count is that of one.
+A round of decoding multiplies 2 to 6 rows; a plain step multiplies one. The weights (30 x 3 x 576 x 1536 float32, 318
+MB) do not fit into a cache, so the product with one row is as fast as memory allows. Its time is the floor for every
+number of rows.
 """
 
 import argparse
@@ -20,7 +21,7 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 16)
 
 
 def at_once(x: jax.Array, w: jax.Array) -> jax.Array:
-    """As XLA multiplies."""
+    """XLA's product of all rows."""
     return x @ w
 
 
@@ -30,27 +31,27 @@ def transposed(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def row_by_row(x: jax.Array, w: jax.Array) -> jax.Array:
-    """One product a row."""
+    """One product per row."""
     return jnp.concatenate([row[None] @ w for row in x])
 
 
 def summed(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A fused loop over products, weights as [outputs, inputs]."""
+    """A fused loop that multiplies and sums, with the weights as [outputs, inputs]."""
     return jnp.sum(x[:, None, :] * w[None], axis=2)
 
 
 def tiles(count: int) -> Callable:
-    """Row by row, over columns in `count` parts, so that a part stays in a core's own cache."""
+    """Row by row, with the columns in `count` parts, so that a part stays in the cache of one core."""
     return lambda x, parts: jnp.concatenate([row_by_row(x, part) for part in parts], axis=1)
 
 
 def cut(weights: list[jax.Array], count: int) -> list[tuple[jax.Array, ...]]:
-    """Every matrix in parts of its columns, each an array of its own."""
+    """Cuts the columns of every matrix into parts. Each part is a separate array."""
     return [tuple(jnp.array(part) for part in np.split(np.asarray(w), count, axis=1)) for w in weights]
 
 
 def chain(product: Callable, x: jax.Array, inner: list, outer: list) -> jax.Array:
-    """SwiGLU layers, one behind the other."""
+    """A chain of SwiGLU layers."""
     for i, down in enumerate(outer):
         x = x + product(jnp.tanh(product(x, inner[2 * i])) * product(x, inner[2 * i + 1]), down)
         x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True))
@@ -69,7 +70,7 @@ def milliseconds(run: Callable, runs: int) -> float:
 
 
 def main() -> None:
-    """Measures and publishes."""
+    """Measures all ways and publishes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--width", type=int, default=576)

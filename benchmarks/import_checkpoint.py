@@ -1,9 +1,9 @@
-"""How long importing a checkpoint takes against reading its file, and how much memory it needs.
+"""How long does it take to import a checkpoint, compared with reading its file? How much memory does it need?
 
     python benchmarks/import_checkpoint.py
 
-Writes a random Llama checkpoint (1.2 GB of float32 by default), reads the file whole, and loads it in processes of
-their own. Memory is the largest resident size of such a process, imports and parameters included.
+The script writes a random Llama checkpoint (by default 1.2 GB of float32). Separate processes read the whole file, or
+import it. Memory is the largest resident size of such a process, with Python's imports and the parameters.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Args:
     d_ff: int = 4096
     vocab: int = 32_000
     repeats: int = 5
-    """Processes of each kind; the fastest counts."""
+    """Number of processes of each kind; the fastest counts."""
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def write_checkpoint(args: Args, directory: pathlib.Path) -> int:
-    """A random Llama; returns the bytes of its file."""
+    """Writes a random Llama checkpoint, and returns the size of its file in bytes."""
     D, F, rng = args.d_model, args.d_ff, np.random.default_rng(0)
     block = {
         "self_attn.q_proj": (D, D),
@@ -105,7 +105,7 @@ def write_checkpoint(args: Args, directory: pathlib.Path) -> int:
 
 
 def child(program: str, *arguments: str) -> dict[str, float]:
-    """What a process of its own prints."""
+    """Runs a separate process, and returns what it prints."""
     command = [sys.executable, "-c", program, *arguments]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

@@ -1,12 +1,12 @@
-"""Does the input pipeline keep up? Tokens per second of Grain alone against what the training step consumes.
+"""Is the data loader fast enough? Compares the tokens per second of Grain with those that the training step uses.
 
     python benchmarks/input_pipeline.py                                           # about 2 minutes on two cores
     python benchmarks/input_pipeline.py --configs configs/tiny.py --seconds 1 --runs 1 --results ''    # a trial
 
-Grain alone: batches of packed rows from a memory-mapped file of random tokens in documents of 300, drawn as `mtp train`
-draws them, for as long as asked. The step: on one batch again and again, and fed with the next batch each time, in
-turns; the last column is the median over turns of the one time over the other. On a CPU Grain's threads take part of
-what the step could use.
+Grain alone reads batches as `mtp train` does: packed rows from a memory-mapped file of random tokens, in documents of
+300 tokens. The step runs in two ways, in alternating runs: on the same batch again and again, and with a new batch each
+time. The last column is the median ratio of the two times. On a CPU the threads of Grain use time that the step could
+use.
 """
 
 import dataclasses
@@ -34,22 +34,22 @@ DOCUMENT = 300
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to measure."""
+    """Arguments of the benchmark."""
 
     configs: tuple[str, ...] = ("configs/tiny.py", "configs/quickstart.py", "configs/bench_30m.py")
-    """Configs; batch size, row length and vocabulary are theirs."""
+    """Configs that give batch size, row length and vocabulary."""
     tokens: int = 20_000_000
-    """Tokens of the file."""
+    """Number of tokens in the file."""
     seconds: float = 5.0
-    """How long Grain runs alone."""
+    """Seconds for which Grain runs alone."""
     runs: int = 5
-    """Timed turns of the step."""
+    """Number of timed runs of the step."""
     results: str = RESULTS
-    """File to append to; empty only prints."""
+    """File to append the table to; with an empty name the table is only printed."""
 
 
 def corpus_of(config: Config, tokens: int, directory: pathlib.Path) -> Corpus:
-    """Random tokens, prepared as a run prepares its corpus."""
+    """A corpus of random tokens, prepared in the same way as that of a run."""
     source, shape = directory / "tokens.npy", (max(tokens // DOCUMENT, 2), DOCUMENT)
     np.save(source, np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32))
     changes = {"data.source": str(source), "data.tokenizer": "none", "data.prompt_tokens": 0}
@@ -57,7 +57,7 @@ def corpus_of(config: Config, tokens: int, directory: pathlib.Path) -> Corpus:
 
 
 def grain_speed(config: Config, corpus: Corpus, seconds: float) -> float:
-    """Tokens per second of the iterator, its first batches left out."""
+    """Tokens per second of the iterator, without its first batches."""
     batches = train_batches(corpus.train, config.train.batch_size, config.train.seed)
     for _ in range(8):
         next(batches)
@@ -68,7 +68,7 @@ def grain_speed(config: Config, corpus: Corpus, seconds: float) -> float:
 
 
 def step_times(config: Config, corpus: Corpus, runs: int) -> dict[str, list[float]]:
-    """Seconds of a step on one batch, and fed by the iterator."""
+    """Seconds of a step: on the same batch again and again, and with batches from the iterator."""
     step, batches = Step(config), train_batches(corpus.train, config.train.batch_size, config.train.seed)
 
     def fed() -> StepMetrics:
@@ -79,7 +79,7 @@ def step_times(config: Config, corpus: Corpus, runs: int) -> dict[str, list[floa
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures and publishes the table."""
     args = tyro.cli(Args, description=__doc__)
     rows = []
     for path in args.configs:

@@ -1,14 +1,14 @@
-"""What does the fused loss save? Time, temporaries and exactness of the loss op in five forms, by vocabulary and heads.
+"""What does the fused loss save? Time, temporaries and exactness of five forms of the loss, by vocabulary and heads.
 
     python benchmarks/loss_op.py                                       # about 20 minutes on two cores, 12 GB free
     python benchmarks/loss_op.py --vocab 32000 --tokens 2048 --heads 1 4 8 --runs 5    # the targets alone, 8 minutes
     python benchmarks/loss_op.py --vocab 4096 --tokens 512 --heads 2 --runs 1 --results ''     # a trial, seconds
 
-Each line is `mtp bench loss` at that shape: value and gradient of naive logits, optax, remat per chunk, the fused op
-over every token (`fused`) and without the eighth of them that weighs nothing (`skip`, as training runs it), in turns
-with square matrix products of as many operations as every token takes, width 512, float32. Fewer tokens for the large
-vocabulary keep naive logits within memory. Ratios are medians over turns; gradient errors are against float64 on 32
-tokens a head.
+Each line is `mtp bench loss` at that shape: value and gradient of naive logits, optax, remat per chunk, the fused loss
+over all tokens (`fused`), and the fused loss without the eighth of the tokens that has weight 0 (`skip`, as in
+training). Their runs alternate with square matrix products that have the same number of operations as the loss over all
+tokens. The width is 512, in float32. With the large vocabulary there are fewer tokens, so that naive logits fit into
+memory. Ratios are medians over the runs. Gradient errors are measured against float64, on 32 tokens per head.
 """
 
 import dataclasses
@@ -23,26 +23,26 @@ from mtp_jax.cli.bench.loss import Args as Shape
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """The grid."""
+    """The shapes to measure."""
 
     vocab: tuple[int, ...] = (4096, 32_000, 152_064)
     """Vocabularies."""
     tokens: tuple[int, ...] = (2048, 2048, 512)
-    """Tokens, one number per vocabulary."""
+    """Number of tokens, one for each vocabulary."""
     heads: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of heads M."""
     dtype: str = "float32"
     """Dtype of states and unembedding."""
     runs: int = 3
-    """Timed turns of each line."""
+    """Number of timed runs of each line."""
     budget: float = 120.0
-    """Seconds after which no further turn of a line begins; the table says how many there were."""
+    """Seconds after which no further run of a line starts. The table shows the number of runs."""
     results: str = RESULTS
-    """File to append to; empty only prints."""
+    """File to append the table to; with an empty name the table is only printed."""
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures and publishes the table."""
     args = tyro.cli(Args, description=__doc__)
     rows, temporaries = [], {}
     for vocab, tokens in zip(args.vocab, args.tokens, strict=True):

@@ -1,15 +1,15 @@
-"""The training step beside MaxText 0.2.5, a JAX trainer that has DeepSeek's multi-token heads, at the same shapes.
+"""Compares the training step with MaxText 0.2.5, a JAX trainer with DeepSeek's multi-token heads, at the same shapes.
 
-    python3.12 -m venv DIR && DIR/bin/pip install 'maxtext[tpu]==0.2.5'         # 2.4 GB; a Python of its own
+    python3.12 -m venv DIR && DIR/bin/pip install 'maxtext[tpu]==0.2.5'         # 2.4 GB; a separate Python
     python benchmarks/maxtext.py --maxtext-python DIR/bin/python            # about 6 minutes on two cores, 5 GB free
     python benchmarks/maxtext.py --maxtext-python DIR/bin/python --steps 5 --layers 4 --seq-len 128 --results ''
 
-Width 512, 8 layers, feed-forward 1,408, vocabulary 32,000, 4 rows of 512 tokens, float32, AdamW with clipping. Three
-pairs: no extra heads; three sequential depths in both; and three parallel heads at the parameters of the plain model,
-against MaxText's three depths. Every run is a process of its own, one after the other. A step's time is the median of a
-run's steps but the first three (compilation, and what MaxText's timer defers), memory the process's largest resident
-set. The speed of a numpy matrix product just before each run shows whether the machine was as fast for both. The third
-command above is a trial.
+Width 512, 8 layers, feed-forward 1,408, vocabulary 32,000, 4 rows of 512 tokens, float32, AdamW with clipping. There
+are three pairs: no extra heads; three sequential heads in both; and three parallel heads, with the parameters of the
+plain model, against three sequential heads in MaxText. Every run is a separate process, one after the other. The time
+of a step is the median over the steps of a run, without the first three (compilation, and work that MaxText's timer
+counts late). Memory is the largest resident set of the process. A numpy matrix product is timed just before each run;
+its speed shows whether the machine was equally fast for both. The third command above is a trial.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 from reporting import RESULTS, Report
 
-# This process stays small and without jax: what a child inherits counts as its own resident set.
+# This process must stay small and must not load jax: memory that a child inherits counts as its resident set.
 
 WARMUP = 3
 OURS = {
@@ -40,12 +40,12 @@ TARGETS = {"next token": 1.5, "sequential, M = 4": 1.5, "parallel, M = 4": 1.8}
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to run."""
+    """Arguments of the benchmark."""
 
     maxtext_python: str = ""
-    """The Python that has MaxText."""
+    """Path of the Python that has MaxText."""
     layers: int = 8
-    """Blocks of the plain model."""
+    """Number of blocks of the plain model."""
     vocab: int = 32_000
     """Vocabulary."""
     seq_len: int = 512
@@ -55,29 +55,29 @@ class Args:
     steps: int = 9
     """Steps of a run."""
     remat: str = "dots"
-    """Our `model.remat`; MaxText's is its default `minimal`, which keeps products too."""
+    """Our `model.remat`. MaxText uses its default `minimal`, which also keeps products."""
     turns: int = 1
-    """How often everything runs; medians count."""
+    """Number of repetitions; medians count."""
     results: str = RESULTS
-    """File to append to; empty only prints."""
+    """File to append the table to; with an empty name the table is only printed."""
     child: str = ""
-    """For this script's own use: the one of ours that this process runs."""
+    """Used only by this script: the run of mtp_jax that this process makes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One process."""
+    """The figures of one process."""
 
     seconds: float
-    """A step's."""
+    """Seconds of a step."""
     resident: int
-    """Bytes."""
+    """Largest resident set, in bytes."""
     machine: float
-    """Operations per second of a numpy product just before."""
+    """Operations per second of a numpy product just before the run."""
 
 
 def ours(args: Args) -> None:
-    """Trains in this process, and prints the steps' times as JSON."""
+    """Trains in this process, and prints the times of the steps as JSON."""
     import jax
     from shapes import config
 
@@ -93,7 +93,7 @@ def ours(args: Args) -> None:
 
 
 def maxtext_command(args: Args, depths: int, directory: str) -> list[str]:
-    """MaxText's command line at our shape."""
+    """The command line of MaxText for our shape."""
     find = "import importlib.util as u; print(u.find_spec('maxtext').submodule_search_locations[0])"
     package = subprocess.run([args.maxtext_python, "-c", find], capture_output=True, text=True, check=True)
     settings = {
@@ -126,7 +126,7 @@ def maxtext_command(args: Args, depths: int, directory: str) -> list[str]:
 
 
 def run(command: list[str], directory: str, python_path: bool) -> Run:
-    """Runs a command to its end and reads its steps' times and its largest resident set."""
+    """Runs a command, and reads the times of its steps and its largest resident set."""
     machine, log = machine_speed(), os.path.join(directory, "log")
     env = {name: value for name, value in os.environ.items() if python_path or name != "PYTHONPATH"}
     with open(log, "w", encoding="utf-8") as file:
@@ -144,13 +144,13 @@ def run(command: list[str], directory: str, python_path: bool) -> Run:
 
 
 def step_times(text: str) -> list[float]:
-    """Seconds of every step: MaxText's lines, or our JSON in the last line."""
+    """Seconds of every step, from the output: lines of MaxText, or our JSON in the last line."""
     lines = re.findall(r"completed step: \d+, seconds: ([0-9.]+)", text)
     return [float(seconds) for seconds in lines] or json.loads(text.strip().splitlines()[-1])
 
 
 def machine_speed() -> float:
-    """Operations per second of a float32 product of 2,048 square matrices, the best of a second's."""
+    """Operations per second of a float32 product of two 2,048 x 2,048 matrices: the best within a second."""
     matrix, best, began = np.ones((2048, 2048), np.float32), float("inf"), time.perf_counter()
     while time.perf_counter() - began < 1:
         start = time.perf_counter()
@@ -160,14 +160,14 @@ def machine_speed() -> float:
 
 
 def main() -> None:
-    """Runs everything and reports, or is one of our runs."""
+    """Runs all pairs and reports; or, in a child process, makes one of our runs."""
     args = tyro.cli(Args, description=__doc__)
     if args.child:
         return ours(args)
     if not args.maxtext_python:
         raise SystemExit("--maxtext-python is missing: the Python of an environment with maxtext[tpu]==0.2.5")
     if args.steps <= WARMUP:
-        raise SystemExit(f"--steps {args.steps} leaves none after the first {WARMUP}")
+        raise SystemExit(f"--steps {args.steps} leaves no step to time after the first {WARMUP}; give more")
     runs: dict[object, list[Run]] = {}
     with tempfile.TemporaryDirectory() as directory:
         for turn in range(args.turns):

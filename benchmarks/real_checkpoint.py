@@ -2,13 +2,13 @@
 
     python benchmarks/real_checkpoint.py smollm2 DATA [--prompts 20] [--new-tokens 128] [--temperature 0] [--peer DIR]
 
-DATA holds `humaneval.jsonl`, `mtbench_prompts.jsonl` and `gsm8k_test.jsonl`: code to go on with, questions of a chat,
-and problems of mathematics, the last two as conversations. Float32, one prompt at a time. Every side decodes the same
-prompts; sides take turns prompt by prompt. With --peer DIR transformers decodes them too, plainly and with its prompt
-lookup.
+DATA holds `humaneval.jsonl`, `mtbench_prompts.jsonl` and `gsm8k_test.jsonl`: code to continue, chat questions, and
+mathematical problems. The last two are conversations. Float32, one prompt at a time. A side is a way of decoding. All
+sides decode the same prompts; they alternate prompt by prompt. With --peer DIR transformers also decodes them, plainly
+and with its prompt lookup.
 
-Beside the gain stands what the parts allow: tokens per round x plain step / (pass + drafting), each part timed alone. A
-round that verifies no drafts counts as a plain step with drafting.
+The column "parts allow" is the gain that follows from the parts: tokens per round x plain step / (pass + drafting),
+with each part timed alone. A round that verifies no drafts counts as a plain step with drafting.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def prompts_of(data: pathlib.Path, kind: str, count: int) -> list[Any]:
 
 
 def peer(directory: pathlib.Path, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, float]:
-    """Milliseconds of transformers per token, plainly and with its own prompt lookup."""
+    """Milliseconds per token of transformers, plainly and with its prompt lookup."""
     import torch
     import transformers
 
@@ -68,7 +68,8 @@ WARM, REPEATS = 5, 15
 
 
 def parts_ms(lm: LoadedModel, tokens: int) -> tuple[float, float]:
-    """Milliseconds of a pass over so many tokens up to the chosen ones, and of what the heads add behind it."""
+    """Milliseconds of a pass over each number of tokens, until the tokens are chosen; and milliseconds that the heads
+    take after it."""
     config, params = lm.config, lm.decode_params
     start_B, ids_BQ = jnp.full((1,), SLOTS // 2), jnp.ones((1, tokens), jnp.int32)
     caches = mtp.init_caches(config, 1, SLOTS)
@@ -108,13 +109,13 @@ def _least_ms(run: Any, state: Any) -> tuple[float, Any]:
 
 
 def allowed(one: Result, plain: float, wide: float, drafting: float) -> float:
-    """The gain that the parts allow."""
+    """The gain that follows from the times of the parts."""
     drafting = drafting if "heads" in one.side else 0.0
     return one.tokens_per_round * plain / (one.verified * wide + (1 - one.verified) * plain + drafting)
 
 
 def main() -> None:
-    """Measures and publishes."""
+    """Measures and publishes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("data", type=pathlib.Path)

@@ -1,13 +1,13 @@
-"""What does recomputation cost, and what does it save? The training step under each `model.remat`, and accumulated.
+"""What does recomputation cost, and what does it save? Time and memory of the training step for each `model.remat`.
 
     python benchmarks/remat.py                                                  # about 5 minutes on two cores
     python benchmarks/remat.py --heads 1 --accum 1 --batch-size 16 --dtype bfloat16
     python benchmarks/remat.py --layers 3 --vocab 512 --runs 1 --results ''     # a trial
 
-Width 512, feed-forward 1,408, AdamW, parallel heads with blocks taken from the trunk. All steps run in turns in one
-process. `recomputed` is what the step's trace multiplies beyond what the model asks for, as a share of that; attention
-by blocks leaves out a part of what is masked, so that it may be below 0. On a CPU the host's memory is the device's, so
-that offload saves nothing over block there.
+Width 512, feed-forward 1,408, AdamW, parallel heads with blocks taken from the trunk. Steps with gradient accumulation
+are measured, too. The runs of all steps alternate in one process. `recomputed` is the share of additional operations in
+the step, compared with those that the model needs. It can be below 0, because attention in blocks skips a part of the
+masked scores. On a CPU the memory of the host is that of the device, so that offload saves nothing over block there.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ POLICIES = ("none", "dots", "block", "offload")
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to measure."""
+    """Arguments of the benchmark."""
 
     policies: tuple[str, ...] = POLICIES
-    """Values of `model.remat`; the first is what the others are compared with."""
+    """Values of `model.remat`. The others are compared with the first."""
     accum: tuple[int, ...] = (1, 4)
-    """Micro-batches per step; other than 1 with the first policy only."""
+    """Numbers of micro-batches per step. Numbers above 1 are measured only with the first policy."""
     heads: int = 4
-    """Prediction heads M."""
+    """Numbers of heads M, head 0 included."""
     layers: int = 8
-    """Blocks in all, those of the heads included."""
+    """Number of blocks, those of the heads included."""
     vocab: int = 32_000
     """Vocabulary."""
     batch_size: int = 4
@@ -48,13 +48,13 @@ class Args:
     dtype: str = "float32"
     """`model.dtype`."""
     runs: int = 3
-    """Timed turns."""
+    """Number of timed runs."""
     results: str = RESULTS
-    """File to append to; empty only prints."""
+    """File to append the table to; with an empty name the table is only printed."""
 
 
 def configs(args: Args) -> dict[str, Config]:
-    """The runs by name, the one that the others are compared with first."""
+    """The runs by name. The first is the one that the others are compared with."""
     shape = dict(total_layers=args.layers, vocab_size=args.vocab, batch_size=args.batch_size, seq_len=args.seq_len)
     plain = config(num_future=args.heads, **shape)
 
@@ -68,14 +68,14 @@ def configs(args: Args) -> dict[str, Config]:
 
 
 def recomputed(config: Config) -> float:
-    """Operations of the step's matrix products over those that the model asks for, less 1."""
+    """Operations of the step's matrix products divided by those that the model needs, minus 1."""
     jaxpr = programs.train_step(config, sharding.mesh_of(config)).traced.jaxpr.jaxpr
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return flops.count(needed).flops / step_flops(config, config.train.batch_size, config.data.seq_len) - 1
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures and publishes the table."""
     args = tyro.cli(Args, description=__doc__)
     runs = configs(args)
     rows = []

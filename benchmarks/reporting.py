@@ -1,4 +1,4 @@
-"""What the benchmarks share: one table, printed and appended to RESULTS.md with command, machine, versions and date."""
+"""The table of a benchmark: it is printed, and appended to RESULTS.md with command, machine, versions and date."""
 
 import dataclasses
 import datetime
@@ -16,13 +16,13 @@ RESULTS = str(pathlib.Path(__file__).with_name("RESULTS.md"))
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A titled table with what it takes to run it again."""
+    """A table with a title and a note."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
-    """What the figures are and what they do not say."""
+    """Explanation of the figures and their limits."""
 
     def table(self) -> str:
         """The table in Markdown."""
@@ -33,8 +33,8 @@ class Report:
         """Prints the table, and appends it to a file.
 
         Args:
-          results: path of the file; empty only prints.
-          device: what the figures were taken on, as `jax.Device.device_kind` says.
+          results: path of the file; with an empty path the table is only printed.
+          device: the device of the measurement, `jax.Device.device_kind`.
         """
         note = [self.note] if self.note else []
         print("", self.table(), *note, sep="\n", flush=True)
@@ -54,7 +54,7 @@ def provenance(device: str) -> str:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The name of the processor, if the system reports it."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
     for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else ():
@@ -66,7 +66,7 @@ def processor() -> str:
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The p of the power law `value = c * size^p` that fits best in the least squares of logarithms."""
+    """The exponent p of the power law `value = c * size^p`, fitted by least squares of the logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))

@@ -1,14 +1,14 @@
-"""How do time and memory grow? The training step as batch, length, layers, vocabulary and heads grow, one at a time.
+"""How do time and memory of the training step grow with batch, row length, layers, vocabulary and heads?
 
     python benchmarks/scaling.py                                     # about 6 minutes on two cores, 4 GB free
     python benchmarks/scaling.py --points 2 --only batch_size --runs 1 --results ''      # a trial
 
-Width 256, feed-forward 704, float32, AdamW. From 4 rows of 256 tokens, 4 blocks, vocabulary 8,192 and M = 4 parallel
-heads at equal parameters, one dimension at a time doubles a few times. The exponent p of `c * size^p` is fitted to step
-time and to temporaries, and stands beside the one fitted in the same way to what is expected: operations for time
-(`mtp_jax.cost.flops`), for memory `expected_bytes`. Time is divided by that of matrix products in the same turn, so
-that a machine that slows down does not bend it. Where an exponent is larger than expected, something grows that should
-not; smaller means that fixed costs still count.
+Width 256, feed-forward 704, float32, AdamW. The base has 4 rows of 256 tokens, 4 blocks, vocabulary 8,192 and M = 4
+parallel heads at equal parameters. One dimension at a time is doubled a few times. The exponent p of `c * size^p` is
+fitted to the time of a step and to its temporaries. Next to it is the exponent for the expected values: operations
+(`mtp_jax.cost.flops`) for time, `expected_bytes` for memory. Times are divided by the time of matrix products in the
+same run, so that a slower machine does not change the exponent. An exponent above the expected one means that something
+grows that should not. An exponent below it means that fixed costs still matter.
 """
 
 import dataclasses
@@ -30,25 +30,25 @@ STARTS = {"batch_size": 2, "seq_len": 128, "total_layers": 4, "vocab_size": 4096
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to measure."""
+    """Arguments of the benchmark."""
 
     points: int = 4
-    """Sizes of each dimension, each twice the one before; three of M."""
+    """Number of sizes of each dimension, each twice the one before; for M there are three."""
     only: tuple[Literal["batch_size", "seq_len", "total_layers", "vocab_size", "num_future"], ...] = tuple(STARTS)
-    """Dimensions."""
+    """Dimensions to measure."""
     remat: str = "dots"
     """`model.remat`."""
     runs: int = 3
-    """Timed turns."""
+    """Number of timed runs."""
     results: str = RESULTS
-    """File to append to; empty only prints."""
+    """File to append the table to; with an empty name the table is only printed."""
 
 
 def expected_bytes(run: Config) -> float:
-    """Temporaries of a step in float32 that keeps its matrix products: what has to be there at the end of the loss.
+    """The expected temporaries of a step in float32 that keeps its matrix products, at the end of the loss.
 
-    Per parameter its gradient; per token and block the block's input and the results of its seven products; per token
-    and head the state that the loss reads and its gradient.
+    These are: for each parameter, its gradient; for each token and block, the block's input and the results of its
+    seven products; for each token and head, the state that the loss reads, and its gradient.
     """
     c, tokens = run.model, run.train.batch_size * run.data.seq_len
     blocks = c.num_layers + run.heads.num_future - 1
@@ -58,14 +58,14 @@ def expected_bytes(run: Config) -> float:
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures and publishes the table."""
     args = tyro.cli(Args, description=__doc__)
     rows = []
     for name in args.only:
         sizes = [STARTS[name] * 2**i for i in range(min(args.points, 3) if name == "num_future" else args.points)]
         configs = {str(size): config(d_model=256, d_ff=704, remat=args.remat, **BASE | {name: size}) for size in sizes}
         results = list(measure(configs, args.runs).values())
-        # Time in units of the machine's own products, which ran in the same turns.
+        # Times are divided by the times of the matrix products in the same runs.
         times = [result["flops"] / result["share_of_peak"] for result in results]
         temporaries = [result["temp_bytes"] for result in results]
         operations = [step_flops(run, run.train.batch_size, run.data.seq_len) for run in configs.values()]

@@ -15,10 +15,10 @@ def config(
     seq_len: int = 512,
     remat: str = "none",
 ) -> Config:
-    """An untied SwiGLU decoder with heads of width 64, in float32, with AdamW.
+    """An untied SwiGLU decoder with attention heads of width 64, in float32, with AdamW.
 
-    Parallel heads take their blocks from the trunk's, so that `total_layers` counts both (Gloeckle et al. 2024);
-    sequential depths come on top of a trunk of `total_layers`, as in DeepSeek-V3 and MaxText.
+    The blocks of parallel heads replace blocks of the trunk, so that `total_layers` counts both (Gloeckle et al. 2024).
+    The blocks of sequential heads are added to a trunk of `total_layers` blocks, as in DeepSeek-V3 and MaxText.
     """
     parallel = kind == "parallel"
     layers = equal_parameter_layers(total_layers, num_future) if parallel else total_layers

@@ -1,12 +1,12 @@
-"""Minutes of continuous decoding of random prompts: memory and mappings must level out.
+"""Does a long-running process leak? Decodes random prompts for some minutes; memory and mappings must stop growing.
 
     python benchmarks/soak.py --minutes 20
     python benchmarks/soak.py --minutes 20 --shapes many --most 48
 
-With few shapes every request takes one of a few settings, with prompts of random length and content, random numbers of
-tokens, seeds and temperatures; settings are warmed up first, in every bucket that requests can meet, and nothing may be
-compiled again. With many, batch size, drafter, number of drafts, accept rule and sampling are random as well: more
-programs than are kept.
+With `--shapes few` every request has one of a few settings. Length and content of the prompts, number of tokens, seed
+and temperature are random. All settings are run first, for every bucket of lengths that requests can have; after that
+nothing may be compiled. With `--shapes many`, batch size, drafter, number of drafts, accept rule and sampling are
+random, too. Then there are more programs than are kept.
 """
 
 import dataclasses
@@ -37,24 +37,24 @@ SETTINGS = (
     {"draft": "heads", "accept": "rejection", "temperature": 1.0},
 )
 LENGTHS = ((1, 16), (17, 32), (200, 256), (513, 700))
-"""Prompt lengths that share programs."""
+"""Buckets of prompt lengths; lengths in a bucket share their programs."""
 NEW = (33, 64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """How long."""
+    """Minutes of decoding."""
 
     minutes: float = 20.0
     config: str = "configs/tiny.py"
     shapes: Literal["few", "many"] = "few"
-    """A few kinds of requests, or any."""
+    """Whether requests have a few settings or any."""
     most: int = 512
-    """Programs that are kept; those of all few shapes must find room."""
+    """Number of programs that are kept. It must be large enough for all programs of `--shapes few`."""
 
 
 def request(lm: LoadedModel, rng: random.Random, settings: dict, lengths: tuple[int, int], rows: int) -> int:
-    """One batch; returns its number of new tokens."""
+    """Decodes one batch. Returns the number of new tokens."""
     vocab = lm.config.model.vocab_size
     prompts = [[rng.randrange(vocab) for _ in range(rng.randint(*lengths))] for _ in range(rows)]
     settings = dict(settings)
@@ -70,7 +70,7 @@ def request(lm: LoadedModel, rng: random.Random, settings: dict, lengths: tuple[
 
 
 def any_kind(rng: random.Random) -> tuple[dict, tuple[int, int], int]:
-    """Settings, bounds of the prompts' lengths, and rows of a random request."""
+    """A random request: settings, bounds of the prompt lengths, and number of rows."""
     drafts = [("none", 0), ("lookup", rng.randint(1, 6)), ("heads", rng.randint(1, 3)), ("heads+lookup", 3)]
     draft, num_draft = rng.choice(drafts)
     settings = {"draft": draft, "num_draft": num_draft or None}
@@ -83,7 +83,7 @@ def any_kind(rng: random.Random) -> tuple[dict, tuple[int, int], int]:
 
 
 def main() -> None:
-    """Prints a line per minute, and what grew."""
+    """Prints a line per minute, and at the end how much memory and mappings grew."""
     args = tyro.cli(Args)
     programs.PROGRAMS.most = args.most
     config = read_config(args.config)

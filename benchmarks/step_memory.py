@@ -1,10 +1,11 @@
-"""Do extra heads cost logits? Temporaries of the compiled training step by vocabulary and number of heads.
+"""Do extra heads need memory for logits? Temporaries of the compiled training step by vocabulary and number of heads.
 
     python benchmarks/step_memory.py [--vocab 32000 152064] [--kind parallel]
 
-Nothing is run: the step is compiled for one device and its memory analysis read. A model of M heads has M-1 blocks in
-its heads and as many blocks in all as the plain one. What the heads themselves keep for the backward pass is the
-difference at a vocabulary of 512, where logits weigh nothing; `over` is temporaries over those of M = 1 plus that.
+Nothing is run: the step is compiled for one device, and its memory analysis is read. A model with M heads has M-1
+blocks in its heads, and as many blocks in total as the plain model. With a vocabulary of 512, logits need hardly any
+memory, so the difference between the models there is the memory that the heads keep for the backward pass. `over` is
+the temporaries divided by the sum of this memory and the temporaries for M = 1.
 """
 
 import dataclasses
@@ -21,16 +22,16 @@ from mtp_jax.training.step import compile_steps
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to compile."""
+    """Arguments of the benchmark."""
 
     vocab: tuple[int, ...] = (32_000, 152_064)
     """Vocabularies."""
     heads: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of heads M, next-token head included."""
+    """Numbers of heads M, head 0 included."""
     kind: str = "parallel"
     """Head family."""
     layers: int = 8
-    """Blocks in all."""
+    """Number of blocks, those of the heads included."""
     batch_size: int = 4
     """Rows."""
     seq_len: int = 512
@@ -38,7 +39,7 @@ class Args:
 
 
 def temporaries(args: Args, vocab: int, num_future: int) -> int:
-    """Bytes of the compiled step's temporaries."""
+    """Bytes of the temporaries of the compiled step."""
     layers = equal_parameter_layers(args.layers, num_future)
     model = ModelConfig(
         vocab_size=vocab, num_layers=layers, d_model=512, num_heads=8, num_kv_heads=8, head_dim=64, d_ff=1408
@@ -56,7 +57,7 @@ def temporaries(args: Args, vocab: int, num_future: int) -> int:
 
 
 def main() -> None:
-    """Compiles and prints."""
+    """Compiles the steps and prints the table."""
     args = tyro.cli(Args, description=__doc__)
     own = {m: temporaries(args, 512, m) - temporaries(args, 512, 1) for m in args.heads}
     print("| vocabulary | M | temporaries, MB | M = 1 and the heads' own, MB | over | naive logits alone, MB |")

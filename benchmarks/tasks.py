@@ -1,18 +1,19 @@
-"""Which objectives learn which generated task? Accuracy on held-out documents, by objective and seed.
+"""Which training objective learns a generated task? Accuracy on held-out documents, by objective and seed.
 
     python benchmarks/tasks.py CONFIG.py [--seeds 3] [--steps N] [--methods next-token parallel ...]
 
-Trains the config's shape, with the same number of parameters in the next-token path, as
+The script trains models of the config's shape, with the same number of parameters in the trunk, in four ways:
 
     next-token     M = 1
-    parallel       M of the config; for star graphs path length - 1: the head at the start of the path reaches the goal
-    sequential     the same M, DeepSeek-V3's heads
-    teacherless    M = 1, every input behind the prompt replaced by a dummy (Bachmann & Nagarajan 2024)
+    parallel       M of the config; for star graphs it is path length - 1, so that the last head predicts the goal
+                   from the start of the path
+    sequential     the same M, with DeepSeek-V3's heads
+    teacherless    M = 1, and every input after the prompt is replaced by a dummy (Bachmann & Nagarajan 2024)
 
-and counts held-out documents whose whole answer is right: `generated` freely (teacherless: in one pass over dummies,
-which is how it is trained), `forced` with the true answer as input, every token of it. On a star graph a model that
-cannot plan guesses the arm: 1 / degree. Induction has no answer: `recalled` is the share of names seen before whose
-second token head 0 knows.
+It counts the held-out documents with a completely right answer. `generated`: the model generates the answer
+(teacherless: in one pass over dummies, as in training). `forced`: every token of the answer is predicted from the true
+tokens before it. On a star graph a model that cannot plan guesses the arm, and is right in 1 / degree of the documents.
+Induction has no answers. There `recalled` is the accuracy of head 0 on the second token of names that occurred before.
 """
 
 import dataclasses
@@ -37,20 +38,20 @@ from mtp_jax.training.loop import train
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to train."""
+    """Arguments of the benchmark."""
 
     config: tyro.conf.Positional[str]
     """A config with a generated task as its source."""
     seeds: int = 3
-    """Seeds of initialisation; the data and its order are the same for all."""
+    """Number of seeds for the initial parameters. The data and its order are the same for all."""
     steps: int = 0
-    """Training steps; 0 takes the config's."""
+    """Number of training steps; 0 takes that of the config."""
     documents: int = 1000
-    """Held-out documents."""
+    """Number of held-out documents."""
     methods: tuple[str, ...] = ("next-token", "parallel", "sequential", "teacherless")
-    """Which of the four."""
+    """Which of the four to train."""
     workdir: pathlib.Path = pathlib.Path("runs/tasks")
-    """Where runs go; those that are there are not trained again."""
+    """Directory for the runs. A run that exists already is not trained again."""
 
 
 def variant(config: Config, method: str, dummy: int) -> Config:
@@ -64,13 +65,13 @@ def variant(config: Config, method: str, dummy: int) -> Config:
 
 
 def answered(lm: LoadedModel, rows_BT: np.ndarray) -> dict[str, float]:
-    """Share of answers that are right throughout."""
+    """Share of completely right answers."""
     found = answers(lm, rows_BT)
     return {"generated": found.generated} | ({} if found.forced is None else {"forced": found.forced})
 
 
 def recalled(lm: LoadedModel, rows_BT: np.ndarray, vocab: tuple[str, ...]) -> dict[str, float]:
-    """Share of names that came before in their document whose second token is predicted."""
+    """Accuracy on the second token of names that occurred before in their document."""
     is_first_V = np.array([token.startswith("N") for token in vocab])
     before_BTT = np.tril(rows_BT[:, :, None] == rows_BT[:, None, :], -1)
     again_BT = is_first_V[rows_BT] & before_BTT.any(-1)
@@ -81,7 +82,7 @@ def recalled(lm: LoadedModel, rows_BT: np.ndarray, vocab: tuple[str, ...]) -> di
 
 
 def main() -> None:
-    """Trains, evaluates, prints one table."""
+    """Trains and evaluates the models, and prints one table."""
     args = tyro.cli(Args, description=__doc__)
     base = read_config(args.config)
     task = synthetic.make(base.data.source)
@@ -111,7 +112,7 @@ def main() -> None:
 
 
 def show(figure: dict[str, float]) -> str:
-    """Shares in per cent, by name."""
+    """Shares in percent, by name, as text."""
     return ", ".join(f"{100 * share:.1f} {name}" for name, share in figure.items())
 
 

@@ -1,13 +1,13 @@
-"""Do extra heads cost what their arithmetic costs? The training step at equal parameters, by number of heads.
+"""Do extra heads cost more time than their operations explain? The training step at equal parameters, by heads.
 
     python benchmarks/train_step.py                                    # about 4 minutes on two cores, 8 GB free
     python benchmarks/train_step.py --heads 1 4 --runs 3 --remat dots
     python benchmarks/train_step.py --heads 1 2 --layers 2 --vocab 512 --runs 1 --results ''    # a trial
 
 Width 512, feed-forward 1,408, 4 rows of 512 tokens, float32, AdamW, parallel heads with blocks taken from the trunk.
-All steps run in turns in one process, each followed by matrix products of as many operations. `time over first` is the
-median over turns of the step's time over that of the first M, `excess` is that over the ratio of operations: 1.05 is
-the target at M = 4.
+The runs of all steps alternate in one process. Each is followed by matrix products with the same number of operations.
+`time over first` is the time of the step divided by that for the first M (median over the runs). `excess` is this ratio
+divided by the ratio of operations; the target at M = 4 is 1.05.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from mtp_jax.cli.bench.train import measure
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to measure."""
+    """Arguments of the benchmark."""
 
     heads: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of heads M; the first is what the others are compared with."""
+    """Numbers of heads M. The others are compared with the first."""
     layers: int = 8
-    """Blocks in all, those of the heads included."""
+    """Number of blocks, those of the heads included."""
     vocab: int = 32_000
     """Vocabulary."""
     batch_size: int = 4
@@ -37,13 +37,13 @@ class Args:
     remat: str = "none"
     """`model.remat`."""
     runs: int = 5
-    """Timed turns."""
+    """Number of timed runs."""
     results: str = RESULTS
-    """File to append to; empty only prints."""
+    """File to append the table to; with an empty name the table is only printed."""
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measures and publishes the table."""
     args = tyro.cli(Args, description=__doc__)
     shape = dict(total_layers=args.layers, vocab_size=args.vocab, batch_size=args.batch_size, seq_len=args.seq_len)
     configs = {f"M = {m}": config(num_future=m, remat=args.remat, **shape) for m in args.heads}

@@ -1,12 +1,13 @@
-"""What the best static tree of drafts could gain over the chain, for a trained model on this machine.
+"""How much could the best static tree of drafts gain over a chain, for a trained model on this machine?
 
     python benchmarks/tree_bound.py RUN
 
-A tree verifies several candidates per depth. For every position of greedy output we know at which rank each head has
-the token that came: the share of positions with ranks (r1, .., rd) is how often a tree with this path accepts it, and
-the n most frequent paths are the best tree of n nodes (Cai et al. 2024, section 2.3.3, without their independence
-assumption). A round over n drafts is timed with a drafter that costs nothing, and the heads' own time is added. What is
-left out, the wider attention mask and the compaction of the cache, would only make the tree slower: this is a bound.
+A tree verifies several candidates per depth. At every position of greedy output, the script finds the rank that each
+head gave to the token that really followed. The share of positions with ranks (r1, .., rd) is how often a tree with
+this path accepts it. So the n most frequent paths are the best tree of n nodes (Cai et al. 2024, section 2.3.3, without
+their independence assumption). A round over n drafts is timed with a drafter that costs nothing, and the time of the
+heads is added. The wider attention mask and the compaction of the cache are left out. They would only make the tree
+slower, so the result is an upper bound.
 """
 
 import collections
@@ -31,20 +32,20 @@ RANKS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to measure."""
+    """Arguments of the benchmark."""
 
     run: tyro.conf.Positional[str]
     """Workdir of a trained model."""
     prompts: int = 16
-    """Held-out prompts for the ranks."""
+    """Number of held-out prompts for the ranks."""
     new_tokens: int = 128
-    """Tokens per prompt."""
+    """Number of new tokens per prompt."""
     batch_size: int = 1
-    """Prompts decoded together when rounds are timed."""
+    """Number of prompts that are decoded together when rounds are timed."""
 
 
 def rank_paths(lm: LoadedModel, prompts: list[list[int]], new: int) -> tuple[collections.Counter, int]:
-    """How often the tokens that came had ranks (r1, .., rd) in heads 1..d, and the number of positions."""
+    """How often the tokens that followed had ranks (r1, .., rd) in heads 1..d, and the number of positions."""
     counts, positions = collections.Counter(), 0
     P = lm.config.heads.num_future - 1
     outputs = generate(lm, prompts, max_new_tokens=new, draft="none", ignore_eos=True).tokens
@@ -64,7 +65,7 @@ def rank_paths(lm: LoadedModel, prompts: list[list[int]], new: int) -> tuple[col
 
 
 def silent(num_draft: int) -> Drafter:
-    """Drafts zeros: a round costs what its verification costs."""
+    """A drafter that drafts zeros at no cost, so that a round costs only its verification."""
 
     def draft(config, params, cache, context):  # noqa: ANN001
         return Drafts(jnp.zeros((context.total_B.shape[0], num_draft), jnp.int32)), cache
@@ -86,7 +87,7 @@ def main() -> None:
     timed = time_sides(lm, prompts[: args.batch_size], sides, **options)
     ms = {name: 1e3 * statistics.median(took) / side.stats.batch_rounds for name, (side, took) in timed.items()}
     heads_ms = ms["heads"] - ms[f"zeros {P}"]
-    print(f"plain {ms['plain']:.3f} ms = {1e3 / ms['plain']:.0f} tokens/s; the heads' part {heads_ms:.3f} ms")
+    print(f"plain {ms['plain']:.3f} ms = {1e3 / ms['plain']:.0f} tokens/s; the heads take {heads_ms:.3f} ms")
     for depth in range(1, P + 1):
         chain = [(0,) * d for d in range(1, depth + 1)]
         _line(f"chain of {depth}", chain, counts, positions, ms.get(f"zeros {depth}"), heads_ms * depth / P)

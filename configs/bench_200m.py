@@ -1,4 +1,4 @@
-"""220M parameters, the larger shape at which decoding is compared with transformers on torch (random weights).
+"""220M parameters: the larger shape for the comparison of decoding with transformers on torch (random weights).
 
 mtp bench decode configs/bench_200m.py
 """

@@ -1,4 +1,4 @@
-"""34M parameters, the shape at which decoding is compared with transformers on torch (random weights).
+"""34M parameters: the smaller shape for the comparison of decoding with transformers on torch (random weights).
 
 mtp bench decode configs/bench_30m.py
 """

@@ -3,8 +3,8 @@
     mtp train configs/induction.py --workdir runs/induction
     python benchmarks/tasks.py configs/induction.py --methods next-token parallel
 
-Head 0's accuracy behind a name's first token is what counts, and what the benchmark reports; names come at about every
-fourth token. 1.1M parameters, minutes on two cores. The paper finds that two-token training helps below 30M parameters.
+The benchmark reports the accuracy of head 0 after the first token of a name. About every fourth token begins a name.
+1.1M parameters, minutes on two cores. The paper finds that training with two heads helps below 30M parameters.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig

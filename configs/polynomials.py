@@ -3,8 +3,8 @@
     mtp train configs/polynomials.py --workdir runs/polynomials
     mtp eval runs/polynomials --data synthetic:polynomials:exactly=4,documents=2000
 
-The second line counts whole answers out of domain; `benchmarks/tasks.py` compares objectives. 1.3M parameters; the
-paper trains 30M and 100M.
+The second line counts right answers to expressions that are longer than those of training. `benchmarks/tasks.py`
+compares objectives. 1.3M parameters; the models of the paper have 30M and 100M.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig

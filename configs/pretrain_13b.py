@@ -1,9 +1,9 @@
 """The shape of Llama 2 13B with four heads at equal parameters (37 layers and 3 heads of one block), for a TPU slice.
 
     mtp compile configs/pretrain_13b.py --topology v5e:16x16     does it fit? see docs/compile.md
-    mtp train configs/pretrain_13b.py --workdir DIR     on the slice, data/ holding the text
+    mtp train configs/pretrain_13b.py --workdir DIR     on the slice; the text is in data/
 
-256 chips of v5e or 64 of v5p; 262,144 tokens a step, more with `--train.batch_size` and `--train.grad_accum`.
+For 256 chips of v5e or 64 of v5p. A step has 262,144 tokens; `--train.batch_size` and `--train.grad_accum` give more.
 """
 
 from mtp_jax import (

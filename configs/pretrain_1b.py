@@ -1,9 +1,9 @@
 """1.1 billion parameters, the shape of TinyLlama, with four heads at equal parameters (19 layers and 3 heads).
 
     mtp compile configs/pretrain_1b.py --topology v5e:4x4     does it fit? see docs/compile.md
-    mtp train configs/pretrain_1b.py --workdir DIR     on the slice, data/ holding the text
+    mtp train configs/pretrain_1b.py --workdir DIR     on the slice; the text is in data/
 
-16 chips of v5e; 131,072 tokens a step, in micro-batches of 8 rows.
+For 16 chips of v5e. A step has 131,072 tokens, in micro-batches of 8 rows.
 """
 
 from mtp_jax import (

@@ -1,11 +1,11 @@
-"""Star graph G(2,3): two arms of three nodes, parallel heads that reach the end of the arm (M = 2).
+"""Star graph G(2,3): two arms of three nodes. M = 2, so that parallel heads reach the end of the arm.
 
     mtp train configs/star_graph_2_3.py --workdir runs/star
     python benchmarks/tasks.py configs/star_graph_2_3.py
 
-0.4M parameters, one extra head; a minute on two cores. `benchmarks/tasks.py` trains next-token, parallel,
-sequential and teacherless models of this shape and reports how often each generates the whole path;
-benchmarks/RESULTS.md has what came out.
+0.4M parameters with one extra head; a minute on two cores. `benchmarks/tasks.py` trains next-token, parallel,
+sequential and teacherless models of this shape, and reports how often each generates the whole path. The results are in
+benchmarks/RESULTS.md.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,10 +1,10 @@
-"""Star graph G(2,5): two arms of five nodes, parallel heads that reach the end of the arm (M = 4).
+"""Star graph G(2,5): two arms of five nodes. M = 4, so that parallel heads reach the end of the arm.
 
     mtp train configs/star_graph_2_5.py --workdir runs/star
     python benchmarks/tasks.py configs/star_graph_2_5.py
 
-0.9M parameters, of which 3 heads; about ten minutes on two cores. `benchmarks/tasks.py` trains next-token, parallel,
-sequential and teacherless models of this shape and reports how often each generates the whole path.
+0.9M parameters with three extra heads; about ten minutes on two cores. `benchmarks/tasks.py` trains next-token,
+parallel, sequential and teacherless models of this shape, and reports how often each generates the whole path.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig

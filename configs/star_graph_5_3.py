@@ -1,10 +1,10 @@
-"""Star graph G(5,3): five arms of three nodes, parallel heads that reach the end of the arm (M = 2).
+"""Star graph G(5,3): five arms of three nodes. M = 2, so that parallel heads reach the end of the arm.
 
     mtp train configs/star_graph_5_3.py --workdir runs/star
     python benchmarks/tasks.py configs/star_graph_5_3.py
 
-0.2M parameters, of which one head; about three minutes on two cores. `benchmarks/tasks.py` trains next-token, parallel,
-sequential and teacherless models of this shape and reports how often each generates the whole path.
+0.2M parameters with one extra head; about three minutes on two cores. `benchmarks/tasks.py` trains next-token,
+parallel, sequential and teacherless models of this shape, and reports how often each generates the whole path.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
