@@ -71,29 +71,29 @@ def parts_ms(lm: LoadedModel, tokens: int) -> tuple[float, float]:
     """Milliseconds of a pass over so many tokens up to the chosen ones, and of what the heads add behind it."""
     config, params = lm.config, lm.decode_params
     start_B, ids_BQ = jnp.full((1,), SLOTS // 2), jnp.ones((1, tokens), jnp.int32)
-    caches = mtp.init_caches(config, 1, SLOTS)
+    caches = mtp.init_caches(config.arch, 1, SLOTS)
 
     def verify(params: Any, caches: Any) -> Any:
-        state_BQD, tap_BQD, caches = mtp.decode_forward(config, params, ids_BQ, start_B, caches)
+        state_BQD, tap_BQD, caches = mtp.decode_forward(config.arch, params, ids_BQ, start_B, caches)
         normed_BQD = language_model.final_norm(config.model, params, state_BQD)
         return jax.lax.top_k(language_model.logits(config.model, params, normed_BQD)[0], 1)[1], tap_BQD, caches
 
     def draft(params: Any, cache: Any, tap_BQD: jax.Array) -> Any:
         def propose(states_BPD: jax.Array, first: int) -> Any:
-            logits_BPV = mtp.draft_logits(config, params, states_BPD, first)
+            logits_BPV = mtp.draft_logits(config.arch, params, states_BPD, first)
             return mtp_jax.Drafts(jax.lax.top_k(logits_BPV[0], 1)[1][None, :, 0])
 
         tokens_BS = jnp.ones((1, SLOTS), jnp.int32)
         embed = lambda ids: language_model.embed(config.model, params, ids)  # noqa: E731
         live = (start_B, jnp.zeros((1,), jnp.int32), jnp.ones((1,), bool), tokens_BS, start_B + 1)
         now = Round(tap_BQD, *live, config.num_draft, embed, propose)
-        return FAMILIES[config.heads.kind].draft(config, params, cache, now)
+        return FAMILIES[config.heads.kind].draft(config.arch, params, cache, now)
 
     verify, drafting = jax.jit(verify, donate_argnums=1), 0.0
     took, caches = _least_ms(lambda caches: verify(params, caches)[2], caches)
     if config.num_draft:
         tap_BQD = verify(params, caches)[1]
-        cache, draft = FAMILIES[config.heads.kind].init_cache(config, 1, SLOTS, config.num_draft), jax.jit(draft)
+        cache, draft = FAMILIES[config.heads.kind].init_cache(config.arch, 1, SLOTS, config.num_draft), jax.jit(draft)
         drafting, _ = _least_ms(lambda _: draft(params, cache, tap_BQD), None)
     return took, drafting
 

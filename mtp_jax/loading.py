@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.config import Config, MeshConfig, from_json
+from mtp_jax.config import Arch, Config, MeshConfig, from_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 from mtp_jax.runs.ancestry import origin_folder
@@ -36,6 +36,21 @@ class LoadedModel:
     origin: Any = dataclasses.field(default=None, repr=False)
     """The Hugging Face checkpoint that it was, for export; None where there was none."""
 
+    @property
+    def arch(self) -> Arch:
+        """The model and its heads, as decoding and export know them."""
+        return self.config.arch
+
+    @property
+    def trained_further(self) -> bool:
+        """Whether a run of ours trained it from another model: its parameters are not those of `origin` any more."""
+        return bool(self.config.train.init_from)
+
+    @property
+    def answers_in_one_pass(self) -> bool:
+        """Whether it was trained to answer over dummies (`loss.teacherless`), and so continues no text."""
+        return self.config.loss.teacherless >= 0
+
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """Float32 logits of every head at every position, [M, B, T, V], for inspection.
 
@@ -46,7 +61,7 @@ class LoadedModel:
             tokens_BT = np.asarray(tokens_BT)
         except (ValueError, OverflowError) as error:
             raise UserError(f"logits needs token ids in rows of one length: {error}") from error
-        vocab = self.config.model.vocab_size
+        vocab = self.arch.model.vocab_size
         if tokens_BT.ndim != 2 or not tokens_BT.size:
             raise UserError(f"logits needs token ids of shape [batch, time], not {tokens_BT.shape}")
         if not np.issubdtype(tokens_BT.dtype, np.integer):
@@ -55,7 +70,7 @@ class LoadedModel:
             raise UserError(
                 f"logits got token ids {tokens_BT.min()}..{tokens_BT.max()}; the vocabulary is 0..{vocab - 1}"
             )
-        return _logits(self.config, self.stacked_params(), jax.device_put(tokens_BT.astype(np.int32)))
+        return _logits(self.arch, self.stacked_params(), jax.device_put(tokens_BT.astype(np.int32)))
 
     def stacked_params(self) -> Any:
         """`params`, or a UserError where they were given up."""
@@ -66,7 +81,7 @@ class LoadedModel:
     @functools.cached_property
     def decode_params(self) -> Any:
         """The unstacked view that the decoding engine runs on, made at first use."""
-        return _decode_view(self.config, self.stacked_params())
+        return _decode_view(self.arch, self.stacked_params())
 
     def with_chat_template(self, setting: str) -> "LoadedModel":
         """The same model with another chat template.
@@ -92,12 +107,12 @@ class LoadedModel:
           This model.
         """
         if "decode_params" not in self.__dict__:
-            self.__dict__["decode_params"] = _taken_apart(self.config, self.stacked_params(), self.mesh)
+            self.__dict__["decode_params"] = _taken_apart(self.arch, self.stacked_params(), self.mesh)
         self.__dict__["params"] = None  # Frozen for everybody else.
         return self
 
 
-def _taken_apart(config: Config, params: Any, mesh: Mesh) -> Any:
+def _taken_apart(arch: Arch, params: Any, mesh: Mesh) -> Any:
     """`mtp.decode_view` of parameters whose arrays are deleted as soon as the view holds their contents."""
     uses = collections.Counter(id(leaf) for leaf in jax.tree.leaves(params))
 
@@ -111,17 +126,17 @@ def _taken_apart(config: Config, params: Any, mesh: Mesh) -> Any:
         made_here = jax.tree_util.DictKey("constants") in path
         return jax.device_put(leaf, sharding.replicated(mesh)) if made_here else leaf
 
-    return jax.tree_util.tree_map_with_path(place, mtp.decode_view(config, params, give_up))
+    return jax.tree_util.tree_map_with_path(place, mtp.decode_view(arch, params, give_up))
 
 
 _decode_view = bounded(statics=(0,))(mtp.decode_view)
 
 
 @bounded(statics=(0,), weights=1)
-def _logits(config: Config, params: Any, tokens_BT: jax.Array) -> jax.Array:
+def _logits(arch: Arch, params: Any, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-    hidden_MBTD = mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), everywhere=True)
-    return mtp.logits(config, params, hidden_MBTD)
+    hidden_MBTD = mtp.apply(arch, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), everywhere=True)
+    return mtp.logits(arch, params, hidden_MBTD)
 
 
 def _to_stderr(line: str) -> None:
@@ -190,8 +205,9 @@ def _load_checkpoint(
 
     checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
     tokenizer = checkpoint.tokenizer()
-    check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
-    return LoadedModel(checkpoint.config, read_params(checkpoint, mesh, notify), tokenizer, mesh, origin_of(checkpoint))
+    check_size(tokenizer, checkpoint.arch, checkpoint.directory, notify)
+    config = Config.around(checkpoint.arch, str(checkpoint.directory))
+    return LoadedModel(config, read_params(checkpoint, mesh, notify), tokenizer, mesh, origin_of(checkpoint))
 
 
 def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
@@ -203,8 +219,9 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     if dtype is not None:
         model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
         config = dataclasses.replace(config, model=model)
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
-    sharding.check_mesh(mesh, config)
+    token_order = config.has_token_order
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0), token_order=token_order))
+    sharding.check_mesh(mesh, config.arch)
     params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
     origin = _origin(workdir, config)
     data = workdir / "data"
@@ -212,7 +229,7 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     tokenizer = load_run_tokenizer(data, origin.directory if origin is not None else None, trained)
     if tokenizer is None and config.data.tokenizer != "none":
         raise UserError(f"{data / 'tokenizer.json'} is missing; `mtp train` on this run makes it anew")
-    check_size(tokenizer, config, workdir, notify)
+    check_size(tokenizer, config.arch, workdir, notify)
     return LoadedModel(config, params, tokenizer, mesh, origin)
 
 

@@ -55,7 +55,9 @@ def copy(run, tmp_path):
 def direct_logits(config, params, tokens_BT):
     """mtp.apply over whole documents, then one head at a time through the unembedding."""
     positions_BT = np.tile(np.arange(tokens_BT.shape[1]), (len(tokens_BT), 1))
-    hidden_MBTD = jax.jit(mtp.apply, static_argnums=0)(config, params, tokens_BT, positions_BT, np.ones_like(tokens_BT))
+    hidden_MBTD = jax.jit(mtp.apply, static_argnums=0)(
+        config.arch, params, tokens_BT, positions_BT, np.ones_like(tokens_BT)
+    )
     table_VD = np.asarray(next_token.unembedding(params), np.float64)
     return np.stack([np.asarray(hidden_BTD, np.float64) @ table_VD.T for hidden_BTD in hidden_MBTD])
 

@@ -264,7 +264,7 @@ def _seconds_of_states(trunk: pathlib.Path, config: Config, rows: int) -> float:
     shape = (config.train.batch_size, config.data.seq_len)
     tokens_BT = jnp.zeros(shape, jnp.int32)
     positions_BT = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
-    run = jax.jit(lambda params, *rows: mtp.trunk_states(config, params, *rows))
+    run = jax.jit(lambda params, *rows: mtp.trunk_states(config.arch, params, *rows))
     jax.block_until_ready(run(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
     began = time.monotonic()
     jax.block_until_ready(run(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))

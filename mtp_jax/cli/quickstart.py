@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
             print_json({"finished": False, "step": result.step, "workdir": args.workdir})
         raise SystemExit(128 + signal.Signals[result.stopped_by])
     evaluation = evaluate(load(args.workdir), result.corpus.heldout, progress=say, keep_params=False)
-    facts = {"parameters": f"{count_params(config):,}"}
+    facts = {"parameters": f"{count_params(config.arch):,}"}
     whole = time.monotonic() - began
     if result.first_step == 0:
         # A continued run has been trained for longer than this process knows.
@@ -134,7 +134,7 @@ def _real(args: Args) -> SideBySide:
     if lm.tokenizer is None:
         raise UserError(f"--model {args.checkpoint} has no tokenizer; give one that has, or --model none")
     heads = f", {lm.config.num_draft} heads that draft" if lm.config.num_draft else ", no heads: drafts are looked up"
-    say(f"{args.checkpoint}: {count_params(lm.config) / 1e6:.0f}M parameters, {lm.config.model.dtype}{heads}")
+    say(f"{args.checkpoint}: {count_params(lm.arch) / 1e6:.0f}M parameters, {lm.config.model.dtype}{heads}")
     with Watcher(sys.stderr.isatty() and not args.json) as watcher:
         return side_by_side(lm.decode_only(), args.checkpoint, timed_runs=1, show=watcher.show, progress=say)
 
@@ -148,7 +148,7 @@ def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainRe
         say(f"measuring how many steps fit into the rest of {minutes:g} minutes ...")
         left = 60 * minutes - (time.monotonic() - began)
         config = override(config, {"train.steps": steps_within(config, workdir, left)})
-    size = f"{count_params(config) / 1e6:.2f}M parameters, {config.heads.num_future} heads"
+    size = f"{count_params(config.arch) / 1e6:.2f}M parameters, {config.heads.num_future} heads"
     say(f"a small model from scratch: {size}, {config.train.steps:,} steps, in {workdir}")
     with RunConsole() as console:
         result = train(config, workdir, console)

@@ -251,9 +251,9 @@ def test_a_kernel_that_is_not_here_is_refused():
     """
     config, where = small_config({"attention": "splash"}), sharding.make_mesh(MeshConfig(data=2))
     with sharding.on_mesh(where):
-        params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+        params = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
         with pytest.raises(UserError, match="it runs on a tpu, and this is compiled for a cpu"):
-            jax.eval_shape(functools.partial(mtp.apply, config), params, *[jnp.zeros((2, 128), jnp.int32)] * 3)
+            jax.eval_shape(functools.partial(mtp.apply, config.arch), params, *[jnp.zeros((2, 128), jnp.int32)] * 3)
 
 
 # Which path.

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     num_draft = None if args.num_draft < 0 else args.num_draft
     if args.draft != "lookup" and num_draft is None:
         num_draft = lm.config.num_draft
-    drafter = make_drafter(args.draft, lm.config, num_draft)
+    drafter = make_drafter(args.draft, lm.arch, num_draft)
     if not drafter.num_draft:
         raise UserError("there are no drafts to measure beside plain decoding; use --num-draft 1 or more")
     sides = {
@@ -109,7 +109,7 @@ def _model(args: Args) -> LoadedModel:
         model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
         config = dataclasses.replace(config, model=model)
     mesh = sharding.make_mesh(MeshConfig())
-    return LoadedModel(config, jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0)), None, mesh)
+    return LoadedModel(config, jax.jit(mtp.init, static_argnums=0)(config.arch, jax.random.key(0)), None, mesh)
 
 
 def _prompts(lm: LoadedModel, args: Args) -> list[list[int]]:
@@ -177,7 +177,7 @@ def measure(lm: LoadedModel, prompts: list[list[int]], timed: Timed, args: Args,
         "identical": comparison.identical,
         "random_weights": args.source.endswith(".py"),
         "bandwidth_gb_per_second": bandwidth / 1e9,
-        "parameters": mtp.count_params(lm.config),
+        "parameters": mtp.count_params(lm.arch),
         "batch_size": args.batch_size,
         "draft_with": args.draft,
         "num_draft": drafter.num_draft,
@@ -202,7 +202,7 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
     """
     c = config.model
     size = jnp.dtype(c.dtype).itemsize
-    params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
     table = c.vocab_size * c.d_model
     blocks = _count(params["blocks"])
     plain = size * (blocks + c.num_layers * 2 * batch * live * c.num_kv_heads * c.head_dim + table)
@@ -215,7 +215,7 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
     own = sets * _count(params["heads"])
     draft_table = config.heads.draft_vocab * c.d_model or table
     tables = 0 if config.heads.unembed == "own" else (heads if facts.chains_tokens else 1) * draft_table
-    slots = jax.eval_shape(lambda: FAMILIES[config.heads.kind].init_cache(config, batch, 1, heads))
+    slots = jax.eval_shape(lambda: FAMILIES[config.heads.kind].init_cache(config.arch, batch, 1, heads))
     caches = live * sum(_count(cache) / cache.slots for cache in _layer_caches(slots))
     return plain, plain + size * (own + tables + caches)
 
