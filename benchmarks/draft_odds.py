@@ -32,7 +32,7 @@ TILE = 128
 COUNT = 3
 
 
-def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, new: int) -> tuple:
+def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, new: int, count: int = COUNT) -> tuple:
     """Drafts of heads, their probabilities, drafts of lookup and matched tokens behind each of `new` tokens."""
     config = lm.config
     S = ids_S.shape[0]
@@ -50,10 +50,10 @@ def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, ne
         return language_model.embed(config.model, params, ids)
 
     where = (at_T, jnp.zeros((new,), jnp.int32), jnp.ones((new,), bool), tokens_TS, at_T + 2)
-    now = Round(tap_BQD[0][at_T][:, None], *where, COUNT, embed, propose)
+    now = Round(tap_BQD[0][at_T][:, None], *where, count, embed, propose)
     pieces = FAMILIES[config.heads.kind].draft(config.arch, params, (), now)[0]
     drafts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces)
-    return drafts.tokens_BP, drafts.sure_BP, *lookup(tokens_TS, at_T + 2, COUNT)
+    return drafts.tokens_BP, drafts.sure_BP, *lookup(tokens_TS, at_T + 2, count)
 
 
 def share(right: list[bool]) -> str:
