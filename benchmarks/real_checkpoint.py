@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("data", type=pathlib.Path)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="kinds of text")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
     lm = mtp_jax.load(args.source, shipped_heads=True)
-    prompts = {kind: prompts_of(args.data, kind, args.prompts) for kind in KINDS}
+    prompts = {kind: prompts_of(args.data, kind, args.prompts) for kind in args.kinds}
     options, sides = {"temperature": args.temperature}, None
     if args.sides:
         sides = {name: (WITHOUT_HEADS | WITH_HEADS)[name] for name in dict.fromkeys([PLAIN, *args.sides])}
@@ -163,7 +164,7 @@ def main() -> None:
     ]
     notes.append(f"A pass over {shown} ms; drafting {drafting:.1f} ms.")
     notes.append(f"Geometric means of the gain: {means}.")
-    for kind in KINDS if args.peer else ():
+    for kind in args.kinds if args.peer else ():
         texts = [one if isinstance(one, str) else lm.tokenizer.chat.prompt(one) for one in prompts[kind]]
         took = peer(args.peer, [lm.tokenizer.encode_prompt(text) for text in texts], args.new_tokens)
         notes.append(f"transformers on {kind}, ms a token: {', '.join(f'{k} {v:.1f}' for k, v in took.items())}.")
