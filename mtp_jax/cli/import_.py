@@ -11,8 +11,8 @@ from mtp_jax.convert.forms import FORMS
 from mtp_jax.convert.importer import import_model
 from mtp_jax.errors import UserError
 
-Form = Literal["none", "mtp", "qwen", "deepseek", "mimo", "eagle", "medusa", "vllm", "caft", "meta"]
-assert set(get_args(Form)) == {*FORMS, "none"}
+FormName = Literal["none", "mtp", "qwen", "deepseek", "mimo", "eagle", "medusa", "vllm", "caft", "meta"]
+assert set(get_args(FormName)) == {*FORMS, "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Args:
     """Directory to make; `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it."""
     heads: Literal[("none", *FACTS)] = "none"
     """Add fresh heads of this family."""
-    form: Form = "none"
+    form: FormName = "none"
     """Add fresh heads with the settings that this form needs, so that `mtp export --form` can write them."""
     num_future: int = 0
     """M, prediction heads including the next-token head, of --heads or --form; 4 if not given."""

@@ -33,7 +33,7 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-BESIDE = "heads"
+HEADS_FOLDER = "heads"
 """Folder of heads in a directory that we exported; they are read with the model."""
 SAY_EVERY = 3.0
 """Seconds between lines of progress."""
@@ -137,8 +137,8 @@ def open_checkpoint(
         name: tensors[other] for name, other in renamed.items()
     }
     model, repeated = _tied(model, entry, tensors, directory, notify)
-    if heads_from is None and (directory / BESIDE / record.RECORD).is_file():
-        heads_from = directory / BESIDE
+    if heads_from is None and (directory / HEADS_FOLDER / record.RECORD).is_file():
+        heads_from = directory / HEADS_FOLDER
     found = forms.find(forms.Trunk(entry, model, raw, tensors, directory), heads_from)
     model = _with_dtype(model, tensors | (found.tensors if found else {}), dtype, notify)
     arch = Arch(model, found.heads if found else HeadsConfig(num_future=1))
@@ -236,7 +236,7 @@ def _check(
     """Every tensor is there with its shape; returns those that belong to nothing, which must be known or ignored."""
     expected = mapping.tensor_shapes(pieces)
     directory = layout.path
-    known = leftovers.Model(frozenset(expected), tuple(ignore))
+    known = leftovers.ModelTensors(frozenset(expected), tuple(ignore))
     rest = sorted(tensors.keys() - expected.keys() - repeated.keys())
     unread = [name for name in rest if not matches(name, entry.buffers)]
     leftovers.refuse_quantised(unread, known, directory)

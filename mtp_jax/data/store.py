@@ -32,7 +32,7 @@ FILES = (
     *("tokenizer.json", "train.npy", "train_starts.npy", "heldout.npy", "heldout_starts.npy"),
     *("train_learn.npy", "heldout_learn.npy"),
 )
-BESIDE = (marks.FILE, chat.FILE)
+COMPANIONS = (marks.FILE, chat.FILE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def save(directory: pathlib.Path, made_from: dict[str, object], corpus: Corpus) 
     for side, rows in (("train", corpus.train), ("heldout", corpus.heldout)):
         with sources.replacing(directory / f"{side}_starts.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, rows.doc_starts)
-    checksums = _checksums(directory, (*FILES, *BESIDE))
+    checksums = _checksums(directory, (*FILES, *COMPANIONS))
     meta = {
         "fingerprint": made_from,
         "checksums": checksums,
@@ -153,7 +153,7 @@ def reuse(
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if made_from is not None and not _same(meta["fingerprint"], made_from, trained):
             return None
-        checksums = _checksums(directory, (*FILES, *BESIDE))
+        checksums = _checksums(directory, (*FILES, *COMPANIONS))
         if meta["checksums"] != checksums:
             return None
         tokenizer = load_tokenizer(directory / "tokenizer.json") if meta["tokenizer"] else None

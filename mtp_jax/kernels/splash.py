@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtp_jax.kernels.attention import Form, own_segments
+from mtp_jax.kernels.attention import AttnSpec, own_segments
 from mtp_jax.kernels.linear import LINEAR
 
 LANES = 128
@@ -18,17 +18,17 @@ LANES = 128
 NATIVE = (None, "default", "bfloat16", "fastest")
 """Precisions of products in which bfloat16 stays bfloat16."""
 Kernels = tuple[splash.SplashAttentionKernel, ...]
-"""One per window of `Form.windows`, or one."""
+"""One per window of `AttnSpec.windows`, or one."""
 
 
-def refusal(q_BTNH: jax.Array, shards: int, form: Form) -> str | None:
+def refusal(q_BTNH: jax.Array, shards: int, spec: AttnSpec) -> str | None:
     """Why the kernel cannot attend for these queries, of which each device of `shards` has its share, or None."""
     slots = q_BTNH.shape[1]
     precision = jax.config.jax_default_matmul_precision
     queries = slots // shards
     if queries % LANES or slots % LANES:
         return f"it takes multiples of {LANES} tokens, not {queries} queries of a device over {slots} tokens"
-    if form.window is not None and not form.windows:
+    if spec.window is not None and not spec.windows:
         return "its masks are static, and the window is known at run time only"
     if q_BTNH.dtype == jnp.bfloat16 and precision not in NATIVE:
         return f"in bfloat16 it multiplies at TPUs' own precision only, and jax_default_matmul_precision={precision!r}"
@@ -36,13 +36,13 @@ def refusal(q_BTNH: jax.Array, shards: int, form: Form) -> str | None:
 
 
 def make_kernels(
-    form: Form, queries: int, slots: int, heads: int, shards: int = 1, *, interpret: bool = False
+    spec: AttnSpec, queries: int, slots: int, heads: int, shards: int = 1, *, interpret: bool = False
 ) -> Kernels:
     """Kernels for rows of so many queries, of which each device of `shards` has an equal share, and `heads` heads."""
     tile = next(size for size in (512, 256, LANES) if queries // shards % size == 0 and slots % size == 0)
     sizes = splash.BlockSizes(*(tile,) * 8)
     made = []
-    for window in form.windows or (None,):
+    for window in spec.windows or (None,):
         seen = masks.LocalMask((queries, slots), (None if window is None else window - 1, 0), 0)
         made.append(
             splash.make_splash_mha(
@@ -50,7 +50,7 @@ def make_kernels(
                 block_sizes=sizes,
                 head_shards=1,
                 q_seq_shards=shards,
-                attn_logits_soft_cap=form.softcap or None,
+                attn_logits_soft_cap=spec.softcap or None,
                 # Its residuals are what a product leaves behind: a remat policy that keeps products keeps them.
                 residual_checkpoint_name=LINEAR,
                 interpret=interpret,
@@ -71,11 +71,11 @@ def splash_attention(
     v_BKSH: jax.Array,
     query_slots_BT: jax.Array,
     segment_ids_BS: jax.Array | None,
-    form: Form,
+    spec: AttnSpec,
     kernels: Kernels,
 ) -> jax.Array:
     """`attention` by these kernels; the other arguments and the result are the reference's."""
-    q_BNTH = (q_BTNH * form.scale).swapaxes(1, 2)
+    q_BNTH = (q_BTNH * spec.scale).swapaxes(1, 2)
     ids = None
     if segment_ids_BS is not None:
         ids = splash.SegmentIds(own_segments(query_slots_BT, segment_ids_BS), segment_ids_BS)
@@ -83,6 +83,6 @@ def splash_attention(
     if len(run) == 1:
         mixed_BNTH = run[0](q_BNTH, k_BKSH, v_BKSH, ids)
     else:
-        which = jnp.argmax(jnp.asarray(form.windows) == form.window)
+        which = jnp.argmax(jnp.asarray(spec.windows) == spec.window)
         mixed_BNTH = jax.lax.switch(which, run, q_BNTH, k_BKSH, v_BKSH, ids)
     return mixed_BNTH.swapaxes(1, 2)
