@@ -1,5 +1,5 @@
-"""The one exception a user may cause: the command line prints it as a single line and exits with 2."""
+"""The exception for bad input. The command line prints its message as one line and exits with status 2."""
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names the thing, its value and the remedy."""
+    """Bad input. The message is one line that names the setting or file, its value and the remedy."""

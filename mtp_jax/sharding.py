@@ -1,6 +1,6 @@
-"""The one table from logical axes to mesh axes, and what follows from it.
+"""The table from logical axes to mesh axes, and the meshes and shardings made with it.
 
-Mesh names appear here and in configs only.
+The names of mesh axes occur only here and in configs.
 """
 
 import contextlib
@@ -18,14 +18,15 @@ from mtp_jax.config import Arch, Config, MeshConfig, check_divisible
 from mtp_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-"""From the outermost to the innermost: what talks most has the nearest neighbours."""
+"""From outermost to innermost. Devices along an inner axis are nearer to each other, so axes with more traffic come
+later."""
 HOST_MEMORY = "pinned_host"
-"""The kind of memory in which states wait under `model.remat="offload"`."""
+"""The kind of memory that holds states under `model.remat="offload"`."""
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     (axes.BATCH, ("data", "fsdp")),
     (axes.LENGTH, "context"),
     (axes.LAYERS, None),
-    # Devices that share a row would otherwise hold the same parameters.
+    # Without "context", the devices that share a row would hold the same parameters.
     (axes.EMBED, ("fsdp", "context")),
     (axes.VOCAB, "tensor"),
     (axes.HEADS, "tensor"),
@@ -40,8 +41,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """The device mesh of a run.
 
     Args:
-      config: sizes per axis; one may be -1 for all devices that are left.
-      devices: the devices to use; all by default. Sizes whose product is smaller take the first ones.
+      config: the size of each axis. One size may be -1: all devices that are left.
+      devices: the devices to use; the default is all. If the product of the sizes is smaller, the first ones are used.
 
     Raises:
       UserError: the sizes do not fit the number of devices.
@@ -66,10 +67,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def mesh_of(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
-    """`make_mesh` of a run's sizes, and the run's checks with those that a -1 stood for.
+    """`make_mesh` for the mesh of a run. The run's checks are repeated with the size in place of a -1.
 
     Raises:
-      UserError: sizes that do not fit the devices, or do not divide what they split.
+      UserError: the sizes do not fit the devices, or do not divide the arrays that they split.
     """
     mesh = make_mesh(config.mesh, devices)
     dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
@@ -77,10 +78,10 @@ def mesh_of(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def check_mesh(mesh: Mesh, arch: Arch) -> None:
-    """Refuses a mesh that was not made like ours, or that cannot split the model.
+    """Checks that a mesh has our axes and can split the model.
 
     Raises:
-      UserError: other axes, axes that are not Auto, or sizes that do not divide.
+      UserError: it has other axes, axes that are not Auto, or sizes that do not divide.
     """
     if tuple(mesh.axis_names) != MESH_AXES or any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise UserError(
@@ -91,7 +92,7 @@ def check_mesh(mesh: Mesh, arch: Arch) -> None:
 
 
 def check_host_memory(mesh: Mesh) -> None:
-    """Refuses `model.remat="offload"` on devices that cannot reach the host's memory."""
+    """Refuses `model.remat="offload"` on devices that cannot use the memory of the host."""
     device = mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST_MEMORY not in kinds:
@@ -102,10 +103,10 @@ def check_host_memory(mesh: Mesh) -> None:
 
 
 def logical_spec(names: tuple[str | None, ...]) -> PartitionSpec:
-    """Mesh axes of an array whose dimensions have these logical names; None stays whole.
+    """The mesh axes of an array with these logical axis names. A dimension with the name None is not split.
 
     Raises:
-      ValueError: a name without a rule, or two dimensions on one mesh axis.
+      ValueError: a name has no rule, or two dimensions are on one mesh axis.
     """
     table = dict(RULES)
     unknown = [name for name in names if name is not None and name not in table]
@@ -119,10 +120,10 @@ def logical_spec(names: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def param_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """A sharding for every parameter of a tree that is boxed with logical names (usually abstract).
+    """The sharding of every parameter in a tree. The parameters are boxed with logical names, and usually abstract.
 
     Raises:
-      ValueError: a parameter without logical names.
+      ValueError: a parameter has no logical names.
     """
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
@@ -137,49 +138,50 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
 
 
 def place_abstract(tree: Any, shardings: Any) -> Any:
-    """A tree of shapes with a sharding on every leaf, the form in which restoring and compiling want it."""
+    """A tree of shapes with a sharding on every leaf, as restoring and compiling need it."""
     return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, shardings
+        lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split), tree, shardings
     )
 
 
 def abstract_params(mesh: Mesh, boxed: Any) -> Any:
-    """`place_abstract` of a model's parameters, boxed with their logical names, by the table."""
+    """The parameters of a model as shapes with shardings. They are boxed with their logical names."""
     return place_abstract(nn.meta.unbox(boxed), param_shardings(mesh, boxed))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data-parallel axes, positions over the context; for arrays [B, T]."""
+    """The sharding of arrays [B, T]: rows over `data` and `fsdp`, positions over `context`."""
     return NamedSharding(mesh, logical_spec((axes.BATCH, axes.LENGTH)))
 
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Gives logical names their meaning while a model is traced: the table, and the mesh, if there is one."""
-    where = contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-    with nn.logical_axis_rules(RULES), where:
+    """Makes logical axis names refer to the axes of a mesh while a model is traced. Without a mesh, only the table is
+    set."""
+    current = contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    with nn.logical_axis_rules(RULES), current:
         yield
 
 
-def rows_here(where: NamedSharding, batch_size: int) -> tuple[int, ...]:
-    """Positions in a global batch of the rows that this process's devices hold, ascending.
+def rows_here(split: NamedSharding, batch_size: int) -> tuple[int, ...]:
+    """Positions, in the global batch, of the rows that the devices of this process hold, ascending.
 
-    Processes hold rows of their own, or the very rows of others where `tensor` or `context` reaches across processes.
+    Two processes hold different rows; or exactly the same rows, if `tensor` or `context` reaches across them.
 
     Args:
-      where: sharding of a batch.
+      split: sharding of a batch.
       batch_size: B.
 
     Raises:
-      UserError: a mesh under which two processes share a part of their rows.
+      UserError: under this mesh, two processes share only a part of their rows.
     """
     held: dict[int, set[int]] = {}
-    shape = (batch_size, where.mesh.shape["context"])
-    for device, (rows, *_) in where.devices_indices_map(shape).items():
+    shape = (batch_size, split.mesh.shape["context"])
+    for device, (rows, *_) in split.devices_indices_map(shape).items():
         held.setdefault(device.process_index, set()).update(range(batch_size)[rows])
     mine = held[jax.process_index()]
     if any(rows != mine and rows & mine for rows in held.values()):
-        sizes = ", ".join(f"mesh.{name}={size}" for name, size in where.mesh.shape.items())
+        sizes = ", ".join(f"mesh.{name}={size}" for name, size in split.mesh.shape.items())
         raise UserError(
             f"{sizes} cuts the rows across processes of {jax.local_device_count()} devices; let mesh.context * "
             "mesh.tensor divide that number, or be a multiple of it"
@@ -193,13 +195,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Parts that the tokens of a batch are split into."""
+    """The number of parts into which the tokens of a batch are split."""
     split = batch_sharding(mesh).shard_shape((mesh.size, mesh.size))
     return mesh.size**2 // math.prod(split)
 
 
 def loss_placement(mesh: Mesh) -> dict[str, Any]:
-    """Where `losses.xent` finds its rows and its vocabulary: the mesh fields of an `XentSpec`."""
+    """The mesh fields of an `XentSpec`: which mesh axes split rows, positions, vocabulary and width."""
 
     def split(logical: str) -> tuple[str, ...]:
         rule = dict(RULES)[logical]

@@ -1,4 +1,4 @@
-"""Trees of parameters by the paths of their leaves."""
+"""Functions on trees of parameters: leaves by path, and a digest."""
 
 import hashlib
 from typing import Any
@@ -8,8 +8,11 @@ import numpy as np
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Leaves by path, as `blocks/attn/q`, in the order of flattening; key types are ignored, so that Orbax's dict for a
-    named tuple and its list for a tuple count as the same."""
+    """The leaves of a tree by path, such as `blocks/attn/q`, in flattening order.
+
+    Key types are ignored, so that paths are the same after Orbax turned a named tuple into a dict or a tuple into a
+    list.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

@@ -1,10 +1,10 @@
-"""`mtp accelerate`: from a model to heads that draft for it.
+"""`mtp accelerate`: trains heads that draft for a model. It has four stages:
 
-    prompts   what one may ask the model: from a file, or written by the model itself      prompts.py
-    answers   what the model says to them, batch by batch                                  answers.py
-    heads     trained on the answers, with the model frozen                                stages.py
-    report    how much faster held-out prompts decode, and a page on it                    report.py
+    prompts   texts that the model will answer: from a file, or written by the model itself     prompts.py
+    answers   the model answers the prompts, batch by batch                                     answers.py
+    heads     heads are trained on the answers; the model is frozen                             stages.py
+    report    held-out prompts are decoded; a page shows how much faster that became            report.py
 
-Every stage writes its result whole or not at all, and is skipped where that is there. All numbers that were measured
-stand in `plan.json` before they are used, so that a run that was killed goes on as it would have.
+Every stage writes its result completely or not at all. If the result exists already, the stage is skipped. Measured
+numbers are written to `plan.json` before they are used, so that a run that was killed continues with the same numbers.
 """

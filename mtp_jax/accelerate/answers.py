@@ -1,7 +1,7 @@
-"""What the model says to prompts: the text that its heads learn from.
+"""The model's answers to prompts: the text that its heads learn from.
 
-The answers are the model's own, because heads draft what the model would say and not what others would (FastMTP 2025,
-section 3.2). Half of the batches take the most likely tokens, as greedy decoding will; the other half are drawn.
+The answers come from the model itself, because heads must draft what this model would write (FastMTP 2025, section
+3.2). Half of the batches are decoded greedily. The other half are sampled.
 """
 
 import pathlib
@@ -21,17 +21,17 @@ DRAWN = {"temperature": 0.8, "top_k": 64}
 def make_answers(
     lm: LoadedModel, prompts: list[Record], tokens: int, seed: int, folder: pathlib.Path, say: Say
 ) -> list[Record]:
-    """Answers to all prompts, as records of training data.
+    """Answers all prompts. Returns the answers as records of training data.
 
-    Prompts of about one length go through the model together.
+    Prompts of similar length go through the model together.
 
     Args:
       lm: the model.
-      prompts: what to answer, `fitting`.
+      prompts: the prompts, filtered by `fitting`.
       tokens: most tokens of an answer.
-      seed: of drawn answers.
-      folder: where batches are kept.
-      say: is told of progress.
+      seed: seed of the sampled answers.
+      folder: directory for the files of the batches.
+      say: is called with a line of text about the progress.
     """
     lengths = [num_tokens(lm, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
@@ -55,7 +55,7 @@ class _Answer(NamedTuple):
 
 
 def _answers(lm: LoadedModel, prompts: list[Any], seeds: list[int], **options: Any) -> list[_Answer]:
-    """Together, or in halves where the cache for all of them would not fit."""
+    """Answers the prompts together, or in two halves if the cache for all of them does not fit into memory."""
     try:
         made = generate(lm, prompts, draft="none", seed=seeds, **options)
     except CacheTooLarge:
@@ -73,7 +73,7 @@ def _answers(lm: LoadedModel, prompts: list[Any], seeds: list[int], **options: A
 
 def record_of(prompt: Record, answer: str, tokens: int, finished: bool) -> Record:
     """An answer as a record of training data."""
-    beside: dict[str, Any] = {"kind": prompt["kind"], "tokens": tokens, FINISHED: finished}
+    facts: dict[str, Any] = {"kind": prompt["kind"], "tokens": tokens, FINISHED: finished}
     if "text" in prompt:
-        return {"prompt": prompt["text"], "completion": answer, **beside}
-    return {"messages": [*prompt["messages"], {"role": "assistant", "content": answer}], **beside}
+        return {"prompt": prompt["text"], "completion": answer, **facts}
+    return {"messages": [*prompt["messages"], {"role": "assistant", "content": answer}], **facts}

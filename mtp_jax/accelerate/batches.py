@@ -1,4 +1,4 @@
-"""Work in batches, each of which becomes one file: a stage that was killed goes on with the first that is missing."""
+"""Work in batches. Each batch becomes one file. A stage that was killed continues with the first missing file."""
 
 import json
 import pathlib
@@ -10,20 +10,20 @@ from mtp_jax.runs.integrity import write_atomically
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
-"""Is told of progress."""
+"""A function that is called with a line of text about the progress."""
 
 
 def run_batches(
     folder: pathlib.Path, count: int, make: Callable[[int], list[Record]], what: str, say: Say
 ) -> list[Record]:
-    """The records of all batches, in order; those of a batch that is not there yet are made and written.
+    """Makes and writes the batches that do not exist yet. Returns the records of all batches, in order.
 
     Args:
-      folder: where the files go, `00000.jsonl` and on.
+      folder: directory for the files, `00000.jsonl` and so on.
       count: number of batches.
-      make: the records of a batch; they may depend on its number alone.
-      what: what to call them.
-      say: is told of every batch.
+      make: a function from the number of a batch to its records; the records may depend on nothing else.
+      what: name of the work, for the progress lines.
+      say: is called with a line of text after every batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records = []
@@ -37,15 +37,15 @@ def run_batches(
 
 
 def write_records(path: pathlib.Path, records: list[Record]) -> None:
-    """Writes records, one a line, whole or not at all."""
+    """Writes records, one per line. The file is written completely or not at all."""
     write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_records(path: pathlib.Path) -> list[Record]:
-    """Reads records, one a line.
+    """Reads records, one per line.
 
     Raises:
-      UserError: a file that cannot be read, or a line that is no JSON object.
+      UserError: the file cannot be read, or a line is not a JSON object.
     """
     records = []
     try:
@@ -58,7 +58,7 @@ def read_records(path: pathlib.Path) -> list[Record]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is no JSON: {error}") from error
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number} is a {type(record).__name__}, not an object")
         records.append(record)

@@ -1,7 +1,7 @@
-"""Answers from a server that speaks OpenAI's protocol and runs the same model: `mtp accelerate --endpoint URL`.
+"""Gets answers from an OpenAI-compatible server that runs the same model: `mtp accelerate --endpoint URL`.
 
-For people who have such a server: it answers faster than the engine does here. It must run the very model that is to be
-accelerated, because the heads learn what that model says.
+Such a server answers faster than the engine of this package. It must run exactly the model that is to be accelerated,
+because the heads learn what that model writes.
 """
 
 import http.client
@@ -20,28 +20,28 @@ from mtp_jax.loading import LoadedModel
 
 BATCH = 64
 AT_ONCE = 8
-"""Requests on their way at a time."""
+"""Number of requests that run at the same time."""
 TIMEOUT = 600
 WAITS = (1, 4, 16)
-"""Seconds before a request is made again that the server was too busy for."""
+"""Seconds to wait before each repetition of a request, if the server was too busy."""
 
 
 def make_answers(
     url: str, lm: LoadedModel, prompts: list[Record], tokens: int, seed: int, folder: pathlib.Path, say: Say
 ) -> list[Record]:
-    """Answers to all prompts; as `answers.make_answers`, but for where they come from.
+    """Lets the server answer all prompts. Returns the same kind of records as `answers.make_answers`.
 
     Args:
-      url: of the server, up to and without `/chat/completions`.
+      url: URL of the server, without `/chat/completions`.
       lm: the model; its tokenizer counts the tokens of answers.
-      prompts: what to answer.
+      prompts: the prompts.
       tokens: most tokens of an answer.
-      seed: of drawn answers.
-      folder: where batches are kept.
-      say: is told of progress.
+      seed: seed of the sampled answers.
+      folder: directory for the files of the batches.
+      say: is called with a line of text about the progress.
 
     Raises:
-      UserError: a server that cannot be reached or answers otherwise.
+      UserError: the server cannot be reached, or its answers have another format.
     """
     base = url.rstrip("/")
     batches = -(-len(prompts) // BATCH)
@@ -59,7 +59,9 @@ def make_answers(
         with ThreadPoolExecutor(AT_ONCE) as pool:
             found = [record for record in pool.map(ask, chosen) if record is not None]
         if not found:
-            raise UserError(f"--endpoint {base} answers {len(chosen)} prompts with nothing; is the model loaded there?")
+            raise UserError(
+                f"--endpoint {base} gave empty answers to {len(chosen)} prompts; is the model loaded there?"
+            )
         return found
 
     return run_batches(folder, batches, make, f"answers from {base}", say)
@@ -76,7 +78,7 @@ def _model(base: str) -> str:
 
 
 def _answer(base: str, prompt: Record, body: dict[str, Any]) -> tuple[str, bool]:
-    """What the server says, and whether it came to its end."""
+    """The text of the server's answer, and whether the answer was finished."""
     is_text = "text" in prompt
     url = f"{base}/completions" if is_text else f"{base}/chat/completions"
     given = {"prompt": prompt["text"]} if is_text else {"messages": prompt["messages"]}
@@ -99,10 +101,10 @@ def _call(url: str, body: dict[str, Any] | None, tried: int = 0) -> Any:
         is_busy = error.code == 429 or error.code >= 500
         if not is_busy or tried == len(WAITS):
             said = error.read(200).decode(errors="replace")
-            raise UserError(f"--endpoint: {url} answers {error.code}: {' '.join(said.split())}") from error
+            raise UserError(f"--endpoint: {url} answers with status {error.code}: {' '.join(said.split())}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
-            f"--endpoint: {url} cannot be asked: {error}; start the server, or leave --endpoint out"
+            f"--endpoint: the request to {url} failed: {error}; start the server, or leave --endpoint out"
         ) from error
     time.sleep(WAITS[tried])
     return _call(url, body, tried + 1)

@@ -1,4 +1,4 @@
-"""Texts that must not be trained on: what shares a long run of words with them is left out."""
+"""Texts that must not be trained on. A text that shares a long run of words with one of them is left out."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ from mtp_jax.accelerate.batches import read_records
 from mtp_jax.errors import UserError
 
 RUN = 8
-"""Words in a row that two texts may not share. GPT-3 (Brown et al. 2020, appendix C) took 8 to 13."""
+"""Two texts overlap if they share this many words in a row. GPT-3 (Brown et al. 2020, appendix C) used 8 to 13."""
 
 
 def words_of(text: str) -> list[str]:
@@ -17,7 +17,7 @@ def words_of(text: str) -> list[str]:
 
 
 def same_text(text: str) -> str:
-    """What two texts have in common that differ in case, space and punctuation only."""
+    """A normal form of a text: equal for two texts that differ only in case, space and punctuation."""
     return " ".join(words_of(text))
 
 
@@ -28,27 +28,27 @@ def _runs(text: str) -> Iterator[tuple[str, ...]]:
 
 
 class Excluded:
-    """Texts that nothing may come close to."""
+    """Texts that no other text may overlap with."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self._runs = {run for text in texts for run in _runs(text) if run}
 
     def and_of(self, texts: Iterable[str]) -> "Excluded":
-        """These, and further ones."""
+        """The excluded texts of this object, and further ones."""
         more = Excluded(texts)
         more._runs |= self._runs
         return more
 
     def is_close(self, text: str) -> bool:
-        """Whether a text shares a run of `RUN` words with one of them, or is one of them as a whole."""
+        """Whether a text shares a run of `RUN` words with an excluded text, or is equal to a shorter one."""
         return any(run in self._runs for run in _runs(text))
 
 
 def read_excluded(files: Iterable[str]) -> Excluded:
-    """All texts in files: of a `.jsonl` every string in its records, of other files the whole content.
+    """Reads the texts of files: every string in the records of a `.jsonl`, and the whole content of other files.
 
     Raises:
-      UserError: a file that cannot be read.
+      UserError: a file cannot be read.
     """
     texts: list[str] = []
     for name in files:

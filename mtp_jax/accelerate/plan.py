@@ -1,4 +1,4 @@
-"""What a run of `mtp accelerate` was asked to do, and the counts that were measured for it once."""
+"""The settings of a run of `mtp accelerate`, and the counts that were measured for it once."""
 
 import dataclasses
 import json
@@ -15,50 +15,51 @@ VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What was asked for."""
+    """The settings of a run."""
 
     minutes: float = 60.0
-    """What all of it may take. How many prompts and steps that is, is measured."""
+    """Time for the whole command. The command measures how many prompts and training steps fit."""
     prompts: str = ""
-    """File of prompts: a .jsonl with `messages` or `prompt`, or a text with one prompt a line. Without it the model
-    writes its own, and Python's standard library gives beginnings of code and prose."""
+    """File of prompts: a .jsonl with `messages` or `prompt`, or a text file with one prompt per line. Without it the
+    model writes prompts, and Python's standard library gives beginnings of code and prose."""
     num_prompts: int = 0
-    """Number of prompts in place of what the minutes allow, or of all in the file."""
+    """Number of prompts; 0 takes as many as the minutes allow, or all prompts of the file."""
     answer_tokens: int = 128
     """Most tokens of an answer."""
     heldout: int = 12
-    """Prompts that are held out to measure on; at most a quarter of all."""
+    """Number of prompts that are held out for the measurement; at most a quarter of all prompts."""
     library: float = 1.0
-    """Characters of Python's standard library, code and documentation, that heads learn from besides, per character of
-    the answers; 0 for answers alone."""
+    """Heads also learn from Python's standard library, code and documentation: this many characters of it per character
+    of the answers; 0 for answers alone."""
     exclude: tuple[str, ...] = ()
-    """Files of texts that no prompt may come close to, such as evaluation sets."""
+    """Files of texts, such as evaluation sets. Prompts that overlap with them are left out."""
     endpoint: str = ""
-    """Base URL of an OpenAI-compatible server that runs the same model and answers in its place."""
+    """Base URL of an OpenAI-compatible server that runs the same model. The server then writes the answers."""
     kind: Family = "recursive"
     """Head family."""
     attention: bool = False
     """Whether sequential and recursive heads have attention. Without it they draft a little worse, at a fraction of the
     cost."""
     num_future: int = 4
-    """M, prediction heads including the next-token head."""
+    """M, the number of heads, head 0 included."""
     draft_vocab: int = 8192
-    """Tokens that heads draft over, those that the answers have most often; at most a quarter of the vocabulary."""
+    """Number of tokens that the heads can draft: the most frequent ones in the answers. At most a quarter of the
+    vocabulary is used."""
     steps: int = 0
-    """Training steps in place of what the minutes allow."""
+    """Number of training steps; 0 takes as many as the minutes allow."""
     batch_size: int = 8
     """Rows of a training step."""
     seq_len: int = 256
     """Tokens of a row."""
     targets: Literal["soft", "hard"] = "soft"
-    """Whether heads learn the model's distributions or its tokens."""
+    """Whether heads learn the model's distributions (soft) or its tokens (hard)."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of everything that is random."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Settings, and what was measured: None until it was."""
+    """The settings, and the measured numbers. A number is None until it is measured."""
 
     source: str
     settings: Settings
@@ -67,10 +68,10 @@ class Plan:
 
 
 def read_plan(workdir: pathlib.Path) -> Plan | None:
-    """The plan in a directory; None where there is none.
+    """Reads the plan in a directory. Returns None if there is none.
 
     Raises:
-      UserError: one that cannot be read.
+      UserError: the plan cannot be read.
     """
     path = workdir / FILE
     try:
@@ -88,26 +89,26 @@ def read_plan(workdir: pathlib.Path) -> Plan | None:
 
 
 def write_plan(workdir: pathlib.Path, plan: Plan) -> Plan:
-    """Writes a plan, whole or not at all."""
+    """Writes a plan, completely or not at all, and returns it."""
     write_atomically(workdir / FILE, json.dumps({"version": VERSION, **dataclasses.asdict(plan)}, indent=1) + "\n")
     return plan
 
 
 def changed(before: Plan, source: str, settings: Settings, workdir: pathlib.Path, free: set[str]) -> Plan:
-    """The plan with settings that may still change; `free` names them.
+    """The plan of an earlier call with new values for the settings named in `free`.
 
     Raises:
-      UserError: the directory belongs to another source, or to other settings.
+      UserError: the plan is for another source, or another setting differs.
     """
     if before.source != source:
-        raise UserError(f"{workdir} accelerates {before.source}, not {source}; use another WORKDIR")
+        raise UserError(f"{workdir} was started for the model {before.source}, not {source}; use another WORKDIR")
     old = dataclasses.asdict(before.settings)
     new = dataclasses.asdict(settings)
     for name, value in new.items():
         if value != old[name] and name not in free:
             option = "--" + name.replace("_", "-")
             raise UserError(
-                f"{workdir} was begun with {option} {_shown(old[name])}, not {_shown(value)}; use another WORKDIR"
+                f"{workdir} was started with {option} {_shown(old[name])}, not {_shown(value)}; use another WORKDIR"
             )
     same_prompts = all(new[name] == old[name] for name in ("prompts", "num_prompts"))
     return dataclasses.replace(before, settings=settings, num_prompts=before.num_prompts if same_prompts else None)

@@ -1,10 +1,14 @@
-"""Prompts to answer: from a file, or made here.
+"""Prompts for the model: read from a file, or made here.
 
-Made here they are of four kinds. An instruct model writes what a user may say when it is given the beginning of a
-user's message alone (Magpie, Xu et al. 2024, arXiv:2406.08464, section 2): so come `chat` and `mathematics`, the latter
-behind the first words of a problem. `code` is the head of a function of Python's standard library, `prose` the
-beginning of a documentation text in it; the model goes on with those. A model without a chat template gets the last two
-only.
+The prompts made here have four kinds:
+
+- `chat`: an instruct model writes what a user may say, if its input ends at the beginning of a user's message (Magpie,
+  Xu et al. 2024, arXiv:2406.08464, section 2).
+- `mathematics`: the same, but the first words of a mathematical problem are given.
+- `code`: the signature and docstring of a function of Python's standard library. The model continues it.
+- `prose`: the beginning of a documentation text of Python's standard library. The model continues it.
+
+A model without a chat template gets only `code` and `prose`.
 """
 
 import ast
@@ -27,25 +31,25 @@ from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel
 
 LEAST = 3
-"""Prompts that are needed: one is held out, and training holds out another."""
+"""The fewest prompts that work: one is held out for the measurement, and training holds out another."""
 SHARES = {"chat": 0.4, "mathematics": 0.2, "code": 0.3, "prose": 0.1}
-"""Of the prompts that are made here, by kind."""
+"""Share of each kind in the prompts that are made here."""
 WRITTEN = ("chat", "mathematics")
 """Kinds that the model writes."""
 BATCH = 64
 SPARE = 1.4
-"""Messages that the model is made to write per prompt that is wanted; some are no use."""
+"""The model writes this many messages per wanted prompt, because some cannot be used."""
 USER_TOKENS = 80
-"""Most tokens of a message that the model writes; longer ones are cut off and left out."""
+"""Most tokens of a message that the model writes. A longer message is cut off and not used."""
 SAMPLING = {"temperature": 1.0, "top_k": 64}
 BEGINNINGS = (
     *("A farmer has", "A baker makes", "A train leaves", "Anna has", "Ben buys", "Carla reads", "A shop sells"),
     *("In a class of", "Daniel runs", "A box holds", "Emma earns", "A bus carries", "Felix saves", "A tank is filled"),
     *("Grace plants", "Each week Henry", "Ivy bakes", "A team scores", "If a worker", "Jack drives", "A rope is"),
 )
-"""First words of problems of mathematics."""
+"""First words of mathematical problems."""
 SPREAD = 5
-"""Beginnings that are read per one that is taken, so that they come from many files."""
+"""This many beginnings are read per one that is used, so that they come from many files."""
 CODE_LINES = 14
 FUNCTION_LINES = 40
 PAGE_CHARACTERS = 1500
@@ -53,18 +57,19 @@ PROSE_CHARACTERS = (160, 400)
 
 
 def read_prompts(path: str, has_template: bool) -> list[Record]:
-    """Prompts of a file: records with `messages`, or with `prompt`, a text to go on with; or a text, one prompt a line.
+    """Reads prompts from a file.
 
     Args:
-      path: a `.jsonl`, or a text file. A line of a text is what a user says where the model has a chat template.
-      has_template: whether it has.
+      path: a `.jsonl` file of records with `messages`, or with `prompt` (a text to continue); or a text file with one
+        prompt per line. If the model has a chat template, a line of a text file is a message of the user.
+      has_template: whether the model has a chat template.
 
     Raises:
-      UserError: no such file, none in it, or a record of another form.
+      UserError: the file does not exist, holds too few prompts, or holds a record of another form.
     """
     file = pathlib.Path(path).expanduser()
     if file.suffix == ".json":
-        raise UserError(f"--prompts {path}: give a .jsonl, one record a line, or a text file, one prompt a line")
+        raise UserError(f"--prompts {path}: give a .jsonl with one record per line, or a text with one prompt per line")
     if file.suffix == ".jsonl":
         found = [_given(record, f"{path}, record {i}") for i, record in enumerate(read_records(file), start=1)]
     else:
@@ -93,7 +98,7 @@ def _given(record: Record, where: str) -> Record:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: field 'prompt' is no Unicode text: {error}") from error
+        raise UserError(f"{where}: field 'prompt' is not Unicode text: {error}") from error
     raise UserError(f"{where} has neither 'messages' nor a text 'prompt'; give one of them")
 
 
@@ -106,28 +111,29 @@ def _text(kind: str, text: str) -> Record:
 
 
 def text_of(prompt: Record) -> str:
-    """What a prompt says, without its template."""
+    """The text of a prompt, without the chat template."""
     return prompt["text"] if "text" in prompt else "\n".join(one.get("content") or "" for one in prompt["messages"])
 
 
 def engine_prompt(prompt: Record) -> Any:
-    """A prompt as `generate` takes it."""
+    """A prompt in the form that `generate` takes."""
     return prompt["text"] if "text" in prompt else prompt["messages"]
 
 
 def num_tokens(lm: LoadedModel, prompt: Record) -> int:
-    """Tokens of a prompt as the model reads it; 0 where its tokenizer knows nothing in it."""
+    """Number of tokens of a prompt, chat template included; 0 if the tokenizer has no token for it."""
     if "text" in prompt:
         return len(lm.tokenizer.encode_prompt(prompt["text"]))
     return len(lm.tokenizer.encode_chat(prompt["messages"]))
 
 
 def fitting(lm: LoadedModel, prompts: list[Record], say: Say) -> list[Record]:
-    """Prompts of at least one token that fill at most half of the model's length: the rest is for the answer."""
+    """The prompts that have at least one token and at most half of the model's length. The answer gets the other
+    half."""
     longest = lm.config.model.max_seq_len // 2
     found = [prompt for prompt in prompts if 1 <= _counted(lm, prompt) <= longest]
     if skipped := len(prompts) - len(found):
-        say(f"{skipped} of {len(prompts)} prompts have no token, or more than {longest}, and are left out")
+        say(f"{skipped} of {len(prompts)} prompts have no token, or more than {longest} tokens, and are left out")
     return found
 
 
@@ -141,15 +147,15 @@ def _counted(lm: LoadedModel, prompt: Record) -> int:
 def make_prompts(
     lm: LoadedModel, count: int, seed: int, folder: pathlib.Path, excluded: Excluded, say: Say
 ) -> list[Record]:
-    """Prompts of all kinds that suit the model, mixed; fewer than `count` where too few were of use.
+    """Makes prompts of all kinds that suit the model, in mixed order. It can be fewer than `count`.
 
     Args:
       lm: the model.
-      count: prompts wanted.
-      seed: of what is drawn.
-      folder: where batches of written messages are kept.
-      excluded: texts that none may come close to.
-      say: is told of progress.
+      count: number of wanted prompts.
+      seed: seed of everything that is random.
+      folder: directory for the batches of messages that the model writes.
+      excluded: texts that no prompt may overlap with.
+      say: is called with a line of text about the progress.
     """
     opening = _opening(lm, say)
     shares = {kind: share for kind, share in SHARES.items() if kind not in WRITTEN or opening}
@@ -167,7 +173,7 @@ def make_prompts(
 
 
 def _opening(lm: LoadedModel, say: Say) -> str:
-    """What stands before a user's message; "" where the model cannot be made to write one."""
+    """The text that a chat template puts before a user's message; "" if the model cannot write user messages."""
     if getattr(lm.tokenizer, "chat", None) is None:
         return ""
     try:
@@ -183,12 +189,12 @@ def _counts(prompts: list[Record]) -> str:
 
 
 def shuffled(records: list[Record], seed: int) -> list[Record]:
-    """In an order of their own, which does not hang on the order in which they were found."""
+    """The records in a random order that depends only on the seed and the texts, not on the order of the input."""
     return sorted(records, key=lambda one: hashlib.blake2b(f"{seed}\0{text_of(one)}".encode()).digest())
 
 
 def _distinct(prompts: list[Record], excluded: Excluded) -> list[Record]:
-    """Each text once, and none that is close to an excluded one."""
+    """The prompts without duplicates, and without those that overlap with an excluded text."""
     found = {}
     for prompt in prompts:
         text = text_of(prompt)
@@ -234,11 +240,11 @@ def _sources(seed: int) -> Iterator[tuple[str, ast.Module]]:
             source = file.path.read_text(encoding="utf-8")
             yield source, ast.parse(source)
         except (UnicodeDecodeError, SyntaxError, ValueError):
-            continue  # the library holds files that are broken on purpose
+            continue  # the library has some files that are broken on purpose
 
 
 def _code(seed: int) -> Iterator[Record]:
-    """Heads of functions: the signature and the documentation."""
+    """Beginnings of functions: the signature and the docstring."""
     for source, tree in _sources(seed):
         lines = source.splitlines()
         for node in ast.walk(tree):
@@ -250,7 +256,7 @@ def _code(seed: int) -> Iterator[Record]:
 
 
 def _prose(seed: int) -> Iterator[Record]:
-    """Beginnings of documentation, cut behind a word."""
+    """Beginnings of documentation texts, cut after a word."""
     least, most = PROSE_CHARACTERS
     for _, tree in _sources(seed):
         for node in ast.walk(tree):
@@ -266,15 +272,15 @@ def _prose(seed: int) -> Iterator[Record]:
 
 
 def library_texts(characters: int, seed: int, excluded: Excluded) -> list[Record]:
-    """Functions with their bodies, and pages of Python's documentation, half of the characters each.
+    """Whole functions, and pages of Python's documentation. Each of the two gives half of the characters.
 
-    Reading a text costs far less than writing one, so it adds variety to the answers; the heads learn what the model
-    expects at every place of it.
+    These texts add variety to the answers at little cost, because the model only has to read them. The heads learn what
+    the model predicts at every position of them.
 
     Args:
-      characters: of all texts together.
-      seed: of the choice.
-      excluded: texts that none may come close to.
+      characters: number of characters of all texts together.
+      seed: seed of the choice.
+      excluded: texts that these texts may not overlap with.
     """
     found = []
     for texts in (_functions(seed), _pages(seed)):

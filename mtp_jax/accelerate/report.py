@@ -1,4 +1,4 @@
-"""What a run of `mtp accelerate` shows at its end: a table, a sentence, and a page with plots."""
+"""The result of `mtp accelerate`: a table, a sentence, and a page with plots."""
 
 import math
 import pathlib
@@ -13,24 +13,24 @@ from mtp_jax.runs.metrics import read_metrics
 
 
 def best_side(results: Sequence[Result]) -> str:
-    """The side with the largest mean gain; plain decoding where nothing gains."""
+    """The side with the largest mean gain; plain decoding if no other side gains."""
     sides = dict.fromkeys(one.side for one in results)
     return max(sides, key=lambda side: mean_gain(results, side))
 
 
 def remark(results: Sequence[Result]) -> str:
-    """An honest sentence on what came of it."""
+    """A sentence about the gain, also if there is none."""
     side = best_side(results)
     kinds = ", ".join(f"{one.kind} {one.gain:.2f}x" for one in results if one.side == side)
     if side == PLAIN:
-        return "Nothing is faster than plain decoding here: too few drafts are right for what a wider pass costs."
+        return "Plain decoding is the fastest here: a wider pass costs more time than the accepted drafts save."
     same = all(one.identical for one in results)
     tokens = "the tokens are those of plain decoding" if same else "SOME TOKENS DIFFER from those of plain decoding"
     return f"{side}: {mean_gain(results, side):.2f} times as fast as plain decoding ({kinds}); {tokens}."
 
 
 def use_line(heads: pathlib.Path, results: Sequence[Result]) -> str:
-    """The command that uses the result, in the way that was fastest."""
+    """The command that uses the heads, with the options that were fastest."""
     name, *auto = best_side(results).split(", ")
     draft = {PLAIN: "none"}.get(name, name)
     return f'mtp generate {heads} --draft {draft}{" --num-draft auto" if auto else ""} --prompt "..."'
@@ -39,12 +39,12 @@ def use_line(heads: pathlib.Path, results: Sequence[Result]) -> str:
 def write_report(
     directory: pathlib.Path, source: str, heads: pathlib.Path, results: Sequence[Result], facts: dict[str, str]
 ) -> pathlib.Path:
-    """Writes `report.md` and its plots; returns its path.
+    """Writes `report.md` and its plots. Returns the path of the page.
 
     Args:
-      directory: where to; made if it does not exist.
+      directory: the directory to write to; it is made if it does not exist.
       source: the model.
-      heads: the run of the heads.
+      heads: workdir of the run that trained the heads.
       results: figures on held-out prompts.
       facts: further rows of the first table, name to text.
     """
@@ -54,7 +54,10 @@ def write_report(
     parts = [f"# {source}, accelerated", "", remark(results), "", f"    {use_line(heads, results)}", ""]
     parts += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items()), ""]
     parts += ["## Held-out prompts, by kind of text", "", f"| {' | '.join(COLUMNS)} |", rule, *rows, ""]
-    parts += ["One prompt at a time, greedy. A side's gain is the time of plain decoding over its own.", ""]
+    parts += [
+        "One prompt at a time, greedy. The gain is the time of plain decoding divided by the time of the side.",
+        "",
+    ]
     plot_gains(directory / "gain.png", results)
     parts += ["![Gain by kind of text](gain.png)", ""]
     if any(one.accepted for one in results if one.side == "heads"):
@@ -70,12 +73,12 @@ def write_report(
 
 
 def _extra_heads(records: list[dict]) -> list[dict]:
-    """The next-token head is not trained, so its loss was not measured in every step."""
+    """The records without the loss of head 0: head 0 is not trained, so not every step measured its loss."""
     return [record | {"head_loss": [math.nan, *record["head_loss"][1:]]} for record in records]
 
 
 def plot_gains(path: pathlib.Path, results: Sequence[Result]) -> None:
-    """Gain of every side, by kind, with intervals."""
+    """Plots the gain of every side, by kind, with intervals."""
     figure, axes = new_figure("Gain over plain decoding, with 95 % intervals", "", "times as fast")
     sides = [side for side in dict.fromkeys(one.side for one in results) if side != PLAIN]
     kinds = list(dict.fromkeys(one.kind for one in results))
@@ -93,8 +96,8 @@ def plot_gains(path: pathlib.Path, results: Sequence[Result]) -> None:
 
 
 def plot_depths(path: pathlib.Path, results: Sequence[Result]) -> None:
-    """Share of rounds that accept at least k drafts of the heads, by kind."""
-    figure, axes = new_figure("Drafts of the heads that are accepted", "depth of the draft", "share of the rounds")
+    """Plots the share of rounds that accept at least k drafts of the heads, by kind."""
+    figure, axes = new_figure("Accepted drafts of the heads", "depth of the draft", "share of the rounds")
     for i, one in enumerate(one for one in results if one.side == "heads"):
         depth = np.arange(1, len(one.accepted) + 1)
         label = f"{one.kind}, {one.tokens_per_round:.2f} tokens per round"

@@ -1,4 +1,4 @@
-"""The stages of `mtp accelerate`, one behind the other, each skipped where its result lies there whole."""
+"""The stages of `mtp accelerate`, one after the other. A stage is skipped if its result is already complete."""
 
 import dataclasses
 import json
@@ -52,54 +52,54 @@ from mtp_jax.training.loop import TrainResult, train
 from mtp_jax.training.start import config_of
 
 SHARES = {"text": 0.45, "training": 0.45, "measurement": 0.1}
-"""Of the minutes, by stage."""
+"""Share of the minutes that each stage may take."""
 LEAST_PROMPTS = 64
 MEASURED_TOKENS = 16
 MEASURED_ROWS = 64
 PROMPTS = "prompts.jsonl"
 TEXT = "text.jsonl"
-"""What the heads learn from."""
+"""File of the text that the heads learn from."""
 RESULTS = ("prompts", PROMPTS, "answers", TEXT, "heads", "figures.json")
-"""What stages leave in the workdir."""
+"""Files and directories that the stages write into the workdir."""
 NEW_TOKENS = 128
-"""Tokens that a held-out prompt is decoded for."""
+"""Number of tokens that are generated for a held-out prompt."""
 
 
 class Outcome(NamedTuple):
-    """A run of `accelerate` that came to its end, or was stopped while training."""
+    """The result of `accelerate`: it finished, or was stopped during training."""
 
     heads: pathlib.Path
-    """The run that holds model and heads; `mtp generate` takes it."""
+    """Workdir of the run with the model and its heads; `mtp generate` takes it."""
     training: TrainResult
     results: list[Result] | None
-    """Figures on held-out prompts; None where training was stopped."""
+    """Figures on held-out prompts; None if training was stopped."""
 
 
 def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say) -> Outcome:
-    """From a model to heads that draft for it; a run that was stopped goes on.
+    """Trains heads that draft for a model, and measures them. A run that was stopped continues.
 
     Args:
-      source: what `load` takes.
-      workdir: where everything goes.
-      settings: what to do.
-      say: is told of progress.
+      source: the model, as `load` takes it.
+      workdir: directory for all results.
+      settings: the settings of the run.
+      say: is called with a line of text about the progress.
 
     Raises:
-      UserError: a source without a tokenizer, a workdir of another run, or what the stages refuse.
+      UserError: the source has no tokenizer, the workdir belongs to another run, or a stage refuses its input.
     """
     before = plan.read_plan(workdir)
     if before is not None:
         before = plan.changed(before, source, settings, workdir, _changeable(workdir))
     elif found := [name for name in RESULTS if (workdir / name).exists()]:
-        raise UserError(f"{workdir} holds {found[0]}, and no {plan.FILE} that says what it is; use another WORKDIR")
-    excluded = read_excluded(settings.exclude)  # refuses before anything is made
+        raise UserError(f"{workdir} holds {found[0]} but no {plan.FILE}, so it is no run of ours; use another WORKDIR")
+    excluded = read_excluded(settings.exclude)  # here, so that a bad file is refused before any work
     with claim(workdir):
         trunk = _trunk(source, workdir, say)
-        heads_config(trunk, workdir / TEXT, settings)  # refuses before an hour has passed
+        heads_config(trunk, workdir / TEXT, settings)  # here, so that bad settings are refused before any work
         now = plan.write_plan(workdir, before or Plan(source, settings))
         lm = load(trunk, notify=say)
         if lm.tokenizer is None:
-            raise UserError(f"{source} has no tokenizer, and heads are trained on text; give a model that has one")
+            raise UserError(f"{source} has no tokenizer, which training on text needs; give a model that has one")
         prompts, heldout, now = _prompts(lm, workdir, now, excluded, say)
         _answers(lm, workdir, now, prompts, excluded.and_of(map(text_of, heldout)), say)
         del lm
@@ -113,14 +113,14 @@ def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say)
 
 
 def _changeable(workdir: pathlib.Path) -> set[str]:
-    """Settings that nothing has been made by yet."""
+    """Names of the settings that no result depends on yet."""
     if not (workdir / PROMPTS).is_file() and not (workdir / "prompts").exists():
         return {"prompts", "num_prompts", "exclude", "heldout", "endpoint"}
     return set() if (workdir / TEXT).is_file() else {"endpoint"}
 
 
 def _trunk(source: str, workdir: pathlib.Path, say: Say) -> pathlib.Path:
-    """The source as a run; made in the workdir where it is none."""
+    """The source as a run. A checkpoint that is not a run is imported into the workdir."""
     if fetch.is_named(source):
         return run_of(source, say)
     if is_run(pathlib.Path(source)):
@@ -140,7 +140,7 @@ def _trunk(source: str, workdir: pathlib.Path, say: Say) -> pathlib.Path:
 def _prompts(
     lm: LoadedModel, workdir: pathlib.Path, now: Plan, excluded: Excluded, say: Say
 ) -> tuple[list[Record], list[Record], Plan]:
-    """Prompts to answer, and prompts to measure on."""
+    """The prompts to answer, the held-out prompts for the measurement, and the plan."""
     asked = now.settings
     path = workdir / PROMPTS
     if now.num_prompts is None:
@@ -167,8 +167,8 @@ def _prompts(
 
 
 def _seconds_per_prompt(lm: LoadedModel, asked: Settings, say: Say) -> float:
-    """What a prompt takes, with its answer: measured."""
-    say("measuring how fast this machine writes ...")
+    """Measured seconds to make one prompt and its answer."""
+    say("measuring how fast this machine generates text ...")
     ids = lm.tokenizer.encode_prompt("The") or [0]
     made = [
         generate(lm, [ids] * MEASURED_ROWS, max_new_tokens=MEASURED_TOKENS, draft="none", ignore_eos=True)
@@ -181,7 +181,7 @@ def _seconds_per_prompt(lm: LoadedModel, asked: Settings, say: Say) -> float:
 def _answers(
     lm: LoadedModel, workdir: pathlib.Path, now: Plan, prompts: list[Record], excluded: Excluded, say: Say
 ) -> None:
-    """Writes what the heads learn from: answers, and texts of the standard library."""
+    """Writes the text that the heads learn from: the answers, and texts of the standard library."""
     path = workdir / TEXT
     asked = now.settings
     if path.is_file():
@@ -191,9 +191,9 @@ def _answers(
     answers = make(lm, prompts, tokens, asked.seed, workdir / "answers", say)
     finished = sum(answer[FINISHED] for answer in answers)
     tokens = sum(answer["tokens"] for answer in answers)
-    say(f"{len(answers):,} answers, {tokens:,} tokens; {finished:,} came to their end, the others were cut off")
+    say(f"{len(answers):,} answers, {tokens:,} tokens; {finished:,} are finished, the others were cut off")
     if len(answers) < 2:
-        raise UserError(f"{len(answers)} prompts have an answer, and at least 2 are needed; give more prompts")
+        raise UserError(f"only {len(answers)} prompts have an answer, and at least 2 are needed; give more prompts")
     said = sum(len(_answer(one)) for one in answers)
     texts = library_texts(round(asked.library * said), asked.seed, excluded) if asked.library else []
     write_records(path, answers + texts)
@@ -207,10 +207,10 @@ def _answer(record: Record) -> str:
 
 
 def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Config:
-    """The training run of the heads; its steps are not settled yet."""
+    """The config of the training run of the heads. Its number of steps is set later."""
     model = config_of(trunk, "SOURCE").model
     vocab = min(asked.draft_vocab, model.vocab_size // 4)
-    # What the model was trained with means nothing here.
+    # `start_from` keeps the sections of the source. Heads, loss and mesh start from the defaults instead.
     heads = _fresh(HeadsConfig, kind=asked.kind, num_future=asked.num_future, draft_vocab=vocab)
     facts = FACTS[asked.kind]
     if facts.chains_tokens:
@@ -239,7 +239,7 @@ def _fresh(section: type, **fields: Any) -> dict[str, Any]:
 
 
 def _config(trunk: pathlib.Path, workdir: pathlib.Path, now: Plan, say: Say) -> tuple[Config, Plan]:
-    """The heads' run with its number of steps, which is measured once."""
+    """The config of the heads' run with its number of steps, which is measured once, and the plan."""
     asked = now.settings
     config = heads_config(trunk, workdir / TEXT, now.settings)
     if now.steps is None:
@@ -259,7 +259,7 @@ def _config(trunk: pathlib.Path, workdir: pathlib.Path, now: Plan, say: Say) -> 
 
 
 def _seconds_of_states(trunk: pathlib.Path, config: Config, rows: int) -> float:
-    """What running the model over so many rows takes: measured on one batch."""
+    """Seconds to run the model over this many rows, estimated from one batch."""
     params = load(trunk, notify=lambda _: None).stacked_params()
     shape = (config.train.batch_size, config.data.seq_len)
     tokens_BT = jnp.zeros(shape, jnp.int32)
@@ -286,7 +286,7 @@ def _measured(heads: pathlib.Path, workdir: pathlib.Path, heldout: list[Record],
 
 
 def by_kind(prompts: list[Record]) -> Mapping[str, list[Any]]:
-    """Prompts as the engine takes them, by kind."""
+    """Prompts by kind, in the form that `generate` takes."""
     found: dict[str, list[Any]] = {}
     for prompt in prompts:
         found.setdefault(prompt["kind"], []).append(engine_prompt(prompt))

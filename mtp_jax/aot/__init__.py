@@ -1,1 +1,1 @@
-"""Whether a run fits onto devices that are not here: its real programs, compiled for them and read."""
+"""Ahead-of-time compilation: compiles the real programs of a run for other devices, and reads whether they fit."""

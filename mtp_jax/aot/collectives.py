@@ -1,7 +1,7 @@
-"""What a compiled program sends between devices, read from its text.
+"""Reads from the text of a compiled program how many bytes it sends between devices.
 
-XLA prints the optimised program as computations, one instruction a line. A collective counts as often as the loops
-around it turn. Counted are the bytes that a device sends, at least, with n devices in a group:
+XLA prints the optimised program as computations, one instruction per line. A collective inside loops counts once per
+iteration. The count is the least number of bytes that a device must send, with n devices in a group:
 
     all-gather          result * (n-1)/n         every device passes on all parts but one
     reduce-scatter      result * (n-1)
@@ -40,19 +40,23 @@ class Instruction(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What one kind of collective sends in a run of the program."""
+    """Traffic of one kind of collective in one run of the program."""
 
     count: int
     bytes: int
-    """By each device."""
+    """Bytes that each device sends."""
 
 
 def read(text: str, devices: int) -> tuple[dict[str, Sent], int]:
-    """Collectives by kind, and the number of loops around some whose length is unknown; those count as one turn.
+    """Reads the collectives of a program.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
-      devices: devices of the program, for collectives among all of them.
+      devices: number of devices of the program. Collectives without groups run on all of them.
+
+    Returns:
+      The traffic by kind of collective, and the number of loops of unknown length that contain collectives. Such a loop
+      counts as one iteration.
     """
     computations, entry = _parse(text)
     counts = collections.Counter()
@@ -64,7 +68,7 @@ def read(text: str, devices: int) -> tuple[dict[str, Sent], int]:
         for line in computations[name]:
             kind = line.opcode.removesuffix("-start")
             if kind in KINDS:
-                # A piece of a collective that other computations make progress with beside their own work.
+                # XLA may split a collective over several computations, which share a chain id. It counts once.
                 chain = re.search(r'chain_id="(\w+)"', line.rest)
                 if chain and (chain[1], line.opcode) in seen:
                     continue
@@ -86,7 +90,7 @@ def read(text: str, devices: int) -> tuple[dict[str, Sent], int]:
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Instructions by computation, and the name of the one that starts."""
+    """The instructions of each computation, and the name of the entry computation."""
     computations = {}
     entry = ""
     current = None
@@ -106,7 +110,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _inner(line: Instruction) -> list[str]:
-    """Computations that an instruction runs, but those that a collective or a reduction applies to scalars."""
+    """Computations that an instruction calls, without the scalar functions of collectives and reductions."""
     if line.opcode not in ("fusion", "call", "conditional", "async-start"):
         return []
     branches = _BRANCHES.search(line.rest)
@@ -115,11 +119,13 @@ def _inner(line: Instruction) -> list[str]:
 
 
 def _sends(kind: str, line: Instruction, devices: int, scattered: bool) -> tuple[str, float]:
-    """The kind and the bytes of one collective; `scattered`: a TPU's reduce-scatter, an all-reduce then a slice."""
+    """The kind and the bytes of one collective. `scattered` marks a reduce-scatter that a TPU program writes as an
+    all-reduce and a slice."""
     n = _group(line.rest, devices)
     size = _bytes(line.shape)
     if line.opcode.endswith("-start") and line.shape.startswith("("):
-        # ((operands), (results), ...): results are n times as much in a gather, and as much in a permutation.
+        # The shape is ((operands), (results), ...). The results of a gather have n times the size of its operands;
+        # those of a permutation have the same size.
         size = size * n / (n + 1) if kind == "all-gather" else size / 2
     if kind == "all-reduce" and scattered:
         return "reduce-scatter", size * (n - 1) / n
@@ -129,14 +135,14 @@ def _sends(kind: str, line: Instruction, devices: int, scattered: bool) -> tuple
 
 
 def _bytes(shape: str) -> int:
-    """Bytes of the arrays of a shape; the scalars beside them are counters."""
+    """Bytes of the arrays in a shape. Scalars next to arrays are counters, and do not count."""
     arrays = [(kind, dims) for kind, dims in _ARRAY.findall(shape) if kind in BITS]
     large = [pair for pair in arrays if pair[1]] or arrays
     return sum(BITS[kind] * math.prod(map(int, filter(None, dims.split(",")))) for kind, dims in large) // 8
 
 
 def _group(rest: str, devices: int) -> int:
-    """Devices that take part in one group of a collective."""
+    """Number of devices in one group of a collective."""
     found = re.search(r"replica_groups=(\{\{[\d,]*\}|\[[\d,]+\]|mesh\[[^\]]*\]\s*\{[^}]*\})", rest)
     if found is None:
         return devices
@@ -149,13 +155,14 @@ def _group(rest: str, devices: int) -> int:
 
 
 def _turns(loop: Instruction, computations: dict[str, list[Instruction]], name: str, condition: str) -> int | None:
-    """How often a loop turns: as XLA says, or as its condition does, `counter < constant` from a constant on."""
+    """Number of iterations of a loop; None if it is not known. XLA gives it, or it follows from the condition
+    `counter < constant` and a constant start of the counter."""
     known = re.search(r'known_trip_count[^0-9]*"n":"(\d+)"', loop.rest)
     if known:
         return int(known[1])
     lines = {line.name: line for line in computations[condition]}
     root = computations[condition][-1]
-    if root.opcode == "fusion":  # the comparison in a computation of its own, its operands in order
+    if root.opcode == "fusion":  # the comparison is inside another computation, which is not read here
         return None
     operands = re.findall(r"%([\w.-]+)", root.rest.split(")")[0])
     if root.opcode != "compare" or "direction=LT" not in root.rest or len(operands) != 2:
@@ -167,7 +174,7 @@ def _turns(loop: Instruction, computations: dict[str, list[Instruction]], name: 
 
 
 def _start(loop: Instruction, around: list[Instruction], index: int) -> int | None:
-    """The constant that a loop's counter starts from."""
+    """The constant at which the counter of a loop starts; None if it is not a constant."""
     lines = {line.name: line for line in around}
     state = lines.get(re.search(r"%([\w.-]+)", loop.rest)[1])
     if state is None or state.opcode != "tuple":

@@ -1,7 +1,7 @@
-"""Floating-point operations of a traced program: its matrix products, the bodies of loops as often as they run.
+"""Floating-point operations of the matrix products in a traced program.
 
-XLA counts the body of a loop once. What is counted here is what runs, recomputation included; `mtp_jax.cost.flops`
-has what a model needs.
+XLA's own count takes the body of a loop once; here it counts once per iteration. All operations that run are counted,
+recomputation included. `mtp_jax.cost.flops` counts the operations that a model needs.
 """
 
 import math
@@ -15,11 +15,11 @@ class Counted(NamedTuple):
 
     flops: float
     open_loops: int
-    """Loops with products in them whose length the program decides while it runs; they count as one turn."""
+    """Number of loops that contain products and have no fixed length. They count as one iteration."""
 
 
 def count(jaxpr: ClosedJaxpr) -> Counted:
-    """Counts the products of a trace."""
+    """Counts the operations of the products in a traced program."""
     total = 0.0
     loops = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -47,7 +47,7 @@ def _product(equation: Any) -> float:
 
 
 def _times(kind: str, params: dict[str, Any]) -> int:
-    """How often the inside of an equation runs, over all devices."""
+    """How often the inner program of an equation runs, over all devices."""
     if kind == "scan":
         return params["length"]
     if kind == "shard_map":

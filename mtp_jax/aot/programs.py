@@ -1,4 +1,4 @@
-"""The real programs of a run, traced and compiled without an array: its train step, and a round of decoding."""
+"""Traces and compiles the real programs of a run, the train step and a round of decoding, without any array."""
 
 import dataclasses
 import functools
@@ -29,23 +29,24 @@ class Program(NamedTuple):
     traced: jax.stages.Traced
     lowered: jax.stages.Lowered
     arguments: dict[str, Any]
-    """Its arguments by kind, as shapes with shardings."""
+    """The arguments of the program by kind, as shapes with shardings."""
     kept: int
     """Bytes, over all devices, that the forward pass keeps for the backward pass."""
 
 
 class Compiled(NamedTuple):
-    """What came of compiling it."""
+    """The result of compiling a program."""
 
     executable: jax.stages.Compiled | None
-    """None where it does not fit into the devices' memory."""
+    """None if the program does not fit into the memory of the devices."""
     error: str
-    """What the compiler said in that case."""
+    """The compiler's message in that case."""
     seconds: float
 
 
 def train_step(config: Config, mesh: Mesh) -> Program:
-    """The step of `mtp train`, in which every token has weight: a loop that may end earlier has no length to count."""
+    """The step of `mtp train` with `loss.skip` off: with it on, the loop of the loss has no fixed length, and its
+    operations could not be counted."""
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, skip=False))
     steps = compile_steps(config, mesh)
     batch = abstract_batch(config, steps.batch_sharding)
@@ -59,7 +60,7 @@ def train_step(config: Config, mesh: Mesh) -> Program:
 
 
 def abstract_batch(config: Config, where: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of the run, without its numbers."""
+    """A batch of the run, as shapes."""
     shape = (config.train.batch_size, config.data.seq_len)
     array_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
     learn = ("learn",) if config.data.prompt_tokens else ()
@@ -67,7 +68,7 @@ def abstract_batch(config: Config, where: jax.sharding.Sharding) -> dict[str, ja
 
 
 def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
-    """Bytes of what differentiation carries from the forward to the backward pass, parameters apart."""
+    """Bytes that differentiation keeps from the forward pass for the backward pass, without parameters."""
     rows = config.train.batch_size // config.train.grad_accum
     learned, rest = split_params(config, params)
     spec = xent_spec(config, mesh)
@@ -91,13 +92,13 @@ def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
 
 
 def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
-    """A round of `generate` in which every head drafts, in caches for rows of so many tokens.
+    """A round of `generate` in which all heads draft.
 
     Args:
       config: the run's config.
-      mesh: where the parameters lie.
-      rows: prompts decoded together.
-      tokens: of prompt and output together.
+      mesh: the devices that hold the parameters.
+      rows: number of prompts that are decoded together.
+      tokens: number of tokens of prompt and output together; the caches have room for this many.
     """
     drafter = make_drafter("heads" if config.num_draft else "none", config.arch, config.num_draft)
     plan = Plan(config.arch, drafter, Options().sampler(), Options().rule())
@@ -124,16 +125,17 @@ def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
 
 
 def decode_params(config: Config, mesh: Mesh) -> Any:
-    """`LoadedModel.decode_params` of a model that lies on the mesh, as shapes with shardings."""
+    """`LoadedModel.decode_params` of a model on this mesh, as shapes with shardings."""
     boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0)))
-    at_rest = sharding.abstract_params(mesh, boxed)
+    stored = sharding.abstract_params(mesh, boxed)
     view = functools.partial(mtp.decode_view, config.arch)
-    made = jax.jit(view).lower(at_rest).compile()
-    return sharding.place_abstract(jax.eval_shape(view, at_rest), made.output_shardings)
+    made = jax.jit(view).lower(stored).compile()
+    return sharding.place_abstract(jax.eval_shape(view, stored), made.output_shardings)
 
 
 def place_state(mesh: Mesh, state: Any) -> Any:
-    """Where the partitioner puts a decoding state: caches by the heads that made them, all else on every device."""
+    """A decoding state with shardings as the partitioner chooses them: caches are split by key-value heads, and all
+    other arrays are on every device."""
 
     def is_cache(node: Any) -> bool:
         return isinstance(node, LayerCache)
@@ -155,7 +157,7 @@ def _placed(leaf: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def compile_program(program: Program) -> Compiled:
-    """Compiles; running out of the devices' memory is an answer, anything else that goes wrong is raised."""
+    """Compiles a program. If it does not fit into memory, the result says so. All other errors are raised."""
     began = time.perf_counter()
     try:
         executable = program.lowered.compile()
@@ -167,7 +169,7 @@ def compile_program(program: Program) -> Compiled:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of a tree's shards on one device."""
+    """Bytes of the shards of a tree on one device."""
 
     def shard(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)

@@ -1,4 +1,4 @@
-"""What a compiled program needs of a device and how fast it could be: memory by kind, operations, traffic, roofline."""
+"""Report on a compiled program: memory by kind, operations, traffic, and the least possible time (roofline)."""
 
 import dataclasses
 import re
@@ -17,30 +17,30 @@ from mtp_jax.cost.hardware import Chip, chip
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device while a program runs. None where the compiler gave up before it knew."""
+    """Bytes on one device while a program runs. A value is None if compilation failed before it was known."""
 
     arguments: dict[str, int]
-    """By kind, as their shardings say."""
+    """Bytes of the arguments by kind, computed from their shardings."""
     argument_bytes: int
-    """Of all arguments, as they lie in memory; tiles that are not full make it more than the sum by kind."""
+    """Bytes of all arguments in memory. Tiles that are not full make it more than the sum by kind."""
     temp_bytes: int | None
     kept_bytes: int
-    """Of those: what the forward pass keeps for the backward pass, at most."""
+    """The part of `temp_bytes` that the forward pass keeps for the backward pass, at most."""
     output_bytes: int | None
-    """Of results that do not take the place of an argument."""
+    """Bytes of results that do not reuse the memory of an argument."""
     code_bytes: int | None
     hbm_bytes: int
 
     @property
     def total(self) -> int | None:
-        """Everything that is there at once."""
+        """Bytes of everything that is in memory at the same time."""
         parts = (self.argument_bytes, self.temp_bytes, self.output_bytes, self.code_bytes)
         return None if None in parts else sum(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Least seconds that one run of a program takes, by what limits it; see docs/compile.md."""
+    """The least seconds that one run of a program takes, for each of the three limits; see docs/compile.md."""
 
     compute: float
     memory: float
@@ -48,30 +48,30 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """If all three overlap completely."""
+        """Seconds if all three overlap completely."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def apart(self) -> float:
-        """If nothing is computed while something is sent."""
+        """Seconds if nothing is computed while data is sent."""
         return max(self.compute, self.memory) + self.network
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All of it, for one program."""
+    """All results for one program."""
 
     name: str
     fits: bool
     memory: Memory
     flops: float
-    """Of the program, over all devices, recomputation included."""
+    """Operations of the program, over all devices, recomputation included."""
     open_loops: int
-    """Loops of unknown length, which count as one turn in operations and traffic."""
+    """Number of loops of unknown length. They count as one iteration in operations and traffic."""
     sent: dict[str, collectives.Sent] | None
-    """By each device."""
+    """Traffic by kind of collective, sent by each device."""
     roofline: Roofline | None
-    """None where the chip's figures are not known, or the program does not fit."""
+    """None if the figures of the chip are not known, or the program does not fit."""
     compile_seconds: float
     error: str
 
@@ -115,8 +115,8 @@ def report(config: Config, mesh: Mesh, program: Program, compiled: Compiled) -> 
     Args:
       config: the run's config.
       mesh: the devices that it was compiled for.
-      program: what was compiled.
-      compiled: what came of it.
+      program: the program before it was compiled.
+      compiled: the result of `compile_program`.
     """
     device = mesh.devices.flat[0]
     figures = chip(device.device_kind)
@@ -129,7 +129,7 @@ def report(config: Config, mesh: Mesh, program: Program, compiled: Compiled) -> 
         sent, open_sends = collectives.read(compiled.executable.as_text(), mesh.size)
         open_loops = max(open_loops, open_sends)
         if program.name == "decode round":
-            open_loops -= 1  # the loop over rounds, of which one is wanted
+            open_loops -= 1  # the loop over rounds: the report is about one round
         roofline = figures and _roofline(figures, memory, counted.flops / mesh.size, sent)
     fits = memory.total is not None and memory.total <= memory.hbm_bytes
     error = re.sub(r"\s+", " ", compiled.error).strip()
@@ -137,7 +137,7 @@ def report(config: Config, mesh: Mesh, program: Program, compiled: Compiled) -> 
 
 
 def _capacity(device: jax.Device, mesh: Mesh, figures: Chip | None) -> int:
-    """Memory of one device; fake devices share that of the host."""
+    """Memory of one device in bytes. Fake devices share the memory of the host."""
     if figures is not None:
         return figures.hbm_bytes
     return psutil.virtual_memory().total // mesh.size
@@ -163,7 +163,8 @@ def _memory(mesh: Mesh, program: Program, compiled: Compiled, capacity: int) -> 
 
 
 def _roofline(figures: Chip, memory: Memory, flops_here: float, sent: dict[str, collectives.Sent]) -> Roofline:
-    """Arguments are read once and results written once; what donated arguments become is written where they lay."""
+    """The roofline of a program. It reads each argument once and writes each result once; donated arguments are
+    overwritten in place."""
     return Roofline(
         compute=flops_here / figures.bf16_flops,
         memory=(memory.argument_bytes + memory.output_bytes) / figures.hbm_bandwidth,

@@ -1,4 +1,4 @@
-"""Devices that are not here, to compile for: slices of TPUs through `libtpu`, and any number of CPUs."""
+"""Devices to compile for that this machine need not have: TPU slices through `libtpu`, and any number of CPUs."""
 
 import contextlib
 import importlib.util
@@ -12,11 +12,11 @@ from jax.experimental import topologies
 from mtp_jax.errors import UserError
 
 SLICES = {"v5e": 2, "v5p": 3, "v6e": 2}
-"""TPU generations, and the axes of their slices."""
+"""TPU generations, and the number of axes of their slices."""
 MOST_CPUS = 1024
-"""Devices that a CPU is divided into at most; jax takes long to make more."""
+"""The most devices that a CPU is divided into; jax takes long to make more."""
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8 or cpu:8"
-# What a TPU machine would learn from its surroundings; elsewhere libtpu asks for it at length.
+# On a TPU machine, libtpu gets these values from its metadata server. Elsewhere it would wait long for that server.
 LIBTPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -29,27 +29,27 @@ LIBTPU = {
 
 
 def devices(name: str) -> list[jax.Device]:
-    """The devices of a topology; nothing can run on those of a TPU slice.
+    """The devices of a topology. Programs can be compiled for the devices of a TPU slice, but cannot run on them.
 
     Args:
-      name: `cpu:COUNT`, or a TPU generation and its slice, such as `v5e:16x16`.
+      name: `cpu:COUNT`, or a TPU generation and a slice, such as `v5e:16x16`.
 
     Raises:
-      UserError: no such topology, or `libtpu` is not installed.
+      UserError: there is no such topology, or `libtpu` is not installed.
     """
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     kind, sizes = (match[1], [int(size) for size in match[2].split("x")]) if match else ("", [])
     if kind == "cpu" and len(sizes) == 1 and sizes[0] <= MOST_CPUS:
         return _cpus(sizes[0])
     if len(sizes) != SLICES.get(kind):
-        raise UserError(f"{name!r} is no topology; give one such as {EXAMPLES}")
+        raise UserError(f"{name!r} is not a known topology; give one such as {EXAMPLES}")
     return _slice(name, sizes)
 
 
 def prepare(name: str) -> None:
-    """Keeps jax from taking this machine's accelerators, and makes as many CPUs as `cpu:COUNT` names.
+    """Keeps jax from using this machine's accelerators, and makes COUNT CPU devices for `cpu:COUNT`.
 
-    Has to come before anything asks jax for a device; later it changes nothing.
+    Call it before anything asks jax for a device; later it has no effect.
     """
     jax.config.update("jax_platforms", "cpu")
     count = re.fullmatch(r"cpu:([1-9]\d*)", name)
@@ -58,7 +58,7 @@ def prepare(name: str) -> None:
         and int(count[1]) <= MOST_CPUS
         and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     ):
-        with contextlib.suppress(RuntimeError):  # jax has its devices already; `devices` counts them
+        with contextlib.suppress(RuntimeError):  # jax has its devices already; `devices` checks their number
             jax.config.update("jax_num_cpu_devices", int(count[1]))
 
 
@@ -78,11 +78,11 @@ def _slice(name: str, sizes: list[int]) -> list[jax.Device]:
     for variable, value in LIBTPU.items():
         os.environ.setdefault(variable, value)
     try:
-        # A host has four chips otherwise, and no slice would be smaller.
+        # By default a host has four chips, and a slice cannot be smaller than a host.
         alone = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **alone).devices
-    except Exception as error:  # libtpu's own kinds of errors, RuntimeErrors most of them
-        raise UserError(f"{name} is no slice that libtpu knows; give one such as {EXAMPLES} ({error})") from error
+    except Exception as error:  # libtpu raises errors of several types, most of them RuntimeErrors
+        raise UserError(f"libtpu knows no slice {name}; give one such as {EXAMPLES} ({error})") from error
     if len(found) != math.prod(sizes):
         raise UserError(f"libtpu shows {name} as {len(found)} devices, not {math.prod(sizes)}")
     return list(found)

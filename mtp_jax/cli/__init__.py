@@ -9,15 +9,15 @@ from mtp_jax.runs.threads import enough_threads
 
 COMMANDS = {
     "quickstart": "decode with a real checkpoint, train a small model, write a report",
-    "accelerate": "train heads that draft for a model, from what it says itself",
+    "accelerate": "train heads that draft for a model, on the model's own answers",
     "train": "train a config, or continue where its workdir stopped",
     "generate": "generate text from a trained model",
-    "chat": "a conversation in the terminal",
-    "eval": "loss by head, bits per byte, acceptance by depth",
-    "import": "make a model directory from a Hugging Face checkpoint, with fresh heads if wanted",
+    "chat": "hold a conversation in the terminal",
+    "eval": "measure loss by head, bits per byte, and acceptance by depth",
+    "import": "make a model directory from a Hugging Face checkpoint, with new heads if you want some",
     "export": "write a model as a Hugging Face directory",
-    "compile": "compile a config for devices that are not here: memory, operations, traffic, does it fit",
-    "bench": "measure decoding, the loss op or the training step against its floor",
+    "compile": "say whether a config fits on devices that you do not have: memory, operations, traffic",
+    "bench": "measure decoding, the loss or the training step, and compare with the least possible time",
 }
 
 
@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
             print(f"mtp_jax {__version__}")
             return 0
         if argv[0] not in COMMANDS:
-            raise UserError(f"{argv[0]!r} is no command; choose one of {', '.join(COMMANDS)} (mtp --help)")
+            raise UserError(f"there is no command {argv[0]!r}; choose one of {', '.join(COMMANDS)} (mtp --help)")
         enough_threads()
         module = f"mtp_jax.cli.{argv[0]}" + "_" * keyword.iskeyword(argv[0])
         importlib.import_module(module).main(argv[1:])
@@ -49,7 +49,8 @@ def run(argv: list[str]) -> int:
         print("mtp: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output is gone (`mtp ... | head`); nothing is left to say, and closing must not say it.
+        # The reader of our output is gone (`mtp ... | head`). Without the next line, Python would fail again at exit,
+        # when it flushes standard output.
         sys.stdout = None
         return 141
     return 0

@@ -1,4 +1,4 @@
-"""`mtp accelerate SOURCE WORKDIR`: heads that draft for a model, made from what the model says."""
+"""`mtp accelerate SOURCE WORKDIR`: trains heads that draft for a model, on the model's own answers."""
 
 import dataclasses
 import pathlib
@@ -21,10 +21,11 @@ from mtp_jax.runs.freed_memory import keep_freed_memory
 from mtp_jax.training.start import config_of
 
 SHOWN = 6
-"""Columns that fit into a terminal; the page has all."""
+"""Number of columns that fit into a terminal. The page shows all columns."""
 DESCRIPTION = (
-    "Train heads that draft for a model. The model answers prompts, heads learn its answers while the model stands "
-    "still, and held-out prompts show what that gains by the clock. Killed at any point, the same command goes on."
+    "Train heads that draft for a model. The model answers prompts, and the heads learn from the answers; the model "
+    "itself does not change. Then held-out prompts show how much faster decoding became. If the command is killed at "
+    "any point, the same command continues."
 )
 
 
@@ -35,15 +36,16 @@ class Args(Settings):
     source: tyro.conf.Positional[str]
     """The model: smollm2, a run, a Hugging Face directory or hub id, or a .gguf file."""
     workdir: tyro.conf.Positional[str]
-    """Where everything goes; WORKDIR/heads is the model with its heads."""
+    """Directory for all results; WORKDIR/heads is the model with its heads."""
     exclude: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """File of texts that no prompt may come close to, such as an evaluation set; may be given several times."""
+    """File of texts, such as an evaluation set. Prompts that overlap with them are left out. May be given several
+    times."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def main(argv: list[str]) -> None:
-    """Accelerates."""
+    """Trains the heads, measures, and prints the results."""
     args = parse(Args, argv, "mtp accelerate", DESCRIPTION)
     settings = _settings(args)
     workdir = pathlib.Path(args.workdir)
@@ -82,12 +84,12 @@ def _settings(args: Args) -> Settings:
     if not 0 < args.minutes <= 7 * 24 * 60:
         raise UserError(f"--minutes {args.minutes:g}; it must be above 0, and at most {7 * 24 * 60}")
     if not 0 <= args.library <= 100:
-        raise UserError(f"--library {args.library:g}; it must lie between 0 and 100")
+        raise UserError(f"--library {args.library:g}; it must be between 0 and 100")
     if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed {args.seed}; it must lie between 0 and {2**32 - 1}")
+        raise UserError(f"--seed {args.seed}; it must be between 0 and {2**32 - 1}")
     if args.attention and not FACTS[args.kind].chains_tokens:
         readers = ", ".join(families("chains_tokens"))
-        raise UserError(f"--attention means nothing to --kind {args.kind}; it belongs to {readers}")
+        raise UserError(f"--attention has no effect on --kind {args.kind}; only these kinds read it: {readers}")
     if not FACTS[args.kind].drafts:
-        raise UserError(f"--kind {args.kind} heads draft nothing; choose another family")
+        raise UserError(f"--kind {args.kind} heads cannot draft; choose another family")
     return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})

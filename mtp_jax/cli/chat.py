@@ -1,4 +1,4 @@
-"""`mtp chat SOURCE`."""
+"""`mtp chat SOURCE`: a conversation in the terminal."""
 
 import dataclasses
 import sys
@@ -17,25 +17,25 @@ PLAIN = "\x1b[0m"
 
 @dataclasses.dataclass(frozen=True)
 class Args(Decoding):
-    """A conversation with what."""
+    """Arguments of `mtp chat`."""
 
     max_new_tokens: int = 512
     """Most tokens of an answer."""
     system: str = ""
-    """What the model is told before the first message."""
+    """System message, sent before the first message."""
     show_drafts: bool = False
-    """Shows in green what was drafted; the model itself chose the rest, one token per round."""
+    """Show drafted text in green. The model itself chose the rest, one token per round."""
 
 
 def main(argv: list[str]) -> None:
-    """Reads messages, one a line, and answers each."""
+    """Reads messages, one per line, and answers each."""
     args = parse(Args, argv, "mtp chat", "A conversation with a model that has a chat template, line by line.")
     options = options_of(args)
     lm = open_model(args)
     options = with_best_draft(args, lm, options)
     conversation = Conversation(lm, **options)
     if sys.stdin.isatty():
-        say(f"Each line is a message. {NEW} begins anew, Ctrl-C ends an answer, Ctrl-D ends the conversation.")
+        say(f"Each line is a message. {NEW} starts a new conversation, Ctrl-C ends an answer, Ctrl-D ends the program.")
     for line in _lines():
         if line.strip() == NEW:
             conversation = Conversation(lm, **options)
@@ -52,14 +52,14 @@ def _lines() -> Iterator[str]:
 
 
 def _turn(conversation: Conversation, line: str, args: Args) -> None:
-    """Says one line, and prints the answer while it is made."""
+    """Sends one message, and prints the answer while it is generated."""
     first = [{"role": "system", "content": args.system}] if args.system and not conversation.messages else []
     try:
         items = conversation.stream([*first, {"role": "user", "content": line}])
     except UserError as error:
         if not sys.stdin.isatty():
             raise
-        say(f"{error}; {NEW} begins anew")
+        say(f"{error}; {NEW} starts a new conversation")
         return
     result = None
     try:
@@ -69,12 +69,12 @@ def _turn(conversation: Conversation, line: str, args: Args) -> None:
             else:
                 print(_shown(item, args.show_drafts), end="", flush=True)
     except KeyboardInterrupt:
-        items.close()  # The answer is what was read of it.
+        items.close()  # The text that was printed so far becomes the answer.
     print(flush=True)
     if result is not None:
         prompt = conversation.prompt_tokens
         reused = conversation.reused_tokens
-        say(f"{statistics(result)[:-1]}; {prompt - reused} of {prompt} prompt tokens run]")
+        say(f"{statistics(result)[:-1]}; {prompt - reused} of {prompt} prompt tokens processed]")
 
 
 def _shown(piece: Piece, show_drafts: bool) -> str:

@@ -1,4 +1,4 @@
-"""What the commands share: parsing into dataclasses, reading config files, printing tables and JSON."""
+"""Code that the commands share: parsing into dataclasses, reading config files, printing tables and JSON."""
 
 import contextlib
 import dataclasses
@@ -26,14 +26,14 @@ Run = TypeVar("Run", bound=Config)
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
-    """Parses arguments into a dataclass; `--help` prints and exits, bad arguments become one line.
+    """Parses arguments into a dataclass. `--help` prints the help and exits.
 
     Raises:
-      UserError: unknown options (with near misses), or values of the wrong type.
+      UserError: unknown options (the message lists similar ones), or values of the wrong type.
     """
     errors = io.StringIO()
     options = {} if default is None else {"default": default}
-    # tyro builds frozen configs field by field; their own checks raise UserError and pass through here.
+    # While tyro builds a config, the checks of the config raise UserError. These errors pass through here unchanged.
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(kind, args=list(argv), prog=prog, description=description, **options)
@@ -44,15 +44,15 @@ def parse(kind: type[T], argv: Sequence[str], prog: str, description: str, defau
 
 
 def parse_over(base: Config, kind: type[Run], argv: Sequence[str], prog: str, description: str) -> tuple[Run, Config]:
-    """`parse` of a config's fields, which start from those of `base`, together with a command's own.
+    """Parses a command's own options and overrides of config fields.
 
     Args:
-      base: the config that the arguments change.
-      kind: a `Config` with the command's own fields behind it.
+      base: the config with the values of all fields that the arguments do not set.
+      kind: a subclass of `Config` that adds the command's own options.
       argv, prog, description: as for `parse`.
 
     Returns:
-      All of it, and the config alone.
+      An instance of `kind` with everything, and the config alone.
     """
     names = [field.name for field in dataclasses.fields(Config)]
     args = parse(kind, argv, prog, description, kind(**{name: getattr(base, name) for name in names}))
@@ -63,10 +63,10 @@ def parse_run(kind: type[Run], argv: Sequence[str], command: str, description: s
     """Parses `COMMAND CONFIG.py [--section.field VALUE ...]`.
 
     Returns:
-      The path of CONFIG.py, and what `parse_over` does.
+      The path of CONFIG.py, and the two results of `parse_over`.
 
     Raises:
-      UserError: no config file, or what `read_config` and `parse` complain of.
+      UserError: no config file, or the errors of `read_config` and `parse`.
     """
     path = argv[0] if argv and not argv[0].startswith("-") else ""
     if not path and not {"-h", "--help"} & set(argv):
@@ -77,7 +77,7 @@ def parse_run(kind: type[Run], argv: Sequence[str], command: str, description: s
 
 
 def _one_line(boxed: str) -> str:
-    """tyro's framed message as one line."""
+    """tyro's message, which has a frame and several lines, as one line."""
     text = re.sub(r"[\u2500-\u257f]", " ", boxed)
     text = re.sub(r"For full helptext, (see|run):? .*", "", text)
     text = re.sub(r"Argument helptext:(.|\n)*", "", text)
@@ -90,7 +90,7 @@ def read_config(path: str) -> Config:
     """Runs a config file and returns its `config`.
 
     Raises:
-      UserError: no such file, an error while running it, or no `config` in it.
+      UserError: the file does not exist, fails while it runs, or defines no `config`.
     """
     if not pathlib.Path(path).is_file():
         problem = "is a directory" if pathlib.Path(path).is_dir() else "does not exist"
@@ -102,12 +102,12 @@ def read_config(path: str) -> Config:
     except (Exception, SystemExit) as error:
         raise UserError(f"{path} failed: {type(error).__name__}: {error}") from error
     if not isinstance(names.get("config"), Config):
-        raise UserError(f"{path} defines no `config = mtp_jax.Config(...)`")
+        raise UserError(f"{path} does not define `config = mtp_jax.Config(...)`")
     return names["config"]
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output; what is not finite is null, for strict readers."""
+    """Prints one JSON object on standard output. Numbers that are not finite become null, for strict readers."""
     print(json.dumps(_strict(value)))
 
 
@@ -120,7 +120,11 @@ def _strict(value: Any) -> Any:
 
 
 def own_directory(source: str) -> pathlib.Path:
-    """Where to keep what belongs to a model: a run's directory, and never a Hugging Face checkpoint's."""
+    """The directory for files that belong to a model, such as compiled programs.
+
+    For a run it is the run's directory. For a Hugging Face checkpoint it is a folder in our cache: the directory of a
+    checkpoint is never changed.
+    """
     from mtp_jax.convert import fetch
     from mtp_jax.loading import is_run
 
@@ -131,12 +135,12 @@ def own_directory(source: str) -> pathlib.Path:
 
 
 def say(text: str) -> None:
-    """A line of progress on standard error."""
+    """Prints a line of progress on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_evaluation(evaluation: Evaluation, facts: dict[str, str]) -> None:
-    """The figures and the heads, as two tables on standard output."""
+    """Prints two tables on standard output: the figures, and one row per head."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in (summary(evaluation) | facts).items():

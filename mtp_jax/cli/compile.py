@@ -1,4 +1,7 @@
-"""`mtp compile CONFIG.py --topology v5e:16x16 [--section.field VALUE ...]`: does it fit, before anybody pays for it."""
+"""`mtp compile CONFIG.py --topology v5e:16x16 [--section.field VALUE ...]`: does a config fit on these devices?
+
+You can ask this before you rent them.
+"""
 
 import dataclasses
 import pathlib
@@ -19,8 +22,9 @@ from mtp_jax.model.mtp import count_params
 from mtp_jax.sharding import mesh_of
 
 DESCRIPTION = (
-    "Compile the train step and the decode round of CONFIG.py for devices that are not here, and say what they need. "
-    "Nothing runs and no parameter is made. Any field of the config can be overridden by its dotted path. Usage: mtp "
+    "Compile the train step and the decode round of CONFIG.py for devices that you do not have, and say what the "
+    "programs need. Nothing runs and no parameter is made. Any field of the config can be overridden by its dotted "
+    "path. Usage: mtp "
     "compile CONFIG.py --topology v5e:16x16 [--program train|decode|both] [--json] [--section.field VALUE ...]"
 )
 GIB = 2**30
@@ -28,22 +32,22 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Args(Config):
-    """A run's config, and what to compile it for."""
+    """A run's config, and the devices to compile it for."""
 
     topology: str = ""
-    """Devices: a slice of TPUs (v5e:16x16, v5p:4x4x4, v6e:8x8), or CPUs (cpu:8)."""
+    """Devices to compile for: a slice of TPUs (v5e:16x16, v5p:4x4x4, v6e:8x8), or CPUs (cpu:8)."""
     program: Literal["both", "train", "decode"] = "both"
-    """What to compile."""
+    """Which program to compile."""
     decode_rows: int = 0
-    """Prompts decoded together; 0 is decode.num_prompts."""
+    """Number of prompts that are decoded together; 0 takes decode.num_prompts."""
     decode_tokens: int = 0
-    """Tokens of prompt and output that the caches have room for; 0 is decode.prompt_tokens + decode.max_new_tokens."""
+    """Length of the caches: tokens of prompt and output; 0 takes decode.prompt_tokens + decode.max_new_tokens."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def main(argv: list[str]) -> None:
-    """Compiles and reports; exits 0 whether it fits or not, the answer is in the output."""
+    """Compiles and reports. Exits with 0 whether the programs fit or not; the output says which."""
     path, args, config = parse_run(Args, argv, "mtp compile", DESCRIPTION)
     for name in ("decode_rows", "decode_tokens"):
         if getattr(args, name) < 0:
@@ -83,7 +87,7 @@ def _compile(config: Config, mesh: Any, args: Args, which: str) -> Report:
 
 
 def _json(config: Config, facts: dict[str, Any], reports: list[Report]) -> dict[str, Any]:
-    """The first program's keys at the top, the decode round's under `decode` too."""
+    """The keys of the first program at the top level; those of the decode round (also) under `decode`."""
     result = facts | reports[0].as_json() | {"fits": all(one.fits for one in reports)}
     if reports[0].name == "train step":
         result |= {"train_fits": reports[0].fits, "model_flops": _model_flops(config)}
@@ -96,11 +100,11 @@ def _model_flops(config: Config) -> float:
     return step_flops(config, config.train.batch_size, config.data.seq_len)
 
 
-LESS = "mesh.fsdp, mesh.tensor, model.remat and train.grad_accum take less"
+LESS = "to need less memory, raise mesh.fsdp, mesh.tensor or train.grad_accum, or set model.remat"
 
 
 def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures: Chip | None) -> None:
-    width = None if sys.stdout.isatty() else 120  # in a file, lines of one length whatever the terminal was
+    width = None if sys.stdout.isatty() else 120  # a file gets the same line length whatever the terminal is
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
     mesh = " x ".join(f"{name} {size}" for name, size in facts["mesh"].items()) or "one device"
     console.print(
@@ -110,7 +114,7 @@ def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures
     there = facts["topology_devices"]
     if facts["devices"] < there:
         idle = there - facts["devices"]
-        console.print(f"the mesh leaves {idle} of {there} devices idle; --mesh.fsdp -1 takes all")
+        console.print(f"the mesh leaves {idle} of {there} devices idle; --mesh.fsdp -1 uses all of them")
     for one in reports:
         table = Table(show_header=False, box=None, padding=(0, 2))
         tokens = config.train.batch_size * config.data.seq_len if one.name == "train step" else 0
@@ -158,7 +162,7 @@ def _rows(config: Config, one: Report, figures: Chip | None, devices: int, token
             rows += [("that is", f"{rate:,.0f} tokens/s, {mfu:.1%} MFU")]
     rows += [("compiled in", f"{one.compile_seconds:.0f} s")]
     if one.open_loops:
-        rows += [("note", f"{one.open_loops} loops decide their length as they run, and count as one turn")]
+        rows += [("note", f"{one.open_loops} loops have no fixed length; each was counted as one iteration")]
     return rows
 
 

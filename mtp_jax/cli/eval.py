@@ -1,4 +1,4 @@
-"""`mtp eval SOURCE --data PATH|stdlib`."""
+"""`mtp eval SOURCE --data PATH|stdlib`: measures a model on text that it was not trained on."""
 
 import dataclasses
 import pathlib
@@ -18,33 +18,34 @@ from mtp_jax.runs.integrity import new_directories
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to evaluate on what."""
+    """Arguments of `mtp eval`."""
 
     source: tyro.conf.Positional[str]
     """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; smollm2
     (SmolLM2-135M-Instruct, fetched once)."""
     data: str
-    """`stdlib` (the run's held-out files of it), or a directory, glob, text file, `.jsonl` or `.json` of records,
-    `.npy` or generated task, read whole. A task without a seed is drawn with seed 1, other documents than a run's; its
-    row and prompt length are taken from it."""
+    """The text: `stdlib` (those of its files that the run held out), or a directory, glob, text file, `.jsonl` or
+    `.json` of records, `.npy` file or generated task, which is read completely. A task without a seed gets seed 1, so
+    that its documents differ from those of training. The task also sets the length of rows and prompts."""
     text_field: str = "text"
     """Field of a record that holds the text."""
     num_prompts: int = 0
-    """Prompts to decode; 0 takes the config's decode.num_prompts."""
+    """Number of prompts to decode; 0 takes the config's decode.num_prompts."""
     max_new_tokens: int = 0
     """Tokens to decode per prompt; 0 takes the config's decode.max_new_tokens."""
     output: str = ""
-    """Directory for the report and plots; by default SOURCE/eval, and NAME-eval here for a Hugging Face checkpoint."""
+    """Directory for the report and plots. The default is SOURCE/eval for a run, and NAME-eval in the current directory
+    for a Hugging Face checkpoint."""
     heads_from: str = ""
-    """File or directory of heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
+    """File or directory with heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Pattern of config fields and tensors of a Hugging Face checkpoint to leave out of account; may be repeated."""
+    """Pattern of config fields and tensors of a Hugging Face checkpoint to ignore; may be given several times."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def main(argv: list[str]) -> None:
-    """Evaluates."""
+    """Evaluates the model, writes the report, and prints the figures."""
     args = parse(Args, argv, "mtp eval", "Evaluate a trained model: loss by head, bits per byte, acceptance, speed.")
     keep_compiled(own_directory(args.source))
     lm = load(args.source, ignore=args.ignore, heads_from=args.heads_from or None)
@@ -55,12 +56,12 @@ def main(argv: list[str]) -> None:
     if is_synthetic(source):
         source = with_seed(source, 1)
         lm = _for_task(lm, source)
-    beside = f"{args.source}/eval" if is_run(pathlib.Path(args.source)) else f"{pathlib.Path(args.source).name}-eval"
-    directory = pathlib.Path(args.output or beside)
+    default = f"{args.source}/eval" if is_run(pathlib.Path(args.source)) else f"{pathlib.Path(args.source).name}-eval"
+    directory = pathlib.Path(args.output or default)
     data = lm.config.data
     split = (data.seed, data.eval_fraction) if source == "stdlib" else None
     with new_directories(directory):
-        make_directory(directory)  # before the work, in case it cannot be made
+        make_directory(directory)  # before the work, so that a bad path fails at once
         rows = load_heldout(source, args.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size, say)
         say(
             f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens"
@@ -75,12 +76,12 @@ def main(argv: list[str]) -> None:
 
 
 def _for_task(lm: LoadedModel, source: str) -> LoadedModel:
-    """The model with rows and prompts of the lengths that a generated task has."""
+    """The model with a config that has the row and prompt lengths of a generated task."""
     tokens, prompt = sizes(source)
     config = lm.config
     longest = lm.config.model.max_seq_len
     if tokens + 1 > longest:
-        raise UserError(f"the documents of {source!r} have {tokens} tokens, beyond model.max_seq_len={longest}")
+        raise UserError(f"the documents of {source!r} have {tokens} tokens, above model.max_seq_len={longest}")
     seq_len = tokens * max((config.data.seq_len - 1) // tokens, 1) + 1
     data = dataclasses.replace(config.data, seq_len=seq_len, prompt_tokens=prompt)
     answer = {"prompt_tokens": prompt, "max_new_tokens": tokens - prompt} if tokens - prompt > 1 and prompt else {}

@@ -1,4 +1,4 @@
-"""`mtp export SOURCE OUT_DIR`."""
+"""`mtp export SOURCE OUT_DIR`: writes a model as a Hugging Face directory."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -15,25 +15,26 @@ FormOrAuto = Literal[("auto", *get_args(FormName))]
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to export as what."""
+    """Arguments of `mtp export`."""
 
     source: tyro.conf.Positional[str]
     """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; smollm2
     (SmolLM2-135M-Instruct, fetched once)."""
     out: tyro.conf.Positional[str]
-    """Directory to make."""
+    """Directory to write; it must not exist, or be empty."""
     form: FormOrAuto = "auto"
-    """Form of the heads; auto is the one they came in or were made for, or one that fits; none leaves them out."""
+    """Form of the heads. auto takes the form in which they came or for which they were made, or else the first that
+    fits. none leaves the heads out."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
-    """Dtype of the tensors; every tensor keeps its own by default."""
+    """Dtype of the tensors; by default every tensor keeps the dtype that it has."""
     shard_gb: float = 5.0
-    """Most gigabytes of one file."""
+    """Largest size of one file, in gigabytes."""
     json: bool = False
-    """Print one JSON object."""
+    """Print one JSON object at the end."""
 
 
 def main(argv: list[str]) -> None:
-    """Exports."""
+    """Exports the model."""
     args = parse(Args, argv, "mtp export", "Write a model as a Hugging Face directory.")
     form = export_model(
         load(args.source),

@@ -1,4 +1,4 @@
-"""`mtp generate SOURCE --prompt TEXT`."""
+"""`mtp generate SOURCE --prompt TEXT`: generates text."""
 
 import dataclasses
 import itertools
@@ -19,28 +19,28 @@ from mtp_jax.loading import LoadedModel
 
 @dataclasses.dataclass(frozen=True)
 class Args(Decoding):
-    """What to generate from what."""
+    """Arguments of `mtp generate`."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; may be given several times."""
     chat: bool = False
-    """Each prompt is a message to the model, which its chat template writes; what is generated is the answer."""
+    """Treat each prompt as a chat message: the model's chat template formats it, and the output is the answer."""
     prompt_file: str = ""
-    """A UTF-8 file whose whole text is one more prompt."""
+    """A UTF-8 file; its whole text is one more prompt."""
     prompt_tokens: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Token ids to continue, as 1,2,3; may be given several times. No token is added to them."""
+    """Token ids to continue, written as 1,2,3; may be given several times. No token is added to them."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 def main(argv: list[str]) -> None:
-    """Generates."""
-    args = parse(Args, argv, "mtp generate", "Generate text from a trained model, drafted and verified.")
+    """Generates text and prints it."""
+    args = parse(Args, argv, "mtp generate", "Generate text with a trained model. Drafts make it faster.")
     prompts = _prompts(args)
     options = options_of(args)
     lm = open_model(args)
     options = with_best_draft(args, lm, options)
-    say("compiling for this prompt and these options, unless that was done before ...")
+    say("compiling for this prompt length and these options, unless that was done before ...")
     if args.json:
         result = generate(lm, prompts, **options)
         print_json(_as_json(lm, prompts, result) | _loss(lm, prompts, options, result))
@@ -55,18 +55,19 @@ def main(argv: list[str]) -> None:
     say(statistics(result))
     if loss := _loss(lm, prompts, options, result):
         first = loss["first_difference"]
-        parted = "" if first is None else f", the first of them at place {first}: what follows has another context"
+        after = "" if first is None else f", the first at token {first}; the tokens after it have another context"
         say(
-            f"[lossy: accept={args.accept} chose {result.stats.replaced} of {result.stats.emitted} tokens; "
-            f"{loss['differing']} of {loss['compared']} differ from those of accept=exact{parted}]"
+            f"[lossy: accept={args.accept} took {result.stats.replaced} drafts that the model would not have chosen, "
+            f"of {result.stats.emitted} tokens; {loss['differing']} of {loss['compared']} tokens differ from those of "
+            f"accept=exact{after}]"
         )
 
 
 def _loss(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any], result: Generation) -> dict[str, Any]:
-    """For a lossy rule, how many tokens are not those of the exact rule, position by position."""
+    """For a lossy rule: how many tokens differ from those of the exact rule, position by position."""
     if not Rule(options["accept"]).facts.lossy:
         return {}
-    say("decoding exactly as well, to see what differs ...")
+    say("decoding again with accept=exact, to count the tokens that differ ...")
     exact = generate(lm, prompts, **options | {"accept": "exact"})
     rows = [list(itertools.zip_longest(*pair)) for pair in zip(exact.tokens, result.tokens, strict=True)]
     differing = [[place for place, (a, b) in enumerate(row) if a != b] for row in rows]
@@ -91,16 +92,16 @@ def _prompts(args: Args) -> list[Prompt]:
         except ValueError as error:
             raise UserError(f"--prompt-tokens {ids!r} is not a list of ids such as 1,2,3") from error
     if not prompts:
-        raise UserError("nothing to continue; give --prompt, --prompt-file or --prompt-tokens")
+        raise UserError("there is no prompt; give --prompt, --prompt-file or --prompt-tokens")
     if not args.chat:
         return prompts
     if args.prompt_tokens:
-        raise UserError("--prompt-tokens are a prompt as it is, and --chat writes messages; leave one of them out")
+        raise UserError("--chat formats text messages, and --prompt-tokens gives token ids; leave one of them out")
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> Generation:
-    """Prints the first prompt's output while it is made, then the others."""
+    """Prints the output of the first prompt while it is generated, and then the outputs of the others."""
     later = [""] * len(prompts)
     items = stream(lm, prompts, **options)
     print(_shown(lm, prompts[0]), end="", flush=True)

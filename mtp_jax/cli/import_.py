@@ -1,4 +1,4 @@
-"""`mtp import SOURCE OUT`."""
+"""`mtp import SOURCE OUT`: makes a model directory from a checkpoint of another library."""
 
 import dataclasses
 from typing import Annotated, Literal, get_args
@@ -17,44 +17,44 @@ assert set(get_args(FormName)) == {*FORMS, "none"}
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """What to import as what."""
+    """Arguments of `mtp import`."""
 
     source: tyro.conf.Positional[str]
     """Hugging Face directory or hub id, a .gguf file, smollm2, or a directory in Meta's layout (params.json)."""
     out: tyro.conf.Positional[str]
-    """Directory to make; `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it."""
+    """Directory to write. `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it as a model."""
     heads: Literal[("none", *FACTS)] = "none"
-    """Add fresh heads of this family."""
+    """Add new heads of this family."""
     form: FormName = "none"
-    """Add fresh heads with the settings that this form needs, so that `mtp export --form` can write them."""
+    """Add new heads with the settings that this form needs, so that `mtp export --form` can write them."""
     num_future: int = 0
-    """M, prediction heads including the next-token head, of --heads or --form; 4 if not given."""
+    """M, the number of heads that --heads or --form gives, head 0 included; 4 if not given."""
     init: Literal["default", "random", "copy_block", "zero"] = "default"
-    """How fresh heads start; see heads.init."""
+    """Initial values of new heads; see heads.init."""
     init_block: int = -1
-    """The block that copy_block copies."""
+    """The block that --init copy_block copies."""
     tap: int | None = None
-    """Blocks below the state that fresh heads read; see heads.tap."""
+    """Number of blocks below the state that new heads read; see heads.tap."""
     heads_from: str = ""
-    """File or directory of trained heads for this model: Medusa, EAGLE, CAFT."""
+    """File or directory with trained heads for this model: Medusa, EAGLE, CAFT."""
     dtype: Literal["files", "float32", "bfloat16"] = "files"
-    """Dtype of parameters and activations."""
+    """Dtype of parameters and activations; files keeps the dtype of the files."""
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Pattern of config fields and tensor names to leave out of account; may be given several times."""
+    """Pattern of config fields and tensor names to ignore; may be given several times."""
     seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
-    """Seed of fresh heads."""
+    """Seed of the random values in new heads."""
     json: bool = False
-    """Print one JSON object."""
+    """Print one JSON object at the end."""
 
 
 def main(argv: list[str]) -> None:
-    """Imports."""
-    args = parse(Args, argv, "mtp import", "Make a model directory from a checkpoint of others.")
+    """Imports the checkpoint."""
+    args = parse(Args, argv, "mtp import", "Make a model directory from a checkpoint of another library.")
     fresh = [name for name in (args.heads, args.form) if name != "none"]
     if len(fresh) > 1:
-        raise UserError("--heads and --form both say what heads to add; give one of them")
+        raise UserError("--heads and --form both choose the new heads; give only one of them")
     if not fresh and (args.init, args.init_block, args.tap, args.num_future) != ("default", -1, None, 0):
-        raise UserError("--num-future, --init and --tap are settings of fresh heads; say which, with --heads or --form")
+        raise UserError("--num-future, --init and --tap are settings of new heads; choose these with --heads or --form")
     settings = {"num_future": args.num_future or 4, "init": args.init, "init_block": args.init_block}
     settings |= {"tap": args.tap} if args.tap is not None else {}
     config = import_model(

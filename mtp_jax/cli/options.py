@@ -1,4 +1,4 @@
-"""Options of the commands that generate: how tokens are chosen and drafted, and from which model."""
+"""Options of the commands that generate: the model, and how tokens are chosen and drafted."""
 
 import dataclasses
 import math
@@ -16,48 +16,50 @@ from mtp_jax.runs.compiled import keep_compiled
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What generates, and how."""
+    """The model, and the options of generation."""
 
     source: tyro.conf.Positional[str]
     """Workdir of `mtp train`, `mtp quickstart` or `mtp import`; Hugging Face directory or hub id; .gguf file; smollm2
     (SmolLM2-135M-Instruct, fetched once)."""
     max_new_tokens: int = 128
-    """Most new tokens per prompt; fewer where the model's max_seq_len ends."""
+    """Most new tokens per prompt; fewer if the model's max_seq_len is reached."""
     temperature: float = 0.0
     """Divides the logits before a token is drawn; 0 takes the most likely token."""
     top_k: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Draw from the k most likely tokens only."""
     top_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """Draw from the smallest set of most likely tokens that holds this probability."""
+    """Draw from the most likely tokens whose probabilities add up to this."""
     min_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """Draw from tokens at least this fraction as likely as the most likely one."""
+    """Draw only from tokens with at least this fraction of the probability of the most likely token."""
     seed: int = 0
-    """Fixes what is drawn, whoever drafts; every prompt derives its own from it."""
+    """Seed of the random numbers; each prompt gets a seed derived from it. The drafter does not change the tokens."""
     repetition_penalty: float = 1.0
-    """Makes tokens of the prompt and the output less likely; 1 leaves them alone."""
+    """Makes tokens of the prompt and the output less likely; 1 changes nothing."""
     draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "auto"
-    """Who drafts: heads, what followed the same words before, both, nobody; auto is heads, and lookup where there are
-    none. For smollm2 it is heads+lookup, with --num-draft auto."""
+    """Who drafts. heads: the extra heads; lookup: a search for the last words in the text so far; heads+lookup: both;
+    none: nobody; auto: heads, or lookup if the model has none. For smollm2, auto is heads+lookup with --num-draft
+    auto."""
     num_draft: Annotated[str | None, tyro.conf.arg(metavar="INT|auto")] = None
-    """Drafted tokens per round, or auto to measure what pays (under rules other than exact the tokens then differ from
-    call to call); all heads by default, 4 of lookup."""
+    """Drafts per round. The default is all heads, or 4 for lookup. auto measures how many save time; under a rule other
+    than exact, the tokens then differ from call to call."""
     accept: Literal["exact", "rejection", "typical", "confidence"] = "exact"
-    """How drafts are accepted. typical and confidence are lossy: how many tokens differ is measured and printed."""
+    """The rule that accepts drafts. typical and confidence are lossy: the command then counts and prints how many
+    tokens differ."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A string that ends the output; may be given several times."""
     dtype: Literal["config", "float32", "bfloat16"] = "config"
-    """Dtype of parameters and activations."""
+    """Dtype of parameters and activations; config keeps that of the model's config."""
     heads_from: str = ""
-    """File or directory of heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
+    """File or directory with heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Pattern of config fields and tensors of a Hugging Face checkpoint to leave out of account; may be repeated."""
+    """Pattern of config fields and tensors of a Hugging Face checkpoint to ignore; may be given several times."""
     chat_template: str = ""
-    """What writes messages as text: plain, the path of a Jinja template, or a directory with a tokenizer that has one.
-    Empty takes the model's own."""
+    """The template that writes messages as text: plain, the path of a Jinja file, or a directory with a tokenizer that
+    has a template. Empty takes the model's own template."""
 
 
 def open_model(args: Decoding) -> LoadedModel:
-    """The model, for decoding alone."""
+    """Loads the model, for decoding only."""
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
     others["shipped_heads"] = args.draft not in ("lookup", "none")
@@ -68,14 +70,14 @@ def open_model(args: Decoding) -> LoadedModel:
 
 
 def with_best_draft(args: Decoding, lm: LoadedModel, options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the drafter that is fastest for heads that come with the package, unless the user chose one."""
+    """Sets the fastest drafter for the heads that come with the package, unless the user chose a drafter."""
     is_shipped = is_named(args.source) and not args.heads_from and lm.config.num_draft > 0
     wanted = options["num_draft"]
     if args.draft != "auto" or not is_shipped:
         return options
     if isinstance(wanted, int) and wanted > lm.config.num_draft:
         return options | {"draft": "lookup"}
-    # Under other rules what is measured would change the tokens from call to call.
+    # Under other rules the measured times would change the tokens from call to call.
     measured = args.num_draft is None and args.accept == "exact"
     return options | {"draft": "heads+lookup"} | ({"num_draft": "auto"} if measured else {})
 
@@ -91,7 +93,7 @@ def options_of(args: Decoding) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in names} | {"num_draft": _num_draft(args.num_draft)}
     idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "min_p") if getattr(args, name) is not None]
     if idle and args.temperature == 0:
-        say(f"note: {', '.join(idle)} changes nothing at temperature 0, which is greedy; give --temperature")
+        say(f"note: {', '.join(idle)} has no effect at temperature 0, which is greedy; give --temperature")
     return options
 
 
@@ -105,7 +107,7 @@ def _num_draft(text: str | None) -> int | str | None:
 
 
 def statistics(result: Generation) -> str:
-    """A line on what a generation took."""
+    """One line with the counts and times of a generation."""
     stats = result.stats
     accepted = ", ".join("-" if math.isnan(rate) else f"{rate:.0%}" for rate in stats.accept_at)
     drafted = f", accepted by depth {accepted}" if accepted else ""

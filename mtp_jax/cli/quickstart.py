@@ -56,38 +56,38 @@ CONFIG = Config(
     ),
     heads=HeadsConfig(kind="parallel", num_future=4),
     data=DataConfig(source="stdlib", tokenizer="bpe", seq_len=128, eval_fraction=0.02),
-    # A constant rate: the compiled step is the same for any number of steps, and the time allowed decides on that.
+    # With a constant rate the compiled step does not depend on the number of steps, which the time allowed decides.
     optim=OptimConfig(name="muon", muon_learning_rate=0.02, schedule="constant"),
     train=TrainConfig(steps=1000, batch_size=16, eval_rows=128),
     decode=DecodeConfig(num_prompts=8, prompt_tokens=64, max_new_tokens=128),
 )
 AS_TIME_ALLOWS = 1_000_000
-"""Stands for the number of steps that the time allows."""
+"""A value of `train.steps` that means: as many steps as the time allows."""
 
 DESCRIPTION = (
     "Load a real checkpoint and decode three prompts with and without drafting. Then train a small model with 4 heads "
     "on the source of Python's standard library for two minutes, and decode held-out prompts with it. Write a report. "
-    "Run again, it continues or reuses the model."
+    "If you run the command again, it continues, or uses the trained model again."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(Config):
-    """The run; any field of its config can be overridden by its dotted path."""
+    """The run. Any field of its config can be overridden by its dotted path."""
 
     workdir: str = "runs/quickstart"
-    """Where checkpoint, config, tokenizer, metrics and report go."""
+    """Directory for checkpoint, config, tokenizer, metrics and report."""
     checkpoint: Annotated[str, tyro.conf.arg(name="model", metavar="SOURCE|none")] = "smollm2"
-    """The real checkpoint: smollm2, a directory, a .gguf file or a hub id; none goes on without one."""
+    """The real checkpoint: smollm2, a directory, a .gguf file or a hub id; none leaves it out."""
     minutes: float = 2.0
-    """What the small model may take, from reading the text to the last step; how many steps that is, is measured.
-    --train.steps fixes their number instead."""
+    """Time for the small model, from reading the text to the last training step. The command measures how many steps
+    fit. --train.steps sets a number of steps instead."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def main(argv: list[str]) -> None:
-    """Decodes with the real checkpoint; then trains, decodes, reports."""
+    """Decodes with the real checkpoint. Then trains a small model, decodes with it, and writes the report."""
     began = time.monotonic()
     base = override(CONFIG, {"train.steps": AS_TIME_ALLOWS})
     args, config = parse_over(base, Args, argv, "mtp quickstart", DESCRIPTION)
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     if (workdir / "config.json").is_file() and config.train.steps == AS_TIME_ALLOWS:
         config = override(config, {"train.steps": config_of(workdir, "--workdir").train.steps})
     if workdir.exists():
-        check_run(workdir, config)  # before anything is fetched for it
+        check_run(workdir, config)  # before anything is downloaded
     keep_freed_memory()
     real = None if args.checkpoint == "none" else _real(args)
     result, config, seconds = _own(config, workdir, args.minutes)
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     facts = {"parameters": f"{count_params(config.arch):,}"}
     whole = time.monotonic() - began
     if result.first_step == 0:
-        # A continued run has been trained for longer than this process knows.
+        # If the run was continued, this process knows only a part of its training time.
         facts |= {"steps": f"{result.step:,}", "seconds, training": f"{seconds:.0f}", "seconds, all": f"{whole:.0f}"}
     opening = side_by_side_page(real) if real is not None else []
     metrics = read_metrics(workdir)
@@ -125,22 +125,22 @@ def main(argv: list[str]) -> None:
 
 
 def _real(args: Args) -> SideBySide:
-    """The real checkpoint, decoded on both sides, while one looks on where there is a terminal."""
+    """Decodes with the real checkpoint, plainly and with drafts; in a terminal, shows the text while it is made."""
     keep_compiled(own_directory(args.checkpoint))
     try:
         lm = load(args.checkpoint, shipped_heads=True)
     except UserError as error:
-        raise UserError(f"{error}; or go on without it: --model none") from error
+        raise UserError(f"{error}; or leave the real checkpoint out: --model none") from error
     if lm.tokenizer is None:
-        raise UserError(f"--model {args.checkpoint} has no tokenizer; give one that has, or --model none")
-    heads = f", {lm.config.num_draft} heads that draft" if lm.config.num_draft else ", no heads: drafts are looked up"
+        raise UserError(f"--model {args.checkpoint} has no tokenizer; give a model that has one, or --model none")
+    heads = f", {lm.config.num_draft} heads that draft" if lm.config.num_draft else ", no heads: lookup drafts"
     say(f"{args.checkpoint}: {count_params(lm.arch) / 1e6:.0f}M parameters, {lm.config.model.dtype}{heads}")
     with Watcher(sys.stderr.isatty() and not args.json) as watcher:
         return side_by_side(lm.decode_only(), args.checkpoint, timed_runs=1, show=watcher.show, progress=say)
 
 
 def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainResult, Config, float]:
-    """Trains the small model from scratch; its run, the config with its steps, and the seconds that took."""
+    """Trains the small model from scratch. Returns its run, the config with the number of steps, and the seconds."""
     began = time.monotonic()
     if config.train.steps == AS_TIME_ALLOWS:
         say("reading and tokenising the text ...")
@@ -157,7 +157,7 @@ def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainRe
 
 
 class Watcher:
-    """Both sides' text, next to each other, as it is decided."""
+    """Shows the text of plain and of drafted decoding, next to each other, while it is made."""
 
     def __init__(self, wanted: bool) -> None:
         self.show = self._show if wanted else None

@@ -1,4 +1,4 @@
-"""`mtp train CONFIG.py [--workdir DIR] [--section.field VALUE ...]`."""
+"""`mtp train CONFIG.py [--workdir DIR] [--section.field VALUE ...]`: trains a model, or continues a run."""
 
 import dataclasses
 import pathlib
@@ -25,20 +25,20 @@ DESCRIPTION = (
 
 @dataclasses.dataclass(frozen=True)
 class Args(Config):
-    """A run's config and where it goes."""
+    """A run's config, and its directory."""
 
     workdir: str = ""
-    """The run's directory; runs/NAME for NAME.py by default."""
+    """Directory of the run; the default is runs/NAME for NAME.py."""
     json: bool = False
     """Print one JSON object at the end."""
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
 
 def main(argv: list[str]) -> None:
-    """Trains."""
+    """Trains, and prints how the run ended."""
     path, args, config = parse_run(Args, argv, "mtp train", DESCRIPTION)
     if "://" in args.workdir:
-        raise UserError(f"--workdir {args.workdir} is an address; give a directory, of a shared file system if need be")
+        raise UserError(f"--workdir {args.workdir} is an address; give a directory, for several hosts on a shared disk")
     config = with_run(config, say)
     workdir = pathlib.Path(args.workdir or f"runs/{pathlib.Path(path).stem}")
     with together(args.distributed):
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     if first:
         _report(workdir, result, args.json)
     if not result.finished:
-        # As a shell reports that signal: whoever restarts failed jobs is to restart this one.
+        # The status that a shell reports for this signal. A job manager then sees a failed job and restarts it.
         raise SystemExit(128 + signal.Signals[result.stopped_by])
 
 

@@ -1,1 +1,1 @@
-"""What a model costs: operations, and what a machine can do."""
+"""Operations of a training step, and the peak figures of accelerators."""

@@ -1,12 +1,15 @@
-"""Floating-point operations of a training step's matrix products: what model FLOPs utilisation (MFU) is a share of.
+"""Floating-point operations of the matrix products in a training step, for the model FLOPs utilisation (MFU).
 
-Counted as in PaLM (Chowdhery et al. 2022, appendix B): a product of [t, i] and [i, o] is 2 t i o operations forward and
-twice that backward, for the gradients of its two inputs; attention counts every pair of a row's T^2 positions, causal,
-windowed and packed or not; nothing that is computed a second time counts (rematerialisation, the logits that a teacher
-or an entropy weight needs once more), and of a mixture of experts those that a token takes. Norms, softmax, the gather
-of embeddings and the optimizer are left out.
+They are counted as in PaLM (Chowdhery et al. 2022, appendix B):
 
-With `train.trainable="heads"` only the products that lead to a gradient of a head count more than once.
+- A product of [t, i] and [i, o] has 2 t i o operations forward. The gradients of its two inputs have twice as many.
+- Attention counts all T^2 pairs of positions of a row, also if it is causal, windowed or packed.
+- A value that is computed a second time counts once. Examples are rematerialisation, and the additional logits for a
+  teacher or for entropy weights.
+- Of a mixture of experts, only the experts that a token takes count.
+- Norms, softmax, the gather of embeddings and the optimizer do not count.
+
+With `train.trainable="heads"`, the backward pass counts only for products that lead to a gradient of a head.
 """
 
 from typing import NamedTuple
@@ -15,30 +18,30 @@ from mtp_jax.config import Config, ModelConfig
 
 
 class _Passes(NamedTuple):
-    """How often a product counts: once forward, and once per input that gets a gradient."""
+    """How often a product counts: once for the forward pass, and once for each input that gets a gradient."""
 
     linear: int
-    """Of activations and a matrix of the model."""
+    """For a product of activations and a matrix of the model."""
     mixed: int
-    """Of activations with activations, as in attention."""
+    """For a product of activations and activations, as in attention."""
 
 
 LEARNED = _Passes(3, 3)
 READ = _Passes(1, 1)
 THROUGH = _Passes(2, 2)
-"""The gradient passes through, to something that learns further down; the other input stands still."""
+"""A frozen product that only passes a gradient on, to parameters that learn further down."""
 
 
 def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool = False) -> float:
     """Operations of one training step, forward and backward, over all devices.
 
     Args:
-      config: the run's config; its own batch size and row length are not read.
+      config: the run's config. Its batch size and row length are not used.
       batch_size: B, rows of the step.
       seq_len: T, tokens of a row.
-      computed: count what our step computes in place of what the model asks for: every expert for every token, and the
-        logits of teachers and entropy weights. The recomputation that `model.remat` and `loss.impl="remat"` ask for is
-        not in it.
+      computed: if True, count what our step computes instead of what the model needs: every expert for every token, and
+        the logits for teachers and entropy weights. Recomputation by `model.remat` and `loss.impl="remat"` never
+        counts.
     """
     tokens = batch_size * seq_len
     frozen = config.train.trainable == "heads"
@@ -49,7 +52,7 @@ def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool 
 
 
 def _block(c: ModelConfig, tokens: int, sees: int, passes: _Passes, computed: bool) -> int:
-    """One block over `tokens` positions, each of which looks at `sees` positions."""
+    """One block over `tokens` positions. Each position attends to `sees` positions."""
     return _projections(c, tokens, passes, computed) + passes.mixed * _attention(c, tokens, sees)
 
 
@@ -60,14 +63,14 @@ def _projections(c: ModelConfig, tokens: int, passes: _Passes, computed: bool) -
 
 
 def _feed_forward(c: ModelConfig, computed: bool) -> int:
-    """Weights of a feed-forward layer that a token meets."""
+    """Number of weights of a feed-forward layer that are used for one token."""
     layers = (c.num_experts if computed else c.experts_per_token) if c.num_experts else 1
     router = c.d_model * c.num_experts if c.num_experts else 0
     return layers * (3 if c.gated else 2) * c.d_model * c.d_ff + router
 
 
 def _attention(c: ModelConfig, queries: int, sees: int) -> int:
-    """Scores and mixing, forward."""
+    """The attention scores, and the weighted sum of the values; forward pass only."""
     return 2 * 2 * queries * sees * c.num_heads * c.head_dim
 
 
@@ -79,7 +82,7 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
     tokens = batch_size * seq_len
     D = c.d_model
     if facts.in_trunk:
-        return _beside(config, batch_size, seq_len, computed)
+        return _extra_tokens(config, batch_size, seq_len, computed)
     if not facts.has_blocks:
         # A map that reads a frozen state needs no gradient for it.
         passes = THROUGH if facts.is_map and config.train.trainable == "heads" else LEARNED
@@ -92,8 +95,8 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
     return extra * (blocks + joined)
 
 
-def _beside(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:
-    """Masks or registers: their own stream through the model's blocks, and what they see of the tokens'."""
+def _extra_tokens(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:
+    """Masks or registers: the extra tokens go through the blocks of the model and attend to the ordinary tokens."""
     c = config.model
     heads = config.heads
     each = 1 if heads.facts.one_set else heads.num_future - 1

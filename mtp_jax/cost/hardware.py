@@ -1,14 +1,14 @@
-"""Published peaks of accelerators, by the device kind that jax reports: what a roofline or an MFU is measured against.
+"""Published peak figures of accelerators, for rooflines and MFU. The key is the device kind that jax reports.
 
-Everything is per jax device, dense (no structured sparsity) and in decimal units, except that memory which the makers
-give in binary gigabytes is counted so. Sources:
+All figures are per jax device, dense (no structured sparsity) and in decimal units. Only memory is in binary units if
+the maker gives it so. Sources:
 
   TPU v4, v5e, v5p, v6e, 7x: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, the tables of chip specifications.
-    Google gives what a chip sends and receives together; half of that leaves it. jax shows a v4 or v5p chip as one
-    device, and each half of a 7x chip as one.
-  A100, H100, H200, B200, L4, L40S, T4: NVIDIA's data sheets of these products. Figures that they give "with sparsity"
-    are halved; NVLink is given in both directions together, and half of it is counted. T4 has no bfloat16: its float16
-    peak stands here, which bfloat16 does not reach.
+    Google gives sent and received bytes together; the table has half of that. jax shows a v4 or v5p chip as one device,
+    and each half of a 7x chip as one device.
+  A100, H100, H200, B200, L4, L40S, T4: NVIDIA's data sheets of these products. Figures "with sparsity" are halved.
+    NVLink is given for both directions together, and is halved, too. T4 has no bfloat16: the table has its float16
+    peak, which bfloat16 does not reach.
 """
 
 import dataclasses
@@ -19,23 +19,23 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device can do at best."""
+    """The peak figures of one device."""
 
     name: str
     bf16_flops: float
     """Floating-point operations per second of bfloat16 matrix products that accumulate in float32."""
     hbm_bytes: int
-    """Memory of the device."""
+    """Memory of the device, in bytes."""
     hbm_bandwidth: float
-    """Bytes per second between that memory and the device."""
+    """Bytes per second between the memory and the cores of the device."""
     link_bandwidth: float
-    """Bytes per second that a device can send to others over all of its links together."""
+    """Bytes per second that the device can send to other devices over all its links together."""
 
 
 _A100 = {"bf16_flops": 312e12, "link_bandwidth": 300 * GB}
 _H100 = {"bf16_flops": 989.4e12, "link_bandwidth": 450 * GB}
 
-# Device kinds that begin so; the first match counts, so the more special names stand before the plain ones.
+# Beginnings of device kinds. The first match counts, so longer names come before shorter ones.
 _CHIPS = (
     ("TPU v4", Chip("TPU v4", 275e12, 32 * GIB, 1228 * GB, 300 * GB)),
     ("TPU v5 lite", Chip("TPU v5e", 197e12, 16 * GIB, 819 * GB, 200 * GB)),
@@ -67,11 +67,11 @@ def chip(device_kind: str) -> Chip | None:
       device_kind: `jax.Device.device_kind`, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
 
     Returns:
-      The chip; None where none are known: CPUs, and accelerators that are not in the table.
+      The chip; None for CPUs and for accelerators that are not in the table.
     """
     return next((chip for kind, chip in _CHIPS if _is(device_kind, kind)), None)
 
 
 def _is(device_kind: str, kind: str) -> bool:
-    """Whether a name begins with another as whole words: "NVIDIA L4" is no "NVIDIA L40"."""
+    """Whether `device_kind` begins with the whole words of `kind`: "NVIDIA L40" does not begin with "NVIDIA L4"."""
     return device_kind == kind or device_kind.startswith(kind + " ")

@@ -1,1 +1,1 @@
-"""Text to batches: sources of documents, a tokenizer, packed rows and the loader that trains read from."""
+"""From text to batches: sources of documents, tokenizers, packed rows, and the loader that training reads from."""

@@ -1,19 +1,19 @@
-"""Chat templates: messages to the text that a model reads, and which part of it the assistant wrote.
+"""Chat templates: they write messages as the text that a model reads. They also show which part is the assistant's.
 
-transformers renders, so the text is the one that `apply_chat_template` gives. A prompt ends where the assistant's next
-answer begins. In training that answer is learned, and nothing else is. A template can say where it stands:
+transformers renders the template, so the text equals that of `apply_chat_template`. A prompt ends where the assistant's
+next answer begins. In training only the assistant's answers are learned. A template can mark them:
 
     {% generation %} ... {% endgeneration %}     around what the assistant writes
 
-Where a template has no such block, the beginnings of the conversation are rendered too. Let `C(i)` be the text of the
-first i messages, and `P(i)` the same with the beginning of an answer behind it. If message i+1 is the assistant's, its
-words are what `C(i+1)` has behind `P(i)`:
+If a template has no such block, the beginnings of the conversation are also rendered. Let `C(i)` be the text of the
+first i messages. Let `P(i)` be `C(i)` followed by the beginning of an answer. If message i+1 is the assistant's, its
+text is what follows `P(i)` in `C(i+1)`:
 
     whole    <user>hi</turn><assistant>hello</turn><user>more</turn><assistant>bye</turn>
     P(1)     <user>hi</turn><assistant>
     C(2)     <user>hi</turn><assistant>hello</turn>            learned: hello</turn>
 
-Both must be beginnings of the whole. A template for which they are not is refused.
+The text of the whole conversation must begin with both. A template that breaks this rule is refused.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import write_atomically
 
 FILE = "chat.json"
-"""A template and the special tokens that it names, next to the tokenizer.json of a run."""
+"""File next to the tokenizer.json of a run: a template and the special tokens that it names."""
 JINJA = "chat_template.jinja"
 ASSISTANT = "assistant"
 NAMED = {
@@ -40,53 +40,53 @@ NAMED = {
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
 }
-"""Templates by name. `plain` needs no special token but the end of a text, so it suits every tokenizer."""
+"""Templates by name. The only special token that `plain` needs is the end of a text, so it suits every tokenizer."""
 _PLACEHOLDER = "placeholder4711"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Message = Mapping[str, Any]
 Spans = tuple[tuple[int, int], ...]
-"""Places [start, stop) in a text, in order."""
+"""Parts [start, stop) of a text, in order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """How a conversation is written as text."""
+    """A template that writes a conversation as text."""
 
     origin: str
-    """What to call it in an error."""
+    """Name of the template in error messages."""
     text: str
     """The template, in Jinja."""
     tokens: Mapping[str, str]
-    """Special tokens by the names that templates have for them, such as `eos_token`."""
+    """Special tokens by their names in templates, such as `eos_token`."""
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation, up to where the assistant's next message begins.
+        """The text of the conversation, up to where the assistant's next message begins.
 
         Raises:
-          UserError: no messages, a malformed one, or one that the template refuses.
+          UserError: there are no messages, one is malformed, or the template refuses them.
         """
         check_messages(messages)
         return self._render(messages, add_generation_prompt=True)
 
     def opening(self, messages: Sequence[Message] = ()) -> str:
-        """The text behind which a user's message begins, after other messages.
+        """The text of the conversation, up to where a user's next message begins.
 
-        An instruct model that goes on from here writes what a user may ask (Magpie, arXiv:2406.08464).
+        An instruct model that continues this text writes what a user may ask (Magpie, arXiv:2406.08464).
 
         Raises:
-          UserError: the template refuses the messages, or writes a user's message in another way than it is given.
+          UserError: the template refuses the messages, or changes the text of a user's message.
         """
         text = self._render([*messages, {"role": "user", "content": _PLACEHOLDER}])
         if text.count(_PLACEHOLDER) != 1:
-            raise UserError(f"{self.origin} does not write a user's message as it is, so none can be begun")
+            raise UserError(f"{self.origin} changes the text of a user's message, so the model cannot write one")
         return text[: text.index(_PLACEHOLDER)]
 
     def learned(self, messages: Sequence[Message]) -> tuple[str, Spans]:
-        """The conversation, and where in it the assistant's words stand.
+        """The text of the conversation, and the parts of it that the assistant wrote.
 
         Raises:
-          UserError: as of `prompt`; or the assistant's words are not there, or cannot be told from the others.
+          UserError: as for `prompt`; or the text has nothing of the assistant, or its parts cannot be found.
         """
         check_messages(messages)
         if all(message["role"] != ASSISTANT for message in messages):
@@ -98,21 +98,21 @@ class ChatTemplate:
         spans = tuple((start, stop) for start, stop in spans if start < stop)
         if not spans:
             raise UserError(
-                f"{self.origin} writes nothing of the assistant's messages, so there is nothing to learn; set "
-                "data.chat_template to one that does, or leave the record out"
+                f"{self.origin} leaves out the text of the assistant's messages, so there is nothing to learn; set "
+                "data.chat_template to one that writes it, or leave the record out"
             )
         return text, spans
 
     def learned_of_cut(self, messages: Sequence[Message]) -> tuple[str, Spans]:
-        """A conversation that ends within the assistant's last message, and where that stands.
+        """The text of a conversation whose last answer was cut off, and the part that is this answer.
 
         Raises:
-          UserError: as of `prompt`; or the last message is not the assistant's, or is empty.
+          UserError: as for `prompt`; or the last message is not the assistant's, or is empty.
         """
         check_messages(messages)
         last = messages[-1]
         if last["role"] != ASSISTANT or not last["content"]:
-            raise UserError("it is not finished, so its last message must be the assistant's, with some text")
+            raise UserError("it has finished=false, so its last message must be the assistant's and must have text")
         before = self.prompt(messages[:-1])
         text = before + last["content"]
         return text, ((len(before), len(text)),)
@@ -127,10 +127,9 @@ class ChatTemplate:
             through = self._render(messages[: i + 1])
             if not (whole.startswith(before) and whole.startswith(through)):
                 raise UserError(
-                    f"{self.origin} writes the messages before and up to message {i + 1} in another way than at the "
-                    "beginning of the whole conversation, so the assistant's words cannot be told from the others; put "
-                    "{% generation %} and {% endgeneration %} around them in a copy of it, and set data.chat_template "
-                    "to that"
+                    f"{self.origin} writes the messages up to message {i + 1} in another way when more messages "
+                    "follow, so the text of the assistant cannot be found; make a copy of the template with "
+                    "{% generation %} and {% endgeneration %} around this text, and set data.chat_template to the copy"
                 )
             spans.append((len(before), len(through)))
         return whole, tuple(spans)
@@ -149,13 +148,13 @@ class ChatTemplate:
         given = [{name: value for name, value in message.items() if value is not None} for message in messages]
         try:
             return render_jinja_template([given], chat_template=self.text, **options, **self.tokens)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template can raise any error
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self.origin} cannot write this conversation: {reason}") from error
 
 
 def quiet_transformers() -> None:
-    """Keeps transformers from saying that PyTorch is missing: nothing here needs it."""
+    """Hides the message of transformers that PyTorch is missing: we do not need PyTorch."""
     logging.getLogger("transformers").addFilter(_no_advice)
 
 
@@ -164,14 +163,14 @@ def _no_advice(record: logging.LogRecord) -> bool:
 
 
 def check_messages(messages: Any) -> None:
-    """Refuses what is no conversation.
+    """Checks that a value is a conversation.
 
     Raises:
-      UserError: it is no list, an empty one, or one with a message without a role and content in text.
+      UserError: it is not a list, is empty, or has a message without a role or without text as content.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise UserError(
-            f"{_short(messages)} is no conversation; give a list of messages with at least one of "
+            f"{_short(messages)} is not a conversation; give a list of one or more messages such as "
             "{'role': 'user', 'content': '...'}"
         )
     for number, message in enumerate(messages, start=1):
@@ -201,11 +200,11 @@ def named(setting: str, tokens: Mapping[str, str]) -> ChatTemplate:
     """The template that a setting names.
 
     Args:
-      setting: a name in `NAMED`, a file with a Jinja template, or a directory with a tokenizer that has one.
-      tokens: special tokens of the tokenizer that is to have it.
+      setting: a name in `NAMED`, a file with a Jinja template, or a directory with a tokenizer that has a template.
+      tokens: special tokens of the tokenizer that will use the template.
 
     Raises:
-      UserError: no such template.
+      UserError: there is no such template.
     """
     if setting in NAMED:
         return ChatTemplate(f"the chat template {setting!r}", NAMED[setting], tokens)
@@ -214,7 +213,7 @@ def named(setting: str, tokens: Mapping[str, str]) -> ChatTemplate:
     if path.is_dir():
         found = beside(path / "tokenizer.json")
         if found is None:
-            raise UserError(f"{path} has no chat template; give a file with one, or {names}")
+            raise UserError(f"{path} has no chat template; give a file with a template, or {names}")
         return dataclasses.replace(found, tokens=tokens)
     try:
         text = path.read_text(encoding="utf-8")
@@ -227,10 +226,10 @@ def named(setting: str, tokens: Mapping[str, str]) -> ChatTemplate:
 
 
 def beside(file: pathlib.Path) -> ChatTemplate | None:
-    """The template that files next to a tokenizer.json declare; None where there is none.
+    """The template in the files next to a tokenizer.json; None if they have none.
 
     Raises:
-      UserError: a file that cannot be read.
+      UserError: a file cannot be read.
     """
     directory = file.parent
     if (directory / FILE).is_file():
@@ -243,13 +242,13 @@ def beside(file: pathlib.Path) -> ChatTemplate | None:
 
 
 def of_transformers(inner: Any, directory: pathlib.Path) -> ChatTemplate | None:
-    """The template of a tokenizer of transformers; None where it has none."""
+    """The template of a tokenizer of transformers; None if it has none."""
     text = _default(inner.chat_template)
     return ChatTemplate(_of(directory), text, token_names(inner.special_tokens_map)) if text else None
 
 
 def token_names(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens among settings, by name."""
+    """The special tokens among the settings of a tokenizer, by name."""
     texts = {
         name: value.get("content") if isinstance(value, Mapping) else value
         for name, value in settings.items()
@@ -263,14 +262,14 @@ def _of(directory: pathlib.Path) -> str:
 
 
 def _default(given: Any) -> str | None:
-    """A tokenizer has one template, or several by name."""
+    """The template of a tokenizer, which has either one template or several by name."""
     if isinstance(given, list):
         given = {one["name"]: one["template"] for one in given}
     return given.get("default") if isinstance(given, Mapping) else given
 
 
 def write(path: pathlib.Path, template: ChatTemplate) -> None:
-    """Writes a template as `chat.json`, whole or not at all."""
+    """Writes a template as `chat.json`, completely or not at all."""
     fields = {"origin": template.origin, "template": template.text, "tokens": dict(template.tokens)}
     write_atomically(path, json.dumps(fields, indent=1) + "\n")
 
@@ -280,17 +279,17 @@ def _read(path: pathlib.Path) -> ChatTemplate:
     try:
         return ChatTemplate(fields["origin"], fields["template"], fields["tokens"])
     except KeyError as error:
-        raise UserError(f"{path} is damaged (no {error}); make its directory anew") from error
+        raise UserError(f"{path} is damaged (no {error}); make its directory again") from error
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object in a file; an empty one where there is no file."""
+    """The JSON object in a file; an empty dict if there is no file."""
     if not path.is_file():
         return {}
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}; mend it, or move the tokenizer.json away") from error
+        raise UserError(f"{path} cannot be read as JSON: {error}; fix it, or move the tokenizer.json away") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{path} holds no JSON object; mend it, or move the tokenizer.json away")
+        raise UserError(f"{path} holds no JSON object; fix it, or move the tokenizer.json away")
     return fields

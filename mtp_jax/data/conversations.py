@@ -1,12 +1,13 @@
-"""A record of a file as a document: its text, and which part of it is learned.
+"""Makes a document from a record of a file: its text, and which part of the text is learned.
 
-    {"text": "..."}                               all of it
-    {"messages": [{"role": ..., "content": ...}]} what the assistant says, written by the tokenizer's chat template
-    {"prompt": "...", "completion": "..."}        the completion; the document is both texts, one behind the other
+    {"text": "..."}                               all of it is learned
+    {"messages": [{"role": ..., "content": ...}]} the chat template writes the text; what the assistant says is learned
+    {"prompt": "...", "completion": "..."}        the text is both, one after the other; the completion is learned
 
-With `"finished": false` the last answer, or the completion, was cut off: no end stands behind it.
+With `"finished": false` the last answer, or the completion, was cut off. Then no end token follows it.
 
-The first of these fields that a record has decides. `data.text_field` names the first one, and may hold messages too.
+The first of these fields that a record has decides. `data.text_field` names the first one, which may also hold
+messages.
 """
 
 from collections.abc import Mapping
@@ -22,20 +23,20 @@ FINISHED = "finished"
 
 
 class Document(NamedTuple):
-    """One text, named relative to its source so that the name survives a move of the corpus."""
+    """One text. Its name is relative to the source, so that it stays the same if the source is moved."""
 
     name: str
     text: str
     learned: Spans | None = None
-    """What is learned of the text; None is all of it."""
+    """The parts of the text that are learned; None if all of it is learned."""
     rendered: bool = False
-    """Whether a chat template wrote it. No token goes around it then, and special tokens in it are read."""
+    """Whether a chat template wrote the text. Then no token is put around it, and special tokens in it are read."""
     finished: bool = True
-    """Whether it ends where it ends; if not, no end token stands behind it. Asked where not all of it is learned."""
+    """Whether the text is complete. If it was cut off, no end token follows it. Only used if `learned` is not None."""
 
 
 def is_record(tree: Any, text_field: str) -> bool:
-    """Whether a JSON object is a record, and not a text of its own."""
+    """Whether a JSON object is a record. If it is not, the file is read as plain text."""
     if not isinstance(tree, Mapping):
         return False
     messages = any(isinstance(tree.get(field), list) for field in (text_field, MESSAGES))
@@ -45,18 +46,18 @@ def is_record(tree: Any, text_field: str) -> bool:
 def document_of(
     name: str, record: Any, text_field: str, chat: ChatTemplate | None, where: str, hint: str = ""
 ) -> Document:
-    """The document of a record.
+    """Makes the document of a record.
 
     Args:
-      name: of the document.
-      record: what JSON gave.
-      text_field: the field that holds its text.
-      chat: the template that writes messages; None where there is none.
+      name: name of the document.
+      record: the value that was read from JSON.
+      text_field: the field that holds the text.
+      chat: the template that writes messages; None if there is none.
       where: file and line, for errors.
-      hint: what else to do about a record without a text.
+      hint: a further remedy for a record without a text, for the error.
 
     Raises:
-      UserError: a record of another form, or one of which nothing can be learned.
+      UserError: the record has another form, or nothing in it can be learned.
     """
     if not isinstance(record, dict):
         raise UserError(f"{where} holds a {type(record).__name__}, not an object with a field {text_field!r}")
@@ -85,7 +86,7 @@ def _conversation(name: str, messages: Any, chat: ChatTemplate | None, where: st
     if chat is None:
         raise UserError(
             f"{where} holds messages, and the tokenizer has no chat template that writes them as text; set "
-            "data.chat_template to the path of one, or to 'plain'"
+            "data.chat_template to the path of a template, or to 'plain'"
         )
     try:
         text, learned = chat.learned(messages) if finished else chat.learned_of_cut(messages)
@@ -97,7 +98,7 @@ def _conversation(name: str, messages: Any, chat: ChatTemplate | None, where: st
 def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     text = record[field]
     if not isinstance(text, str):
-        remedy = "set data.text_field" if field not in (PROMPT, COMPLETION) else "conversations go into 'messages'"
+        remedy = "set data.text_field" if field not in (PROMPT, COMPLETION) else "put conversations into 'messages'"
         raise UserError(f"{where}: field {field!r} is a {type(text).__name__}, not a string; {remedy}")
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""Documents as token ids: text that is encoded as it comes, or a file of ids; with the bytes that they stand for."""
+"""Documents as token ids, with the number of bytes of their text: encoded from text, or read from a file of ids."""
 
 import dataclasses
 import io
@@ -16,20 +16,20 @@ from mtp_jax.data.pack import PackedRows, TokenisedDocuments
 from mtp_jax.data.tokenize import Encoded, Reading
 from mtp_jax.errors import UserError
 
-_BATCH_BYTES = 4 * 2**20  # text that is tokenised at once
-_SHOWN = 4  # special tokens that a remark names
+_BATCH_BYTES = 4 * 2**20  # amount of text that is tokenised at once
+_SHOWN = 4  # number of special tokens that a remark names
 
 
 def tokenise(
     documents: Iterable[Document], tokenizer: Reading, directory: pathlib.Path | None, limit: int | None
 ) -> tuple[TokenisedDocuments, str]:
-    """Encodes documents as they come, into an unnamed file of the directory or into memory.
+    """Encodes a stream of documents. The ids go to a temporary file in the directory, or to memory.
 
     Returns:
-      The documents, and a remark on special tokens that they spell, or "".
+      The documents, and a remark on the special tokens in their text, or "".
 
     Raises:
-      UserError: an id that is not below `limit`, or a document of which nothing is learned.
+      UserError: an id is not below `limit`, or a document has no token that is learned.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
     check = limit is not None and tokenizer.vocab_size > limit
@@ -67,7 +67,7 @@ def _sink(directory: pathlib.Path | None) -> BinaryIO:
 
 
 def _contents(sink: BinaryIO, dtype: np.dtype) -> np.ndarray:
-    """What was written into a sink, which may be closed afterwards."""
+    """The array that was written into a sink. The sink may be closed afterwards."""
     sink.flush()
     if isinstance(sink, io.BytesIO):
         return np.frombuffer(sink.getvalue(), dtype)
@@ -75,7 +75,13 @@ def _contents(sink: BinaryIO, dtype: np.dtype) -> np.ndarray:
 
 
 def _of_all(learn: np.ndarray, chosen: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """What is learned of every document, from that of those of which not all is."""
+    """Which tokens of all documents are learned.
+
+    Args:
+      learn: which tokens are learned, for the chosen documents only, one after the other.
+      chosen: for each document, whether it is in `learn`. All tokens of the others are learned.
+      offsets: ends of the documents in the flat ids.
+    """
     lengths = np.diff(offsets)
     every = np.ones(offsets[-1], np.uint8)
     every[np.repeat(chosen, lengths)] = learn
@@ -83,10 +89,10 @@ def _of_all(learn: np.ndarray, chosen: np.ndarray, offsets: np.ndarray) -> np.nd
 
 
 def _encoded(batch: list[Document], tokenizer: Reading) -> list[Encoded]:
-    """The documents as ids: whole texts all at once, others one by one.
+    """The documents as ids. Texts that are learned as a whole are encoded together, the others one by one.
 
     Raises:
-      UserError: a document of which no token is learned.
+      UserError: a document has no token that is learned.
     """
     whole = [one for one in batch if one.learned is None]
     ids = iter(tokenizer.encode_documents([one.text for one in whole]))
@@ -99,8 +105,8 @@ def _encoded(batch: list[Document], tokenizer: Reading) -> list[Encoded]:
         found.append(tokenizer.encode_learned(one.text, one.learned, one.rendered, one.finished))
         if not any(found[-1].learn[1:]):
             raise UserError(
-                f"{one.name}: none of its {len(found[-1].ids)} tokens is to be learned behind another one; leave the "
-                "record out, or set data.chat_template"
+                f"{one.name}: none of its {len(found[-1].ids)} tokens can be learned, because a learned token must "
+                "follow another token; leave the record out, or set data.chat_template"
             )
     return found
 
@@ -109,21 +115,21 @@ def _check_ids(ids: list[int], limit: int, name: str, tokenizer: Reading) -> Non
     largest = max(ids)
     if largest >= limit:
         raise UserError(
-            f"document {name!r} spells {tokenizer.beyond(limit)[largest]!r}, token {largest}, for which a model with "
-            f"model.vocab_size={limit} has no embedding; take it out of the text, or set data.special_tokens='text'"
+            f"document {name!r} contains {tokenizer.beyond(limit)[largest]!r}, token {largest}, for which a model with "
+            f"model.vocab_size={limit} has no embedding; remove it from the text, or set data.special_tokens='text'"
         )
 
 
 def _remark(special: SpecialCounter, reading: Special) -> str:
-    """What special tokens the text spells, and what became of them."""
+    """A remark on the special tokens in the text, and how they were read."""
     if not special.counts:
         return ""
     most = sorted(special.counts.items(), key=lambda item: -item[1])
     names = ", ".join(f"{name!r} {'once' if count == 1 else f'{count:,} times'}" for name, count in most[:_SHOWN])
     more = f" and {len(most) - _SHOWN} others" if len(most) > _SHOWN else ""
-    became = "are read as these tokens" if reading == "read" else "are read as ordinary characters"
+    result = "are read as these tokens" if reading == "read" else "are read as ordinary characters"
     return (
-        f"special tokens in {special.documents:,} document(s) ({names}{more}) {became}, as in prompts: "
+        f"special tokens in {special.documents:,} document(s) ({names}{more}) {result}, as in prompts: "
         f"data.special_tokens={reading!r}"
     )
 
@@ -143,13 +149,13 @@ def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def read_flat(path: str, tokenizer: Reading | None, limit: int | None, what: str) -> TokenisedDocuments:
-    """The documents of a `.npy` of token ids.
+    """Reads the documents of a `.npy` file of token ids.
 
     Args:
       path: the file.
-      tokenizer: its end token ends the documents of flat ids.
-      limit: ids must be below it.
-      what: what to call that limit in an error.
+      tokenizer: its end token separates documents in a flat array of ids.
+      limit: all ids must be below this number.
+      what: name of the limit in error messages.
     """
     tokens = sources.read_token_file(path)
     largest = int(tokens.max())
@@ -160,8 +166,8 @@ def read_flat(path: str, tokenizer: Reading | None, limit: int | None, what: str
         names = [f"row {row}" for row in range(len(tokens))]
     elif tokenizer is None:
         raise UserError(
-            f"token file {path!r} is flat, and without a tokenizer its end-of-text id is unknown; set data.tokenizer "
-            "to a tokenizer.json, or save one document per row"
+            f"token file {path!r} is one flat array, and without a tokenizer its end-of-text id is unknown; set "
+            "data.tokenizer to a tokenizer.json, or save one document per row"
         )
     else:
         ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
@@ -171,7 +177,7 @@ def read_flat(path: str, tokenizer: Reading | None, limit: int | None, what: str
 
 
 def with_bytes(rows: PackedRows, tokenizer: Reading | None) -> PackedRows:
-    """Rows with their unknown size in bytes found by decoding, where there is a tokenizer."""
+    """The rows with their size in bytes. If it is unknown and there is a tokenizer, the rows are decoded to find it."""
     if rows.bytes_ or tokenizer is None:
         return rows
     stops = [*rows.doc_starts[1:], len(rows.tokens)]

@@ -1,4 +1,4 @@
-"""Which tokens heads draft: those that the training text has most often."""
+"""The draft vocabulary: the tokens that extra heads predict, which are the most frequent ones in the training text."""
 
 import dataclasses
 
@@ -11,21 +11,21 @@ BLOCK = 1 << 22
 
 @dataclasses.dataclass(frozen=True)
 class DraftVocab:
-    """The tokens that heads draft (FR-Spec, Zhao et al. 2025, arXiv:2502.14856)."""
+    """The draft vocabulary (FR-Spec, Zhao et al. 2025, arXiv:2502.14856)."""
 
     ids: np.ndarray
     """Token ids, int32 [N], ascending."""
     vocab_size: int
     covers: float
-    """Share of the training tokens that are among them."""
+    """Share of the tokens of the training text that are in the draft vocabulary."""
 
     @classmethod
     def of(cls, rows: PackedRows, count: int, vocab_size: int) -> "DraftVocab":
-        """The `count` most frequent tokens of a training text that are learned; of equally frequent ones the lower ids.
+        """The `count` most frequent tokens among the learned tokens of a training text. Equal counts: lower ids first.
 
         Args:
-          rows: the text. Every process counts all of it, and finds the same.
-          count: N.
+          rows: the text. Every process counts all of it, so all find the same tokens.
+          count: N, size of the draft vocabulary.
           vocab_size: V.
         """
         counts_V = token_counts(rows.tokens, vocab_size, rows.learn)
@@ -33,7 +33,7 @@ class DraftVocab:
         return cls(ids_N, vocab_size, float(counts_V[ids_N].sum() / counts_V.sum()))
 
     def share_of(self, rows: PackedRows) -> float:
-        """Share of a text's tokens that are among them."""
+        """Share of the learned tokens of a text that are in the draft vocabulary."""
         counts_V = token_counts(rows.tokens, self.vocab_size, rows.learn)
         return float(counts_V[self.ids].sum() / counts_V.sum())
 
@@ -46,7 +46,7 @@ class DraftVocab:
 
 
 def token_counts(tokens: np.ndarray, vocab_size: int, learn: np.ndarray | None = None) -> np.ndarray:
-    """How often each token stands in a flat stream, which may be larger than memory; int64 [V].
+    """How often each token occurs in a flat stream, which may be larger than memory; int64 [V].
 
     Args:
       tokens: the stream.

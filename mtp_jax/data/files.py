@@ -1,14 +1,14 @@
-"""One file of a source as documents, and the count of what was read as what.
+"""Reads the documents of one file of a source, and counts how the files were read.
 
     .jsonl, .ndjson                    each line is a record
     .json, an array of objects         each object is a record
     .json, lines that are objects      each line is a record, as in a .jsonl
     .json, an object that is a record  it is one record
     other text in UTF-8                one document, without a byte order mark
-    compressed files, tables, other binary files    passed over and counted; an error where nothing else is there
+    compressed files, tables, other binary files    skipped and counted; an error if there is nothing else
 
-What a record is: see `data.conversations`. Names count whatever their case. Whether a file is text is told by its
-bytes: it is when they are UTF-8 and hold no NUL.
+`data.conversations` says what a record is. Upper and lower case of a suffix do not matter. A file is text if its bytes
+are UTF-8 and it has no NUL byte.
 """
 
 import codecs
@@ -44,10 +44,11 @@ TABLES = {
     b"\x93NUMPY": "NumPy",
 }
 NAMED = 3
-"""Files that a summary names."""
+"""Number of files of a kind that a summary names."""
 _LINES = "lines of JSON"
-_HEAD = 8192  # bytes that tell text from what is none
-_BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, which has NUL bytes too and is to be converted, not passed over
+_HEAD = 8192  # number of bytes that decide whether a file is text
+# Marks of UTF-16. Such text has NUL bytes, too, but it is refused and not skipped, so that the user converts it.
+_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class SourceFile(NamedTuple):
@@ -58,32 +59,32 @@ class SourceFile(NamedTuple):
 
 
 class Tally:
-    """Counts files by what they were taken for."""
+    """Counts the files of a source by how they were read."""
 
     def __init__(self) -> None:
         self._read: collections.Counter[str] = collections.Counter()
         self._skipped: dict[str, list[str]] = {}
 
     def took(self, what: str) -> None:
-        """A file that was read."""
+        """Counts a file that was read as `what`."""
         self._read[what] += 1
 
     def skip(self, why: str, name: str) -> None:
-        """A file that was passed over."""
+        """Counts a file that was skipped."""
         self._skipped.setdefault(why, []).append(name)
 
     def skipped(self) -> str:
-        """What was passed over, and why; "" if nothing was."""
+        """Which files were skipped, and why; "" if none were."""
         return ", ".join(f"{len(names):,} {why} ({_some(names)})" for why, names in sorted(self._skipped.items()))
 
     def summary(self) -> str:
-        """What was read as what, and what was passed over; "" where all files are text."""
+        """How many files were read as what, and which were skipped; "" if all files are text."""
         parts = []
         if set(self._read) - {"text"}:
             counts = ", ".join(f"{count:,} as {what}" for what, count in sorted(self._read.items()))
             parts.append(f"files read: {counts}")
         if self._skipped:
-            parts.append(f"passed over: {self.skipped()}")
+            parts.append(f"skipped: {self.skipped()}")
         return "; ".join(parts)
 
 
@@ -97,20 +98,20 @@ class Records(NamedTuple):
     text_field: str
     """The field of a record that holds its text."""
     chat: ChatTemplate | None = None
-    """What writes messages as text."""
+    """The template that writes messages as text."""
 
 
 def read(file: SourceFile, records: Records, tally: Tally, skip_undecodable: bool) -> Iterator[Document]:
-    """The documents of a file; none where it is passed over.
+    """Reads the documents of a file. A file that is skipped has none.
 
     Args:
       file: the file.
       records: how its records are read.
-      tally: is told what became of the file.
-      skip_undecodable: pass over text in another encoding, instead of refusing it.
+      tally: counts the file.
+      skip_undecodable: if True, text in another encoding is skipped and not refused.
 
     Raises:
-      UserError: text that is not UTF-8, or a record that is none.
+      UserError: text that is not UTF-8, or a malformed record.
     """
     suffix = file.path.suffix.lower()
     with open(file.path, "rb") as opened:
@@ -142,7 +143,7 @@ def read(file: SourceFile, records: Records, tally: Tally, skip_undecodable: boo
 
 
 def _not_text(head: bytes) -> str:
-    """What else than text a file is, by its first bytes; "" for text in whatever encoding."""
+    """The kind of a file that is not text, found from its first bytes; "" for text in any encoding."""
     binary = b"\0" in head and not head.startswith(_BOMS)
     if not binary and _decodes(head):
         return ""
@@ -154,7 +155,7 @@ def _not_text(head: bytes) -> str:
 
 
 def _decodes(head: bytes) -> bool:
-    """Whether bytes are the beginning of UTF-8 text; their last character may be cut."""
+    """Whether bytes are the beginning of a UTF-8 text. The last character may be cut off."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -163,7 +164,7 @@ def _decodes(head: bytes) -> bool:
 
 
 def _json_documents(file: SourceFile, text: str, records: Records, tally: Tally) -> Iterator[Document]:
-    """The documents of a `.json`: its records, or its text where it holds none."""
+    """The documents of a `.json` file: its records, or the whole text if it has no records."""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,6 +1,7 @@
-"""From a config to batches: prepare the corpus once, then read shuffled training rows, held-out rows and prompts.
+"""From a config to batches: prepares the corpus once, then reads shuffled training rows, held-out rows and prompts.
 
-`prepare` leaves the files that `store` describes and memory-maps them; a second call reuses them or makes them anew.
+`prepare` writes the files that `store` describes and memory-maps them. A second call uses them again if they are still
+valid, and makes them again if not.
 """
 
 import dataclasses
@@ -20,28 +21,29 @@ from mtp_jax.data.tokenize import Reading, Tokenizer, given_tokenizer, template_
 from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import short_reason
 
-_BPE_BYTES = 64 * 2**20  # text that BPE trains on: its merges settle long before, and its time does not
+_BPE_BYTES = 64 * 2**20  # amount of text that BPE trains on: more text hardly changes the merges, but takes longer
 
 
 _Split = tuple[np.ndarray, np.ndarray]  # indices of the training and of the held-out documents, in shuffled order
 
 
 def prepare(config: Config, directory: pathlib.Path | None, digest: str = "", in_place: bool = True) -> Corpus:
-    """Reads, splits and tokenises the corpus, or reuses what an earlier call left in the directory.
+    """Reads, splits and tokenises the corpus, or uses the files of an earlier call again.
 
-    A `.npy` source needs a tokenizer only to find the documents of flat ids and to turn them into text:
-    `data.tokenizer` is then the path of a `tokenizer.json`, `bytes`, or `none`, which needs [documents, tokens].
+    A `.npy` source needs a tokenizer only to separate the documents in a flat array and to decode ids to text.
+    `data.tokenizer` is then the path of a `tokenizer.json`, `bytes`, or `none`. `none` needs an array [documents,
+    tokens].
 
     Args:
-      config: its `data` section and `model.vocab_size` are read.
-      directory: where the files go, made if missing; None keeps everything in memory.
-      digest: the corpus that a run was trained on. If the files have to be made anew, they must become that one;
-        otherwise the old ones stay as they are.
-      in_place: False leaves files that had to be made anew in `DIRECTORY.new`, and the old ones as they are, until
-        `store.put_in_place`.
+      config: `data` and `model.vocab_size` are used.
+      directory: directory for the files, made if missing; None keeps everything in memory.
+      digest: digest of the corpus that a run was trained on. If the files have to be made again, they must have this
+        digest. If they do not, that is an error, and the old files stay.
+      in_place: if False, files that had to be made again stay in `DIRECTORY.new`, next to the old ones, until
+        `store.put_in_place` is called.
 
     Raises:
-      UserError: any input that cannot become a corpus, with the setting to change; or one of another digest.
+      UserError: the input cannot become a corpus (the message names the setting to change), or has another digest.
     """
     if config.data.seed not in range(2**32):
         raise UserError(f"data.seed={config.data.seed}; use a seed from 0 to {2**32 - 1}")
@@ -66,15 +68,17 @@ def prepare(config: Config, directory: pathlib.Path | None, digest: str = "", in
 
 
 def check_prompts(data: DataConfig, rows: PackedRows, what: str) -> None:
-    """A prompt is found by its position in its document, so no row may begin inside one, and something must follow it.
+    """Checks that rows hold whole documents, and that an answer follows every prompt.
+
+    This is necessary because a prompt is found by its position in the document.
 
     Args:
-      data: says how many tokens a prompt has; with 0 there is nothing to check.
-      rows: what is cut into rows.
-      what: what to call them in an error.
+      data: `data.prompt_tokens` is the length of a prompt; with 0 there is nothing to check.
+      rows: the rows.
+      what: name of the text in error messages.
 
     Raises:
-      UserError: documents of several lengths, that rows cut, or that are all prompt.
+      UserError: documents differ in length, are cut by rows, or have nothing after the prompt.
     """
     lengths = set(np.diff(rows.doc_starts, append=len(rows.tokens)).tolist()) if data.prompt_tokens else set()
     if not lengths:
@@ -90,7 +94,7 @@ def check_prompts(data: DataConfig, rows: PackedRows, what: str) -> None:
     if data.prompt_tokens >= max(lengths):
         raise UserError(
             f"data.prompt_tokens={data.prompt_tokens} leaves nothing to learn: the documents of {what} have "
-            f"{max(lengths)} tokens; lower it"
+            f"{max(lengths)} tokens; lower data.prompt_tokens"
         )
 
 
@@ -103,21 +107,21 @@ def load_heldout(
     vocab_size: int | None = None,
     notify: Callable[[str], None] = lambda _: None,
 ) -> PackedRows:
-    """A source to evaluate on, packed in memory.
+    """Reads a source to evaluate on, and packs it in memory.
 
     Args:
       source: as in `data.source`.
       text_field: as in `data.text_field`.
-      tokenizer: the model's; None only for a `.npy` of [documents, tokens].
+      tokenizer: the tokenizer of the model; None only for a `.npy` of [documents, tokens].
       seq_len: T.
-      split: (data.seed, data.eval_fraction) of the run that trained on this very source, to take only the documents
-        that it held out, in the same order. None takes everything; the standard library, which runs train on by
-        default, needs one.
-      vocab_size: the model's; every id must be below it.
-      notify: is told what was read and passed over, and of special tokens in the text.
+      split: (data.seed, data.eval_fraction) of the run that was trained on this source. Then only the documents that
+        the run held out are read, in the same order. None reads all documents. The standard library needs a split,
+        because runs train on it by default.
+      vocab_size: vocabulary of the model; every id must be below it.
+      notify: is called with lines about files that were read or skipped, and about special tokens in the text.
 
     Raises:
-      UserError: as `prepare`, or the standard library without a split.
+      UserError: as for `prepare`, or the source is the standard library and there is no split.
     """
     if source == sources.STDLIB and split is None:
         raise UserError("data source 'stdlib' needs the split (data.seed, data.eval_fraction) of the model's run")
@@ -140,16 +144,16 @@ def load_heldout(
 def train_batches(
     rows: PackedRows, batch_size: int, seed: int, mine: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """Endless batches of shuffled rows; each epoch has an order of its own, and no row is dropped at its end.
+    """An endless iterator of batches of shuffled rows. Every epoch has another order. No row is dropped at its end.
 
-    The order is that of the global batches, whatever the number of processes. A process reads its own positions of each
-    and no others; `get_state()` is the number of batches, from which any number of processes continues.
+    The order of the global batches does not depend on the number of processes. A process reads only its own rows of
+    each batch. `get_state()` is the number of batches, so that another number of processes can continue from it.
 
     Args:
       rows: N rows of T tokens.
       batch_size: B, rows of the global batch.
-      seed: of the order, 0 to 2**32 - 1.
-      mine: positions in the global batch of the rows to read, b of them; all by default.
+      seed: seed of the order, 0 to 2**32 - 1.
+      mine: the b positions in the global batch that this process reads; the default is all.
 
     Returns:
       An iterator of dicts of int32 [b, T], as `PackedRows` gives them, with `get_state` and `set_state`.
@@ -166,7 +170,7 @@ def train_batches(
 
 
 def heldout_batches(rows: PackedRows, batch_size: int, limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of the first `limit` rows (0: all), in order; the last is filled up with rows of padding.
+    """Batches of the first `limit` rows (0: all), in order. The last batch is filled up with rows of padding.
 
     Yields:
       Dicts of int32 [B, T].
@@ -179,24 +183,25 @@ def heldout_batches(rows: PackedRows, batch_size: int, limit: int = 0) -> Iterat
 
 
 def count_prompts(rows: PackedRows, width: int) -> int:
-    """How many prompts of `width` tokens, their continuation included, `heldout_prompts` can take from these rows."""
+    """The number of prompts that `heldout_prompts` can take from these rows; `width` is the length of a prompt and its
+    continuation."""
     return int((np.diff(rows.doc_starts, append=len(rows.tokens)) // width).sum())
 
 
 def heldout_prompts(
     rows: PackedRows | Corpus, num_prompts: int, prompt_tokens: int, reference_tokens: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Prompts from the held-out text with the text that really follows, evenly spread over it.
+    """Takes prompts from the held-out text, evenly spread over it, with the text that really follows them.
 
-    Each document is cut into windows of prompt_tokens + reference_tokens from its start on; a window never leaves its
-    document, and a rest that fills none is passed over. Prompt i is the window in the middle of the i-th of
-    `num_prompts` equal parts of the list of windows: no two overlap, and long documents give more of them.
+    Each document is cut into windows of prompt_tokens + reference_tokens, from its start on. A window never crosses the
+    end of its document; a shorter rest is not used. The list of windows is divided into `num_prompts` equal parts, and
+    prompt i is the window in the middle of part i. So prompts do not overlap, and long documents give more of them.
 
     Returns:
-      Pairs (prompt ids, reference ids) of the lengths asked for.
+      Pairs (prompt ids, reference ids) of these lengths.
 
     Raises:
-      UserError: fewer windows than prompts.
+      UserError: there are fewer windows than prompts.
     """
     rows = rows.heldout if isinstance(rows, Corpus) else rows
     width = prompt_tokens + reference_tokens
@@ -270,7 +275,7 @@ def _from_text(config: Config, directory: pathlib.Path | None) -> tuple[Tokenize
     scan = sources.scan_documents(*records)
     split = sources.split_documents(scan.names, scan.sizes, data.seed, data.eval_fraction, data.source)
     if data.tokenizer == "bpe":
-        # A prefix of the shuffled training documents, so that the cap leaves a fair sample.
+        # The first of the shuffled training documents, so that the limited amount is a fair sample.
         train = split[0]
         sample = set(train[np.cumsum(scan.sizes[train]) - scan.sizes[train] < _BPE_BYTES].tolist())
         documents = enumerate(sources.read_documents(*records))
@@ -283,7 +288,7 @@ def _from_text(config: Config, directory: pathlib.Path | None) -> tuple[Tokenize
     documents = sources.read_documents(*records)
     flat, spelled = tokenise(documents, tokenizer, directory, config.model.vocab_size)
     if flat.names != scan.names or not np.array_equal(flat.sizes, scan.sizes):
-        raise UserError(f"data source {data.source!r} changed while it was read; start again when it is at rest")
+        raise UserError(f"data source {data.source!r} changed while it was read; start again when it no longer changes")
     return tokenizer, flat, split, "".join(f"; {part}" for part in (scan.summary, spelled) if part)
 
 
@@ -303,7 +308,8 @@ def _from_token_file(config: Config) -> tuple[Tokenizer | None, TokenisedDocumen
 
 
 def _check_vocab(tokenizer: Tokenizer, config: Config) -> None:
-    """Ordinary text, and what stands around a document, must have embeddings; other added tokens may lack one."""
+    """Checks that the model has embeddings for ordinary text and for the tokens around a document. Other added tokens
+    may lack one."""
     rows = config.model.vocab_size
     marks = tokenizer.marks
     around = max(*marks.first, marks.end, marks.end)

@@ -1,6 +1,6 @@
-"""Packing: documents laid end to end and cut into rows of equal length, computed on access from a flat token stream.
+"""Packing: documents are put one after the other and cut into rows of equal length.
 
-Nothing is stored per row and nothing is dropped, so packing costs no time, no memory and no text.
+Rows are computed on access from a flat stream of tokens. Nothing is stored per row, and no token is dropped.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from mtp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
-    """Rows of T tokens over a flat stream; row r covers the tokens [r (T-1), r (T-1) + T).
+    """Rows of T tokens over a flat stream. Row r covers the tokens [r (T-1), r (T-1) + T).
 
-    Three documents (a: 5 tokens, b: 4, c: 3) in rows of T = 6; a row begins with the token that ended the one before:
+    Three documents (a: 5 tokens, b: 4, c: 3) in rows of T = 6. A row begins with the last token of the row before:
 
         stream         a0 a1 a2 a3 a4 b0 b1 b2 b3 c0 c1 c2
         row 0          a0 a1 a2 a3 a4 b0
@@ -30,9 +30,10 @@ class PackedRows:
         segment_ids    1 1 1 1 1 2     1 1 1 1 2 2     1 1 0 0 0 0
         positions      0 1 2 3 4 0     0 1 2 3 0 1     0 1 0 0 0 0
 
-    With targets one to the right, the shared token is an input of one row and a target of the other, so every token but
-    the stream's first is a next-token target exactly once (b0 in row 0, where the segment changes and the loss masks
-    it). A document that a cut divides starts over in the next row at position 0 of segment 1. Segment 0 is padding.
+    The target of a position is the token to its right. So the shared token is a target of one row and an input of the
+    next. Every token but the first of the stream is a next-token target exactly once. (b0 is a target in row 0; there
+    the segment changes, so the loss masks it.) If a row ends inside a document, the rest of the document starts the
+    next row at position 0 of segment 1. Segment 0 is padding.
     """
 
     tokens: np.ndarray
@@ -44,16 +45,16 @@ class PackedRows:
     bytes_: int
     """UTF-8 bytes of the documents' text; 0 if unknown."""
     unpredicted_bytes: int = 0
-    """Those that no learned token stands for: of the documents' first tokens, unless a token of its own begins each,
-    and of what is context only."""
+    """The bytes that are not in a learned token: those of context, and those of each document's first token, unless a
+    special token was put in front of the document."""
     learn: np.ndarray | None = None
-    """Which tokens are learned, 0 or 1, [tokens]; may be memory-mapped. None is all."""
+    """Which tokens are learned, 0 or 1, [tokens]; may be memory-mapped. None if all are learned."""
     prompt_tokens: int = 0
-    """Tokens at the start of every document that are not learned."""
+    """Number of tokens at the start of every document that are not learned."""
 
     @property
     def predicted_bytes(self) -> int:
-        """UTF-8 bytes of the tokens that are a next-token target; 0 if unknown, as where `prompt_tokens` are not."""
+        """UTF-8 bytes of the tokens that are a next-token target; 0 if unknown, as with `prompt_tokens`."""
         return 0 if self.prompt_tokens else self.bytes_ - self.unpredicted_bytes
 
     def __post_init__(self) -> None:
@@ -61,20 +62,20 @@ class PackedRows:
             raise UserError(f"packing needs at least 2 tokens in one dimension, got shape {self.tokens.shape}")
         starts = self.doc_starts
         if starts.size == 0 or starts[0] != 0 or starts[-1] >= len(self.tokens) or np.any(np.diff(starts) < 1):
-            raise UserError("doc_starts must rise strictly from 0 and stay below the number of tokens")
+            raise UserError("doc_starts must begin at 0, increase strictly, and stay below the number of tokens")
         if self.seq_len < 2:
             raise UserError(f"seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
         if self.learn is not None and self.learn.shape != self.tokens.shape:
-            raise UserError(f"learn has shape {self.learn.shape}, the tokens have {self.tokens.shape}; give one each")
+            raise UserError(f"learn has shape {self.learn.shape}, but tokens has {self.tokens.shape}; make them equal")
 
     def __len__(self) -> int:
         stride = self.seq_len - 1
         return (len(self.tokens) - 1 + stride - 1) // stride
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """The row as `tokens`, `segment_ids` and `positions`, each int32 [T].
+        """The row as a dict of `tokens`, `segment_ids` and `positions`, each int32 [T].
 
-        Where not all tokens are learned, `learn` is 1 for those that are.
+        If not all tokens are learned, the dict also has `learn`: 1 for a learned token, 0 for others.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
@@ -99,7 +100,7 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenisedDocuments:
-    """Documents as ids, in the order of their source."""
+    """Documents as token ids, in the order of their source."""
 
     tokens: np.ndarray
     """Flat ids, [tokens]; may be memory-mapped."""
@@ -107,23 +108,23 @@ class TokenisedDocuments:
     """Document d is tokens[offsets[d] : offsets[d + 1]]; int64 [documents + 1]."""
     names: list[str]
     sizes: np.ndarray
-    """UTF-8 bytes of each document's text, 0 where unknown; int64 [documents]."""
+    """UTF-8 bytes of each document's text, 0 if unknown; int64 [documents]."""
     unpredicted: np.ndarray | None = None
-    """UTF-8 bytes of each document that no learned token stands for; int64 [documents]. None where unknown."""
+    """UTF-8 bytes of each document that are not in a learned token; int64 [documents]. None if unknown."""
     learn: np.ndarray | None = None
-    """Which tokens are learned, uint8 [tokens]; None is all."""
+    """Which tokens are learned, uint8 [tokens]; None if all are learned."""
 
 
 def concatenate(
     documents: TokenisedDocuments, order: np.ndarray, seq_len: int, path: pathlib.Path | None = None
 ) -> PackedRows:
-    """Lays the documents `order` end to end, in memory or in a new memory-mapped `.npy` file.
+    """Puts documents one after the other, in memory or in a new memory-mapped `.npy` file.
 
     Args:
-      documents: all of them.
-      order: which of them, and how they follow.
+      documents: all documents.
+      order: the indices of the documents to take, in their new order.
       seq_len: T.
-      path: the file of the tokens; which of them are learned goes into `learn_file` of it.
+      path: the file for the tokens. Which tokens are learned goes into `learn_file(path)`.
     """
     lengths = np.diff(documents.offsets)[order]
     tokens = _laid_out(documents.tokens, documents.offsets, order, path)
@@ -136,19 +137,19 @@ def concatenate(
 
 
 def learn_file(path: pathlib.Path) -> pathlib.Path:
-    """Where it stands which tokens of a file are learned."""
+    """The file that says which tokens of a token file are learned."""
     return path.with_name(f"{path.stem}_learn.npy")
 
 
 def _laid_out(flat: np.ndarray, offsets: np.ndarray, order: np.ndarray, path: pathlib.Path | None) -> np.ndarray:
-    """One number per token, document behind document."""
+    """An array of one number per token, with the documents in a new order."""
     lengths = np.diff(offsets)[order]
     ends = np.cumsum(lengths)
     shape = (int(ends[-1]),)
     dtype = flat.dtype
     with replacing(path) if path else contextlib.nullcontext() as file:
         if file:
-            # Take the space first: writing to a map of a file that the disk cannot hold would kill the process.
+            # Reserve the space first. If the disk is full, writing to a mapped file would kill the process.
             with open(file, "r+b") as handle:
                 os.posix_fallocate(handle.fileno(), 0, shape[0] * dtype.itemsize + 4096)
         laid = np.lib.format.open_memmap(file, "w+", dtype, shape) if file else np.empty(shape, dtype)

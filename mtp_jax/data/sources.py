@@ -1,8 +1,8 @@
-"""Sources: what `data.source` may name, read as a stream of documents, and the choice of those held out.
+"""Sources: reads the files that `data.source` names as a stream of documents, and chooses the held-out documents.
 
-A document is the unit of everything downstream: it is tokenised whole, attention and targets never cross its ends, and
-it lies on one side of the train / held-out split. Documents are streamed; a corpus is never held in memory here. A
-`.npy` of token ids is no text, so it has a reader of its own. Nothing here knows about tokenizers or rows.
+A document is tokenised as a whole, attention and targets never cross its ends, and it is either training text or
+held-out text. Documents are streamed, so the text is never in memory as a whole. A `.npy` of token ids has a separate
+reader. This file knows nothing about tokenizers or rows.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from mtp_jax.data.files import Document, Records, SourceFile
 from mtp_jax.errors import UserError
 
 STDLIB = "stdlib"
-# Tests would be a third of the standard library; the packages directories are not the standard library.
+# Tests would be a third of the standard library. The packages directories do not belong to the standard library.
 _STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 def is_token_file(source: str) -> bool:
-    """Whether the source holds token ids, which `read_token_file` reads, rather than text."""
+    """Whether the source holds token ids, for `read_token_file`, and not text."""
     return source.lower().endswith(".npy") or synthetic.is_synthetic(source)
 
 
@@ -36,10 +36,10 @@ def list_files(source: str) -> list[SourceFile]:
     """The files that a source names, sorted by name.
 
     Args:
-      source: `stdlib`, a directory (everything below it but hidden files), a glob, or one file.
+      source: `stdlib`, a directory (all files below it but hidden ones), a glob, or one file.
 
     Raises:
-      UserError: nothing there.
+      UserError: the source does not exist, or holds no file.
     """
     if source == STDLIB:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -70,34 +70,34 @@ def _walk(root: pathlib.Path, skips: set[str]) -> list[SourceFile]:
 
 
 def read_documents(source: str, text_field: str, chat: ChatTemplate | None = None) -> Iterator[Document]:
-    """Streams the documents of a text source, in an order that depends on the source alone.
+    """Streams the documents of a text source, in an order that depends only on the source.
 
-    A file is one document, or each of its records is one; see `data.files`. Empty documents are left out.
+    A file is one document, or each of its records is a document; see `data.files`. Empty documents are left out.
 
     Args:
       source: as for `list_files`.
       text_field: the field of a record that holds its text.
-      chat: what writes the messages of a record as text.
+      chat: the template that writes the messages of a record as text.
 
     Raises:
-      UserError: nothing to read, or a file or record that is not text; at once or while iterating.
+      UserError: there is nothing to read, or a file or record is not text. It may be raised while iterating.
     """
     _refuse_ids(source)
     return _documents(source, list_files(source), Records(text_field, chat), files.Tally())
 
 
 class Scan(NamedTuple):
-    """What a source holds."""
+    """Names and sizes of the documents of a source."""
 
     names: list[str]
     sizes: np.ndarray
     """UTF-8 bytes of every document, int64 [documents]."""
     summary: str
-    """What was read as what, and what was passed over and why; "" where all are text files."""
+    """How many files were read as what, and which were skipped and why; "" if all are text files."""
 
 
 def scan_documents(source: str, text_field: str, chat: ChatTemplate | None = None) -> Scan:
-    """Names and UTF-8 sizes of all documents: the pass that finds every flaw of a source before the long work."""
+    """Reads all documents once, for their names and sizes. This finds errors of a source before the long work."""
     _refuse_ids(source)
     tally = files.Tally()
     documents = _documents(source, list_files(source), Records(text_field, chat), tally)
@@ -127,7 +127,7 @@ def _documents(source: str, found: list[SourceFile], records: Records, tally: fi
 
 
 def is_inside(path: pathlib.Path, source: str) -> bool:
-    """Whether a path lies in the directory that a source names: what a run writes must not become its corpus."""
+    """Whether a path is inside the directory that a source names. Files that a run writes must not become its text."""
     if source == STDLIB or not source or synthetic.is_synthetic(source):
         return False
     root = pathlib.Path(source).expanduser()
@@ -135,11 +135,13 @@ def is_inside(path: pathlib.Path, source: str) -> bool:
 
 
 def read_token_file(path: str | os.PathLike[str]) -> np.ndarray:
-    """Memory-maps a `.npy` of token ids: flat [tokens] with documents ended by an eos id, or one document per row; or
-    makes a synthetic task.
+    """Memory-maps a `.npy` of token ids, or makes a synthetic task.
+
+    The array is flat, [tokens], with an end token after each document; or it has one document per row.
 
     Raises:
-      UserError: missing, not a `.npy`, not integers, negative, empty, or of another rank.
+      UserError: the file is missing or not a `.npy`, or its array is not of integers, is negative or empty, or has
+        another rank.
     """
     if synthetic.is_synthetic(str(path)):
         return synthetic.make(str(path)).tokens_BT
@@ -166,29 +168,29 @@ def read_token_file(path: str | os.PathLike[str]) -> np.ndarray:
 def split_documents(
     names: Sequence[str], sizes: np.ndarray, seed: int, fraction: float, origin: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the held-out documents, and shuffles both sides so that neighbours in a row differ.
+    """Chooses the held-out documents, and shuffles the training and the held-out documents.
 
-    Documents are ordered by a hash of (seed, name), and held out in that order until their share of the bytes reaches
-    `fraction`. A document larger than that whole share is passed over, so that one giant file cannot become the
-    held-out text. The hash, unlike a permutation of indices, leaves the choice nearly unchanged when files come or go.
+    Documents are ordered by a hash of (seed, name). They are held out in that order until their share of the bytes
+    reaches `fraction`. A document that is larger than this whole share is skipped, so that one giant file cannot become
+    the held-out text. Because of the hash, the choice hardly changes when files are added or removed.
 
     Args:
       names: unique name of every document.
       sizes: bytes of every document, [documents].
-      seed: of the order.
+      seed: seed of the order.
       fraction: share of the bytes to hold out, in (0, 1).
-      origin: what to call the source in an error.
+      origin: name of the source in error messages.
 
     Returns:
-      Indices of the training documents and of the held-out documents, each in shuffled order; neither is empty.
+      Indices of the training documents and of the held-out documents, each in shuffled order. Neither is empty.
 
     Raises:
-      UserError: fewer than two documents.
+      UserError: there are fewer than two documents.
     """
     if len(names) < 2:
         raise UserError(
-            f"data source {origin!r} holds {len(names)} document, and whole documents are held out, so at least 2 are "
-            "needed; cut the text into several files, or into the records of a .jsonl"
+            f"data source {origin!r} holds {len(names)} document, but at least 2 are needed, because whole documents "
+            "are held out; cut the text into several files, or into the records of a .jsonl"
         )
     keys = [hashlib.blake2b(f"{seed}\0{name}".encode(errors="surrogateescape")).digest() for name in names]
     order = sorted(range(len(names)), key=keys.__getitem__)
@@ -210,9 +212,9 @@ def split_documents(
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `path` that takes its place on success and is deleted on failure.
+    """Yields a temporary path. On success the file there replaces `path`; on failure it is deleted.
 
-    Readers, and a run that is killed here, see the old file or the whole new one.
+    At any moment, also after a kill, `path` is either the old file or the complete new one.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

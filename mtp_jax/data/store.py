@@ -1,12 +1,12 @@
-"""The files of a prepared corpus, checked before they are believed.
+"""The files of a prepared corpus. They are checked before they are used.
 
     tokenizer.json  [special_tokens.json] [chat.json]    train.npy  train_starts.npy  [train_learn.npy]
     heldout.npy  heldout_starts.npy  [heldout_learn.npy]    meta.json
 
-`meta.json` is written last. It says what the others were made from, and their checksums: a file that was changed or cut
-is made anew, and the digest of tokenizer and tokens tells whether it became what a run was trained on. Files that an
-older version made stay what they are for a run that was trained on them. `*_learn.npy` says which tokens are learned;
-where all of them are, it is not there.
+`meta.json` is written last. It records what the other files were made from, and their checksums. If a file was changed
+or cut off, all are made again, and a digest of tokenizer and tokens shows whether they equal those that a run was
+trained on. A run that was trained on files of an older version keeps using them. `*_learn.npy` says which tokens are
+learned; it does not exist if all tokens are.
 """
 
 import dataclasses
@@ -27,30 +27,30 @@ from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import crc32
 
 TEMPLATE = "template"
-FORMAT = 3  # raise it when the files, or the way to choose or tokenise them, change
+FORMAT = 3  # raise it when the content of the files, or the way documents are chosen or tokenised, changes
 FILES = (
     *("tokenizer.json", "train.npy", "train_starts.npy", "heldout.npy", "heldout_starts.npy"),
     *("train_learn.npy", "heldout_learn.npy"),
 )
-COMPANIONS = (marks.FILE, chat.FILE)
+NEXT_TO_TOKENIZER = (marks.FILE, chat.FILE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """What a run reads: the tokenizer and both sides of the split."""
+    """The text of a run: the tokenizer, the training rows and the held-out rows."""
 
     tokenizer: Tokenizer | None
-    """None for token ids that came with no tokenizer."""
+    """None for token ids without a tokenizer."""
     train: PackedRows
     heldout: PackedRows
     heldout_documents: tuple[str, ...]
     """Names of the held-out documents, in the order of their rows."""
     reused: bool
-    """Whether the files of an earlier call were taken as they are."""
+    """Whether the files of an earlier call were used again."""
     description: str
     """One line: documents, size, tokens, bytes per token."""
     digest: str = ""
-    """Of tokenizer and tokens; empty for a corpus that was never written."""
+    """Digest of tokenizer and tokens; empty for a corpus that was never written to disk."""
 
     @property
     def heldout_bytes(self) -> int:
@@ -58,13 +58,13 @@ class Corpus:
         return self.heldout.bytes_
 
     def behind_prompts(self, prompt_tokens: int) -> "Corpus":
-        """The corpus, of which the first tokens of every document are not learned."""
+        """The corpus with prompts: the first `prompt_tokens` tokens of every document are not learned."""
         train, heldout = (dataclasses.replace(rows, prompt_tokens=prompt_tokens) for rows in (self.train, self.heldout))
         return dataclasses.replace(self, train=train, heldout=heldout)
 
 
 def fingerprint(config: Config) -> dict[str, object]:
-    """Everything that the files depend on. The row length does not count: rows are cut on access."""
+    """Everything that the files depend on. The length of rows is not part of it, because rows are cut on access."""
     data = dataclasses.asdict(config.data)
     del data["seq_len"], data["prompt_tokens"], data["chat_template"]
     if data["special_tokens"] == "auto":
@@ -92,7 +92,7 @@ def _digest(content: bytes) -> str:
 
 
 def save(directory: pathlib.Path, made_from: dict[str, object], corpus: Corpus) -> Corpus:
-    """Writes what `concatenate` has not: the tokenizer, the document starts and, last of all, meta.json.
+    """Writes the files that `concatenate` did not write: the tokenizer, the document starts and, last, meta.json.
 
     Returns:
       The corpus with its digest.
@@ -102,7 +102,7 @@ def save(directory: pathlib.Path, made_from: dict[str, object], corpus: Corpus) 
     for side, rows in (("train", corpus.train), ("heldout", corpus.heldout)):
         with sources.replacing(directory / f"{side}_starts.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, rows.doc_starts)
-    checksums = _checksums(directory, (*FILES, *COMPANIONS))
+    checksums = _checksums(directory, (*FILES, *NEXT_TO_TOKENIZER))
     meta = {
         "fingerprint": made_from,
         "checksums": checksums,
@@ -122,38 +122,38 @@ def _checksums(directory: pathlib.Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def new_files(directory: pathlib.Path) -> pathlib.Path:
-    """Where files are made that are to take the place of those in a directory."""
+    """The directory for new files that will replace those in `directory`."""
     return directory.with_name(f"{directory.name}.new")
 
 
 def put_in_place(directory: pathlib.Path) -> None:
-    """Puts new files, if there are any, in the place of the old ones. A corpus that was opened there stays open."""
+    """Replaces the old files by the new ones, if there are any. A corpus that is open stays open."""
     if new_files(directory).is_dir():
         shutil.rmtree(directory, ignore_errors=True)
         new_files(directory).rename(directory)
 
 
 def _digest_of(checksums: dict[str, int]) -> str:
-    """Of tokenizer and tokens: what special_tokens.json says shows in the tokens."""
+    """Digest of tokenizer and tokens. special_tokens.json is not in it, because its effect shows in the tokens."""
     return _digest(repr({name: checksums[name] for name in FILES if name in checksums}).encode())
 
 
 def reuse(
     directory: pathlib.Path, made_from: dict[str, object] | None, seq_len: int, trained: bool = False
 ) -> Corpus | None:
-    """The corpus that the directory holds, or None where it was made from something else or is damaged.
+    """Opens the corpus in a directory. Returns None if it was made from something else or is damaged.
 
     Args:
-      directory: what `save` wrote.
-      made_from: the fingerprint it must have; None takes any.
+      directory: the directory that `save` wrote.
+      made_from: the fingerprint that the corpus must have; None accepts any.
       seq_len: T.
-      trained: whether a run was trained on it. An older format then counts as the present one.
+      trained: whether a run was trained on this corpus. Then an older format is accepted, too.
     """
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if made_from is not None and not _same(meta["fingerprint"], made_from, trained):
             return None
-        checksums = _checksums(directory, (*FILES, *COMPANIONS))
+        checksums = _checksums(directory, (*FILES, *NEXT_TO_TOKENIZER))
         if meta["checksums"] != checksums:
             return None
         tokenizer = load_tokenizer(directory / "tokenizer.json") if meta["tokenizer"] else None
@@ -177,9 +177,9 @@ def reuse(
 
 
 def _same(before: dict[str, object], now: dict[str, object], trained: bool) -> bool:
-    """Whether files were made from what they would be made from now."""
+    """Whether the old fingerprint equals the present one."""
     if TEMPLATE not in before:
-        # Without a template messages are refused, so there are none in these files.
+        # The files were made without a chat template, so they hold no messages, and the template does not matter.
         now = {name: value for name, value in now.items() if name != TEMPLATE}
     if before == now:
         return True
@@ -193,7 +193,8 @@ def _rows(
     tokens = np.load(directory / f"{side}.npy", mmap_mode="r")
     starts = np.load(directory / f"{side}_starts.npy")
     if unpredicted is None:
-        # Of an older version, which put no token of the text in the place of one that goes in front.
+        # An older version wrote these files. Its documents never began with a token of the text that is also a first
+        # token.
         firsts = [] if tokenizer is None or not size else tokens[starts].tolist()
         unpredicted = sum(tokenizer.num_bytes(token) for token in firsts)
     chosen = learn_file(directory / f"{side}.npy")
@@ -202,12 +203,12 @@ def _rows(
 
 
 def open_prepared(directory: pathlib.Path, seq_len: int) -> Corpus:
-    """The corpus that a run was trained on, whatever has become of its source; nothing is written.
+    """Opens the corpus that a run was trained on. Its source is not needed. Writes nothing.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: the corpus is missing or damaged.
     """
     corpus = reuse(directory, None, seq_len)
     if corpus is None:
-        raise UserError(f"{directory} holds no whole corpus; `mtp train` on its run makes it anew")
+        raise UserError(f"{directory} holds no complete corpus; `mtp train` with the same config makes it again")
     return corpus

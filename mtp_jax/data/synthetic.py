@@ -1,12 +1,12 @@
-"""Generated tasks in which multi-token prediction should matter, as sources: `synthetic:NAME:option=value,...`.
+"""Generated tasks on which multi-token prediction should make a difference: `synthetic:NAME:option=value,...`.
 
     star_graph     Bachmann & Nagarajan 2024 (arXiv:2403.06963): find the arm of a star that ends in the goal
     induction      Gloeckle et al. 2024 (arXiv:2404.19737), section 4.1: recall the second token of a two-token name
     polynomials    the same, section 4.2: arithmetic in F7[X]/(X^5)
 
-Every document has the same length and ends in its answer: the prompt is what stands before the answer, in as many
-tokens for all of them (`data.prompt_tokens`; induction has none). A row of `data.seq_len` = k n + 1 tokens holds k
-whole documents of n. Token ids are those of `Task.vocab`, the vocabulary is `len(vocab)`.
+All documents of a task have the same length. A document is a prompt and an answer; all prompts have the same length,
+`data.prompt_tokens` (induction has no prompts). A row of `data.seq_len` = k n + 1 tokens holds k whole documents of n
+tokens. Token ids are indices into `Task.vocab`, so the size of the vocabulary is `len(vocab)`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from mtp_jax.errors import UserError
 
 PREFIX = "synthetic:"
 MOST = 10_000_000
-"""Largest value of an option; so many documents still fit into memory."""
+"""Largest value of an option. This many documents still fit into memory."""
 PRIME = 7
 DEGREE = 5
 
@@ -29,17 +29,18 @@ class Task(NamedTuple):
     tokens_BT: np.ndarray
     """One document per row."""
     prompt_tokens: int
-    """Tokens before the answer."""
+    """Number of tokens before the answer."""
     vocab: tuple[str, ...]
-    """What each id stands for."""
+    """The text of each token id."""
 
 
 def star_graph(degree: int = 2, length: int = 5, nodes: int = 30, documents: int = 100_000, seed: int = 0) -> Task:
     """Shuffled edges, start and goal, and the path between them: `a b | c d | ... / start goal = start ... goal`.
 
-    The centre has `degree` arms of `length` nodes, the centre included; labels are drawn anew for each document from
-    `nodes`. Every token of the path but its second follows from the one before it; the second takes the whole path.
-    The last token of the vocabulary, `$`, occurs nowhere: it is the dummy of teacherless training.
+    The start is the centre of a star with `degree` arms of `length` nodes, the centre included. Each document draws its
+    own labels from `nodes` labels. Every token of the path follows from the token before it, except the second: to find
+    it, the model has to know the whole path. The last token of the vocabulary, `$`, occurs in no document: it is the
+    dummy token of teacherless training.
     """
     used = 1 + degree * (length - 1)
     if length < 2:
@@ -51,7 +52,7 @@ def star_graph(degree: int = 2, length: int = 5, nodes: int = 30, documents: int
     slash = nodes + 1
     equals = nodes + 2
     label_BN = np.argsort(rng.random((documents, nodes)), axis=1)[:, :used]
-    # Node 0 is the centre; arm a holds nodes 1 + a (length - 1) and on.
+    # Node 0 is the centre. Arm a has the length - 1 nodes from 1 + a (length - 1) on.
     arm_AN = np.concatenate([np.zeros((degree, 1), int), 1 + np.arange(used - 1).reshape(degree, -1)], axis=1)
     edge_E2 = np.stack([arm_AN[:, :-1], arm_AN[:, 1:]], axis=-1).reshape(-1, 2)
     order_BE = np.argsort(rng.random((documents, len(edge_E2))), axis=1)
@@ -73,10 +74,11 @@ def star_graph(degree: int = 2, length: int = 5, nodes: int = 30, documents: int
 def induction(
     names: int = 4, firsts: int = 64, words: int = 64, length: int = 64, documents: int = 100_000, seed: int = 0
 ) -> Task:
-    """Random words in which `names` two-token names, drawn anew for each document, come again and again.
+    """Random words with names of two tokens that occur again and again. Each document draws its own `names` names.
 
-    A name is a first token, of `firsts` that nothing else is made of, and a second token from the words. About every
-    fourth token begins a name; after its first occurrence the second token can be recalled, and only so.
+    The first token of a name is one of `firsts` tokens that occur only there. The second token is one of the words.
+    About every fourth token begins a name. The second token can be predicted only from an earlier occurrence of the
+    name in the document.
     """
     if length < 4 or names > firsts:
         raise UserError(f"induction: length={length} must be 4 or more, names={names} at most firsts={firsts}")
@@ -100,10 +102,10 @@ OPERATORS = ("neg", "add", "mul", "of")
 
 
 def polynomials(operations: int = 5, exactly: int = 0, documents: int = 100_000, seed: int = 0) -> Task:
-    """Expressions in Polish notation over F7[X]/(X^5), filled up on the left, and their value: `. . mul p q = r`.
+    """Expressions in Polish notation over F7[X]/(X^5), with padding on the left, and their value: `. . mul p q = r`.
 
-    A polynomial is five digits, the constant first; `of p q` is p(q(X)). The number of operations is drawn from 1 to
-    `operations`, or is `exactly` that many.
+    A polynomial is written as five digits, the constant first. `of p q` is p(q(X)). The number of operations is random,
+    from 1 to `operations`; if `exactly` is not 0, it is `exactly`.
     """
     rng = np.random.default_rng(seed)
     fill = PRIME + len(OPERATORS)
@@ -162,7 +164,7 @@ def make(source: str) -> Task:
     """The task that a source names.
 
     Raises:
-      UserError: an unknown task or option, or a value that is no whole number or out of range.
+      UserError: the task or an option is unknown, or a value is not a whole number or is out of range.
     """
     task, options = _parse(source)
     made = task(**options)
@@ -172,14 +174,14 @@ def make(source: str) -> Task:
 
 
 def sizes(source: str) -> tuple[int, int]:
-    """Tokens of a document, and of the prompt that it begins with, without making them all."""
+    """Number of tokens of a document, and of its prompt. Only two documents are made to find them."""
     task, options = _parse(source)
     made = task(**options | {"documents": 2})
     return made.tokens_BT.shape[1], made.prompt_tokens
 
 
 def with_seed(source: str, seed: int) -> str:
-    """The source with this seed, unless it names one."""
+    """The source with this seed, unless it has a seed already."""
     if "seed" in _parse(source)[1]:
         return source
     return f"{source}{',' if source.count(':') > 1 else ':'}seed={seed}"
@@ -198,11 +200,11 @@ def _parse(source: str) -> tuple[Callable[..., Task], dict[str, int]]:
         if option not in known:
             raise UserError(f"data source {source!r}: {name} has no option {option!r}; known: {', '.join(known)}")
         if not (value.isascii() and value.isdigit()):
-            raise UserError(f"data source {source!r}: {option}={value!r} is no whole number")
+            raise UserError(f"data source {source!r}: {option}={value!r} is not a whole number")
         if option in options:
             raise UserError(f"data source {source!r} gives {option} twice")
         options[option] = int(value)
         least = 0 if option in ("seed", "exactly") else 1
         if not least <= options[option] <= MOST:
-            raise UserError(f"data source {source!r}: {option}={value} must lie between {least} and {MOST:,}")
+            raise UserError(f"data source {source!r}: {option}={value} must be between {least} and {MOST:,}")
     return task, options

@@ -1,10 +1,11 @@
 """Tokenizers: byte-level BPE trained on the corpus, plain bytes, or any Hugging Face `tokenizer.json`.
 
-All three are one frozen class around `tokenizers.Tokenizer`. `Reading` is the one way from text to ids, which the
-tokenizers of `convert` share: training documents, evaluation documents and prompts cannot differ. Text that spells a
-special token (`<|eos|>` inside a document) is ordinary characters for a tokenizer of ours, so that no document can
-forge its own end and every text round-trips; for one that came with a model it is that token, as chat text needs it.
-`data.special_tokens` chooses.
+All three are one frozen class around `tokenizers.Tokenizer`. `Reading` turns text into ids, also for the tokenizers of
+`convert`. So training documents, evaluation documents and prompts are always read in the same way.
+
+A text may contain a special token, for example `<|eos|>` inside a document. Our tokenizers read it as ordinary
+characters. So no document can contain its own end, and decoding gives back every text. A tokenizer that came with a
+model reads it as that token, because chat text needs this. `data.special_tokens` overrides the choice.
 """
 
 import dataclasses
@@ -30,43 +31,43 @@ from mtp_jax.runs.integrity import check_name
 
 MIN_VOCAB = 256 + 2
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What the bytes of half a character are decoded to."""
+"""The decoded text of bytes that are only a part of a character."""
 
-# Pieces inside which BPE may merge, in order: a word with one mark or blank before it (`.join`, `_id`, ` self`); up to
-# three digits; punctuation with all the white space behind it (`):\n        `); other white space. Keeping a line's
-# end and the next line's indentation in one piece is what pays on source code: bytes per token of the standard library
-# at 1,024 / 2,048 / 4,096 tokens are 2.74 / 3.30 / 3.83, against 2.62 / 3.08 / 3.48 with GPT-2's pieces.
+# BPE merges only inside pieces. The pieces are, in order: a word with one mark or blank before it (`.join`, `_id`,
+# ` self`); up to three digits; punctuation with all white space after it (`):\n        `); other white space. On source
+# code it helps that a line's end and the next line's indentation are in one piece: bytes per token of the standard
+# library at 1,024 / 2,048 / 4,096 tokens are 2.74 / 3.30 / 3.83, against 2.62 / 3.08 / 3.48 with GPT-2's pieces.
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+\s*|\s+"
 
 
-# The time of BPE training grows with the square of a piece, and no merge needs a longer one: 200,000 letters without a
-# blank took 10.6 s whole.
+# The time of BPE training grows with the square of the length of a piece, and no merge needs longer pieces. One piece
+# of 200,000 letters without a blank took 10.6 s.
 _LONGEST_PIECE = 256
 _BLANK = re.compile(rf"\s{{{_LONGEST_PIECE}}}")
 _TOO_LONG = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_PIECE}}}|{_BLANK.pattern}")
 
 
 class Reading:
-    """Text to ids, one way for all: what goes in front of a text, what ends it, what special tokens in it become."""
+    """Turns text into ids: adds the tokens before and after a text, and decides how special tokens in it are read."""
 
     inner: Any
     marks: Marks
     chat: ChatTemplate | None
-    """Writes messages as text; None where there is no template."""
+    """The template that writes messages as text; None if there is none."""
 
     @property
     def eos_id(self) -> int | None:
-        """Ends every document."""
+        """The token that ends every document."""
         return self.marks.end
 
     @property
     def bos_id(self) -> int | None:
-        """Begins every document and prompt; None where the tokenizer puts no token there."""
+        """The token that begins every document and prompt; None if there is no such token."""
         return self.marks.first[0] if self.marks.first else None
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text that is generated; the end of a document is one of them."""
+        """Tokens that end a generated text; the end token of documents is one of them."""
         return self.marks.ends
 
     def encode(self, text: str) -> list[int]:
@@ -74,11 +75,11 @@ class Reading:
         return self._ids([text])[0]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued: what goes in front, unless the text begins with it, and the text."""
+        """Ids of a text to be continued: the first tokens, unless the text begins with them already, and the text."""
         return self._begun(self.encode(text))
 
     def encode_document(self, text: str) -> list[int]:
-        """Ids of a whole document: those of the prompt, and the end, unless the text ends with it."""
+        """Ids of a whole document: as `encode_prompt`, and the end token, unless the text ends with it already."""
         return self.encode_documents([text])[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -86,10 +87,11 @@ class Reading:
         return [self._ended(self._begun(ids)) for ids in self._ids(texts)]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation to be continued by the assistant; those of the template's text, and no others.
+        """Ids of a conversation that the assistant will continue. They are the ids of the template's text, and no
+        others.
 
         Raises:
-          UserError: no chat template, or messages that it refuses.
+          UserError: there is no chat template, or it refuses the messages.
         """
         if self.chat is None:
             raise UserError(
@@ -99,18 +101,18 @@ class Reading:
         return self.encode_rendered(self.chat.prompt(messages))
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Ids of a text that a chat template wrote; special tokens in it are read, and none goes around it."""
+        """Ids of a text that a chat template wrote. Special tokens in it are read, and no token is put around it."""
         return self._placed(text, rendered=True)[0]
 
     def encode_learned(self, text: str, learned: Spans, rendered: bool, finished: bool = True) -> Encoded:
-        """Ids of a document of which parts are learned: every token with a character of theirs.
+        """Ids of a document that is learned only in parts. A token is learned if one of its characters is in a part.
 
         Args:
           text: the document.
-          learned: the parts.
-          rendered: whether a chat template wrote it. If not, what stands around every document stands around it, and
-            its end is learned.
-          finished: whether the text ends there; if not, no end stands behind it.
+          learned: the parts that are learned.
+          rendered: whether a chat template wrote the text. If not, the first tokens and the end token are put around
+            it, and the end token is learned.
+          finished: whether the text is complete; if not, no end token follows it.
         """
         ids, places = self._placed(text, rendered)
         learn = tokens_of(places, learned)
@@ -125,10 +127,10 @@ class Reading:
         return Encoded(ids, learn, len(text.encode()) - bytes_of(text, places, learn))
 
     def with_chat(self, setting: str) -> "Reading":
-        """This tokenizer with another chat template: a name in `chat.NAMED`, a file, or a directory with one.
+        """This tokenizer with another chat template: a name in `chat.NAMED`, a file, or a directory with a template.
 
         Raises:
-          UserError: no such template.
+          UserError: there is no such template.
         """
         if self.chat is not None:
             return dataclasses.replace(self, chat=chat.named(setting, self.chat.tokens))
@@ -137,20 +139,20 @@ class Reading:
         return dataclasses.replace(self, chat=chat.named(setting, tokens))
 
     def num_bytes(self, token: int) -> int:
-        """UTF-8 bytes of an ordinary token, also where it holds a part of a character; 0 for special tokens."""
+        """UTF-8 bytes of an ordinary token, also if it holds a part of a character; 0 for special tokens."""
         text = self.decode([token])
         if INCOMPLETE not in text:
             return len(text.encode())
         piece = self._piece(token)
-        # With byte fallback a token is `<0xE2>`; otherwise every byte is one symbol.
+        # A token of byte fallback is written as `<0xE2>`. In byte-level BPE every byte is one symbol.
         return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece)
 
     def unpredicted_bytes(self, text: str, ids: Sequence[int]) -> int:
-        """UTF-8 bytes of a document's first token, which nothing predicts: 0 where it was put in front of the text.
+        """UTF-8 bytes of a document's first token, which no head predicts; 0 if this token was put in front of it.
 
         Args:
           text: the document.
-          ids: `encode_document` of it.
+          ids: the result of `encode_document`.
         """
         if not ids:
             return 0
@@ -166,7 +168,7 @@ class Reading:
         return len(text.encode()) - len(stripped.removeprefix(spelled).encode())
 
     def special_counter(self) -> mark.SpecialCounter:
-        """A counter of the special tokens that texts spell."""
+        """A counter of the special tokens inside texts."""
         return mark.SpecialCounter(self._added)
 
     def beyond(self, limit: int) -> dict[int, str]:
@@ -174,11 +176,11 @@ class Reading:
         return dict(sorted((token, name) for name, token in self.inner.get_vocab().items() if token >= limit))
 
     def without_embedding(self, limit: int) -> dict[int, str] | None:
-        """Tokens that a model with `limit` embeddings can do without.
+        """The tokens for which a model with `limit` embeddings has no embedding, if it works without them.
 
         Returns:
-          Added tokens beyond the embedding, such as that of a picture: text meets them only where it spells them.
-          None where ordinary text needs a token beyond it: such a tokenizer belongs to another model.
+          The added tokens without an embedding, such as one for pictures. They occur only in a text that contains their
+          name. None if ordinary text needs a token without an embedding: then the tokenizer belongs to another model.
         """
         beyond = self.beyond(limit)
         return beyond if beyond.keys() <= self._added.keys() else None
@@ -192,16 +194,16 @@ class Reading:
         raise NotImplementedError
 
     def _placed(self, text: str, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text alone, and where in it they stand; special tokens in what a chat template wrote are read."""
+        """Ids of a text alone, and (start, stop) of each in the text. In a rendered text, special tokens are read."""
         raise NotImplementedError
 
     def _piece(self, token: int) -> str:
-        """A token as it stands in the vocabulary."""
+        """A token as it is written in the vocabulary."""
         raise NotImplementedError
 
     @property
     def _added(self) -> Mapping[int, tokenizers.AddedToken]:
-        """Added tokens by id, special ones among them."""
+        """Added tokens by id, special tokens included."""
         raise NotImplementedError
 
     def _begun(self, ids: list[int]) -> list[int]:
@@ -218,24 +220,24 @@ class Tokenizer(Reading):
     """A tokenizer of the tokenizers library."""
 
     inner: tokenizers.Tokenizer
-    """The library's tokenizer; its truncation and padding are off."""
+    """The tokenizer of the library, with truncation and padding off."""
     vocab_size: int
-    """One more than the largest id."""
+    """The largest id, plus 1."""
     marks: Marks
     chat: ChatTemplate | None = None
 
     @property
     def special_tokens(self) -> dict[int, str]:
-        """Tokens that `decode` leaves out, and how they are spelled."""
+        """Tokens that `decode` leaves out, with their text."""
         added = self.inner.get_added_tokens_decoder()
         return {token: one.content for token, one in added.items() if one.special}
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids: special tokens are left out, and bytes that form no character become U+FFFD."""
+        """Text of the ids. Special tokens are left out. Bytes that form no character become U+FFFD."""
         return self.inner.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes a Hugging Face `tokenizer.json`, whole or not at all, and what it does not say next to it."""
+        """Writes a Hugging Face `tokenizer.json`. Marks and chat template go into files next to it, if necessary."""
         path = pathlib.Path(path)
         with replacing(path) as temporary:
             temporary.write_text(self.inner.to_str(), encoding="utf-8")
@@ -245,7 +247,8 @@ class Tokenizer(Reading):
             chat.write(path.with_name(chat.FILE), self.chat)
 
     def reading(self, special: str) -> "Tokenizer":
-        """This tokenizer with special tokens in a text read (`read`), as characters (`text`), or as now (`auto`)."""
+        """This tokenizer with another reading of special tokens: as tokens (`read`), as characters (`text`), or
+        unchanged (`auto`)."""
         if special in ("auto", self.marks.special):
             return self
         inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
@@ -272,11 +275,11 @@ class Tokenizer(Reading):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains byte-level BPE: every byte is a token, so that any text has an encoding.
+    """Trains byte-level BPE. Every byte is a token, so that any text can be encoded.
 
     Args:
-      texts: the training text; read once.
-      vocab_size: tokens, the 256 bytes and two special ones included. A small corpus may yield fewer.
+      texts: the training text; it is read once.
+      vocab_size: number of tokens, with the 256 bytes and two special tokens. A small text may give fewer.
 
     Raises:
       UserError: vocab_size below 258.
@@ -295,26 +298,26 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # A chat template may write them.
+    # A chat template may write these tokens into the text. They must not become parts of merges.
     plain = (part for text in texts for part in re.split(f"{re.escape(BOS)}|{re.escape(EOS)}", text))
     inner.train_from_iterator((part for text in plain for part in _short_pieces(text)), trainer)
     return _wrap(inner, "the trained tokenizer")
 
 
 def bytes_tokenizer() -> Tokenizer:
-    """One token per byte, its id the byte's value, then bos (256) and eos (257)."""
+    """One token per byte, with the value of the byte as its id; then bos (256) and eos (257)."""
     inner = tokenizers.Tokenizer(models.BPE(vocab={_byte_symbol(byte): byte for byte in range(256)}, merges=[]))
-    # Cutting lines apart keeps the pieces short; with no merges it changes no token.
+    # Lines as pieces keep the pieces short. Without merges this changes no token.
     _byte_level(inner, [pre_tokenizers.Split("\n", "isolated")])
     inner.add_special_tokens([BOS, EOS])
     return _wrap(inner, "the bytes tokenizer")
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """Reads a `tokenizer.json`, or the one in a directory, with what the files next to it declare.
+    """Reads a `tokenizer.json`, or the one in a directory, with the marks and chat template in files next to it.
 
     Raises:
-      UserError: missing, corrupt, or without a known end-of-text token.
+      UserError: the file is missing or corrupt, or has no known end-of-text token.
     """
     check_name(path, "the tokenizer")
     file = pathlib.Path(path).expanduser()
@@ -325,15 +328,15 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         reason = " ".join(str(error).split())
-        raise UserError(f"{file} is no tokenizer.json: {reason}; save it again or train one with bpe") from error
+        raise UserError(f"{file} is not a tokenizer.json: {reason}; save it again or train one with bpe") from error
     return _wrap(inner, str(file), mark.declared_beside(file, inner), chat.beside(file))
 
 
 def template_of(data: DataConfig) -> ChatTemplate | None:
-    """The chat template of a run: `data.chat_template`, or the tokenizer's; None where there is none.
+    """The chat template of a run: `data.chat_template`, or that of the tokenizer; None if there is none.
 
     Raises:
-      UserError: a tokenizer or a template that cannot be read.
+      UserError: the tokenizer or the template cannot be read.
     """
     if data.tokenizer in ("bpe", "none"):
         tokens = {"bos_token": BOS, "eos_token": EOS}
@@ -342,19 +345,19 @@ def template_of(data: DataConfig) -> ChatTemplate | None:
 
 
 def given_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer that a run's settings name; not one that is trained on its text.
+    """The existing tokenizer that a run's settings name (not `bpe`, which is trained on the text).
 
     Raises:
-      UserError: a tokenizer or a template that cannot be read.
+      UserError: the tokenizer or the template cannot be read.
     """
     tokenizer = bytes_tokenizer() if data.tokenizer == "bytes" else load_tokenizer(data.tokenizer)
     return tokenizer.with_chat(data.chat_template) if data.chat_template else tokenizer
 
 
 def _short_pieces(text: str) -> Iterator[str]:
-    """The text, cut inside runs of one kind of character that are longer than a piece may be."""
+    """The text, cut where one kind of character repeats for longer than a piece may be."""
     start = 0
-    # Most texts have no such run, and show it much faster than the expression does.
+    # Most texts have no such run. This check finds that much faster than the regular expression.
     if max(map(len, text.split()), default=0) < _LONGEST_PIECE and not _BLANK.search(text):
         yield text
         return
@@ -371,7 +374,7 @@ def _byte_level(inner: tokenizers.Tokenizer, split: list[pre_tokenizers.PreToken
 
 
 def _byte_symbol(byte: int) -> str:
-    """The printable character that byte-level BPE writes for a byte: itself if it has a glyph, else U+0100 and up."""
+    """The character that byte-level BPE writes for a byte: the byte itself if it is printable, or else from U+0100."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return chr(byte) if byte in shown else chr(0x100 + sum(other not in shown for other in range(byte)))
 

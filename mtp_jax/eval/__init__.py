@@ -1,1 +1,1 @@
-"""What a trained model is worth: held-out loss by head, acceptance, speed, and a report."""
+"""Evaluation of a trained model: held-out loss by head, acceptance, speed, and a report."""

@@ -1,4 +1,7 @@
-"""Decodes held-out prompts in several ways by the same engine, and compares tokens, acceptance and time."""
+"""Decodes held-out prompts in several ways with the same engine, and compares tokens, acceptance and time.
+
+One way of decoding is called a side: plain decoding, for example, or decoding with drafts of the heads.
+"""
 
 import dataclasses
 import math
@@ -21,12 +24,12 @@ TIMED_RUNS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The same prompts decoded twice by the same engine."""
+    """The same prompts, decoded plainly and with drafts by the same engine."""
 
     drafted: Generation
     plain: Generation
     drafted_seconds: float
-    """Decoding time of all prompts, prefill and compilation apart; the median of the timed runs."""
+    """Decoding time of all prompts, without prefill and compilation; the median of the timed runs."""
     plain_seconds: float
 
     @property
@@ -36,7 +39,7 @@ class Comparison:
 
     @property
     def drafted_tokens_per_second(self) -> float:
-        """Tokens of rounds per second; nan without rounds."""
+        """Tokens that rounds emitted, per second; nan if there was no round."""
         return _rate(self.drafted, self.drafted_seconds)
 
     @property
@@ -46,7 +49,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Wall-clock gain of drafting."""
+        """Gain of drafting by the clock."""
         return self.drafted_tokens_per_second / self.plain_tokens_per_second
 
 
@@ -64,16 +67,16 @@ def compare(
     timed_runs: int = TIMED_RUNS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Decodes every prompt with the heads' drafts and without; see `time_sides`.
+    """Decodes every prompt with drafts of the heads and without; see `time_sides`.
 
     Args:
       lm: a loaded model with extra heads.
       prompts: lists of token ids.
       max_new_tokens: tokens per prompt.
-      num_draft: P; None drafts with every head.
-      batch_size: prompts decoded together.
-      timed_runs: runs over all prompts on each side, beside the first.
-      progress: is told what is going on.
+      num_draft: P, drafts per round; None drafts with every head.
+      batch_size: number of prompts that are decoded together.
+      timed_runs: runs over all prompts on each side, after a first one that is not timed.
+      progress: is called with a line of text about what is being done.
     """
     progress(f"decoding {len(prompts)} prompts plainly and with drafts, {timed_runs} timed runs each")
     sides = {"plain": {"draft": "none"}, "drafted": {"draft": "heads", "num_draft": num_draft}}
@@ -82,11 +85,11 @@ def compare(
 
 
 Timed = dict[str, tuple[Generation, list[float]]]
-"""By side, what was generated and the seconds of decoding of every timed run."""
+"""For each side: what was generated, and the decoding seconds of every timed run."""
 
 
 def pair(timed: Timed, plain: str, drafted: str) -> Comparison:
-    """Two of the sides against each other."""
+    """Compares two of the sides."""
     seconds = {name: statistics.median(timed[name][1]) for name in (plain, drafted)}
     return Comparison(timed[drafted][0], timed[plain][0], seconds[drafted], seconds[plain])
 
@@ -101,20 +104,20 @@ def time_sides(
     timed_runs: int = TIMED_RUNS,
     warm_up: bool = True,
 ) -> Timed:
-    """Decodes every prompt in several ways.
+    """Decodes every prompt on several sides.
 
-    All sides are compiled and run once before anything is timed; timed runs take turns, so that a change in the
-    machine's speed meets all of them. End tokens do not end a row: all rows have `max_new_tokens`, and the work is the
-    same on every side.
+    All sides are compiled and run once before anything is timed. The timed runs of the sides alternate, so that a
+    change in the machine's speed affects all sides alike. End tokens do not end a row: every row gets `max_new_tokens`,
+    so every side generates the same number of tokens.
 
     Args:
       lm: a loaded model.
       prompts: lists of token ids.
-      sides: by name, the options of `generate` that set a side apart.
+      sides: for each side, by name, its own options of `generate`.
       max_new_tokens: tokens per prompt.
-      batch_size: prompts decoded together.
-      timed_runs: runs over all prompts on each side, beside the first.
-      warm_up: whether there is such a first one; without it the programs must have run before.
+      batch_size: number of prompts that are decoded together.
+      timed_runs: runs over all prompts on each side, after a first one that is not timed.
+      warm_up: whether to make this first run. Without it the programs must have run before.
     """
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 
@@ -133,7 +136,9 @@ def time_sides(
 
 
 class OneByOne:
-    """Times prompts one by one. Prompts of about one length share their programs, which run once before they are timed.
+    """Times prompts one by one.
+
+    Prompts of similar length share their compiled programs. Each program runs once before it is timed.
 
     Args:
       lm: a loaded model.
@@ -160,15 +165,15 @@ class OneByOne:
 
 @dataclasses.dataclass(frozen=True)
 class Mismatches:
-    """Where two greedy outputs of the same prompts part for the first time."""
+    """First differences between two greedy outputs for the same prompts."""
 
     rows: int
     parted: int
-    """Rows that differ somewhere; behind the first difference the two have other prefixes, and nothing is counted."""
+    """Rows that differ somewhere. Only the first difference of a row counts: after it the prefixes differ, too."""
     compared: int
     """Tokens up to and including the first difference of every row."""
     within_margin: int
-    """Rows that part where the model's two best logits are so close that rounding decides."""
+    """Rows in which the model's two largest logits, at the first difference, are so close that rounding decides."""
 
     @property
     def rate(self) -> float:
@@ -177,10 +182,10 @@ class Mismatches:
 
 
 def mismatches(lm: LoadedModel, prompts: Sequence[Sequence[int]], one: Generation, other: Generation) -> Mismatches:
-    """Compares two greedy outputs, and looks up how close the call was where they part.
+    """Compares two greedy outputs, and checks whether rounding explains each first difference.
 
-    A call is close where the two largest logits differ by at most twice the compute dtype's epsilon times the largest
-    one: 2^-6 of it in bfloat16, 2^-22 in float32.
+    Rounding explains it if the two largest logits differ by at most 2 * epsilon of the compute dtype, times the largest
+    absolute logit. 2 * epsilon is 2^-6 in bfloat16 and 2^-22 in float32.
     """
     relative = 2 * float(jnp.finfo(lm.config.model.dtype).eps)
     compared = parted = within = 0
@@ -197,7 +202,7 @@ def mismatches(lm: LoadedModel, prompts: Sequence[Sequence[int]], one: Generatio
 
 
 def merge(parts: Sequence[Generation]) -> Generation:
-    """Several generations as one: lists joined, counts and times added."""
+    """Joins several generations: lists are concatenated, counts and times are added."""
     stats = [part.stats for part in parts]
     texts = [part.text for part in parts]
     return Generation(

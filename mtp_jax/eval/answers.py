@@ -1,4 +1,4 @@
-"""Whole answers: for documents of a prompt and an answer, how many answers are right in every token."""
+"""Whole answers: in documents made of a prompt and an answer, the share of answers that are right in every token."""
 
 from typing import NamedTuple
 
@@ -8,22 +8,23 @@ from mtp_jax.decode.generate import generate
 from mtp_jax.loading import LoadedModel
 
 ROWS = 256
-"""Documents in one batch."""
+"""Number of documents in one batch."""
 
 
 class Answers(NamedTuple):
     """Shares of documents, 0 to 1."""
 
     generated: float
-    """Answers that the model generates from the prompt, greedily. A teacherless model answers in one pass over
-    dummies, which is how it was trained."""
+    """Share of right answers when the model generates them greedily from the prompt. A teacherless model gives the
+    whole answer in one pass over dummy tokens, as in its training."""
     forced: float | None
-    """Answers of which every token is predicted from the true ones before it; None for a teacherless model."""
+    """Share of right answers when every token is predicted from the true tokens before it; None for a teacherless
+    model."""
     documents: int
 
 
 def answers(lm: LoadedModel, documents_BT: np.ndarray) -> Answers:
-    """Answers of whole documents, whose first `lm.config.data.prompt_tokens` tokens are the prompt."""
+    """Measures the answers in whole documents. The first `lm.config.data.prompt_tokens` tokens are the prompt."""
     prompt = lm.config.data.prompt_tokens
     dummy = lm.config.loss.teacherless
     parts = [documents_BT[start : start + ROWS] for start in range(0, len(documents_BT), ROWS)]
@@ -37,7 +38,7 @@ def answers(lm: LoadedModel, documents_BT: np.ndarray) -> Answers:
 
 
 def _predicted(lm: LoadedModel, documents_BT: np.ndarray, prompt: int, dummy: int) -> np.ndarray:
-    """Whether head 0's likeliest tokens are the answer, [B]."""
+    """Whether the most likely tokens of head 0 are the whole answer, [B]."""
     inputs_BT = documents_BT.copy()
     if dummy >= 0:
         inputs_BT[:, prompt:] = dummy

@@ -1,4 +1,4 @@
-"""What drafting gains on prompts of several kinds: acceptance, milliseconds, and the gain by the clock."""
+"""Measures drafting on prompts of several kinds: acceptance, milliseconds, and the gain by the clock."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ WITH_HEADS: dict[str, dict[str, Any]] = {
     "heads+lookup": {"draft": "heads+lookup"},
     "heads+lookup, auto": {"draft": "heads+lookup", "num_draft": "auto"},
 }
-"""Options of `generate` by side."""
+"""The sides that use heads; for each side, its options of `generate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,25 +43,25 @@ class Result:
     ms: float
     """Milliseconds of a round."""
     gain: float
-    """Time of plain decoding over that of this side."""
+    """Time of plain decoding divided by the time of this side."""
     low: float
     high: float
-    """A 95 % interval of it."""
+    """`low` and `high` are the ends of the 95 % interval of the gain."""
     verified: float = 1.0
-    """Share of drafts that rounds verified: below 1 where rounds were plain steps."""
+    """Share of the possible drafts that were verified. It is below 1 if some rounds were plain steps."""
 
     def as_json(self) -> dict[str, Any]:
-        """Its fields; null where nothing was measured."""
+        """The fields as a dict for JSON, with None for what was not measured."""
         return none_for_nan(dataclasses.asdict(self) | {"accepted": list(self.accepted)})
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> "Result":
-        """What `as_json` gave."""
+        """Makes a result from the dict that `as_json` returned."""
         numbers = {name: math.nan if value is None else value for name, value in fields.items()}
         return cls(**numbers | {"accepted": tuple(math.nan if one is None else one for one in fields["accepted"])})
 
     def cells(self) -> tuple[str, ...]:
-        """The row of a table; see `COLUMNS`."""
+        """The texts of a table row, in the order of `COLUMNS`."""
         accepted = ", ".join("-" if math.isnan(rate) else f"{rate:.0%}" for rate in self.accepted) or "-"
         gain = f"{self.gain:.2f} ({self.low:.2f}-{self.high:.2f})"
         same = "yes" if self.identical else "NO"
@@ -82,17 +82,18 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
     each: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
-    """Decodes prompts one by one on several sides, which take turns prompt by prompt.
+    """Decodes prompts one by one on several sides. The sides alternate, prompt by prompt.
 
     Args:
       lm: a loaded model.
-      prompts: by kind.
-      max_new_tokens: tokens of each.
-      sides: options of `generate` by side, `plain` among them; by default all that the model has.
-      timed_runs: timed runs of each, whose median counts.
+      prompts: lists of prompts by kind.
+      max_new_tokens: tokens to generate for each prompt.
+      sides: options of `generate` by side. `plain` must be one of the sides. The default is all sides that the model
+        can run.
+      timed_runs: timed runs of each prompt on each side; the median counts.
       options: further options of `generate`, for all sides.
-      progress: is told of progress.
-      each: is given every result as soon as it is there.
+      progress: is called with a line of text about what is being done.
+      each: is called with every result as soon as it is known.
     """
     if sides is None:
         sides = WITHOUT_HEADS | (WITH_HEADS if lm.config.num_draft else {})
@@ -131,7 +132,7 @@ def _result(kind: str, side: str, timed: Sequence[Timed]) -> Result:
 
 
 def _interval(plain: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval of the ratio of summed times, prompts drawn again and again with replacement."""
+    """A 95 % interval of the ratio of the summed times, by bootstrap: prompts are resampled with replacement."""
     rng = np.random.default_rng(0)
     one = np.asarray(plain)
     two = np.asarray(other)
@@ -141,5 +142,5 @@ def _interval(plain: Sequence[float], other: Sequence[float]) -> tuple[float, fl
 
 
 def mean_gain(results: Sequence[Result], side: str) -> float:
-    """Geometric mean of a side's gains over the kinds."""
+    """Geometric mean of the gains of a side over all kinds."""
     return statistics.geometric_mean(one.gain for one in results if one.side == side)

@@ -1,4 +1,4 @@
-"""The report of a run: one Markdown page with a table, three plots and samples of what the model writes."""
+"""The report of a run: one Markdown page with a table, three plots and samples of the model's output."""
 
 import math
 import pathlib
@@ -29,12 +29,12 @@ def write_page(
     """Writes `report.md` and its plots.
 
     Args:
-      directory: where to; made if it does not exist.
+      directory: the directory to write to; it is made if it does not exist.
       title: heading of the page.
       evaluation: the figures.
-      metrics: records of `metrics.jsonl`; empty leaves out the training plot.
+      metrics: records of `metrics.jsonl`. If there are none, the page has no training plot.
       facts: further rows of the table, name to text.
-      opening: lines to begin with, such as those of `side_by_side_page`.
+      opening: lines at the beginning of the page, such as those of `side_by_side_page`.
 
     Returns:
       The page's path.
@@ -92,7 +92,7 @@ def real_rows(result: SideBySide) -> list[tuple[str, ...]]:
 
 
 def side_by_side_page(result: SideBySide) -> list[str]:
-    """A real checkpoint on the page: the table, the remark and what it wrote."""
+    """The part of the page about a real checkpoint: the table, the remark and the output."""
     rule = "|" + "---|" * len(REAL_COLUMNS)
     rows = [f"| {' | '.join(row)} |" for row in real_rows(result)]
     lines = [f"## {result.model}, plainly and with drafts", "", f"| {' | '.join(REAL_COLUMNS)} |", rule, *rows, ""]
@@ -112,11 +112,11 @@ def make_directory(directory: pathlib.Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{directory} cannot be the report's directory: {error.strerror}; name another") from error
+        raise UserError(f"the report cannot be written to {directory}: {error.strerror}; give another") from error
 
 
 def summary(evaluation: Evaluation) -> dict[str, str]:
-    """The figures of an evaluation in reading order, formatted."""
+    """The figures of an evaluation as formatted text, in the order of the page."""
     result = {}
     if evaluation.bits_per_byte is not None:
         result["held-out bits per byte"] = f"{evaluation.bits_per_byte:.3f}"
@@ -135,7 +135,7 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
         result[f"whole answers right, {what}"] = f"{generated:.1%} of {documents}"
         if forced is not None:
             result["the same, true tokens as input"] = f"{forced:.1%}"
-    # Outputs of fewer than four tokens have none.
+    # Outputs of fewer than four tokens have no 4-grams.
     for label, share in (("output", evaluation.distinct), ("reference text", evaluation.reference_distinct)):
         if not math.isnan(share):
             result[f"distinct 4-grams, {label}"] = f"{share:.1%}"
@@ -143,13 +143,13 @@ def summary(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _share(rate: float, digits: int) -> str:
-    """A share in percent; a dash where no round tells."""
+    """A share in percent; a dash if no round measured it."""
     return "-" if math.isnan(rate) else f"{rate:.{digits}%}"
 
 
 def head_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
-    """One row per head: what it predicts, loss in nats, top-1 and top-5 accuracy, and with a draft vocabulary the share
-    of targets outside it."""
+    """One row per head: predicted token, loss in nats, top-1 and top-5 accuracy. If the heads have a draft vocabulary,
+    also the share of targets outside it."""
     means = evaluation.sums.means()
     rows = []
     for m, (loss, top1, top5) in enumerate(zip(means["loss"], means["top1"], means["top5"], strict=True)):
@@ -162,7 +162,7 @@ HEAD_COLUMNS = ("head", "predicts", "loss (nats/token)", "top-1", "top-5")
 
 
 def speed_remark(evaluation: Evaluation) -> str:
-    """One sentence on what the ratio of speeds means."""
+    """A sentence that explains the ratio of the two speeds."""
     decoding = evaluation.decoding
     rounds = decoding.drafted.stats.tokens_per_round
     cost = rounds / decoding.speedup
@@ -170,8 +170,9 @@ def speed_remark(evaluation: Evaluation) -> str:
     if decoding.speedup >= 1:
         return f"{gain}, so drafting is {decoding.speedup:.2f} times as fast."
     return (
-        f"{gain}, so drafting is slower here. Drafting pays where reading the weights is what takes the time, so that "
-        "a wider pass costs little more; a model of a few million parameters on a CPU is not there."
+        f"{gain}, so drafting is slower here. Drafting saves time if a pass spends most of its time on reading the "
+        "weights, because a wider pass then costs little more. A model of a few million parameters on a CPU is too "
+        "small for that."
     )
 
 
@@ -206,7 +207,7 @@ def new_figure(title: str, xlabel: str, ylabel: str) -> Any:
 
 
 def save_figure(figure: Any, path: pathlib.Path) -> None:
-    """Writes a figure and lets go of it."""
+    """Writes a figure and frees its memory."""
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -225,7 +226,7 @@ def plot_losses(path: pathlib.Path, records: list[dict], smooth: int = 40) -> No
 
 
 def plot_acceptance(path: pathlib.Path, evaluation: Evaluation) -> None:
-    """Share of rounds that accept at least k drafts, and the share among those that accepted k-1."""
+    """Share of all rounds that accept at least k drafts, and their share of the rounds that accept at least k-1."""
     stats = evaluation.decoding.drafted.stats
     figure, axes = new_figure(
         f"Accepted drafts: {stats.tokens_per_round:.2f} tokens per round", "depth of the draft", "share accepted"

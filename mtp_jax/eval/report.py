@@ -1,4 +1,4 @@
-"""The evaluation of a model on held-out text: loss by head, acceptance, speed, and how much it repeats itself."""
+"""Evaluation of a model on held-out text: loss by head, acceptance, speed, and how much the output repeats itself."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from mtp_jax.runs.metrics import bits_per_byte, distinct_ratio
 from mtp_jax.training.step import eval_step, heldout_sums, xent_spec
 
 MOST_ANSWERS = 1000
-"""Documents whose answers are decoded."""
+"""The most documents whose answers are decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,27 +30,29 @@ class Evaluation:
     """What `mtp eval` and `mtp quickstart` report."""
 
     sums: HeadSums
-    """Held-out sums per head, teacher-forced."""
+    """Sums per head over the held-out text, teacher-forced."""
     heldout_bytes: int
-    """UTF-8 bytes of the tokens that are predicted; 0 if unknown, as where prompts do not count."""
+    """UTF-8 bytes of the predicted tokens; 0 if unknown, for example if prompts do not count."""
     decoding: Comparison | None
-    """None where nothing drafts: no extra heads, decode.num_draft=0, or no document that is long enough."""
+    """Drafted and plain decoding of held-out prompts. None if nothing drafts (no extra heads, or decode.num_draft=0) or
+    if no document is long enough."""
     distinct: float
-    """Share of distinct 4-grams in what was generated."""
+    """Share of distinct 4-grams in the generated text."""
     reference_distinct: float
-    """The same of the text that really follows the prompts: an output far below it repeats itself."""
+    """The same share in the text that really follows the prompts. An output with a far lower share repeats itself."""
     samples: tuple[tuple[str, str, str], ...]
     """(prompt, generated, reference) of a few prompts, as text."""
     answers: Answers | None = None
-    """Whole answers, where documents are a prompt and an answer (data.prompt_tokens)."""
+    """Whole answers, if each document is a prompt and an answer (data.prompt_tokens)."""
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Held-out next-token loss in bits per byte of the tokens that are predicted; None where those are unknown."""
+        """Next-token loss on the held-out text, in bits per byte of the predicted tokens; None if the bytes are
+        unknown."""
         return bits_per_byte(float(self.sums.ce_M[0]), self.heldout_bytes) if self.heldout_bytes else None
 
     def as_json(self) -> dict[str, Any]:
-        """The stable keys of `mtp eval --json`, and more beside them; what is undefined is None."""
+        """The stable keys of `mtp eval --json`, and further ones; undefined numbers are None."""
         means = {name: np.asarray(value).tolist() for name, value in self.sums.means().items()}
         heads = [dict(zip(means, row, strict=True)) for row in zip(*means.values(), strict=True)]
         result = {
@@ -85,18 +87,18 @@ def evaluate(
     progress: Callable[[str], None] = lambda _: None,
     keep_params: bool = True,
 ) -> Evaluation:
-    """Evaluates a model on held-out rows: loss and accuracy by head, then drafted against plain decoding.
+    """Evaluates a model on held-out rows: loss and accuracy by head, then drafted and plain decoding.
 
     Args:
       lm: a loaded model; `lm.config.decode` says which prompts are decoded.
       rows: held-out rows.
-      limit: most rows for the losses; 0 is all. Bits per byte need all.
-      progress: is told what is going on.
-      keep_params: False gives up `lm.params` before it decodes, so that a large model is in memory once; see
+      limit: most rows for the losses; 0 takes all. Bits per byte need all rows.
+      progress: is called with a line of text about what is being done.
+      keep_params: False gives up `lm.params` before decoding, so that a large model is in memory only once; see
         `LoadedModel.decode_only`.
 
     Raises:
-      UserError: the model's run has prompts (data.prompt_tokens), and the rows cut documents.
+      UserError: the documents of the model's run have prompts (data.prompt_tokens), and the rows cut documents.
     """
     config = lm.config
     settings = lm.config.decode
@@ -116,7 +118,7 @@ def evaluate(
     if not keep_params:
         lm.decode_only()
     room = count_prompts(rows, settings.prompt_tokens + settings.max_new_tokens)
-    # A teacherless model is no generator.
+    # A teacherless model gives an answer in one pass over dummies; it cannot continue a text.
     wanted = settings.num_prompts if config.loss.teacherless < 0 else 0
     if room < wanted:
         progress(f"the text has room for {room} prompts of decode.num_prompts={wanted}")
@@ -147,7 +149,7 @@ def evaluate(
 def _sample(
     tokenizer: Any, prompt: Sequence[int], generated: Sequence[int], reference: Sequence[int]
 ) -> tuple[str, str, str]:
-    """A prompt and what follows it, as text; ids where there is no tokenizer."""
+    """A prompt, the generated and the reference continuation, as text; as ids if there is no tokenizer."""
     if tokenizer is None:
         return str(prompt), str(generated), str(reference)
     followed = [continuation(tokenizer, prompt, tokens) for tokens in (generated, reference)]

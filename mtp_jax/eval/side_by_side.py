@@ -1,7 +1,7 @@
-"""The same prompts decoded plainly and with drafts, one after the other: what a person looks at.
+"""Decodes the same prompts plainly and with drafts, for a person to look at.
 
-Every prompt is decoded by `eval.acceptance`, which takes turns and leaves compilation out, and then once
-more as a stream, so that one can watch.
+`eval.acceptance` decodes and times every prompt, without compilation. Then the prompt is decoded once more as a stream,
+so that a person can watch.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ DRAFTED = "drafted"
 SIDES = (PLAIN, DRAFTED)
 
 Show = Callable[[str, str, str], None]
-"""`(kind, side, text so far)`, called as text is decided."""
+"""A function that is called with `(kind, side, text so far)` whenever there is new text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A prompt and what it stands for."""
+    """A prompt and its kind."""
 
     kind: str
     """`chat`, `code` or `prose`."""
     text: str
-    """Text to go on with, or for `chat` what the user says."""
+    """Text to continue; for `chat`, the message of the user."""
     is_chat: bool = False
 
 
@@ -50,7 +50,7 @@ SAMPLES = (
         "first light. An old man in the corner opened his newspaper, and",
     ),
 )
-"""With SmolLM2's tokenizer each has 33 to 64 tokens, so that all of them share their compiled programs."""
+"""With SmolLM2's tokenizer each prompt has 33 to 64 tokens, so that all prompts share their compiled programs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class SideBySide:
-    """All prompts."""
+    """The results of all prompts."""
 
     model: str
     pairs: tuple[Pair, ...]
@@ -96,7 +96,7 @@ class SideBySide:
         return statistics.geometric_mean(one.comparison.speedup for one in self.pairs)
 
     def as_json(self) -> dict[str, Any]:
-        """The stable keys of `real` in `mtp quickstart --json`, and the same by prompt."""
+        """The stable keys of `real` in `mtp quickstart --json`, and the same figures for each prompt."""
         rounds = sum(one.comparison.drafted.stats.rounds for one in self.pairs)
         emitted = sum(one.comparison.drafted.stats.emitted_in_rounds for one in self.pairs)
         each = [
@@ -133,19 +133,19 @@ def side_by_side(
     show: Show | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> SideBySide:
-    """Decodes every prompt on both sides.
+    """Decodes every prompt plainly and with drafts.
 
     Args:
       lm: a model with a tokenizer.
-      name: what to call it.
+      name: name of the model in the results.
       samples: the prompts.
-      max_new_tokens: tokens of each.
-      timed_runs: runs on each side that are timed; their median counts.
-      show: is told the text of a further, streamed run on each side.
-      progress: is told what is going on.
+      max_new_tokens: tokens to generate for each prompt.
+      timed_runs: timed runs on each side; the median counts.
+      show: if given, each side runs once more as a stream, and this is called with its text.
+      progress: is called with a line of text about what is being done.
 
     Raises:
-      UserError: what `generate` refuses.
+      UserError: `generate` refuses a prompt.
     """
     sides = sides_of(lm)
     pairs = []
@@ -162,13 +162,14 @@ def side_by_side(
 
 
 def sides_of(lm: LoadedModel) -> dict[str, dict[str, Any]]:
-    """Options of `generate` on each side: heads and lookup as far as they pay, or lookup where there are no heads."""
+    """Options of `generate` for each side. Drafts come from heads and lookup, where they save time; a model without
+    heads drafts with lookup."""
     drafted = {"draft": "heads+lookup", "num_draft": "auto"} if lm.config.heads.draft else {"draft": "lookup"}
     return {PLAIN: {"draft": "none"}, DRAFTED: drafted}
 
 
 def prompt_of(lm: LoadedModel, sample: Sample) -> Any:
-    """The prompt as this model wants it: a conversation where the tokenizer has a chat template, and text elsewhere."""
+    """The prompt for this model: a conversation for `chat` if the tokenizer has a chat template, or else the text."""
     if sample.is_chat and getattr(lm.tokenizer, "chat", None) is not None:
         return [{"role": "user", "content": sample.text}]
     return sample.text
@@ -190,11 +191,11 @@ def _until_end(lm: LoadedModel, tokens: Sequence[int]) -> str:
 
 
 def remark(result: SideBySide) -> str:
-    """An honest sentence on the gain."""
+    """A sentence about the gain, also if there is none."""
     kinds = ", ".join(f"{one.sample.kind} {one.comparison.speedup:.2f}x" for one in result.pairs)
     if result.speedup >= 1.03:
         return f"Drafting is {result.speedup:.2f} times as fast as plain decoding over these prompts ({kinds})."
     return (
-        f"Drafting gains nothing over these prompts ({kinds}): too few drafts are right for what a wider pass costs on "
-        "this machine, so few are made."
+        f"Drafting gains nothing over these prompts ({kinds}): on this machine a wider pass costs more time than the "
+        "accepted drafts save, so few drafts are made."
     )

@@ -1,1 +1,1 @@
-"""Functions with fast paths; each has one signature and a slow obvious version that it must match."""
+"""Functions with fast paths. All paths of a function have one signature, and must match a slow, obvious version."""

@@ -1,11 +1,11 @@
-"""Grouped-query attention over slots, the one signature for training rows and for decoding caches.
+"""Grouped-query attention over slots, with one signature for training rows and for decoding caches.
 
-This is the reference: what is faster on some device, or needs less memory, has this signature too and must equal it.
-`rows.py` says which path whole rows take.
+This is the reference. Paths that are faster on some device, or need less memory, have the same signature and must give
+the same result. `rows.py` chooses the path for whole rows.
 
-Keys stand in slots 0..S-1. A query knows its own slot and sees the slots up to and including it, so causality is
-`slot_s <= query_slot`, and a window `slot_s > query_slot - window`. In a training row a token's slot is its index; in a
-cache it is the number of tokens before it, which also hides everything that a rolled-back round has left behind.
+Keys are in slots 0..S-1. A query has a slot, too, and sees the slots up to and including its own. So causality is
+`slot_s <= query_slot`, and a window is `slot_s > query_slot - window`. In a training row, the slot of a token is its
+index. In a cache, it is the number of tokens before the token; so a query does not see the entries of rejected drafts.
 """
 
 from typing import NamedTuple
@@ -15,16 +15,17 @@ import jax.numpy as jnp
 
 
 class AttnSpec(NamedTuple):
-    """What attention is, other than its arrays."""
+    """Settings of attention."""
 
     scale: float
     """Factor of the scores."""
     softcap: float = 0.0
-    """c in `c * tanh(scores / c)`; 0 is none."""
+    """c in `c * tanh(scores / c)`; 0 is no cap."""
     window: jax.Array | None = None
-    """Slots that a query sees, its own included; None is all before it."""
+    """Number of slots that a query sees, its own included; None is all slots up to its own."""
     windows: tuple[int, ...] = ()
-    """Every value that `window` may have, for kernels that are compiled for one; needed beside a traced window only."""
+    """All possible values of `window`, for kernels that are compiled for a fixed window. Only needed if `window` is
+    traced."""
 
 
 def attention(
@@ -42,7 +43,7 @@ def attention(
       k_BKSH: keys by slot.
       v_BKSH: values by slot.
       query_slots_BT: slot of every query; it sees slots 0..query_slot.
-      segment_ids_BS: document of every slot, for packed rows: a query sees the document of its own slot.
+      segment_ids_BS: document of every slot, for packed rows: a query sees only the document of its own slot.
       spec: scale, soft cap and window.
 
     Returns:
@@ -50,7 +51,7 @@ def attention(
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
-    # Heads first and the queries of a group in one axis: a plain batched product that needs no transpose.
+    # Attention heads first, and the queries of a group in one axis: then it is a batched product without a transpose.
     q_BKGTH = (q_BTNH * spec.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     q_BKRH = q_BKGTH.reshape(B, K, N // K * T, H)
     scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
@@ -67,9 +68,9 @@ def cached_attention(
 ) -> jax.Array:
     """`attention` over the slots of a cache.
 
-    Several rows go one by one on a CPU. XLA's CPU backend multiplies small matrices of a batch by a slow loop: 64 rows
-    over 256 slots take 14.5 ms a layer of SmolLM2-135M together, and 6.8 ms one by one (two cores, float32). Each row
-    is then, bit for bit, what it is alone.
+    On a CPU, rows are computed one by one, because XLA's CPU backend uses a slow loop for batches of small matrices. In
+    a layer of SmolLM2-135M, 64 rows over 256 slots take 14.5 ms together, and 6.8 ms one by one (two cores, float32).
+    The result of each row is then bit for bit the result of that row alone.
     """
 
     def at_once(*arrays: jax.Array) -> jax.Array:
@@ -97,22 +98,22 @@ def visible(
 
 
 def own_segments(query_slots_BT: jax.Array, segment_ids_BS: jax.Array) -> jax.Array:
-    """Document of every query, [B, T]."""
+    """The document of every query, [B, T]."""
     return jnp.take_along_axis(segment_ids_BS, query_slots_BT, axis=1)
 
 
 def capped(scores: jax.Array, spec: AttnSpec) -> jax.Array:
-    """c tanh(scores / c), or the scores where there is no cap."""
+    """c tanh(scores / c); the scores themselves if there is no cap."""
     return spec.softcap * jnp.tanh(scores / spec.softcap) if spec.softcap else scores
 
 
 class Anchors(NamedTuple):
-    """Where queries stand that stand beside a sequence."""
+    """The places in a sequence to which extra queries belong, such as those of mask tokens. A place is an anchor."""
 
     visible_BXS: jax.Array
-    """Slots that each anchor sees."""
+    """For each anchor, the slots that it sees."""
     slots_BXP: jax.Array
-    """The slot that each query would have in the sequence; a window counts from there."""
+    """For each query, the slot that it would have in the sequence. A window is counted from this slot."""
 
 
 def attention_beside(
@@ -124,18 +125,18 @@ def attention_beside(
     where: Anchors,
     spec: AttnSpec,
 ) -> jax.Array:
-    """Softmax attention of queries that stand beside a sequence, P of them at each of X anchors.
+    """Softmax attention of extra queries, P at each of X anchors in a sequence.
 
-    Query p of an anchor sees the slots that its anchor sees, and the queries 0..p of its own anchor. The sequence does
-    not see any of them.
+    Query p of an anchor sees the slots that its anchor sees, and the queries 0..p of the same anchor. The tokens of the
+    sequence do not see the extra queries.
 
     Args:
-      q_BXPNH: queries.
+      q_BXPNH: extra queries.
       k_BKSH: keys of the sequence by slot.
       v_BKSH: values of the sequence by slot.
-      own_k_BXPKH: keys of the queries themselves.
-      own_v_BXPKH: their values.
-      where: what the anchors see, and where the queries stand.
+      own_k_BXPKH: keys of the extra queries.
+      own_v_BXPKH: values of the extra queries.
+      where: the slots that the anchors see, and the slots of the queries.
       spec: scale, soft cap and window.
 
     Returns:

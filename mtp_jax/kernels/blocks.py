@@ -1,11 +1,12 @@
-"""Attention of rows in XLA alone: a block of queries at a time, so that scores never exist for a whole row.
+"""Attention of rows in plain XLA, one block of queries at a time. The scores of a whole row never exist together.
 
-Both passes hold the scores of one block, [B, N, block, S]. The backward pass forms them again from the logarithm of
-each query's sum of exponentials (Dao et al. 2022, "FlashAttention", section 3.1): nothing is kept for pairs of
-positions. Where queries and slots are the same row, the blocks of a quarter of the row read the slots up to its end:
+The forward and the backward pass hold the scores of one block, [B, N, block, S]. The backward pass computes them again
+from the logsumexp of each query (Dao et al. 2022, "FlashAttention", section 3.1). So nothing is stored per pair of
+positions. If queries and slots are the same row, the row is divided into quarters. The blocks of a quarter read only
+the slots up to its end:
 
     queries   1st quarter    x                       10 of 16 parts of the scores
-              2nd quarter    x  x                    are formed
+              2nd quarter    x  x                    are computed
               3rd quarter    x  x  x
               4th quarter    x  x  x  x
 """
@@ -22,11 +23,11 @@ from mtp_jax.kernels.attention import AttnSpec, attention, capped, visible
 from mtp_jax.kernels.linear import LINEAR
 
 BLOCK = 256
-"""Queries of a block at most."""
+"""The most queries of a block."""
 PARTS = 4
-"""Parts of a row, each with slots of its own."""
+"""Number of parts of a row. The blocks of a part read the slots up to its end."""
 SHORT = 128
-"""Rows up to this length are quicker in one piece, and their scores are small."""
+"""Rows up to this length are computed as a whole: that is faster, and their scores are small."""
 
 
 def attention_by_blocks(
@@ -37,9 +38,9 @@ def attention_by_blocks(
     segment_ids_BS: jax.Array | None,
     spec: AttnSpec,
 ) -> jax.Array:
-    """`attention` of rows of any length; arguments and result are the reference's.
+    """`attention` of rows of any length, with the same arguments and result.
 
-    Where there are as many queries as slots, query t stands in slot t.
+    If there are as many queries as slots, query t must have slot t.
     """
     if q_BTNH.shape[1] <= SHORT:
         return attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, spec)
@@ -48,7 +49,7 @@ def attention_by_blocks(
 
 
 class _Row(NamedTuple):
-    """What attention is given."""
+    """The arrays of attention."""
 
     q_BTNH: jax.Array
     k_BKSH: jax.Array
@@ -66,7 +67,7 @@ class _Part(NamedTuple):
 
 
 def _parts(queries: int, slots: int) -> tuple[int, list[_Part]]:
-    """Queries of a block, and the parts of a row."""
+    """The number of queries of a block, and the parts of a row."""
     size = min(BLOCK, -(-queries // PARTS))
     blocks = -(-queries // size)
     if queries != slots:
@@ -99,13 +100,13 @@ def _forward(spec: AttnSpec, row: _Row) -> tuple[jax.Array, tuple[_Row, jax.Arra
 
     done = [_each(functools.partial(attend, part), *(x[part.blocks] for x in queries)) for part in parts]
     mixed_bBKRH, lse_bBKR = (jnp.concatenate(x) for x in zip(*done, strict=True))
-    # The name of products under remat policies: what they made is kept, and so is this.
+    # Remat policies keep the results of products by this name. These arrays are kept with them.
     mixed_BTNH, lse_bBKR = (checkpoint_name(x, LINEAR) for x in (_joined(mixed_bBKRH, T, N), lse_bBKR))
     return mixed_BTNH, (row, mixed_BTNH, lse_bBKR)
 
 
 def _backward(spec: AttnSpec, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_BTNH: jax.Array) -> tuple[_Row]:
-    """With p the probabilities and a the attended values: dz = p (da v^T - da . a), then as for any product."""
+    """The gradients. With p the probabilities and a the attended values: dz = p (da v^T - da . a)."""
     row, mixed_BTNH, lse_bBKR = residuals
     T, N = row.q_BTNH.shape[1:3]
     K, S = row.k_BKSH.shape[1:3]
@@ -129,7 +130,7 @@ def _backward(spec: AttnSpec, residuals: tuple[_Row, jax.Array, jax.Array], dmix
         if spec.softcap:
             dz_BKRs *= 1 - (z_BKRs / spec.softcap) ** 2
         dz_BKRs = dz_BKRs.astype(q_BKRH.dtype)
-        # [H, s], not [s, H]: a CPU would write a transposed copy of the scores for the latter.
+        # [H, s], because for [s, H] a CPU would write a transposed copy of the scores.
         dk_BKHs = sums[0] + _product("BKRH,BKRs->BKHs", q_BKRH, dz_BKRs)
         dv_BKHs = sums[1] + _product("BKRH,BKRs->BKHs", dmixed_BKRH, p_BKRs.astype(dmixed_BKRH.dtype))
         return (dk_BKHs, dv_BKHs), _product("BKRs,BKsH->BKRH", dz_BKRs, k_BKsH)
@@ -152,7 +153,7 @@ _attend.defvjp(_forward, _backward)
 def _scores(
     spec: AttnSpec, row: _Row, part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Capped scores of a block with the slots of its part, in float32, and which of them count."""
+    """The capped scores of a block over the slots of its part, in float32, and which of them are visible."""
     B, K, R, _ = q_BKRH.shape
     size = slots_Bb.shape[1]
     s = part.slots
@@ -168,32 +169,32 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _cut(x_BTNH: jax.Array, size: int, K: int) -> jax.Array:
-    """[B, T, N, H] to blocks [b, B, K, R, H]; queries that fill up the last block are zeros."""
+    """Cuts [B, T, N, H] into blocks [b, B, K, R, H]. The last block is filled up with zeros."""
     B, T, N, H = x_BTNH.shape
     x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
     return x_BTNH.reshape(B, -1, size, K, N // K, H).transpose(1, 0, 3, 4, 2, 5).reshape(-1, B, K, N // K * size, H)
 
 
 def _cut_slots(slots_BT: jax.Array, size: int) -> jax.Array:
-    """[B, T] to blocks [b, B, size]; queries that fill up the last block stand in slot 0."""
+    """Cuts [B, T] into blocks [b, B, size]. The last block is filled up with slot 0."""
     B, T = slots_BT.shape
     return jnp.pad(slots_BT, ((0, 0), (0, -T % size))).reshape(B, -1, size).swapaxes(0, 1)
 
 
 def _joined(x_bBKRH: jax.Array, T: int, N: int) -> jax.Array:
-    """What `_cut` cut, without what filled it up."""
+    """The inverse of `_cut`: [B, T, N, H], without the padding."""
     b, B, K, R, H = x_bBKRH.shape
     x_bBKGtH = x_bBKRH.reshape(b, B, K, N // K, R * K // N, H)
     return x_bBKGtH.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
 
 
 def _each(function: Callable[..., Any], *blocks: jax.Array) -> Any:
-    """`function` of every block, in turn."""
+    """Applies `function` to the blocks, one after the other."""
     return _scan(lambda _, block: (None, function(*block)), None, blocks)[1]
 
 
 def _scan(step: Callable[..., Any], carry: Any, blocks: tuple) -> tuple[Any, Any]:
-    """A scan; of one block without the loop."""
+    """`jax.lax.scan`; for a single block without the loop."""
     if blocks[0].shape[0] > 1:
         return jax.lax.scan(step, carry, blocks)
     carry, result = step(carry, jax.tree.map(lambda x: x[0], blocks))

@@ -1,8 +1,8 @@
 """Flash attention of cuDNN, for rows on NVIDIA GPUs.
 
-Documents and windows go in as a mask [B, 1, T, S] in q's dtype, which is exact for any packing and any window, a traced
-one too. It costs 2 B T S bytes in bfloat16 for all heads together, where scores in XLA take 4 B N T S. Tiles above the
-diagonal are left out.
+Documents and windows are passed as a mask [B, 1, T, S] in q's dtype. It is exact for any packing and any window, also a
+traced one. In bfloat16 the mask takes 2 B T S bytes for all attention heads together; scores in XLA take 4 B N T S.
+Tiles above the diagonal are not computed.
 """
 
 import jax
@@ -15,7 +15,7 @@ HOPPER = 9.0
 
 
 def refusal(q_BTNH: jax.Array, spec: AttnSpec, capability: float) -> str | None:
-    """Why cuDNN cannot attend for these queries on a GPU of this compute capability, or None if it can."""
+    """Why cuDNN cannot compute attention for these queries on a GPU of this compute capability; None if it can."""
     _, T, _, H = q_BTNH.shape
     dtype = q_BTNH.dtype
     most = 128 if capability < HOPPER else 256
@@ -24,14 +24,14 @@ def refusal(q_BTNH: jax.Array, spec: AttnSpec, capability: float) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, not {dtype}: set model.dtype='bfloat16'"
     if spec.softcap:
-        return f"it has no soft cap, and model.attn_softcap={spec.softcap}"
+        return f"it has no soft cap, but model.attn_softcap={spec.softcap}"
     if most < H or H % 8:
-        return f"on this GPU it takes a model.head_dim of at most {most} that is a multiple of 8, not {H}"
-    return f"it takes rows of an even number of tokens, not {T}" if T % 2 else None
+        return f"on this GPU it needs a model.head_dim of at most {most} that is a multiple of 8, not {H}"
+    return f"it needs rows with an even number of tokens, not {T}" if T % 2 else None
 
 
 def capability() -> float:
-    """Compute capability of the GPU here, 0 where it is not of NVIDIA."""
+    """Compute capability of this machine's GPU; 0 if NVIDIA did not make it."""
     device = jax.local_devices(backend="gpu")[0]
     return float(device.compute_capability) if "cuda" in device.client.platform_version else 0.0
 
@@ -44,11 +44,11 @@ def cudnn_attention(
     segment_ids_BS: jax.Array | None,
     spec: AttnSpec,
 ) -> jax.Array:
-    """`attention` by cuDNN; arguments and result are the reference's."""
+    """`attention` by cuDNN, with the same arguments and result."""
     T = q_BTNH.shape[1]
     S = k_BKSH.shape[2]
     mask_B1TS = visible(query_slots_BT, segment_ids_BS, S, spec.window)[:, None]
-    # Whole rows have the diagonal where cuDNN looks for it; a shard's queries begin somewhere inside their row.
+    # cuDNN's causal mask fits whole rows only. The queries of a shard may begin in the middle of their row.
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BKSH.swapaxes(1, 2),

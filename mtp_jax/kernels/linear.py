@@ -1,15 +1,15 @@
 """A matrix product whose gradient is cheap on a CPU.
 
-Autodiff forms dW with the incoming gradient as the left operand. XLA's CPU backend then writes a transposed copy of
-that gradient, which can take longer than the product itself: a SwiGLU layer of width 192 trains 3.3 times faster
-without it (16 rows of 128 tokens on two cores). Here the narrower of input and gradient is the left operand. The weight
-keeps its dtype at rest, so that its gradient is accumulated in float32 even where the product is bfloat16. The
-reference is `x @ w`.
+Autodiff computes dW with the incoming gradient as the left operand. XLA's CPU backend then writes a transposed copy of
+that gradient, which can take longer than the product itself. Without the copy a SwiGLU layer of width 192 trains 3.3
+times faster (16 rows of 128 tokens on two cores). Therefore the left operand here is the narrower of input and
+gradient. The weight is passed in its stored dtype, so that its gradient is accumulated in float32, also if the product
+is in bfloat16. The reference is `x @ w`.
 
-A few rows are multiplied one by one on a CPU. XLA's CPU backend multiplies one row by a kernel that reads the weights
-once, at the speed of memory. From two rows on it first packs all weights into another order, which costs more than the
-product. Row by row the weights come from memory once and then from the cache: a pass of SmolLM2-135M over four tokens
-takes 1.7 times as long as over one, and 2.4 times without this (two cores, float32).
+On a CPU, a few rows are multiplied one by one. For one row, XLA's CPU backend has a kernel that reads the weights once,
+at the speed of memory. For two rows or more, it first packs all weights into another order, which costs more than the
+product. Row by row, the weights are read from memory once, and then from the cache. A pass of SmolLM2-135M over four
+tokens then takes 1.7 times as long as a pass over one token; otherwise 2.4 times (two cores, float32).
 """
 
 import jax
@@ -17,19 +17,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 FEW_ROWS = 6
-"""Rows up to which a CPU multiplies them one by one. At 8 both ways take the same time."""
+"""Up to this many rows, a CPU multiplies them one by one. With 8 rows both ways take the same time."""
 LARGE_MATRIX = 1 << 16
-"""Weights from which it does so; smaller matrices are packed in no time."""
+"""The least number of weights for this. The packing of smaller matrices takes hardly any time."""
 LINEAR = "linear"
-"""Checkpoint name of every product: a remat policy cannot see into a custom gradient."""
+"""Checkpoint name of every product. Remat policies need it, because they cannot look into a custom gradient."""
 
 
 def linear(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    """x W, in x's dtype, under the checkpoint name `LINEAR`.
+    """x W, in x's dtype, with the checkpoint name `LINEAR`.
 
     Args:
       x_BTI: inputs.
-      w_IO: weights, in the dtype they have at rest.
+      w_IO: weights, in their stored dtype.
 
     Returns:
       [B, T, O].
@@ -51,7 +51,7 @@ def _at_once(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
 
 
 def _row_by_row(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    """Each row is, bit for bit, what it is alone."""
+    """x W, row by row. The result of each row is bit for bit the result of that row alone."""
     rows_RI = x_BTI.reshape(-1, x_BTI.shape[-1])
     return jnp.concatenate([row_I[None] @ w_IO for row_I in rows_RI]).reshape(*x_BTI.shape[:2], -1)
 
@@ -67,17 +67,18 @@ def _backward(residuals: tuple[jax.Array, jax.Array], dy_BTO: jax.Array) -> tupl
 
 
 def outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Sum over all leading axes of the outer products of the last ones: [..., I] and [..., O] to float32 [I, O]."""
+    """The sum of outer products over all leading axes: from [..., I] and [..., O] to float32 [I, O]."""
     return jax.lax.platform_dependent(x, y, cpu=_flat_outer_sum, default=_plain_outer_sum)
 
 
 def _plain_outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The leading axes stay apart: rows and positions may be split over devices, each in its own way."""
+    """`outer_sum` with separate leading axes, because rows and positions may be split over different devices."""
     return jnp.einsum("...i,...o->io", x, y, preferred_element_type=jnp.float32)
 
 
 def _flat_outer_sum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """One axis is contracted: with two, a CPU copies the left operand and cannot sum bfloat16 products in float32."""
+    """`outer_sum` with one leading axis. With two, a CPU copies the left operand and cannot sum bfloat16 products in
+    float32."""
     x = x.reshape(-1, x.shape[-1])
     y = y.reshape(-1, y.shape[-1])
     if x.shape[1] <= y.shape[1]:

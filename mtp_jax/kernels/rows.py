@@ -1,13 +1,13 @@
-"""Which attention whole rows take: splash attention on a TPU, cuDNN's on a GPU, XLA's elsewhere.
+"""Chooses the attention path for whole rows: splash attention on a TPU, cuDNN on a GPU, XLA elsewhere.
 
-    auto      splash or cudnn, where it can; else xla
+    auto      splash or cudnn, if possible; else xla
     splash    `splash.py`
     cudnn     `cudnn.py`
-    xla       the reference, `attention.py`; above 128 tokens by blocks of queries, `blocks.py`
+    xla       the reference, `attention.py`; above 128 tokens in blocks of queries, `blocks.py`
 
-All equal the reference. Neither kernel can be split by the partitioner, so they run inside `jax.shard_map`: rows and
-heads stay on their devices, and where the length of rows is split each device has its own queries and all keys and
-values.
+All paths give the result of the reference. XLA's partitioner cannot split the kernels, so they run inside
+`jax.shard_map`. Rows and attention heads stay on their devices. If the length of rows is split, each device has its own
+queries, and all keys and values.
 """
 
 import math
@@ -28,16 +28,16 @@ HOMES = {"splash": "tpu", "cudnn": "gpu"}
 
 
 class Placement(NamedTuple):
-    """How a row's arrays lie on a mesh."""
+    """How the arrays of rows are split over a mesh."""
 
     mesh: AbstractMesh
     queries: PartitionSpec
     """Mesh axes of q_BTNH."""
     keys: PartitionSpec
-    """Mesh axes of k_BKSH and v_BKSH; their slots are whole."""
+    """Mesh axes of k_BKSH and v_BKSH. Their slots are not split."""
 
     def shards(self, dimension: int) -> int:
-        """Parts into which a dimension of q_BTNH is split."""
+        """The number of parts into which a dimension of q_BTNH is split."""
         axes = self.queries[dimension]
         names = (axes,) if isinstance(axes, str) else axes or ()
         return math.prod(self.mesh.shape[name] for name in names)
@@ -52,7 +52,7 @@ def row_attention(
     path: str = "auto",
     placement: Placement | None = None,
 ) -> jax.Array:
-    """`attention` of rows whose query t stands in slot t.
+    """`attention` of rows in which query t has slot t.
 
     Args:
       q_BTNH: queries.
@@ -61,13 +61,13 @@ def row_attention(
       segment_ids_BS: document of every slot.
       spec: scale, soft cap and window.
       path: one of the names above.
-      placement: how the arrays lie on a mesh; None is on one device, or wherever the partitioner puts them.
+      placement: how the arrays are split over a mesh. None: one device, or as the partitioner places them.
 
     Returns:
       Attended values [B, T, N, H] in q's dtype.
 
     Raises:
-      UserError: a path was asked for that is not to be had here.
+      UserError: `path` names a kernel that is not available here.
     """
     chosen = choose(path, q_BTNH, spec, placement)
     slots_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1])[None, :], q_BTNH.shape[:2])
@@ -78,17 +78,17 @@ def row_attention(
         return on_shards(splash.splash_attention, arrays, spec, placement, kernels)
     if chosen == "cudnn":
         return on_shards(cudnn.cudnn_attention, arrays, spec, placement)
-    # The partitioner splits one product well, a loop over blocks badly.
+    # The partitioner splits a single product well, but a loop over blocks badly.
     if q_BTNH.shape[1] <= SHORT:
         return attention(*arrays, spec)
     return on_shards(attention_by_blocks, arrays, spec, placement)
 
 
 def choose(path: str, q_BTNH: jax.Array, spec: AttnSpec, placement: Placement | None) -> str:
-    """The path that `path` means for these queries: `splash`, `cudnn` or `xla`.
+    """The path for these queries: `splash`, `cudnn` or `xla`.
 
     Raises:
-      UserError: `path` is a kernel that cannot be had here.
+      UserError: `path` names a kernel that is not available here.
     """
     platform = _platform(placement)
     for name in HOMES if path == "auto" else {path} & HOMES.keys():
@@ -96,23 +96,24 @@ def choose(path: str, q_BTNH: jax.Array, spec: AttnSpec, placement: Placement | 
         if why is None:
             return name
         if name == path:
-            raise UserError(f"model.attention={path!r} cannot be used: {why}; model.attention='auto' takes what can")
+            raise UserError(f"model.attention={path!r} cannot be used: {why}; model.attention='auto' finds a path")
     return "xla"
 
 
 def _platform(placement: Placement | None) -> str | None:
-    """Of the mesh that is compiled for, which need not be here; without one several devices leave it open."""
+    """The platform to compile for: that of the mesh, or that of the only device. None if there are several devices and
+    no mesh."""
     if placement is not None and placement.mesh.abstract_device is not None:
         return placement.mesh.abstract_device.platform
     return jax.default_backend() if jax.device_count() == 1 else None
 
 
 def _refusal(name: str, platform: str | None, q_BTNH: jax.Array, spec: AttnSpec, at: Placement | None) -> str | None:
-    """Why a kernel cannot be used, or None if it can."""
+    """Why a kernel cannot be used; None if it can."""
     if platform is None:
         return "there are several devices, and no mesh says which of them hold the rows"
     if platform != HOMES[name]:
-        return f"it runs on a {HOMES[name]}, and this is compiled for a {platform}"
+        return f"it runs on a {HOMES[name]}, but this program is compiled for a {platform}"
     if not _divides(q_BTNH, at):
         return f"queries of shape {q_BTNH.shape} do not divide over the mesh axes {at.queries}"
     if name == "cudnn":
@@ -131,7 +132,7 @@ def on_shards(
     placement: Placement | None,
     *more: Any,
 ) -> jax.Array:
-    """`attend(*arrays, spec, *more)` with every device's own rows, heads and queries."""
+    """`attend(*arrays, spec, *more)` on every device, with the rows, attention heads and queries of that device."""
     if placement is None or placement.mesh.size == 1 or not _divides(arrays[0], placement):
         return attend(*arrays, spec, *more)
     rows, length = placement.queries[:2]
@@ -142,6 +143,6 @@ def on_shards(
         return attend(*arrays, spec._replace(window=window), *more)
 
     specs = (PartitionSpec(), given, *masks)
-    # Unchecked: the kernels do not say over which axes their results vary.
+    # check_vma is off, because the kernels do not declare over which axes their results vary.
     split = jax.shard_map(local, mesh=placement.mesh, in_specs=specs, out_specs=placement.queries, check_vma=False)
     return split(spec.window, arrays, *more)

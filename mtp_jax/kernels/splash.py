@@ -1,7 +1,7 @@
-"""Splash attention, the Pallas kernel for TPUs that comes with JAX: flash attention that skips tiles nobody sees.
+"""Splash attention, the Pallas kernel for TPUs in JAX: flash attention that skips tiles that no query sees.
 
-Causality and windows are static masks, documents are segment ids. A model whose layers differ has one kernel for each
-of its windows, between which the layer chooses while running.
+Causality and windows are static masks. Documents are segment ids. If the layers of a model have different windows,
+there is one kernel per window, and the program chooses among them at run time.
 """
 
 import jax
@@ -14,31 +14,32 @@ from mtp_jax.kernels.attention import AttnSpec, own_segments
 from mtp_jax.kernels.linear import LINEAR
 
 LANES = 128
-"""The kernel's tiles are multiples of this long."""
+"""The lengths of the kernel's tiles are multiples of this."""
 NATIVE = (None, "default", "bfloat16", "fastest")
-"""Precisions of products in which bfloat16 stays bfloat16."""
+"""Matmul precisions under which bfloat16 products stay bfloat16."""
 Kernels = tuple[splash.SplashAttentionKernel, ...]
-"""One per window of `AttnSpec.windows`, or one."""
+"""One kernel for each window of `AttnSpec.windows`; a single kernel if there are none."""
 
 
 def refusal(q_BTNH: jax.Array, shards: int, spec: AttnSpec) -> str | None:
-    """Why the kernel cannot attend for these queries, of which each device of `shards` has its share, or None."""
+    """Why the kernel cannot compute attention for these queries, split over `shards` devices; None if it can."""
     slots = q_BTNH.shape[1]
     precision = jax.config.jax_default_matmul_precision
     queries = slots // shards
     if queries % LANES or slots % LANES:
-        return f"it takes multiples of {LANES} tokens, not {queries} queries of a device over {slots} tokens"
+        return f"it needs multiples of {LANES} tokens, not {queries} queries per device over {slots} tokens"
     if spec.window is not None and not spec.windows:
-        return "its masks are static, and the window is known at run time only"
+        return "its masks are static, but the window is known only at run time"
     if q_BTNH.dtype == jnp.bfloat16 and precision not in NATIVE:
-        return f"in bfloat16 it multiplies at TPUs' own precision only, and jax_default_matmul_precision={precision!r}"
+        return f"in bfloat16 it needs the default matmul precision, not jax_default_matmul_precision={precision!r}"
     return None
 
 
 def make_kernels(
     spec: AttnSpec, queries: int, slots: int, heads: int, shards: int = 1, *, interpret: bool = False
 ) -> Kernels:
-    """Kernels for rows of so many queries, of which each device of `shards` has an equal share, and `heads` heads."""
+    """Makes the kernels for rows of `queries` queries and `heads` attention heads. The queries are split equally over
+    `shards` devices."""
     tile = next(size for size in (512, 256, LANES) if queries // shards % size == 0 and slots % size == 0)
     sizes = splash.BlockSizes(*(tile,) * 8)
     made = []
@@ -51,7 +52,7 @@ def make_kernels(
                 head_shards=1,
                 q_seq_shards=shards,
                 attn_logits_soft_cap=spec.softcap or None,
-                # Its residuals are what a product leaves behind: a remat policy that keeps products keeps them.
+                # Remat policies keep the results of products by this name. The residuals are kept with them.
                 residual_checkpoint_name=LINEAR,
                 interpret=interpret,
             )
@@ -60,7 +61,7 @@ def make_kernels(
 
 
 def kernel_specs(kernels: Kernels, mesh: jax.sharding.AbstractMesh, length: str | None) -> Kernels:
-    """How the masks inside the kernels lie on a mesh whose axis `length` splits the queries."""
+    """How the masks inside the kernels are split over a mesh; its axis `length` splits the queries."""
     where = NamedSharding(mesh, PartitionSpec(None, length))
     return tuple(kernel.manual_sharding_spec(where) for kernel in kernels)
 
@@ -74,7 +75,7 @@ def splash_attention(
     spec: AttnSpec,
     kernels: Kernels,
 ) -> jax.Array:
-    """`attention` by these kernels; the other arguments and the result are the reference's."""
+    """`attention` by these kernels. The other arguments and the result are the same."""
     q_BNTH = (q_BTNH * spec.scale).swapaxes(1, 2)
     ids = None
     if segment_ids_BS is not None:

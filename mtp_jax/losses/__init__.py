@@ -1,5 +1,5 @@
-"""Targets, the cross-entropy that never holds all logits, and the loss over heads. Arrays in, arrays out.
+"""Targets, a cross-entropy that never holds all logits, and the loss over heads. Arrays in, arrays out.
 
-These modules know nothing of the model or the trainer: a training loop of your own can use them with its own hidden
+These modules know nothing of the model or the trainer. You can use them in another training loop, with its hidden
 states and unembedding.
 """

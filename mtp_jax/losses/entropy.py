@@ -1,15 +1,19 @@
-"""Token weights by entropy: learn from forks, or from everything but forks. Experimental, off by default.
+"""Token weights by entropy. Experimental, off by default.
 
-Of the tokens that count, those whose distribution has the highest entropy are kept (arXiv:2506.01939, which shows gains
-in reinforcement learning at 14B and above, and none for supervised losses) or dropped (arXiv:2605.29303); `soft` weighs
-every token in proportion to exp(H / temperature). Entropies are in nats, over the whole vocabulary, without a gradient.
+A token counts if its weight is above 0. `keep_top` learns only from the counted tokens with the highest entropy
+(arXiv:2506.01939: gains in reinforcement learning at 14B and above, none for supervised losses). `drop_top` learns from
+all others (arXiv:2605.29303). `soft` weights every token in proportion to exp(H / temperature). Entropies H are in
+nats, over the whole vocabulary, and get no gradient.
 
-Which entropy belongs to head m at t? `own` is that of the head's own distribution. `next_token` is that of head 0 at
-t+m, where the same token t+1+m is usually predicted: it selects the same target tokens for every head.
+The source decides which entropy head m uses at position t:
 
-The choice is made for every head by itself, over one micro-batch: exactly ceil(fraction * N) of its N counted tokens.
-With the normaliser `selected` the loss is the mean over what was selected, with `all` the sum of that over the number
-of all tokens, which makes a step smaller by the fraction.
+    own          the entropy of the head's own prediction
+    next_token   the entropy of head 0 at t+m. Head 0 predicts the same token t+1+m there, so all heads select the same
+                 target tokens
+
+Each head selects its tokens separately, within one micro-batch: exactly ceil(fraction * N) of its N counted tokens.
+With the normaliser `selected` the loss is the mean over the selected tokens. With `all` their sum is divided by the
+number of all tokens, so that the steps are smaller.
 """
 
 import dataclasses
@@ -28,11 +32,11 @@ class EntropyWeights:
     """Static options; see the module.
 
     Attributes:
-      mode: what happens to the tokens of the highest entropy.
-      fraction: of the counted tokens, how many those are.
-      source: whose entropy.
-      normaliser: what the sum is divided by.
-      temperature: of `soft`.
+      mode: what happens to the tokens with the highest entropy.
+      fraction: the share of the counted tokens that belong to them.
+      source: which entropy is used.
+      normaliser: by which number of tokens the sum is divided.
+      temperature: the temperature of `soft`.
     """
 
     mode: Mode = "none"
@@ -43,12 +47,12 @@ class EntropyWeights:
 
 
 def entropy_weights(options: EntropyWeights, entropy_MBT: jax.Array, weights_MBT: jax.Array) -> jax.Array:
-    """Token weights with the choice made.
+    """Changes token weights by entropy. Returns the new weights_MBT.
 
     Args:
       options: static options; `mode` is not none.
       entropy_MBT: entropy of every head at every position.
-      weights_MBT: token weights; tokens of weight 0 neither count nor come back.
+      weights_MBT: token weights. Tokens of weight 0 do not count, and keep weight 0.
     """
     if options.source == "next_token":
         entropy_MBT = jnp.stack([ahead(entropy_MBT[0], m) for m in range(len(entropy_MBT))])
@@ -67,6 +71,6 @@ def _choose(options: EntropyWeights, entropy_BT: jax.Array, weights_BT: jax.Arra
         share_BT = jax.nn.softmax(masked_BT.ravel() / options.temperature).reshape(entropy_BT.shape)
         return weights_BT * jnp.where(counted_BT, share_BT, 0) * jnp.sum(counted_BT)
     rank_BT = jnp.argsort(jnp.argsort(-masked_BT.ravel(), stable=True)).reshape(entropy_BT.shape)
-    # A product that should be whole may come out just above in float32.
+    # In float32, a product that should be a whole number may be slightly larger, and ceil would add 1.
     top_BT = rank_BT < jnp.ceil(options.fraction * jnp.sum(counted_BT) * (1 - 1e-6))
     return weights_BT * (top_BT if options.mode == "keep_top" else ~top_BT)

@@ -1,6 +1,6 @@
-"""The fused cross-entropy: one loop over chunks that forms the loss and its gradients together.
+"""The fused cross-entropy: one loop over chunks that computes the loss and its gradients together.
 
-`xent.fused_xent` says what it computes; here is how, on each shard.
+`xent.fused_xent` explains what is computed. This file computes it, on each shard.
 """
 
 import functools
@@ -59,7 +59,7 @@ def _on_mesh(
     wanted: jax.Array | None,
     teacher: Teacher | None,
 ) -> tuple:
-    """Runs the local loop on every shard. Returns (loss, ce, rank) and what the backward pass needs."""
+    """Runs the local loop on every shard. Returns (loss, ce, rank), and the residuals for the backward pass."""
     local = functools.partial(_loop_over_chunks, spec, with_grads)
     if teacher is not None:
         teacher = Teacher(teacher.hidden_MBTD, teacher.table_VD.astype(teacher.hidden_MBTD.dtype))
@@ -94,7 +94,7 @@ def _on_mesh(
 
 
 class _Sums(NamedTuple):
-    """What the loop carries: sums over the chunks so far, and what each token has got."""
+    """The state of the loop: sums over the chunks so far, and the results of each token."""
 
     loss: jax.Array
     dtable_DV: jax.Array | None
@@ -135,8 +135,8 @@ def _loop_over_chunks(
 
         dtable_DV = sums.dtable_DV
         if dtable_DV is not None:
-            # The narrow operand is written transposed: a CPU is slower at any product of the two that contracts leading
-            # axes. The barrier keeps XLA from folding the transpose into the product.
+            # The narrow operand is transposed first, because a CPU is slow at products that contract leading axes. The
+            # barrier keeps XLA from merging the transpose into the product.
             h_DC = jax.lax.optimization_barrier(chunk_of[0].T)
             new_DV = jnp.einsum("DC,CV->DV", h_DC, chunk.dz_CV, preferred_element_type=jnp.float32)
             dtable_DV += _scattered(new_DV, spec) if spec.gather_chunks else new_DV
@@ -171,7 +171,7 @@ def _loop_over_chunks(
 
 
 class _Chunk(NamedTuple):
-    """What a chunk's logits give."""
+    """The results of one chunk of logits."""
 
     loss: jax.Array
     ce_C: jax.Array
@@ -191,11 +191,11 @@ def _chunk(
     teacher_CD: jax.Array | None,
     teacher_table_VD: jax.Array | None,
 ) -> _Chunk:
-    """A chunk, while its logits are alive; V is this shard's part of the vocabulary."""
+    """Everything that is computed while a chunk's logits are in memory. V is this shard's part of the vocabulary."""
     V = table_VD.shape[0]
     objective = spec.objective
     axes = spec.vocab_axes
-    offset = jax.lax.axis_index(axes) * V if axes else 0
+    first_id = jax.lax.axis_index(axes) * V if axes else 0
     vocab = across(jax.lax.psum, V, axes)
 
     def total(x_CV: jax.Array) -> jax.Array:
@@ -203,7 +203,7 @@ def _chunk(
 
     ids_CW, probs_CW = as_soft(target)
     soft = softmax(spec, axes, h_CD, table_VD)
-    labels_CW = across(jax.lax.psum, pick(soft.z_CV, ids_CW - offset), axes)
+    labels_CW = across(jax.lax.psum, pick(soft.z_CV, ids_CW - first_id), axes)
     rank_C = across(jax.lax.psum, at_least(soft.z_CV, labels_CW[:, 0]), axes)
     ce_C = soft.lse_C - jnp.sum(probs_CW * labels_CW, axis=-1)
     taught = None if teacher_CD is None else teach(spec, axes, teacher_CD, teacher_table_VD)
@@ -211,7 +211,7 @@ def _chunk(
     chunk = _Chunk(jnp.sum(weight_C * term_C), ce_C, rank_C, term_C)
     if not with_grads:
         return chunk
-    target_CV = spread(ids_CW - offset, probs_CW, V)
+    target_CV = spread(ids_CW - first_id, probs_CW, V)
     dz_CV = weight_C[:, None] * logit_gradient(objective, soft, target_CV, taught, total, vocab)
     if spec.softcap:
         dz_CV *= 1 - (soft.z_CV / spec.softcap) ** 2
@@ -221,11 +221,13 @@ def _chunk(
 
 
 def _chunks_of(wanted_N: jax.Array | int, size: int, spec: XentSpec) -> tuple[jax.Array, jax.Array | int]:
-    """Indices of the tokens chunk by chunk, the last chunk filled with indices behind all tokens, and how many chunks.
+    """The indices of the tokens in all chunks, and the number of chunks.
+
+    The last chunk is filled up with indices that are out of range.
 
     Args:
-      wanted_N: which tokens are wanted, or the number of tokens, all of them wanted.
-      size: C.
+      wanted_N: which tokens are wanted; or the number of tokens, if all are wanted.
+      size: C, tokens of a chunk.
       spec: static options.
     """
     N = wanted_N if isinstance(wanted_N, int) else wanted_N.size
@@ -236,7 +238,7 @@ def _chunks_of(wanted_N: jax.Array | int, size: int, spec: XentSpec) -> tuple[ja
     (index,) = jnp.nonzero(wanted_N, size=most * size, fill_value=N)
     count = jnp.sum(wanted_N, dtype=jnp.int32)
     chunks = (count + size - 1) // size
-    if spec.gather_chunks:  # Devices that gather W together take as many turns.
+    if spec.gather_chunks:  # devices that gather W together need the same number of iterations
         chunks = across(jax.lax.pmax, chunks, spec.token_axes)
     return jnp.where(place < count, index.astype(jnp.int32), N + place), chunks
 
@@ -246,7 +248,7 @@ def _gathered_teacher(teacher: Teacher | None, spec: XentSpec) -> jax.Array | No
 
 
 def _scattered(dtable_DV: jax.Array, spec: XentSpec) -> jax.Array:
-    """W's gradient summed over the devices that split its width, each keeping its part."""
+    """Sums the gradient of W over the devices that split its width. Each device keeps its part."""
     if not spec.embed_axes:
         return dtable_DV
     return jax.lax.psum_scatter(dtable_DV, spec.embed_axes, scatter_dimension=0, tiled=True)

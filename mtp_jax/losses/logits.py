@@ -1,6 +1,7 @@
-"""One chunk of logits of a linear unembedding, on one device or with the vocabulary split over several.
+"""One chunk of logits of a linear unembedding, on one device or with the vocabulary split over several devices.
 
-What both forms of the cross-entropy and the entropy share: options, kinds of targets, and cutting tokens into chunks.
+Both forms of the cross-entropy, and the entropy, share this code: options, kinds of targets, and cutting tokens into
+chunks.
 """
 
 import dataclasses
@@ -15,15 +16,15 @@ from mtp_jax.losses.objectives import Distance, Objective, Softmax
 
 
 class SoftTargets(NamedTuple):
-    """Targets that are distributions over W tokens each; `rank` is that of the first."""
+    """Targets that are distributions over W tokens each. `rank` is the rank of the first of these tokens."""
 
     ids_MBTW: jax.Array
-    """Token ids, all different where the probability is not 0."""
+    """Token ids. Those with a probability above 0 are all different."""
     probs_MBTW: jax.Array
 
 
 class Teacher(NamedTuple):
-    """Who the states are to agree with, where `Objective.mix` is above 0; gets no gradient."""
+    """A teacher for distillation, used if `Objective.mix` is above 0. It gets no gradient."""
 
     hidden_MBTD: jax.Array
     """The teacher's states for the same targets."""
@@ -35,18 +36,18 @@ Targets = jax.Array | SoftTargets
 
 @dataclasses.dataclass(frozen=True)
 class XentSpec:
-    """Static options.
+    """Static options. W is the unembedding.
 
     Attributes:
-      chunk_bytes: most bytes of float32 logits alive at once on one device; see `default_chunk_bytes`.
+      chunk_bytes: most bytes of float32 logits in memory at one time on one device; see `default_chunk_bytes`.
       softcap: c in `c * tanh(logits / c)`; 0 is off.
       z_loss: coefficient of logsumexp^2.
       mesh: devices that the arrays are spread over; None for one device.
       batch_axes: mesh axes that split the rows.
       length_axes: mesh axes that split the positions.
       vocab_axes: mesh axes that split the vocabulary.
-      embed_axes: mesh axes that split the width of W at rest; W's gradient comes back split the same way.
-      gather_chunks: W is gathered over `embed_axes` for every chunk, not once for all.
+      embed_axes: mesh axes that split the width of W while it is not in use; W's gradient is split in the same way.
+      gather_chunks: if True, W is gathered over `embed_axes` for every chunk; if False, once for all chunks.
       smoothing, distance, mix: see `objectives.Objective`.
       learn_table: whether W gets a gradient.
     """
@@ -73,7 +74,7 @@ class XentSpec:
             raise UserError(f"XentSpec.distance={self.distance!r}; choose one of {', '.join(get_args(Distance))}")
         for name in ("smoothing", "mix"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"XentSpec.{name}={getattr(self, name)}; it must lie in [0, 1]")
+                raise UserError(f"XentSpec.{name}={getattr(self, name)}; it must be in [0, 1]")
         for name in ("softcap", "z_loss"):
             if getattr(self, name) < 0:
                 raise UserError(f"XentSpec.{name}={getattr(self, name)} is negative; 0 switches it off")
@@ -104,15 +105,17 @@ class XentSpec:
 
     @property
     def objective(self) -> Objective:
-        """What a token's logits are worth."""
+        """The options for the term of a token."""
         return Objective(self.z_loss, self.smoothing, self.distance, self.mix)
 
 
 def default_chunk_bytes(platform: str, vocab: int) -> int:
-    """A chunk that is large enough for W's gradient, which is read and written once per chunk, to cost little.
+    """The default of `XentSpec.chunk_bytes`.
+
+    W's gradient is read and written once per chunk. The chunk is so large that this costs little.
 
     Args:
-      platform: of the devices, "cpu", "gpu" or "tpu".
+      platform: platform of the devices, "cpu", "gpu" or "tpu".
       vocab: V, on one device.
     """
     least, tokens = (4 * 2**20, 512) if platform == "cpu" else (256 * 2**20, 1024)
@@ -120,19 +123,19 @@ def default_chunk_bytes(platform: str, vocab: int) -> int:
 
 
 def table_split(spec: XentSpec) -> PartitionSpec:
-    """How W enters a chunk: split over the vocabulary, and along its width too if chunks gather it."""
+    """How W is split inside `shard_map`: over the vocabulary, and with `gather_chunks` also along its width."""
     return PartitionSpec(spec.vocab_axes or None, (spec.embed_axes or None) if spec.gather_chunks else None)
 
 
 def gathered(table_VD: jax.Array, spec: XentSpec) -> jax.Array:
-    """W, or this shard's part of the vocabulary, in its whole width."""
+    """W for this shard's part of the vocabulary, with its whole width."""
     if not (spec.gather_chunks and spec.embed_axes):
         return table_VD
     return jax.lax.all_gather(table_VD, spec.embed_axes, axis=1, tiled=True)
 
 
 def softmax(spec: XentSpec, vocab_axes: tuple[str, ...], h_CD: jax.Array, table_VD: jax.Array) -> Softmax:
-    """Softmax of the logits of a chunk, its sums over the whole vocabulary."""
+    """Softmax of the logits of a chunk. Sums are over the whole vocabulary, also if it is split."""
     z_CV = cap(products(h_CD, table_VD), spec.softcap)
     max_C = across(jax.lax.pmax, jax.lax.stop_gradient(jnp.max(z_CV, axis=-1)), vocab_axes)
     exp_CV = jnp.exp(z_CV - max_C[:, None])
@@ -141,12 +144,12 @@ def softmax(spec: XentSpec, vocab_axes: tuple[str, ...], h_CD: jax.Array, table_
 
 
 def teach(spec: XentSpec, vocab_axes: tuple[str, ...], teacher_CD: jax.Array, table_VD: jax.Array) -> Softmax:
-    """`softmax` of a teacher's states, without a gradient."""
+    """`softmax` for the states of a teacher, without a gradient."""
     return jax.lax.stop_gradient(softmax(spec, vocab_axes, teacher_CD, table_VD.astype(teacher_CD.dtype)))
 
 
 def as_soft(target: Targets) -> tuple[jax.Array, jax.Array]:
-    """Ids and probabilities, [C, W]; a single target has W = 1."""
+    """Targets as ids and probabilities, both [C, W]. A single target has W = 1."""
     if isinstance(target, SoftTargets):
         return target
     return target[:, None], jnp.ones(target.shape, jnp.float32)[:, None]
@@ -156,7 +159,7 @@ def spread(column_CW: jax.Array, probs_CW: jax.Array, V: int) -> jax.Array:
     """Targets as distributions over this shard's part of the vocabulary."""
     if column_CW.shape[1] == 1:
         return (jnp.arange(V, dtype=jnp.int32)[None, :] == column_CW) * probs_CW
-    column_CW = jnp.where((column_CW >= 0) & (column_CW < V), column_CW, V)  # not -1, which counts from the end
+    column_CW = jnp.where((column_CW >= 0) & (column_CW < V), column_CW, V)  # V is dropped; -1 would be the last column
     row_C1 = jnp.arange(len(column_CW))[:, None]
     return jnp.zeros((len(column_CW), V), jnp.float32).at[row_C1, column_CW].add(probs_CW, mode="drop")
 
@@ -172,36 +175,39 @@ def cap(z_CV: jax.Array, softcap: float) -> jax.Array:
 
 
 def across(reduce: Any, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The reduction over mesh axes, or x where there are none."""
+    """The reduction of x over mesh axes; x itself if there are no axes."""
     return reduce(x, axes) if axes else x
 
 
 def pick(z_CV: jax.Array, column_CW: jax.Array) -> jax.Array:
-    """Each token's logits at its columns; 0 where a column lies in another shard of the vocabulary."""
+    """The logits of each token at its columns; 0 for a column in another shard of the vocabulary."""
     V = z_CV.shape[1]
     picked_CW = jnp.take_along_axis(z_CV, jnp.clip(column_CW, 0, V - 1), axis=1)
     return jnp.where((column_CW >= 0) & (column_CW < V), picked_CW, 0)
 
 
 def at_least(z_CV: jax.Array, label_C: jax.Array) -> jax.Array:
-    """How many logits of a row reach its label's.
+    """For each row, the number of logits that are at least as large as the logit of its label.
 
-    Counted in float32, exact below 2^24 entries: for integers a CPU needs twice the time and another chunk of logits.
+    They are counted in float32, which is exact below 2^24 entries. With integers, a CPU needs twice the time and memory
+    for one more chunk of logits.
     """
     return jnp.sum((z_CV >= label_C[:, None]).astype(jnp.float32), axis=-1).astype(jnp.int32)
 
 
 def chunk_size(tokens: int, vocab: int, spec: XentSpec) -> int:
-    """Tokens per chunk: within the byte budget, and a divisor of `tokens` where one at least half as large exists."""
+    """Tokens per chunk: the largest divisor of `tokens` within the byte budget, unless it is less than half of the
+    budget. Then the whole budget is used."""
     most = min(max(spec.chunk_bytes // (4 * vocab), 1), tokens)
     divisors = (size for size in range(most, most // 2, -1) if tokens % size == 0)
     return next(divisors, most)
 
 
 def to_chunks(tree: Any, size: int) -> Any:
-    """A tree of [M, B, T, ...] to [chunks, C, ...], head after head: a head's sums do not depend on how many follow it.
+    """Reshapes a tree of [M, B, T, ...] to [chunks, C, ...], head after head.
 
-    The ragged tail of every head is filled with zeros, which weigh nothing.
+    No chunk has tokens of two heads, so the sums of a head do not depend on the number of heads. The last chunk of
+    every head is filled up with zeros. They have weight 0.
     """
 
     def split(x: jax.Array) -> jax.Array:
@@ -215,6 +221,6 @@ def to_chunks(tree: Any, size: int) -> Any:
 
 
 def from_chunks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What `to_chunks` cut, as [M, B, T, ...] again."""
+    """The inverse of `to_chunks`: an array of [M, B, T, ...]."""
     M, B, T = shape[:3]
     return x.reshape(M, -1, *x.shape[2:])[:, : B * T].reshape(shape)

@@ -2,14 +2,14 @@
 
     loss = sum_m w_m * S_m / W_m        S_m = sum of the head's weighted cross-entropies, W_m = sum of its weights
 
-S and W travel as a pair to the very end. W_m depends on the targets alone, so it is taken over the whole batch, all
-micro-batches and devices, before any gradient is formed; each micro-batch then contributes w_m / W_m * S_m, and their
-sum is the loss of the whole batch, whatever the packing, accumulation or sharding.
+S and W are kept as a pair; the division comes last. W_m depends only on the targets, so it is computed first, over the
+whole batch: all micro-batches and devices. Each micro-batch then contributes w_m / W_m * S_m. The sum of these is the
+loss of the whole batch, for any packing, accumulation or sharding.
 
-What the sum weighs (Gloeckle et al. 2024, section 5): for the next two tokens X, Y the best predictors lose
-H(X) + H(Y) = H(X|Y) + 2 I(X;Y) + H(Y|X), while the next-token loss is H(X) + H(Y|X) = H(X|Y) + I(X;Y) + H(Y|X). What
-two tokens share counts twice: with n heads a choice that decides what follows takes part in n (n+1) / 2 terms, a token
-that decides nothing in n.
+How this loss differs from the next-token loss (Gloeckle et al. 2024, section 5): for the next two tokens X, Y the best
+predictors lose H(X) + H(Y) = H(X|Y) + 2 I(X;Y) + H(Y|X). The next-token loss is H(X) + H(Y|X) = H(X|Y) + I(X;Y) +
+H(Y|X). So the mutual information counts twice. With n heads, a token that determines the tokens after it takes part in
+n (n+1) / 2 terms; a token that determines nothing takes part in n.
 """
 
 import dataclasses
@@ -28,24 +28,24 @@ XENT = {"fused": fused_xent, "remat": remat_xent}
 
 
 class HeadSums(NamedTuple):
-    """Sums over tokens for every head; divide by `weight_M` at the very end."""
+    """Sums over tokens for every head. The division by `weight_M` comes last; see `means`."""
 
     ce_M: jax.Array
     """Weighted cross-entropy in nats."""
     correct_M: jax.Array
-    """Weight of the tokens whose target is the arg-max."""
+    """Sum of the weights of tokens with the target as the arg-max."""
     top5_M: jax.Array
-    """Weight of the tokens whose target is among the five largest logits."""
+    """Sum of the weights of tokens with the target among the five largest logits."""
     weight_M: jax.Array
-    """Weight of all tokens."""
+    """Sum of all weights."""
     outside_M: jax.Array
-    """Weight of further tokens, whose target the head cannot predict: see `heads.draft_vocab`."""
+    """Sum of the weights of further tokens: those with a target outside the draft vocabulary."""
 
     def means(self) -> dict[str, jax.Array]:
-        """`loss`, `top1` and `top5` of every head; 0 / 0 (a head without targets) is nan, not a made-up number.
+        """The means `loss`, `top1` and `top5` of every head; nan (0 / 0) for a head without targets.
 
-        With a draft vocabulary also `outside`, the share of targets that a head cannot predict. The loss is that of the
-        others; `top1` and `top5` are shares of all targets, as acceptance is.
+        With a draft vocabulary also `outside`, the share of targets outside it. `loss` is over the other targets.
+        `top1` and `top5` are shares of all targets, as the acceptance of drafts is.
         """
         all_M = self.weight_M + self.outside_M
         found = bool(np.any(np.asarray(self.outside_M)))
@@ -55,7 +55,7 @@ class HeadSums(NamedTuple):
 
 
 def head_scale(weight_sum_M: jax.Array, head_weights: tuple[float, ...] | jax.Array) -> jax.Array:
-    """w_m / W_m, and 0 for a head without a single target.
+    """w_m / W_m; 0 for a head without targets.
 
     Args:
       weight_sum_M: W_m over the whole batch.
@@ -63,7 +63,7 @@ def head_scale(weight_sum_M: jax.Array, head_weights: tuple[float, ...] | jax.Ar
     """
     w_M = jnp.asarray(head_weights, jnp.float32)
     if w_M.shape != weight_sum_M.shape:
-        raise UserError(f"head_weights has shape {w_M.shape}, the heads' sums {weight_sum_M.shape}; one per head each")
+        raise UserError(f"head_weights has shape {w_M.shape}, not {weight_sum_M.shape}; give one weight per head")
     return jnp.where(weight_sum_M > 0, w_M / jnp.where(weight_sum_M > 0, weight_sum_M, 1), 0)
 
 
@@ -82,10 +82,10 @@ def mtp_loss(
     teacher_table: jax.Array | None = None,
     skip: bool = True,
 ) -> tuple[jax.Array, HeadSums]:
-    """This micro-batch's share of the loss, and its sums for reporting.
+    """The contribution of this micro-batch to the loss, and its sums for reporting.
 
-    With `spec.mix` above 0 every extra head is taught by the next-token head: for its target t+1+m, by the
-    distribution that head 0 has at t+m, which has seen the tokens in between.
+    With `spec.mix` above 0, head 0 is the teacher of every extra head. For the target t+1+m the teacher is the
+    distribution of head 0 at t+m, which has seen the tokens in between.
 
     Args:
       hidden_MBTD: final-normed states of every head.
@@ -95,16 +95,16 @@ def mtp_loss(
       scale_M: `head_scale` of the whole batch.
       spec: options of the cross-entropy; smoothing applies to every head, mix to the extra ones.
       impl: `fused` or `remat`.
-      learn_MBT: token weights of the loss, where they are others than those of the sums.
-      skip: leave tokens without weight out of the logits. Without it their number is fixed, which is easier to reason
-        about for a compiler.
-      frozen: only the extra heads learn: no gradient for head 0's states, nor for an unembedding shared with it.
-      own: whether the extra heads' tables are theirs; by default they are where there is one per head. Rows of head 0's
-        table, for a draft vocabulary, are not.
-      teacher_table: head 0's unembedding for the tokens that the extra heads predict, where those are a part of all.
+      learn_MBT: token weights of the loss, if they differ from the weights of the sums.
+      skip: compute no logits for tokens without weight. If False, the number of logits is fixed, which a compiler can
+        analyse.
+      frozen: only the extra heads learn: no gradient for the states of head 0, or for an unembedding shared with it.
+      own: whether the extra heads have unembeddings of their own. The default is True if there is one table per head.
+        Rows of head 0's table, for a draft vocabulary, are not their own.
+      teacher_table: head 0's unembedding for the draft vocabulary, if the extra heads have one.
 
     Returns:
-      The scalar to differentiate, and the per-head sums (no gradient).
+      The scalar to differentiate, and the sums per head (no gradient).
     """
     _check(hidden_MBTD, tables, targets_MBT, weights_MBT, scale_M, impl)
     own = isinstance(tables, tuple) if own is None else own
@@ -137,12 +137,12 @@ def mtp_loss(
 
 
 def _wanted(weights_MBT: jax.Array, learn_MBT: jax.Array | None) -> jax.Array:
-    """Tokens that count in the sums or in the loss."""
+    """The tokens that count in the sums or in the loss."""
     return weights_MBT != 0 if learn_MBT is None else (weights_MBT != 0) | (learn_MBT != 0)
 
 
 def _check(hidden_MBTD: Any, tables: Any, targets_MBT: Any, weights_MBT: Any, scale_M: Any, impl: str) -> None:
-    """Shapes that do not belong together would be broadcast, or fail far from here."""
+    """Checks the shapes. Without it, wrong shapes would be broadcast, or fail far from here."""
     if hidden_MBTD.ndim != 4:
         raise UserError(f"mtp_loss: hidden_MBTD has shape {hidden_MBTD.shape}; [heads, batch, time, width] is needed")
     M, B, T, D = hidden_MBTD.shape
@@ -152,7 +152,7 @@ def _check(hidden_MBTD: Any, tables: Any, targets_MBT: Any, weights_MBT: Any, sc
         ("scale_M", scale_M, (M,)),
     ):
         if jnp.shape(array) != shape:
-            raise UserError(f"mtp_loss: {name} has shape {jnp.shape(array)}, hidden_MBTD asks for {shape}")
+            raise UserError(f"mtp_loss: {name} has shape {jnp.shape(array)}, but hidden_MBTD needs {shape}")
     if isinstance(tables, tuple) and len(tables) != M:
         raise UserError(f"mtp_loss: {len(tables)} tables for {M} heads; give one [V, D] per head, or one for all")
     for table in tables if isinstance(tables, tuple) else (tables,):
@@ -165,8 +165,8 @@ def _check(hidden_MBTD: Any, tables: Any, targets_MBT: Any, weights_MBT: Any, sc
 
 
 def _parts(M: int, tables: Any, apart: bool) -> list[slice]:
-    """Heads that go through the cross-entropy together: neighbours with one table, head 0 by itself where it is another
-    case than the others."""
+    """Groups of heads that go through the cross-entropy together: neighbours that share a table. With `apart`, head 0
+    is a separate group."""
 
     def same(m: int) -> bool:
         return not isinstance(tables, tuple) or tables[m] is tables[m - 1]
@@ -176,7 +176,8 @@ def _parts(M: int, tables: Any, apart: bool) -> list[slice]:
 
 
 def _teacher(hidden_BTD: jax.Array, tables: Any, table: jax.Array | None, heads: slice) -> Teacher:
-    """Head 0's states m positions ahead, for every head m of the slice; zeros beyond the row, where no target is."""
+    """The states of head 0 m positions ahead, for every head m of the slice. Beyond the row, where no target is, they
+    are zeros."""
     states = [ahead(hidden_BTD, m) for m in range(heads.start, heads.stop)]
     if table is None:
         table = tables[0] if isinstance(tables, tuple) else tables

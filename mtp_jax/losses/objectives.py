@@ -1,7 +1,7 @@
-"""What a token's logits are worth, and the derivative: the part of the cross-entropy that objectives differ in.
+"""The loss term of one token, given its logits, and the derivative of the term. Objectives differ in this term.
 
-With z the student's logits, q = softmax(z), y the target (one token, or a distribution over a few), and p = softmax of
-the teacher's logits, a token's term is
+Let z be the student's logits, q = softmax(z), y the target (one token, or a distribution over a few), and p the softmax
+of the teacher's logits. The term of a token is
 
     (1 - mix) [(1 - s) ce(y) + s mean_v ce(v)] + mix D(p, q) + z_loss lse(z)^2        s: label smoothing
 
@@ -10,8 +10,8 @@ the teacher's logits, a token's term is
     lk_alpha   D = -log a                                                     accepted by rejection sampling against p
     lk_lambda  D = l kl + (1 - l) tv,   l = exp(-3 a), held fixed             (LK losses, arXiv:2602.23881)
 
-Without a teacher mix is 0. The teacher gets no gradient. Functions are over a chunk of C tokens and the part of the
-vocabulary that a shard holds; `total` sums over the last axis and over all shards.
+Without a teacher, mix is 0. The teacher gets no gradient. The functions work on a chunk of C tokens and on the part of
+the vocabulary that a shard holds. `total` sums over the last axis and over all shards.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ import jax.numpy as jnp
 Distance = Literal["kl", "tv", "lk_alpha", "lk_lambda"]
 Total = Callable[[jax.Array], jax.Array]
 LEAST = 1e-30
-"""Keeps logarithms of an acceptance that is zero finite."""
+"""Lower bound of an acceptance rate, so that its logarithm is finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Static options of a token's term.
+    """Static options of the term of a token.
 
     Attributes:
       z_loss: coefficient of logsumexp^2.
       smoothing: s, the share of the target that is spread over the vocabulary.
       distance: D.
-      mix: the share of D, 0..1; above 0 a teacher is needed.
+      mix: the share of D, from 0 to 1; a mix above 0 needs a teacher.
     """
 
     z_loss: float = 0.0
@@ -45,14 +45,16 @@ class Objective:
 
 
 class Softmax(NamedTuple):
-    """Logits of a chunk in the pieces that the terms need."""
+    """The logits of a chunk, and values computed from them."""
 
     z_CV: jax.Array
+    """The logits."""
     exp_CV: jax.Array
     """exp(z - max)."""
     sum_C: jax.Array
-    """Sum of those over the whole vocabulary."""
+    """Sum of `exp_CV` over the whole vocabulary."""
     lse_C: jax.Array
+    """logsumexp(z) over the whole vocabulary."""
 
 
 def token_terms(
@@ -64,9 +66,9 @@ def token_terms(
       objective: static options.
       soft: the student's logits.
       ce_C: cross-entropy with the target.
-      teacher: the teacher's logits, where mix is above 0.
+      teacher: the teacher's logits, if mix is above 0.
       total: sums over the vocabulary.
-      vocab: its size over all shards.
+      vocab: size of the vocabulary over all shards.
     """
     term_C = ce_C
     if objective.smoothing:
@@ -100,7 +102,8 @@ def _probs(soft: Softmax) -> jax.Array:
 def logit_gradient(
     objective: Objective, soft: Softmax, target_CV: jax.Array, teacher: Softmax | None, total: Total, vocab: int
 ) -> jax.Array:
-    """The derivative of `token_terms` by the student's logits; `target_CV` is the target as a distribution."""
+    """The derivative of `token_terms` with respect to the student's logits. `target_CV` is the target as a
+    distribution."""
     hard = 1 - objective.mix
     s = objective.smoothing
     scale_C = (hard + 2 * objective.z_loss * soft.lse_C) / soft.sum_C
@@ -113,7 +116,7 @@ def logit_gradient(
 
 
 def _distance_gradient(name: Distance, soft: Softmax, teacher: Softmax, total: Total) -> jax.Array:
-    """Through q: dD/dz_v = q_v (g_v - sum_u q_u g_u) with g = dD/dq, which for kl is q - p."""
+    """The derivative of D with respect to z: dD/dz_v = q_v (g_v - sum_u q_u g_u) with g = dD/dq. For kl it is q - p."""
     p_CV = _probs(teacher)
     q_CV = _probs(soft)
     if name == "kl":

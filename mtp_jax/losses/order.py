@@ -1,13 +1,13 @@
-"""Token order prediction: rank upcoming tokens by how soon they come (TOP, arXiv:2508.19228).
+"""Token order prediction: ranks the coming tokens by how soon they occur (TOP, arXiv:2508.19228).
 
-An unembedding of its own reads the next-token head's states and is trained, by the list-wise loss of ListNet, towards
-softmax(W - d) over the tokens that occur within W positions, d being the distance to a token's first occurrence. For
-the row `a b a c` and W = 3, position 0 has the targets
+A second unembedding reads the states of head 0. It is trained with the list-wise loss of ListNet. The target is
+softmax(W - d) over the tokens that occur within the next W positions; d is the distance to the first occurrence of a
+token. For the row `a b a c` and W = 3, position 0 has the targets
 
     token     b      a      c
     d         1      2      3        probabilities in proportion to exp(-1), exp(-2), exp(-3)
 
-Weights fall by e per position, so the targets of a window beyond 32 are those of 32 to 1e-14.
+Each position further away has 1/e of the weight. So a window above 32 gives the same targets as 32, up to 1e-14.
 """
 
 import jax
@@ -28,7 +28,7 @@ def order_targets(tokens_BT: jax.Array, segment_ids_BT: jax.Array, window: int) 
       window: W.
 
     Returns:
-      Targets [1, B, T, W], and weights [1, B, T]: 1 where anything follows.
+      Targets [1, B, T, W], and weights [1, B, T]: 1 if any token follows in the document.
     """
     far = min(window, FAR)
     ids = []

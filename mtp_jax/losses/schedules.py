@@ -1,26 +1,26 @@
-"""How much each head counts, at each step of training.
+"""The weight of each head in the loss, at each step of training.
 
     w_0 = base_0        w_m = base_m * scale * decay^m * f(s) [ / (M-1) if averaged ]       m >= 1, s = step / steps
 
-with base 1 unless given. f is 1, or
+The default of base is 1. f is 1, or
 
     linear          from 1 to `final`
-    switch          1 before the share `at` of the steps, `final` after it
+    switch          1 while s is below `at`, and `final` after that
     sine, rsine     sin(s pi/2) and sin((1-s) pi/2)
-    forward         1 for the heads below floor(s M) + 1, else 0: one more head after each M-th of the steps
-    reverse         the mirror: from all heads to the next-token head alone
+    forward         1 for the heads below floor(s M) + 1, else 0: one more head after each M-th part of the steps
+    reverse         the reverse: from all heads to head 0 alone
 
 Known recipes, each with `M` heads in all:
 
-    Gloeckle et al. 2024      nothing set: every head counts 1
+    Gloeckle et al. 2024      the defaults: every head has weight 1
     Medusa-1                  decay 0.8
     DeepSeek-V3               scale 0.3, averaged, switch with final 1/3 at 0.68
     CAFT, phase 1 and 2       decay 0.8; then scale 0.01, rsine
     FastMTP                   decay 0.6
     Curriculum (2505.22757)   forward, reverse
 
-Head dropout keeps a random subset of the extra heads in each step and scales them up, so that the expected loss is that
-of all heads (Stern et al. 2018 train one head per step).
+Head dropout (`keep`) trains a random subset of the extra heads in each step. Their weights are scaled up, so that the
+expected loss is that of all heads (Stern et al. 2018 train one head per step).
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ class HeadSchedule:
 
     Attributes:
       base: one weight per head.
-      scale: of all extra heads.
-      decay: w_m holds decay^m.
-      average: divide the extra heads by their number.
-      shape: f.
+      scale: factor of all extra heads.
+      decay: head m has the factor decay^m.
+      average: divide the weights of extra heads by their number.
+      shape: the name of f.
       final: end value of linear and switch.
-      at: share of the steps at which switch switches.
-      keep: extra heads that train in a step; 0 is all.
-      steps: length of the run.
-      seed: of the subsets.
+      at: share of the steps after which switch takes its end value.
+      keep: number of extra heads that train in a step; 0 is all.
+      steps: number of steps of the run.
+      seed: seed of the random subsets.
     """
 
     base: tuple[float, ...]
@@ -62,7 +62,7 @@ class HeadSchedule:
 
 
 def head_weights(schedule: HeadSchedule, step: jax.Array) -> jax.Array:
-    """w_M at a step, counted from 0."""
+    """The weights w_M at a step. Steps are counted from 0."""
     M = len(schedule.base)
     head_M = jnp.arange(M)
     extra_M = jnp.arange(M) > 0
@@ -93,7 +93,7 @@ def _shape(schedule: HeadSchedule, share: jax.Array, head_M: jax.Array) -> jax.A
 
 
 def _subset(schedule: HeadSchedule, step: jax.Array, M: int) -> jax.Array:
-    """1 for `keep` of the heads 1..M-1, another choice in every step."""
+    """1 for head 0 and for `keep` of the heads 1..M-1, else 0. The choice differs in every step."""
     key = jax.random.fold_in(jax.random.key(schedule.seed), step)
     rank_M = jax.random.permutation(key, M - 1)
     return jnp.concatenate([jnp.ones(1), rank_M < schedule.keep])

@@ -1,7 +1,7 @@
-"""What each head has to predict, and where it has nothing to predict.
+"""The targets of each head, and the positions where a head has no target.
 
-Head m at position t predicts token t+1+m. The target counts only if it lies in the row and in the same document as
-position t. For M = 3 and a row that holds document `a b c d`, document `x y` and two tokens of padding:
+Head m at position t predicts token t+1+m. The target counts only if it is in the same row and in the same document as
+position t. For M = 3 and a row with the document `a b c d`, the document `x y` and two tokens of padding:
 
     token      a  b  c  d  x  y  .  .
     segment    1  1  1  1  2  2  0  0
@@ -24,16 +24,16 @@ def make_targets(
     Args:
       tokens_BT: token ids.
       segment_ids_BT: document of each token, in contiguous runs; 0 is padding.
-      num_future: M, prediction heads including the next-token head.
-      learn_BT: 1 for tokens that are to be learned, 0 for those that are context only (the prompt in fine-tuning).
+      num_future: M, the number of heads, head 0 included.
+      learn_BT: 1 for tokens that are learned, 0 for tokens that are only context (the prompt in fine-tuning).
 
     Returns:
       targets_MBT (int32, 0 where the weight is 0) and weights_MBT (float32, 0 or 1).
     """
     if num_future < 1 or tokens_BT.shape != getattr(segment_ids_BT, "shape", None):
         raise UserError(
-            f"make_targets: num_future={num_future} must be at least 1, and segment_ids_BT of the shape of tokens_BT, "
-            f"{tokens_BT.shape}; ones are one document per row"
+            f"make_targets: num_future={num_future} must be at least 1, and segment_ids_BT must have the shape of "
+            f"tokens_BT, {tokens_BT.shape}; for one document per row, give ones"
         )
     learned_BT = segment_ids_BT != 0
     if learn_BT is not None:
@@ -51,16 +51,17 @@ def make_targets(
 def draft_targets(
     targets_MBT: jax.Array, weights_MBT: jax.Array, place_V: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets and weights where the extra heads predict a part of the vocabulary only.
+    """Targets and weights for extra heads that predict only a draft vocabulary.
 
     Args:
-      targets_MBT: token ids; those of head 0 stay as they are.
-      weights_MBT: their weights.
-      place_V: where each token stands in the draft vocabulary, `count` or more where it does not.
-      count: N, tokens of the draft vocabulary.
+      targets_MBT: token ids. The targets of head 0 are not changed.
+      weights_MBT: weights of the targets.
+      place_V: for each token, its index in the draft vocabulary; `count` or more if it is not in it.
+      count: N, size of the draft vocabulary.
 
     Returns:
-      targets_MBT, for extra heads as places in the draft vocabulary, and weights_MBT, 0 where the target is not in it.
+      targets_MBT and weights_MBT. For extra heads, a target is an index in the draft vocabulary, and its weight is 0 if
+      the token is not in it.
     """
     place_MBT = place_V[targets_MBT[1:]]
     there_MBT = place_MBT < count
@@ -69,6 +70,6 @@ def draft_targets(
 
 
 def ahead(x_BT: jax.Array, offset: int) -> jax.Array:
-    """x[b, t + offset] at [b, t], zeros beyond the row; further axes stay as they are."""
+    """x[b, t + offset] at [b, t]; zeros beyond the end of the row. Further axes are not changed."""
     offset = min(offset, x_BT.shape[1])
     return jnp.pad(x_BT[:, offset:], ((0, 0), (0, offset), *[(0, 0)] * (x_BT.ndim - 2)))

@@ -1,20 +1,21 @@
-"""Cross-entropy of a linear unembedding, without ever holding more than one chunk of logits.
+"""Cross-entropy of a linear unembedding W, with at most one chunk of logits in memory.
 
-All heads share the unembedding, so one loop walks over the chunks of all heads, head after head. In the fused form it
-does all the work while a chunk's logits [C, V] are alive:
+If heads share the unembedding, one loop goes over the chunks of all these heads, head after head. The fused form does
+all the work while a chunk's logits [C, V] are in memory:
 
     logits = h W^T      loss += sum_c weight_c term_c      dh = dlogits W      dW^T += h^T dlogits
 
-The loss is linear in its cotangent, so the backward pass only multiplies the stored dh and dW by it: three matrix
-products per chunk, nothing recomputed, and one float32 dW however many heads there are. Without a gradient the loop
-does the first product only.
+The loss is linear in its cotangent, so the backward pass only multiplies the stored dh and dW by it. This needs three
+matrix products per chunk, no recomputation, and one float32 dW for any number of heads. If no gradient is needed, the
+loop computes only the first product.
 
-Tokens that nobody asks for (context in fine-tuning, padding, positions without a mask token) can be left out: chunks
-are gathered from those that are wanted, and the loop ends with the last of them.
+Tokens that are not wanted (context in fine-tuning, padding, positions without a mask token) can be skipped. Then the
+chunks are gathered from the wanted tokens only, and the loop stops after the last of them.
 
-With devices on a mesh the loop runs inside `shard_map`: chunks never cross a shard. W is gathered once before the loop,
-dW is summed locally and reduced once after it; or, with `gather_chunks`, both in every chunk: then all of W, and the
-chunk's own dW, live as long as a chunk. With the vocabulary sharded only maxima, sums and dh of a chunk travel.
+On a mesh the loop runs inside `shard_map`, and chunks never cross a shard. W is gathered once before the loop. dW is
+summed locally, and reduced once after the loop. With `gather_chunks` both happen in every chunk, so that the whole W
+and the dW of a chunk are in memory only for the time of a chunk. If the vocabulary is sharded, only maxima, sums and dh
+of a chunk are sent between devices.
 """
 
 from typing import Any, NamedTuple
@@ -44,15 +45,15 @@ from mtp_jax.losses.objectives import token_terms
 
 
 class Xent(NamedTuple):
-    """What one pass over the logits gives. Only `loss` carries a gradient."""
+    """The results of one pass over the logits. Only `loss` has a gradient."""
 
     loss: jax.Array
     """Scalar: sum over tokens of weight * term; see `objectives`."""
     ce_MBT: jax.Array
     """Cross-entropy of every token with its target in nats, unweighted; 0 for a token that is not wanted."""
     rank_MBT: jax.Array
-    """Vocabulary entries whose logit is at least the target's: 1 means the target is the only arg-max, k or less means
-    that it is among the top k; 0 for a token that is not wanted."""
+    """Number of logits that are at least as large as the target's. 1 means that the target is the only arg-max; k or
+    less means that it is among the top k. 0 for a token that is not wanted."""
 
 
 def fused_xent(
@@ -64,7 +65,7 @@ def fused_xent(
     teacher: Teacher | None = None,
     wanted_MBT: jax.Array | None = None,
 ) -> Xent:
-    """Weighted sum of the tokens' terms, with gradients formed in the forward loop.
+    """The weighted sum of the terms of all tokens. Its gradients are computed in the forward loop.
 
     Args:
       hidden_MBTD: final-normed states of every head; their dtype is the dtype of the matrix products.
@@ -72,11 +73,12 @@ def fused_xent(
       targets: target ids [M, B, T] in [0, V), or `SoftTargets`.
       weights_MBT: weight of every token, head weights and normalisation included; 0 drops a token.
       spec: static options.
-      teacher: for `spec.mix` above 0.
-      wanted_MBT: bool; the other tokens cost nothing and count nothing, whatever their weight. None is all of them.
+      teacher: the teacher, for `spec.mix` above 0.
+      wanted_MBT: bool, the tokens to compute. Other tokens cost nothing and count nothing, whatever their weight. None
+        computes all tokens.
 
     Returns:
-      An `Xent`. `loss` is differentiable in the states, the table and the weights.
+      An `Xent`. `loss` is differentiable with respect to the states, the table and the weights.
     """
     if not spec.learn_table:
         table_VD = jax.lax.stop_gradient(table_VD)
@@ -94,9 +96,10 @@ def remat_xent(
     teacher: Teacher | None = None,
     wanted_MBT: jax.Array | None = None,
 ) -> Xent:
-    """The same sum as `fused_xent`, by a checkpoint around each head's chunk of logits: simpler, one product more.
+    """The same sum as `fused_xent`, with `jax.checkpoint` around each chunk of logits.
 
-    Placement on a mesh is left to the partitioner, and every token is computed.
+    It is simpler, and needs one matrix product more per chunk. On a mesh, XLA's partitioner places the arrays. All
+    tokens are computed.
     """
     V = table_VD.shape[0]
     if wanted_MBT is not None:
@@ -130,7 +133,7 @@ def remat_xent(
 
 
 def token_entropy(hidden_MBTD: jax.Array, table_VD: jax.Array, spec: XentSpec) -> jax.Array:
-    """Entropy in nats of every head's distribution at every position, [M, B, T], chunk by chunk, without a gradient."""
+    """Entropy in nats of every head's prediction at every position, [M, B, T], computed in chunks, without gradient."""
     hidden_MBTD, table_VD = jax.lax.stop_gradient((hidden_MBTD, table_VD))
 
     def local(hidden_MBTD: jax.Array, table_VD: jax.Array) -> jax.Array:

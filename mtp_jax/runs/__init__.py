@@ -1,1 +1,1 @@
-"""A run on disk, and its processes."""
+"""The files of a run, and the processes that train it."""

@@ -1,8 +1,8 @@
-"""What a run takes over from the model that it started from, so that it needs that directory no longer.
+"""Files that a run copies from the model that it started from, so that it does not need that directory any more.
 
-An import keeps the Hugging Face checkpoint that it was in the folder `hf`, without the weights: config, tokenizer, chat
-template, generation config, and tensors that nothing of ours came from. A run that starts from an import, or from a run
-with such a folder, gets a copy, and `start.json` says whether there was one: if the folder is lost, that is noticed.
+An import keeps parts of the original Hugging Face checkpoint in the folder `hf`: config, tokenizer, chat template,
+generation config, and the tensors that our model does not use. A run that starts from an import, or from a run with
+such a folder, gets a copy of it. `start.json` records whether there was such a folder, so that its loss is noticed.
 """
 
 import json
@@ -15,7 +15,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import write_atomically
 
 ORIGIN = "hf"
-"""Folder of an import, and of runs that started from it."""
+"""Folder with files of the original checkpoint, in an import and in runs that started from one."""
 START = "start.json"
 
 
@@ -23,38 +23,39 @@ def note_start(workdir: pathlib.Path, source: str, has_origin: bool) -> None:
     """Writes start.json.
 
     Args:
-      workdir: of an import, or of a run that started from another one.
-      source: what it was made from.
+      workdir: directory of an import, or of a run that started from another one.
+      source: the directory or name that it started from.
       has_origin: whether it must have the folder `hf`.
     """
     write_atomically(workdir / START, json.dumps({"from": source, "origin": has_origin}) + "\n")
 
 
 def is_noted(workdir: pathlib.Path) -> bool:
-    """Whether a run holds all that it takes over; runs of earlier versions do not."""
+    """Whether a run has its own copy of these files. Runs of earlier versions have none."""
     return (workdir / START).is_file()
 
 
 def origin_folder(workdir: pathlib.Path, config: Config) -> pathlib.Path | None:
-    """Where the Hugging Face checkpoint is kept that a model was before it was imported; None if it was none.
+    """The folder with the files of the original Hugging Face checkpoint; None if the model was not imported.
 
     Raises:
-      UserError: the folder should be there and is not.
+      UserError: the folder is missing.
     """
     folder = workdir / ORIGIN
     if folder.is_dir():
         return folder
     if is_noted(workdir):
         if _said_origin(workdir):
-            raise UserError(f"{folder} is missing: tokenizer, end tokens and what export needs lie there; put it back")
+            raise UserError(f"{folder} is missing: it holds tokenizer, end tokens and files for export; put it back")
         return None
     source = pathlib.Path(config.train.init_from).expanduser()
     if not config.train.init_from:
         return None
     if not (source / "config.json").is_file():
         raise UserError(
-            f"{workdir} started from {str(source)!r}, which is not there; if that was an import, its tokenizer and end "
-            f'tokens are needed. Put it back; if it was none, write {{"origin": false}} into {workdir / START}'
+            f"{workdir} started from {str(source)!r}, which does not exist any more; if that was an import, its "
+            "tokenizer and end tokens are needed: put it back. If it was not an import, write "
+            f'{{"origin": false}} into {workdir / START}'
         )
     return origin_folder(source, from_json((source / "config.json").read_text(encoding="utf-8"), str(source)))
 
@@ -64,16 +65,16 @@ def _said_origin(workdir: pathlib.Path) -> bool:
     try:
         return bool(json.loads(path.read_text(encoding="utf-8"))["origin"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is damaged; write {{"origin": true}} into it for what came of an import') from error
+        raise UserError(f'{path} is damaged; if this run started from an import, write {{"origin": true}}') from error
 
 
 def inherit(workdir: pathlib.Path, source: str, folder: pathlib.Path | None) -> None:
-    """Copies what a run takes over into it, in place of what it took over before.
+    """Copies the source's files into a run. They replace the files of an earlier source.
 
     Args:
       workdir: the run.
-      source: what it starts from.
-      folder: the source's `origin_folder`.
+      source: the directory or name that the run starts from.
+      folder: `origin_folder` of the source.
     """
     ours = workdir / ORIGIN
     fresh = workdir / f"{ORIGIN}.new"
@@ -87,14 +88,14 @@ def inherit(workdir: pathlib.Path, source: str, folder: pathlib.Path | None) -> 
 
 
 def disinherit(workdir: pathlib.Path) -> None:
-    """Takes away what an earlier beginning of a run took over."""
+    """Removes the files that an earlier attempt of a run copied."""
     if is_noted(workdir):
         shutil.rmtree(workdir / ORIGIN, ignore_errors=True)
         (workdir / START).unlink()
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Tensors, which nobody edits, take no space twice where the file system can share them."""
+    """Copies a file. Tensor files, which nobody edits, are hard-linked if the file system can do that."""
     if source.endswith(".safetensors"):
         try:
             os.link(source, target)

@@ -1,11 +1,12 @@
-"""Checkpoints of a run: saved in the background by Orbax, checked byte for byte before they are loaded.
+"""Checkpoints of a run: Orbax saves them in the background; every file is checked before a checkpoint is loaded.
 
 A run's directory holds `config.json` and, for every checkpoint, `checkpoints/<step>/{state,data,meta,manifest.json}`.
-Orbax makes a save atomic, by renaming a finished temporary directory, and restores onto any mesh. What it does not do
-is notice damage: a flipped bit in the array data of a committed checkpoint is restored without a word. So every save
-lists the size and CRC-32 of its files in a manifest that is committed together with them, and a restore reads the
-manifest first. The newest whole checkpoint is used; a broken one is reported and moved aside, never deleted, and a run
-whose checkpoints are all broken does not silently begin again.
+Orbax makes a save atomic, by renaming a finished temporary directory, and restores onto any mesh. But Orbax does not
+notice damage: it restores a checkpoint with a flipped bit without an error. So every save also commits a manifest with
+the size and CRC-32 of its files, and a restore checks the files against the manifest first.
+
+A run continues from the newest undamaged checkpoint. A broken one is reported and moved aside, but never deleted. If
+all checkpoints are broken, that is an error: the run does not silently start from scratch.
 """
 
 import itertools
@@ -29,7 +30,7 @@ from mtp_jax.runs.workdir import CHECKPOINTS, saved_steps
 from mtp_jax.trees import by_path
 
 VERSION = 1
-"""Layout of a checkpoint, stored in its `meta`."""
+"""Version of the layout of a checkpoint, stored in its `meta`."""
 
 
 Notify = Callable[[str], None]
@@ -39,21 +40,21 @@ class Resumable(Protocol):
     """The two methods of a Grain dataset iterator that a checkpoint needs; the state must be JSON."""
 
     def get_state(self) -> dict[str, Any]:
-        """Where the iterator stands."""
+        """The position of the iterator."""
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to where `get_state` was called."""
+        """Moves to the position that `get_state` returned."""
 
 
 class Restored(NamedTuple):
-    """What a whole checkpoint holds."""
+    """The content of an undamaged checkpoint."""
 
     state: Any
     step: int
     data: dict[str, Any]
     """The position of the data iterator."""
     broken: dict[int, str]
-    """Newer checkpoints, and why they were passed over."""
+    """Newer checkpoints that are damaged, with the reason for each."""
 
 
 class Checkpoints:
@@ -61,8 +62,8 @@ class Checkpoints:
 
     Args:
       workdir: the run's directory.
-      keep: newest checkpoints kept on disk.
-      notify: receives one line whenever a broken checkpoint was passed over.
+      keep: number of newest checkpoints that stay on disk.
+      notify: is called with one line for every broken checkpoint that was skipped.
     """
 
     def __init__(self, workdir: pathlib.Path | str, keep: int, notify: Notify) -> None:
@@ -90,14 +91,14 @@ class Checkpoints:
         self.close()
 
     def latest_step(self) -> int | None:
-        """The newest step on disk or being saved; None before the first save."""
+        """The newest step that is on disk or being saved; None before the first save."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, iterator: Resumable) -> None:
-        """Starts saving and returns once the arrays are copied, so `state` may be donated at once.
+        """Starts a save, and returns when the arrays are copied. The caller may then donate `state`.
 
         Args:
-          step: number of finished steps; saving the newest step once more does nothing.
+          step: number of finished steps. If this step is saved already, nothing happens.
           state: a tree of arrays.
           iterator: the data iterator, whose position is saved with the state.
 
@@ -107,7 +108,7 @@ class Checkpoints:
         self.wait()
         if step == self.latest_step():
             return
-        # The writer thread must not see the iterator move on, hence the copy through JSON.
+        # A copy (through JSON): the iterator moves on while the writer thread still uses the position.
         position = json.loads(json.dumps(iterator.get_state()))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -121,7 +122,7 @@ class Checkpoints:
             raise self._save_failed(error) from error
 
     def wait(self) -> None:
-        """Returns when nothing is being saved; raises UserError when the save in the background failed."""
+        """Waits until nothing is being saved. Raises UserError if the save in the background failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -132,7 +133,7 @@ class Checkpoints:
         step = self._saving
         self._saving = None
         if jax.process_index() == 0:
-            # What was written so far may be what filled the disk.
+            # The incomplete files may be what filled the disk.
             for part in self._root.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(part, ignore_errors=True)
         self._manager.reload()
@@ -149,17 +150,17 @@ class Checkpoints:
             write_manifest(directory)
 
     def restore_latest(self, abstract_state: Any, iterator: Resumable) -> tuple[Any, int] | None:
-        """Loads the newest whole checkpoint, bit for bit, and moves the iterator to where it was saved.
+        """Loads the newest undamaged checkpoint, and moves the iterator to the saved position.
 
         Args:
-          abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings wanted, on any mesh.
-          iterator: the data iterator to move.
+          abstract_state: a tree of `jax.ShapeDtypeStruct` with the wanted shardings, on any mesh.
+          iterator: the data iterator.
 
         Returns:
-          The state and its step, or None when nothing was ever saved.
+          The state, bit for bit as saved, and its step; None if nothing was ever saved.
 
         Raises:
-          UserError: there are checkpoints, but none is whole, or they hold another model.
+          UserError: all checkpoints are damaged, or they hold another model.
         """
         self.wait()
         restored = read_latest(self._root.parent, abstract_state)
@@ -170,7 +171,7 @@ class Checkpoints:
         return restored.state, restored.step
 
     def move_aside(self, restored: Restored) -> None:
-        """Renames the broken checkpoints that were passed over, and says so."""
+        """Renames the broken checkpoints that were skipped, and reports each with `notify`."""
         for step, reason in restored.broken.items():
             path = self._root / str(step)
             names = (self._root / f"broken-{step}-{n}" for n in itertools.count())
@@ -178,14 +179,14 @@ class Checkpoints:
             if jax.process_index() == 0:
                 path.rename(aside)
             self._notify(
-                f"checkpoint {path} is broken ({reason}); moved to {aside.name}, going on from step {restored.step}"
+                f"checkpoint {path} is broken ({reason}); moved to {aside.name}, continuing from step {restored.step}"
             )
         if restored.broken:
-            from_first(0)  # Every process lists the directory after the renames.
+            from_first(0)  # waits for the renames of process 0, before every process lists the directory
             self._manager.reload()
 
     def close(self) -> None:
-        """Waits for the save in the background, as `wait` does, and stops the threads."""
+        """Waits for the save in the background, like `wait`, and stops the threads."""
         try:
             self.wait()
         finally:
@@ -193,14 +194,14 @@ class Checkpoints:
 
 
 def read_latest(workdir: pathlib.Path | str, abstract_state: Any) -> Restored | None:
-    """The newest whole checkpoint of a run, bit for bit; None when nothing was ever saved. Writes nothing.
+    """Reads the newest undamaged checkpoint of a run. Returns None if nothing was ever saved. Writes nothing.
 
     Args:
       workdir: the run's directory.
-      abstract_state: a tree of `jax.ShapeDtypeStruct` with the shardings wanted, on any mesh.
+      abstract_state: a tree of `jax.ShapeDtypeStruct` with the wanted shardings, on any mesh.
 
     Raises:
-      UserError: there are checkpoints, but none is whole, or they hold another model.
+      UserError: all checkpoints are damaged, or they hold another model.
     """
     root = pathlib.Path(workdir).absolute() / CHECKPOINTS
     steps = saved_steps(root)
@@ -227,26 +228,26 @@ def _saved_json(item: pathlib.Path) -> dict[str, Any]:
 def restore_params(
     workdir: pathlib.Path | str, abstract_params: Any, step: int | None = None, *, notify: Notify
 ) -> tuple[Any, int]:
-    """Loads the parameters of a checkpoint and leaves its optimizer state and the directory alone.
+    """Loads only the parameters of a checkpoint, without the optimizer state. Writes nothing.
 
     Args:
       workdir: the run's directory.
-      abstract_params: a tree of `jax.ShapeDtypeStruct` with the shardings wanted; parameters it leaves out are not
-        read, and its dtypes may differ from the saved ones.
-      step: the step to load; None is the newest whole one.
-      notify: receives one line for every broken checkpoint that was passed over.
+      abstract_params: a tree of `jax.ShapeDtypeStruct` with the wanted shardings. Parameters that are not in it are not
+        read. Its dtypes may differ from the saved ones.
+      step: the step to load; None loads the newest undamaged checkpoint.
+      notify: is called with one line for every broken checkpoint that was skipped.
 
     Returns:
       The parameters and their step.
 
     Raises:
-      UserError: no such checkpoint, none that is whole, or a parameter that is missing or has another shape.
+      UserError: there is no such checkpoint, all are damaged, or a parameter is missing or has another shape.
     """
     root = pathlib.Path(workdir).absolute() / CHECKPOINTS
     steps = saved_steps(root)
     if not steps or step not in (None, *steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        have = f"it has {', '.join(map(str, steps))}" if steps else "train first, or name another directory"
+        have = f"it has {', '.join(map(str, steps))}" if steps else "train first, or give another directory"
         raise UserError(f"{root} holds {wanted}; {have}")
     tried = steps if step is None else [step]
     params, used, broken = _newest_whole(root, tried, lambda path: _restore_params(path, abstract_params))
@@ -267,7 +268,7 @@ def _restore_params(path: pathlib.Path, abstract_params: Any) -> Any:
 def _newest_whole(
     root: pathlib.Path, steps: list[int], restore: Callable[[pathlib.Path], Any]
 ) -> tuple[Any, int, dict[int, str]]:
-    """What `restore` makes of the newest whole checkpoint, its step, and why each newer one is broken."""
+    """The result of `restore` on the newest undamaged checkpoint, its step, and for each newer one why it is broken."""
     broken = {}
     for step in reversed(steps):
         restored, broken_because = _attempt(root / str(step), restore)
@@ -280,7 +281,7 @@ def _newest_whole(
 
 
 def _damage(path: pathlib.Path) -> str:
-    """What is wrong with a checkpoint's bytes, or with its name; "" if nothing is."""
+    """What is wrong with a checkpoint's files or its name; "" if nothing is wrong."""
     found = damage(path)
     if found:
         return found
@@ -289,9 +290,10 @@ def _damage(path: pathlib.Path) -> str:
 
 
 def _attempt(path: pathlib.Path, restore: Callable[[pathlib.Path], Any]) -> tuple[Any, str]:
-    """The restored value and "", or None and why the checkpoint is broken.
+    """Either the restored value and "", or None and why the checkpoint is broken.
 
-    Bytes that match their manifest are not broken, so what fails on them is somebody else's fault and is raised.
+    If the files match their manifest, the checkpoint is not broken. An error of `restore` then has another cause, and
+    is raised.
     """
     found = _damage(path) if jax.process_index() == 0 else ""
     if from_first(int(bool(found))):
@@ -300,12 +302,13 @@ def _attempt(path: pathlib.Path, restore: Callable[[pathlib.Path], Any]) -> tupl
 
 
 def _check_tree(path: pathlib.Path, abstract: Any, *, partial: bool) -> None:
-    """Raises unless the checkpoint holds the arrays of `abstract` and, if not partial, no others nor other dtypes."""
+    """Raises if an array of `abstract` is missing or has another shape; unless `partial`, also if the checkpoint has
+    further arrays or other dtypes."""
     saved = by_path(ocp.PyTreeCheckpointHandler().metadata(path / "state").tree)
-    remedy = "use the config beside it"
+    remedy = "use the config.json of its run"
     for name, leaf in by_path(abstract).items():
         if name not in saved:
-            raise UserError(f"{path} has no {name}, it was saved by another model; {remedy}")
+            raise UserError(f"{path} has no {name}: it was saved by another model; {remedy}")
         array = saved.pop(name)
         if tuple(array.shape) != leaf.shape or (array.dtype != leaf.dtype and not partial):
             here, there = (f"{np.dtype(x.dtype)}{list(x.shape)}" for x in (leaf, array))
@@ -315,5 +318,5 @@ def _check_tree(path: pathlib.Path, abstract: Any, *, partial: bool) -> None:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Keeps Orbax's traces off the terminal: whatever it logs as an error it raises as well, and we report that."""
+    """A log filter that hides the messages of Orbax. Orbax also raises every error that it logs, and we report that."""
     return f"{os.sep}orbax{os.sep}" not in record.pathname

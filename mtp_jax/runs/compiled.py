@@ -1,7 +1,7 @@
-"""Compiled programs on disk, beside what they were compiled for: the next start does not compile them again.
+"""Keeps compiled programs on disk, in the directory of the run or model, so that the next start does not compile again.
 
-A cache that the user has set (JAX_COMPILATION_CACHE_DIR, or jax's config) stays the one that is used. One that cannot
-be written costs a warning and the time to compile.
+If the user has set a cache (JAX_COMPILATION_CACHE_DIR, or jax's config), that cache is used instead. If the cache
+cannot be written, there is a warning, and programs are compiled at every start.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ _LEAST_SECONDS = 0.2
 
 
 def keep_compiled(directory: pathlib.Path | str) -> None:
-    """From here on compiled programs are kept under a directory, usually a run's."""
+    """From now on, keeps compiled programs in a folder of this directory, usually that of a run."""
     if jax.config.jax_compilation_cache_dir is None:
         _use(str(pathlib.Path(directory).absolute() / NAME), _LEAST_SECONDS)
 
 
 @contextlib.contextmanager
 def kept_compiled(directory: pathlib.Path | str) -> Iterator[None]:
-    """The same for the time of a `with` block."""
+    """Does the same for the time of a `with` block."""
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     keep_compiled(directory)
     try:
@@ -36,5 +36,5 @@ def kept_compiled(directory: pathlib.Path | str) -> Iterator[None]:
 def _use(directory: str | None, least_seconds: float) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
-    # jax opens its cache once.
+    # jax opens its cache only once; the reset makes it open the new one.
     compilation_cache.reset_cache()

@@ -1,11 +1,11 @@
-"""One run in several processes: how they find each other, agree with the first of them, and end together.
+"""One run in several processes: how they find each other, share the decisions of process 0, and end together.
 
 Every host starts the same command. Process 0 is the coordinator: it prepares the data, writes the metrics and prints
-messages. A process that is lost is noticed by its missing heartbeats, or at once where a connection to it breaks, and
-no process outlives another: whatever ends one of them ends all, each with one line, and the same command continues the
-run.
-JAX ends a process by abort when a heartbeat is missing, from a thread of its own and past every handler of Python. So
-the line for that case is left with a small process beside this one, which says it if this one ends without a word.
+messages. A lost process is noticed by its missing heartbeats, or at once if a connection to it breaks. If one process
+ends, all of them end, each with one line of explanation. The same command then continues the run.
+
+If a heartbeat is missing, JAX aborts the process from a C++ thread, so that no Python handler can run. For this case a
+small helper process holds the line, and prints it if the main process ends without a message.
 """
 
 import contextlib
@@ -34,39 +34,42 @@ T = TypeVar("T")
 PEER_LOST = 3
 """Exit status of a process that ends because another one did."""
 LONGEST_WAIT = 24 * 3600
-"""Seconds that processes wait while process 0 prepares the data; if it is lost meanwhile, heartbeats end them."""
+"""Most seconds that processes wait while process 0 prepares the data. If process 0 is lost, missing heartbeats end the
+wait earlier."""
 GRACE = 3
-"""Seconds that process 0 outlives an error of its own, so that others in the same trouble can say so themselves."""
+"""Seconds that process 0 waits before it exits with an error. Other processes with the same error can then print it,
+too."""
 
 _BROKEN = re.compile(r"gloo|nccl|socket|connection|by peer|heartbeat|coordination|UNAVAILABLE", re.IGNORECASE)
-_BARRIERS = itertools.count()  # a barrier's name may be used once, and all processes come to barriers in one order
+# The name of a barrier can be used only once. All processes reach the barriers in the same order.
+_BARRIERS = itertools.count()
 
-_SPEAKER = """
+_HELPER = """
 import signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 print("ready", flush=True)
-words = ""
+message = ""
 for line in sys.stdin:
-    words = line.strip()
-if words:
-    print("mtp: error: " + words, file=sys.stderr, flush=True)
+    message = line.strip()
+if message:
+    print("mtp: error: " + message, file=sys.stderr, flush=True)
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """Several processes that train one run together (docs/cluster.md). On a TPU slice, under srun and under mpirun
-    nothing of this has to be set."""
+    """Settings for several processes that train one run together (docs/cluster.md). On a TPU slice, under srun and
+    under mpirun you need none of them."""
 
     coordinator: str = ""
-    """HOST:PORT of process 0, the same for all; JAX_COORDINATOR_ADDRESS if empty."""
+    """HOST:PORT of process 0, the same for all processes; if empty, JAX_COORDINATOR_ADDRESS."""
     processes: int = 0
-    """How many there are; JAX_NUM_PROCESSES if 0. 1 is this process alone, wherever it runs."""
+    """Number of processes; if 0, JAX_NUM_PROCESSES. With 1, this process runs alone, also under a launcher."""
     process: int = -1
-    """Which one this is, from 0; JAX_PROCESS_ID if -1."""
+    """Number of this process, from 0; if -1, JAX_PROCESS_ID."""
     start_timeout: int = 300
-    """Seconds in which all of them must have started."""
+    """Seconds within which all processes must have started."""
     timeout: int = 100
     """Seconds without a heartbeat after which a process counts as lost and the others end."""
 
@@ -78,38 +81,38 @@ class Distributed:
 
 @contextlib.contextmanager
 def together(settings: Distributed) -> Iterator[None]:
-    """Starts `jax.distributed` for its block where there are several processes; alone it does nothing.
+    """Connects the processes with `jax.distributed` while the `with` block runs. A single process needs nothing.
 
-    Use it before anything asks for devices. If the block fails in one of several processes, that process says why and
-    exits at once, without the cleaning up that would wait for the others.
+    Call it before anything asks jax for devices. If the block fails in one of several processes, that process prints
+    the reason and exits at once. It skips the normal cleanup, which would wait for the other processes.
 
     Raises:
-      UserError: settings that do not fit each other, or (alone) whatever the block raises.
+      UserError: the settings contradict each other. In a single process, errors of the block pass through.
     """
     arguments = _arguments(settings)
     if arguments is None:
         yield
         return
     _keep_stdout()
-    with _LastWords() as words:
-        if not _initialize(arguments, settings, words):
+    with _LastMessage() as last:
+        if not _initialize(arguments, settings, last):
             yield
             return
         who = f"process {jax.process_index()} of {jax.process_count()}"
-        words.leave(
-            f"{who} was ended from outside, or because another one is gone; what stands above and the output of the "
+        last.set(
+            f"{who} was ended from outside, or because another one is gone; the lines above and the output of the "
             "others say which. Start all of them again: they continue from the last checkpoint"
         )
         try:
             yield
         except BaseException as error:
-            _end(who, error, words)
-        # Waits for the others, so that none of them takes the end of this one for a loss.
+            _end(who, error, last)
+        # Waits for the others. Otherwise they would take the end of this process for a loss.
         jax.distributed.shutdown()
 
 
 def _arguments(settings: Distributed) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` has to be told; None if this process is alone."""
+    """The arguments of `jax.distributed.initialize`; None if this process runs alone."""
     given = {
         "coordinator_address": settings.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None,
         "num_processes": settings.processes or _integer("JAX_NUM_PROCESSES"),
@@ -122,7 +125,7 @@ def _arguments(settings: Distributed) -> dict[str, Any] | None:
         return None
     if missing := [option for name, option in _OPTIONS.items() if name not in known]:
         if known and not _several_around():
-            raise UserError(f"several processes need {', '.join(missing)} as well; see docs/cluster.md")
+            raise UserError(f"several processes also need {', '.join(missing)}; see docs/cluster.md")
         return known
     if not (count > 1 and 0 <= index < count):
         raise UserError(f"--distributed.process={index} of --distributed.processes={count}; use 0 to {count - 1}")
@@ -147,7 +150,7 @@ def _integer(name: str) -> int | None:
 
 
 def _several_around() -> bool:
-    """Whether a launcher started several of us, or this is a host of a TPU slice: what JAX then finds out itself."""
+    """Whether a launcher started several processes, or this is a host of a TPU slice. JAX then finds the rest out."""
     environment = os.environ
     slurm = "SLURM_STEP_NODELIST" in environment and (_integer("SLURM_NTASKS") or 1) > 1
     mpi = (_integer("OMPI_COMM_WORLD_SIZE") or 1) > 1
@@ -155,10 +158,10 @@ def _several_around() -> bool:
     return slurm or mpi or (tpu and bool(glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")))
 
 
-def _initialize(arguments: dict[str, Any], settings: Distributed, words: "_LastWords") -> bool:
-    """Connects the processes; False where JAX finds none to connect with."""
+def _initialize(arguments: dict[str, Any], settings: Distributed, last: "_LastMessage") -> bool:
+    """Connects the processes. Returns False if JAX finds no other process."""
     where = arguments.get("coordinator_address", "the coordinator that JAX found")
-    words.leave(
+    last.set(
         f"not all processes met at {where} within {settings.start_timeout} seconds; start all of them, with an address "
         "that every host reaches and a port that is free on the host of process 0"
     )
@@ -176,12 +179,12 @@ def _initialize(arguments: dict[str, Any], settings: Distributed, words: "_LastW
         reason = " ".join(str(error).split())
         raise UserError(f"the processes could not be connected at {where}: {reason}") from error
     finally:
-        words.leave("")
+        last.set("")
     return jax.process_count() > 1
 
 
-def _end(who: str, error: BaseException, words: "_LastWords") -> NoReturn:
-    """Says what ended this process and exits."""
+def _end(who: str, error: BaseException, last: "_LastMessage") -> NoReturn:
+    """Prints why this process ends, and exits."""
     reason = " ".join(str(error).split())
     status = 1
     if isinstance(error, UserError):
@@ -202,56 +205,57 @@ def _end(who: str, error: BaseException, words: "_LastWords") -> NoReturn:
     print(f"mtp: error: {text}", file=sys.stderr, flush=True)
     if jax.process_index() == 0 and status != PEER_LOST:
         time.sleep(GRACE)
-    words.leave("")
-    words.close()
+    last.set("")
+    last.close()
     sys.stdout.flush()
     os._exit(status)
 
 
 def _keep_stdout() -> None:
-    """Gloo tells standard output about its connections; that belongs to standard error."""
+    """Redirects file descriptor 1 to standard error, because Gloo prints about its connections there. Python's own
+    output still goes to standard output."""
     sys.stdout.flush()
     ours = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(ours, "w", encoding="utf-8")
 
 
-class _LastWords:
-    """A small process that prints a line when this process ends, even if it is killed."""
+class _LastMessage:
+    """A helper process that prints a message when this process ends, even if this process is killed."""
 
-    def __enter__(self) -> "_LastWords":
-        command = [sys.executable, "-I", "-S", "-c", _SPEAKER]
+    def __enter__(self) -> "_LastMessage":
+        command = [sys.executable, "-I", "-S", "-c", _HELPER]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._speaker = subprocess.Popen(command, start_new_session=True, **pipes)
-        self._speaker.stdout.readline()  # from here on no signal ends it before its word
+        self._helper = subprocess.Popen(command, start_new_session=True, **pipes)
+        self._helper.stdout.readline()  # the helper is ready, and ignores signals from now on
         return self
 
-    def leave(self, line: str) -> None:
-        """Replaces the line; an empty one is silence. A speaker that was killed must not end the run."""
+    def set(self, message: str) -> None:
+        """Replaces the message; "" means that nothing is printed. If the helper was killed, the run goes on."""
         with contextlib.suppress(BrokenPipeError):
-            print(line, file=self._speaker.stdin, flush=True)
+            print(message, file=self._helper.stdin, flush=True)
 
     def close(self) -> None:
-        """Ends the speaker, which says its line if it has one."""
+        """Ends the helper, which prints its message if it has one."""
         with contextlib.suppress(BrokenPipeError):
-            self._speaker.stdin.close()
-        self._speaker.wait()
-        self._speaker.stdout.close()
+            self._helper.stdin.close()
+        self._helper.wait()
+        self._helper.stdout.close()
 
     def __exit__(self, *error: object) -> None:
-        self.leave("")
+        self.set("")
         self.close()
 
 
 def from_first(value: int) -> int:
-    """Process 0's value on every process, so that all take the same branch."""
+    """Returns the value of process 0 on every process, so that all take the same branch."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def list_from_first(values: list[int]) -> list[int]:
-    """Process 0's list on every process."""
+    """Returns the list of process 0 on every process."""
     if jax.process_count() == 1:
         return values
     count = from_first(len(values))
@@ -260,10 +264,10 @@ def list_from_first(values: list[int]) -> list[int]:
 
 
 def on_first(do: Callable[[], T]) -> T | None:
-    """What `do` returns, on process 0, and None on the others, which wait for it.
+    """Calls `do` on process 0 and returns its result there. The other processes wait and return None.
 
     Raises:
-      UserError: `do` raised one; then every process does.
+      UserError: `do` raised a UserError. Then every process raises one.
     """
     if jax.process_count() == 1:
         return do()
@@ -276,12 +280,12 @@ def on_first(do: Callable[[], T]) -> T | None:
             refusal = error
     _barrier("done on process 0")
     if from_first(int(refusal is not None)):
-        raise refusal or UserError("process 0 refused; its message says why")
+        raise refusal or UserError("process 0 failed; its message says why")
     return result
 
 
 def _barrier(name: str) -> None:
-    """Waits for all processes without the devices, whose collectives may not wait for hours."""
+    """Waits for all processes. It does not use the devices, because their collectives cannot wait for hours."""
     from orbax.checkpoint import multihost
 
     wait = multihost.get_barrier_sync_fn()
@@ -289,11 +293,11 @@ def _barrier(name: str) -> None:
 
 
 def check_everywhere(holds: bool, complaint: str) -> None:
-    """Raises on every process if something does not hold on one of them.
+    """Raises an error on every process if a condition is false on one of them.
 
     Args:
-      holds: whether it holds here.
-      complaint: the error, after the numbers of the processes where it does not hold.
+      holds: the condition on this process.
+      complaint: the text of the error, after the numbers of the processes where the condition is false.
     """
     held = np.reshape(multihost_utils.process_allgather(np.bool_(holds)), -1).tolist()
     if not all(held):
@@ -302,6 +306,6 @@ def check_everywhere(holds: bool, complaint: str) -> None:
 
 
 def check_same(text: str, complaint: str) -> None:
-    """Raises on every process if one of them holds another text than process 0."""
+    """Raises an error on every process if the text of one of them differs from that of process 0."""
     here = zlib.crc32(text.encode()) & 0x7FFFFFFF
     check_everywhere(here == from_first(here), complaint)

@@ -1,11 +1,12 @@
-"""Memory that a process keeps for itself between training steps.
+"""Makes a process keep freed memory between training steps, because that is faster on a CPU.
 
-The C library takes a block above 32 MB from the system when a program asks for it, and gives it back at once when it
-is freed. A training step on a CPU does that for every large array, packed copies inside matrix products included, and
-then touches hundreds of thousands of pages for the first time, which the system has to clear: 1.4 to 2 s of processor
-time in a step of 7.5 s (58M parameters, vocabulary 32,000), 0.5 s with the blocks kept. The one block of a program's
-temporaries stays a mapping of its own, because a thread of the runtime allocates it: kept too, it grew the process by a
-third.
+Normally the C library asks the system for every block above 32 MB, and gives it back as soon as it is freed. In a
+training step on a CPU this happens for every large array, and for the packed copies inside matrix products. Each time
+the system has to clear hundreds of thousands of new pages. This took 1.4 to 2 s of processor time in a step of 7.5 s
+(58M parameters, vocabulary 32,000), and 0.5 s when the blocks are kept.
+
+The block with a program's temporaries is not kept. A thread of the runtime allocates it as a separate mapping; when
+it was kept, too, the process grew by a third.
 """
 
 import ctypes
@@ -19,15 +20,15 @@ _MMAP_MAX = -4
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process use freed memory again instead of giving it back to the system, where the device is a CPU.
+    """If the device is a CPU, lets this process use freed memory again instead of returning it to the system.
 
-    For commands that train: they own their process, and its largest demand comes back in every step.
+    It is for commands that train: such a process needs the same amount of memory again in every step.
 
     Returns:
-      Whether the C library took it; only glibc does.
+      Whether the C library accepted the setting; only glibc does.
     """
     if jax.default_backend() != "cpu" or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # No block comes from a mapping of its own, and none goes back however much is free (-1 as a size_t).
+    # Never map a block separately, and never return free memory (-1 as a size_t).
     return mallopt is not None and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, and manifests that show damage."""
+"""Files that are either complete or do not exist: atomic writes, and manifests that show damage."""
 
 import contextlib
 import json
@@ -18,10 +18,10 @@ WRITTEN_AT_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
 
 
 def check_name(path: str | os.PathLike[str], what: str) -> None:
-    """Refuses a path whose name is not UTF-8: the tokenizer and checkpoint libraries cannot open it.
+    """Refuses a path that is not UTF-8, because the tokenizer and checkpoint libraries cannot open it.
 
     Raises:
-      UserError: such a name.
+      UserError: the path is not UTF-8.
     """
     try:
         os.fspath(path).encode()
@@ -31,7 +31,7 @@ def check_name(path: str | os.PathLike[str], what: str) -> None:
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file so that a reader, or a kill at any moment, sees the old text or the new one and nothing else."""
+    """Replaces the text of a file. At any moment, also after a kill, the file has either the old or the new text."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -42,8 +42,8 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_directories(path: pathlib.Path) -> Iterator[None]:
-    """For a block that makes a directory and its parents: those that are empty behind it, and were not there before,
-    go again."""
+    """For a `with` block that makes a directory and its parents: at its end, new directories that are empty are
+    removed."""
     path = path.absolute()
     made = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
@@ -56,10 +56,10 @@ def new_directories(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new directory that takes its place under its name once it is whole, and leaves nothing on failure.
+    """Makes a new directory in a `with` block. It appears under its name when the block ends; on failure nothing stays.
 
     Raises:
-      UserError: the place is taken, or cannot be written.
+      UserError: the directory exists already, or cannot be written.
     """
     check_name(out, "the directory")
     out = pathlib.Path(out)
@@ -81,7 +81,7 @@ def whole_directory(out: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_manifest(directory: pathlib.Path) -> None:
-    """Lists size and CRC-32 of every file below a directory, once they are on the disk."""
+    """Writes a manifest with the size and CRC-32 of every file below a directory. The files are flushed first."""
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name not in WRITTEN_AT_COMMIT:
@@ -92,7 +92,7 @@ def write_manifest(directory: pathlib.Path) -> None:
 
 
 def damage(directory: pathlib.Path) -> str:
-    """How a checkpoint differs from its manifest; "" when it does not."""
+    """The first difference between a checkpoint and its manifest; "" if there is none."""
     manifest = directory / MANIFEST
     if not manifest.exists():
         return f"{MANIFEST} is missing"
@@ -114,7 +114,7 @@ def damage(directory: pathlib.Path) -> str:
 
 
 def crc32(path: pathlib.Path, block: int = 2**20) -> int:
-    """Checksum of a file."""
+    """CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while data := file.read(block):
@@ -123,7 +123,7 @@ def crc32(path: pathlib.Path, block: int = 2**20) -> int:
 
 
 def short_reason(error: BaseException, limit: int = 160) -> str:
-    """An error as part of one line; TensorStore hides the operating system's own reason in a paragraph."""
+    """An error as a short text without line breaks. From TensorStore's long messages it takes the system's reason."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:

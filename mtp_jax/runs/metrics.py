@@ -1,7 +1,7 @@
-"""What a run measures over time: one JSON line per record and TensorBoard scalars, and the numbers derived from sums.
+"""The metrics of a run: one JSON line per record, the same numbers for TensorBoard, and formulas for them.
 
-`metrics.jsonl` is the record of the run and TensorBoard a view of it. A continued run first drops what was recorded
-after its checkpoint, so that every step stands once.
+`metrics.jsonl` is the record of the run; TensorBoard only shows it. A run that continues first drops the records after
+its checkpoint, so that every step is recorded once.
 """
 
 import json
@@ -21,12 +21,12 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes a run's scalars, on process 0 only; a context manager.
+    """A context manager that writes the scalars of a run. Only process 0 writes.
 
     Args:
       workdir: the run's directory.
-      resume_step: the step whose checkpoint the run goes on from; records after it are dropped. None starts the record
-        anew.
+      resume_step: the step of the checkpoint from which the run continues; records after it are dropped. None drops all
+        records.
     """
 
     def __init__(self, workdir: pathlib.Path | str, *, resume_step: int | None) -> None:
@@ -51,7 +51,8 @@ class MetricsWriter:
         self.close()
 
     def has(self, step: int, name: str) -> bool:
-        """Whether the record that the run goes on with holds a value of a step; process 0 knows."""
+        """Whether the record from before this start has a value of this name for this step. False on other processes
+        than 0."""
         return self._file is not None and (step, name) in self._before
 
     def write(self, step: int, scalars: Mapping[str, float | Sequence[float]]) -> None:
@@ -59,8 +60,8 @@ class MetricsWriter:
 
         Args:
           step: number of finished steps.
-          scalars: numbers by name. A list becomes `name/0`, `name/1`, ... in TensorBoard. What is not finite, such as
-            the mean over no tokens, is null in the file and left out of TensorBoard.
+          scalars: numbers by name. A list becomes `name/0`, `name/1`, ... in TensorBoard. A number that is not finite,
+            such as the mean over no tokens, is null in the file and left out of TensorBoard.
         """
         if self._file is None:
             return
@@ -79,7 +80,7 @@ class MetricsWriter:
                     self._board.add_scalar(label, number, step)
 
     def close(self) -> None:
-        """Closes both files; a second call does nothing."""
+        """Closes both files. A second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._board.close()
@@ -87,10 +88,12 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
-    """The records of a run in the order written; none when there is no file.
+    """The records of a run, in the order in which they were written; an empty list if there is no file.
+
+    A last line without a line break is left out: it was still being written.
 
     Raises:
-      UserError: a line that is no record. A last line without its end is one that was being written, and is left out.
+      UserError: a line is not a record.
     """
     path = pathlib.Path(workdir) / METRICS
     if not path.exists():
@@ -128,17 +131,17 @@ def _plain(value: Any) -> float | int | list | None:
 
 
 def bits_per_byte(nll_sum_nats: float, num_bytes: int) -> float:
-    """Code length of a text per byte, which compares models with different tokenizers.
+    """Bits per byte: a loss by which models with different tokenizers can be compared.
 
     bits per byte = (sum of -ln p(token)) / (ln 2 * bytes of those tokens)
 
-    Both sums run over the same tokens: those that are predicted. These are all tokens of a document but its first. A
-    token that is put in front of the text stands for no byte, so that the whole text counts then; without one, the
-    bytes of the text's first token do not count. The end token is predicted and stands for no byte.
+    Both sums run over the predicted tokens. These are all tokens of a document but its first. If a special token was
+    put in front of the text, the whole text is predicted, because that token has no bytes. Otherwise the bytes of the
+    text's first token do not count. The end token is predicted, and has no bytes.
 
     Args:
       nll_sum_nats: sum of the negative log likelihoods of the predicted tokens, natural logarithm.
-      num_bytes: bytes of those tokens in UTF-8.
+      num_bytes: number of UTF-8 bytes of those tokens.
     """
     if num_bytes < 1:
         raise UserError(f"bits_per_byte: num_bytes is {num_bytes}; the text must have at least one byte")
@@ -151,11 +154,12 @@ def distinct_ratio(token_lists: Sequence[Sequence[int]], n: int = 4) -> float:
     |union over sequences of {x[i:i+n]}| / sum over sequences of max(len(x) - n + 1, 0).
 
     Args:
-      token_lists: sequences of tokens; no n-gram spans two of them, and one that occurs in two counts as one distinct.
-      n: tokens of an n-gram.
+      token_lists: sequences of tokens. No n-gram spans two sequences. An n-gram that occurs in two sequences counts
+        once as distinct.
+      n: number of tokens of an n-gram.
 
     Returns:
-      The share, or nan when every sequence is shorter than n.
+      The share, or nan if every sequence is shorter than n.
     """
     grams = [tuple(tokens[i : i + n]) for tokens in token_lists for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan

@@ -1,9 +1,11 @@
-"""Compiled programs in memory: a bound on how many are kept, and the seconds that compiling took.
+"""Compiled programs in memory: limits how many are kept, and counts the seconds of compiling.
 
-`jax.jit` keeps every program that it has compiled. On a CPU each holds dozens of the process's memory mappings, a round
-of decoding over a hundred, and megabytes. Linux allows 65,530 mappings unless told otherwise; where none is left, XLA
-fails or ends the process. A function that is `bounded` is jitted anew for every set of static arguments and shapes. The
-programs used least recently are dropped: all of those beyond `MOST`, and more while the process is short of mappings.
+`jax.jit` keeps every program that it has compiled. On a CPU a program holds megabytes and dozens of memory mappings of
+the process (a round of decoding holds over a hundred). By default Linux allows 65,530 mappings. If none is left, XLA
+fails or ends the process.
+
+A `bounded` function makes a separate jitted function for every set of static arguments and shapes. Programs beyond
+`MOST` are dropped, the least recently used first. More are dropped if the process is short of mappings.
 """
 
 import collections
@@ -20,24 +22,25 @@ import jax.monitoring
 from mtp_jax.errors import UserError
 
 MOST = 128
-"""Programs that are kept. A request needs about five for every batch size, cache size and setting compiled in."""
+"""Number of programs that are kept. A request needs about five programs per batch size, cache size and static
+setting."""
 SHORT = 0.7
-"""Share of the allowed mappings from which on half of the programs are dropped before another one is compiled."""
+"""If this share of the allowed mappings is in use, half of the programs are dropped before another one is compiled."""
 OUT = 0.9
-"""Share from which on all of them are, and from which on nothing is compiled if that did not help."""
+"""If this share is in use, all programs are dropped. If it is still in use after that, nothing is compiled."""
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST_MAPS = pathlib.Path("/proc/sys/vm/max_map_count")
 
 
 class Recent(collections.OrderedDict):
-    """A dict of the `most` entries that were asked for last."""
+    """A dict that keeps the `most` entries that were used last."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most = most
 
     def recall(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The entry, made where it is missing."""
+        """Returns the entry. If it is missing, `make` makes it."""
         if key in self:
             self.move_to_end(key)
             return self[key]
@@ -46,15 +49,15 @@ class Recent(collections.OrderedDict):
         return value
 
     def forget(self, count: int) -> None:
-        """Drops the entries that were not asked for the longest, so many of them."""
+        """Drops `count` entries, the least recently used first."""
         for _ in range(min(count, len(self))):
             self.popitem(last=False)
 
 
 PROGRAMS = Recent(MOST)
-"""Jitted functions by what they were compiled for."""
+"""Jitted functions. The key is (bounded function, static arguments, shapes)."""
 _seconds = [0.0, 0.0]
-"""Of compilations here, and of all that XLA was asked for in the process."""
+"""Seconds of compilation: by `bounded` functions, and by XLA in the whole process."""
 
 
 def _listen(event: str, seconds: float, **_: Any) -> None:
@@ -71,27 +74,27 @@ def compile_seconds() -> float:
 
 
 def mappings() -> int:
-    """Memory mappings of the process; 0 where the system does not say."""
+    """Number of memory mappings of the process; 0 if the system does not report it."""
     return _MAPS.read_bytes().count(b"\n") if _MAPS.exists() else 0
 
 
 def most_mappings() -> int:
-    """How many the system allows; 0 where it does not say."""
+    """Number of memory mappings that the system allows; 0 if it does not report it."""
     return int(_MOST_MAPS.read_text()) if _MOST_MAPS.exists() else 0
 
 
 def make_room() -> None:
-    """Drops programs where the process is short of mappings.
+    """Drops programs if the process is short of memory mappings.
 
     Raises:
-      UserError: it is short of them without our programs.
+      UserError: the process is still short of them when all our programs are dropped.
     """
     most = most_mappings()
     count = mappings()
     if not most or count < SHORT * most:
         return
     PROGRAMS.forget(len(PROGRAMS) if count >= OUT * most else -(-len(PROGRAMS) // 2))
-    # Programs that an error holds on to, for instance.
+    # This frees programs in reference cycles, for example those that an exception still references.
     gc.collect()
     if count >= OUT * most and (left := mappings()) >= OUT * most:
         raise UserError(
@@ -101,18 +104,19 @@ def make_room() -> None:
 
 
 def bounded(statics: tuple[int, ...], donate: tuple[int, ...] = (), weights: int | None = None) -> Callable:
-    """Decorator: `jax.jit` with a bound on the programs that are kept.
+    """A decorator like `jax.jit`, with a limit on the number of programs that are kept.
 
     Args:
-      statics: positions of static arguments, in order. All arguments are given by position.
-      donate: positions of donated ones.
-      weights: position of parameters; shapes that follow from the static arguments are not looked at in every call.
+      statics: positions of the static arguments, in order. All arguments are given by position.
+      donate: positions of the donated arguments.
+      weights: position of the model's parameters. The static arguments determine their shapes, so these shapes are not
+        compared in every call.
     """
     return functools.partial(Bounded, statics=statics, donate=donate, weights=weights)
 
 
 class Bounded:
-    """A function whose compiled programs are kept in `PROGRAMS`; made by `bounded`."""
+    """A function made by `bounded`. Its compiled programs are kept in `PROGRAMS`."""
 
     def __init__(
         self, function: Callable, statics: tuple[int, ...], donate: tuple[int, ...], weights: int | None
@@ -124,10 +128,10 @@ class Bounded:
         self._weights = weights
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the program for these arguments; compiles it where there is none."""
+        """Calls the program for these arguments. If there is none, it is compiled first."""
         static, arrays = self._split(args)
-        looked_at = [arg for at, arg in enumerate(args) if at not in self._statics and at != self._weights]
-        leaves = jax.tree.leaves(looked_at)
+        compared = [arg for at, arg in enumerate(args) if at not in self._statics and at != self._weights]
+        leaves = jax.tree.leaves(compared)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self._function(*args)
         key = (self, static, tuple(leaf.shape for leaf in leaves))
@@ -137,12 +141,12 @@ class Bounded:
         PROGRAMS.move_to_end(key)
         before = _seconds[1]
         result = program(*arrays)
-        # Parameters of another dtype or place, for instance.
+        # The call may compile again, for example for parameters of another dtype or on other devices.
         _seconds[0] += _seconds[1] - before
         return result
 
     def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Any]]:
-        """The static arguments, and the others."""
+        """Splits arguments into the static ones and the others."""
         static = tuple(args[at] for at in self._statics)
         return static, [arg for at, arg in enumerate(args) if at not in self._statics]
 
@@ -150,14 +154,14 @@ class Bounded:
         make_room()
         began = time.perf_counter()
         program = self._jitted(static)
-        # The call that follows finds what is compiled here.
+        # `jax.jit` caches the result, so the call that follows does not compile again.
         program.lower(*arrays).compile()
         _seconds[0] += time.perf_counter() - began
         PROGRAMS.pop(key, None)
         return PROGRAMS.recall(key, lambda: program)
 
     def _jitted(self, static: tuple[Any, ...]) -> Any:
-        """A jitted function of the arrays that nobody else has: with it, all that it compiles is dropped."""
+        """A new jitted function of the arrays. When it is dropped, its compiled programs are freed with it."""
 
         def program(*arrays: Any) -> Any:
             args = list(arrays)
@@ -170,14 +174,14 @@ class Bounded:
         return jax.jit(program, donate_argnums=donated)
 
     def trace(self, *args: Any) -> Any:
-        """As of `jax.jit`; nothing is kept."""
+        """Like `trace` of `jax.jit`. Nothing is kept."""
         static, arrays = self._split(args)
         return self._jitted(static).trace(*arrays)
 
     def lower(self, *args: Any) -> Any:
-        """As of `jax.jit`; nothing is kept."""
+        """Like `lower` of `jax.jit`. Nothing is kept."""
         return self.trace(*args).lower()
 
     def _cache_size(self) -> int:
-        """Programs that are kept, as of `jax.jit`."""
+        """Number of programs that are kept; named like the method of `jax.jit`."""
         return sum(program._cache_size() for key, program in PROGRAMS.items() if key[0] is self)

@@ -1,9 +1,9 @@
-"""The directory of a run: whose it is, who trains in it, what it was trained on.
+"""The directory of a run: the run's settings, a lock for the process that trains, and a digest of the text.
 
-It holds `config.json` with the settings, `corpus.json` with the digest of the text, and `checkpoints/<step>` once
-something was saved. With several processes, process 0 reads and writes these files and the others take its word. Who
-writes into it holds the claim, and has found nothing that speaks against the run: a command that is refused changes
-nothing.
+It holds `config.json` with the settings, `corpus.json` with the digest of the text, and, after the first save,
+`checkpoints/<step>`. With several processes, process 0 reads and writes these files, and the others get the results
+from it. A process writes only after it holds the lock (`claim`) and after all checks passed. So a command that is
+refused changes nothing.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ LOCK = ".lock"
 CORPUS = "corpus.json"
 STATES = "states"
 VISIBLE_WITHIN = 60
-"""Seconds in which every process must see what process 0 wrote; caches of network file systems are younger."""
+"""Seconds within which every process must see what process 0 wrote. Caches of network file systems expire earlier."""
 
 RUN_FILES = (
     *(
@@ -54,22 +54,22 @@ FREE_FIELDS = re.compile(
     r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows|grad_accum|keep_states)"
     r"|loss\.(impl|chunk_bytes|skip|gather)|model\.(remat|attention)|decode\..*|mesh\..*"
 )
-"""Config fields that may change between a run and its continuation: none of them changes what is learned, but for
-`train.grad_accum` where tokens are chosen by entropy within a micro-batch."""
+"""Config fields that may change when a run continues, because they do not change what is learned. One exception:
+`train.grad_accum` matters if `loss.entropy` chooses tokens within a micro-batch."""
 
 
 def check_run(workdir: pathlib.Path | str, config: Config) -> bool:
-    """Checks that a directory is free for a run, or holds one with the same settings. Writes nothing.
+    """Checks that a directory can hold a new run, or holds a run with the same settings. Writes nothing.
 
     Args:
       workdir: the run's directory, which this process has claimed.
       config: the settings of this run.
 
     Returns:
-      True when the directory holds a run that is to be continued.
+      True if the directory holds a run that will be continued.
 
     Raises:
-      UserError: a setting that changes the result differs, or the directory belongs to something else.
+      UserError: a setting that changes the result differs, or the directory is not a run.
     """
     check_name(workdir, "--workdir")
     workdir = pathlib.Path(workdir)
@@ -90,7 +90,7 @@ def _check_run(workdir: pathlib.Path, config: Config) -> bool:
 
 
 def record_run(workdir: pathlib.Path | str, config: Config) -> None:
-    """Writes config.json, with paths that mean the same from every working directory; process 0 does it."""
+    """Writes config.json with absolute paths. Only process 0 calls this."""
     write_atomically(pathlib.Path(workdir) / CONFIG, to_json(absolute(config)) + "\n")
 
 
@@ -99,20 +99,20 @@ def _unusable(workdir: pathlib.Path, error: Exception) -> UserError:
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether a run has saved anything yet, broken or whole."""
+    """Whether a run has saved any checkpoint yet, also a broken one."""
     root = workdir / CHECKPOINTS
     return root.is_dir() and any(not path.name.endswith(".orbax-checkpoint-tmp") for path in root.iterdir())
 
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path | str) -> Iterator[None]:
-    """Holds the right to write into a run's directory, which is made if it is missing. Take it before the first byte.
+    """Locks a run's directory while a `with` block runs. Take the lock before you write anything there.
 
-    The operating system gives the claim back when the process that holds it, process 0, ends, however it ends. A
-    directory that was made here and is empty in the end goes again.
+    A missing directory is made; if it is still empty at the end, it is removed. Process 0 holds the lock. The operating
+    system releases it when that process ends, also after a kill.
 
     Raises:
-      UserError: another process holds it, or a process of this run sees another directory under this name.
+      UserError: another process holds the lock, or a process of this run sees another directory under this name.
     """
     workdir = pathlib.Path(workdir)
     mark = str(from_first(int.from_bytes(os.urandom(4)) >> 1))
@@ -130,7 +130,7 @@ def claim(workdir: pathlib.Path | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[TextIO]:
-    """The lock, open and held. Its file is there only as long."""
+    """The open lock file, with the lock held. The file exists only as long as the lock is held."""
     with new_directories(workdir):
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -151,12 +151,12 @@ def _take(path: pathlib.Path) -> TextIO:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            remedy = "wait for it, or use another"
+            remedy = "wait until it ends, or use another directory"
             raise UserError(f"--workdir {path.parent} is in use by another process; {remedy}") from error
         except OSError:
             file.close()
             raise
-        # Whoever held it may have deleted the file between our opening and our locking.
+        # Another process may have released the lock and deleted the file after we opened it and before we locked it.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()
@@ -170,7 +170,7 @@ def _write(file: TextIO, text: str) -> None:
 
 
 def _sees(path: pathlib.Path, mark: str) -> bool:
-    """Whether the file holds the mark; a network file system may show it a minute late."""
+    """Whether the file holds the mark. Waits, because a network file system may show it a minute late."""
     deadline = time.monotonic() + VISIBLE_WITHIN
     while not (path.is_file() and path.read_text() == mark):
         if time.monotonic() > deadline:
@@ -180,13 +180,13 @@ def _sees(path: pathlib.Path, mark: str) -> bool:
 
 
 def trained_on(workdir: pathlib.Path) -> str:
-    """Digest of the corpus that the run's checkpoints were trained on; "" before the first checkpoint."""
+    """Digest of the text that the run's checkpoints were trained on; "" before the first checkpoint."""
     path = workdir / CORPUS
     return json.loads(path.read_text())["digest"] if path.exists() and has_checkpoints(workdir) else ""
 
 
 def record_corpus(workdir: pathlib.Path, digest: str) -> None:
-    """Notes what the run is trained on, for `trained_on`; process 0 does it."""
+    """Records the digest of the run's text, for `trained_on`. Only process 0 calls this."""
     write_atomically(workdir / CORPUS, json.dumps({"digest": digest}))
 
 
@@ -194,7 +194,7 @@ def _check_new(workdir: pathlib.Path) -> None:
     foreign = sorted({entry.name for entry in workdir.iterdir()}.difference(RUN_FILES))
     if foreign:
         names = ", ".join(foreign[:3]) + (" and more" if foreign[3:] else "")
-        reason = f"{names} but no {CONFIG}: it is not a run"
+        reason = f"{names} but no {CONFIG}, so it is not a run"
         remedy = "use another --workdir, or an empty directory"
     elif _committed(workdir / CHECKPOINTS):
         reason = f"checkpoints but no {CONFIG} with their settings"
@@ -205,7 +205,7 @@ def _check_new(workdir: pathlib.Path) -> None:
 
 
 def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
-    # Before the first checkpoint there is nothing to lose: a run that failed on its settings may start with others.
+    # Before the first checkpoint there is nothing to lose: a run with wrong settings may start again with others.
     if not has_checkpoints(workdir):
         return
     changed = [line for line in differences(old, new) if not _may_change(workdir, line.split(":")[0], old, new)]
@@ -220,20 +220,22 @@ def _may_change(workdir: pathlib.Path, name: str, old: Config, new: Config) -> b
     before, now = (paths_in(config).get(name) for config in (old, new))
     if before is None or now is None:
         return FREE_FIELDS.fullmatch(name) is not None
-    # What was moved keeps its name. That text and tokenizer are the old ones is found out by their content.
+    # A path may change if the name of its last part stays: the files were moved. Their content is checked elsewhere.
     guarded = name == "train.init_from" or bool(trained_on(workdir))
     return same_place(before, now) or (guarded and same_name(before, now))
 
 
 def _committed(root: pathlib.Path) -> list[int]:
-    """Steps that were committed, oldest first. Unfinished saves and broken ones have other names."""
+    """Steps of the committed checkpoints, oldest first. Unfinished and broken checkpoints have other names."""
     if not root.is_dir():
         return []
     return sorted(int(path.name) for path in root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
 
 
 def saved_steps(root: pathlib.Path) -> list[int]:
-    """Steps that were committed, as process 0 lists them: a network file system may show others fewer for a while.
+    """Steps of the committed checkpoints, as process 0 lists them.
+
+    On a network file system, other processes may see new checkpoints later.
 
     Args:
       root: the directory of the checkpoints.

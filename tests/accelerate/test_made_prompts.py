@@ -125,7 +125,7 @@ def test_prompts_of_a_file(tmp_path):
     [
         ("one.txt", "alone\n", "holds 1 different prompts; at least 3"),
         ("a.jsonl", '{"question": "?"}\n', "record 1 has neither 'messages' nor a text 'prompt'"),
-        ("b.jsonl", '{"prompt": "x"\n', r"b\.jsonl, line 1 is no JSON"),
+        ("b.jsonl", '{"prompt": "x"\n', r"b\.jsonl, line 1 is not JSON"),
         ("c.jsonl", "[1]\n", "line 1 is a list, not an object"),
     ],
 )
@@ -146,7 +146,7 @@ def test_refused_files(tmp_path, name, content, said):
     [
         ({"messages": [{"role": "user"}]}, "message 1: field 'content' is missing"),
         ({"messages": ["hi"]}, "message 1 is 'hi'"),
-        ({"prompt": "a \ud83d b"}, "field 'prompt' is no Unicode text"),
+        ({"prompt": "a \ud83d b"}, "field 'prompt' is not Unicode text"),
     ],
 )
 def test_odd_records_are_named(tmp_path, record, message):

@@ -101,7 +101,7 @@ def test_to_its_page(whole, source, prompts, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["finished"] and found["results"] == json.loads((whole / "figures.json").read_text())
     assert run(command(source, whole, prompts, seq_len=17)) == 2
-    assert "was begun with --seq-len 16, not 17; use another WORKDIR" in capsys.readouterr().err
+    assert "was started with --seq-len 16, not 17; use another WORKDIR" in capsys.readouterr().err
 
 
 class Killed(BaseException):
@@ -225,7 +225,7 @@ def test_a_server_that_is_not_there(source, tmp_path, prompts, capsys):
 @pytest.mark.parametrize("url", ["http://127.0.0.1:80a0/v1", "no-scheme/v1"])
 def test_an_address_that_is_none(url):
     """One line. Breaks if the request is made outside of `try`, or without `HTTPException`."""
-    with pytest.raises(UserError, match=r"^--endpoint: .* cannot be asked: .*; start the server, or leave"):
+    with pytest.raises(UserError, match=r"^--endpoint: the request to .* failed: .*; start the server, or"):
         endpoint._call(f"{url}/models", None)
 
 
@@ -235,14 +235,14 @@ def test_a_busy_server_is_asked_again(server, monkeypatch):
     monkeypatch.setattr(Server, "busy", 2)
     assert endpoint._model(server) == "m"
     monkeypatch.setattr(Server, "busy", 3)
-    with pytest.raises(UserError, match="answers 429"):
+    with pytest.raises(UserError, match="answers with status 429"):
         endpoint._model(server)
 
 
 def test_silence_is_no_batch(server, source, tmp_path):
     """A batch without any answer is refused and not written. Breaks without the refusal: a rerun would never ask."""
     given = [{"kind": "a", "text": " "}]
-    with pytest.raises(UserError, match=r"answers 1 prompts with nothing"):
+    with pytest.raises(UserError, match=r"gave empty answers to 1 prompts"):
         endpoint.make_answers(server, load(source), given, 6, 0, tmp_path / "answers", lambda line: None)
     assert not list((tmp_path / "answers").iterdir())
 
@@ -256,7 +256,7 @@ def test_a_directory_with_other_things(source, prompts, tmp_path, capsys):
     workdir.mkdir()
     (workdir / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     assert run(command(source, workdir, prompts)) == 2
-    assert "holds prompts.jsonl, and no plan.json" in capsys.readouterr().err
+    assert "holds prompts.jsonl but no plan.json" in capsys.readouterr().err
     assert [path.name for path in workdir.iterdir() if path.name != "compiled"] == ["prompts.jsonl"]
     assert run(command(source, workdir / "prompts.jsonl", prompts)) == 2
     assert "prompts.jsonl is a file; give a directory for WORKDIR" in capsys.readouterr().err

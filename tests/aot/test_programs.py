@@ -194,15 +194,15 @@ def test_a_tpu_decodes_in_place(kind):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e", "is no topology; give one such as v5e:16x16"),
-        ("v5e:16", "is no topology"),
-        ("v5p:4x4", "is no topology"),
-        ("v9z:2x2", "is no topology"),
-        ("cpu:0", "is no topology"),
-        ("cpu:100000", "is no topology"),
-        ("cpu:2x2", "is no topology"),
+        ("v5e", "is not a known topology; give one such as v5e:16x16"),
+        ("v5e:16", "is not a known topology"),
+        ("v5p:4x4", "is not a known topology"),
+        ("v9z:2x2", "is not a known topology"),
+        ("cpu:0", "is not a known topology"),
+        ("cpu:100000", "is not a known topology"),
+        ("cpu:2x2", "is not a known topology"),
         ("cpu:9", "needs 9 CPU devices"),
-        pytest.param("v5e:3x5", "is no slice that libtpu knows", marks=needs_libtpu),
+        pytest.param("v5e:3x5", "libtpu knows no slice v5e:3x5", marks=needs_libtpu),
     ],
 )
 def test_bad_topologies_are_one_line(name, message, capsys):

@@ -38,8 +38,9 @@ def test_a_conversation_line_by_line(monkeypatch, capsys):
     assert run(["chat", "model", *arguments]) == 0
     captured = capsys.readouterr()
     assert captured.out == "H\x1b[32mELO\x1b[0m!\n" * 3
-    runs = [line.split("; ")[-1] for line in captured.err.splitlines() if "prompt tokens run" in line]
-    assert runs == ["29 of 29 prompt tokens run]", "24 of 55 prompt tokens run]", "29 of 29 prompt tokens run]"]
+    runs = [line.split("; ")[-1] for line in captured.err.splitlines() if "prompt tokens processed" in line]
+    processed = ["29 of 29", "24 of 55", "29 of 29"]
+    assert runs == [f"{counts} prompt tokens processed]" for counts in processed]
 
 
 def test_plain_text_without_show_drafts(monkeypatch, capsys):

@@ -240,7 +240,7 @@ def test_tokens_beyond_the_embedding(made, tmp_path):
         prompt_ids(model, "a <picture>", 0)
     for i, text in enumerate(["the cat sat on the mat", "a <picture> of a cat"]):
         (tmp_path / f"{i}.txt").write_text(text)
-    message = f"document '1.txt' spells '<picture>', token {rows}, for which a model with model.vocab_size={rows}"
+    message = f"document '1.txt' contains '<picture>', token {rows}, for which a model with model.vocab_size={rows}"
     with pytest.raises(UserError, match=message):
         loader.load_heldout(str(tmp_path), "text", hub, 8, vocab_size=rows)
     data = dataclasses.replace(places.config.data, source=str(tmp_path), seq_len=8)

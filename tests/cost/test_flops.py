@@ -51,7 +51,7 @@ def assert_counted(config):
 def test_formula_counts_the_traced_step(family):
     """step_flops(computed=True) = 2 m n k over every dot of the step's jaxpr, to the last operation, for every family.
 
-    Breaks without what masks see of each other in `_beside`, or without the projections of sequential heads.
+    Breaks without what masks see of each other in `_extra_tokens`, or without the projections of sequential heads.
     """
     assert_counted(tiny_config(heads={"num_future": 3} | heads_of(family)))
 

@@ -61,15 +61,15 @@ def test_a_template_whose_beginnings_are_others_is_refused():
 def test_a_template_that_leaves_nothing_to_learn_is_refused():
     """Breaks without `if not spans`: the record would be trained on without a target."""
     empty = "{% for m in messages %}{{ m['role'] }}{% generation %}{% endgeneration %}{% endfor %}"
-    with pytest.raises(UserError, match=r"^the mute template writes nothing of the assistant's messages"):
+    with pytest.raises(UserError, match=r"^the mute template leaves out the text of the assistant's messages"):
         template(empty, "the mute template").learned(TALK)
 
 
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "[] is no conversation; give a list"),
-        ("hi", "'hi' is no conversation; give a list"),
+        ([], "[] is not a conversation; give a list"),
+        ("hi", "'hi' is not a conversation; give a list"),
         ([{"role": "user", "content": "a"}, "b"], "message 2 is 'b'; it must have the fields 'role' and 'content'"),
         ([{"content": "a"}], "message 1: field 'role' is missing; it must be a text"),
         ([{"role": "user", "content": 5}], "message 1: field 'content' is 5; it must be a text"),
@@ -124,7 +124,7 @@ def test_no_template_has_a_remedy(tmp_path):
         bytes_tokenizer().encode_chat(TALK)
     with pytest.raises(UserError, match=r"^chat template 'nowhere' is neither 'plain' nor a file that can be read"):
         bytes_tokenizer().with_chat("nowhere")
-    with pytest.raises(UserError, match=r"has no chat template; give a file with one, or 'plain'$"):
+    with pytest.raises(UserError, match=r"has no chat template; give a file with a template, or 'plain'$"):
         bytes_tokenizer().with_chat(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": BARE, "eos_token": "X"}))
     assert bytes_tokenizer().with_chat(str(tmp_path)).chat.tokens["eos_token"] == "<|eos|>"
@@ -139,7 +139,7 @@ def test_where_a_users_message_begins():
     assert template(BARE).opening() == "(user)"
     assert template(BARE).opening([{"role": "system", "content": "be brief"}]) == "(system)be brief(user)"
     for text in ("{{ messages | length }}", BARE + BARE):
-        with pytest.raises(UserError, match=r"^t does not write a user's message as it is"):
+        with pytest.raises(UserError, match=r"^t changes the text of a user's message"):
             template(text, "t").opening()
 
 

@@ -36,16 +36,16 @@ TABLE = {
                     "records"),
     "unicode.json": (json.dumps([{"text": "a\u2028b"}], ensure_ascii=False).encode(), ["a\u2028b"], "files read: 1 as "
                      "arrays of JSON"),
-    "a.txt.gz": (gzip.compress(TEXT), None, "passed over: 1 compressed (gzip) (a.txt.gz)"),
-    "named_wrong.jsonl": (gzip.compress(LINES), None, "passed over: 1 compressed (gzip) (named_wrong.jsonl)"),
-    "a.bz2": (bz2.compress(TEXT), None, "passed over: 1 compressed (bzip2) (a.bz2)"),
-    "a.xz": (lzma.compress(TEXT), None, "passed over: 1 compressed (xz) (a.xz)"),
-    "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x04\xff", None, "passed over: 1 compressed (zstd) (a.jsonl.zst)"),
-    "a.parquet": (b"PAR1\x15\x04\x00PAR1", None, "passed over: 1 binary table (Parquet) (a.parquet)"),
-    "ids.NPY": (b"\x93NUMPY\x01\x00", None, "passed over: 1 binary table (NumPy) (ids.NPY)"),
-    "zeros.txt": (b"\0" * 100, None, "passed over: 1 binary (zeros.txt)"),
-    "zeros.jsonl": (b"\0" * 100, None, "passed over: 1 binary (zeros.jsonl)"),
-    "late.bin": (b"a" * 8000 + b"\0", None, "passed over: 1 binary (late.bin)"),
+    "a.txt.gz": (gzip.compress(TEXT), None, "skipped: 1 compressed (gzip) (a.txt.gz)"),
+    "named_wrong.jsonl": (gzip.compress(LINES), None, "skipped: 1 compressed (gzip) (named_wrong.jsonl)"),
+    "a.bz2": (bz2.compress(TEXT), None, "skipped: 1 compressed (bzip2) (a.bz2)"),
+    "a.xz": (lzma.compress(TEXT), None, "skipped: 1 compressed (xz) (a.xz)"),
+    "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x04\xff", None, "skipped: 1 compressed (zstd) (a.jsonl.zst)"),
+    "a.parquet": (b"PAR1\x15\x04\x00PAR1", None, "skipped: 1 binary table (Parquet) (a.parquet)"),
+    "ids.NPY": (b"\x93NUMPY\x01\x00", None, "skipped: 1 binary table (NumPy) (ids.NPY)"),
+    "zeros.txt": (b"\0" * 100, None, "skipped: 1 binary (zeros.txt)"),
+    "zeros.jsonl": (b"\0" * 100, None, "skipped: 1 binary (zeros.jsonl)"),
+    "late.bin": (b"a" * 8000 + b"\0", None, "skipped: 1 binary (late.bin)"),
     "PAR1.txt": (b"PAR1 is how Parquet begins", ["PAR1 is how Parquet begins"], ""),
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_what_a_file_is_taken_for(name, tmp_path):
     if documents is None:
         with pytest.raises(UserError) as error:
             texts(tmp_path)
-        why = summary.removeprefix("passed over: ")
+        why = summary.removeprefix("skipped: ")
         remedy = "unpack or convert them to UTF-8 text or .jsonl"
         assert str(error.value) == f"data source {str(tmp_path)!r} holds no text: {why}; {remedy}"
     (tmp_path / "~.txt").write_text("beside")
@@ -121,7 +121,7 @@ def test_counts_and_names(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1\0")
     (tmp_path / "r.json").write_bytes(ARRAY)
     summary = (
-        "files read: 1 as arrays of JSON, 5 as text; passed over: 1 binary table (Parquet) (t.parquet), 5 compressed "
+        "files read: 1 as arrays of JSON, 5 as text; skipped: 1 binary table (Parquet) (t.parquet), 5 compressed "
         "(gzip) (0.gz, 1.gz, 2.gz, ...)"
     )
     data = DataConfig(source=str(tmp_path), tokenizer="bytes", seq_len=8)

@@ -142,7 +142,7 @@ def test_the_template_stays_with_the_corpus(tmp_path):
     assert held.tokenizer.encode_chat(TALK[:2]) == load_tokenizer(tmp_path / "moved").encode_chat(TALK[:2]) == asked
     path = tmp_path / "moved" / "chat.json"
     path.write_text(path.read_text().replace("(assistant)", "(other)"))
-    with pytest.raises(UserError, match="no whole corpus"):
+    with pytest.raises(UserError, match="no complete corpus"):
         store.open_prepared(tmp_path / "moved", 16)
 
 
@@ -160,12 +160,12 @@ def test_a_trained_tokenizer_has_a_template_too(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": "hi"}, "'hi' is no conversation; give a list of messages"),
+        ({"messages": "hi"}, "'hi' is not a conversation; give a list of one or more messages"),
         ({"messages": [{"role": "user"}]}, "message 1: field 'content' is missing; it must be a text"),
         ({"messages": SHORT[:1]}, "no message has the role 'assistant'"),
         (
             {"prompt": "a", "completion": 5},
-            "field 'completion' is a int, not a string; conversations go into 'messages'",
+            "field 'completion' is a int, not a string; put conversations into 'messages'",
         ),
         ({"prompt": "a"}, "has no field 'text'; fields present: 'prompt'; set data.text_field"),
     ],
@@ -185,7 +185,7 @@ def test_messages_without_a_template_are_refused(tmp_path):
     refused = (
         "talk.jsonl line 1 holds messages, and the tokenizer has no chat template .* set data.chat_template to the "
     )
-    with pytest.raises(UserError, match=refused + "path of one, or to 'plain'$"):
+    with pytest.raises(UserError, match=refused + "path of a template, or to 'plain'$"):
         loader.prepare(run, None)
     with pytest.raises(UserError, match=refused):
         loader.load_heldout(run.data.source, "text", bytes_tokenizer(), 16)
@@ -196,5 +196,5 @@ def test_a_row_whose_only_learned_token_comes_first_is_refused(tmp_path):
     only = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     talk = [{"role": "assistant", "content": "Y"}]
     run = config(tmp_path, [{"messages": LONG}, {"messages": talk}], only)
-    with pytest.raises(UserError, match=r"^talk.jsonl:2: none of its 1 tokens is to be learned"):
+    with pytest.raises(UserError, match=r"^talk.jsonl:2: none of its 1 tokens can be learned"):
         loader.prepare(run, None)

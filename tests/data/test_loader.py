@@ -322,7 +322,7 @@ def test_source_that_changes_under_way_is_refused(corpus, monkeypatch):
         return found
 
     monkeypatch.setattr(loader.sources, "scan_documents", scan_then_grow)
-    with raises(f"data source {str(corpus)!r} changed while it was read; start again when it is at rest"):
+    with raises(f"data source {str(corpus)!r} changed while it was read; start again when it no longer changes"):
         loader.prepare(config(corpus), None)
 
 
@@ -393,7 +393,7 @@ def test_token_file_errors(tmp_path):
     with raises(f"{path!r} holds the token id 300, but the model's vocabulary is 258; it must be above 300"):
         loader.load_heldout(path, "text", bytes_tokenizer(), 4, vocab_size=258)
     with raises(
-        f"token file {path!r} is flat, and without a tokenizer its end-of-text id is unknown; set data.tokenizer to a "
-        "tokenizer.json, or save one document per row"
+        f"token file {path!r} is one flat array, and without a tokenizer its end-of-text id is unknown; set "
+        "data.tokenizer to a tokenizer.json, or save one document per row"
     ):
         loader.prepare(config(path, vocab_size=301, tokenizer="none"), None)

@@ -108,7 +108,7 @@ def test_bad_streams_are_refused():
     """Breaks without the matching check in __post_init__ or __getitem__."""
     tokens = np.arange(4)
     for starts in ([], [1], [0, 4], [0, 2, 2], [0, 3, 1]):
-        message = "doc_starts must rise strictly from 0 and stay below the number of tokens"
+        message = "doc_starts must begin at 0, increase strictly, and stay below the number of tokens"
         with pytest.raises(UserError, match=f"^{message}$"):
             PackedRows(tokens, np.array(starts, np.int64), 2, 0)
     with pytest.raises(UserError, match=re.escape("at least 2 tokens in one dimension, got shape (1,)")):

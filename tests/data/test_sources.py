@@ -195,8 +195,8 @@ def test_split_leaves_a_document_on_each_side():
     train, heldout = split(["a", "b", "c"], [1, 1, 1], 0.99)
     assert (len(train), len(heldout)) == (1, 2)
     with raises(
-        "data source 'corpus' holds 1 document, and whole documents are held out, so at least 2 are needed; cut the "
-        "text into several files, or into the records of a .jsonl"
+        "data source 'corpus' holds 1 document, but at least 2 are needed, because whole documents are held out; cut "
+        "the text into several files, or into the records of a .jsonl"
     ):
         split(["a"], [10], 0.5)
 

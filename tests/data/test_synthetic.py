@@ -123,17 +123,17 @@ def test_a_task_is_a_source():
 BAD = {
     "synthetic:maze": "no task 'maze'; choose one of star_graph, induction, polynomials",
     "synthetic:star_graph:arms=2": "star_graph has no option 'arms'; known: degree, length, nodes, documents, seed",
-    "synthetic:star_graph:degree=two": "degree='two' is no whole number",
+    "synthetic:star_graph:degree=two": "degree='two' is not a whole number",
     "synthetic:star_graph:degree=9,length=9": "needs 73 nodes, but nodes=30",
     "synthetic:induction:names=9,firsts=3": "names=9 at most firsts=3",
     "synthetic:star_graph:documents=1": "fewer than 2 documents",
     "synthetic:star_graph:length=1": "length=1; a path needs 2 nodes or more",
-    "synthetic:star_graph:degree=0": "degree=0 must lie between 1 and 10,000,000",
-    "synthetic:induction:words=0": "words=0 must lie between 1 and",
-    "synthetic:polynomials:operations=0": "operations=0 must lie between 1 and",
-    "synthetic:star_graph:degree=²": "degree='²' is no whole number",
+    "synthetic:star_graph:degree=0": "degree=0 must be between 1 and 10,000,000",
+    "synthetic:induction:words=0": "words=0 must be between 1 and",
+    "synthetic:polynomials:operations=0": "operations=0 must be between 1 and",
+    "synthetic:star_graph:degree=²": "degree='²' is not a whole number",
     "synthetic:star_graph:degree=2,degree=3": "gives degree twice",
-    "synthetic:star_graph:documents=99999999999": "must lie between 1 and 10,000,000",
+    "synthetic:star_graph:documents=99999999999": "must be between 1 and 10,000,000",
 }
 
 

@@ -130,7 +130,7 @@ def test_load_errors(tmp_path):
         tokenize.load_tokenizer("bbpe")
     path = tmp_path / "tokenizer.json"
     path.write_text('{"version": "1.0", \n')
-    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer\.json: .*; save it again or train one"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer\.json: .*; save it again or train"):
         tokenize.load_tokenizer(tmp_path)
     Library(WordLevel({"a": 0}, unk_token="a")).save(str(path))
     with pytest.raises(UserError, match=r"has no end-of-text token; add one of <\|eos\|>, <\|endoftext\|>"):

@@ -90,7 +90,7 @@ def test_other_tasks_bring_their_lengths():
     data = _for_task(lm, longer).config.data
     assert (data.seq_len, data.prompt_tokens) == (26, 21) and sizes(longer) == (25, 21)
     short = dataclasses.replace(lm, config=tiny_config(model={"max_seq_len": 32}))
-    with pytest.raises(UserError, match=r"have 41 tokens, beyond model.max_seq_len=32"):
+    with pytest.raises(UserError, match=r"have 41 tokens, above model.max_seq_len=32"):
         _for_task(short, "synthetic:polynomials:exactly=4")
     assert with_seed("synthetic:polynomials", 1) == "synthetic:polynomials:seed=1"
     assert with_seed(SOURCE, 1) == f"{SOURCE},seed=1"

@@ -252,7 +252,7 @@ def test_a_kernel_that_is_not_here_is_refused():
     config, where = small_config({"attention": "splash"}), sharding.make_mesh(MeshConfig(data=2))
     with sharding.on_mesh(where):
         params = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
-        with pytest.raises(UserError, match="it runs on a tpu, and this is compiled for a cpu"):
+        with pytest.raises(UserError, match="it runs on a tpu, but this program is compiled for a cpu"):
             jax.eval_shape(functools.partial(mtp.apply, config.arch), params, *[jnp.zeros((2, 128), jnp.int32)] * 3)
 
 
@@ -283,21 +283,21 @@ CASES = [
         SPLIT,
         queries(),
         AttnSpec(1.0),
-        "of 128 tokens, not 64 queries of a device over 256 tokens",
+        "of 128 tokens, not 64 queries per device over 256 tokens",
     ),
-    ("splash", "tpu", (1, 1, 1), queries((2, 100, 4, 8)), AttnSpec(1.0), "not 100 queries of a device over 100 tokens"),
+    ("splash", "tpu", (1, 1, 1), queries((2, 100, 4, 8)), AttnSpec(1.0), "not 100 queries per device over 100 tokens"),
     ("splash", "tpu", (1, 8, 1), queries(), AttnSpec(1.0), r"queries of shape \(2, 256, 4, 64\) do not divide over"),
-    ("splash", "tpu", (1, 1, 1), queries(), AttnSpec(1.0, window=jnp.int32(3)), "the window is known at run time only"),
-    ("splash", "cpu", (1, 1, 1), queries(), AttnSpec(1.0), "it runs on a tpu, and this is compiled for a cpu"),
+    ("splash", "tpu", (1, 1, 1), queries(), AttnSpec(1.0, window=jnp.int32(3)), "the window is known only at run time"),
+    ("splash", "cpu", (1, 1, 1), queries(), AttnSpec(1.0), "it runs on a tpu, but this program is compiled for a cpu"),
     ("auto", "cpu", (1, 1, 1), queries(), AttnSpec(1.0), "xla"),
     ("xla", "tpu", (1, 1, 1), queries(), AttnSpec(1.0), "xla"),
     ("auto", "gpu", (2, 1, 1), queries(), SPECS["one window"], "cudnn"),
     ("auto", "gpu", (1, 1, 1), queries(dtype=jnp.float32), AttnSpec(1.0), "xla"),
     ("auto", "gpu", (1, 1, 1), queries((2, 256, 4, 256)), AttnSpec(1.0), "cudnn"),
-    ("splash", "gpu", (1, 1, 1), queries(), AttnSpec(1.0), "it runs on a tpu, and this is compiled for a gpu"),
-    ("cudnn", "tpu", (1, 1, 1), queries(), AttnSpec(1.0), "it runs on a gpu, and this is compiled for a tpu"),
+    ("splash", "gpu", (1, 1, 1), queries(), AttnSpec(1.0), "it runs on a tpu, but this program is compiled for a gpu"),
+    ("cudnn", "tpu", (1, 1, 1), queries(), AttnSpec(1.0), "it runs on a gpu, but this program is compiled for a tpu"),
     ("cudnn", "gpu", (1, 1, 1), queries(dtype=jnp.float32), AttnSpec(1.0), "it computes in bfloat16, not float32"),
-    ("cudnn", "gpu", (1, 1, 1), queries(), AttnSpec(1.0, 2.0), r"no soft cap, and model\.attn_softcap=2\.0"),
+    ("cudnn", "gpu", (1, 1, 1), queries(), AttnSpec(1.0, 2.0), r"no soft cap, but model\.attn_softcap=2\.0"),
     (
         "cudnn",
         "gpu",

@@ -197,10 +197,10 @@ def test_skipping_changes_nothing():
         ),
         (
             {"targets_MBT": np.zeros((4, 2, 5), np.int32)},
-            "targets_MBT has shape (4, 2, 5), hidden_MBTD asks for (3, 2, 5)",
+            "targets_MBT has shape (4, 2, 5), but hidden_MBTD needs (3, 2, 5)",
         ),
-        ({"weights_MBT": np.ones((1, 2, 5))}, "weights_MBT has shape (1, 2, 5), hidden_MBTD asks for (3, 2, 5)"),
-        ({"scale_M": np.ones(1)}, "scale_M has shape (1,), hidden_MBTD asks for (3,)"),
+        ({"weights_MBT": np.ones((1, 2, 5))}, "weights_MBT has shape (1, 2, 5), but hidden_MBTD needs (3, 2, 5)"),
+        ({"scale_M": np.ones(1)}, "scale_M has shape (1,), but hidden_MBTD needs (3,)"),
         ({"tables": np.zeros((4, 7))}, "an unembedding has shape (4, 7); [vocabulary, 4] is needed"),
         ({"tables": (np.zeros((7, 4)),) * 2}, "2 tables for 3 heads"),
         ({"tables": [np.zeros((7, 4))] * 3}, "an unembedding is a list; [vocabulary, 4] is needed, or a tuple"),

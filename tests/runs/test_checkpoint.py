@@ -207,7 +207,7 @@ def test_broken_checkpoint_is_passed_over_and_moved_aside(tmp_path, damage):
         checkpoints.save(2, make_state(2), Position(20))
     assert lines == [
         f"checkpoint {root / '2'} is broken ({reason}); using step 1",
-        f"checkpoint {root / '2'} is broken ({reason}); moved to broken-2-0, going on from step 1",
+        f"checkpoint {root / '2'} is broken ({reason}); moved to broken-2-0, continuing from step 1",
     ]
     assert step_names(tmp_path) == ["1", "2", "broken-2-0"]
     params, used = restore_params(tmp_path, abstract(state.params), notify=pytest.fail)
@@ -352,10 +352,11 @@ def test_params_alone_need_no_optimizer_and_name_what_does_not_fit(tmp_path):
 
     wide = {"mlp": {"w": jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=wanted["scale"].sharding)}}
     assert refusal(tmp_path, wide) == (
-        f"params/mlp/w is float32[64, 256] in {path / '2'} but float32[64, 512] in this model; use the config beside it"
+        f"params/mlp/w is float32[64, 256] in {path / '2'} but float32[64, 512] in this model; "
+        "use the config.json of its run"
     )
     assert refusal(tmp_path, {"heads": wanted}) == (
-        f"{path / '2'} has no params/heads/embed, it was saved by another model; use the config beside it"
+        f"{path / '2'} has no params/heads/embed: it was saved by another model; use the config.json of its run"
     )
     assert refusal(tmp_path, wanted, 7) == f"{path} holds no checkpoint of step 7; it has 1, 2"
     absent = tmp_path / "absent"
@@ -433,7 +434,7 @@ def test_settings_may_change_before_the_first_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"thesis.tex": "x", "a": "", "b": "", "c": ""}, "holds a, b, c and more but no config.json: it is not a run"),
+        ({"thesis.tex": "x", "a": "", "b": "", "c": ""}, "holds a, b, c and more but no config.json, so it is not a"),
         ({"config.json": to_json(Config())[:100]}, "config.json is not JSON"),
         ({"config.json": ""}, "config.json is not JSON"),
         ({"config.json": "\udcff"}, "cannot be used: 'utf-8' codec can't decode"),

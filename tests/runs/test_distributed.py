@@ -105,30 +105,30 @@ def test_alone_the_first_process_is_this_one():
 
 
 @pytest.mark.parametrize(("words", "said"), [("it is over", "mtp: error: it is over\n"), ("", "")])
-def test_last_words_outlive_an_abort(words, said):
-    """The line that was left last is said after the process has aborted; an empty one is silence.
+def test_the_last_message_is_printed_after_an_abort(words, said):
+    """The message that was set last is printed after the process has aborted; for "" nothing is printed.
 
-    Breaks if `_SPEAKER` is ended by the signals that end its run, or says the first line instead of the last.
+    Breaks if `_HELPER` is ended by the signals that end its run, or prints the first message instead of the last.
     """
     child = f"""
         import os, signal
-        from mtp_jax.runs.distributed import _LastWords
-        with _LastWords() as speaker:
-            speaker.leave("it begins")
-            speaker.leave({words!r})
-            os.killpg(os.getpgid(speaker._speaker.pid), signal.SIGTERM)
+        from mtp_jax.runs.distributed import _LastMessage
+        with _LastMessage() as last:
+            last.set("it begins")
+            last.set({words!r})
+            os.killpg(os.getpgid(last._helper.pid), signal.SIGTERM)
             os.abort()
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(child)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGABRT, said)
 
 
-def test_a_killed_speaker_does_not_end_the_run():
-    """leave() to a speaker that is gone is no error. Breaks without `suppress`."""
-    with distributed._LastWords() as words:
-        words._speaker.kill()
-        words._speaker.wait()
-        words.leave("nobody hears this")
+def test_a_killed_helper_does_not_end_the_run():
+    """set() is no error if the helper is gone. Breaks without `suppress`."""
+    with distributed._LastMessage() as last:
+        last._helper.kill()
+        last._helper.wait()
+        last.set("nobody reads this")
 
 
 def placement(processes_by_shard, batch):

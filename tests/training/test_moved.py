@@ -181,7 +181,7 @@ def test_what_is_missing_is_an_error(name, made, tmp_path):
     """Without its folder of the checkpoint that it was, a model is not another one in silence."""
     copy = shutil.copytree(made / name, tmp_path / "copy")
     shutil.rmtree(copy / "hf")
-    with pytest.raises(UserError, match=r"hf is missing: tokenizer, end tokens .* put it back"):
+    with pytest.raises(UserError, match=r"hf is missing: it holds tokenizer, end tokens .* put it back"):
         load(copy)
 
 
@@ -199,7 +199,7 @@ def test_runs_of_earlier_versions(made, before, tmp_path, monkeypatch):
         path.write_text(path.read_text().replace(f'"{made}/{source}"', f'"{source}"'))
     assert load("second").tokenizer.end_ids == (257, 9)
     (old / "imported").rename(old / "gone")
-    with pytest.raises(UserError, match=r"first started from 'imported', which is not there"):
+    with pytest.raises(UserError, match=r"first started from 'imported', which does not exist any more"):
         load("second")
     (old / "gone").rename(old / "imported")
     run(load("second").config, old / "second")

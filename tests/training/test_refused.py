@@ -180,7 +180,7 @@ def test_a_directory_of_somebody_else_is_as_it_was(place):
     (place / "thesis").mkdir()
     (place / "thesis" / "thesis.tex").write_text("x")
     before = files(place)
-    with pytest.raises(UserError, match="it is not a run"):
+    with pytest.raises(UserError, match="so it is not a run"):
         run(small(place / "text"), place / "thesis")
     assert files(place) == before
 
