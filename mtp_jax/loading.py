@@ -27,7 +27,7 @@ class LoadedModel:
 
     config: Config
     params: Any = dataclasses.field(repr=False)
-    """Parameters stacked over layers, in the dtype they were loaded as; None after `decode_only`."""
+    """Parameters stacked over layers, in the dtype they were loaded as; None of a model for decoding alone."""
     tokenizer: Any
     """`encode_prompt(text)`, `encode_chat(messages)`, `decode(ids)`, `bos_id`, `eos_id`, `end_ids`; None where the
     model was trained on token files."""
@@ -35,6 +35,8 @@ class LoadedModel:
     """Where the parameters lie."""
     origin: Any = dataclasses.field(default=None, repr=False)
     """The Hugging Face checkpoint that it was, for export; None where there was none."""
+    decode_view: Any = dataclasses.field(default=None, repr=False)
+    """What a model for decoding alone has in the place of `params`; None of any other."""
 
     @property
     def arch(self) -> Arch:
@@ -73,15 +75,23 @@ class LoadedModel:
         return _logits(self.arch, self.stacked_params(), jax.device_put(tokens_BT.astype(np.int32)))
 
     def stacked_params(self) -> Any:
-        """`params`, or a UserError where they were given up."""
-        if self.params is None:
-            raise UserError("this model is for decoding alone (`decode_only`); load it anew for anything else")
+        """`params`.
+
+        Raises:
+          UserError: a model for decoding alone, or one that gave its parameters up.
+        """
+        leaves = jax.tree.leaves(self.params)
+        if self.params is None or any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+            raise UserError(
+                "this model has no stacked parameters: it was loaded with decode_only=True, or `give_up_params` took "
+                "them; load it anew without"
+            )
         return self.params
 
     @functools.cached_property
     def decode_params(self) -> Any:
         """The unstacked view that the decoding engine runs on, made at first use."""
-        return _decode_view(self.arch, self.stacked_params())
+        return self.decode_view if self.params is None else _decode_view(self.arch, self.stacked_params())
 
     def with_chat_template(self, setting: str) -> "LoadedModel":
         """The same model with another chat template.
@@ -98,18 +108,21 @@ class LoadedModel:
         other.__dict__.update({name: value for name, value in self.__dict__.items() if name == "decode_params"})
         return other
 
-    def decode_only(self) -> "LoadedModel":
-        """Gives up `params`, so that a model that decodes is in memory once: they are taken apart one after the other.
+    def give_up_params(self) -> "LoadedModel":
+        """The same model for decoding alone, made of this one's arrays: the model is in memory once, not twice.
 
-        `logits`, evaluation and export need the model loaded anew.
+        The arrays of `params` are deleted one by one as the other model takes their contents over. Do not use this
+        model afterwards: put the other in its place, as in `lm = lm.give_up_params()`. What needs stacked parameters
+        (`logits`, evaluation, export, heads from a file) then raises a UserError.
 
         Returns:
-          This model.
+          A model without `params`; a model that has none already returns itself.
         """
-        if "decode_params" not in self.__dict__:
-            self.__dict__["decode_params"] = _taken_apart(self.arch, self.stacked_params(), self.mesh)
-        self.__dict__["params"] = None  # Frozen for everybody else.
-        return self
+        if self.params is None:
+            return self
+        made = self.__dict__.get("decode_params")  # at an earlier use, where there was one
+        view = _taken_apart(self.arch, self.stacked_params(), self.mesh) if made is None else made
+        return dataclasses.replace(self, params=None, decode_view=view)
 
 
 def _taken_apart(arch: Arch, params: Any, mesh: Mesh) -> Any:
@@ -152,6 +165,7 @@ def load(
     ignore: Sequence[str] = (),
     heads_from: str | pathlib.Path | None = None,
     shipped_heads: bool = False,
+    decode_only: bool = False,
 ) -> LoadedModel:
     """Loads a model from a directory of ours, or as it is from a Hugging Face directory or a GGUF file.
 
@@ -165,6 +179,8 @@ def load(
       ignore: of a Hugging Face checkpoint: patterns of config fields and tensor names to leave out of account.
       heads_from: of a Hugging Face checkpoint: a file or directory of heads for it (Medusa, EAGLE, CAFT).
       shipped_heads: whether `smollm2` gets the heads that the package holds for it (`mtp_jax/shipped`).
+      decode_only: whether the model shall only decode. Its parameters are then in memory once, in the form that
+        decoding runs on, and it has no `logits` and cannot be evaluated or exported.
 
     Raises:
       UserError: no such model, no whole checkpoint, an unknown dtype, or what `convert.reader.open_checkpoint` refuses.
@@ -175,13 +191,14 @@ def load(
     if is_run(pathlib.Path(source)):
         if ignore or heads_from is not None:
             raise UserError(f"{source} is a run of ours; ignore and heads_from belong to Hugging Face checkpoints")
-        return _load_run(pathlib.Path(source), dtype, mesh, notify)
-    lm = _load_checkpoint(source, dtype, mesh, notify, ignore, heads_from)
-    if not shipped_heads or ignore or heads_from is not None:
-        return lm
-    from mtp_jax.convert.heads_file import with_shipped
+        lm = _load_run(pathlib.Path(source), dtype, mesh, notify)
+    else:
+        lm = _load_checkpoint(source, dtype, mesh, notify, ignore, heads_from)
+        if shipped_heads and not ignore and heads_from is None:
+            from mtp_jax.convert.heads_file import with_shipped
 
-    return with_shipped(lm, source, notify)
+            lm = with_shipped(lm, source, notify)
+    return lm.give_up_params() if decode_only else lm
 
 
 def is_run(directory: pathlib.Path) -> bool:

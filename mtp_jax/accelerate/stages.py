@@ -278,7 +278,7 @@ def _measured(heads: pathlib.Path, workdir: pathlib.Path, heldout: list[Record],
     path = workdir / "figures.json"
     if path.is_file():
         return [Result.of_json(one) for one in json.loads(path.read_text(encoding="utf-8"))]
-    lm = load(heads, notify=say).decode_only()
+    lm = load(heads, notify=say, decode_only=True)
     tokens = min(NEW_TOKENS, lm.config.model.max_seq_len // 2)
     results = measure(lm, by_kind(heldout), max_new_tokens=tokens, timed_runs=1, progress=say)
     write_atomically(path, json.dumps([one.as_json() for one in results], indent=1) + "\n")

@@ -37,7 +37,7 @@ def write_heads(lm: Any, path: str | pathlib.Path, model: str, dtype: str = "bfl
     """Writes the heads of a model to a file.
 
     Args:
-      lm: a loaded model with heads; not `decode_only`.
+      lm: a loaded model with heads and its stacked parameters.
       path: of the file.
       model: what to call the model that they belong to.
       dtype: of the heads' parameters in the file.
@@ -66,7 +66,7 @@ def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Open
     """A model with the heads of a file, in place of its own.
 
     Args:
-      lm: a loaded model; not `decode_only`.
+      lm: a loaded model with its stacked parameters.
       path: what `write_heads` wrote.
       check: whether to compare the model with the one that the heads were trained on, which reads all of it.
 
