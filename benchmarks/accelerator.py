@@ -20,8 +20,8 @@ import tyro
 from jax.profiler import ProfileData
 from reporting import RESULTS, Report
 
-from mtp_jax.cli.bench.timing import in_turns
-from mtp_jax.cli.bench.train import Step, memory
+from mtp_jax.bench.timing import in_turns
+from mtp_jax.bench.train import Step, memory
 from mtp_jax.cli.common import read_config, say
 from mtp_jax.config import Config, DecodeConfig
 from mtp_jax.cost.hardware import chip

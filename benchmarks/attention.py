@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from mtp_jax.kernels import cudnn, splash
-from mtp_jax.kernels.attention import Form, attention
+from mtp_jax.kernels.attention import AttnSpec, attention
 from mtp_jax.kernels.blocks import attention_by_blocks
 
 
@@ -46,19 +46,19 @@ class Args:
     """Number of timed runs; the median counts."""
 
 
-def paths(args: Args, form: Form, tokens: int) -> dict[str, Callable[..., jax.Array]]:
+def paths(args: Args, spec: AttnSpec, tokens: int) -> dict[str, Callable[..., jax.Array]]:
     """The attention paths that run on this device, by name."""
     found = {
-        "xla": functools.partial(attention, form=form),
-        "blocks": functools.partial(attention_by_blocks, form=form),
+        "xla": functools.partial(attention, spec=spec),
+        "blocks": functools.partial(attention_by_blocks, spec=spec),
     }
     platform = jax.default_backend()
     if platform == "tpu":
-        kernels = splash.make_kernels(form, tokens, tokens, args.heads)
-        found["splash"] = functools.partial(splash.splash_attention, form=form, kernels=kernels)
+        kernels = splash.make_kernels(spec, tokens, tokens, args.heads)
+        found["splash"] = functools.partial(splash.splash_attention, spec=spec, kernels=kernels)
     q_BTNH = jax.ShapeDtypeStruct((1, tokens, args.heads, args.head_dim), args.dtype)
-    if platform == "gpu" and cudnn.refusal(q_BTNH, form, cudnn.capability()) is None:
-        found["cudnn"] = functools.partial(cudnn.cudnn_attention, form=form)
+    if platform == "gpu" and cudnn.refusal(q_BTNH, spec, cudnn.capability()) is None:
+        found["cudnn"] = functools.partial(cudnn.cudnn_attention, spec=spec)
     return found
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     """Times the paths and prints the table."""
     args = tyro.cli(Args, description=__doc__)
     window = (jnp.int32(args.window), (args.window,)) if args.window else (None, ())
-    form = Form(args.head_dim**-0.5, 0.0, *window)
+    spec = AttnSpec(args.head_dim**-0.5, 0.0, *window)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args}")
     print("| tokens | rows | path | forward, ms | with gradients, ms | error of the result | of dk |")
     print("|---|---|---|---|---|---|---|")
@@ -105,9 +105,9 @@ def main() -> None:
         slots_BT = jnp.broadcast_to(jnp.arange(tokens)[None, :], (rows, tokens))
         where = slots_BT, slots_BT // -(-tokens // 4)
         with jax.default_matmul_precision("highest"):
-            exactly = jax.jit(with_gradients(functools.partial(attention_by_blocks, form=form)))
+            exactly = jax.jit(with_gradients(functools.partial(attention_by_blocks, spec=spec)))
             exact = exactly(*(x.astype(jnp.float32) for x in qkv), *where)
-        for name, path in paths(args, form, tokens).items():
+        for name, path in paths(args, spec, tokens).items():
             forward, whole = jax.jit(path), jax.jit(with_gradients(path))
             try:
                 times = [milliseconds(run, (*qkv, *where), args.repeats) for run in (forward, whole)]

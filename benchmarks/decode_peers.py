@@ -70,7 +70,7 @@ def ours(shape: tuple[int, ...], batch: int) -> float:
         tie_embeddings=False,
     )
     config = Config(model=model, heads=HeadsConfig(num_future=1), data=DataConfig(seq_len=512))
-    params = jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(mtp.init, static_argnums=0)(config.arch, jax.random.key(0))
     lm = LoadedModel(config, params, None, sharding.make_mesh(MeshConfig()))
     prompts, best = np.random.default_rng(0).integers(0, vocab, (batch, 64)).tolist(), float("inf")
     for run in range(4):

@@ -27,9 +27,9 @@ ROUNDS = 64
 def main() -> None:
     """Prints the medians of 9 alternating runs."""
     config = read_config("configs/bench_30m.py")
-    params = jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(mtp.init, static_argnums=0)(config.arch, jax.random.key(0))
     lm = LoadedModel(config, params, None, sharding.make_mesh(MeshConfig()))
-    plan, controls = Plan(config, NONE), Options().controls(1, config.model.vocab_size)
+    plan, controls = Plan(config.arch, NONE), Options().controls(1, config.model.vocab_size)
     prompt_BT = jnp.asarray(np.random.default_rng(0).integers(0, config.model.vocab_size, (1, 64)), jnp.int32)
     took = {8192: [], 256: []}
     for _ in range(10):

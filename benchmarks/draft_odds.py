@@ -32,18 +32,18 @@ TILE = 128
 COUNT = 3
 
 
-def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, new: int) -> tuple:
+def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, new: int, count: int = COUNT) -> tuple:
     """After each of `new` tokens: the drafts of the heads, their probabilities, the drafts of lookup, and the number of
     tokens that lookup matched."""
     config = lm.config
     S = ids_S.shape[0]
     zero_B = jnp.zeros((1,), jnp.int32)
-    tap_BQD = mtp.decode_forward(config, params, ids_S[None], zero_B, mtp.init_caches(config, 1, S))[1]
+    tap_BQD = mtp.decode_forward(config.arch, params, ids_S[None], zero_B, mtp.init_caches(config.arch, 1, S))[1]
     at_T = first - 1 + jnp.arange(new)
     tokens_TS = jnp.broadcast_to(ids_S[None], (new, S))
 
     def propose(states_BPD: jax.Array, first: int) -> mtp_jax.Drafts:
-        logits_BPV = mtp.draft_logits(config, params, states_BPD, first)
+        logits_BPV = mtp.draft_logits(config.arch, params, states_BPD, first)
         sure_BP = jnp.exp(logits_BPV.max(-1) - jax.nn.logsumexp(logits_BPV, axis=-1))
         return mtp_jax.Drafts(jnp.argmax(logits_BPV, axis=-1), sure_BP=sure_BP)
 
@@ -51,10 +51,10 @@ def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, ne
         return language_model.embed(config.model, params, ids)
 
     where = (at_T, jnp.zeros((new,), jnp.int32), jnp.ones((new,), bool), tokens_TS, at_T + 2)
-    now = Round(tap_BQD[0][at_T][:, None], *where, COUNT, embed, propose)
-    pieces = FAMILIES[config.heads.kind].draft(config, params, (), now)[0]
+    now = Round(tap_BQD[0][at_T][:, None], *where, count, embed, propose)
+    pieces = FAMILIES[config.heads.kind].draft(config.arch, params, (), now)[0]
     drafts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces)
-    return drafts.tokens_BP, drafts.sure_BP, *lookup(tokens_TS, at_T + 2, COUNT)
+    return drafts.tokens_BP, drafts.sure_BP, *lookup(tokens_TS, at_T + 2, count)
 
 
 def share(right: list[bool]) -> str:
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
     lm = mtp_jax.load(args.source, shipped_heads=True)
-    if jax.tree.leaves(FAMILIES[lm.config.heads.kind].init_cache(lm.config, 1, TILE, COUNT)):
+    if jax.tree.leaves(FAMILIES[lm.config.heads.kind].init_cache(lm.arch, 1, TILE, COUNT)):
         raise SystemExit(f"{args.source} has heads with caches; give a model with heads.attention=False")
     run = jax.jit(lambda params, ids_S, first: drafted(lm, params, ids_S, first, args.new_tokens - COUNT))
     by_sure: dict[int, list[bool]] = {}

@@ -68,7 +68,7 @@ def variant(base: Config, heads: dict, budget: int) -> Config:
         model = dataclasses.replace(base.model, num_layers=count)
         return dataclasses.replace(base, model=model, heads=head_config)
 
-    return min(map(with_layers, range(1, 13)), key=lambda config: abs(mtp.count_params(config) - budget))
+    return min(map(with_layers, range(1, 13)), key=lambda config: abs(mtp.count_params(config.arch) - budget))
 
 
 def step_times(configs: dict[str, Config]) -> dict[str, float]:
@@ -114,7 +114,7 @@ def main() -> None:
         losses = " / ".join(f"{head['loss']:.3f}" for head in result["heads"])
         accuracies = " / ".join(f"{100 * head['top1']:.1f}" for head in result["heads"])
         rounds = f"{result['tokens_per_round']:.2f}" if config.num_draft else "-"
-        size = f"{config.model.num_layers} | {mtp.count_params(config) / 1e6:.2f}M"
+        size = f"{config.model.num_layers} | {mtp.count_params(config.arch) / 1e6:.2f}M"
         print(f"| {name} | {size} | {losses} | {accuracies} | {rounds} |", flush=True)
     print("\n| | ms a step | over the first |\n|---|---|---|")
     times = step_times(configs)

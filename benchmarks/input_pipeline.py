@@ -21,8 +21,8 @@ import tyro
 from reporting import RESULTS, Report
 
 from mtp_jax import Config
-from mtp_jax.cli.bench.timing import in_turns, ratio
-from mtp_jax.cli.bench.train import Step
+from mtp_jax.bench.timing import in_turns, ratio
+from mtp_jax.bench.train import Step
 from mtp_jax.cli.common import read_config
 from mtp_jax.config import override
 from mtp_jax.data.loader import prepare, train_batches

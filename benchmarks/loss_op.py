@@ -17,8 +17,7 @@ import jax
 import tyro
 from reporting import RESULTS, Report
 
-from mtp_jax.cli.bench.loss import FORMS, cells, measure
-from mtp_jax.cli.bench.loss import Args as Shape
+from mtp_jax.bench.loss import FORMS, Setting, cells, measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +46,10 @@ def main() -> None:
     rows, temporaries = [], {}
     for vocab, tokens in zip(args.vocab, args.tokens, strict=True):
         for heads in args.heads:
-            shape = Shape(heads=heads, vocab=vocab, tokens=tokens, dtype=args.dtype, runs=args.runs, budget=args.budget)
-            result = measure(shape)
+            setting = Setting(
+                heads=heads, vocab=vocab, tokens=tokens, dtype=args.dtype, runs=args.runs, budget=args.budget
+            )
+            result = measure(setting)
             temporaries.setdefault(vocab, []).append(result["fused"]["temp_bytes"])
             line = (f"{vocab:,}", str(heads), f"{tokens:,}", str(result["turns"]))
             for name in FORMS:

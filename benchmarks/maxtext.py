@@ -81,7 +81,7 @@ def ours(args: Args) -> None:
     import jax
     from shapes import config
 
-    from mtp_jax.cli.bench.train import Step
+    from mtp_jax.bench.train import Step
 
     shape = dict(total_layers=args.layers, vocab_size=args.vocab, batch_size=args.batch_size, seq_len=args.seq_len)
     step, times = Step(config(**OURS[args.child], **shape, remat=args.remat)), []

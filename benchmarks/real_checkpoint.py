@@ -72,29 +72,29 @@ def parts_ms(lm: LoadedModel, tokens: int) -> tuple[float, float]:
     take after it."""
     config, params = lm.config, lm.decode_params
     start_B, ids_BQ = jnp.full((1,), SLOTS // 2), jnp.ones((1, tokens), jnp.int32)
-    caches = mtp.init_caches(config, 1, SLOTS)
+    caches = mtp.init_caches(config.arch, 1, SLOTS)
 
     def verify(params: Any, caches: Any) -> Any:
-        state_BQD, tap_BQD, caches = mtp.decode_forward(config, params, ids_BQ, start_B, caches)
+        state_BQD, tap_BQD, caches = mtp.decode_forward(config.arch, params, ids_BQ, start_B, caches)
         normed_BQD = language_model.final_norm(config.model, params, state_BQD)
         return jax.lax.top_k(language_model.logits(config.model, params, normed_BQD)[0], 1)[1], tap_BQD, caches
 
     def draft(params: Any, cache: Any, tap_BQD: jax.Array) -> Any:
         def propose(states_BPD: jax.Array, first: int) -> Any:
-            logits_BPV = mtp.draft_logits(config, params, states_BPD, first)
+            logits_BPV = mtp.draft_logits(config.arch, params, states_BPD, first)
             return mtp_jax.Drafts(jax.lax.top_k(logits_BPV[0], 1)[1][None, :, 0])
 
         tokens_BS = jnp.ones((1, SLOTS), jnp.int32)
         embed = lambda ids: language_model.embed(config.model, params, ids)  # noqa: E731
         live = (start_B, jnp.zeros((1,), jnp.int32), jnp.ones((1,), bool), tokens_BS, start_B + 1)
         now = Round(tap_BQD, *live, config.num_draft, embed, propose)
-        return FAMILIES[config.heads.kind].draft(config, params, cache, now)
+        return FAMILIES[config.heads.kind].draft(config.arch, params, cache, now)
 
     verify, drafting = jax.jit(verify, donate_argnums=1), 0.0
     took, caches = _least_ms(lambda caches: verify(params, caches)[2], caches)
     if config.num_draft:
         tap_BQD = verify(params, caches)[1]
-        cache, draft = FAMILIES[config.heads.kind].init_cache(config, 1, SLOTS, config.num_draft), jax.jit(draft)
+        cache, draft = FAMILIES[config.heads.kind].init_cache(config.arch, 1, SLOTS, config.num_draft), jax.jit(draft)
         drafting, _ = _least_ms(lambda _: draft(params, cache, tap_BQD), None)
     return took, drafting
 
@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("data", type=pathlib.Path)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="kinds of text")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
     lm = mtp_jax.load(args.source, shipped_heads=True)
-    prompts = {kind: prompts_of(args.data, kind, args.prompts) for kind in KINDS}
+    prompts = {kind: prompts_of(args.data, kind, args.prompts) for kind in args.kinds}
     options, sides = {"temperature": args.temperature}, None
     if args.sides:
         sides = {name: (WITHOUT_HEADS | WITH_HEADS)[name] for name in dict.fromkeys([PLAIN, *args.sides])}
@@ -164,7 +165,7 @@ def main() -> None:
     ]
     notes.append(f"A pass over {shown} ms; drafting {drafting:.1f} ms.")
     notes.append(f"Geometric means of the gain: {means}.")
-    for kind in KINDS if args.peer else ():
+    for kind in args.kinds if args.peer else ():
         texts = [one if isinstance(one, str) else lm.tokenizer.chat.prompt(one) for one in prompts[kind]]
         took = peer(args.peer, [lm.tokenizer.encode_prompt(text) for text in texts], args.new_tokens)
         notes.append(f"transformers on {kind}, ms a token: {', '.join(f'{k} {v:.1f}' for k, v in took.items())}.")

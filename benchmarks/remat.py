@@ -20,7 +20,8 @@ from shapes import config
 
 from mtp_jax import sharding
 from mtp_jax.aot import flops, programs
-from mtp_jax.cli.bench.train import measure
+from mtp_jax.bench.train import measure
+from mtp_jax.cli.common import say
 from mtp_jax.config import Config
 from mtp_jax.cost.flops import step_flops
 
@@ -79,7 +80,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     runs = configs(args)
     rows = []
-    for name, result in measure(runs, args.runs).items():
+    for name, result in measure(runs, args.runs, progress=say).items():
         memory = f"{result['temp_bytes'] / 1e6:,.0f}", f"{result['argument_bytes'] / 1e6:,.0f}"
         time = f"{result['seconds']:.3f}", f"{result['over_first']:.3f}"
         rows.append((name, *memory, *time, f"{recomputed(runs[name]):.1%}", f"{result['share_of_peak']:.0%}"))

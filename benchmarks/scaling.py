@@ -20,7 +20,8 @@ from reporting import RESULTS, Report, exponent
 from shapes import config
 
 from mtp_jax import Config
-from mtp_jax.cli.bench.train import measure
+from mtp_jax.bench.train import measure
+from mtp_jax.cli.common import say
 from mtp_jax.cost.flops import step_flops
 from mtp_jax.model import mtp
 
@@ -64,7 +65,7 @@ def main() -> None:
     for name in args.only:
         sizes = [STARTS[name] * 2**i for i in range(min(args.points, 3) if name == "num_future" else args.points)]
         configs = {str(size): config(d_model=256, d_ff=704, remat=args.remat, **BASE | {name: size}) for size in sizes}
-        results = list(measure(configs, args.runs).values())
+        results = list(measure(configs, args.runs, progress=say).values())
         # Times are divided by the times of the matrix products in the same runs.
         times = [result["flops"] / result["share_of_peak"] for result in results]
         temporaries = [result["temp_bytes"] for result in results]

@@ -88,7 +88,7 @@ def main() -> None:
     programs.PROGRAMS.most = args.most
     config = read_config(args.config)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_seq_len=2048))
-    params = jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0))
+    params = jax.jit(mtp.init, static_argnums=0)(config.arch, jax.random.key(0))
     lm, rng = LoadedModel(config, params, None, sharding.make_mesh(MeshConfig())), random.Random(0)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(

@@ -17,7 +17,8 @@ import tyro
 from reporting import RESULTS, Report
 from shapes import config
 
-from mtp_jax.cli.bench.train import measure
+from mtp_jax.bench.train import measure
+from mtp_jax.cli.common import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     shape = dict(total_layers=args.layers, vocab_size=args.vocab, batch_size=args.batch_size, seq_len=args.seq_len)
     configs = {f"M = {m}": config(num_future=m, remat=args.remat, **shape) for m in args.heads}
-    results, rows = measure(configs, args.runs), []
+    results, rows = measure(configs, args.runs, progress=say), []
     first = next(iter(results.values()))
     for (name, result), m in zip(results.items(), args.heads, strict=True):
         operations = result["flops"] / first["flops"]

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mtp_jax.config import Arch as Arch
     from mtp_jax.config import Config as Config
     from mtp_jax.config import DataConfig as DataConfig
     from mtp_jax.config import DecodeConfig as DecodeConfig
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Arch": "config",
     "Config": "config",
     "ModelConfig": "config",
     "HeadsConfig": "config",

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax import axes
-from mtp_jax.config import Config, MeshConfig, check_divisible
+from mtp_jax.config import Arch, Config, MeshConfig, check_divisible
 from mtp_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
@@ -77,7 +77,7 @@ def mesh_of(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     return mesh
 
 
-def check_mesh(mesh: Mesh, config: Config) -> None:
+def check_mesh(mesh: Mesh, arch: Arch) -> None:
     """Checks that a mesh has our axes and can split the model.
 
     Raises:
@@ -88,7 +88,7 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
             f"this mesh has axes {dict(zip(mesh.axis_names, map(str, mesh.axis_types), strict=True))}; "
             f"make one with mtp_jax.sharding.make_mesh: {', '.join(MESH_AXES)}, all of them Auto"
         )
-    check_divisible(config, mesh.shape["fsdp"] * mesh.shape["context"], mesh.shape["tensor"])
+    check_divisible(arch, mesh.shape["fsdp"] * mesh.shape["context"], mesh.shape["tensor"])
 
 
 def check_host_memory(mesh: Mesh) -> None:

@@ -58,7 +58,7 @@ def test_config_builds(name, monkeypatch):
     config = read_config(str(CONFIGS / f"{name}.py"))
     program = programs.train_step(config, sharding.make_mesh(config.mesh))
     count = sum(leaf.size for leaf in jax.tree.leaves(program.arguments["parameters"]))
-    assert count == mtp.count_params(config) == PARAMETERS[name]
+    assert count == mtp.count_params(config.arch) == PARAMETERS[name]
     assert "stablehlo.dot_general" in program.lowered.as_text()
     ratio = flops.count(program.traced.jaxpr).flops / step_flops(
         config, config.train.batch_size, config.data.seq_len, computed=True

@@ -34,10 +34,11 @@ ALLOWED = {
     "convert": {"config", "data", "model", "runs", "sharding", "training", "trees"},
     "loading": {"config", "convert", "data", "model", "runs", "sharding"},
     "eval": {"config", "data", "decode", "loading", "losses", "model", "runs", "sharding", "training"},
+    "bench": {"config", "cost", "data", "decode", "eval", "loading", "losses", "model", "runs", "sharding", "training"},
     "aot": {"axes", "config", "cost", "decode", "model", "sharding", "training"},
     "accelerate": {"config", "convert", "data", "decode", "eval", "loading", "model", "runs", "training"},
     "cli": {
-        *("accelerate", "aot", "config", "convert", "cost", "data", "decode", "eval", "loading", "losses", "model"),
+        *("accelerate", "aot", "bench", "config", "convert", "cost", "data", "decode", "eval", "loading", "model"),
         *("runs", "sharding", "training"),
     },
 }

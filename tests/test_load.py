@@ -55,7 +55,9 @@ def copy(run, tmp_path):
 def direct_logits(config, params, tokens_BT):
     """mtp.apply over whole documents, then one head at a time through the unembedding."""
     positions_BT = np.tile(np.arange(tokens_BT.shape[1]), (len(tokens_BT), 1))
-    hidden_MBTD = jax.jit(mtp.apply, static_argnums=0)(config, params, tokens_BT, positions_BT, np.ones_like(tokens_BT))
+    hidden_MBTD = jax.jit(mtp.apply, static_argnums=0)(
+        config.arch, params, tokens_BT, positions_BT, np.ones_like(tokens_BT)
+    )
     table_VD = np.asarray(next_token.unembedding(params), np.float64)
     return np.stack([np.asarray(hidden_BTD, np.float64) @ table_VD.T for hidden_BTD in hidden_MBTD])
 
@@ -129,44 +131,60 @@ def test_decoding_parameters_are_made_once(lm):
     assert lm.decode_params is lm.decode_params
 
 
+def model_of(config, params, mesh=None):
+    return LoadedModel(config, params, None, mesh or sharding.make_mesh(MeshConfig()))
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("sizes", sampled([{}, {"fsdp": 2, "tensor": 2}], {}), ids=["one", "mesh"])
 def test_decode_only_keeps_one_copy(run, lm, sizes):
     """A model for decoding alone generates the same tokens, and refuses what it has no parameters for."""
     mesh = sharding.make_mesh(MeshConfig(**sizes))
-    only, usual = load(run[0], mesh=mesh).decode_only(), load(run[0], mesh=mesh).decode_params
+    only, usual = load(run[0], mesh=mesh, decode_only=True), load(run[0], mesh=mesh).decode_params
     same_trees(only.decode_params, usual)
     place = lambda leaf: (leaf.sharding.devices_indices_map(leaf.shape), leaf.committed)  # noqa: E731
     assert jax.tree.map(place, only.decode_params) == jax.tree.map(place, usual)
     generated = [mtp_jax.generate(model, PROMPTS, max_new_tokens=12).tokens for model in (only, lm)]
     assert generated[0] == generated[1]
-    assert only.decode_only() is only
-    for refused in (lambda: only.logits(TOKENS_BT), lambda: dataclasses.replace(only, tokenizer=None).decode_params):
+    assert only.give_up_params() is only
+    assert dataclasses.replace(only, tokenizer=None).decode_params is only.decode_params
+    with pytest.raises(UserError, match="load it anew"):
+        only.logits(TOKENS_BT)
+
+
+def test_giving_up_changes_the_arrays_alone():
+    """The model that gave its parameters up has the fields it had; it refuses by one clear line what its deleted arrays
+    would be needed for. Breaks without `is_deleted` in `stacked_params`, or if `params` of a frozen model were set."""
+    config = small_config({"tie_embeddings": False})
+    given = model_of(config, random_params(config))
+    before = dict(given.__dict__)
+    only = given.give_up_params()
+    assert given.__dict__ == before and only.params is None
+    for refused in (lambda: given.decode_params, given.stacked_params, only.stacked_params):
         with pytest.raises(UserError, match="load it anew"):
             refused()
 
 
-def test_decode_only_of_arrays_that_are_held_twice(lm):
+def test_giving_up_arrays_that_are_held_twice():
     """An array that is two parameters, or numpy's, is left alone, and so is a view that was there before."""
     config = small_config({"tie_embeddings": False})
-    make = lambda change: LoadedModel(config, change(random_params(config)), None, lm.mesh)  # noqa: E731
     for change in (lambda params: params | {"unembed": params["embed"]}, jax.device_get):
-        same_trees(make(change).decode_only().decode_params, make(change).decode_params)
-    decoded = make(lambda params: params)
-    assert decoded.decode_params is decoded.decode_only().decode_params
+        only = model_of(config, change(random_params(config))).give_up_params()
+        same_trees(only.decode_params, model_of(config, change(random_params(config))).decode_params)
+    decoded = model_of(config, random_params(config))
+    assert decoded.decode_params is decoded.give_up_params().decode_params
 
 
 @pytest.mark.parametrize("kind", sampled(KINDS, "sequential"))
 @pytest.mark.parametrize("dtype", sampled(["float32", "bfloat16"], "bfloat16"))
-def test_decode_only_of_every_family(kind, dtype):
-    """decode_only's view is `decode_params` bit for bit, cast or not; of the stacked arrays only those are left that
-    the view holds as they are. Breaks without `leaf.delete()`, or where a call of `unstack` lacks its `replace`.
+def test_giving_up_by_every_family(kind, dtype):
+    """The view is `decode_params` bit for bit, cast or not; of the stacked arrays only those are left that the view
+    holds as they are. Breaks without `leaf.delete()`, or where a call of `unstack` lacks its `replace`.
     """
     config = small_config({"dtype": dtype, "tie_embeddings": False}, heads_of(kind))
-    make = lambda: LoadedModel(config, random_params(config), None, sharding.make_mesh(MeshConfig()))  # noqa: E731
-    given = make()
-    params, view = given.params, given.decode_only().decode_params
-    same_trees(view, make().decode_params)
+    params = random_params(config)
+    view = model_of(config, params).give_up_params().decode_params
+    same_trees(view, model_of(config, random_params(config)).decode_params)
     held = {id(leaf) for leaf in jax.tree.leaves(view)}
     left = [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not leaf.is_deleted()]
     assert [path for path, leaf in jax.tree_util.tree_leaves_with_path(params) if id(leaf) in held] == left

@@ -46,7 +46,7 @@ COUNTS = {
 
 
 def boxed(config):
-    return jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0)))
 
 
 @pytest.mark.parametrize("path", sampled(CONFIGS, *SHOWN), ids=lambda path: path.stem)
@@ -57,7 +57,7 @@ def test_every_parameter_of_every_config_has_a_place(path):
     Breaks with a parameter without `with_logical_partitioning`, or without (EMBED, "fsdp") in RULES.
     """
     config = runpy.run_path(str(path))["config"]
-    assert mtp.count_params(config) == COUNTS[path.stem]
+    assert mtp.count_params(config.arch) == COUNTS[path.stem]
     tree = boxed(config)
     shardings = sharding.param_shardings(sharding.make_mesh(MeshConfig(fsdp=8)), tree)
     split = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), nn.meta.unbox(tree), shardings)
@@ -191,16 +191,16 @@ def test_check_mesh():
     Breaks without any one of the three checks.
     """
     config = small_config()
-    sharding.check_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), config)
+    sharding.check_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), config.arch)
     devices = jax.devices()[:2]
     for shape, names, kind in (((2, 1), ("data", "tensor"), "Auto"), ((2, 1, 1, 1), sharding.MESH_AXES, "Explicit")):
         mesh = jax.make_mesh(shape, names, axis_types=(AxisType[kind],) * len(names), devices=devices)
         with pytest.raises(
             UserError, match=rf"this mesh has axes {{'data': 'AxisType\.{kind}'.*: data, fsdp, context, tensor, all"
         ):
-            sharding.check_mesh(mesh, config)
+            sharding.check_mesh(mesh, config.arch)
     with pytest.raises(UserError, match=r"model\.num_heads=4 does not divide over mesh\.tensor=8 devices"):
-        sharding.check_mesh(sharding.make_mesh(MeshConfig(tensor=-1)), config)
+        sharding.check_mesh(sharding.make_mesh(MeshConfig(tensor=-1)), config.arch)
 
 
 def test_on_mesh():

@@ -264,7 +264,7 @@ def _seconds_of_states(trunk: pathlib.Path, config: Config, rows: int) -> float:
     shape = (config.train.batch_size, config.data.seq_len)
     tokens_BT = jnp.zeros(shape, jnp.int32)
     positions_BT = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
-    run = jax.jit(lambda params, *rows: mtp.trunk_states(config, params, *rows))
+    run = jax.jit(lambda params, *rows: mtp.trunk_states(config.arch, params, *rows))
     jax.block_until_ready(run(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
     began = time.monotonic()
     jax.block_until_ready(run(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
@@ -278,7 +278,7 @@ def _measured(heads: pathlib.Path, workdir: pathlib.Path, heldout: list[Record],
     path = workdir / "figures.json"
     if path.is_file():
         return [Result.of_json(one) for one in json.loads(path.read_text(encoding="utf-8"))]
-    lm = load(heads, notify=say).decode_only()
+    lm = load(heads, notify=say, decode_only=True)
     tokens = min(NEW_TOKENS, lm.config.model.max_seq_len // 2)
     results = measure(lm, by_kind(heldout), max_new_tokens=tokens, timed_runs=1, progress=say)
     write_atomically(path, json.dumps([one.as_json() for one in results], indent=1) + "\n")

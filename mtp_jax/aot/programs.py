@@ -100,8 +100,8 @@ def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
       rows: number of prompts that are decoded together.
       tokens: number of tokens of prompt and output together; the caches have room for this many.
     """
-    drafter = make_drafter("heads" if config.num_draft else "none", config, config.num_draft)
-    plan = Plan(config, drafter, Options().sampler(), Options().rule())
+    drafter = make_drafter("heads" if config.num_draft else "none", config.arch, config.num_draft)
+    plan = Plan(config.arch, drafter, Options().sampler(), Options().rule())
     vocab = config.model.vocab_size
     params = decode_params(config, mesh)
     everywhere = sharding.replicated(mesh)
@@ -126,9 +126,9 @@ def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
 
 def decode_params(config: Config, mesh: Mesh) -> Any:
     """`LoadedModel.decode_params` of a model on this mesh, as shapes with shardings."""
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0)))
     stored = sharding.abstract_params(mesh, boxed)
-    view = functools.partial(mtp.decode_view, config)
+    view = functools.partial(mtp.decode_view, config.arch)
     made = jax.jit(view).lower(stored).compile()
     return sharding.place_abstract(jax.eval_shape(view, stored), made.output_shardings)
 

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         "devices": mesh.size,
         "topology_devices": len(devices),
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "parameters": count_params(config),
+        "parameters": count_params(config.arch),
     }
     if args.json:
         print_json(_json(config, facts, reports))

@@ -10,7 +10,7 @@ from mtp_jax.data.loader import load_heldout
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import make_directory, write_page
-from mtp_jax.eval.report import evaluate
+from mtp_jax.eval.report import heldout_losses, with_decoding
 from mtp_jax.loading import LoadedModel, is_run, load
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.integrity import new_directories
@@ -67,7 +67,9 @@ def main(argv: list[str]) -> None:
             f"{source}: {len(rows.doc_starts)} documents, {len(rows.tokens):,} tokens"
             + (f", {rows.bytes_ / 1e6:.2f} MB" if rows.bytes_ else "")
         )
-        result = evaluate(lm, rows, progress=say, keep_params=False)
+        losses = heldout_losses(lm, rows, progress=say)
+        lm = lm.give_up_params()  # from here on it only decodes, and is in memory once
+        result = with_decoding(losses, lm, rows, progress=say)
         page = write_page(directory, f"{args.source} on {source}", result, [], {})
     if args.json:
         print_json(result.as_json() | {"report": str(page)})

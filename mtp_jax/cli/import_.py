@@ -11,8 +11,8 @@ from mtp_jax.convert.forms import FORMS
 from mtp_jax.convert.importer import import_model
 from mtp_jax.errors import UserError
 
-Form = Literal["none", "mtp", "qwen", "deepseek", "mimo", "eagle", "medusa", "vllm", "caft", "meta"]
-assert set(get_args(Form)) == {*FORMS, "none"}
+FormName = Literal["none", "mtp", "qwen", "deepseek", "mimo", "eagle", "medusa", "vllm", "caft", "meta"]
+assert set(get_args(FormName)) == {*FORMS, "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Args:
     """Directory to write. `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it as a model."""
     heads: Literal[("none", *FACTS)] = "none"
     """Add new heads of this family."""
-    form: Form = "none"
+    form: FormName = "none"
     """Add new heads with the settings that this form needs, so that `mtp export --form` can write them."""
     num_future: int = 0
     """M, the number of heads that --heads or --form gives, head 0 included; 4 if not given."""

@@ -63,10 +63,9 @@ def open_model(args: Decoding) -> LoadedModel:
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
     others["shipped_heads"] = args.draft not in ("lookup", "none")
-    lm = load(args.source, dtype=None if args.dtype == "config" else args.dtype, **others)
-    if args.chat_template:
-        lm = lm.with_chat_template(args.chat_template)
-    return lm.decode_only()
+    dtype = None if args.dtype == "config" else args.dtype
+    lm = load(args.source, dtype=dtype, decode_only=True, **others)
+    return lm.with_chat_template(args.chat_template) if args.chat_template else lm
 
 
 def with_best_draft(args: Decoding, lm: LoadedModel, options: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from mtp_jax.config import (
 from mtp_jax.data.loader import prepare
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import REAL_COLUMNS, real_rows, side_by_side_page, speed_remark, write_page
-from mtp_jax.eval.report import Evaluation, evaluate
+from mtp_jax.eval.report import Evaluation, heldout_losses, with_decoding
 from mtp_jax.eval.side_by_side import SIDES, SideBySide, remark, side_by_side
 from mtp_jax.loading import load
 from mtp_jax.model.mtp import count_params
@@ -107,8 +107,11 @@ def main(argv: list[str]) -> None:
         if args.json:
             print_json({"finished": False, "step": result.step, "workdir": args.workdir})
         raise SystemExit(128 + signal.Signals[result.stopped_by])
-    evaluation = evaluate(load(args.workdir), result.corpus.heldout, progress=say, keep_params=False)
-    facts = {"parameters": f"{count_params(config):,}"}
+    lm = load(args.workdir)
+    losses = heldout_losses(lm, result.corpus.heldout, progress=say)
+    # From here on the model only decodes.
+    evaluation = with_decoding(losses, lm.give_up_params(), result.corpus.heldout, progress=say)
+    facts = {"parameters": f"{count_params(config.arch):,}"}
     whole = time.monotonic() - began
     if result.first_step == 0:
         # If the run was continued, this process knows only a part of its training time.
@@ -128,15 +131,15 @@ def _real(args: Args) -> SideBySide:
     """Decodes with the real checkpoint, plainly and with drafts; in a terminal, shows the text while it is made."""
     keep_compiled(own_directory(args.checkpoint))
     try:
-        lm = load(args.checkpoint, shipped_heads=True)
+        lm = load(args.checkpoint, shipped_heads=True, decode_only=True)
     except UserError as error:
         raise UserError(f"{error}; or leave the real checkpoint out: --model none") from error
     if lm.tokenizer is None:
         raise UserError(f"--model {args.checkpoint} has no tokenizer; give a model that has one, or --model none")
     heads = f", {lm.config.num_draft} heads that draft" if lm.config.num_draft else ", no heads: lookup drafts"
-    say(f"{args.checkpoint}: {count_params(lm.config) / 1e6:.0f}M parameters, {lm.config.model.dtype}{heads}")
+    say(f"{args.checkpoint}: {count_params(lm.arch) / 1e6:.0f}M parameters, {lm.config.model.dtype}{heads}")
     with Watcher(sys.stderr.isatty() and not args.json) as watcher:
-        return side_by_side(lm.decode_only(), args.checkpoint, timed_runs=1, show=watcher.show, progress=say)
+        return side_by_side(lm, args.checkpoint, timed_runs=1, show=watcher.show, progress=say)
 
 
 def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainResult, Config, float]:
@@ -148,7 +151,7 @@ def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainRe
         say(f"measuring how many steps fit into the rest of {minutes:g} minutes ...")
         left = 60 * minutes - (time.monotonic() - began)
         config = override(config, {"train.steps": steps_within(config, workdir, left)})
-    size = f"{count_params(config) / 1e6:.2f}M parameters, {config.heads.num_future} heads"
+    size = f"{count_params(config.arch) / 1e6:.2f}M parameters, {config.heads.num_future} heads"
     say(f"a small model from scratch: {size}, {config.train.steps:,} steps, in {workdir}")
     with RunConsole() as console:
         result = train(config, workdir, console)

@@ -1,13 +1,16 @@
 """Every setting of a run, with its default and a check of what it may be. A value that cannot work is refused here.
 
 A run is one `Config`, made of sections. Each section has a file: `model`, `heads`, `loss`, `data`, `optim`, `mesh`,
-`training` (section `train`) and `decode`. `run` checks what settings must be together. `text` writes a config as JSON
-and reads it again.
+`training` (section `train`) and `decode`. `arch` is the model with its heads. `run` checks
+that settings of several sections fit together. `text` writes a config as JSON and reads it again.
 
 Config files are Python files that define `config = Config(...)`. The command line overrides any field by its dotted
 path (`--model.d_model 512`).
 """
 
+from mtp_jax.config.arch import Arch as Arch
+from mtp_jax.config.arch import check_divisible as check_divisible
+from mtp_jax.config.arch import equal_parameter_layers as equal_parameter_layers
 from mtp_jax.config.data import DataConfig as DataConfig
 from mtp_jax.config.decode import DecodeConfig as DecodeConfig
 from mtp_jax.config.heads import FACTS as FACTS
@@ -20,8 +23,6 @@ from mtp_jax.config.mesh import MeshConfig as MeshConfig
 from mtp_jax.config.model import ModelConfig as ModelConfig
 from mtp_jax.config.optim import OptimConfig as OptimConfig
 from mtp_jax.config.run import Config as Config
-from mtp_jax.config.run import check_divisible as check_divisible
-from mtp_jax.config.run import equal_parameter_layers as equal_parameter_layers
 from mtp_jax.config.text import differences as differences
 from mtp_jax.config.text import flatten as flatten
 from mtp_jax.config.text import from_json as from_json

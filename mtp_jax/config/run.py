@@ -1,7 +1,8 @@
-"""A run's config: its sections together. What settings must be together is checked here."""
+"""A run's config: its sections together. Settings of several sections that must fit together are checked here."""
 
 import dataclasses
 
+from mtp_jax.config.arch import Arch, check_divisible
 from mtp_jax.config.checks import require
 from mtp_jax.config.data import DataConfig
 from mtp_jax.config.decode import DecodeConfig
@@ -11,29 +12,6 @@ from mtp_jax.config.mesh import MeshConfig
 from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.optim import OptimConfig
 from mtp_jax.config.training import TrainConfig
-from mtp_jax.errors import UserError
-
-
-def equal_parameter_layers(total_layers: int, num_future: int) -> int:
-    """Layers of the next-token path that leave the parameter count of a plain `total_layers` model unchanged.
-
-    Each extra parallel head owns one block, so `num_future - 1` blocks move from the trunk into the heads
-    (Gloeckle et al. 2024, section 2): 32 layers with 4 heads are a 29-layer LM and 3 one-block heads.
-
-    Args:
-      total_layers: layers of the plain model that sets the parameter budget.
-      num_future: M, prediction heads including the next-token head.
-
-    Returns:
-      `model.num_layers` for the model with heads.
-    """
-    layers = total_layers - (num_future - 1)
-    if layers < 1:
-        raise UserError(
-            f"equal_parameter_layers: {total_layers} layers cannot give one block to each of {num_future - 1} extra "
-            f"heads and keep one; use num_future <= {total_layers}"
-        )
-    return layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +27,27 @@ class Config:
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
 
+    @classmethod
+    def around(cls, arch: Arch, tokenizer: str) -> "Config":
+        """The defaults of a run, shortened where they do not fit the longest row of a model that we did not train.
+
+        Args:
+          arch: the model and its heads.
+          tokenizer: `data.tokenizer`.
+        """
+        longest = arch.model.max_seq_len
+        decode = DecodeConfig()
+        if decode.prompt_tokens + decode.max_new_tokens > longest:
+            decode = DecodeConfig(prompt_tokens=max(longest // 3, 1), max_new_tokens=max(longest // 3, 2))
+        data = DataConfig(tokenizer=tokenizer, seq_len=min(DataConfig.seq_len, longest))
+        return cls(model=arch.model, heads=arch.heads, data=data, decode=decode)
+
     def __post_init__(self) -> None:
+        arch = self.arch
         self._check_rows()
-        self._check_heads()
+        self._check_drafts()
         self._check_training()
-        self._check_mesh()
+        self._check_mesh(arch)
 
     def _check_rows(self) -> None:
         """Lengths of rows, prompts and outputs."""
@@ -84,47 +78,13 @@ class Config:
             f"decode.prompt_tokens + decode.max_new_tokens = {longest} is above model.max_seq_len={model.max_seq_len}",
         )
 
-    def _check_heads(self) -> None:
-        """Heads that the model can carry, and drafts that they can make."""
-        model = self.model
+    def _check_drafts(self) -> None:
+        """How many drafts the heads can make."""
         heads = self.heads
         decode = self.decode
         require(
-            -model.num_layers <= heads.tap <= model.num_layers,
-            f"heads.tap={heads.tap} is out of range for model.num_layers={model.num_layers}; "
-            f"use -{model.num_layers}..{model.num_layers} (-1 is the input of the last block)",
-        )
-        require(
-            -model.num_layers <= heads.init_block < model.num_layers,
-            f"heads.init_block={heads.init_block} is out of range for model.num_layers={model.num_layers}; "
-            f"use -{model.num_layers}..{model.num_layers - 1}",
-        )
-        require(
-            heads.lora_rank == 0 or model.num_experts == 0,
-            f"heads.lora_rank={heads.lora_rank} with model.num_experts={model.num_experts}: LoRA of experts is not "
-            "implemented; use lora_rank=0",
-        )
-        require(
-            heads.lora_rank == 0 or model.gated,
-            f"heads.lora_rank={heads.lora_rank} with model.gated=False: LoRA of ungated layers is not implemented; use "
-            "lora_rank=0",
-        )
-        require(
             heads.draft or heads.num_future == 1 or decode.num_draft < 1,
             f"decode.num_draft={decode.num_draft}, but heads.kind={heads.kind!r} drafts nothing; use 0 or -1",
-        )
-        require(
-            heads.input_norm or model.norm_position == "pre",
-            f"heads.input_norm=False needs blocks with model.norm_position='pre', not {model.norm_position!r}",
-        )
-        require(
-            not heads.draft_vocab or heads.num_future > 1,
-            f"heads.draft_vocab={heads.draft_vocab} is for extra heads, and heads.num_future=1 has none; use 2 or more",
-        )
-        require(
-            heads.draft_vocab < model.vocab_size,
-            f"heads.draft_vocab={heads.draft_vocab} must be below model.vocab_size={model.vocab_size}; 0 drafts over "
-            "all tokens",
         )
         require(
             decode.num_draft < heads.num_future,
@@ -191,7 +151,7 @@ class Config:
             "float32; use model.param_dtype='float32'",
         )
 
-    def _check_mesh(self) -> None:
+    def _check_mesh(self, arch: Arch) -> None:
         """What is split over devices divides over them."""
         data = self.data
         train = self.train
@@ -208,12 +168,17 @@ class Config:
             data.seq_len % context == 0,
             f"data.seq_len={data.seq_len} does not divide over mesh.context={context} devices",
         )
-        check_divisible(self, max(mesh.fsdp, 1) * context, max(mesh.tensor, 1))
+        check_divisible(arch, max(mesh.fsdp, 1) * context, max(mesh.tensor, 1))
 
     @property
-    def tap(self) -> int:
-        """Blocks below the tapped state, counted from the bottom: 0..L."""
-        return self.heads.tap if self.heads.tap >= 0 else self.model.num_layers + self.heads.tap
+    def arch(self) -> Arch:
+        """What computes: the model and its heads."""
+        return Arch(self.model, self.heads)
+
+    @property
+    def has_token_order(self) -> bool:
+        """Whether there is an unembedding for the token order objective, a parameter of training alone."""
+        return self.loss.token_order > 0
 
     @property
     def head_weights(self) -> tuple[float, ...]:
@@ -226,17 +191,3 @@ class Config:
         if not self.heads.draft:
             return 0
         return self.heads.num_future - 1 if self.decode.num_draft < 0 else self.decode.num_draft
-
-
-def check_divisible(config: Config, width: int, tensor: int) -> None:
-    """Refuses a model whose width does not split over so many devices, or its heads and the like over so many."""
-    model = config.model
-    for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
-        value = getattr(model, name)
-        require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
-    rows = config.heads.draft_vocab
-    require(rows % tensor == 0, f"heads.draft_vocab={rows} does not divide over mesh.tensor={tensor} devices")
-    require(
-        model.d_model % width == 0,
-        f"model.d_model={model.d_model} does not divide over mesh.fsdp * mesh.context = {width} devices",
-    )

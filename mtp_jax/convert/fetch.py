@@ -38,7 +38,7 @@ SAY_EVERY = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class NamedModel:
     """A model that is known by a name."""
 
     title: str
@@ -57,7 +57,7 @@ class Known:
 
 
 MODELS = {
-    "smollm2": Known(
+    "smollm2": NamedModel(
         "SmolLM2-135M-Instruct",
         "Apache-2.0",
         "HuggingFaceTB/SmolLM2-135M-Instruct",

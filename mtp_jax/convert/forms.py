@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.config import Config, HeadsConfig, ModelConfig
+from mtp_jax.config import Arch, HeadsConfig, ModelConfig
 from mtp_jax.convert import mapping, record
 from mtp_jax.convert.files import Tensor, Tensors, open_file
 from mtp_jax.convert.layout import Architecture, Slot, both
@@ -41,7 +41,7 @@ class Form:
     """Regular expressions of tensor names, one of which every such checkpoint matches; group 1 is the head."""
     heads: Callable[[ModelConfig], dict[str, Any]]
     """Settings of `HeadsConfig` that go with it, but for how many."""
-    slots: Callable[[Architecture, Config], tuple[Slot, ...]]
+    slots: Callable[[Architecture, Arch], tuple[Slot, ...]]
     repeats: Callable[[Architecture, int], dict[str, str]] = lambda entry, number: {}
     """Tensors of a head that repeat one of the model's."""
     first: Callable[[ModelConfig], int] = lambda model: 0
@@ -56,10 +56,10 @@ class Form:
     """Most sets of parameters; 0 is any number."""
 
 
-def _sequential(base: str, names: dict[str, str]) -> Callable[[Architecture, Config], tuple[Slot, ...]]:
+def _sequential(base: str, names: dict[str, str]) -> Callable[[Architecture, Arch], tuple[Slot, ...]]:
     """Two norms, a projection, a decoder layer and a final norm."""
 
-    def slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
+    def slots(entry: Architecture, arch: Arch) -> tuple[Slot, ...]:
         return (
             *both("heads/embed_norm", base + names["embed_norm"]),
             *both("heads/hidden_norm", base + names["hidden_norm"]),
@@ -85,12 +85,12 @@ def _depths(**more: Any) -> Callable[[ModelConfig], dict[str, Any]]:
     return heads
 
 
-def _medusa_slots(layer: str, unembed: str) -> Callable[[Architecture, Config], tuple[Slot, ...]]:
-    def slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
+def _medusa_slots(layer: str, unembed: str) -> Callable[[Architecture, Arch], tuple[Slot, ...]]:
+    def slots(entry: Architecture, arch: Arch) -> tuple[Slot, ...]:
         return (
             Slot("heads/residual/w", f"{layer}.weight"),
             Slot("heads/residual/bias", f"{layer}.bias"),
-            Slot("heads/unembed/table", unembed.replace("{n}", str(config.heads.layers))),
+            Slot("heads/unembed/table", unembed.replace("{n}", str(arch.heads.layers))),
         )
 
     return slots
@@ -109,14 +109,14 @@ def _medusa(name: str, mark: str, layer: str, unembed: str) -> Form:
     )
 
 
-def _caft_slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
+def _caft_slots(entry: Architecture, arch: Arch) -> tuple[Slot, ...]:
     unembed = Slot("heads/unembed/table", "{i}.lm_head.weight")
-    if not config.heads.facts.has_blocks:
-        return (*_medusa_slots("{m}.layers.{j}.linear", "{i}.lm_head.weight")(entry, config)[:2], unembed)
+    if not arch.heads.facts.has_blocks:
+        return (*_medusa_slots("{m}.layers.{j}.linear", "{i}.lm_head.weight")(entry, arch)[:2], unembed)
     return (*entry.block_slots("heads/blocks", "{m}.layers.{j}."), unembed)
 
 
-def _meta_slots(entry: Architecture, config: Config) -> tuple[Slot, ...]:
+def _meta_slots(entry: Architecture, arch: Arch) -> tuple[Slot, ...]:
     return entry.block_slots("heads/blocks", "extra_heads.{i}.")
 
 
@@ -239,15 +239,15 @@ class Found:
     """Tensors that repeat another one."""
 
 
-def pieces(form: Form, entry: Architecture, config: Config, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
+def pieces(form: Form, entry: Architecture, arch: Arch, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
     """Where the parameters of heads lie in a form."""
-    layers = config.heads.layers
-    first = form.first(config.model)
+    layers = arch.heads.layers
+    first = form.first(arch.model)
 
     def numbers(i: int) -> dict[str, int]:
         return {"i": first + i, "m": i // layers, "j": i % layers}
 
-    return mapping.expand(form.slots(entry, config), shapes, config.model, numbers)
+    return mapping.expand(form.slots(entry, arch), shapes, arch.model, numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,14 +327,14 @@ def _is_hidden_first(form: Form, trunk: Trunk) -> bool:
     return form.name == "mtp" and bool(trunk.raw.get("mtp_hidden_states_first"))
 
 
-def attention_type(config: Config) -> str:
+def attention_type(arch: Arch) -> str:
     """What transformers calls the attention of the blocks inside heads."""
-    return "sliding_attention" if config.model.layers[config.heads.init_block] == "window" else "full_attention"
+    return "sliding_attention" if arch.model.layers[arch.heads.init_block] == "window" else "full_attention"
 
 
-def check_attention(form: Form, config: Config, raw: dict[str, Any]) -> None:
+def check_attention(form: Form, arch: Arch, raw: dict[str, Any]) -> None:
     """Refuses heads whose attention, by the config file, is another than ours will be."""
-    ours = attention_type(config)
+    ours = attention_type(arch)
     other = set(raw.get("mtp_layer_types") or ()) - {ours} if form.name == "mtp" else ()
     if other:
         raise UserError(f"mtp_layer_types names {min(other)!r}, but the heads of this trunk would have {ours!r}")
@@ -383,13 +383,13 @@ def _repeats(form: Form, entry: Architecture, numbers: Iterable[int]) -> dict[st
     return {name: theirs for number in numbers for name, theirs in form.repeats(entry, number).items()}
 
 
-def repeats(form: Form, entry: Architecture, config: Config) -> dict[str, str]:
+def repeats(form: Form, entry: Architecture, arch: Arch) -> dict[str, str]:
     """Tensors that heads of this config repeat from the model, as the published files of a form do."""
-    first = form.first(config.model)
-    named = _repeats(form, entry, range(first, first + sets(config)))
-    if config.heads.unembed == "own":
+    first = form.first(arch.model)
+    named = _repeats(form, entry, range(first, first + sets(arch)))
+    if arch.heads.unembed == "own":
         named = {name: theirs for name, theirs in named.items() if theirs == entry.embed}
-    return {name: entry.embed if config.model.tie_embeddings else theirs for name, theirs in named.items()}
+    return {name: entry.embed if arch.model.tie_embeddings else theirs for name, theirs in named.items()}
 
 
 def alike(one: Tensor, other: Tensor) -> bool:

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from mtp_jax.config import FACTS, Config, ModelConfig
+from mtp_jax.config import FACTS, Arch, ModelConfig
 from mtp_jax.convert import forms, meta, record
 from mtp_jax.convert.files import Entry, write_file
 from mtp_jax.convert.layout import Architecture
@@ -22,9 +22,9 @@ FITTING = {
 """Forms in which the heads of a family are written by default, the first that holds them."""
 
 
-def choose_form(config: Config, origin: Origin | None, form: str | None) -> str:
+def choose_form(arch: Arch, origin: Origin | None, form: str | None) -> str:
     """The form that heads are written in; "" for none."""
-    heads = config.heads
+    heads = arch.heads
     if form not in (None, "none", *forms.FORMS):
         raise UserError(f"form={form!r} is none of {', '.join(forms.FORMS)}, none")
     if heads.num_future == 1 and form not in (None, "none"):
@@ -38,57 +38,57 @@ def choose_form(config: Config, origin: Origin | None, form: str | None) -> str:
             "vocabulary; use form 'none' to write the model without them"
         )
     # What a record overruled when they came is in the record that goes with them.
-    if came and form in (None, came) and (_as_it_came(config, origin) or not _misfit(forms.FORMS[came], config)):
+    if came and form in (None, came) and (_as_it_came(arch, origin) or not _misfit(forms.FORMS[came], arch)):
         return came
     if form is None:
         wanted = (origin.wanted,) if origin is not None and origin.wanted else ()
         usual = FITTING.get(heads.kind, ())
-        fitting = [name for name in (*wanted, *usual) if not _misfit(forms.FORMS[name], config)]
+        fitting = [name for name in (*wanted, *usual) if not _misfit(forms.FORMS[name], arch)]
         form = next(iter((*fitting, *usual)), None)
     if form is None:
         remedy = "use form 'none' to write the model without them"
         raise UserError(f"heads.kind={heads.kind!r} has no form that others read; {remedy}")
-    if misfit := _misfit(forms.FORMS[form], config):
-        by_meta = "'meta' (Meta's layout, which no server takes) or " if _meta_holds(config) else ""
+    if misfit := _misfit(forms.FORMS[form], arch):
+        by_meta = "'meta' (Meta's layout, which no server takes) or " if _meta_holds(arch) else ""
         remedy = f"use form {by_meta}'none' (without heads), or heads that `mtp import --form` made"
         raise UserError(f"the form {form!r} cannot hold these heads: {misfit}; {remedy}")
     return form
 
 
-def _meta_holds(config: Config) -> bool:
+def _meta_holds(arch: Arch) -> bool:
     """Whether Meta's layout can hold a model with these heads."""
-    if _misfit(forms.FORMS["meta"], config):
+    if _misfit(forms.FORMS["meta"], arch):
         return False
     try:
-        meta.written_fields(config, {})
+        meta.written_fields(arch, {})
     except UserError:
         return False
     return True
 
 
-def _as_it_came(config: Config, origin: Origin | None) -> bool:
+def _as_it_came(arch: Arch, origin: Origin | None) -> bool:
     """Whether the heads are set as those that the model came with."""
-    return origin is not None and dataclasses.asdict(config.heads) == origin.heads
+    return origin is not None and dataclasses.asdict(arch.heads) == origin.heads
 
 
-def _misfit(form: forms.Form, config: Config) -> str:
+def _misfit(form: forms.Form, arch: Arch) -> str:
     """Why a form cannot hold these heads; "" if it can."""
-    heads = config.heads
-    expected = form.heads(config.model)
+    heads = arch.heads
+    expected = form.heads(arch.model)
     kinds = form.kinds
     if heads.kind not in kinds:
         return f"it holds {' or '.join(kinds)} heads, not {heads.kind}"
-    if form.modules and sets(config) > form.modules:
-        return f"it holds one module, not {sets(config)}"
-    if form.name == "mtp" and sets(config) > config.model.num_layers:
-        return f"transformers mistakes heads beyond the model's {config.model.num_layers} layers for layers"
-    if any(FACTS[kind].chains_tokens for kind in kinds) and (why := _unlike_llama(config.model)):
+    if form.modules and sets(arch) > form.modules:
+        return f"it holds one module, not {sets(arch)}"
+    if form.name == "mtp" and sets(arch) > arch.model.num_layers:
+        return f"transformers mistakes heads beyond the model's {arch.model.num_layers} layers for layers"
+    if any(FACTS[kind].chains_tokens for kind in kinds) and (why := _unlike_llama(arch.model)):
         return why
     expected.pop("kind", None)
     tap = expected.pop("tap")
-    tap = tap if tap >= 0 else config.model.num_layers + tap
-    if config.tap != tap:
-        return f"its heads read the state after block {tap}, not {config.tap}"
+    tap = tap if tap >= 0 else arch.model.num_layers + tap
+    if arch.tap != tap:
+        return f"its heads read the state after block {tap}, not {arch.tap}"
     free = {*form.free, *(("chain",) if heads.num_future == 2 else ())}
     fields = ("tap_norm", "tap_mix", "norm", "unembed", "norm_plus_one", "concat", "chain", "input_norm", "layers")
     fields += ("attention",)
@@ -117,14 +117,14 @@ COUNTS = {"deepseek": "num_nextn_predict_layers", "mimo": "num_nextn_predict_lay
 HEAD_FIELDS = ("num_mtp_layers", "mtp_layer_types", "mtp_hidden_states_first", *COUNTS.values())
 
 
-def with_head_fields(raw: dict[str, Any], form: str, config: Config) -> dict[str, Any]:
+def with_head_fields(raw: dict[str, Any], form: str, arch: Arch) -> dict[str, Any]:
     """A config.json that speaks of the heads inside the checkpoint, and of none that were there before."""
-    depths = sets(config)
+    depths = sets(arch)
     fields = {}
     if form == "mtp":
-        kind = forms.attention_type(config)
+        kind = forms.attention_type(arch)
         fields = {"num_mtp_layers": depths, "mtp_layer_types": [kind] * depths}
-        fields |= {"mtp_hidden_states_first": True} if config.heads.concat == "hidden_first" else {}
+        fields |= {"mtp_hidden_states_first": True} if arch.heads.concat == "hidden_first" else {}
     elif form in COUNTS:
         # Qwen's families differ in what they call it.
         known = [name for name in (COUNTS["deepseek"], COUNTS["qwen"]) if form == "qwen" and name in raw]
@@ -132,12 +132,10 @@ def with_head_fields(raw: dict[str, Any], form: str, config: Config) -> dict[str
     return {name: value for name, value in raw.items() if name not in HEAD_FIELDS} | fields
 
 
-def write_beside(
-    directory: pathlib.Path, form: str, config: Config, entries: list[Entry], trunk: dict[str, Any]
-) -> None:
+def write_beside(directory: pathlib.Path, form: str, arch: Arch, entries: list[Entry], trunk: dict[str, Any]) -> None:
     """A directory `heads` beside the weights, as the code that reads this form wants it."""
-    model = config.model
-    heads = config.heads
+    model = arch.model
+    heads = arch.heads
     target = directory / "heads"
     target.mkdir()
     names = {"medusa": "medusa_lm_head.safetensors", "caft": "heads.safetensors"}
@@ -162,13 +160,13 @@ def write_beside(
     }
     if form in fields:
         (target / "config.json").write_text(json.dumps(fields[form], indent=2) + "\n")
-    (target / record.RECORD).write_text(record.text(form, config))
+    (target / record.RECORD).write_text(record.text(form, arch))
 
 
-def repeated(entry: Architecture, config: Config, origin: Origin | None, form: str) -> dict[str, str]:
+def repeated(entry: Architecture, arch: Arch, origin: Origin | None, form: str) -> dict[str, str]:
     """Which tensors repeat which: those that came so, but none of heads that are no longer there."""
     came = origin.repeated if origin is not None else {}
-    heads = forms.repeats(forms.FORMS[form], entry, config) if form else {}
-    if origin is not None and origin.form == form and _as_it_came(config, origin):
+    heads = forms.repeats(forms.FORMS[form], entry, arch) if form else {}
+    if origin is not None and origin.form == form and _as_it_came(arch, origin):
         heads = {name: theirs for name, theirs in heads.items() if name in came}
     return {name: theirs for name, theirs in came.items() if name == entry.unembed} | heads

@@ -37,7 +37,7 @@ def write_heads(lm: Any, path: str | pathlib.Path, model: str, dtype: str = "bfl
     """Writes the heads of a model to a file.
 
     Args:
-      lm: a loaded model with heads; not `decode_only`.
+      lm: a loaded model with heads and its stacked parameters.
       path: of the file.
       model: what to call the model that they belong to.
       dtype: of the heads' parameters in the file.
@@ -54,7 +54,7 @@ def write_heads(lm: Any, path: str | pathlib.Path, model: str, dtype: str = "bfl
         name: jnp.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
         for name, leaf in by_path({name: params[name] for name in OF_HEADS if name in params}).items()
     }
-    said = {"heads": json.dumps(dataclasses.asdict(lm.config.heads)), "model": model, "digest": _digest(params)}
+    said = {"heads": json.dumps(dataclasses.asdict(lm.arch.heads)), "model": model, "digest": _digest(params)}
     save_file(tensors, path, said)
 
 
@@ -66,7 +66,7 @@ def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Open
     """A model with the heads of a file, in place of its own.
 
     Args:
-      lm: a loaded model; not `decode_only`.
+      lm: a loaded model with its stacked parameters.
       path: what `write_heads` wrote.
       check: whether to compare the model with the one that the heads were trained on, which reads all of it.
 
@@ -83,7 +83,7 @@ def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Open
         )
     fields = json.loads(said["heads"])
     config = override(lm.config, {f"heads.{name}": value for name, value in fields.items()})
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0)))
     wanted = {name: tree for name, tree in abstract_params(lm.mesh, boxed).items() if name in OF_HEADS}
     by_name = by_path(wanted)
     if {name: leaf.shape for name, leaf in by_name.items()} != {name: t.shape for name, t in tensors.items()}:

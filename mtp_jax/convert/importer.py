@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.config import Config, HeadsConfig, MeshConfig, to_json
+from mtp_jax.config import Arch, Config, HeadsConfig, MeshConfig, to_json
 from mtp_jax.convert import forms
 from mtp_jax.convert.head_writer import choose_form
 from mtp_jax.convert.origin import Origin, keep_origin, origin_of
@@ -77,12 +77,12 @@ def import_model(
     with whole_directory(out) as directory:
         checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
         tokenizer = checkpoint.tokenizer()
-        check_size(tokenizer, checkpoint.config, checkpoint.directory, notify)
-        config = checkpoint.config
+        check_size(tokenizer, checkpoint.arch, checkpoint.directory, notify)
+        arch = checkpoint.arch
         mesh = mesh or sharding.make_mesh(MeshConfig())
         params = read_params(checkpoint, mesh, notify)
         if form is not None:
-            heads = forms.preset(form, config.model, **(head_settings or {}))
+            heads = forms.preset(form, arch.model, **(head_settings or {}))
         if heads is not None and heads.draft_vocab:
             raise UserError(
                 f"heads.draft_vocab={heads.draft_vocab} is chosen from training text, which an import has not; give it "
@@ -90,18 +90,18 @@ def import_model(
             )
         if heads is not None:
             params = {name: tree for name, tree in params.items() if name != "heads"}
-            config = dataclasses.replace(config, heads=heads)
-            sharding.check_mesh(mesh, config)
-            params["heads"] = _fresh_heads(config, mesh, params, seed)
-            came = f" in place of {checkpoint.config.heads.num_future - 1}" if checkpoint.form else ""
+            arch = dataclasses.replace(arch, heads=heads)
+            sharding.check_mesh(mesh, arch)
+            params["heads"] = _fresh_heads(arch, mesh, params, seed)
+            came = f" in place of {checkpoint.arch.heads.num_future - 1}" if checkpoint.form else ""
             notify(f"added {heads.num_future - 1} {heads.kind} head(s), untrained{came}")
         place = _save_tokenizer(directory, tokenizer, pathlib.Path(out), notify)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=place))
+        config = Config.around(arch, place)
         (directory / CONFIG).write_text(to_json(config) + "\n")
         origin = dataclasses.replace(origin_of(checkpoint), wanted=form or "")
         keep_origin(origin, directory / ORIGIN)
         note_start(directory, str(source), has_origin=True)
-        _warn_of_export(config, origin, notify)
+        _warn_of_export(arch, origin, notify)
         with Checkpoints(directory, keep=1, notify=notify) as checkpoints:
             checkpoints.save(0, {"params": params}, _NoData())
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -109,22 +109,22 @@ def import_model(
     return config
 
 
-def _fresh_heads(config: Config, mesh: Mesh, trunk: Any, seed: int) -> Any:
+def _fresh_heads(arch: Arch, mesh: Mesh, trunk: Any, seed: int) -> Any:
     """Heads as `heads.init` says, on the mesh."""
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(arch, jax.random.key(0)))
     shardings = sharding.param_shardings(mesh, boxed)["heads"]
 
     @functools.partial(jax.jit, out_shardings=shardings)
     def made(trunk: Any) -> Any:
-        return mtp.init(config, jax.random.key(seed), trunk)["heads"]
+        return mtp.init(arch, jax.random.key(seed), trunk)["heads"]
 
     return made(trunk)
 
 
-def _warn_of_export(config: Config, origin: Origin, notify: Notify) -> None:
+def _warn_of_export(arch: Arch, origin: Origin, notify: Notify) -> None:
     """Says now, and not after training, that nobody else reads such heads."""
     try:
-        choose_form(config, origin, None)
+        choose_form(arch, origin, None)
     except UserError as error:
         notify(f"note for `mtp export`: {error}")
 

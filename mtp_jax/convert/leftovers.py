@@ -32,7 +32,7 @@ SUSPECT = re.compile(r"norm|embed|bias|position|adapter|(^|_)(ln|wpe|wte)(_|$)",
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelTensors:
     """The names of a model's tensors, and what the caller wants to have left out of account."""
 
     needed: frozenset[str]
@@ -106,7 +106,7 @@ class Model:
         return "" if wide is None else f" (ignore={wide!r} is too wide to mean it)"
 
 
-def refuse_quantised(names: Iterable[str], model: Model, where: pathlib.Path) -> None:
+def refuse_quantised(names: Iterable[str], model: ModelTensors, where: pathlib.Path) -> None:
     """Refuses the tensors that belong to quantised weights.
 
     Raises:
@@ -122,7 +122,12 @@ def refuse_quantised(names: Iterable[str], model: Model, where: pathlib.Path) ->
 
 
 def check(
-    rest: list[str], model: Model, tensors: Tensors, where: pathlib.Path, kind: str, notify: Callable[[str], None]
+    rest: list[str],
+    model: ModelTensors,
+    tensors: Tensors,
+    where: pathlib.Path,
+    kind: str,
+    notify: Callable[[str], None],
 ) -> None:
     """Refuses tensors that nobody reads, unless they are ignored or the index does not name them.
 

@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Arch, ModelConfig
 from mtp_jax.convert.files import Tensors, open_file
 from mtp_jax.convert.layout import Architecture, Slot, differing, turned_pairs
 from mtp_jax.convert.settings import Given, Setting, fixed, same
@@ -93,14 +93,14 @@ def fields(raw: dict[str, Any], tensors: Tensors, origin: str) -> dict[str, Any]
     return raw | {"vocab_size": embed.shape[0], "n_layers": len(layers)}
 
 
-def written_fields(config: Config, before: dict[str, Any]) -> dict[str, Any]:
+def written_fields(arch: Arch, before: dict[str, Any]) -> dict[str, Any]:
     """The text of params.json for a model with parallel heads, given what it was before.
 
     Raises:
       UserError: a model that this layout cannot hold.
     """
-    model = config.model
-    heads = config.heads.num_future
+    model = arch.model
+    heads = arch.heads.num_future
     if model.num_heads * model.head_dim != model.d_model:
         raise _not_ours(f"model.head_dim={model.head_dim} (it has d_model / num_heads)")
     raw = before | META.write(model)

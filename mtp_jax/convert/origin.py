@@ -46,7 +46,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
     dtypes = {name: NAMES[tensor.dtype] for name, tensor in checkpoint.tensors.items()}
     untouched = {name: checkpoint.tensors[name] for name in checkpoint.untouched}
     c = checkpoint
-    heads = dataclasses.asdict(c.config.heads)
+    heads = dataclasses.asdict(c.arch.heads)
     return Origin(c.layout, c.raw, c.architecture, c.form, dtypes, c.repeated, c.renamed, untouched, heads)
 
 

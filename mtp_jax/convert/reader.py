@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.config import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig
+from mtp_jax.config import Arch, HeadsConfig, ModelConfig
 from mtp_jax.convert import fetch, foreign, forms, leftovers, mapping, placing, record
 from mtp_jax.convert.files import FLOATS, NAMES, Tensors, matches, read_json
 from mtp_jax.convert.gguf.header import is_gguf
@@ -33,7 +33,7 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-BESIDE = "heads"
+HEADS_FOLDER = "heads"
 """Folder of heads in a directory that we exported; they are read with the model."""
 SAY_EVERY = 3.0
 """Seconds between lines of progress."""
@@ -47,7 +47,7 @@ class Checkpoint:
     raw: dict[str, Any]
     """Its config, in the fields of the architecture."""
     architecture: Architecture
-    config: Config
+    arch: Arch
     pieces: list[Piece]
     tensors: Tensors
     repeated: dict[str, str]
@@ -137,22 +137,22 @@ def open_checkpoint(
         name: tensors[other] for name, other in renamed.items()
     }
     model, repeated = _tied(model, entry, tensors, directory, notify)
-    if heads_from is None and (directory / BESIDE / record.RECORD).is_file():
-        heads_from = directory / BESIDE
+    if heads_from is None and (directory / HEADS_FOLDER / record.RECORD).is_file():
+        heads_from = directory / HEADS_FOLDER
     found = forms.find(forms.Trunk(entry, model, raw, tensors, directory), heads_from)
     model = _with_dtype(model, tensors | (found.tensors if found else {}), dtype, notify)
-    config = config_for(model, found.heads if found else HeadsConfig(num_future=1), directory)
-    shapes = mapping.shapes_of(jax.eval_shape(lambda: mtp.init(config, jax.random.key(0))))
+    arch = Arch(model, found.heads if found else HeadsConfig(num_future=1))
+    shapes = mapping.shapes_of(jax.eval_shape(lambda: mtp.init(arch, jax.random.key(0))))
     pieces = mapping.expand(entry.slots(), shapes, model)
     if found:
         tensors = tensors | found.tensors
         repeated = repeated | found.repeated
-        pieces += forms.pieces(found.form, entry, config, shapes)
-        forms.check_attention(found.form, config, raw)
-        notify(f"{directory}: {_described(found.form.name, config)}")
+        pieces += forms.pieces(found.form, entry, arch, shapes)
+        forms.check_attention(found.form, arch, raw)
+        notify(f"{directory}: {_described(found.form.name, arch)}")
     untouched = _check(pieces, tensors, entry, layout, ignore, repeated, notify)
     form = found.form.name if found else ""
-    return Checkpoint(layout, raw, entry, config, pieces, tensors, repeated, untouched, form, renamed, tuple(ignore))
+    return Checkpoint(layout, raw, entry, arch, pieces, tensors, repeated, untouched, form, renamed, tuple(ignore))
 
 
 def _renamed(entry: Architecture, tensors: Tensors) -> dict[str, str]:
@@ -165,13 +165,13 @@ def _renamed(entry: Architecture, tensors: Tensors) -> dict[str, str]:
     return renamed | {base + name: name for name in tensors if name.partition(".")[0] in below}
 
 
-def _described(form: str, config: Config) -> str:
+def _described(form: str, arch: Arch) -> str:
     """What was taken for granted about heads, in one line."""
-    heads = config.heads
+    heads = arch.heads
     after = " and the final norm" if heads.tap_norm else ""
     said = [
         f"{heads.num_future - 1} {heads.kind} heads ({form!r})",
-        f"reading the state after block {config.tap}{after}",
+        f"reading the state after block {arch.tap}{after}",
     ]
     if heads.facts.chains_tokens:
         said.append(f"{heads.concat.replace('_', ' ')} in the projection")
@@ -180,16 +180,6 @@ def _described(form: str, config: Config) -> str:
         {"shared": "the model's final norm", "own": "final norms of their own", "none": "no final norm"}[heads.norm]
     )
     return ", ".join(said) + f" ({record.RECORD} overrules this)"
-
-
-def config_for(model: ModelConfig, heads: HeadsConfig, directory: pathlib.Path) -> Config:
-    """A run's config around a model that was not trained by us."""
-    longest = model.max_seq_len
-    decode = DecodeConfig()
-    if decode.prompt_tokens + decode.max_new_tokens > longest:
-        decode = DecodeConfig(prompt_tokens=max(longest // 3, 1), max_new_tokens=max(longest // 3, 2))
-    data = DataConfig(tokenizer=str(directory), seq_len=min(DataConfig.seq_len, longest))
-    return Config(model=model, heads=heads, data=data, decode=decode)
 
 
 def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
@@ -205,8 +195,8 @@ def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
             said = time.monotonic()
             notify(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
-    sharding.check_mesh(mesh, checkpoint.config)
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(checkpoint.config, jax.random.key(0)))
+    sharding.check_mesh(mesh, checkpoint.arch)
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(checkpoint.arch, jax.random.key(0)))
     return placing.read(checkpoint.pieces, checkpoint.tensors, sharding.abstract_params(mesh, boxed), step)
 
 
@@ -246,7 +236,7 @@ def _check(
     """Every tensor is there with its shape; returns those that belong to nothing, which must be known or ignored."""
     expected = mapping.tensor_shapes(pieces)
     directory = layout.path
-    known = leftovers.Model(frozenset(expected), tuple(ignore))
+    known = leftovers.ModelTensors(frozenset(expected), tuple(ignore))
     rest = sorted(tensors.keys() - expected.keys() - repeated.keys())
     unread = [name for name in rest if not matches(name, entry.buffers)]
     leftovers.refuse_quantised(unread, known, directory)

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from mtp_jax.config import Config, HeadsConfig
+from mtp_jax.config import Arch, HeadsConfig
 from mtp_jax.convert.files import read_json
 from mtp_jax.errors import UserError
 
@@ -13,10 +13,10 @@ RECORD = "mtp_config.json"
 VERSION = 1
 
 
-def text(form: str, config: Config) -> str:
+def text(form: str, arch: Arch) -> str:
     """Its text: the form, the switches in words for those who read the heads elsewhere, and our settings."""
-    said = {"version": VERSION, "form": form} | _switches(config.heads, config.model.num_layers)
-    return json.dumps(said | {"heads": dataclasses.asdict(config.heads)}, indent=2) + "\n"
+    said = {"version": VERSION, "form": form} | _switches(arch.heads, arch.model.num_layers)
+    return json.dumps(said | {"heads": dataclasses.asdict(arch.heads)}, indent=2) + "\n"
 
 
 def _switches(heads: HeadsConfig, num_layers: int) -> dict[str, Any]:

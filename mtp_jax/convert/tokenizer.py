@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.convert.files import read_json
 from mtp_jax.data import chat
 from mtp_jax.data import marks as mark
@@ -161,15 +161,13 @@ def save_for_training(tokenizer: HubTokenizer, path: pathlib.Path) -> None:
     load_tokenizer(path).save(path)
 
 
-def check_size(
-    tokenizer: Reading | None, config: Config, directory: pathlib.Path, notify: Callable[[str], None]
-) -> None:
+def check_size(tokenizer: Reading | None, arch: Arch, directory: pathlib.Path, notify: Callable[[str], None]) -> None:
     """Says which tokens have no embedding, and refuses a tokenizer whose ordinary text needs such tokens.
 
     Raises:
       UserError: it belongs to another model.
     """
-    rows = config.model.vocab_size
+    rows = arch.model.vocab_size
     if tokenizer is None or tokenizer.vocab_size <= rows:
         return
     beyond = tokenizer.without_embedding(rows)

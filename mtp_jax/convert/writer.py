@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Arch, ModelConfig
 from mtp_jax.convert import forms, head_writer, mapping, meta, record, spellings
 from mtp_jax.convert.architectures import ARCHITECTURES
 from mtp_jax.convert.files import DTYPES, SHARD_BYTES, Entry, write, write_file
@@ -29,10 +29,12 @@ from mtp_jax.trees import by_path
 class Exportable(Protocol):
     """What export needs of a loaded model (`mtp_jax.load` returns one)."""
 
-    config: Config
+    arch: Arch
     params: Any
     tokenizer: Any
     origin: Origin | None
+    trained_further: bool
+    """Whether its parameters are no longer those of `origin`."""
 
 
 def export_model(
@@ -69,26 +71,26 @@ def export_model(
         raise UserError(f"{str(lm)!r} is a path; load it first: export_model(mtp_jax.load({str(lm)!r}), ...)")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes={shard_bytes}; it must be at least 1")
-    config = lm.config
+    arch = lm.arch
     params = lm.stacked_params()
     origin = lm.origin
-    form = head_writer.choose_form(config, origin, form)
+    form = head_writer.choose_form(arch, origin, form)
     if form == "meta" or (origin is not None and origin.architecture is META and form in ("", "meta")):
         came = origin.raw if origin is not None and origin.architecture is META else {}
         entry = META
-        raw = meta.written_fields(config, came)
+        raw = meta.written_fields(arch, came)
     else:
-        entry, raw = _architecture(config.model, origin)
-    pieces = _pieces(entry, config, params)
+        entry, raw = _architecture(arch.model, origin)
+    pieces = _pieces(entry, arch, params)
     beside = []
     if form:
-        head_pieces = forms.pieces(forms.FORMS[form], entry, config, mapping.shapes_of(params))
+        head_pieces = forms.pieces(forms.FORMS[form], entry, arch, mapping.shapes_of(params))
         _check_all_written(form, pieces + head_pieces, params)
         inside = forms.FORMS[form].inside
         pieces, beside = (pieces + head_pieces, []) if inside else (pieces, head_pieces)
-    dtype_of = _dtype_of(config, origin, dtype)
+    dtype_of = _dtype_of(arch, origin, dtype)
     entries = mapping.entries(pieces, params, dtype_of)
-    entries += _repeats(entries, head_writer.repeated(entry, config, origin, form))
+    entries += _repeats(entries, head_writer.repeated(entry, arch, origin, form))
     written = {entry.name for entry in entries}
     if origin is not None and origin.architecture is entry:
         entries += copied({name: one for name, one in origin.untouched.items() if name not in written})
@@ -99,7 +101,7 @@ def export_model(
             (directory / PARAMS).write_text(json.dumps(raw, indent=2) + "\n")
         else:
             write(directory, entries, shard_bytes)
-            raw = _config_fields(lm, entry, head_writer.with_head_fields(raw, form, config), entries)
+            raw = _config_fields(lm, entry, head_writer.with_head_fields(raw, form, arch), entries)
             (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         if origin is not None:
             origin.layout.copy_sidecars(directory)
@@ -108,11 +110,11 @@ def export_model(
         elif lm.tokenizer is not None:
             save_for_transformers(lm.tokenizer, directory)
         if form and not beside:
-            (directory / record.RECORD).write_text(record.text(form, config))
+            (directory / record.RECORD).write_text(record.text(form, arch))
         if beside:
-            head_writer.write_beside(directory, form, config, mapping.entries(beside, params, dtype_of), raw)
+            head_writer.write_beside(directory, form, arch, mapping.entries(beside, params, dtype_of), raw)
     kind = f"{entry.class_name}, {len(entries)} tensors, {sum(one.nbytes for one in entries) / 1e6:,.1f} MB"
-    notify(f"{out}: {kind}" + (f", {config.heads.num_future - 1} heads in the form {form!r}" if form else ", no heads"))
+    notify(f"{out}: {kind}" + (f", {arch.heads.num_future - 1} heads in the form {form!r}" if form else ", no heads"))
     return form
 
 
@@ -155,10 +157,10 @@ def _read_back(entry: Architecture, raw: dict[str, Any]) -> ModelConfig | None:
         return None
 
 
-def _pieces(entry: Architecture, config: Config, params: Any) -> list[mapping.Piece]:
+def _pieces(entry: Architecture, arch: Arch, params: Any) -> list[mapping.Piece]:
     """The trunk's pieces; every one of its parameters has one."""
     trunk = {name: tree for name, tree in params.items() if name not in ("heads", "draft_ids", "token_order")}
-    pieces = mapping.expand(entry.slots(), mapping.shapes_of(trunk), config.model)
+    pieces = mapping.expand(entry.slots(), mapping.shapes_of(trunk), arch.model)
     _check_all_written(entry.model_type, pieces, trunk)
     return pieces
 
@@ -170,11 +172,11 @@ def _check_all_written(name: str, pieces: list[mapping.Piece], params: Any) -> N
         raise UserError(f"{name!r} has no place for {left[0]}")
 
 
-def _dtype_of(config: Config, origin: Origin | None, dtype: str | None) -> Callable[[str], np.dtype]:
+def _dtype_of(arch: Arch, origin: Origin | None, dtype: str | None) -> Callable[[str], np.dtype]:
     given = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
     if dtype is not None and dtype not in given:
         raise UserError(f"dtype={dtype!r}; use one of {', '.join(given)}")
-    fallback = np.dtype(given[dtype or config.model.param_dtype])
+    fallback = np.dtype(given[dtype or arch.model.param_dtype])
     known = {} if origin is None or dtype is not None else origin.dtypes
     return lambda name: np.dtype(DTYPES[known[name]]) if name in known else fallback
 
@@ -186,7 +188,7 @@ def _config_fields(lm: Exportable, entry: Architecture, raw: dict[str, Any], ent
     raw = raw | dict.fromkeys(named, dtype)
     if lm.origin is None:
         raw |= _token_fields(lm.tokenizer)
-    elif raw == lm.origin.raw and not lm.config.train.init_from:
+    elif raw == lm.origin.raw and not lm.trained_further:
         return raw
     return raw | spellings.older(raw, entry.older)
 

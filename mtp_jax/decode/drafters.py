@@ -1,7 +1,7 @@
 """Drafters: who proposes the tokens that the model verifies. A drafter is a pair of pure functions.
 
-    init(config, num_draft, batch, slots) -> cache              for `slots` positions; `LayerCache`s in it are enlarged
-    draft(config, params, cache, context) -> (Drafts, cache)
+    init(arch, num_draft, batch, slots) -> cache              for `slots` positions; `LayerCache`s in it are enlarged
+    draft(arch, params, cache, context) -> (Drafts, cache)
 
 `draft` runs after every verification, and after every chunk of the prompt. Nothing that it returns can change the
 output (the rules `rejection`, `typical` and `confidence` of `verify.py` apart), only how many tokens a round emits. A
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.errors import UserError
 from mtp_jax.model import lm, mtp
 from mtp_jax.model.heads import FAMILIES
@@ -80,8 +80,8 @@ class Drafter:
     name: str
     num_draft: int
     """P, drafts per round."""
-    init: Callable[[Config, int, int, int], Any]
-    draft: Callable[[Config, Any, Any, DraftContext], tuple[Drafts, Any]]
+    init: Callable[[Arch, int, int, int], Any]
+    draft: Callable[[Arch, Any, Any, DraftContext], tuple[Drafts, Any]]
     masks: int = 0
     """Mask tokens that the model shall run beside every position that it verifies, for heads of that kind."""
     passes: bool = False
@@ -128,23 +128,23 @@ def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_
     return Drafts(jnp.asarray(tokens, jnp.int32), probs, worth_B)
 
 
-def _no_cache(config: Config, num_draft: int, batch: int, slots: int) -> tuple:
+def _no_cache(arch: Arch, num_draft: int, batch: int, slots: int) -> tuple:
     return ()
 
 
-def _no_drafts(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
+def _no_drafts(arch: Arch, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
     return Drafts(jnp.zeros((context.total_B.shape[0], 0), jnp.int32)), cache
 
 
-def _heads_cache(config: Config, num_draft: int, batch: int, slots: int) -> Any:
-    return FAMILIES[config.heads.kind].init_cache(config, batch, slots, num_draft)
+def _heads_cache(arch: Arch, num_draft: int, batch: int, slots: int) -> Any:
+    return FAMILIES[arch.heads.kind].init_cache(arch, batch, slots, num_draft)
 
 
-def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
+def _heads_draft(arch: Arch, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
     """Heads 1..count at the position that produced the newest token; head m predicts m tokens behind it."""
 
     def propose(states_BPD: jax.Array, first: int) -> Drafts:
-        return context.propose(mtp.draft_logits(config, params, states_BPD, first), first - 1)
+        return context.propose(mtp.draft_logits(arch, params, states_BPD, first), first - 1)
 
     def goes_on(first: Drafts) -> jax.Array:
         """Whether the drafts would be worth verifying if all further ones were as sure as can be."""
@@ -153,11 +153,11 @@ def _heads_draft(config: Config, params: Any, cache: Any, context: DraftContext)
         return jnp.any(sure_B * best_following(context.count) >= context.least) | jnp.isinf(context.least)
 
     shared = {name: getattr(context, name) for name in Round._fields if name in DraftContext._fields}
-    embed = functools.partial(lm.embed, config.model, params)
+    embed = functools.partial(lm.embed, arch.model, params)
     now = Round(**shared | {"embed": embed, "propose": propose, "goes_on": goes_on if context.passes else None})
-    pieces, cache = FAMILIES[config.heads.kind].draft(config, params, cache, now)
+    pieces, cache = FAMILIES[arch.heads.kind].draft(arch, params, cache, now)
     if not pieces:
-        return _no_drafts(config, params, (), context)[0], cache
+        return _no_drafts(arch, params, (), context)[0], cache
     drafts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *pieces)
     if drafts.sure_BP is not None:
         sure_BP = jnp.minimum(drafts.sure_BP, MOST_SURE)
@@ -238,28 +238,28 @@ def sure_of_lookup(right_B: jax.Array, matched_B: jax.Array, count: int) -> jax.
     return jnp.stack([right_B] + [next_B] * (count - 1), axis=1)
 
 
-def _lookup_draft(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
+def _lookup_draft(arch: Arch, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
     if not context.count:
-        return _no_drafts(config, params, cache, context)
+        return _no_drafts(arch, params, cache, context)
     tokens_BP, matched_B = lookup(context.tokens_BS, context.total_B, context.count)
     sure_BP = sure_of_lookup(jnp.asarray(RIGHT_ALONE)[matched_B], matched_B, context.count)
     worth_B = (matched_B >= LEAST_MATCH) & (expected(sure_BP) >= context.least)
     return Drafts(tokens_BP, worth_B=worth_B, sure_BP=sure_BP), cache
 
 
-def _both_draft(config: Config, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
+def _both_draft(arch: Arch, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
     if not context.count:
-        return _heads_draft(config, params, cache, context)
+        return _heads_draft(arch, params, cache, context)
     found_BP, matched_B = lookup(context.tokens_BS, context.total_B, context.count)
     if not context.passes or jax.tree.leaves(cache):
         # Caches are kept up to date in every round.
-        drafts, cache = _heads_draft(config, params, cache, context)
+        drafts, cache = _heads_draft(arch, params, cache, context)
         return better(drafts, found_BP, matched_B, context.least), cache
     # At most `MOST_SURE` of every draft: less than some lookups bring.
     most = MOST_SURE * best_following(context.count)
     found_sure_BP = sure_of_lookup(jnp.asarray(RIGHT_AGAINST_HEADS)[matched_B], matched_B, context.count)
     asked = context.asks_heads & jnp.any(expected(found_sure_BP) < most)
-    drafts = run_if(asked, lambda: _heads_draft(config, params, cache, context)[0])
+    drafts = run_if(asked, lambda: _heads_draft(arch, params, cache, context)[0])
     return better(drafts, found_BP, matched_B, context.least, asked), cache
 
 
@@ -313,12 +313,12 @@ MOST_DRAFTS = 64
 NAMES = ("heads", "lookup", "heads+lookup", "none")
 
 
-def make_drafter(name: str, config: Config, num_draft: int | None = None, passes: bool = False) -> Drafter:
+def make_drafter(name: str, arch: Arch, num_draft: int | None = None, passes: bool = False) -> Drafter:
     """A drafter by name.
 
     Args:
       name: `heads`, `lookup`, `heads+lookup` or `none`.
-      config: the model's config.
+      arch: the model.
       num_draft: P; None takes every head, and `LOOKUP_DRAFTS` without heads.
       passes: whether heads shall say which of their drafts are worth a look. Lookup always does, masks never: they run
         beside what is verified.
@@ -337,10 +337,10 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None, passes
         if not 1 <= num_draft <= MOST_DRAFTS:
             raise UserError(f"num_draft={num_draft} with draft='lookup'; use 0..{MOST_DRAFTS}")
         return Drafter(name, num_draft, _no_cache, _lookup_draft, passes=True)
-    extra = config.heads.num_future - 1
-    if not config.heads.facts.drafts:
+    extra = arch.heads.num_future - 1
+    if not arch.heads.facts.drafts:
         raise UserError(
-            f"draft={name!r}, but heads.kind={config.heads.kind!r} is for training only; use draft='lookup' or 'none'"
+            f"draft={name!r}, but heads.kind={arch.heads.kind!r} is for training only; use draft='lookup' or 'none'"
         )
     if extra == 0:
         raise UserError(
@@ -351,9 +351,9 @@ def make_drafter(name: str, config: Config, num_draft: int | None = None, passes
         raise UserError(
             f"num_draft={num_draft}, but this model has {extra} extra heads; use 0..{extra}, or draft='none'"
         )
-    masks = num_draft if config.heads.facts.in_trunk else 0
+    masks = num_draft if arch.heads.facts.in_trunk else 0
     passes = passes and not masks
     if name == "heads":
         return Drafter(name, num_draft, _heads_cache, _heads_draft, masks, passes)
-    caches = jax.tree.leaves(jax.eval_shape(lambda: _heads_cache(config, num_draft, 1, 1)))
+    caches = jax.tree.leaves(jax.eval_shape(lambda: _heads_cache(arch, num_draft, 1, 1)))
     return Drafter(name, num_draft, _heads_cache, _both_draft, masks, passes, spares_heads=passes and not caches)

@@ -95,7 +95,7 @@ def prefill_chunk(
     index_B = jnp.clip(last_B, 0, chunk - 1)
     input_BQ = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, chunk, axis=1)
     ask = Ask(plan.drafter.masks, index_B)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, ask)
+    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     last_B1D = jnp.take_along_axis(state_BQD, index_B[:, None, None], axis=1)
     choices = _choose(plan, params, controls, state, last_B1D, Drafts(state.drafts.tokens_BP[:, :0]))
     waiting = state._replace(caches=caches, done_B=state.done_B | ~ends_B)
@@ -178,7 +178,7 @@ def decode_round(
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
     ask = Ask(min(plan.drafter.masks, verified))
-    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.config, params, input_BQ, start_B, state.caches, ask)
+    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
     choices = _choose(plan, params, controls, state, state_BQD, drafts)
     state, accepted = _emit(state, choices)
@@ -224,11 +224,11 @@ def _choose(
     plan: Plan, params: Any, controls: Controls, state: DecodeState, state_BQD: jax.Array, drafts: Drafts
 ) -> _Choices:
     """The token for positions total..total+Q-1 of every row, from the states before them."""
-    config = plan.config
+    arch = plan.arch
     sampler = plan.sampler
     rule = plan.rule
     position_BQ = state.total_B[:, None] + jnp.arange(state_BQD.shape[1])[None, :]
-    logits_BQV = lm.logits(config.model, params, lm.final_norm(config.model, params, state_BQD))
+    logits_BQV = lm.logits(arch.model, params, lm.final_norm(arch.model, params, state_BQD))
     logits_BQV = sampling.process(sampler, controls, logits_BQV, state.tokens_BS, position_BQ)
     usable_BQ = sampling.usable(logits_BQV)
 
@@ -243,7 +243,7 @@ def _choose(
         return target_probs() if sampler.sampled else jax.nn.softmax(logits_BQV)
 
     def uniforms() -> jax.Array:
-        return sampling.uniforms(controls, config.model.vocab_size, position_BQ)
+        return sampling.uniforms(controls, arch.model.vocab_size, position_BQ)
 
     verified = Verified(own_tokens, target_probs, plain_probs, uniforms, drafts.tokens_BP, drafts.probs_BPV)
     tokens_BQ = rule.choose(verified)
@@ -304,9 +304,9 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
     known = (state.tokens_BS, state.total_B, count, propose, state.begin_B)
     passes = plan.drafter.passes and not facts.blind
     context = DraftContext(*where, *known, state.least, state.asks_heads, passes)
-    drafts, cache = plan.drafter.draft(plan.config, params, state.drafter_cache, context)
-    drafts = checked(plan.drafter, drafts, len(state.total_B), plan.config.model.vocab_size, facts.needs_probs)
-    V = plan.config.model.vocab_size
+    drafts, cache = plan.drafter.draft(plan.arch, params, state.drafter_cache, context)
+    drafts = checked(plan.drafter, drafts, len(state.total_B), plan.arch.model.vocab_size, facts.needs_probs)
+    V = plan.arch.model.vocab_size
     P = state.drafts.tokens_BP.shape[1]
     made = drafts.tokens_BP.shape[1]
     known_BP = (drafts.tokens_BP >= 0) & (drafts.tokens_BP < V)

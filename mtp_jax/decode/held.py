@@ -43,7 +43,7 @@ class Held(NamedTuple):
 @bounded(statics=(0, 1))
 def _no_entries(plan: Plan, slots: int) -> tuple[Any, Any]:
     drafter = plan.drafter
-    return mtp.init_caches(plan.config, 1, slots), drafter.init(plan.config, drafter.num_draft, 1, slots)
+    return mtp.init_caches(plan.arch, 1, slots), drafter.init(plan.arch, drafter.num_draft, 1, slots)
 
 
 def held_of(state: DecodeState) -> Held:

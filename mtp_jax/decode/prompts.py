@@ -48,8 +48,8 @@ def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:
         empty = not ids
     if empty:
         raise UserError(f"prompt {row} is empty; give at least one token")
-    vocab = lm.config.model.vocab_size
-    longest = lm.config.model.max_seq_len
+    vocab = lm.arch.model.vocab_size
+    longest = lm.arch.model.max_seq_len
     outside = [token for token in ids if not 0 <= token < vocab]
     if outside:
         raise UserError(f"prompt {row} holds token id {outside[0]}; the vocabulary is 0..{vocab - 1}")

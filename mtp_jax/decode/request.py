@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
 from mtp_jax.decode.detokenize import RowText
@@ -34,9 +34,10 @@ LEAST_ENDS = 4
 class Model(Protocol):
     """What generation needs of a loaded model (`mtp_jax.load` returns one)."""
 
-    config: Config
+    arch: Arch
     tokenizer: Any
     decode_params: Any
+    answers_in_one_pass: bool
 
 
 class Counts(NamedTuple):
@@ -64,7 +65,7 @@ class Request:
     ) -> None:
         if isinstance(lm, str | os.PathLike):
             raise UserError(f"{str(lm)!r} is a path; load it first: generate(mtp_jax.load({str(lm)!r}), ...)")
-        if lm.config.loss.teacherless >= 0:
+        if lm.answers_in_one_pass:
             raise UserError(
                 "a model that was trained with loss.teacherless answers in one pass over dummies and continues no "
                 "text; `mtp eval` counts its answers"
@@ -78,9 +79,9 @@ class Request:
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer")
-        self.plan = Plan(lm.config, drafter, options.sampler(), rule)
+        self.plan = Plan(lm.arch, drafter, options.sampler(), rule)
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
-        longest = lm.config.model.max_seq_len
+        longest = lm.arch.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
         if held is None:
             padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
@@ -95,8 +96,8 @@ class Request:
         if rows > len(ids) and cache_bytes(self.plan, rows, self.slots) > free_bytes():
             rows = len(ids)
         check_cache_fits(self.plan, rows, self.slots)
-        options.check_logits_fn(lm.config.model.vocab_size, self.slots)
-        self.controls = options.controls(len(ids), lm.config.model.vocab_size, rows)
+        options.check_logits_fn(lm.arch.model.vocab_size, self.slots)
+        self.controls = options.controls(len(ids), lm.arch.model.vocab_size, rows)
         self.total_B = self.prompt_len_B
         self._count_all(len(ids), drafter.num_draft, isinstance(num_draft, str))
         if lm.tokenizer is not None:
@@ -355,9 +356,9 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, passes: bool)
     if num_draft is not None:
         num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
     if isinstance(draft, str) and draft == "auto":
-        draft = "heads" if lm.config.heads.draft else "lookup"
+        draft = "heads" if lm.arch.heads.draft else "lookup"
     if not isinstance(draft, Drafter):
-        return make_drafter(draft, lm.config, num_draft, passes)
+        return make_drafter(draft, lm.arch, num_draft, passes)
     if num_draft not in (None, draft.num_draft):
         raise UserError(f"num_draft={num_draft}, but the drafter given drafts {draft.num_draft}; leave num_draft out")
     return draft

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.decode import sampling, verify
 from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.decode.sampling import Sampler
@@ -23,7 +23,7 @@ LEAST_SLOTS = 256
 class Plan:
     """What is compiled into the programs of a request; the numbers that may change are in `Controls`."""
 
-    config: Config
+    arch: Arch
     drafter: Drafter
     sampler: Sampler = sampling.GREEDY
     rule: Rule = verify.EXACT
@@ -104,12 +104,12 @@ def grow(state: DecodeState, slots: int) -> DecodeState:
 @bounded(statics=(0, 1, 2))
 def empty_state(plan: Plan, slots: int, length: int, prompt_BT: jax.Array, *rows: jax.Array) -> DecodeState:
     """`rows_state` with caches of `slots` zeros."""
-    config = plan.config
+    arch = plan.arch
     drafter = plan.drafter
     B = len(prompt_BT)
     state = rows_state(plan, length, prompt_BT, *rows, jnp.zeros((B,), jnp.int32))
-    drafter_cache = drafter.init(config, drafter.num_draft, B, slots)
-    return state._replace(caches=mtp.init_caches(config, B, slots), drafter_cache=drafter_cache)
+    drafter_cache = drafter.init(arch, drafter.num_draft, B, slots)
+    return state._replace(caches=mtp.init_caches(arch, B, slots), drafter_cache=drafter_cache)
 
 
 @bounded(statics=(0, 1))
@@ -125,7 +125,7 @@ def rows_state(
     """Rows of `length` that hold their prompts only, without caches."""
     B, T = prompt_BT.shape
     P = plan.drafter.num_draft
-    V = plan.config.model.vocab_size
+    V = plan.arch.model.vocab_size
     probs_BPV = jnp.zeros((B, P, V)) if plan.rule.facts.reads_drafter else None
     worth_B = jnp.zeros((B,), bool) if plan.drafter.passes else None
     return DecodeState(

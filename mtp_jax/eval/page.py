@@ -64,7 +64,15 @@ def write_page(
     return page
 
 
-REAL_COLUMNS = ("prompt", "same tokens", "plain, ms per token", "a round, ms", "tokens per round", "gain")
+REAL_COLUMNS = (
+    "prompt",
+    "same tokens",
+    "plain, ms per token",
+    "a round, ms",
+    "tokens per round",
+    "gain",
+    "distinct 4-grams",
+)
 
 
 def real_rows(result: SideBySide) -> list[tuple[str, ...]]:
@@ -72,7 +80,13 @@ def real_rows(result: SideBySide) -> list[tuple[str, ...]]:
     rows = []
     for one in result.pairs:
         tokens = one.comparison.drafted.stats.tokens_per_round
-        times = (f"{one.plain_ms:.1f}", f"{one.round_ms:.1f}", f"{tokens:.2f}", f"{one.comparison.speedup:.2f}x")
+        times = (
+            f"{one.plain_ms:.1f}",
+            f"{one.round_ms:.1f}",
+            f"{tokens:.2f}",
+            f"{one.comparison.speedup:.2f}x",
+            f"{one.distinct:.0%}",
+        )
         rows.append((one.sample.kind, "yes" if one.comparison.identical else "NO", *times))
     return rows
 
@@ -84,8 +98,7 @@ def side_by_side_page(result: SideBySide) -> list[str]:
     lines = [f"## {result.model}, plainly and with drafts", "", f"| {' | '.join(REAL_COLUMNS)} |", rule, *rows, ""]
     lines += [remark(result), ""]
     for one in result.pairs:
-        written = (one.comparison.drafted.text or [""])[0]
-        for name, text in ((f"Prompt ({one.sample.kind})", one.sample.text), ("Model, on both sides", written)):
+        for name, text in ((f"Prompt ({one.sample.kind})", one.sample.text), ("Model, on both sides", one.text)):
             lines += [f"**{name}**", "", *("    " + line for line in text.splitlines()), ""]
     return [*lines, "## A small model from scratch", ""]
 

@@ -25,14 +25,22 @@ MOST_ANSWERS = 1000
 """The most documents whose answers are decoded."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What `mtp eval` and `mtp quickstart` report."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The part of an evaluation that needs all parameters of a model, stacked."""
 
     sums: HeadSums
     """Sums per head over the held-out text, teacher-forced."""
     heldout_bytes: int
-    """UTF-8 bytes of the predicted tokens; 0 if unknown, for example if prompts do not count."""
+    """UTF-8 bytes of the tokens that are predicted; 0 if unknown, for example if prompts do not count."""
+    answers: Answers | None = None
+    """Whole answers, if each document is a prompt and an answer (data.prompt_tokens)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation(Losses):
+    """What `mtp eval` and `mtp quickstart` report."""
+
     decoding: Comparison | None
     """Drafted and plain decoding of held-out prompts. None if nothing drafts (no extra heads, or decode.num_draft=0) or
     if no document is long enough."""
@@ -42,8 +50,6 @@ class Evaluation:
     """The same share in the text that really follows the prompts. An output with a far lower share repeats itself."""
     samples: tuple[tuple[str, str, str], ...]
     """(prompt, generated, reference) of a few prompts, as text."""
-    answers: Answers | None = None
-    """Whole answers, if each document is a prompt and an answer (data.prompt_tokens)."""
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -80,28 +86,30 @@ class Evaluation:
 
 
 def evaluate(
-    lm: LoadedModel,
-    rows: PackedRows,
-    *,
-    limit: int = 0,
-    progress: Callable[[str], None] = lambda _: None,
-    keep_params: bool = True,
+    lm: LoadedModel, rows: PackedRows, *, limit: int = 0, progress: Callable[[str], None] = lambda _: None
 ) -> Evaluation:
     """Evaluates a model on held-out rows: loss and accuracy by head, then drafted and plain decoding.
+
+    The model is in memory twice while it decodes. Where it is large, call `heldout_losses` and `with_decoding` one
+    after the other, and give the second a model for decoding alone: `lm.give_up_params()`.
 
     Args:
       lm: a loaded model; `lm.config.decode` says which prompts are decoded.
       rows: held-out rows.
       limit: most rows for the losses; 0 takes all. Bits per byte need all rows.
       progress: is called with a line of text about what is being done.
-      keep_params: False gives up `lm.params` before decoding, so that a large model is in memory only once; see
-        `LoadedModel.decode_only`.
 
     Raises:
       UserError: the documents of the model's run have prompts (data.prompt_tokens), and the rows cut documents.
     """
+    return with_decoding(heldout_losses(lm, rows, limit=limit, progress=progress), lm, rows, progress=progress)
+
+
+def heldout_losses(
+    lm: LoadedModel, rows: PackedRows, *, limit: int = 0, progress: Callable[[str], None] = lambda _: None
+) -> Losses:
+    """The first half of `evaluate`, with the same arguments: what needs the model's stacked parameters."""
     config = lm.config
-    settings = lm.config.decode
     check_prompts(config.data, rows, "the text")
     rows = dataclasses.replace(rows, prompt_tokens=config.data.prompt_tokens)
     progress(f"held-out loss over {min(limit, len(rows)) if limit else len(rows)} rows")
@@ -115,8 +123,22 @@ def evaluate(
         documents_BT = np.asarray(rows.tokens).reshape(len(rows.doc_starts), -1)[:MOST_ANSWERS]
         progress(f"answers of {len(documents_BT)} documents")
         answered = answers(lm, documents_BT)
-    if not keep_params:
-        lm.decode_only()
+    return Losses(sums=sums, heldout_bytes=0 if limit else rows.predicted_bytes, answers=answered)
+
+
+def with_decoding(
+    losses: Losses, lm: LoadedModel, rows: PackedRows, *, progress: Callable[[str], None] = lambda _: None
+) -> Evaluation:
+    """The second half of `evaluate`: held-out prompts, decoded with drafts and without.
+
+    Args:
+      losses: the first half, of the same model and rows.
+      lm: the model; one for decoding alone (`give_up_params`) will do.
+      rows: held-out rows.
+      progress: is called with a line of text about what is being done.
+    """
+    config = lm.config
+    settings = config.decode
     room = count_prompts(rows, settings.prompt_tokens + settings.max_new_tokens)
     # A teacherless model gives an answer in one pass over dummies; it cannot continue a text.
     wanted = settings.num_prompts if config.loss.teacherless < 0 else 0
@@ -136,13 +158,13 @@ def evaluate(
         generated = generate(lm, prompts, draft="none", ignore_eos=True, **lengths).tokens
     samples = [_sample(lm.tokenizer, *three) for three in list(zip(prompts, generated, references, strict=False))[:3]]
     return Evaluation(
-        sums=sums,
-        heldout_bytes=0 if limit else rows.predicted_bytes,
+        sums=losses.sums,
+        heldout_bytes=losses.heldout_bytes,
+        answers=losses.answers,
         decoding=decoding,
         distinct=distinct_ratio(generated),
         reference_distinct=distinct_ratio(references),
         samples=tuple(samples),
-        answers=answered,
     )
 
 

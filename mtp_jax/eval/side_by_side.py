@@ -6,6 +6,7 @@ so that a person can watch.
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from mtp_jax.decode.generate import Generation, stream
 from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import Comparison, OneByOne, pair
 from mtp_jax.loading import LoadedModel
+from mtp_jax.runs.metrics import distinct_ratio
 
 PLAIN = "plain"
 DRAFTED = "drafted"
@@ -57,6 +59,13 @@ class Pair:
 
     sample: Sample
     comparison: Comparison
+    text: str
+    """What was written, up to the model's end token. Times are those of all tokens: rows do not stop there."""
+
+    @property
+    def distinct(self) -> float:
+        """Share of distinct 4-grams in what was written. Text that repeats itself is easy to draft."""
+        return distinct_ratio(self.comparison.drafted.tokens)
 
     @property
     def plain_ms(self) -> float:
@@ -98,6 +107,7 @@ class SideBySide:
                 "tokens_per_round": one.comparison.drafted.stats.tokens_per_round,
                 "plain_ms": one.plain_ms,
                 "round_ms": one.round_ms,
+                "distinct_ratio": one.distinct,
             }
             for one in self.pairs
         ]
@@ -143,7 +153,8 @@ def side_by_side(
     for sample in samples:
         prompt = prompt_of(lm, sample)
         progress(f"{sample.kind}: {max_new_tokens} tokens plainly and with drafts, {timed_runs} timed runs each")
-        pairs.append(Pair(sample, pair(decode(prompt), PLAIN, DRAFTED)))
+        comparison = pair(decode(prompt), PLAIN, DRAFTED)
+        pairs.append(Pair(sample, comparison, _until_end(lm, comparison.drafted.tokens[0])))
         if show is not None:
             for side, options in sides.items():
                 _watch(lm, prompt, max_new_tokens, options, functools.partial(show, sample.kind, side))
@@ -172,6 +183,11 @@ def _watch(
         if not isinstance(item, Generation):
             text += item[1]
             show(text)
+
+
+def _until_end(lm: LoadedModel, tokens: Sequence[int]) -> str:
+    before_end = itertools.takewhile(lambda token: token not in lm.tokenizer.end_ids, tokens)
+    return lm.tokenizer.decode(list(before_end))
 
 
 def remark(result: SideBySide) -> str:

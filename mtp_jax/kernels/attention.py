@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Form(NamedTuple):
+class AttnSpec(NamedTuple):
     """Settings of attention."""
 
     scale: float
@@ -34,7 +34,7 @@ def attention(
     v_BKSH: jax.Array,
     query_slots_BT: jax.Array,
     segment_ids_BS: jax.Array | None,
-    form: Form,
+    spec: AttnSpec,
 ) -> jax.Array:
     """Softmax attention with N = K G query heads.
 
@@ -44,7 +44,7 @@ def attention(
       v_BKSH: values by slot.
       query_slots_BT: slot of every query; it sees slots 0..query_slot.
       segment_ids_BS: document of every slot, for packed rows: a query sees only the document of its own slot.
-      form: scale, soft cap and window.
+      spec: scale, soft cap and window.
 
     Returns:
       Attended values [B, T, N, H] in q's dtype. Scores and softmax are float32.
@@ -52,11 +52,11 @@ def attention(
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     # Attention heads first, and the queries of a group in one axis: then it is a batched product without a transpose.
-    q_BKGTH = (q_BTNH * form.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = (q_BTNH * spec.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     q_BKRH = q_BKGTH.reshape(B, K, N // K * T, H)
     scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = capped(scores_BKRS, form).reshape(B, K, N // K, T, S)
-    visible_BTS = visible(query_slots_BT, segment_ids_BS, S, form.window)
+    scores_BKGTS = capped(scores_BKRS, spec).reshape(B, K, N // K, T, S)
+    visible_BTS = visible(query_slots_BT, segment_ids_BS, S, spec.window)
     scores_BKGTS = jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, jnp.finfo(jnp.float32).min)
     probs_BKRS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
     mixed_BKRH = jnp.einsum("BKRS,BKSH->BKRH", probs_BKRS, v_BKSH)
@@ -64,7 +64,7 @@ def attention(
 
 
 def cached_attention(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, query_slots_BT: jax.Array, form: Form
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, query_slots_BT: jax.Array, spec: AttnSpec
 ) -> jax.Array:
     """`attention` over the slots of a cache.
 
@@ -74,7 +74,7 @@ def cached_attention(
     """
 
     def at_once(*arrays: jax.Array) -> jax.Array:
-        return attention(*arrays, None, form)
+        return attention(*arrays, None, spec)
 
     def one_by_one(*arrays: jax.Array) -> jax.Array:
         return jax.lax.map(lambda row: at_once(*(x[None] for x in row))[0], arrays)
@@ -102,9 +102,9 @@ def own_segments(query_slots_BT: jax.Array, segment_ids_BS: jax.Array) -> jax.Ar
     return jnp.take_along_axis(segment_ids_BS, query_slots_BT, axis=1)
 
 
-def capped(scores: jax.Array, form: Form) -> jax.Array:
+def capped(scores: jax.Array, spec: AttnSpec) -> jax.Array:
     """c tanh(scores / c); the scores themselves if there is no cap."""
-    return form.softcap * jnp.tanh(scores / form.softcap) if form.softcap else scores
+    return spec.softcap * jnp.tanh(scores / spec.softcap) if spec.softcap else scores
 
 
 class Anchors(NamedTuple):
@@ -123,7 +123,7 @@ def attention_beside(
     own_k_BXPKH: jax.Array,
     own_v_BXPKH: jax.Array,
     where: Anchors,
-    form: Form,
+    spec: AttnSpec,
 ) -> jax.Array:
     """Softmax attention of extra queries, P at each of X anchors in a sequence.
 
@@ -137,26 +137,26 @@ def attention_beside(
       own_k_BXPKH: keys of the extra queries.
       own_v_BXPKH: values of the extra queries.
       where: the slots that the anchors see, and the slots of the queries.
-      form: scale, soft cap and window.
+      spec: scale, soft cap and window.
 
     Returns:
       Attended values [B, X, P, N, H] in q's dtype. Scores and softmax are float32.
     """
     B, X, P, N, H = q_BXPNH.shape
     K, S = k_BKSH.shape[1:3]
-    q_BXPKGH = (q_BXPNH * form.scale).reshape(B, X, P, K, N // K, H)
+    q_BXPKGH = (q_BXPNH * spec.scale).reshape(B, X, P, K, N // K, H)
     exact = {"preferred_element_type": jnp.float32}
     scores_BKGXPS = jnp.einsum("BXPKGH,BKSH->BKGXPS", q_BXPKGH, k_BKSH, **exact)
     own_BKGXPW = jnp.einsum("BXPKGH,BXWKH->BKGXPW", q_BXPKGH, own_k_BXPKH, **exact)
     visible_BXPS = where.visible_BXS[:, :, None, :]
     sees_BXPW = jnp.tril(jnp.ones((P, P), bool))[None, None]
-    if form.window is not None:
-        first_BXP1 = (where.slots_BXP - form.window)[..., None]
+    if spec.window is not None:
+        first_BXP1 = (where.slots_BXP - spec.window)[..., None]
         visible_BXPS &= jnp.arange(S)[None, None, None, :] > first_BXP1
         sees_BXPW &= where.slots_BXP[:, :, None, :] > first_BXP1
     least = jnp.finfo(jnp.float32).min
-    scores_BKGXPS = jnp.where(visible_BXPS[:, None, None], capped(scores_BKGXPS, form), least)
-    own_BKGXPW = jnp.where(sees_BXPW[:, None, None], capped(own_BKGXPW, form), least)
+    scores_BKGXPS = jnp.where(visible_BXPS[:, None, None], capped(scores_BKGXPS, spec), least)
+    own_BKGXPW = jnp.where(sees_BXPW[:, None, None], capped(own_BKGXPW, spec), least)
     probs = jax.nn.softmax(jnp.concatenate([scores_BKGXPS, own_BKGXPW], axis=-1), axis=-1).astype(v_BKSH.dtype)
     mixed_BXPKGH = jnp.einsum("BKGXPS,BKSH->BXPKGH", probs[..., :S], v_BKSH)
     mixed_BXPKGH += jnp.einsum("BKGXPW,BXWKH->BXPKGH", probs[..., S:], own_v_BXPKH)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.kernels.attention import Form, attention, capped, visible
+from mtp_jax.kernels.attention import AttnSpec, attention, capped, visible
 from mtp_jax.kernels.linear import LINEAR
 
 BLOCK = 256
@@ -36,16 +36,16 @@ def attention_by_blocks(
     v_BKSH: jax.Array,
     query_slots_BT: jax.Array,
     segment_ids_BS: jax.Array | None,
-    form: Form,
+    spec: AttnSpec,
 ) -> jax.Array:
     """`attention` of rows of any length, with the same arguments and result.
 
     If there are as many queries as slots, query t must have slot t.
     """
     if q_BTNH.shape[1] <= SHORT:
-        return attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, form)
-    row = _Row(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, form.window)
-    return _attend(form._replace(window=None), row)
+        return attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, spec)
+    row = _Row(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, segment_ids_BS, spec.window)
+    return _attend(spec._replace(window=None), row)
 
 
 class _Row(NamedTuple):
@@ -78,18 +78,18 @@ def _parts(queries: int, slots: int) -> tuple[int, list[_Part]]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: Form, row: _Row) -> jax.Array:
-    return _forward(form, row)[0]
+def _attend(spec: AttnSpec, row: _Row) -> jax.Array:
+    return _forward(spec, row)[0]
 
 
-def _forward(form: Form, row: _Row) -> tuple[jax.Array, tuple[_Row, jax.Array, jax.Array]]:
+def _forward(spec: AttnSpec, row: _Row) -> tuple[jax.Array, tuple[_Row, jax.Array, jax.Array]]:
     T, N = row.q_BTNH.shape[1:3]
     K, S = row.k_BKSH.shape[1:3]
     size, parts = _parts(T, S)
-    queries = _cut(row.q_BTNH * form.scale, size, K), _cut_slots(row.slots_BT, size)
+    queries = _cut(row.q_BTNH * spec.scale, size, K), _cut_slots(row.slots_BT, size)
 
     def attend(part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z_BKRs, seen = _scores(form, row, part, q_BKRH, slots_Bb)
+        z_BKRs, seen = _scores(spec, row, part, q_BKRH, slots_Bb)
         z_BKRs = jnp.where(seen, z_BKRs, jnp.finfo(jnp.float32).min)
         max_BKR1 = jnp.max(z_BKRs, axis=-1, keepdims=True)
         exp_BKRs = jnp.exp(z_BKRs - max_BKR1)
@@ -105,7 +105,7 @@ def _forward(form: Form, row: _Row) -> tuple[jax.Array, tuple[_Row, jax.Array, j
     return mixed_BTNH, (row, mixed_BTNH, lse_bBKR)
 
 
-def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_BTNH: jax.Array) -> tuple[_Row]:
+def _backward(spec: AttnSpec, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_BTNH: jax.Array) -> tuple[_Row]:
     """The gradients. With p the probabilities and a the attended values: dz = p (da v^T - da . a)."""
     row, mixed_BTNH, lse_bBKR = residuals
     T, N = row.q_BTNH.shape[1:3]
@@ -113,7 +113,7 @@ def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_B
     size, parts = _parts(T, S)
     own_BTN1 = jnp.sum(dmixed_BTNH.astype(jnp.float32) * mixed_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
     queries = (
-        _cut(row.q_BTNH * form.scale, size, K),
+        _cut(row.q_BTNH * spec.scale, size, K),
         _cut_slots(row.slots_BT, size),
         _cut(dmixed_BTNH, size, K),
         _cut(own_BTN1, size, K),
@@ -124,11 +124,11 @@ def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_B
         q_BKRH, slots_Bb, dmixed_BKRH, own_BKR1, lse_BKR = block
         k_BKsH = row.k_BKSH[:, :, : part.slots]
         v_BKsH = row.v_BKSH[:, :, : part.slots]
-        z_BKRs, seen = _scores(form, row, part, q_BKRH, slots_Bb)
+        z_BKRs, seen = _scores(spec, row, part, q_BKRH, slots_Bb)
         p_BKRs = jnp.where(seen, jnp.exp(z_BKRs - lse_BKR[..., None]), 0)
         dz_BKRs = p_BKRs * (_product("BKRH,BKsH->BKRs", dmixed_BKRH, v_BKsH) - own_BKR1)
-        if form.softcap:
-            dz_BKRs *= 1 - (z_BKRs / form.softcap) ** 2
+        if spec.softcap:
+            dz_BKRs *= 1 - (z_BKRs / spec.softcap) ** 2
         dz_BKRs = dz_BKRs.astype(q_BKRH.dtype)
         # [H, s], because for [s, H] a CPU would write a transposed copy of the scores.
         dk_BKHs = sums[0] + _product("BKRH,BKRs->BKHs", q_BKRH, dz_BKRs)
@@ -142,7 +142,7 @@ def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_B
         sums, dq = _scan(functools.partial(gradients, part), zeros, tuple(x[part.blocks] for x in queries))
         sums_BKHS = tuple(whole.at[..., : part.slots].add(new) for whole, new in zip(sums_BKHS, sums, strict=True))
         dq_bBKRH.append(dq)
-    dq_BTNH = (_joined(jnp.concatenate(dq_bBKRH), T, N) * form.scale).astype(row.q_BTNH.dtype)
+    dq_BTNH = (_joined(jnp.concatenate(dq_bBKRH), T, N) * spec.scale).astype(row.q_BTNH.dtype)
     dk_BKSH, dv_BKSH = (sum_BKHS.swapaxes(2, 3).astype(row.k_BKSH.dtype) for sum_BKHS in sums_BKHS)
     return (_Row(dq_BTNH, dk_BKSH, dv_BKSH, None, None, None),)
 
@@ -150,12 +150,14 @@ def _backward(form: Form, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_B
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(form: Form, row: _Row, part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scores(
+    spec: AttnSpec, row: _Row, part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The capped scores of a block over the slots of its part, in float32, and which of them are visible."""
     B, K, R, _ = q_BKRH.shape
     size = slots_Bb.shape[1]
     s = part.slots
-    z_BKRs = capped(_product("BKRH,BKsH->BKRs", q_BKRH, row.k_BKSH[:, :, :s]), form)
+    z_BKRs = capped(_product("BKRH,BKsH->BKRs", q_BKRH, row.k_BKSH[:, :, :s]), spec)
     segments_Bs = None if row.segments_BS is None else row.segments_BS[:, :s]
     seen_Bbs = visible(slots_Bb, segments_Bs, s, row.window)
     seen_BKGbs = jnp.broadcast_to(seen_Bbs[:, None, None], (B, K, R // size, size, s))

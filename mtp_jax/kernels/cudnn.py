@@ -8,13 +8,13 @@ Tiles above the diagonal are not computed.
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.kernels.attention import Form, visible
+from mtp_jax.kernels.attention import AttnSpec, visible
 
 AMPERE = 8.0
 HOPPER = 9.0
 
 
-def refusal(q_BTNH: jax.Array, form: Form, capability: float) -> str | None:
+def refusal(q_BTNH: jax.Array, spec: AttnSpec, capability: float) -> str | None:
     """Why cuDNN cannot compute attention for these queries on a GPU of this compute capability; None if it can."""
     _, T, _, H = q_BTNH.shape
     dtype = q_BTNH.dtype
@@ -23,8 +23,8 @@ def refusal(q_BTNH: jax.Array, form: Form, capability: float) -> str | None:
         return f"its flash attention needs a GPU of compute capability {AMPERE}, and this one has {capability}"
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, not {dtype}: set model.dtype='bfloat16'"
-    if form.softcap:
-        return f"it has no soft cap, but model.attn_softcap={form.softcap}"
+    if spec.softcap:
+        return f"it has no soft cap, but model.attn_softcap={spec.softcap}"
     if most < H or H % 8:
         return f"on this GPU it needs a model.head_dim of at most {most} that is a multiple of 8, not {H}"
     return f"it needs rows with an even number of tokens, not {T}" if T % 2 else None
@@ -42,19 +42,19 @@ def cudnn_attention(
     v_BKSH: jax.Array,
     query_slots_BT: jax.Array,
     segment_ids_BS: jax.Array | None,
-    form: Form,
+    spec: AttnSpec,
 ) -> jax.Array:
     """`attention` by cuDNN, with the same arguments and result."""
     T = q_BTNH.shape[1]
     S = k_BKSH.shape[2]
-    mask_B1TS = visible(query_slots_BT, segment_ids_BS, S, form.window)[:, None]
+    mask_B1TS = visible(query_slots_BT, segment_ids_BS, S, spec.window)[:, None]
     # cuDNN's causal mask fits whole rows only. The queries of a shard may begin in the middle of their row.
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BKSH.swapaxes(1, 2),
         v_BKSH.swapaxes(1, 2),
         mask=mask_B1TS,
-        scale=form.scale,
+        scale=spec.scale,
         is_causal=T == S,
         implementation="cudnn",
     )

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from mtp_jax.errors import UserError
 from mtp_jax.kernels import cudnn, splash
-from mtp_jax.kernels.attention import Form, attention
+from mtp_jax.kernels.attention import AttnSpec, attention
 from mtp_jax.kernels.blocks import SHORT, attention_by_blocks
 
 HOMES = {"splash": "tpu", "cudnn": "gpu"}
@@ -48,7 +48,7 @@ def row_attention(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     segment_ids_BS: jax.Array,
-    form: Form,
+    spec: AttnSpec,
     path: str = "auto",
     placement: Placement | None = None,
 ) -> jax.Array:
@@ -59,7 +59,7 @@ def row_attention(
       k_BKSH: keys by slot, S = T.
       v_BKSH: values by slot.
       segment_ids_BS: document of every slot.
-      form: scale, soft cap and window.
+      spec: scale, soft cap and window.
       path: one of the names above.
       placement: how the arrays are split over a mesh. None: one device, or as the partitioner places them.
 
@@ -69,22 +69,22 @@ def row_attention(
     Raises:
       UserError: `path` names a kernel that is not available here.
     """
-    chosen = choose(path, q_BTNH, form, placement)
+    chosen = choose(path, q_BTNH, spec, placement)
     slots_BT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1])[None, :], q_BTNH.shape[:2])
     arrays = q_BTNH, k_BKSH, v_BKSH, slots_BT, segment_ids_BS
     if chosen == "splash":
         shards = (1, 1) if placement is None else (placement.shards(1), placement.shards(2))
-        kernels = splash.make_kernels(form, q_BTNH.shape[1], k_BKSH.shape[2], q_BTNH.shape[2] // shards[1], shards[0])
-        return on_shards(splash.splash_attention, arrays, form, placement, kernels)
+        kernels = splash.make_kernels(spec, q_BTNH.shape[1], k_BKSH.shape[2], q_BTNH.shape[2] // shards[1], shards[0])
+        return on_shards(splash.splash_attention, arrays, spec, placement, kernels)
     if chosen == "cudnn":
-        return on_shards(cudnn.cudnn_attention, arrays, form, placement)
+        return on_shards(cudnn.cudnn_attention, arrays, spec, placement)
     # The partitioner splits a single product well, but a loop over blocks badly.
     if q_BTNH.shape[1] <= SHORT:
-        return attention(*arrays, form)
-    return on_shards(attention_by_blocks, arrays, form, placement)
+        return attention(*arrays, spec)
+    return on_shards(attention_by_blocks, arrays, spec, placement)
 
 
-def choose(path: str, q_BTNH: jax.Array, form: Form, placement: Placement | None) -> str:
+def choose(path: str, q_BTNH: jax.Array, spec: AttnSpec, placement: Placement | None) -> str:
     """The path for these queries: `splash`, `cudnn` or `xla`.
 
     Raises:
@@ -92,7 +92,7 @@ def choose(path: str, q_BTNH: jax.Array, form: Form, placement: Placement | None
     """
     platform = _platform(placement)
     for name in HOMES if path == "auto" else {path} & HOMES.keys():
-        why = _refusal(name, platform, q_BTNH, form, placement)
+        why = _refusal(name, platform, q_BTNH, spec, placement)
         if why is None:
             return name
         if name == path:
@@ -108,7 +108,7 @@ def _platform(placement: Placement | None) -> str | None:
     return jax.default_backend() if jax.device_count() == 1 else None
 
 
-def _refusal(name: str, platform: str | None, q_BTNH: jax.Array, form: Form, at: Placement | None) -> str | None:
+def _refusal(name: str, platform: str | None, q_BTNH: jax.Array, spec: AttnSpec, at: Placement | None) -> str | None:
     """Why a kernel cannot be used; None if it can."""
     if platform is None:
         return "there are several devices, and no mesh says which of them hold the rows"
@@ -117,8 +117,8 @@ def _refusal(name: str, platform: str | None, q_BTNH: jax.Array, form: Form, at:
     if not _divides(q_BTNH, at):
         return f"queries of shape {q_BTNH.shape} do not divide over the mesh axes {at.queries}"
     if name == "cudnn":
-        return cudnn.refusal(q_BTNH, form, cudnn.capability())
-    return splash.refusal(q_BTNH, 1 if at is None else at.shards(1), form)
+        return cudnn.refusal(q_BTNH, spec, cudnn.capability())
+    return splash.refusal(q_BTNH, 1 if at is None else at.shards(1), spec)
 
 
 def _divides(q_BTNH: jax.Array, placement: Placement | None) -> bool:
@@ -126,19 +126,23 @@ def _divides(q_BTNH: jax.Array, placement: Placement | None) -> bool:
 
 
 def on_shards(
-    attend: Callable[..., jax.Array], arrays: tuple[jax.Array, ...], form: Form, placement: Placement | None, *more: Any
+    attend: Callable[..., jax.Array],
+    arrays: tuple[jax.Array, ...],
+    spec: AttnSpec,
+    placement: Placement | None,
+    *more: Any,
 ) -> jax.Array:
-    """`attend(*arrays, form, *more)` on every device, with the rows, attention heads and queries of that device."""
+    """`attend(*arrays, spec, *more)` on every device, with the rows, attention heads and queries of that device."""
     if placement is None or placement.mesh.size == 1 or not _divides(arrays[0], placement):
-        return attend(*arrays, form, *more)
+        return attend(*arrays, spec, *more)
     rows, length = placement.queries[:2]
     given = (placement.queries, placement.keys, placement.keys, PartitionSpec(rows, length), PartitionSpec(rows, None))
     masks = tuple(splash.kernel_specs(kernels, placement.mesh, length) for kernels in more)
 
     def local(window: jax.Array | None, arrays: tuple[jax.Array, ...], *more: Any) -> jax.Array:
-        return attend(*arrays, form._replace(window=window), *more)
+        return attend(*arrays, spec._replace(window=window), *more)
 
     specs = (PartitionSpec(), given, *masks)
     # check_vma is off, because the kernels do not declare over which axes their results vary.
     split = jax.shard_map(local, mesh=placement.mesh, in_specs=specs, out_specs=placement.queries, check_vma=False)
-    return split(form.window, arrays, *more)
+    return split(spec.window, arrays, *more)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mtp_jax.axes import BATCH, EMBED, HEAD_DIM, HEADS, KV_HEADS, LENGTH
 from mtp_jax.config import ModelConfig
-from mtp_jax.kernels.attention import Anchors, Form, attention_beside, cached_attention
+from mtp_jax.kernels.attention import Anchors, AttnSpec, attention_beside, cached_attention
 from mtp_jax.kernels.rows import Placement, row_attention
 from mtp_jax.model.cache import LayerCache, write_cache
 from mtp_jax.model.layers import Experts, FeedForward, Matrix, Norm, fan_in_init, make_matrix, residual_init, times
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     def mix(self, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, query_slots_BT: jax.Array) -> jax.Array:
         """Attended values [B, T, N, H]."""
-        return cached_attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, self._form())
+        return cached_attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, self._attn_spec())
 
     def attend_row(
         self,
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         q_BTNH = self.queries(x_BTD, positions_BT)
         path = self.config.attention
         placement = _placement()
-        mixed_BTNH = row_attention(q_BTNH, k_BKTH, v_BKTH, segment_ids_BT, self._form(), path, placement)
+        mixed_BTNH = row_attention(q_BTNH, k_BKTH, v_BKTH, segment_ids_BT, self._attn_spec(), path, placement)
         return self.output(mixed_BTNH)
 
     def mix_beside(
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         """`attention_beside` for Y = X P queries in the order of their anchors; in XLA, as no kernel has its masks."""
         B, X = where.visible_BXS.shape[:2]
         q_BXPNH, *own_BXPKH = (x.reshape(B, X, -1, *x.shape[2:]) for x in (q_BYNH, *own))
-        mixed_BXPNH = attention_beside(q_BXPNH, *slots, *own_BXPKH, where, self._form())
+        mixed_BXPNH = attention_beside(q_BXPNH, *slots, *own_BXPKH, where, self._attn_spec())
         return mixed_BXPNH.reshape(q_BYNH.shape)
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -119,11 +119,11 @@ class Attention(nn.Module):
     def _to_heads(self, y_BTO: jax.Array) -> jax.Array:
         return y_BTO.reshape(*y_BTO.shape[:2], -1, self.config.head_dim)
 
-    def _form(self) -> Form:
+    def _attn_spec(self) -> AttnSpec:
         c = self.config
         window = self.get_variable("constants", "window") if self.has_variable("constants", "window") else None
         windows = {c.window if layer == "window" else NO_WINDOW for layer in c.layers} if window is not None else ()
-        return Form(c.attn_scale or c.head_dim**-0.5, c.attn_softcap, window, tuple(sorted(windows)))
+        return AttnSpec(c.attn_scale or c.head_dim**-0.5, c.attn_softcap, window, tuple(sorted(windows)))
 
 
 def _placement() -> Placement | None:

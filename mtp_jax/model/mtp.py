@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.model import heads, lm
 from mtp_jax.model.block import Block, variables
 from mtp_jax.model.cache import LayerCache, init_cache
@@ -24,7 +24,7 @@ from mtp_jax.model.heads.base import Rows
 Params = dict[str, Any]
 
 
-def init_boxed(config: Config, key: jax.Array, given: Params | None = None) -> Params:
+def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order: bool = False) -> Params:
     """Parameters boxed with their logical axis names; `sharding.py` reads the names from its abstract evaluation.
 
     `draft_ids` [N] are the tokens that the extra heads predict, with `heads.draft_vocab` = N: whole numbers, which no
@@ -32,16 +32,16 @@ def init_boxed(config: Config, key: jax.Array, given: Params | None = None) -> P
     """
     lm_key, heads_key, order_key = *jax.random.split(key), jax.random.fold_in(key, 2)
     given = given or {}
-    params = lm.init(config.model, lm_key)
-    if config.heads.draft_vocab:
-        ids_N = jnp.arange(config.heads.draft_vocab, dtype=jnp.int32)
+    params = lm.init(arch.model, lm_key)
+    if arch.heads.draft_vocab:
+        ids_N = jnp.arange(arch.heads.draft_vocab, dtype=jnp.int32)
         params["draft_ids"] = nn.LogicallyPartitioned(ids_N, (None,))
     params |= {name: _filled(params[name], given[name]) for name in params.keys() & given.keys()}
-    if config.heads.num_future > 1:
-        fresh = heads.init(config, heads_key, params)
+    if arch.heads.num_future > 1:
+        fresh = heads.init(arch, heads_key, params)
         params["heads"] = _filled(fresh, given["heads"]) if "heads" in given else fresh
-    if config.loss.token_order:
-        params["token_order"] = lm.init_unembed(config.model, order_key)
+    if token_order:
+        params["token_order"] = lm.init_unembed(arch.model, order_key)
     return params
 
 
@@ -49,20 +49,21 @@ def _filled(boxed: Params, values: Params) -> Params:
     return jax.tree.map(lambda box, value: box.replace(value=value), boxed, values, is_leaf=lm.is_box)
 
 
-def init(config: Config, key: jax.Array, given: Params | None = None) -> Params:
+def init(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order: bool = False) -> Params:
     """Fresh parameters, a tree of plain dicts.
 
     Args:
-      config: the run's config; `model` and `heads` are read, and whether `loss` wants a token order head.
+      arch: the model and its heads.
       key: a PRNG key.
       given: trees that take the place of fresh ones, by top-level name. Heads that start as a part of the model start
         as that part of what is given.
+      token_order: whether there is also the unembedding of the token order objective (`losses/order.py`).
     """
-    return nn.meta.unbox(init_boxed(config, key, given))
+    return nn.meta.unbox(init_boxed(arch, key, given, token_order=token_order))
 
 
 def apply(
-    config: Config,
+    arch: Arch,
     params: Params,
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
@@ -74,7 +75,7 @@ def apply(
     """States of every head at every position, ready for the unembedding.
 
     Args:
-      config: the run's config.
+      arch: the model and its heads.
       params: parameters, stacked over layers.
       tokens_BT: token ids.
       positions_BT: position of each token inside its document.
@@ -85,88 +86,88 @@ def apply(
     Returns:
       hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
     """
-    params = with_constants(config, params)
-    embedded_BTD = lm.embed(config.model, params, tokens_BT)
-    family = FAMILIES[config.heads.kind]
+    params = with_constants(arch, params)
+    embedded_BTD = lm.embed(arch.model, params, tokens_BT)
+    family = FAMILIES[arch.heads.kind]
     rows = (embedded_BTD, positions_BT, segment_ids_BT)
     # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
-    if not config.heads.facts.in_trunk:
-        known = _trunk(config, params, *rows) if states_BTE is None else jnp.split(states_BTE, 2, axis=-1)
+    if not arch.heads.facts.in_trunk:
+        known = _trunk(arch, params, *rows) if states_BTE is None else jnp.split(states_BTE, 2, axis=-1)
         state_BTD, tap_BTD = known
-        states_MBTD = family.train(config, params, Rows(tap_BTD, *rows)) if "heads" in params else None
+        states_MBTD = family.train(arch, params, Rows(tap_BTD, *rows)) if "heads" in params else None
     elif "heads" in params:
-        state_BTD, states_MBTD = family.forward(config, params, tokens_BT, *rows, everywhere=everywhere)
+        state_BTD, states_MBTD = family.forward(arch, params, tokens_BT, *rows, everywhere=everywhere)
     else:
-        state_BTD = lm.run_blocks(config.model, params["blocks"], *rows)
+        state_BTD = lm.run_blocks(arch.model, params["blocks"], *rows)
         states_MBTD = None
-    hidden_1BTD = lm.final_norm(config.model, params, state_BTD)[None]
+    hidden_1BTD = lm.final_norm(arch.model, params, state_BTD)[None]
     if states_MBTD is None:
-        return lm.scaled(config.model, hidden_1BTD)
-    return lm.scaled(config.model, jnp.concatenate([hidden_1BTD, heads.finish(config, params, states_MBTD)]))
+        return lm.scaled(arch.model, hidden_1BTD)
+    return lm.scaled(arch.model, jnp.concatenate([hidden_1BTD, heads.finish(arch, params, states_MBTD)]))
 
 
 def trunk_states(
-    config: Config, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    arch: Arch, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
     """The next-token path's last state and what the heads read, side by side: [B, T, E] with E = 2 D.
 
     For heads that learn while the rest stands still; not for families that run through the model, nor for a learned mix
     of states.
     """
-    params = with_constants(config, params)
-    embedded_BTD = lm.embed(config.model, params, tokens_BT)
-    return jnp.concatenate(_trunk(config, params, embedded_BTD, positions_BT, segment_ids_BT), axis=-1)
+    params = with_constants(arch, params)
+    embedded_BTD = lm.embed(arch.model, params, tokens_BT)
+    return jnp.concatenate(_trunk(arch, params, embedded_BTD, positions_BT, segment_ids_BT), axis=-1)
 
 
-def with_constants(config: Config, params: Params) -> Params:
+def with_constants(arch: Arch, params: Params) -> Params:
     """Parameters with the constants of every block of the model and of its heads."""
-    params = params | {"blocks": lm.with_constants(config.model, params["blocks"], config.model.layers)}
-    return params | ({"heads": base.with_constants(config, params["heads"])} if "heads" in params else {})
+    params = params | {"blocks": lm.with_constants(arch.model, params["blocks"], arch.model.layers)}
+    return params | ({"heads": base.with_constants(arch, params["heads"])} if "heads" in params else {})
 
 
 def _trunk(
-    config: Config, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    arch: Arch, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The next-token path's last state, and what the heads read of it."""
-    model = config.model
+    model = arch.model
     rows = (positions_BT, segment_ids_BT)
-    if config.heads.tap_mix and "heads" in params:
+    if arch.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
         return lm.run_blocks_mixed(model, params["blocks"], x_BTD, *rows, weight_L)
-    below = jax.tree.map(lambda leaf: leaf[: config.tap], params["blocks"])
-    above = jax.tree.map(lambda leaf: leaf[config.tap :], params["blocks"])
+    below = jax.tree.map(lambda leaf: leaf[: arch.tap], params["blocks"])
+    above = jax.tree.map(lambda leaf: leaf[arch.tap :], params["blocks"])
     tap_BTD = lm.run_blocks(model, below, x_BTD, *rows)
     state_BTD = lm.run_blocks(model, above, tap_BTD, *rows)
-    return state_BTD, lm.final_norm(model, params, tap_BTD) if config.heads.tap_norm else tap_BTD
+    return state_BTD, lm.final_norm(model, params, tap_BTD) if arch.heads.tap_norm else tap_BTD
 
 
-def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array | None:
+def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array | None:
     """Which heads have a state to learn with at which positions, [M, B, T]; None where all have, everywhere."""
-    if not config.heads.facts.in_trunk or config.heads.num_future == 1:
+    if not arch.heads.facts.in_trunk or arch.heads.num_future == 1:
         return None
-    return FAMILIES[config.heads.kind].trained(config, tokens_BT, segment_ids_BT)
+    return FAMILIES[arch.heads.kind].trained(arch, tokens_BT, segment_ids_BT)
 
 
-def unembeddings(config: Config, params: Params) -> jax.Array | tuple[jax.Array, ...]:
+def unembeddings(arch: Arch, params: Params) -> jax.Array | tuple[jax.Array, ...]:
     """The [V, D] table that turns states into logits, or one per head where heads have another one: their own, or, one
     and the same for all of them, the rows of a draft vocabulary."""
     table_VD = lm.unembedding(params)
-    if "heads" not in params or (config.heads.unembed == "shared" and not config.heads.draft_vocab):
+    if "heads" not in params or (arch.heads.unembed == "shared" and not arch.heads.draft_vocab):
         return table_VD
-    if config.heads.unembed == "shared":
-        return (table_VD, *(base.draft_rows(table_VD, params["draft_ids"]),) * (config.heads.num_future - 1))
+    if arch.heads.unembed == "shared":
+        return (table_VD, *(base.draft_rows(table_VD, params["draft_ids"]),) * (arch.heads.num_future - 1))
     own = params["heads"]["unembed"]["table"]
-    return (table_VD, *(own[base.set_of(config, m)] for m in range(1, config.heads.num_future)))
+    return (table_VD, *(own[base.set_of(arch, m)] for m in range(1, arch.heads.num_future)))
 
 
-def logits(config: Config, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
+def logits(arch: Arch, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
     """Float32 logits [M, B, T, V] of all heads, for inspection. Training never calls this: see `losses/xent.py`."""
-    tables = unembeddings(config, params)
+    tables = unembeddings(arch, params)
     if not isinstance(tables, tuple):
-        return lm.project(config.model, tables, hidden_MBTD)
-    each = [lm.project(config.model, *pair) for pair in zip(tables, hidden_MBTD, strict=True)]
-    if config.heads.draft_vocab:
-        place_V = base.draft_places(config, params["draft_ids"])
+        return lm.project(arch.model, tables, hidden_MBTD)
+    each = [lm.project(arch.model, *pair) for pair in zip(tables, hidden_MBTD, strict=True)]
+    if arch.heads.draft_vocab:
+        place_V = base.draft_places(arch, params["draft_ids"])
         each[1:] = [over_vocabulary(z_BTN, place_V) for z_BTN in each[1:]]
     return jnp.stack(each)
 
@@ -177,35 +178,35 @@ def over_vocabulary(logits: jax.Array, place_V: jax.Array) -> jax.Array:
     return padded[..., place_V]
 
 
-def count_params(config: Config) -> int:
+def count_params(arch: Arch) -> int:
     """Number of parameters, heads included."""
-    tree = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    tree = jax.eval_shape(lambda: init(arch, jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def decode_view(config: Config, params: Params, replace: lm.Replace = lm.changed) -> Params:
+def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) -> Params:
     """Parameters as decoding wants them: one tree per layer and per head, in the compute dtype. Made once at load."""
-    to_compute = functools.partial(jax.lax.convert_element_type, new_dtype=config.model.dtype)
+    to_compute = functools.partial(jax.lax.convert_element_type, new_dtype=arch.model.dtype)
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
         # What multiplies in float32 in training does so here too.
-        if path[-1].key in ("scale", "bias", "tap_mix", "draft_ids") or leaf.dtype == config.model.dtype:
+        if path[-1].key in ("scale", "bias", "tap_mix", "draft_ids") or leaf.dtype == arch.model.dtype:
             return leaf
         return replace(to_compute, leaf)
 
-    params = with_constants(config, jax.tree_util.tree_map_with_path(cast, params))
+    params = with_constants(arch, jax.tree_util.tree_map_with_path(cast, params))
     view = {name: tree for name, tree in params.items() if name not in ("token_order", "draft_ids")}
     draft = {}
-    if config.heads.draft_vocab and "heads" in params:
-        draft["draft_place"] = base.draft_places(config, params["draft_ids"])
-        if config.heads.unembed == "shared":
+    if arch.heads.draft_vocab and "heads" in params:
+        draft["draft_place"] = base.draft_places(arch, params["draft_ids"])
+        if arch.heads.unembed == "shared":
             draft["draft_table_DN"] = base.draft_rows(lm.unembedding(params), params["draft_ids"]).T
     view["blocks"] = lm.unstack(params["blocks"], replace)
     if "unembed" in view:
         # Products with few rows read it faster this way round on a CPU.
         view["unembed"] = {"table_DV": replace(jnp.transpose, view["unembed"]["table"])}
     if "heads" in params:
-        view["heads"] = base.unstack(config, params["heads"], replace) | draft
+        view["heads"] = base.unstack(arch, params["heads"], replace) | draft
     return view
 
 
@@ -222,7 +223,7 @@ NOTHING = Ask(0)
 
 
 def decode_forward(
-    config: Config,
+    arch: Arch,
     params: Params,
     tokens_BQ: jax.Array,
     start_B: jax.Array,
@@ -232,7 +233,7 @@ def decode_forward(
     """The next-token path over Q new tokens per row, behind what the caches hold.
 
     Args:
-      config: the run's config.
+      arch: the model and its heads.
       params: a `decode_view`.
       tokens_BQ: the new tokens; row b's stand at positions start_B[b]..start_B[b]+Q-1.
       start_B: tokens of each row that the caches already hold.
@@ -243,23 +244,23 @@ def decode_forward(
       state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; and the
       caches.
     """
-    model = config.model
-    tap = config.tap
+    model = arch.model
+    tap = arch.tap
     x_BQD = lm.embed(model, params, tokens_BQ)
     if ask.count:
-        return _decode_beside(config, params, x_BQD, start_B, caches, ask)
-    if config.heads.tap_mix and "heads" in params:
+        return _decode_beside(arch, params, x_BQD, start_B, caches, ask)
+    if arch.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
         return lm.decode_blocks_mixed(model, params["blocks"], x_BQD, start_B, caches, weight_L)
     tap_BQD, below = lm.decode_blocks(model, params["blocks"][:tap], x_BQD, start_B, caches[:tap])
     state_BQD, above = lm.decode_blocks(model, params["blocks"][tap:], tap_BQD, start_B, caches[tap:])
-    if config.heads.tap_norm:
+    if arch.heads.tap_norm:
         tap_BQD = lm.final_norm(model, params, tap_BQD)
     return state_BQD, tap_BQD, below + above
 
 
 def _decode_beside(
-    config: Config,
+    arch: Arch,
     params: Params,
     x_BQD: jax.Array,
     start_B: jax.Array,
@@ -272,40 +273,40 @@ def _decode_beside(
     at_BX = jnp.arange(Q)[None, :] if ask.at_B is None else ask.at_B[:, None]
     beside = masks.decode_masks(params, start_B[:, None] + at_BX, ask.count, slots)
     xy_BZD = jnp.concatenate([x_BQD, beside.embedded_BYD.astype(x_BQD.dtype)], axis=1)
-    block_of = Block(config.model, lora_from=Q)
+    block_of = Block(arch.model, lora_from=Q)
     written = []
     loras = params["heads"].get("lora", (None,) * len(caches))
     for block, lora, cache in zip(params["blocks"], loras, caches, strict=True):
         arrays = (xy_BZD, start_B, cache, beside.positions_BY, beside.anchors)
-        given = variables(block) | masks.adapters(config, lora)
+        given = variables(block) | masks.adapters(arch, lora)
         xy_BZD, cache = block_of.apply(given, *arrays, method="write_read_beside")
         written.append(cache)
     y_BYD = xy_BZD[:, Q:]
     return xy_BZD[:, :Q], y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1]), tuple(written)
 
 
-def draft_logits(config: Config, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:
+def draft_logits(arch: Arch, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:
     """Float32 logits [B, P, V] of the heads first, first+1, ... from their states; params is a `decode_view`."""
     heads = params["heads"]
     norms = heads.get("norm")
-    which = [base.set_of(config, first + i) for i in range(states_BPD.shape[1])]
+    which = [base.set_of(arch, first + i) for i in range(states_BPD.shape[1])]
     if norms is None:
-        hidden_BPD = base.end_norm(config, params, states_BPD, None)
+        hidden_BPD = base.end_norm(arch, params, states_BPD, None)
     else:
-        ends = [base.end_norm(config, params, states_BPD[:, i], norms[set_]) for i, set_ in enumerate(which)]
+        ends = [base.end_norm(arch, params, states_BPD[:, i], norms[set_]) for i, set_ in enumerate(which)]
         hidden_BPD = jnp.stack(ends, axis=1)
-    hidden_BPD = lm.scaled(config.model, hidden_BPD)
-    if config.heads.unembed == "shared":
-        table_VD = heads["draft_table_DN"].T if config.heads.draft_vocab else lm.unembedding(params)
-        logits_BPV = lm.project(config.model, table_VD, hidden_BPD)
+    hidden_BPD = lm.scaled(arch.model, hidden_BPD)
+    if arch.heads.unembed == "shared":
+        table_VD = heads["draft_table_DN"].T if arch.heads.draft_vocab else lm.unembedding(params)
+        logits_BPV = lm.project(arch.model, table_VD, hidden_BPD)
     else:
         tables = [heads["unembed"][set_]["table"] for set_ in which]
-        own = [lm.project(config.model, table_VD, hidden_BPD[:, i]) for i, table_VD in enumerate(tables)]
+        own = [lm.project(arch.model, table_VD, hidden_BPD[:, i]) for i, table_VD in enumerate(tables)]
         logits_BPV = jnp.stack(own, axis=1)
-    return over_vocabulary(logits_BPV, heads["draft_place"]) if config.heads.draft_vocab else logits_BPV
+    return over_vocabulary(logits_BPV, heads["draft_place"]) if arch.heads.draft_vocab else logits_BPV
 
 
-def init_caches(config: Config, batch: int, slots: int) -> tuple[LayerCache, ...]:
+def init_caches(arch: Arch, batch: int, slots: int) -> tuple[LayerCache, ...]:
     """One empty cache per layer of the next-token path."""
-    c = config.model
+    c = arch.model
     return tuple(init_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype) for _ in range(c.num_layers))

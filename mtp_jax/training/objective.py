@@ -80,7 +80,7 @@ def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
       batch: the batch.
     """
     targets = Targets(*make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future, batch.get("learn")))
-    trained_MBT = mtp.trained(config, inputs(config, batch), batch["segment_ids"])
+    trained_MBT = mtp.trained(config.arch, inputs(config, batch), batch["segment_ids"])
     if trained_MBT is not None:
         targets = targets._replace(weights_MBT=targets.weights_MBT * trained_MBT)
     if not config.heads.draft_vocab:
@@ -108,13 +108,13 @@ def loss_sums(
 def _hidden(config: Config, spec: XentSpec, params: dict, batch: Batch) -> jax.Array:
     with sharding.on_mesh(spec.mesh):
         rows = inputs(config, batch), batch["positions"], batch["segment_ids"]
-        return mtp.apply(config, params, *rows, states_BTE=batch.get("states"))
+        return mtp.apply(config.arch, params, *rows, states_BTE=batch.get("states"))
 
 
 def _heads_loss(
     config: Config, spec: XentSpec, params: dict, hidden_MBTD: jax.Array, targets: Targets, scale_M: jax.Array
 ) -> tuple[jax.Array, HeadSums]:
-    tables = mtp.unembeddings(config, params)
+    tables = mtp.unembeddings(config.arch, params)
     settings = config.loss
     learn_MBT = None
     if settings.entropy != "none":

@@ -31,11 +31,16 @@ def split_params(config: Config, params: Any) -> tuple[Any, Any]:
     return learned, {name: tree for name, tree in params.items() if name not in learned}
 
 
+def init_params(config: Config, key: jax.Array, given: Any = None) -> Any:
+    """Fresh parameters of a run: those of `mtp.init`, and what its objectives need besides."""
+    return mtp.init(config.arch, key, given, token_order=config.has_token_order)
+
+
 def init_state(
     config: Config, optimizer: optax.GradientTransformation, key: jax.Array, given: Any = None
 ) -> TrainState:
     """A fresh state, with the parameters that are given in the place of fresh ones."""
-    params = mtp.init(config, key, given)
+    params = init_params(config, key, given)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(split_params(config, params)[0]))
 
 
@@ -48,7 +53,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
       ValueError: a leaf of the optimizer's state that belongs to a parameter in no known way.
     """
     key = jax.random.key(0)
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config, key))
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, key, token_order=config.has_token_order))
     params = sharding.param_shardings(mesh, boxed)
     abstract = jax.eval_shape(lambda: init_state(config, optimizer, key))
     placed = sharding.place_abstract(abstract.params, params)

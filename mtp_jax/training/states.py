@@ -80,7 +80,7 @@ def with_states(
     if missing:
         size = len(rows) * config.data.seq_len * 2 * config.model.d_model * np.dtype(config.model.dtype).itemsize
         notify(f"running the model once over the {len(rows):,} rows of the text; states of {size / 1e6:,.0f} MB")
-    run = jax.jit(functools.partial(mtp.trunk_states, config))
+    run = jax.jit(functools.partial(mtp.trunk_states, config.arch))
     for done, number in enumerate(missing, start=1):
         made = _file_of(config, run, params, rows, number)
         with replacing(paths[number]) as temporary, open(temporary, "wb") as file:
@@ -110,7 +110,7 @@ def _made_from(config: Config, params: Any, digest: str) -> dict[str, Any]:
     return {
         "text": digest,
         "seq_len": config.data.seq_len,
-        "tap": config.tap,
+        "tap": config.arch.tap,
         "tap_norm": config.heads.tap_norm,
         "dtype": config.model.dtype,
         "model": digest_of(trunk),

@@ -15,7 +15,6 @@ from mtp_jax.config import Config
 from mtp_jax.losses.mtp import HeadSums, head_scale
 from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
-from mtp_jax.model import mtp
 from mtp_jax.training.objective import (
     Batch,
     Parts,
@@ -28,7 +27,7 @@ from mtp_jax.training.objective import (
     xent_spec,
 )
 from mtp_jax.training.optim import gradient_point, make_optimizer
-from mtp_jax.training.state import TrainState, init_state, split_params, state_shardings
+from mtp_jax.training.state import TrainState, init_params, init_state, split_params, state_shardings
 
 
 class StepMetrics(NamedTuple):
@@ -183,7 +182,7 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
     """
     if config.model.remat == "offload":
         sharding.check_host_memory(mesh)
-    abstract_params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    abstract_params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
     def select(tree: Any) -> Any:
         return split_params(config, tree)[0]

@@ -43,7 +43,7 @@ def step():
 
 def by_hand(config):
     """Bytes of a device's parameters: matrices split over fsdp 4 and tensor 2, norms over fsdp."""
-    params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return sum(4 * leaf.size // (4 if path[-1].key == "scale" else 8) for path, leaf in leaves)
 
@@ -104,9 +104,9 @@ def test_decoding_lies_where_generation_puts_it():
     """Shapes and shardings of the abstract round = those of a real request's parameters and state on eight devices."""
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0)))
     where = sharding.param_shardings(mesh, boxed)
-    params = jax.jit(lambda key: mtp.init(config, key), out_shardings=where)(jax.random.key(0))
+    params = jax.jit(lambda key: mtp.init(config.arch, key), out_shardings=where)(jax.random.key(0))
     lm = LoadedModel(config, params, None, mesh)
     abstract = programs.decode_params(config, mesh)
     _same_places(lm.decode_params, abstract)

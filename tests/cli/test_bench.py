@@ -1,14 +1,11 @@
-"""`mtp bench loss` and `train`, and the timing under all of `mtp bench`."""
+"""`mtp bench loss` and `train`: options, keys, printed lines."""
 
 import json
 
-import jax
-import numpy as np
 import pytest
-from reference.tiers import sampled
 
+from mtp_jax.bench import loss
 from mtp_jax.cli import run
-from mtp_jax.cli.bench import loss, timing
 from mtp_jax.cost.flops import step_flops
 
 TINY = ["--heads", "4", "--vocab", "2048", "--tokens", "64", "--width", "16", "--chunk-bytes", "65536", "--runs", "2"]
@@ -32,35 +29,6 @@ def test_bench_loss(capsys):
     assert run(["bench", "loss", *TINY, "--forms", "fused"]) == 0
     printed = capsys.readouterr().out
     assert "fused" in printed and "naive  " not in printed
-
-
-@pytest.mark.grid
-def test_weightless_share():
-    """The share that was asked for weighs nothing; states that are no numbers there harm `fused` and not `skip`.
-
-    Breaks if the share is that of the tokens that count, or if `skip` is measured with every token.
-    """
-    args = loss.Args(heads=2, vocab=8, tokens=2000, width=4, weightless=0.75)
-    hidden_MBTD, *others, weights_MBT = loss.make_arrays(args, 4, 500)
-    assert np.mean(weights_MBT == 0) == pytest.approx(0.75, abs=0.03)
-    hidden_MBTD = jax.numpy.where(weights_MBT[..., None] == 0, np.nan, hidden_MBTD)
-    finite = {name: np.isfinite(loss.form(name, args)(hidden_MBTD, *others, weights_MBT)) for name in ("fused", "skip")}
-    assert finite == {"fused": False, "skip": True}
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("name", sampled(loss.FORMS, "skip"))
-def test_forms_are_one_loss(name):
-    """Every form's gradients equal those by the formula in float64, weights included.
-
-    Breaks if a form ignores the weights, or if the formula forgets to subtract the target.
-    """
-    args = loss.Args(heads=3, vocab=50, tokens=24, rows=2, width=8, chunk_bytes=4 * 50 * 5)
-    arrays = loss.make_arrays(args, 2, 12)
-    found = jax.grad(loss.form(name, args), (0, 1))(*arrays)
-    for ours, exact in zip(found, loss.exact_gradients(*arrays), strict=True):
-        np.testing.assert_allclose(ours, exact, atol=1e-6)
-    assert loss.gradient_error(args, name) < 1e-5
 
 
 @pytest.mark.grid
@@ -100,33 +68,3 @@ def test_bad_input_is_one_line(case, capsys):
     arguments, message = BAD[case]
     assert run(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_turns(monkeypatch):
-    """Each function runs once to warm up, then once per turn, one after the other; a spent budget leaves one turn.
-
-    Breaks if a function's turns follow each other, or if the warm-up is timed.
-    """
-    clock, calls = iter(range(1000)), []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = timing.in_turns(functions, runs=3)
-    assert calls == ["a", "b"] * 4
-    assert times == {"a": [1.0] * 3, "b": [1.0] * 3}
-    assert timing.in_turns(functions, runs=3, budget=0.0) == {"a": [1.0], "b": [1.0]}
-
-
-def test_ratio_is_taken_turn_by_turn():
-    """Turns that are slow for both leave the ratio alone; that of the medians would be 10 / 4."""
-    assert timing.ratio([2, 20, 10], [1, 10, 4]) == 2
-
-
-def test_floor_extrapolates():
-    """Products of width w count 2 w^3 each; time is scaled to all operations, whatever share of them was timed.
-
-    Breaks if operations beyond `most` are left out of `seconds`.
-    """
-    one = 2 * 64**3
-    assert timing.Products(10 * one, "float32", most=one).seconds([3.0]) == [pytest.approx(30)]
-    floor = timing.Products(20.0 * 2 * 2048**3, "float32", most=5 * 2 * 2048**3)
-    assert floor.seconds([3.0]) == [pytest.approx(12)]

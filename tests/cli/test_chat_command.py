@@ -1,6 +1,5 @@
 """`mtp chat` and `mtp generate --chat`, with a model that answers `HELO!` to everything."""
 
-import dataclasses
 import io
 import json
 import sys
@@ -17,12 +16,7 @@ LM = chain_model((10, *b"HELO!", EOS_ID))
 
 @pytest.fixture(autouse=True)
 def loaded(monkeypatch):
-    def load(source, **others):
-        lm = dataclasses.replace(LM)
-        lm.__dict__["decode_params"] = LM.decode_params  # which `decode_only` would make of all tests' parameters
-        return lm
-
-    monkeypatch.setattr(options, "load", load)
+    monkeypatch.setattr(options, "load", lambda source, **others: LM)
     monkeypatch.setattr(options, "keep_compiled", lambda directory: None)
 
 

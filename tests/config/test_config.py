@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtp_jax.config import (
+    Arch,
     Config,
     DataConfig,
     DecodeConfig,
@@ -452,12 +453,12 @@ def test_every_number_has_a_check_or_needs_none():
 def test_derived_values():
     """tap counts from the bottom, head_weights has length M, num_draft has a value. Breaks if -1 passes through."""
     config = Config(model=ModelConfig(num_layers=6), heads=HeadsConfig(num_future=3, tap=-2))
-    assert (config.tap, config.head_weights, config.num_draft) == (4, (1.0, 1.0, 1.0), 2)
+    assert (config.arch.tap, config.head_weights, config.num_draft) == (4, (1.0, 1.0, 1.0), 2)
     config = Config(
         heads=HeadsConfig(tap=0), loss=LossConfig(head_weights=(1.0, 0.5, 0.25, 0.0)), decode=DecodeConfig(num_draft=0)
     )
-    assert (config.tap, config.head_weights, config.num_draft) == (0, (1.0, 0.5, 0.25, 0.0), 0)
-    assert Config(heads=HeadsConfig(tap=4)).tap == 4
+    assert (config.arch.tap, config.head_weights, config.num_draft) == (0, (1.0, 0.5, 0.25, 0.0), 0)
+    assert Arch(heads=HeadsConfig(tap=4)).tap == 4
 
 
 def test_configs_are_values():

@@ -342,4 +342,4 @@ def test_advice_on_parallel_heads_names_forms_that_hold_them(trunk, tmp_path):
 def mtp_jax_params(config):
     from mtp_jax.model import mtp
 
-    return jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))

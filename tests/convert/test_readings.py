@@ -153,7 +153,7 @@ def test_a_rendered_chat(name, made):
     text = theirs.apply_chat_template(CHAT, tokenize=False)
     tokenised = theirs.apply_chat_template(CHAT, tokenize=True)
     for tokenizer in readers(places).values():
-        model = types.SimpleNamespace(tokenizer=tokenizer, config=places.config)
+        model = types.SimpleNamespace(tokenizer=tokenizer, arch=places.config.arch)
         assert prompt_ids(model, text, 0) == prompt_ids(model, tokenised, 0) == tokenised["input_ids"]
 
 
@@ -229,12 +229,12 @@ def test_tokens_beyond_the_embedding(made, tmp_path):
     hub, rows = load_hub_tokenizer(places.hub), places.config.model.vocab_size
     assert hub.vocab_size == rows + 1
     said = []
-    check_size(hub, places.config, places.hub, said.append)
+    check_size(hub, places.config.arch, places.hub, said.append)
     assert said == [
         f"the tokenizer in {places.hub} has tokens beyond the {rows} embeddings: '<picture>' ({rows}); text that "
         "spells one is refused"
     ]
-    model = types.SimpleNamespace(tokenizer=hub, config=places.config)
+    model = types.SimpleNamespace(tokenizer=hub, arch=places.config.arch)
     assert prompt_ids(model, "the cat", 0) == hub.encode_prompt("the cat")
     with pytest.raises(UserError, match=f"prompt 0 holds token id {rows}; the vocabulary is 0..{rows - 1}"):
         prompt_ids(model, "a <picture>", 0)
@@ -257,7 +257,7 @@ def test_a_tokenizer_of_another_model(short, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     config = Config(model=ModelConfig(vocab_size=rows), data=DataConfig(tokenizer=str(tmp_path / "tokenizer.json")))
     with pytest.raises(UserError, match="belongs to another model"):
-        check_size(tokenizer, config, tmp_path, print)
+        check_size(tokenizer, config.arch, tmp_path, print)
     with pytest.raises(UserError, match=f"set model.vocab_size to {tokenizer.vocab_size} or more"):
         loader._check_vocab(tokenizer, config)
 

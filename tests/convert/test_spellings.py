@@ -68,7 +68,7 @@ def loaded(model):
     config = Config(
         model=model, heads=HeadsConfig(num_future=1), decode=DecodeConfig(prompt_tokens=8, max_new_tokens=8)
     )
-    shapes = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return mtp_jax.LoadedModel(config, params, None, None)
 

@@ -284,7 +284,7 @@ def test_rounds_that_promise_too_little_are_plain_steps(draft):
     """least = P: nothing is verified, and every round emits one token. least = ALL: every round verifies. The tokens
     are those of plain decoding. Breaks when `worth_B` does not look at `least`."""
     lm, prompt = model("random"), PROMPTS[2]
-    plan = Plan(lm.config, make_drafter(draft, lm.config, passes=True))
+    plan = Plan(lm.arch, make_drafter(draft, lm.arch, passes=True))
     numbers = jnp.array([len(prompt)]), jnp.array([len(prompt) + NEW]), jnp.zeros((0,), jnp.int32)
     controls = Options().controls(1, lm.config.model.vocab_size)
     found = {}
@@ -304,7 +304,7 @@ def test_heads_that_are_not_asked(draft):
     unsure, and the tokens of plain decoding in either case. Breaks without `run_if` in `_both_draft` or
     `_draft_in_place`."""
     lm, prompt = in_place_model(), PROMPTS[2]
-    plan = Plan(lm.config, make_drafter(draft, lm.config, passes=True))
+    plan = Plan(lm.arch, make_drafter(draft, lm.arch, passes=True))
     numbers = jnp.array([len(prompt)]), jnp.array([len(prompt) + NEW]), jnp.zeros((0,), jnp.int32)
     controls = Options().controls(1, lm.config.model.vocab_size)
     wanted = generate(lm, [prompt], max_new_tokens=NEW, draft="none", ignore_eos=True).tokens[0]

@@ -27,7 +27,7 @@ from mtp_jax.decode.options import Options
 from mtp_jax.decode.state import Plan, slots_needed
 
 SLOTS = slots_needed(16 + NEW, 3)
-HEADS = make_drafter("heads", CONFIG)
+HEADS = make_drafter("heads", CONFIG.arch)
 ALL = 2**31 - 1
 
 
@@ -38,7 +38,7 @@ def prefilled(lm, rows, limits, drafter=HEADS, width=16):
         row_T[: len(tokens)] = tokens
     lengths_B, limits_B = (np.asarray(x, np.int32) for x in ([len(row) for row in rows], limits))
     arrays = (prompt_BT, lengths_B, limits_B, np.zeros((0,), np.int32))
-    return prefill(Plan(lm.config, drafter), SLOTS, lm.decode_params, controls(lm, rows), *map(jnp.asarray, arrays))
+    return prefill(Plan(lm.arch, drafter), SLOTS, lm.decode_params, controls(lm, rows), *map(jnp.asarray, arrays))
 
 
 def controls(lm, rows):
@@ -46,7 +46,7 @@ def controls(lm, rows):
 
 
 def advance(lm, state, rounds=ALL, drafter=HEADS):
-    plan, limit = Plan(lm.config, drafter), jnp.int32(rounds)
+    plan, limit = Plan(lm.arch, drafter), jnp.int32(rounds)
     rows = controls(lm, state.total_B)
     return decode_rounds(plan, drafter.num_draft, lm.decode_params, rows, state, limit)
 
@@ -107,7 +107,7 @@ def test_drafts_from_a_normed_tap():
     shape = {"vocab_size": 40, "num_kv_heads": 1, "qk_norm": True, "logit_softcap": 5.0, "tie_embeddings": False}
     config = tiny_config(model=shape, heads={"num_future": 3, "tap": 2, "tap_norm": True})
     lm = loaded(config, loud_params(config, seed=3))
-    state = prefilled(lm, PROMPTS, LIMITS, make_drafter("heads", config, 2))
+    state = prefilled(lm, PROMPTS, LIMITS, make_drafter("heads", config.arch, 2))
     assert state.drafts.tokens_BP.tolist() == trained_to_say(lm, state)
 
 
@@ -180,7 +180,7 @@ def test_state_is_donated():
 def test_no_copy_of_a_cache(rows, drafter):
     """The compiled rounds hold no copy of anything as large as a cache. Breaks on a CPU when a single row is written by
     a scatter, or in a loop that XLA unrolls."""
-    lm, plan = model("random"), Plan(CONFIG, drafter)
+    lm, plan = model("random"), Plan(CONFIG.arch, drafter)
     state = prefilled(lm, PROMPTS[:rows], LIMITS[:rows], drafter)
     shape = ",".join(map(str, state.caches[0].k_BKSH.shape))
     lowered = decode_rounds.lower(

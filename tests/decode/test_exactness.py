@@ -141,7 +141,7 @@ def noisy(num_draft):
 
 
 def decode_noise(lm, prompts, noise_BRP):
-    lm = Scripted(lm.config, None, lm.decode_params | {"noise_BRP": jnp.asarray(noise_BRP)})
+    lm = Scripted(lm.arch, None, lm.decode_params | {"noise_BRP": jnp.asarray(noise_BRP)})
     return generate(lm, prompts, max_new_tokens=noise_BRP.shape[1], draft=noisy(noise_BRP.shape[2]))
 
 

@@ -66,7 +66,7 @@ def test_chunks_and_widths_change_no_draft(monkeypatch, kind):
         row_T[: len(tokens)] = tokens
     lengths_B = np.array([len(prompt) for prompt in PROMPTS], np.int32)
     arrays = [jnp.asarray(x) for x in (prompt_BT, lengths_B, lengths_B + NEW, np.zeros((0,), np.int32))]
-    plan, numbers = Plan(lm.config, make_drafter("heads", lm.config)), Options().controls(4, 40)
+    plan, numbers = Plan(lm.arch, make_drafter("heads", lm.arch)), Options().controls(4, 40)
     runs = []
     for chunk, widths in ((16, (3, 3)), (4, (3, 3)), (16, (0, 3))):
         monkeypatch.setattr(engine, "CHUNK", chunk)

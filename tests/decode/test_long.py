@@ -53,7 +53,7 @@ def test_state_of_chunks_is_that_of_one(monkeypatch, name):
     states = []
     for chunk in (16, 4):
         monkeypatch.setattr(engine, "CHUNK", chunk)
-        plan, numbers = Plan(CONFIG, make_drafter("heads", CONFIG)), Options().controls(4, 40)
+        plan, numbers = Plan(CONFIG.arch, make_drafter("heads", CONFIG.arch)), Options().controls(4, 40)
         states.append(jax.device_get(prefill(plan, slots, lm.decode_params, numbers, *arrays)))
     one, several = states
     for field in ("total_B", "done_B", "histogram_BQ", "failed_B"):
@@ -93,7 +93,7 @@ def test_rounds_stop_before_the_cache_is_full():
     """decode_rounds returns with every row's next round still inside the caches, and goes on after `grow`. Breaks
     without `fits`: a write beyond the last slot covers good entries."""
     lm = model("random")
-    plan, numbers = Plan(CONFIG, make_drafter("heads", CONFIG)), Options().controls(1, 40)
+    plan, numbers = Plan(CONFIG.arch, make_drafter("heads", CONFIG.arch)), Options().controls(1, 40)
     arrays = [jnp.asarray(x) for x in (np.array([[7, 3, 11, 5]]), [4], [20], np.zeros((0,), np.int32))]
     state = prefill(plan, 48, lm.decode_params, numbers, *arrays)
     state = state._replace(caches=cut(state.caches, 12), drafter_cache=cut(state.drafter_cache, 12))
@@ -117,7 +117,7 @@ def test_a_short_row_has_a_small_cache():
     shape = {"vocab_size": 50, "num_layers": 1, "d_model": 16, "max_seq_len": 9000}
     config = tiny_config(model=shape, heads={"num_future": 3})
     lm = loaded(config, loud_params(config, seed=4))
-    plan, numbers = Plan(config, make_drafter("heads", config)), Options().controls(1, 50)
+    plan, numbers = Plan(config.arch, make_drafter("heads", config.arch)), Options().controls(1, 50)
     arrays = [jnp.asarray(x) for x in (np.array([[7, 3, 11, 5]]), [4], [8000], np.zeros((0,), np.int32))]
     state = prefill(plan, 8192, lm.decode_params, numbers, *arrays)
     assert {leaf.shape[2] for leaf in jax.tree.leaves((state.caches, state.drafter_cache))} == {256}

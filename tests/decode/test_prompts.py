@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Arch, ModelConfig
 from mtp_jax.decode.prompts import prompt_ids, rows_of
 from mtp_jax.errors import UserError
 
-MODEL = types.SimpleNamespace(tokenizer=None, config=Config(model=ModelConfig(vocab_size=100)))
+MODEL = types.SimpleNamespace(tokenizer=None, arch=Arch(ModelConfig(vocab_size=100)))
 IDS = [3, 1, 4, 1, 5]
 
 

@@ -137,7 +137,7 @@ def test_bad_input_compiles_nothing():
 def test_a_cache_that_does_not_fit(monkeypatch):
     """The message holds the bytes needed and free, and what would fit; nothing is compiled."""
     lm = model("random")
-    needed = cache_bytes(Plan(CONFIG, make_drafter("heads", CONFIG)), 4, 40)
+    needed = cache_bytes(Plan(CONFIG.arch, make_drafter("heads", CONFIG.arch)), 4, 40)
     state_bytes = 2 * 4 * 4 * 40 * (2 + 3) * CONFIG.model.num_kv_heads * CONFIG.model.head_dim
     assert state_bytes <= needed <= 1.2 * state_bytes  # keys and values in float32, and little else
     half = -(-needed // 2)
@@ -189,13 +189,13 @@ def test_bad_input_of_models_that_lack_a_part():
         generate(model("random"), [[1]], max_new_tokens=8, stop=("x",))
     for num_draft in (None, 1):
         with pytest.raises(UserError, match=r"no extra heads \(heads.num_future=1\); use draft='lookup' or 'none'"):
-            make_drafter("heads", PLAIN_LM, num_draft)
+            make_drafter("heads", PLAIN_LM.arch, num_draft)
 
 
 def test_drafters_by_name():
     """none drafts nothing, with num_draft=0 as well; heads draft with every head unless told otherwise."""
-    assert make_drafter("none", CONFIG) is make_drafter("none", PLAIN_LM, 0) is NONE
-    assert [make_drafter("heads", CONFIG, n).num_draft for n in (None, 1, 2, 3)] == [3, 1, 2, 3]
+    assert make_drafter("none", CONFIG.arch) is make_drafter("none", PLAIN_LM.arch, 0) is NONE
+    assert [make_drafter("heads", CONFIG.arch, n).num_draft for n in (None, 1, 2, 3)] == [3, 1, 2, 3]
 
 
 ODD = {

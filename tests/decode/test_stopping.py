@@ -196,7 +196,7 @@ class Words:
 def test_two_stops_in_one_token():
     """The text is cut before the first character of any stop, whatever the order in which they are listed. Breaks
     without `min(found)`."""
-    lm = Scripted(chain_model().config, Words(), chain_model().decode_params)
+    lm = Scripted(chain_model().arch, Words(), chain_model().decode_params)
     for stop in ((">", "2"), ("2", ">")):
         result = generate(lm, STARTS, max_new_tokens=LONG, stop=stop)
         assert [len(row) for row in result.tokens] == [1] * 4
@@ -211,7 +211,7 @@ def test_text_prompts_begin_with_bos():
     assert by_text.tokens == by_ids.tokens
     lm = model("random")
     assert generate(
-        Scripted(lm.config, Numbers(), lm.decode_params), ["3 11"], max_new_tokens=NEW, draft="none"
+        Scripted(lm.arch, Numbers(), lm.decode_params), ["3 11"], max_new_tokens=NEW, draft="none"
     ).tokens == [plain("random", (7, 3, 11))[:NEW]]
 
 

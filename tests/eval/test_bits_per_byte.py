@@ -65,7 +65,7 @@ def test_a_model_that_knows_nothing(bos, targets, size, tokenizers, tmp_path):
         data={"seq_len": 8},
         train={"batch_size": 2},
     )
-    shapes = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     lm = LoadedModel(config, params, tokenizers[bos], sharding.make_mesh(MeshConfig()))
     rows = loader.load_heldout(write(tmp_path / "text", TEXTS), "text", tokenizers[bos], 8)

@@ -37,7 +37,14 @@ def evaluation():
         drafted=generated((3, 2, 1, 2), 0.5), plain=generated((16,), 1.0), drafted_seconds=0.5, plain_seconds=1.0
     )
     samples = (("a prompt", "what came", "what follows"), ("another", "one", "two"))
-    return Evaluation(sums, 80, decoding, 0.75, 0.875, samples)
+    return Evaluation(
+        sums=sums,
+        heldout_bytes=80,
+        decoding=decoding,
+        distinct=0.75,
+        reference_distinct=0.875,
+        samples=samples,
+    )
 
 
 def images(page):

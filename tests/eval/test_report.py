@@ -14,7 +14,7 @@ from reference.decoding import CONFIG, model, plain, slow_greedy
 from reference.evaluation import TEXT_BYTES, Letters, evaluation, heldout, without_heads
 from reference.tiers import sampled
 
-from mtp_jax.eval.report import evaluate
+from mtp_jax.eval.report import evaluate, heldout_losses, with_decoding
 from mtp_jax.losses.mtp import HeadSums
 
 STABLE = {"heads", "bits_per_byte", "tokens_per_round", "accept_at", "distinct_ratio"}
@@ -64,15 +64,18 @@ def test_limit():
 
 
 @pytest.mark.grid
-def test_keep_params():
-    """A model that gives up its stacked parameters is evaluated alike, and then has none; without being asked it keeps
-    them. Breaks when they are given up before the losses, or by default."""
+def test_halves():
+    """Both halves, the second on a model for decoding alone, are the whole; evaluation leaves its model as it was.
+    Breaks where the second half needs stacked parameters, or where `evaluate` gives them up."""
     usual = model("random")
+    before = jax.tree.leaves(usual.params)
     lm = dataclasses.replace(usual, params=jax.tree.map(jnp.copy, usual.params))
-    result, expected = evaluate(lm, heldout(), keep_params=False), evaluation()
+    losses, expected = heldout_losses(lm, heldout()), evaluation()
+    result = with_decoding(losses, lm.give_up_params(), heldout())
     np.testing.assert_array_equal(result.sums.ce_M, expected.sums.ce_M)
     assert result.decoding.drafted.tokens == expected.decoding.drafted.tokens
-    assert lm.params is None and usual.params is not None
+    assert result.bits_per_byte == expected.bits_per_byte
+    assert not any(leaf.is_deleted() for leaf in before)
 
 
 def test_decoding():

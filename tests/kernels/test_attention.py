@@ -10,17 +10,17 @@ import pytest
 from reference import naive
 from reference.tiers import sampled
 
-from mtp_jax.kernels.attention import Anchors, Form, attention_beside
+from mtp_jax.kernels.attention import Anchors, AttnSpec, attention_beside
 from mtp_jax.kernels.attention import attention as kernel
 
 run = jax.jit(kernel, static_argnums=5)
 beside = jax.jit(attention_beside, static_argnums=6)
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, slots_BT, segments=None, **form):
+def attention(q_BTNH, k_BSKH, v_BSKH, slots_BT, segments=None, **spec):
     """The kernel on keys and values as a layer computes them."""
-    form = Form(**{"scale": q_BTNH.shape[-1] ** -0.5} | form)
-    return run(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), slots_BT, segments, form)
+    spec = AttnSpec(**{"scale": q_BTNH.shape[-1] ** -0.5} | spec)
+    return run(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), slots_BT, segments, spec)
 
 
 def inputs(B=2, T=5, S=5, N=4, K=2, H=6, dtype=jnp.float32):
@@ -62,21 +62,21 @@ def test_cache_slots_equal_the_loop():
 
 
 @pytest.mark.parametrize(
-    "form", [{"window": 2}, {"window": 1}, {"softcap": 0.7}, {"scale": 2.0, "softcap": 3.0, "window": 3}]
+    "spec", [{"window": 2}, {"window": 1}, {"softcap": 0.7}, {"scale": 2.0, "softcap": 3.0, "window": 3}]
 )
-def test_forms_equal_the_loop(form):
+def test_forms_equal_the_loop(spec):
     """A window of w hides the slots up to query_slot - w; scores are scaled, then capped by c tanh(scores / c).
 
     Breaks with `>=` for `>`, without the cap, or with the cap before the scale.
     """
     q_BTNH, k_BSKH, v_BSKH = inputs()
-    expected_BTNH = naive.attention(q_BTNH, k_BSKH, v_BSKH, ROWS, SEGMENTS, **form)
-    actual_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, ROWS, SEGMENTS, **form)
+    expected_BTNH = naive.attention(q_BTNH, k_BSKH, v_BSKH, ROWS, SEGMENTS, **spec)
+    actual_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, ROWS, SEGMENTS, **spec)
     np.testing.assert_allclose(actual_BTNH, expected_BTNH, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [{}, {"window": 3}, {"scale": 2.0, "softcap": 3.0, "window": 2}])
-def test_beside_equals_appending(form):
+@pytest.mark.parametrize("spec", [{}, {"window": 3}, {"scale": 2.0, "softcap": 3.0, "window": 2}])
+def test_beside_equals_appending(spec):
     """Queries beside a sequence = attention of a sequence that ends at their anchor, with them appended.
 
     Breaks if they see other anchors' queries, or if their window counts from the anchor.
@@ -85,14 +85,14 @@ def test_beside_equals_appending(form):
     at, P = (1, 4), 2
     visible_BXS = jnp.broadcast_to(jnp.arange(5)[None, None, :] <= jnp.array(at)[None, :, None], (2, 2, 5))
     slots_BXP = jnp.broadcast_to(jnp.array(at)[None, :, None] + 1 + jnp.arange(P)[None, None, :], (2, 2, P))
-    full = Form(**{"scale": q_BTNH.shape[-1] ** -0.5} | form)
+    full = AttnSpec(**{"scale": q_BTNH.shape[-1] ** -0.5} | spec)
     own = [jnp.stack([x[:, 5:]] * 2, axis=1) for x in (k_BSKH, v_BSKH)]
     slots = [x[:, :5].swapaxes(1, 2) for x in (k_BSKH, v_BSKH)]
     q_BXPNH = q_BTNH.reshape(2, 2, P, *q_BTNH.shape[2:])
     actual_BXPNH = beside(q_BXPNH, *slots, *own, Anchors(visible_BXS, slots_BXP), full)
     for x, anchor in enumerate(at):
         appended = [jnp.concatenate([y[:, : anchor + 1], y[:, 5:]], axis=1) for y in (k_BSKH, v_BSKH)]
-        expected_BPNH = naive.attention(q_BXPNH[:, x], *appended, slots_BXP[:, x], **form)
+        expected_BPNH = naive.attention(q_BXPNH[:, x], *appended, slots_BXP[:, x], **spec)
         np.testing.assert_allclose(actual_BXPNH[:, x], expected_BPNH, rtol=1e-5, atol=1e-5)
 
 

@@ -62,14 +62,14 @@ def forward(config, view, tokens_BS, start_B, index_B, drafts_BP, caches, head_c
 
     def propose(states_BPD, first):
         count = states_BPD.shape[1]
-        return Proposed(drafts_BP[:, first - 1 :][:, :count], mtp.draft_logits(config, view, states_BPD, first))
+        return Proposed(drafts_BP[:, first - 1 :][:, :count], mtp.draft_logits(config.arch, view, states_BPD, first))
 
     ask = mtp.Ask(drafts_BP.shape[1] if config.heads.kind == "masks" else 0)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(config, view, fed_BQ, start_B, caches, ask)
+    state_BQD, tap_BQD, caches = mtp.decode_forward(config.arch, view, fed_BQ, start_B, caches, ask)
     where, total_B = (tap_BQD, start_B, index_B, jnp.ones_like(start_B, bool)), start_B + index_B + 2
     embed = functools.partial(lm.embed, config.model, view)
     now = Round(*where, tokens_BS, total_B, drafts_BP.shape[1], embed, propose)
-    proposed, head_caches = FAMILIES[config.heads.kind].draft(config, view, head_caches, now)
+    proposed, head_caches = FAMILIES[config.heads.kind].draft(config.arch, view, head_caches, now)
     logits_BQV = lm.logits(config.model, view, lm.final_norm(config.model, view, state_BQD))
     drafted_BPV = jnp.concatenate([one.logits_BPV for one in proposed], axis=1)
     return logits_BQV, drafted_BPV, caches, head_caches
@@ -79,13 +79,15 @@ def forward(config, view, tokens_BS, start_B, index_B, drafts_BP, caches, head_c
 def full(config, params, tokens_BT):
     """Logits of every head at every position, [M, B, T, V]."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-    return mtp.logits(config, params, mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT)))
+    return mtp.logits(
+        config.arch, params, mtp.apply(config.arch, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+    )
 
 
 def empty_caches(config, batch, slots, count=None):
     count = config.heads.num_future - 1 if count is None else count
     family = FAMILIES[config.heads.kind]
-    return mtp.init_caches(config, batch, slots), family.init_cache(config, batch, slots, count)
+    return mtp.init_caches(config.arch, batch, slots), family.init_cache(config.arch, batch, slots, count)
 
 
 def expected_drafts(config, params, tokens_BT, newest_B, drafts_BP):
@@ -116,7 +118,7 @@ def test_every_split_point(name):
     """
     config, T = small_config(heads=heads_of(name)), 4
     params, rng = random_params(config), np.random.default_rng(0)
-    view, tokens_BS = mtp.decode_view(config, params), rng.integers(0, 24, (2, T + 1))
+    view, tokens_BS = mtp.decode_view(config.arch, params), rng.integers(0, 24, (2, T + 1))
     expected_BTV = np.asarray(full(config, params, tokens_BS))[0]
     for sizes in [(s, T - s) for s in range(1, T)] + [(1,) * T]:
         caches, start = empty_caches(config, 2, T + 2), 0
@@ -143,7 +145,7 @@ def test_ragged_rounds_with_rejected_tokens(name):
     """
     config = small_config(**VARIANTS[name])
     params, rng = random_params(config), np.random.default_rng(0)
-    view, rows, Q, P = mtp.decode_view(config, params), np.arange(3), 3, config.heads.num_future - 1
+    view, rows, Q, P = mtp.decode_view(config.arch, params), np.arange(3), 3, config.heads.num_future - 1
     tokens_BT = rng.integers(0, 24, (3, 13))
     expected_BTV = np.asarray(full(config, params, tokens_BT))[0]
     kept_RB = np.array([[1, 3, 2], [1, 3, 2], [2, 1, 1], [3, 2, 1], [1, 3, 3]])  # By round and row; first the prompts.
@@ -175,7 +177,7 @@ def test_fewer_drafts_are_the_first_heads(name):
     that ends in head 1."""
     config, T = small_config(heads=heads_of(name)), 4
     params, rng = random_params(config), np.random.default_rng(0)
-    view, tokens_BS = mtp.decode_view(config, params), rng.integers(0, 24, (2, T + 1))
+    view, tokens_BS = mtp.decode_view(config.arch, params), rng.integers(0, 24, (2, T + 1))
     zeros_B, drafts_BP = np.zeros(2, int), rng.integers(0, 24, (2, 1))
     caches = empty_caches(config, 2, T + 2, count=1)
     _, draft_BPV, *_ = forward(config, view, tokens_BS, zeros_B, zeros_B + T - 1, drafts_BP, *caches, tokens_BS[:, :T])
@@ -188,9 +190,13 @@ def test_masks_go_through_the_weights_with_the_tokens(rank, products):
     """Matrix products of a round with masks: each matrix of a block once, attention of tokens (2) and of masks (4), and
     two per matrix for LoRA. Breaks if the masks are a forward pass of their own, which reads the model again."""
     config = small_config(heads={"kind": "masks", "lora_rank": rank})
-    params = mtp.decode_view(config, random_params(config))
-    tokens_BQ, start_B, caches = jnp.ones((1, 3), jnp.int32), jnp.zeros(1, jnp.int32), mtp.init_caches(config, 1, 8)
-    decode = lambda params: mtp.decode_forward(config, params, tokens_BQ, start_B, caches, mtp.Ask(2))  # noqa: E731
+    params = mtp.decode_view(config.arch, random_params(config))
+    tokens_BQ, start_B, caches = (
+        jnp.ones((1, 3), jnp.int32),
+        jnp.zeros(1, jnp.int32),
+        mtp.init_caches(config.arch, 1, 8),
+    )
+    decode = lambda params: mtp.decode_forward(config.arch, params, tokens_BQ, start_B, caches, mtp.Ask(2))  # noqa: E731
     traced = jax.make_jaxpr(decode)(params)
     counted = sum(equation.primitive.name == "dot_general" for equation in equations(traced))
     assert counted == config.model.num_layers * products

@@ -128,7 +128,7 @@ def test_parameters_are_literal():
     Breaks if d_ff is divided among experts, or if E counts as inputs.
     """
     config = small_config(MOE | {"d_model": 64, "d_ff": 96})
-    params = quick_jit(functools.partial(mtp.init, config))(jax.random.key(0))
+    params = quick_jit(functools.partial(mtp.init, config.arch))(jax.random.key(0))
     sizes = {"router": 64**-0.5, "gate": 64**-0.5, "up": 64**-0.5, "down": (96 * 2 * 2) ** -0.5}
     shapes = {"router": (2, 64, 3), "gate": (2, 3, 64, 96), "up": (2, 3, 64, 96), "down": (2, 3, 96, 64)}
     for stack in (params["blocks"], params["heads"]["blocks"]):
@@ -140,7 +140,7 @@ def test_parameters_are_literal():
                 assert len({w.tobytes() for w in np.asarray(stack["mlp"][name]).reshape(6, -1)}) == 6
     attention_and_norms = 64 * 4 * (2 * 4 + 2 * 2) + 2 * 4 + 2 * 64
     block = attention_and_norms + 64 * 3 + 3 * 3 * 64 * 96
-    assert mtp.count_params(config) == 24 * 64 + (2 + 2) * block + 64
+    assert mtp.count_params(config.arch) == 24 * 64 + (2 + 2) * block + 64
 
 
 @pytest.mark.grid
@@ -150,8 +150,8 @@ def test_heads_of_experts_start_as_the_language_model(heads):
     input. Breaks if `zero` leaves an expert in, or a copy leaves one out.
     """
     config, batch = small_config(MOE, heads), rows([3, 1, 4, 1, 5], [9, 2, 6], length=10)
-    params = quick_jit(functools.partial(mtp.init, config))(jax.random.key(0))
-    hidden_MBTD = quick_jit(functools.partial(mtp.apply, config))(params, *batch)
+    params = quick_jit(functools.partial(mtp.init, config.arch))(jax.random.key(0))
+    hidden_MBTD = quick_jit(functools.partial(mtp.apply, config.arch))(params, *batch)
     for m in (1, 2):
         np.testing.assert_allclose(hidden_MBTD[m], hidden_MBTD[0], rtol=1e-4, atol=1e-5)
 

@@ -40,9 +40,9 @@ def test_states_are_those_of_our_model(name):
         if config.heads.tap_norm:
             tap_BTD = lm.final_norm(config.model, params, tap_BTD)
         given = heads.Rows(tap_BTD, embedded_BTD, *batch[1:])
-        return heads.apply_for(config, params["heads"], given, params["final_norm"])
+        return heads.apply_for(config.arch, params["heads"], given, params["final_norm"])
 
-    ours_MBTD = quick_jit(functools.partial(mtp.apply, config))(params, *batch)[1:]
+    ours_MBTD = quick_jit(functools.partial(mtp.apply, config.arch))(params, *batch)[1:]
     np.testing.assert_allclose(quick_jit(elsewhere)(params), ours_MBTD, rtol=1e-5, atol=1e-5)
 
 
@@ -57,7 +57,7 @@ def test_a_trainer_of_ones_own():
     params = {
         "table": jnp.asarray(rng.standard_normal((24, 16)) / 4, jnp.float32),
         "mix": jnp.asarray(rng.standard_normal((16, 16)) / 4, jnp.float32),
-        "heads": quick_jit(lambda key: heads.init_for(config, key))(jax.random.key(0)),
+        "heads": quick_jit(lambda key: heads.init_for(config.arch, key))(jax.random.key(0)),
     }
 
     @quick_jit
@@ -66,7 +66,7 @@ def test_a_trainer_of_ones_own():
             embedded_BTD = params["table"][tokens_BT]
             hidden_BTD = jnp.tanh(embedded_BTD @ params["mix"])
             given = heads.Rows(hidden_BTD, embedded_BTD, positions_BT, segments_BT)
-            states_MBTD = jnp.concatenate([hidden_BTD[None], heads.apply_for(config, params["heads"], given)])
+            states_MBTD = jnp.concatenate([hidden_BTD[None], heads.apply_for(config.arch, params["heads"], given)])
             targets_MBT, weights_MBT = make_targets(tokens_BT, segments_BT, 4)
             scale_M = head_scale(weights_MBT.sum((1, 2)), (1.0,) * 4)
             return mtp_loss(states_MBTD, params["table"], targets_MBT, weights_MBT, scale_M, XentSpec())[0]
@@ -98,4 +98,4 @@ def test_what_needs_our_model_is_refused(settings, message):
 def test_the_shared_norm_is_asked_for():
     config = small_config()
     with pytest.raises(UserError, match=r"heads.norm='shared' needs final_norm"):
-        heads.apply_for(config, {}, None)
+        heads.apply_for(config.arch, {}, None)

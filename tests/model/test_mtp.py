@@ -71,7 +71,7 @@ def test_no_leakage(name):
         if u is not None:
             moved_VD[u] += away_D
         given = params | {"embed": {"table": moved_VD}}
-        return np.asarray(apply(config, given, tokens_BT, positions_BT, segments_BT))[:, 0]
+        return np.asarray(apply(config.arch, given, tokens_BT, positions_BT, segments_BT))[:, 0]
 
     before_MTD = states_MTD()
     reached_MTU = np.stack([(states_MTD(u) != before_MTD).any(-1) for u in range(T)], axis=-1)
@@ -93,8 +93,10 @@ def test_no_gradient_leaks(name):
 
     def mixed_MT(table_VD):
         # Only what goes in is asked about, not the unembedding of a tied model.
-        hidden_MBTD = mtp.apply(config, params | {"embed": {"table": table_VD}}, tokens_BT, positions_BT, segments_BT)
-        return (mtp.logits(config, params, hidden_MBTD) @ mix_V)[:, 0]
+        hidden_MBTD = mtp.apply(
+            config.arch, params | {"embed": {"table": table_VD}}, tokens_BT, positions_BT, segments_BT
+        )
+        return (mtp.logits(config.arch, params, hidden_MBTD) @ mix_V)[:, 0]
 
     grads_MTVD = quick_jit(jax.jacrev(mixed_MT))(params["embed"]["table"])
     reached_MTU = np.abs(grads_MTVD).max(-1)[:, :, :T] > 0
@@ -105,7 +107,7 @@ def expected_reach(config, tokens_BT, segments_BT):
     """Which embeddings u of the first row the state of head m at t depends on, [M, T, U]."""
     T = tokens_BT.shape[1]
     same_TU = segments_BT[0][:, None] == segments_BT[0][None, :]
-    trained_MBT = mtp.trained(config, jnp.asarray(tokens_BT), jnp.asarray(segments_BT))
+    trained_MBT = mtp.trained(config.arch, jnp.asarray(tokens_BT), jnp.asarray(segments_BT))
     reach_MTU = []
     for m in range(config.heads.num_future):
         ahead = m if config.heads.kind in READS_TOKENS else 0
@@ -122,7 +124,7 @@ def test_packed_equals_unpacked(name, batch):
     (Positions restart in each document, but rotary scores depend on distances alone: what this needs is the mask.)
     Breaks without the segment mask, or if a head is handed another's states.
     """
-    hidden_MBTD = np.asarray(apply(VARIANTS[name], random_params(VARIANTS[name]), *batch))
+    hidden_MBTD = np.asarray(apply(VARIANTS[name].arch, random_params(VARIANTS[name]), *batch))
     for one, other in (
         (hidden_MBTD[:, 0, :5], hidden_MBTD[:, 2, :5]),
         (hidden_MBTD[:, 0, 5:8], hidden_MBTD[:, 3, :3]),
@@ -142,9 +144,9 @@ def test_dropping_the_heads_leaves_the_language_model(name, batch):
     """
     config = VARIANTS[name]
     params = random_params(config)
-    whole_MBTD = apply(config, params, *batch)
+    whole_MBTD = apply(config.arch, params, *batch)
     trunk = {key: value for key, value in params.items() if key != "heads"}
-    np.testing.assert_array_equal(apply(config, trunk, *batch), whole_MBTD[:1])
+    np.testing.assert_array_equal(apply(config.arch, trunk, *batch), whole_MBTD[:1])
     gaps = [np.abs(one - other).max() for one, other in itertools.combinations(whole_MBTD, 2)]
     # Registers are one state for all heads; which of them it counts for differs by position.
     assert min(gaps if config.heads.kind != "registers" else gaps[: len(whole_MBTD) - 1]) > 0.1
@@ -167,10 +169,12 @@ def test_silent_heads_train_the_language_model(kind, batch):
     def value_and_grad(config, head_weights, params):
         def loss(params):
             targets_MBT, weights_MBT = make_targets(batch[0], batch[2], config.heads.num_future)
-            hidden_MBTD = mtp.apply(config, params, *batch)
+            hidden_MBTD = mtp.apply(config.arch, params, *batch)
             scale_M = head_scale(jnp.sum(weights_MBT, (1, 2)), head_weights)
             spec = XentSpec(chunk_bytes=4 * 24 * 7)
-            return mtp_loss(hidden_MBTD, mtp.unembeddings(config, params), targets_MBT, weights_MBT, scale_M, spec)[0]
+            return mtp_loss(
+                hidden_MBTD, mtp.unembeddings(config.arch, params), targets_MBT, weights_MBT, scale_M, spec
+            )[0]
 
         return jax.value_and_grad(loss)(params)
 
@@ -210,9 +214,9 @@ def test_heads_that_start_as_the_language_model(name):
     Breaks if heads read another state, miss the final norm, copy another block, or if `zero` leaves anything in.
     """
     config = small_config(heads=STARTS[name])
-    params = quick_jit(functools.partial(mtp.init, config))(jax.random.key(0))
-    hidden_MBTD = apply(config, params, *rows(FIRST, SECOND, length=10))
-    logits_MBTV = mtp.logits(config, params, hidden_MBTD)
+    params = quick_jit(functools.partial(mtp.init, config.arch))(jax.random.key(0))
+    hidden_MBTD = apply(config.arch, params, *rows(FIRST, SECOND, length=10))
+    logits_MBTV = mtp.logits(config.arch, params, hidden_MBTD)
     for m in range(1, config.heads.num_future):
         np.testing.assert_allclose(logits_MBTV[m], logits_MBTV[0], rtol=1e-4, atol=1e-4)
 
@@ -220,7 +224,7 @@ def test_heads_that_start_as_the_language_model(name):
 def test_copy_block_copies_the_block_that_it_names():
     """heads/blocks = block `init_block` for every head and layer. Breaks if `init_block` is ignored."""
     config = small_config(heads={"init": "copy_block", "init_block": -2, "layers": 2})
-    params = quick_jit(functools.partial(mtp.init, config))(jax.random.key(0))
+    params = quick_jit(functools.partial(mtp.init, config.arch))(jax.random.key(0))
     jax.tree.map(
         lambda own, trunk: np.testing.assert_array_equal(own, np.stack([trunk[0]] * 4)),
         params["heads"]["blocks"],
@@ -236,8 +240,8 @@ def test_copied_blocks_keep_their_norms(model, heads):
     Breaks if the scales are copied as they are.
     """
     config = small_config({"norm_plus_one": model}, {"init": "copy_block", "norm_plus_one": heads})
-    params = quick_jit(functools.partial(mtp.init, config))(jax.random.key(0))
-    logits_MBTV = mtp.logits(config, params, apply(config, params, *rows(FIRST, SECOND, length=10)))
+    params = quick_jit(functools.partial(mtp.init, config.arch))(jax.random.key(0))
+    logits_MBTV = mtp.logits(config.arch, params, apply(config.arch, params, *rows(FIRST, SECOND, length=10)))
     np.testing.assert_allclose(logits_MBTV[1], logits_MBTV[0], rtol=1e-4, atol=1e-4)
 
 
@@ -248,7 +252,7 @@ def test_masks_stand_everywhere_in_turn(length, stride):
     """
     config = small_config(heads={"kind": "masks", "mask_stride": stride})
     tokens_BT = np.random.default_rng(0).integers(0, 24, (200, length))
-    trained_MBT = np.asarray(mtp.trained(config, tokens_BT, np.ones_like(tokens_BT)))
+    trained_MBT = np.asarray(mtp.trained(config.arch, tokens_BT, np.ones_like(tokens_BT)))
     assert trained_MBT[0].all() and trained_MBT[1:].any((0, 1)).all()
     np.testing.assert_array_equal(trained_MBT[1], trained_MBT[2])
     gaps = [np.diff(np.flatnonzero(row)) for row in trained_MBT[1]]
@@ -265,13 +269,13 @@ def test_states_everywhere(name):
     """
     config, batch = small_config(heads=heads_of(name)), rows(FIRST, SECOND, length=10)
     params = random_params(config)
-    here_MBT = np.asarray(mtp.trained(config, batch[0], batch[2])) & (batch[2] > 0)
-    whole_MBTD = apply(config, params, *batch, everywhere=True)
-    np.testing.assert_allclose(apply(config, params, *batch)[here_MBT], whole_MBTD[here_MBT], rtol=1e-5, atol=1e-5)
+    here_MBT = np.asarray(mtp.trained(config.arch, batch[0], batch[2])) & (batch[2] > 0)
+    whole_MBTD = apply(config.arch, params, *batch, everywhere=True)
+    np.testing.assert_allclose(apply(config.arch, params, *batch)[here_MBT], whole_MBTD[here_MBT], rtol=1e-5, atol=1e-5)
     assert (np.abs(whole_MBTD[1] - whole_MBTD[2]).max(-1) > 1e-2)[batch[2] > 0].all()
     if name.startswith("masks"):
         every = small_config(heads={"kind": "masks"})
-        np.testing.assert_allclose(whole_MBTD, apply(every, params, *batch), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(whole_MBTD, apply(every.arch, params, *batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.grid
@@ -285,8 +289,10 @@ def test_norms_of_one_plus_w():
     shifted = small_config(model={"qk_norm": True, "norm_plus_one": True}, heads={**own, "norm_plus_one": True})
     params, batch = random_params(plain), rows(FIRST, SECOND, length=10)
     less = jax.tree_util.tree_map_with_path(lambda path, x: x - ("scale" in str(path)), params)
-    np.testing.assert_allclose(apply(shifted, less, *batch), apply(plain, params, *batch), rtol=1e-5, atol=1e-5)
-    fresh = quick_jit(functools.partial(mtp.init, shifted))(jax.random.key(0))
+    np.testing.assert_allclose(
+        apply(shifted.arch, less, *batch), apply(plain.arch, params, *batch), rtol=1e-5, atol=1e-5
+    )
+    fresh = quick_jit(functools.partial(mtp.init, shifted.arch))(jax.random.key(0))
     assert not np.any(fresh["heads"]["norm"]["scale"]) and not np.any(fresh["final_norm"]["scale"])
 
 
@@ -301,9 +307,9 @@ def test_mixed_tap():
         mixed = params | {"heads": params["heads"] | {"tap_mix": mix_L}}
         one = small_config(heads={"kind": "linear", "tap": layer, "tap_norm": True})
         unit = params | {"final_norm": {"scale": jnp.ones(16)}, "heads": {"map": params["heads"]["map"]}}
-        expected = apply(one, unit, *batch)[1:]
+        expected = apply(one.arch, unit, *batch)[1:]
         np.testing.assert_allclose(
-            apply(config, mixed | {"final_norm": unit["final_norm"]}, *batch)[1:], expected, rtol=1e-4, atol=1e-4
+            apply(config.arch, mixed | {"final_norm": unit["final_norm"]}, *batch)[1:], expected, rtol=1e-4, atol=1e-4
         )
 
 
@@ -319,14 +325,14 @@ def test_tap_norm_is_the_final_norm():
     table_VD = params["embed"]["table"] / jnp.sqrt(jnp.mean(params["embed"]["table"] ** 2, -1, keepdims=True))
     unit = params | {"embed": {"table": table_VD}}
     scaled = params | {"embed": {"table": table_VD * scale_D[None, :]}}
-    heads_of_normed = apply(normed, unit, *batch)[1:]
-    np.testing.assert_allclose(heads_of_normed, apply(config, scaled, *batch)[1:], rtol=1e-4, atol=1e-4)
+    heads_of_normed = apply(normed.arch, unit, *batch)[1:]
+    np.testing.assert_allclose(heads_of_normed, apply(config.arch, scaled, *batch)[1:], rtol=1e-4, atol=1e-4)
 
 
 @functools.partial(quick_jit, static_argnums=0)
 def value_and_grad(config, params, batch):
     """A scalar of all heads' states and its gradient."""
-    return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(mtp.apply(config, params, *batch))))(params)
+    return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(mtp.apply(config.arch, params, *batch))))(params)
 
 
 @pytest.mark.grid
@@ -337,7 +343,7 @@ def test_lora_adds_to_every_matrix_behind_the_gate():
     """
     config = small_config(heads={"kind": "masks", "lora_rank": 3, "lora_alpha": 5.0})
     first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731
-    params = mtp.with_constants(config, random_params(config))
+    params = mtp.with_constants(config.arch, random_params(config))
     block, lora = first(params["blocks"]), first(params["heads"]["lora"])
     assert {layer: set(pairs) for layer, pairs in lora.items()} == {
         "attn": {"q", "k", "v", "o"},
@@ -348,7 +354,7 @@ def test_lora_adds_to_every_matrix_behind_the_gate():
         for name, pair in pairs.items():
             merged[layer][name] += (5 / 3 * pair["a"] @ pair["b"]).reshape(merged[layer][name].shape)
     x_BTD = np.random.default_rng(0).standard_normal((1, 4, 16)).astype(np.float32)
-    positions_BT, factors = np.arange(4)[None], masks.adapters(config, lora)
+    positions_BT, factors = np.arange(4)[None], masks.adapters(config.arch, lora)
 
     @functools.partial(quick_jit, static_argnums=0)
     def run(module, given):
@@ -393,7 +399,7 @@ def test_remat_recomputes_what_it_says():
     def products(remat):
         config = small_config(model={"remat": remat})
         params = random_params(config)
-        traced = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(mtp.apply(config, params, *batch))))(params)
+        traced = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(mtp.apply(config.arch, params, *batch))))(params)
         kinds = [equation.primitive.name for equation in equations(traced)]
         moved = {str(result.memory_space) for result in results(traced) if hasattr(result, "memory_space")}
         return kinds.count("dot_general"), any("Host" in space for space in moved)
@@ -416,7 +422,7 @@ def test_remat_of_masks_recomputes_what_it_says():
     def products(remat):
         config = small_config(model={"remat": remat}, heads={"kind": "masks"})
         params = random_params(config)
-        traced = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(mtp.apply(config, params, *batch))))(params)
+        traced = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(mtp.apply(config.arch, params, *batch))))(params)
         return sum(equation.primitive.name == "dot_general" for equation in equations(traced))
 
     assert (products("none"), products("dots")) == (3 * 20 + 14, 3 * 20 + 14 + 6)

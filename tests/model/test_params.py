@@ -22,7 +22,7 @@ def shapes(tree):
 
 
 def abstract(config):
-    return jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
 
 
 BLOCK = {
@@ -116,7 +116,7 @@ def test_equal_parameter_layers(num_future):
     layers = equal_parameter_layers(total_layers=6, num_future=num_future)
     tap = {"tap": 0} if layers == 1 else {}
     config = small_config({"num_layers": layers}, {"num_future": num_future, **tap})
-    assert mtp.count_params(config) == 384 + 6 * 1952 + 16
+    assert mtp.count_params(config.arch) == 384 + 6 * 1952 + 16
 
 
 def test_equal_parameter_layers_refuses():
@@ -135,7 +135,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def init(config):
-    return quick_jit(functools.partial(mtp.init, config))
+    return quick_jit(functools.partial(mtp.init, config.arch))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_init_is_a_function_of_the_key(config, init, params):
     Breaks if a parameter's key is a constant, or if `init` draws from anything but its key.
     """
     jax.tree.map(np.testing.assert_array_equal, params, init(jax.random.key(0)))
-    again = quick_jit(functools.partial(mtp.init, config)).lower(jax.random.key(0))
+    again = quick_jit(functools.partial(mtp.init, config.arch)).lower(jax.random.key(0))
     assert again.as_text() == init.lower(jax.random.key(0)).as_text()
     pair = jax.device_get((params, init(jax.random.key(1))))
     same = flat(jax.tree.map(lambda x, y: bool((x == y).any()), *pair))
@@ -203,7 +203,7 @@ def test_decode_view_round_trip(config, params):
 
     Breaks if `unstack` takes the wrong index or drops the last layer, or if `decode_view` leaves the heads stacked.
     """
-    view = mtp.decode_view(config, params)
+    view = mtp.decode_view(config.arch, params)
     assert (len(view["blocks"]), len(view["heads"]["blocks"])) == (3, 2)
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
     heads = stack([block for blocks in view["heads"]["blocks"] for block in blocks])
@@ -221,7 +221,7 @@ def test_decode_view_is_in_the_compute_dtype(params):
     Breaks without the `astype`: every decode step would read float32 weights to multiply in bfloat16.
     """
     config = small_config(WIDE | {"dtype": "bfloat16"})
-    view = mtp.decode_view(config, {name: tree for name, tree in params.items() if name != "heads"})
+    view = mtp.decode_view(config.arch, {name: tree for name, tree in params.items() if name != "heads"})
     leaves = [(str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(view)]
     dtypes = {("scale" in path, leaf.dtype) for path, leaf in leaves if "constants" not in path}
     assert dtypes == {(False, jnp.dtype("bfloat16")), (True, jnp.dtype("float32"))}

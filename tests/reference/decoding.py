@@ -43,7 +43,7 @@ def loaded(config, params, tokenizer=None):
 def loud_params(config, seed=0):
     """Matrices of gain 3 and an untied unembedding: greedy output wanders instead of repeating one token."""
     rng = np.random.default_rng(seed)
-    abstract = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
 
     def draw(path, leaf):
         if "norm" in jax.tree_util.keystr(path):
@@ -89,7 +89,7 @@ def slow_greedy(config, params, prompt, count, width=64):
 @functools.partial(jax.jit, static_argnums=0)
 def _arg_max(config, params, tokens_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-    hidden_BTD = mtp.apply(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))[0]
+    hidden_BTD = mtp.apply(config.arch, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))[0]
     return jnp.argmax(lm.logits(config.model, params, hidden_BTD), axis=-1)
 
 
@@ -108,7 +108,7 @@ def slow_sampled(config, params, prompt, count, options, row=0, width=64):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _drawn(config, sampler, params, controls, tokens_1T, length):
     positions_1T = jnp.arange(tokens_1T.shape[1])[None, :]
-    hidden_1TD = mtp.apply(config, params, tokens_1T, positions_1T, jnp.ones_like(tokens_1T))[0]
+    hidden_1TD = mtp.apply(config.arch, params, tokens_1T, positions_1T, jnp.ones_like(tokens_1T))[0]
     logits_11V = lm.logits(config.model, params, hidden_1TD[:, length - 1][:, None])
     at_11 = jnp.full((1, 1), length)
     logits_11V = sampling.process(sampler, controls, logits_11V, tokens_1T, at_11)
@@ -125,9 +125,10 @@ def plain(name, prompt, count=NEW + 4):
 class Scripted:
     """A model whose decoding parameters carry what a `scripted` drafter shall propose."""
 
-    config: Any
+    arch: Any
     tokenizer: Any
     decode_params: Any
+    answers_in_one_pass: bool = False
 
 
 def with_script(lm, rows, accept_BR, width=96):
@@ -139,7 +140,7 @@ def with_script(lm, rows, accept_BR, width=96):
     accept_BR = np.asarray(accept_BR)
     padded_BR[:, : accept_BR.shape[1]] = accept_BR
     script = {"truth_BS": jnp.asarray(truth_BS), "accept_BR": jnp.asarray(padded_BR)}
-    return Scripted(lm.config, lm.tokenizer, lm.decode_params | {"script": script})
+    return Scripted(lm.arch, lm.tokenizer, lm.decode_params | {"script": script})
 
 
 @functools.cache

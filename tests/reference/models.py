@@ -58,7 +58,7 @@ def small_config(model=None, heads=None):
 def random_params(config, seed=0):
     """Normal matrices of about unit gain and norm scales away from 1, so that leaving out any of them shows."""
     rng = np.random.default_rng(seed)
-    abstract = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
 
     def draw(leaf):
         scale = 0.5 * leaf.shape[-2] ** -0.5 if leaf.shape[-1] > 1 and len(leaf.shape) > 2 else 0.3

@@ -85,4 +85,4 @@ def meaning(directory, **options):
     """What the model will be: its settings, and the bytes of every parameter."""
     found = open_checkpoint(directory, notify=quiet, **options)
     tensors = {(piece.path, piece.at): found.tensors[piece.name].array.tobytes() for piece in found.pieces}
-    return found.config.model, tensors
+    return found.arch.model, tensors

@@ -44,7 +44,7 @@ def test_targets_by_hand():
 
 def naive_loss(config, params, batch):
     """The definition: every head's logits over all tokens, of which those of the draft vocabulary are kept."""
-    hidden_MBTD = mtp.apply(config, params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden_MBTD = mtp.apply(config.arch, params, batch["tokens"], batch["positions"], batch["segment_ids"])
     targets_MBT, weights_MBT = make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future)
     table_VD, ids_N, mix, total = lm.unembedding(params), params["draft_ids"], config.loss.distil_mix, 0.0
     for m, (hidden_BTD, target_BT, weight_BT) in enumerate(zip(hidden_MBTD, targets_MBT, weights_MBT, strict=True)):
@@ -104,9 +104,9 @@ def test_decoding_drafts_from_the_same_logits(unembed):
     config = tiny_config(**SIZE, heads=HEADS | {"num_future": 2, "unembed": unembed})
     params = random_params(config)
     state_BPD = np.random.default_rng(1).standard_normal((3, 1, 16)).astype(np.float32)
-    hidden_MBTD = jnp.concatenate([jnp.zeros((1, 3, 1, 16)), heads.finish(config, params, state_BPD[None])])
-    expected_BTV = np.asarray(mtp.logits(config, params, hidden_MBTD)[1])
-    actual_BPV = mtp.draft_logits(config, mtp.decode_view(config, params), state_BPD, 1)
+    hidden_MBTD = jnp.concatenate([jnp.zeros((1, 3, 1, 16)), heads.finish(config.arch, params, state_BPD[None])])
+    expected_BTV = np.asarray(mtp.logits(config.arch, params, hidden_MBTD)[1])
+    actual_BPV = mtp.draft_logits(config.arch, mtp.decode_view(config.arch, params), state_BPD, 1)
     np.testing.assert_allclose(actual_BPV, expected_BTV, rtol=1e-4, atol=1e-5)
     outside = np.setdiff1d(np.arange(40), params["draft_ids"])
     assert np.isneginf(expected_BTV[..., outside]).all()

@@ -144,7 +144,9 @@ def test_heads_alone_train(kind):
         if name != "heads":
             chex.assert_trees_all_equal(after.params[name], tree)
     row = rows([1, 2, 3, 4, 5], length=6)
-    hidden = [np.asarray(jax.jit(mtp.apply, static_argnums=0)(config, state.params, *row)) for state in (before, after)]
+    hidden = [
+        np.asarray(jax.jit(mtp.apply, static_argnums=0)(config.arch, state.params, *row)) for state in (before, after)
+    ]
     np.testing.assert_array_equal(hidden[0][0], hidden[1][0])
     assert not np.array_equal(hidden[0][1:], hidden[1][1:])
     moved = jax.tree.map(lambda a, b: np.any(a != b), after.params["heads"], before.params["heads"])

@@ -317,7 +317,7 @@ def test_muon_turns_matrices_only():
     """
     heads = {"kind": "sequential", "norm": "own", "unembed": "own"}
     config = tiny_config(heads=heads, model={"qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True})
-    params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
     is_axes = lambda leaf: leaf is None or isinstance(leaf, MuonDimensionNumbers)  # noqa: E731
     axes = jax.tree_util.tree_leaves_with_path(_matrix_axes(params), is_leaf=is_axes)
     turned = {param_path(path) for path, leaf in axes if leaf is not None}

@@ -212,4 +212,4 @@ def test_parameter_count():
     """count_params = embedding + blocks + heads + norms, written out."""
     config = tiny_config()
     block = 16 * 4 * (4 + 2 + 2 + 4) + 3 * 16 * 24 + 2 * 16
-    assert mtp.count_params(config) == 264 * 16 + 2 * block + 2 * block + 16
+    assert mtp.count_params(config.arch) == 264 * 16 + 2 * block + 2 * block + 16

@@ -1,33 +1,18 @@
 """`mtp bench decode SOURCE|CONFIG.py`: plain and drafted decoding side by side, each against its memory floor."""
 
 import dataclasses
-import functools
-import pathlib
-import statistics
 import sys
-import time
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax import sharding
+from mtp_jax.bench.decode import SIDES, measure, random_model, random_prompts, text_prompts
 from mtp_jax.cli.common import parse, print_json, read_config, say
-from mtp_jax.config import Config, MeshConfig
-from mtp_jax.data.loader import heldout_prompts, load_heldout
-from mtp_jax.data.store import open_prepared
-from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts, make_drafter
-from mtp_jax.decode.stats import none_for_nan
+from mtp_jax.decode.drafters import make_drafter
 from mtp_jax.errors import UserError
-from mtp_jax.eval.acceptance import Timed, mismatches, pair, time_sides
 from mtp_jax.loading import LoadedModel, load
-from mtp_jax.model import mtp
-from mtp_jax.model.cache import LayerCache
-from mtp_jax.model.heads import FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,178 +60,28 @@ def main(argv: list[str]) -> None:
     num_draft = None if args.num_draft < 0 else args.num_draft
     if args.draft != "lookup" and num_draft is None:
         num_draft = lm.config.num_draft
-    drafter = make_drafter(args.draft, lm.config, num_draft)
+    drafter = make_drafter(args.draft, lm.arch, num_draft)
     if not drafter.num_draft:
         raise UserError("there are no drafts to measure beside plain decoding; use --num-draft 1 or more")
-    sides = {
-        "plain": {"draft": "none"},
-        "drafted": {"draft": drafter},
-        "verified": {"draft": _silent(drafter.num_draft)},
-        "auto": {"draft": drafter, "num_draft": "auto"},
-    }
-    say(f"decoding {len(prompts)} prompts in {len(sides)} ways, {args.runs} timed runs each: {', '.join(sides)}")
-    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "timed_runs": args.runs}
-    result = measure(lm, prompts, time_sides(lm, prompts, sides, **options), args, drafter)
+    say(f"decoding {len(prompts)} prompts in {len(SIDES)} ways, {args.runs} timed runs each: {', '.join(SIDES)}")
+    result = measure(lm, prompts, drafter, max_new_tokens=args.max_new_tokens, runs=args.runs)
+    result["random_weights"] = _is_random(args)
     print_json(result) if args.json else _print(result)
 
 
-@functools.cache
-def _silent(num_draft: int) -> Drafter:
-    """Drafts nothing but zeros: a round with it costs what verification costs."""
-
-    def draft(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
-        return Drafts(jnp.zeros((context.total_B.shape[0], num_draft), jnp.int32)), cache
-
-    return Drafter("zeros", num_draft, lambda *_: (), draft)
+def _is_random(args: Args) -> bool:
+    return args.source.endswith(".py")
 
 
 def _model(args: Args) -> LoadedModel:
     dtype = None if args.dtype == "config" else args.dtype
-    if not args.source.endswith(".py"):
-        return load(args.source, dtype=dtype)
-    config = read_config(args.source)
-    if dtype:
-        model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
-        config = dataclasses.replace(config, model=model)
-    mesh = sharding.make_mesh(MeshConfig())
-    return LoadedModel(config, jax.jit(mtp.init, static_argnums=0)(config, jax.random.key(0)), None, mesh)
+    return random_model(read_config(args.source), dtype) if _is_random(args) else load(args.source, dtype=dtype)
 
 
 def _prompts(lm: LoadedModel, args: Args) -> list[list[int]]:
-    """Acceptance means something on text that the model was made for, and nothing at all with random weights."""
-    if args.source.endswith(".py"):
-        shape = (args.batch_size, args.prompt_tokens)
-        return np.random.default_rng(0).integers(0, lm.config.model.vocab_size, shape).tolist()
-    data = lm.config.data
-    text = args.data or ("stdlib" if lm.origin is not None else "")
-    if text:
-        split = (data.seed, data.eval_fraction) if text == "stdlib" else None
-        rows = load_heldout(text, data.text_field, lm.tokenizer, data.seq_len, split, lm.config.model.vocab_size)
-    else:
-        rows = open_prepared(pathlib.Path(args.source) / "data", data.seq_len).heldout
-    return [prompt for prompt, _ in heldout_prompts(rows, args.batch_size, args.prompt_tokens, args.max_new_tokens)]
-
-
-def measure(lm: LoadedModel, prompts: list[list[int]], timed: Timed, args: Args, drafter: Drafter) -> dict[str, Any]:
-    """The stable keys of `mtp bench decode --json`."""
-    comparison = pair(timed, "plain", "drafted")
-    auto = pair(timed, "plain", "auto")
-    plain = comparison.plain
-    drafted = comparison.drafted
-    verified = timed["verified"][0]
-    verified_seconds = statistics.median(timed["verified"][1])
-    turns = zip(timed["plain"][1], timed["drafted"][1], strict=True)
-    verify_ms = 1e3 * verified_seconds / verified.stats.batch_rounds
-    round_ms = 1e3 * comparison.drafted_seconds / drafted.stats.batch_rounds
-    live = args.prompt_tokens + args.max_new_tokens / 2
-    heads = 0 if args.draft == "lookup" else drafter.num_draft
-    plain_bytes, draft_bytes = bytes_touched(lm.config, args.batch_size, live, heads)
-    bandwidth = measure_bandwidth(plain_bytes)
-    parting = mismatches(lm, prompts, plain, drafted)
-    return {
-        "plain": {
-            "ms_per_step": 1e3 * comparison.plain_seconds / plain.stats.batch_rounds,
-            "floor_ms": 1e3 * plain_bytes / bandwidth,
-            "tokens_per_second": comparison.plain_tokens_per_second,
-        },
-        "draft": {
-            "ms_per_round": round_ms,
-            "floor_ms": 1e3 * draft_bytes / bandwidth,
-            "tokens_per_round": drafted.stats.tokens_per_round,
-            "tokens_per_second": comparison.drafted_tokens_per_second,
-            "accept_at": none_for_nan(drafted.stats.accept_at),
-            "accept_at_given_prev": none_for_nan(drafted.stats.accept_at_given_prev),
-            "verify_ms": verify_ms,
-            "draft_share": max(0.0, 1 - verify_ms / round_ms),
-        },
-        "auto": {
-            "tokens_per_second": auto.drafted_tokens_per_second,
-            "speedup": auto.speedup,
-            "tokens_per_round": auto.drafted.stats.tokens_per_round,
-        },
-        "prefill_seconds": plain.stats.prefill_seconds,
-        "mismatches": {
-            "rate": none_for_nan(parting.rate),
-            "parted_rows": parting.parted,
-            "within_margin": parting.within_margin,
-            "rows": parting.rows,
-        },
-        "speedup": comparison.speedup,
-        "speedups": [plain_seconds / drafted_seconds for plain_seconds, drafted_seconds in turns],
-        "rounds": drafted.stats.rounds,
-        "identical": comparison.identical,
-        "random_weights": args.source.endswith(".py"),
-        "bandwidth_gb_per_second": bandwidth / 1e9,
-        "parameters": mtp.count_params(lm.config),
-        "batch_size": args.batch_size,
-        "draft_with": args.draft,
-        "num_draft": drafter.num_draft,
-        "dtype": lm.config.model.dtype,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-
-
-def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[float, float]:
-    """Bytes that a plain step and a drafting round must read at least: weights once, and the live cache.
-
-    Args:
-      config: the model.
-      batch: rows.
-      live: mean live tokens per row.
-      heads: heads that draft.
-
-    Returns:
-      Bytes of a step and of a round; the round adds those heads with their caches, and the unembedding as often as
-      they go through it: once for heads that draft together, once each for a chain of tokens.
-    """
-    c = config.model
-    size = jnp.dtype(c.dtype).itemsize
-    params = jax.eval_shape(lambda: mtp.init(config, jax.random.key(0)))
-    table = c.vocab_size * c.d_model
-    blocks = _count(params["blocks"])
-    plain = size * (blocks + c.num_layers * 2 * batch * live * c.num_kv_heads * c.head_dim + table)
-    if not heads:
-        return plain, plain
-    facts = config.heads.facts
-    # A module that serves every depth is read again for each; the near heads of an anticausal chain need the far ones.
-    # Masks run through the model's own blocks in the same pass; their LoRA factors serve all of them.
-    sets = 1 if facts.needs_all else heads if facts.one_set else heads / (config.heads.num_future - 1)
-    own = sets * _count(params["heads"])
-    draft_table = config.heads.draft_vocab * c.d_model or table
-    tables = 0 if config.heads.unembed == "own" else (heads if facts.chains_tokens else 1) * draft_table
-    slots = jax.eval_shape(lambda: FAMILIES[config.heads.kind].init_cache(config, batch, 1, heads))
-    caches = live * sum(_count(cache) / cache.slots for cache in _layer_caches(slots))
-    return plain, plain + size * (own + tables + caches)
-
-
-def _count(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _layer_caches(tree: Any) -> list[LayerCache]:
-    def is_cache(node: Any) -> bool:
-        return isinstance(node, LayerCache)
-
-    return [node for node in jax.tree.leaves(tree, is_leaf=is_cache) if is_cache(node)]
-
-
-def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:
-    """Bytes per second at which this device reads an array of that size, by matrix-vector products.
-
-    The array is as large as the model, so that what fits in a cache for the one does so for the other.
-    """
-    width = 1024
-    matrix_RW = jnp.ones((max(int(num_bytes / 4 / width), 1), width))
-    product = jax.jit(lambda matrix_RW, vector_W: matrix_RW @ vector_W)
-    vector_W = jnp.ones((width,))
-    product(matrix_RW, vector_W).block_until_ready()
-    count = 0
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        product(matrix_RW, vector_W).block_until_ready()
-        count += 1
-    return count * matrix_RW.nbytes / (time.perf_counter() - began)
+    if _is_random(args):
+        return random_prompts(lm.config.model.vocab_size, args.batch_size, args.prompt_tokens)
+    return text_prompts(lm, args.source, args.data, args.batch_size, args.prompt_tokens, args.max_new_tokens)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -7,69 +7,24 @@ every token's states and the unembedding take.
 """
 
 import dataclasses
-import functools
-import statistics
 import sys
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import psutil
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax import sharding
-from mtp_jax.cli.bench.timing import FLOOR, Products, Times, in_turns, ratio, temp_bytes
+from mtp_jax.bench.loss import COLUMNS, FORMS, Setting, cells, measure
 from mtp_jax.cli.common import parse, print_json, say
-from mtp_jax.config import Config, MeshConfig, ModelConfig
+from mtp_jax.config import ModelConfig
 from mtp_jax.errors import UserError
-from mtp_jax.losses.mtp import mtp_loss
-from mtp_jax.losses.xent import XentSpec
-from mtp_jax.runs.freed_memory import keep_freed_memory
-from mtp_jax.training.objective import xent_spec
-
-Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-FORMS = ("naive", "optax", "remat", "fused", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(Setting):
     """What to measure."""
 
-    heads: int = 4
-    """M, heads that share the unembedding."""
-    vocab: int = 32_000
-    """V, size of the vocabulary."""
-    tokens: int = 2048
-    """Tokens of the batch."""
-    rows: int = 4
-    """Rows that they stand in."""
-    width: int = 512
-    """D, width of the states."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of states and unembedding."""
-    weightless: float = 0.125
-    """Share of the tokens that weigh nothing, as prompts in fine-tuning do."""
-    forms: tuple[Literal["naive", "optax", "remat", "fused", "skip"], ...] = FORMS
-    """Which of them."""
-    chunk_bytes: int = 0
-    """`loss.chunk_bytes` of remat, fused and skip; 0 is what training takes here."""
-    runs: int = 5
-    """Timed turns, in each of which every form runs once; medians count."""
-    budget: float = 120.0
-    """Seconds after which no further turn begins."""
-    error_tokens: int = 32
-    """Tokens per head whose gradients are compared with float64; 0 leaves that out."""
     json: bool = False
     """Print one JSON object instead of a table."""
-
-    @property
-    def flops(self) -> float:
-        """Operations of value and gradient: three products per head and token, weightless or not."""
-        return 3 * 2.0 * self.heads * self.tokens * self.width * self.vocab
 
 
 def main(argv: list[str]) -> None:
@@ -89,129 +44,6 @@ def main(argv: list[str]) -> None:
     say(f"{', '.join(args.forms)} and the floor, {args.runs} turns")
     result = measure(args)
     print_json(result) if args.json else _print(result, args)
-
-
-def measure(args: Args) -> dict[str, Any]:
-    """The stable keys of `mtp bench loss --json`: by form, and `floor_seconds`.
-
-    A form that would not fit into the machine's free memory has `temp_bytes` and no `seconds`.
-    """
-    keep_freed_memory()  # as `mtp train` does
-    arrays = make_arrays(args, args.rows, args.tokens // args.rows)
-    result: dict[str, Any] = {}
-    compiled = {}
-    runnable = {}
-    for name in args.forms:
-        compiled[name] = jax.jit(jax.value_and_grad(form(name, args), (0, 1))).lower(*arrays).compile()
-        result[name] = {"seconds": None, "temp_bytes": temp_bytes(compiled[name])}
-        if args.error_tokens:
-            result[name]["gradient_error"] = gradient_error(args, name)
-        if _fits(compiled[name]):
-            runnable[name] = functools.partial(compiled[name], *arrays)
-    floor = Products(args.flops, args.dtype)
-    times = in_turns({FLOOR: floor, **runnable}, args.runs, args.budget)
-    times[FLOOR] = floor.seconds(times[FLOOR])
-    for name in runnable:
-        result[name] |= _against(times, name) | {"seconds": statistics.median(times[name])}
-    return result | {
-        "floor_seconds": statistics.median(times[FLOOR]),
-        "flops": args.flops,
-        "turns": len(times[FLOOR]),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-
-
-def _against(times: Times, name: str) -> dict[str, float]:
-    over = {"over_floor": ratio(times[name], times[FLOOR])}
-    return over | ({"naive_over": ratio(times["naive"], times[name])} if "naive" in times else {})
-
-
-def _fits(compiled: Any) -> bool:
-    if jax.default_backend() != "cpu":
-        return True
-    analysis = compiled.memory_analysis()
-    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes < 0.9 * psutil.virtual_memory().available
-
-
-def make_arrays(args: Args, rows: int, length: int) -> tuple[jax.Array, ...]:
-    """States, unembedding, targets and weights; logits have a variance of 1."""
-    hidden_key, table_key, target_key, weight_key = jax.random.split(jax.random.key(0), 4)
-    shape = (args.heads, rows, length)
-    hidden_MBTD = jax.random.normal(hidden_key, (*shape, args.width), args.dtype)
-    table_VD = jax.random.normal(table_key, (args.vocab, args.width), args.dtype) * args.width**-0.5
-    targets_MBT = jax.random.randint(target_key, shape, 0, args.vocab)
-    weights_MBT = (jax.random.uniform(weight_key, shape) >= args.weightless) / (rows * length)
-    return hidden_MBTD, table_VD, targets_MBT, weights_MBT.astype(jnp.float32)
-
-
-def form(name: str, args: Args) -> Loss:
-    """The loss in one of the forms, a function of states, unembedding, targets and weights."""
-    if name in ("remat", "fused", "skip"):
-        spec = XentSpec(chunk_bytes=_chunk_bytes(args))
-        scale_M = jnp.ones(args.heads)
-        impl = "remat" if name == "remat" else "fused"
-        return lambda *arrays: mtp_loss(*arrays, scale_M, spec, impl, skip=name == "skip")[0]
-
-    def whole(hidden_MBTD: jax.Array, table_VD: jax.Array, targets_MBT: jax.Array, weights_MBT: jax.Array) -> jax.Array:
-        z_MBTV = jnp.einsum("MBTD,VD->MBTV", hidden_MBTD, table_VD, preferred_element_type=jnp.float32)
-        if name == "optax":
-            ce_MBT = optax.softmax_cross_entropy_with_integer_labels(z_MBTV, targets_MBT)
-        else:
-            log_probs_MBTV = jax.nn.log_softmax(z_MBTV)
-            ce_MBT = -jnp.take_along_axis(log_probs_MBTV, targets_MBT[..., None], axis=-1)[..., 0]
-        return jnp.sum(weights_MBT * ce_MBT)
-
-    return whole
-
-
-def _chunk_bytes(args: Args) -> int:
-    config = Config(model=ModelConfig(vocab_size=args.vocab))
-    return args.chunk_bytes or xent_spec(config, sharding.make_mesh(MeshConfig())).chunk_bytes
-
-
-def gradient_error(args: Args, name: str) -> float:
-    """Norm of the error of a form's two gradients over that of the gradients, the larger of both, against float64."""
-    arrays = make_arrays(args, 1, min(args.error_tokens, args.tokens))
-    found = jax.jit(jax.grad(form(name, args), (0, 1)))(*arrays)
-    errors = []
-    for ours, exact in zip(found, exact_gradients(*arrays), strict=True):
-        size = np.linalg.norm(exact) or 1.0  # 0 where no token weighs anything
-        errors.append(np.linalg.norm(np.asarray(ours, np.float64) - exact) / size)
-    return float(max(errors))
-
-
-def exact_gradients(*arrays: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients for states and unembedding by the formula, in float64."""
-    hidden_MBTD, table_VD, targets_MBT, weights_MBT = (np.asarray(array) for array in arrays)
-    table_VD = table_VD.astype(np.float64)
-    dhidden_MBTD = np.zeros(hidden_MBTD.shape)
-    dtable_VD = np.zeros(table_VD.shape)
-    for m, hidden_BTD in enumerate(hidden_MBTD.astype(np.float64)):
-        hidden_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        target_X = targets_MBT[m].reshape(-1)
-        z_XV = hidden_XD @ table_VD.T
-        dz_XV = np.exp(z_XV - z_XV.max(axis=1, keepdims=True))
-        dz_XV /= dz_XV.sum(axis=1, keepdims=True)
-        dz_XV[np.arange(len(target_X)), target_X] -= 1
-        dz_XV *= weights_MBT[m].reshape(-1, 1)
-        dhidden_MBTD[m] = (dz_XV @ table_VD).reshape(hidden_BTD.shape)
-        dtable_VD += dz_XV.T @ hidden_XD
-    return dhidden_MBTD, dtable_VD
-
-
-def cells(result: dict[str, Any], name: str) -> tuple[str, ...]:
-    """A form's seconds, times over the floor, naive logits over it, megabytes of temporaries, and gradient error."""
-    of = result[name]
-
-    def shown(key: str, spec: str) -> str:
-        return "-" if of.get(key) is None else format(of[key], spec)
-
-    figures = (shown("seconds", ".3f"), shown("over_floor", ".2f"), shown("naive_over", ".2f"))
-    return (*figures, f"{of['temp_bytes'] / 1e6:,.1f}", shown("gradient_error", ".1e"))
-
-
-COLUMNS = ("seconds", "it / floor", "naive / it", "temp MB", "gradient error")
 
 
 def _print(result: dict[str, Any], args: Args) -> None:

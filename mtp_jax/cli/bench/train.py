@@ -5,28 +5,16 @@ this device does on its own, measured in turns with the step; operations are tho
 """
 
 import dataclasses
-import functools
-import statistics
 import sys
-import time
 from typing import Any
 
-import jax
-import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax import sharding
-from mtp_jax.cli.bench.timing import FLOOR, Products, in_turns, ratio, temp_bytes
+from mtp_jax.bench.train import measure
 from mtp_jax.cli.common import parse_run, print_json, say
 from mtp_jax.config import Config
-from mtp_jax.cost.flops import step_flops
 from mtp_jax.errors import UserError
-from mtp_jax.model import mtp
-from mtp_jax.runs.freed_memory import keep_freed_memory
-from mtp_jax.training.loop import place
-from mtp_jax.training.step import StepMetrics, compile_steps, random_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,101 +35,8 @@ def main(argv: list[str]) -> None:
     for name in ("runs", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    result = measure({path: config}, args.runs, args.steps)[path]
+    result = measure({path: config}, args.runs, args.steps, say)[path]
     print_json(result) if args.json else _print(result)
-
-
-class Step:
-    """The compiled training step of a config with a state that it trains: a function to call again and again."""
-
-    def __init__(self, config: Config) -> None:
-        keep_freed_memory()  # as `mtp train` does
-        self.config = config
-        began = time.perf_counter()
-        mesh = sharding.mesh_of(config)
-        self.devices = mesh.size
-        self._steps = compile_steps(config, mesh)
-        self.feed(random_batch(config))
-        self.compiled = self._steps.train.lower(self._steps.abstract_state, self._batch).compile()
-        self.compile_seconds = time.perf_counter() - began
-        self._state = self._steps.init(jax.random.key(0))
-
-    def feed(self, batch: dict[str, np.ndarray]) -> None:
-        """Takes another batch in the place of the random one."""
-        self._batch = place(batch, self._steps, self.config.train.batch_size)
-
-    def __call__(self, count: int = 1) -> StepMetrics:
-        """Runs `count` steps."""
-        for _ in range(count):
-            self._state, metrics = self.compiled(self._state, self._batch)
-        return metrics
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.config.train.batch_size * self.config.data.seq_len
-
-    @property
-    def flops(self) -> float:
-        """Operations that the model asks for in a step."""
-        return step_flops(self.config, self.config.train.batch_size, self.config.data.seq_len)
-
-
-def measure(configs: dict[str, Config], runs: int, count: int = 1) -> dict[str, dict[str, Any]]:
-    """Training steps of several configs, in turns: a dict of figures for each, the keys of `mtp bench train --json`.
-
-    Where there are several, `over_first` is the median over turns of a step's time over that of the first.
-    """
-    steps = {}
-    for name, config in configs.items():
-        say(f"compiling {name or 'the step'}")
-        steps[name] = Step(config)
-    floors = {
-        name: Products(step.flops / step.devices * count, step.config.model.dtype) for name, step in steps.items()
-    }
-    functions = {name: functools.partial(step, count) for name, step in steps.items()}
-    times = in_turns(functions | {f"{name} {FLOOR}": floor for name, floor in floors.items()}, runs)
-    first = next(iter(steps))
-    result = {}
-    for name, step in steps.items():
-        over_floor = ratio(times[name], floors[name].seconds(times[f"{name} {FLOOR}"]))
-        seconds = statistics.median(times[name]) / count
-        result[name] = {
-            "seconds": seconds,
-            "tokens_per_second": step.tokens / seconds,
-            "flops": step.flops,
-            "flops_per_second": step.flops / seconds,
-            "share_of_peak": 1 / over_floor,
-            "over_first": ratio(times[name], times[first]),
-            "compile_seconds": step.compile_seconds,
-            **memory(step.compiled),
-            "parameters": mtp.count_params(step.config),
-            "devices": step.devices,
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-        }
-    return result
-
-
-def memory(compiled: Any) -> dict[str, int]:
-    """Bytes of a compiled step, per device, and the most that this process has held so far."""
-    stats = jax.devices()[0].memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    return {
-        "temp_bytes": temp_bytes(compiled),
-        "argument_bytes": compiled.memory_analysis().argument_size_in_bytes,
-        "resident_bytes": peak_resident(),
-    } | ({} if peak is None else {"device_peak_bytes": peak})
-
-
-def peak_resident() -> int:
-    """Most bytes of this process that were in memory at once; where the system does not tell, those that are now."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().rss
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _print(result: dict[str, Any]) -> None:

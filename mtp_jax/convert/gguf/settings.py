@@ -17,7 +17,7 @@ from mtp_jax.convert.settings import Given
 from mtp_jax.errors import UserError
 
 
-class Known(NamedTuple):
+class Entry(NamedTuple):
     """An architecture of llama.cpp that is read."""
 
     model_type: str
@@ -33,11 +33,11 @@ class Known(NamedTuple):
 
 
 KNOWN = {
-    "llama": Known("llama", turned=True),
-    "qwen2": Known("qwen2"),
-    "qwen3": Known("qwen3"),
-    "gemma2": Known("gemma2", sandwich=True, pattern=2, largest=46),
-    "gemma3": Known("gemma3_text", sandwich=True, pattern=6, largest=62),
+    "llama": Entry("llama", turned=True),
+    "qwen2": Entry("qwen2"),
+    "qwen3": Entry("qwen3"),
+    "gemma2": Entry("gemma2", sandwich=True, pattern=2, largest=46),
+    "gemma3": Entry("gemma3_text", sandwich=True, pattern=6, largest=62),
 }
 """By the name in `general.architecture`."""
 SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
@@ -52,7 +52,7 @@ YARN = {
 }
 
 
-def known(header: Header) -> Known:
+def known(header: Header) -> Entry:
     """The architecture of a file.
 
     Raises:
@@ -72,7 +72,7 @@ def known(header: Header) -> Known:
     return KNOWN[name]
 
 
-def names_of(entry: Known) -> dict[str, str]:
+def names_of(entry: Entry) -> dict[str, str]:
     """What Hugging Face calls the parts of a block of an architecture, by their names in the file."""
     return names(entry.sandwich)
 
@@ -206,7 +206,7 @@ def _llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> np.nda
 # Gemma.
 
 
-def _gemma(given: Given, prefix: str, entry: Known, fields: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+def _gemma(given: Given, prefix: str, entry: Entry, fields: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
     """Windows, caps and scales; the same dimensions turn by another base in the windows of Gemma 3."""
     layers = fields["num_hidden_layers"]
     head_dim = fields["head_dim"]

@@ -44,7 +44,7 @@ def _words(digits: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("|".join(parts)), "isolated"), _bytes(False)])
 
 
-class Rule(NamedTuple):
+class Splitter(NamedTuple):
     """What the name of a way to split stands for."""
 
     split: Callable[[], pre_tokenizers.PreTokenizer]
@@ -56,10 +56,10 @@ class Rule(NamedTuple):
     """Whether a text begins with the first token where the file does not say."""
 
 
-GPT2 = Rule(lambda: _bytes(True))
-DIGITS = Rule(lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes(True)]))
-LLAMA3 = Rule(lambda: _words(r"\p{N}{1,3}"), whole=True, bos=True)
-QWEN2 = Rule(lambda: _words(r"\p{N}"), composes=True)
+GPT2 = Splitter(lambda: _bytes(True))
+DIGITS = Splitter(lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes(True)]))
+LLAMA3 = Splitter(lambda: _words(r"\p{N}{1,3}"), whole=True, bos=True)
+QWEN2 = Splitter(lambda: _words(r"\p{N}"), composes=True)
 RULES = {
     **dict.fromkeys(("gpt-2", "mpt", "olmo", "jais"), GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), DIGITS),

@@ -9,22 +9,22 @@ before it, because the next-token path is complete without any extra head.
 
 import jax
 
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.model.heads import base
 from mtp_jax.model.heads.base import Params, Round, Rows
 from mtp_jax.model.heads.parallel import init as init
 
 
-def train(config: Config, params: Params, rows: Rows) -> jax.Array:
+def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
     """States of heads 1..M-1 at every position, [M-1, B, T, D]."""
-    return base.chain_train(config, params, rows, reverse=True)
+    return base.chain_train(arch, params, rows, reverse=True)
 
 
-def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
+def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:
     """Caches of all extra heads: the near ones read the far ones, however few draft."""
-    return base.block_caches(config, batch, slots, config.heads.num_future - 1)
+    return base.block_caches(arch, batch, slots, arch.heads.num_future - 1)
 
 
-def draft(config: Config, params: Params, caches: tuple, now: Round) -> tuple[tuple, tuple]:
+def draft(arch: Arch, params: Params, caches: tuple, now: Round) -> tuple[tuple, tuple]:
     """From the furthest head down."""
-    return base.chain_draft(config, params, caches, now, range(len(caches))[::-1])
+    return base.chain_draft(arch, params, caches, now, range(len(caches))[::-1])

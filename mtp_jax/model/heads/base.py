@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.axes import EMBED, LAYERS, VOCAB
-from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config import Arch, ModelConfig
 from mtp_jax.model import lm
 from mtp_jax.model.block import Block, BlockWithoutAttention, variables
 from mtp_jax.model.cache import LayerCache, init_cache
@@ -74,52 +74,52 @@ def run_if(wanted: jax.Array, make: Callable[[], Any]) -> Any:
     return jax.lax.cond(wanted, make, zeros)
 
 
-def head_model(config: Config) -> ModelConfig:
+def head_model(arch: Arch) -> ModelConfig:
     """The config of the blocks inside heads."""
-    position = config.model.norm_position if config.heads.input_norm else "mlp"
-    return dataclasses.replace(config.model, norm_plus_one=config.heads.norm_plus_one, norm_position=position)
+    position = arch.model.norm_position if arch.heads.input_norm else "mlp"
+    return dataclasses.replace(arch.model, norm_plus_one=arch.heads.norm_plus_one, norm_position=position)
 
 
-def sets(config: Config) -> int:
+def sets(arch: Arch) -> int:
     """Sets of head parameters."""
-    return 1 if config.heads.facts.one_set else config.heads.num_future - 1
+    return 1 if arch.heads.facts.one_set else arch.heads.num_future - 1
 
 
-def set_of(config: Config, head: int) -> int:
+def set_of(arch: Arch, head: int) -> int:
     """Where the parameters of head 1, 2, ... stand among the sets."""
-    return min(head, sets(config)) - 1
+    return min(head, sets(arch)) - 1
 
 
-def weight(config: Config, key: jax.Array, shape: tuple[int, ...], names: tuple, gain: float = 1.0) -> Any:
+def weight(arch: Arch, key: jax.Array, shape: tuple[int, ...], names: tuple, gain: float = 1.0) -> Any:
     """A stack of matrices [sets, in, out], normal with the given gain, boxed with its logical axis names."""
     scale = gain * shape[-2] ** -0.5
-    value = scale * jax.random.normal(key, shape, jnp.dtype(config.model.param_dtype))
+    value = scale * jax.random.normal(key, shape, jnp.dtype(arch.model.param_dtype))
     return nn.LogicallyPartitioned(value, names)
 
 
-def init_norms(config: Config) -> Params:
+def init_norms(arch: Arch) -> Params:
     """Fresh norms of the heads, one per set."""
-    norm = Norm(head_model(config)).init(jax.random.key(0), jnp.zeros((1, config.model.d_model)))["params"]
+    norm = Norm(head_model(arch)).init(jax.random.key(0), jnp.zeros((1, arch.model.d_model)))["params"]
 
     def stacked(box: Any) -> Any:
-        return box.replace(value=jnp.repeat(box.value[None], sets(config), axis=0), names=(LAYERS, *box.names))
+        return box.replace(value=jnp.repeat(box.value[None], sets(arch), axis=0), names=(LAYERS, *box.names))
 
     return jax.tree.map(stacked, norm, is_leaf=lm.is_box)
 
 
-def init_ends(config: Config, trunk: Params) -> Params:
+def init_ends(arch: Arch, trunk: Params) -> Params:
     """Own norms and unembeddings, if the config asks for them; unembeddings start as the model's own."""
     ends: Params = {}
-    count = sets(config)
-    c = config.model
-    if config.heads.norm == "own":
-        ends["norm"] = init_norms(config)
-    if config.heads.unembed == "own":
+    count = sets(arch)
+    c = arch.model
+    if arch.heads.norm == "own":
+        ends["norm"] = init_norms(arch)
+    if arch.heads.unembed == "own":
         box = trunk["unembed" if "unembed" in trunk else "embed"]["table"]
-        table_VD = draft_rows(box.value, trunk["draft_ids"].value) if config.heads.draft_vocab else box.value
+        table_VD = draft_rows(box.value, trunk["draft_ids"].value) if arch.heads.draft_vocab else box.value
         table_MVD = jnp.repeat(table_VD[None], count, axis=0)
         ends["unembed"] = {"table": nn.LogicallyPartitioned(table_MVD, (LAYERS, *box.names))}
-    if config.heads.tap_mix:
+    if arch.heads.tap_mix:
         mix = jnp.zeros((c.num_layers + 1,), jnp.dtype(c.param_dtype))
         ends["tap_mix"] = nn.LogicallyPartitioned(mix, (LAYERS,))
     return ends
@@ -132,29 +132,27 @@ def draft_rows(table_VD: jax.Array, draft_ids_N: jax.Array) -> jax.Array:
     return nn.with_logical_constraint(table_VD[draft_ids_N], (VOCAB, EMBED))
 
 
-def draft_places(config: Config, draft_ids_N: jax.Array) -> jax.Array:
+def draft_places(arch: Arch, draft_ids_N: jax.Array) -> jax.Array:
     """Where each token of the vocabulary stands in the draft vocabulary, int32 [V]; N where it does not."""
-    count = config.heads.draft_vocab
-    return (
-        jnp.full((config.model.vocab_size,), count, jnp.int32).at[draft_ids_N].set(jnp.arange(count, dtype=jnp.int32))
-    )
+    count = arch.heads.draft_vocab
+    return jnp.full((arch.model.vocab_size,), count, jnp.int32).at[draft_ids_N].set(jnp.arange(count, dtype=jnp.int32))
 
 
-def init_blocks(config: Config, key: jax.Array, trunk: Params) -> Params:
+def init_blocks(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     """Blocks of all heads, [sets * layers, ...], as `heads.init` says."""
-    count = sets(config) * config.heads.layers
-    if config.heads.init == "copy_block":
+    count = sets(arch) * arch.heads.layers
+    if arch.heads.init == "copy_block":
         # A scale w means 1 + w under the other convention.
-        shift = int(config.model.norm_plus_one) - int(config.heads.norm_plus_one)
+        shift = int(arch.model.norm_plus_one) - int(arch.heads.norm_plus_one)
 
         def copy(path: tuple, box: Any) -> Any:
-            value = jnp.repeat(box.value[config.heads.init_block][None], count, axis=0)
+            value = jnp.repeat(box.value[arch.heads.init_block][None], count, axis=0)
             return box.replace(value=value + shift if path[-1].key == "scale" and shift else value)
 
-        kept = {name: tree for name, tree in trunk["blocks"].items() if name != "attn_norm" or config.heads.input_norm}
+        kept = {name: tree for name, tree in trunk["blocks"].items() if name != "attn_norm" or arch.heads.input_norm}
         return jax.tree_util.tree_map_with_path(copy, kept, is_leaf=lm.is_box)
-    blocks = _random_blocks(config, key, count)
-    if config.heads.init == "zero":
+    blocks = _random_blocks(arch, key, count)
+    if arch.heads.init == "zero":
         # Without what it writes into the residual stream a block passes its input on.
         for layer, name in (("attn", "o"), ("mlp", "down")):
             if layer in blocks:
@@ -162,87 +160,87 @@ def init_blocks(config: Config, key: jax.Array, trunk: Params) -> Params:
     return blocks
 
 
-def _random_blocks(config: Config, key: jax.Array, count: int) -> Params:
-    if config.heads.attention:
-        return lm.init_blocks(head_model(config), key, count)
-    x_BTD = jnp.zeros((1, 1, config.model.d_model), config.model.dtype)
-    block = BlockWithoutAttention(head_model(config))
+def _random_blocks(arch: Arch, key: jax.Array, count: int) -> Params:
+    if arch.heads.attention:
+        return lm.init_blocks(head_model(arch), key, count)
+    x_BTD = jnp.zeros((1, 1, arch.model.d_model), arch.model.dtype)
+    block = BlockWithoutAttention(head_model(arch))
     return lm.stacked(lambda key: block.init(key, x_BTD)["params"], key, count)
 
 
-def with_constants(config: Config, heads: Params) -> Params:
+def with_constants(arch: Arch, heads: Params) -> Params:
     """Head parameters with the constants of their blocks, which are of the kind of the model's block `init_block`."""
-    if "blocks" not in heads or not config.heads.attention:
+    if "blocks" not in heads or not arch.heads.attention:
         return heads
-    kinds = [config.model.layers[config.heads.init_block]] * (sets(config) * config.heads.layers)
-    return heads | {"blocks": lm.with_constants(head_model(config), heads["blocks"], kinds)}
+    kinds = [arch.model.layers[arch.heads.init_block]] * (sets(arch) * arch.heads.layers)
+    return heads | {"blocks": lm.with_constants(head_model(arch), heads["blocks"], kinds)}
 
 
-def by_head(config: Config, blocks: Params) -> Params:
+def by_head(arch: Arch, blocks: Params) -> Params:
     """[sets * layers, ...] to [sets, layers, ...]."""
-    return jax.tree.map(lambda leaf: leaf.reshape(sets(config), config.heads.layers, *leaf.shape[1:]), blocks)
+    return jax.tree.map(lambda leaf: leaf.reshape(sets(arch), arch.heads.layers, *leaf.shape[1:]), blocks)
 
 
-def run_blocks(config: Config, blocks: Params, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+def run_blocks(arch: Arch, blocks: Params, x_BTD: jax.Array, rows: Rows) -> jax.Array:
     """One head's blocks [layers, ...] over whole rows."""
-    if not config.heads.attention:
+    if not arch.heads.attention:
 
         def run(block: Params, x_BTD: jax.Array) -> jax.Array:
-            return lm.constrain(without_attention(config, block, x_BTD))
+            return lm.constrain(without_attention(arch, block, x_BTD))
 
-        run = lm.rematerialised(config.model, run)
+        run = lm.rematerialised(arch.model, run)
         return jax.lax.scan(lambda x_BTD, block: (run(block, x_BTD), None), x_BTD, blocks)[0]
-    return lm.run_blocks(head_model(config), blocks, x_BTD, rows.positions_BT, rows.segment_ids_BT)
+    return lm.run_blocks(head_model(arch), blocks, x_BTD, rows.positions_BT, rows.segment_ids_BT)
 
 
-def without_attention(config: Config, block: Params, x_BTD: jax.Array) -> jax.Array:
+def without_attention(arch: Arch, block: Params, x_BTD: jax.Array) -> jax.Array:
     """One block of a head that has no attention."""
-    return BlockWithoutAttention(head_model(config)).apply({"params": block}, x_BTD)
+    return BlockWithoutAttention(head_model(arch)).apply({"params": block}, x_BTD)
 
 
-def end_norm(config: Config, params: Params, states: jax.Array, norm: Params | None) -> jax.Array:
+def end_norm(arch: Arch, params: Params, states: jax.Array, norm: Params | None) -> jax.Array:
     """What stands between a head's state and its unembedding; `norm` is the head's own, if it has one."""
-    if config.heads.norm == "none":
+    if arch.heads.norm == "none":
         return states
     if norm is not None:
-        return Norm(head_model(config)).apply({"params": norm}, states)
-    return lm.final_norm(config.model, params, states)
+        return Norm(head_model(arch)).apply({"params": norm}, states)
+    return lm.final_norm(arch.model, params, states)
 
 
 # Decoding.
 
 
-def unstack(config: Config, heads: Params, replace: lm.Replace = lm.changed) -> Params:
+def unstack(arch: Arch, heads: Params, replace: lm.Replace = lm.changed) -> Params:
     """Head parameters as decoding wants them: tuples over sets, and of blocks over layers."""
     whole = ("tap_mix", "mask_embed")
     view = {name: heads[name] for name in whole if name in heads}
     view |= {name: lm.unstack(tree, replace) for name, tree in heads.items() if name not in ("blocks", *whole)}
     if "blocks" in heads:
         flat = lm.unstack(heads["blocks"], replace)
-        n = config.heads.layers
+        n = arch.heads.layers
         view["blocks"] = tuple(flat[i : i + n] for i in range(0, len(flat), n))
     return view
 
 
-def block_caches(config: Config, batch: int, slots: int, count: int) -> tuple[tuple[LayerCache, ...], ...]:
+def block_caches(arch: Arch, batch: int, slots: int, count: int) -> tuple[tuple[LayerCache, ...], ...]:
     """One cache per block for each of `count` heads."""
-    c = config.model
+    c = arch.model
 
     def one() -> LayerCache:
         return init_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype)
 
-    return tuple(tuple(one() for _ in range(config.heads.layers)) for _ in range(count))
+    return tuple(tuple(one() for _ in range(arch.heads.layers)) for _ in range(count))
 
 
 def blocks_everywhere(
-    config: Config, blocks: tuple[Params, ...], x_BQD: jax.Array, start_B: jax.Array, caches: tuple[LayerCache, ...]
+    arch: Arch, blocks: tuple[Params, ...], x_BQD: jax.Array, start_B: jax.Array, caches: tuple[LayerCache, ...]
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """One head's blocks over Q new positions: states [B, Q, D] and caches."""
-    return lm.decode_blocks(head_model(config), blocks, x_BQD, start_B, caches)
+    return lm.decode_blocks(head_model(arch), blocks, x_BQD, start_B, caches)
 
 
 def blocks_at(
-    config: Config,
+    arch: Arch,
     blocks: tuple[Params, ...],
     x_BQD: jax.Array,
     start_B: jax.Array,
@@ -257,7 +255,7 @@ def blocks_at(
     Returns:
       The state [B, 1, D], None unless `wanted`, and the caches.
     """
-    model = head_model(config)
+    model = head_model(arch)
     x_BQD, below = lm.decode_blocks(model, blocks[:-1], x_BQD, start_B, caches[:-1])
     block = Block(model)
     last_block = variables(blocks[-1])
@@ -278,7 +276,7 @@ def propose_all(now: Round, states: list[jax.Array]) -> tuple:
     return (now.propose(jnp.concatenate(states, axis=1), 1),) if states else ()
 
 
-def chain_draft(config: Config, params: Params, caches: tuple, now: Round, order: range) -> tuple[tuple, tuple]:
+def chain_draft(arch: Arch, params: Params, caches: tuple, now: Round, order: range) -> tuple[tuple, tuple]:
     """Heads (counted from 0) that read one another in this order, the first of them the tap.
 
     Every head but the last of the chain runs at all Q positions, because the next one reads them.
@@ -290,22 +288,22 @@ def chain_draft(config: Config, params: Params, caches: tuple, now: Round, order
         blocks = params["heads"]["blocks"][head]
         wanted = head < now.count
         if head != order[-1]:
-            x_BQD, written[head] = blocks_everywhere(config, blocks, x_BQD, now.start_B, caches[head])
+            x_BQD, written[head] = blocks_everywhere(arch, blocks, x_BQD, now.start_B, caches[head])
             state_B1D = at_index(x_BQD, now.index_B)
         else:
             at = (now.start_B, now.index_B)
-            state_B1D, written[head] = blocks_at(config, blocks, x_BQD, *at, caches[head], wanted)
+            state_B1D, written[head] = blocks_at(arch, blocks, x_BQD, *at, caches[head], wanted)
         if wanted:
             states[head] = state_B1D
     drafts = propose_all(now, [states[head] for head in sorted(states)])
     return drafts, tuple(written[head] for head in range(len(caches)))
 
 
-def chain_train(config: Config, params: Params, rows: Rows, *, reverse: bool) -> jax.Array:
+def chain_train(arch: Arch, params: Params, rows: Rows, *, reverse: bool) -> jax.Array:
     """States of heads that read one another, near to far or in reverse, [M-1, B, T, D]."""
 
     def one_head(x_BTD: jax.Array, blocks: Params) -> tuple[jax.Array, jax.Array]:
-        x_BTD = run_blocks(config, blocks, x_BTD, rows)
+        x_BTD = run_blocks(arch, blocks, x_BTD, rows)
         return x_BTD, x_BTD
 
-    return jax.lax.scan(one_head, rows.tap_BTD, by_head(config, params["heads"]["blocks"]), reverse=reverse)[1]
+    return jax.lax.scan(one_head, rows.tap_BTD, by_head(arch, params["heads"]["blocks"]), reverse=reverse)[1]

@@ -8,18 +8,18 @@ Head m reads head m-1's state before the norm; only the first reads the tap.
 
 import jax
 
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.model.heads import base
 from mtp_jax.model.heads.base import Params, Round, Rows
 from mtp_jax.model.heads.parallel import init as init
 from mtp_jax.model.heads.parallel import init_cache as init_cache
 
 
-def train(config: Config, params: Params, rows: Rows) -> jax.Array:
+def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
     """States of heads 1..M-1 at every position, [M-1, B, T, D]."""
-    return base.chain_train(config, params, rows, reverse=False)
+    return base.chain_train(arch, params, rows, reverse=False)
 
 
-def draft(config: Config, params: Params, caches: tuple, now: Round) -> tuple[tuple, tuple]:
+def draft(arch: Arch, params: Params, caches: tuple, now: Round) -> tuple[tuple, tuple]:
     """From head 1 up."""
-    return base.chain_draft(config, params, caches, now, range(len(caches)))
+    return base.chain_draft(arch, params, caches, now, range(len(caches)))

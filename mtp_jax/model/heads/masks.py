@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.axes import EMBED, LAYERS, LENGTH
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.kernels.attention import Anchors
 from mtp_jax.model import lm
 from mtp_jax.model.block import Block, variables
@@ -34,29 +34,29 @@ from mtp_jax.model.heads.base import Params, Round
 MATRICES = (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down")))
 
 
-def init(config: Config, key: jax.Array, trunk: Params) -> Params:
+def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     """Embeddings of all masks, one per set, and LoRA factors for every matrix of a block if a rank is given."""
     embed_key, lora_key = jax.random.split(key)
-    shape = (base.sets(config), config.model.d_model)
-    embed = base.weight(config, embed_key, shape, (None, EMBED), gain=(shape[0] / shape[1]) ** 0.5)
-    return {"mask_embed": embed} | init_lora(config, lora_key, trunk)
+    shape = (base.sets(arch), arch.model.d_model)
+    embed = base.weight(arch, embed_key, shape, (None, EMBED), gain=(shape[0] / shape[1]) ** 0.5)
+    return {"mask_embed": embed} | init_lora(arch, lora_key, trunk)
 
 
-def init_lora(config: Config, key: jax.Array, trunk: Params) -> Params:
+def init_lora(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     """A [L, in, R], normal with gain 1, and B [L, R, out], zeros: the update starts as nothing."""
-    if not config.heads.lora_rank:
+    if not arch.heads.lora_rank:
         return {}
-    R = config.heads.lora_rank
+    R = arch.heads.lora_rank
     lora = {}
     for layer, names in MATRICES:
         lora[layer] = {}
         for i, name in enumerate(names):
             inner, outer = _sides(name, trunk["blocks"][layer][name].value.shape[1:])
-            L = config.model.num_layers
+            L = arch.model.num_layers
             here = jax.random.fold_in(jax.random.fold_in(key, len(lora)), i)
-            zeros = jnp.zeros((L, R, outer), jnp.dtype(config.model.param_dtype))
+            zeros = jnp.zeros((L, R, outer), jnp.dtype(arch.model.param_dtype))
             lora[layer][name] = {
-                "a": base.weight(config, here, (L, inner, R), (LAYERS, None, None)),
+                "a": base.weight(arch, here, (L, inner, R), (LAYERS, None, None)),
                 "b": nn.LogicallyPartitioned(zeros, (LAYERS, None, None)),
             }
     return {"lora": lora}
@@ -68,11 +68,11 @@ def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
-def adapters(config: Config, lora: Params | None) -> dict[str, Params]:
+def adapters(arch: Arch, lora: Params | None) -> dict[str, Params]:
     """The collection of LoRA factors of a block, or of stacked blocks, with alpha / R in B; nothing without LoRA."""
     if lora is None:
         return {}
-    scale = config.heads.lora_alpha / config.heads.lora_rank
+    scale = arch.heads.lora_alpha / arch.heads.lora_rank
 
     def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
         return scale * leaf if path[-1].key == "b" else leaf
@@ -101,10 +101,10 @@ def _beside(embed_PD: jax.Array, position_BX: jax.Array, anchor_BX: jax.Array, v
 
 
 def run(
-    config: Config, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, masks: Beside
+    arch: Arch, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, masks: Beside
 ) -> tuple[jax.Array, jax.Array]:
     """Both streams through all blocks: states of the tokens [B, T, D] and of the masks [B, Y, D]."""
-    block_of = Block(config.model)
+    block_of = Block(arch.model)
     # Masks beside every position divide over devices as the positions do; with a stride they need not.
     length = LENGTH if masks.anchors.slots_BXP.shape[1] == x_BTD.shape[1] else None
 
@@ -112,17 +112,17 @@ def run(
         block, lora = blocks
         x_BTD, *keys_values = block_of.apply(variables(block), x_BTD, positions_BT, segment_ids_BT, method="row")
         arrays = (y_BYD, masks.positions_BY, *keys_values, masks.anchors)
-        y_BYD = block_of.apply(variables(block) | adapters(config, lora), *arrays, method="beside")
+        y_BYD = block_of.apply(variables(block) | adapters(arch, lora), *arrays, method="beside")
         return lm.constrain(x_BTD), lm.constrain(y_BYD, length)
 
-    step = lm.rematerialised(config.model, both, states=2)
+    step = lm.rematerialised(arch.model, both, states=2)
     layers = (params["blocks"], params["heads"].get("lora"))
     start = (x_BTD, masks.embedded_BYD)
     return jax.lax.scan(lambda carry, blocks: (step(blocks, *carry), None), start, layers)[0]
 
 
 def forward(
-    config: Config,
+    arch: Arch,
     params: Params,
     tokens_BT: jax.Array,
     embedded_BTD: jax.Array,
@@ -133,9 +133,9 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """States of the tokens [B, T, D], and of masks 1..M-1 [M-1, B, T, D], everywhere or where `trained` says."""
     B, T = tokens_BT.shape
-    P = config.heads.num_future - 1
-    D = config.model.d_model
-    stride = 1 if everywhere else config.heads.mask_stride
+    P = arch.heads.num_future - 1
+    D = arch.model.d_model
+    stride = 1 if everywhere else arch.heads.mask_stride
     anchor_BX = anchors(stride, tokens_BT)
 
     def at_anchor(x_BT: jax.Array) -> jax.Array:
@@ -146,7 +146,7 @@ def forward(
     X = anchor_BX.shape[1]
     embed_PD = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
     masks = _beside(embed_PD, at_anchor(positions_BT), anchor_BX, visible_BXS)
-    x_BTD, y_BYD = run(config, params, embedded_BTD, positions_BT, segment_ids_BT, masks)
+    x_BTD, y_BYD = run(arch, params, embedded_BTD, positions_BT, segment_ids_BT, masks)
     y_PBXD = jnp.moveaxis(y_BYD.reshape(B, X, P, D), 2, 0)
     if stride == 1:
         return x_BTD, y_PBXD
@@ -161,13 +161,13 @@ def anchors(stride: int, tokens_BT: jax.Array) -> jax.Array:
     return first_B[:, None] + stride * jnp.arange(-(-tokens_BT.shape[1] // stride))[None, :]
 
 
-def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Which heads have a state at which positions, [M, B, T]; head 0 has one everywhere."""
     B, T = tokens_BT.shape
     row_B1 = jnp.arange(B)[:, None]
-    anchor_BX = anchors(config.heads.mask_stride, tokens_BT)
+    anchor_BX = anchors(arch.heads.mask_stride, tokens_BT)
     beside_BT = jnp.zeros((B, T), bool).at[row_B1, anchor_BX].set(True, mode="drop")
-    return jnp.stack([jnp.ones((B, T), bool), *[beside_BT] * (config.heads.num_future - 1)])
+    return jnp.stack([jnp.ones((B, T), bool), *[beside_BT] * (arch.heads.num_future - 1)])
 
 
 # Decoding.
@@ -179,12 +179,12 @@ def decode_masks(params: Params, start_BX: jax.Array, count: int, slots: int) ->
     return _beside(params["heads"]["mask_embed"][:count], start_BX, start_BX, visible_BXS)
 
 
-def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
+def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:
     """Nothing: what masks leave behind nobody reads."""
     return ()
 
 
-def draft(config: Config, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
+def draft(arch: Arch, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
     """The masks' states came with the verification, [B, X, P, D] in the place of the tap; those of the newest token's
     anchor draft."""
     if not now.count:

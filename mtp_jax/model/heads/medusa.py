@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.axes import EMBED, LAYERS
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.kernels.linear import linear
 from mtp_jax.model.heads import base
 from mtp_jax.model.heads.base import Params, Round, Rows
 
 
-def init(config: Config, key: jax.Array, trunk: Params) -> Params:
+def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     """M-1 stacks of `heads.layers` residual layers, flat: [(M-1) * layers, ...]."""
-    count = base.sets(config) * config.heads.layers
-    D = config.model.d_model
-    gain = 1.0 if config.heads.init == "random" else 0.0
-    bias_D = jnp.zeros((count, D), jnp.dtype(config.model.param_dtype))
+    count = base.sets(arch) * arch.heads.layers
+    D = arch.model.d_model
+    gain = 1.0 if arch.heads.init == "random" else 0.0
+    bias_D = jnp.zeros((count, D), jnp.dtype(arch.model.param_dtype))
     return {
         "residual": {
-            "w": base.weight(config, key, (count, D, D), (LAYERS, None, EMBED), gain),
+            "w": base.weight(arch, key, (count, D, D), (LAYERS, None, EMBED), gain),
             "bias": nn.LogicallyPartitioned(bias_D, (LAYERS, EMBED)),
         }
     }
@@ -35,24 +35,24 @@ def _layer(x_BTD: jax.Array, layer: Params) -> jax.Array:
     return x_BTD + jax.nn.silu(linear(x_BTD, layer["w"]) + bias_11D)
 
 
-def train(config: Config, params: Params, rows: Rows) -> jax.Array:
+def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
     """States of heads 1..M-1 at every position, [M-1, B, T, D]."""
 
     def one_head(layers: Params) -> jax.Array:
         return jax.lax.scan(lambda x_BTD, layer: (_layer(x_BTD, layer), None), rows.tap_BTD, layers)[0]
 
-    return jax.lax.map(one_head, base.by_head(config, params["heads"]["residual"]))
+    return jax.lax.map(one_head, base.by_head(arch, params["heads"]["residual"]))
 
 
-def init_cache(config: Config, batch: int, slots: int, count: int) -> tuple:
+def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:
     """Nothing."""
     return ()
 
 
-def draft(config: Config, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
+def draft(arch: Arch, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
     """The first `count` heads on the state at index_B[b]."""
     layers = params["heads"]["residual"]
-    n = config.heads.layers
+    n = arch.heads.layers
     states = []
     for head in range(now.count):
         state_B1D = base.at_index(now.tap_BQD, now.index_B)

@@ -11,7 +11,7 @@ Registers draft nothing: decode with `draft="lookup"` or `"none"`.
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.errors import UserError
 from mtp_jax.kernels.attention import Anchors
 from mtp_jax.model.heads import masks
@@ -23,7 +23,7 @@ RECENT = 8
 """Tokens that choose a register's distance."""
 
 
-def heads_of(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+def heads_of(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """The head 1..M-1 whose target each position's register has, [B, T]."""
     mixed_BT = jnp.zeros(tokens_BT.shape, jnp.uint32)
     for back in range(RECENT):
@@ -35,11 +35,11 @@ def heads_of(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) ->
         token_BT = jnp.where(same_BT, earlier(tokens_BT), 0).astype(jnp.uint32)
         mixed_BT = (mixed_BT ^ token_BT) * jnp.uint32(2654435761)
         mixed_BT ^= mixed_BT >> 15
-    return 1 + (mixed_BT % (config.heads.num_future - 1)).astype(jnp.int32)
+    return 1 + (mixed_BT % (arch.heads.num_future - 1)).astype(jnp.int32)
 
 
 def forward(
-    config: Config,
+    arch: Arch,
     params: Params,
     tokens_BT: jax.Array,
     embedded_BTD: jax.Array,
@@ -55,14 +55,14 @@ def forward(
     """
     rows = (params, embedded_BTD, positions_BT, segment_ids_BT)
     if everywhere:
-        each = [_run(config, *rows, jnp.full_like(tokens_BT, head)) for head in range(1, config.heads.num_future)]
+        each = [_run(arch, *rows, jnp.full_like(tokens_BT, head)) for head in range(1, arch.heads.num_future)]
         return each[0][0], jnp.stack([y_BTD for _, y_BTD in each])
-    x_BTD, y_BTD = _run(config, *rows, heads_of(config, tokens_BT, segment_ids_BT))
-    return x_BTD, jnp.broadcast_to(y_BTD[None], (config.heads.num_future - 1, *y_BTD.shape))
+    x_BTD, y_BTD = _run(arch, *rows, heads_of(arch, tokens_BT, segment_ids_BT))
+    return x_BTD, jnp.broadcast_to(y_BTD[None], (arch.heads.num_future - 1, *y_BTD.shape))
 
 
 def _run(
-    config: Config,
+    arch: Arch,
     params: Params,
     embedded_BTD: jax.Array,
     positions_BT: jax.Array,
@@ -75,16 +75,16 @@ def _run(
     embed_1D = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
     where = Anchors(visible_BTS, (jnp.arange(T)[None, :] + head_BT)[..., None])
     registers = masks.Beside(jnp.tile(embed_1D[None], (B, T, 1)), positions_BT + head_BT, where)
-    return masks.run(config, params, embedded_BTD, positions_BT, segment_ids_BT, registers)
+    return masks.run(arch, params, embedded_BTD, positions_BT, segment_ids_BT, registers)
 
 
-def trained(config: Config, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Which heads have a state at which positions, [M, B, T]; head 0 has one everywhere."""
-    head_BT = heads_of(config, tokens_BT, segment_ids_BT)
-    head_M11 = jnp.arange(config.heads.num_future)[:, None, None]
+    head_BT = heads_of(arch, tokens_BT, segment_ids_BT)
+    head_M11 = jnp.arange(arch.heads.num_future)[:, None, None]
     return (head_M11 == 0) | (head_M11 == head_BT[None])
 
 
-def draft(config: Config, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
+def draft(arch: Arch, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
     """Registers draft nothing."""
     raise UserError("heads.kind='registers' is for training only; decode with draft='lookup' or 'none'")

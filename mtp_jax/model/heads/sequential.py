@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.axes import EMBED, LAYERS
-from mtp_jax.config import Config
+from mtp_jax.config import Arch
 from mtp_jax.kernels.linear import linear
 from mtp_jax.model.cache import whole_tiles
 from mtp_jax.model.heads import base
@@ -32,48 +32,48 @@ from mtp_jax.model.heads.base import Params, Round, Rows
 from mtp_jax.model.layers import Norm
 
 
-def init(config: Config, key: jax.Array, trunk: Params) -> Params:
+def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     """Two norms, a projection and blocks per set."""
     blocks_key, proj_key = jax.random.split(key)
-    count = base.sets(config)
-    D = config.model.d_model
-    norms = {name: base.init_norms(config) for name in ("embed_norm", "hidden_norm")}
-    proj = base.weight(config, proj_key, (count, 2 * D, D), (LAYERS, None, EMBED))
-    if config.heads.init in ("zero", "copy_block"):
+    count = base.sets(arch)
+    D = arch.model.d_model
+    norms = {name: base.init_norms(arch) for name in ("embed_norm", "hidden_norm")}
+    proj = base.weight(arch, proj_key, (count, 2 * D, D), (LAYERS, None, EMBED))
+    if arch.heads.init in ("zero", "copy_block"):
         # The block reads the hidden state at first; a copied one what it read before.
-        passed = {"embedding_first": (0, 1), "hidden_first": (1, 0)}[config.heads.concat]
+        passed = {"embedding_first": (0, 1), "hidden_first": (1, 0)}[arch.heads.concat]
         identity_DD = jnp.eye(D, dtype=proj.value.dtype)
         one = jnp.concatenate([factor * identity_DD for factor in passed])
         proj = proj.replace(value=jnp.repeat(one[None], count, axis=0))
-    return {**norms, "proj": proj, "blocks": base.init_blocks(config, blocks_key, trunk)}
+    return {**norms, "proj": proj, "blocks": base.init_blocks(arch, blocks_key, trunk)}
 
 
-def _join(config: Config, module: Params, embedded_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
+def _join(arch: Arch, module: Params, embedded_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
     """W [norm(embedding) ; norm(hidden)], in the configured order."""
-    norm = Norm(base.head_model(config))
+    norm = Norm(base.head_model(arch))
     embedded_BTD = norm.apply({"params": module["embed_norm"]}, embedded_BTD)
     hidden_BTD = norm.apply({"params": module["hidden_norm"]}, hidden_BTD)
-    both = (embedded_BTD, hidden_BTD) if config.heads.concat == "embedding_first" else (hidden_BTD, embedded_BTD)
+    both = (embedded_BTD, hidden_BTD) if arch.heads.concat == "embedding_first" else (hidden_BTD, embedded_BTD)
     return linear(jnp.concatenate(both, axis=-1), module["proj"])
 
 
-def _handed_on(config: Config, params: Params, module: Params, state_BTD: jax.Array) -> jax.Array:
+def _handed_on(arch: Arch, params: Params, module: Params, state_BTD: jax.Array) -> jax.Array:
     """What the next depth reads."""
-    if config.heads.chain == "pre_norm":
+    if arch.heads.chain == "pre_norm":
         return state_BTD
-    return base.end_norm(config, params, state_BTD, module.get("norm"))
+    return base.end_norm(arch, params, state_BTD, module.get("norm"))
 
 
-def _modules(config: Config, params: Params) -> Params:
+def _modules(arch: Arch, params: Params) -> Params:
     """Parameters by set, blocks as [sets, layers, ...]; without unembeddings and the like."""
     heads = {name: params["heads"][name] for name in (*_NAMES, "norm") if name in params["heads"]}
-    return heads | {"blocks": base.by_head(config, heads["blocks"])}
+    return heads | {"blocks": base.by_head(arch, heads["blocks"])}
 
 
 _NAMES = ("embed_norm", "hidden_norm", "proj", "blocks")
 
 
-def train(config: Config, params: Params, rows: Rows) -> jax.Array:
+def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
     """States of heads 1..M-1 at every position, [M-1, B, T, D], each fed with the true tokens before its target.
 
     Where token t+m lies outside the document of t, its embedding counts as zeros, and head m has no target.
@@ -82,15 +82,15 @@ def train(config: Config, params: Params, rows: Rows) -> jax.Array:
     def one_depth(carry: tuple, module: Params) -> tuple[tuple, jax.Array]:
         hidden_BTD, embedded_BTD = carry
         embedded_BTD = _shift(embedded_BTD, rows.segment_ids_BT)
-        state_BTD = base.run_blocks(config, module["blocks"], _join(config, module, embedded_BTD, hidden_BTD), rows)
-        return (_handed_on(config, params, module, state_BTD), embedded_BTD), state_BTD
+        state_BTD = base.run_blocks(arch, module["blocks"], _join(arch, module, embedded_BTD, hidden_BTD), rows)
+        return (_handed_on(arch, params, module, state_BTD), embedded_BTD), state_BTD
 
-    modules = _modules(config, params)
+    modules = _modules(arch, params)
     start = (rows.tap_BTD, rows.embedded_BTD)
-    if base.sets(config) == config.heads.num_future - 1:
+    if base.sets(arch) == arch.heads.num_future - 1:
         return jax.lax.scan(one_depth, start, modules)[1]
     module = jax.tree.map(lambda leaf: leaf[0], modules)
-    return jax.lax.scan(lambda carry, _: one_depth(carry, module), start, length=config.heads.num_future - 1)[1]
+    return jax.lax.scan(lambda carry, _: one_depth(carry, module), start, length=arch.heads.num_future - 1)[1]
 
 
 def _shift(embedded_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -111,13 +111,13 @@ class SequentialCache(NamedTuple):
     """Tapped states of the P-1 positions before the next round's first one."""
 
 
-def init_cache(config: Config, batch: int, slots: int, count: int) -> SequentialCache | tuple[()]:
+def init_cache(arch: Arch, batch: int, slots: int, count: int) -> SequentialCache | tuple[()]:
     """Empty caches of `count` depths; a window of a round may be longer by count-1 positions than the round."""
-    if not config.heads.attention:
+    if not arch.heads.attention:
         return ()
     tail = max(count - 1, 0)
-    tail_BJD = jnp.zeros((batch, tail, config.model.d_model), config.model.dtype)
-    return SequentialCache(base.block_caches(config, batch, whole_tiles(slots + tail), count), tail_BJD)
+    tail_BJD = jnp.zeros((batch, tail, arch.model.d_model), arch.model.dtype)
+    return SequentialCache(base.block_caches(arch, batch, whole_tiles(slots + tail), count), tail_BJD)
 
 
 class _Window(NamedTuple):
@@ -146,48 +146,48 @@ def _window(cache: SequentialCache, now: Round) -> tuple[_Window, jax.Array]:
     return _Window(now.start_B - back_B, take(at_BW), now.index_B + back_B), next_tail_BJD
 
 
-def _module(config: Config, params: Params, depth: int) -> Params:
+def _module(arch: Arch, params: Params, depth: int) -> Params:
     """Parameters of one depth, in a decoding view."""
-    head = base.set_of(config, depth)
+    head = base.set_of(arch, depth)
     return {name: tree[head] for name, tree in params["heads"].items() if name in (*_NAMES, "norm")}
 
 
-def draft(config: Config, params: Params, cache: Any, now: Round) -> tuple[tuple, Any]:
+def draft(arch: Arch, params: Params, cache: Any, now: Round) -> tuple[tuple, Any]:
     """Depth by depth, each reading the draft of the one before."""
-    if not config.heads.attention:
-        return _draft_in_place(config, params, now), cache
+    if not arch.heads.attention:
+        return _draft_in_place(arch, params, now), cache
     window, tail_BJD = _window(cache, now)
     hidden_BWD = window.tap_BWD
     drafts = []
     written = []
     for depth, layers in enumerate(cache.layers, start=1):
-        module = _module(config, params, depth)
+        module = _module(arch, params, depth)
         embedded_BWD = now.embed(_tokens(window, now, drafts, depth))
-        x_BWD = _join(config, module, embedded_BWD, hidden_BWD)
+        x_BWD = _join(arch, module, embedded_BWD, hidden_BWD)
         wanted = depth <= now.count
         if depth < len(cache.layers):
-            state_BWD, layers = base.blocks_everywhere(config, module["blocks"], x_BWD, window.start_B, layers)
-            hidden_BWD = _handed_on(config, params, module, state_BWD)
+            state_BWD, layers = base.blocks_everywhere(arch, module["blocks"], x_BWD, window.start_B, layers)
+            hidden_BWD = _handed_on(arch, params, module, state_BWD)
             state_B1D = base.at_index(state_BWD, window.index_B)
         else:
             where = (window.start_B, window.index_B)
-            state_B1D, layers = base.blocks_at(config, module["blocks"], x_BWD, *where, layers, wanted)
+            state_B1D, layers = base.blocks_at(arch, module["blocks"], x_BWD, *where, layers, wanted)
         drafts += [now.propose(state_B1D, depth)] if wanted else []
         written.append(layers)
     return tuple(drafts), SequentialCache(tuple(written), tail_BJD)
 
 
-def _draft_in_place(config: Config, params: Params, now: Round) -> tuple:
+def _draft_in_place(arch: Arch, params: Params, now: Round) -> tuple:
     """`draft` without attention: every depth runs at the position that produced the newest token, and there alone."""
 
     def depths(which: range, hidden_B1D: jax.Array, token_B1: jax.Array) -> tuple[tuple, jax.Array]:
         drafts = []
         for depth in which:
-            module = _module(config, params, depth)
-            state_B1D = _join(config, module, now.embed(token_B1), hidden_B1D)
+            module = _module(arch, params, depth)
+            state_B1D = _join(arch, module, now.embed(token_B1), hidden_B1D)
             for block in module["blocks"]:
-                state_B1D = base.without_attention(config, block, state_B1D)
-            hidden_B1D = _handed_on(config, params, module, state_B1D)
+                state_B1D = base.without_attention(arch, block, state_B1D)
+            hidden_B1D = _handed_on(arch, params, module, state_B1D)
             drafts.append(now.propose(state_B1D, depth))
             token_B1 = drafts[-1].tokens_BP
         return tuple(drafts), hidden_B1D

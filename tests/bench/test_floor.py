@@ -3,7 +3,7 @@
 import pytest
 from reference.models import small_config
 
-from mtp_jax.cli.bench.decode import bytes_touched
+from mtp_jax.bench.floor import bytes_touched
 
 TABLE, BLOCK = 24 * 16, 1952
 LORA = 3 * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24))

@@ -1,0 +1,1 @@
+"""What `mtp bench` and the scripts in benchmarks/ measure with: functions that return figures and print nothing."""

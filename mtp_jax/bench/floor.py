@@ -1,0 +1,74 @@
+"""The floor under decoding: bytes that a step must read, and how fast this device reads."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import Config
+from mtp_jax.model import mtp
+from mtp_jax.model.cache import LayerCache
+from mtp_jax.model.heads import FAMILIES
+
+
+def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[float, float]:
+    """Bytes that a plain step and a drafting round must read at least: weights once, and the live cache.
+
+    Args:
+      config: the model.
+      batch: rows.
+      live: mean live tokens per row.
+      heads: heads that draft.
+
+    Returns:
+      Bytes of a step and of a round; the round adds those heads with their caches, and the unembedding as often as
+      they go through it: once for heads that draft together, once each for a chain of tokens.
+    """
+    c = config.model
+    size = jnp.dtype(c.dtype).itemsize
+    params = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
+    table = c.vocab_size * c.d_model
+    blocks = _count(params["blocks"])
+    plain = size * (blocks + c.num_layers * 2 * batch * live * c.num_kv_heads * c.head_dim + table)
+    if not heads:
+        return plain, plain
+    facts = config.heads.facts
+    # A module that serves every depth is read again for each; the near heads of an anticausal chain need the far ones.
+    # Masks run through the model's own blocks in the same pass; their LoRA factors serve all of them.
+    sets = 1 if facts.needs_all else heads if facts.one_set else heads / (config.heads.num_future - 1)
+    own = sets * _count(params["heads"])
+    draft_table = config.heads.draft_vocab * c.d_model or table
+    tables = 0 if config.heads.unembed == "own" else (heads if facts.chains_tokens else 1) * draft_table
+    slots = jax.eval_shape(lambda: FAMILIES[config.heads.kind].init_cache(config.arch, batch, 1, heads))
+    caches = live * sum(_count(cache) / cache.slots for cache in _layer_caches(slots))
+    return plain, plain + size * (own + tables + caches)
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _layer_caches(tree: Any) -> list[LayerCache]:
+    def is_cache(node: Any) -> bool:
+        return isinstance(node, LayerCache)
+
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_cache) if is_cache(node)]
+
+
+def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:
+    """Bytes per second at which this device reads an array of that size, by matrix-vector products.
+
+    The array is as large as the model, so that what fits in a cache for the one does so for the other.
+    """
+    width = 1024
+    matrix_RW = jnp.ones((max(int(num_bytes / 4 / width), 1), width))
+    product = jax.jit(lambda matrix_RW, vector_W: matrix_RW @ vector_W)
+    vector_W = jnp.ones((width,))
+    product(matrix_RW, vector_W).block_until_ready()
+    count = 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        product(matrix_RW, vector_W).block_until_ready()
+        count += 1
+    return count * matrix_RW.nbytes / (time.perf_counter() - began)

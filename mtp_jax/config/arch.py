@@ -1,0 +1,94 @@
+"""What computes: the model and its heads. `model`, `decode` and `convert` know an `Arch` and nothing else of a run."""
+
+import dataclasses
+
+from mtp_jax.config.checks import require
+from mtp_jax.config.heads import HeadsConfig
+from mtp_jax.config.model import ModelConfig
+from mtp_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """A decoder language model with its heads."""
+
+    model: ModelConfig = ModelConfig()
+    heads: HeadsConfig = HeadsConfig()
+
+    def __post_init__(self) -> None:
+        model = self.model
+        heads = self.heads
+        require(
+            -model.num_layers <= heads.tap <= model.num_layers,
+            f"heads.tap={heads.tap} is out of range for model.num_layers={model.num_layers}; "
+            f"use -{model.num_layers}..{model.num_layers} (-1 is the input of the last block)",
+        )
+        require(
+            -model.num_layers <= heads.init_block < model.num_layers,
+            f"heads.init_block={heads.init_block} is out of range for model.num_layers={model.num_layers}; "
+            f"use -{model.num_layers}..{model.num_layers - 1}",
+        )
+        require(
+            heads.lora_rank == 0 or model.num_experts == 0,
+            f"heads.lora_rank={heads.lora_rank} with model.num_experts={model.num_experts}: LoRA of experts is not "
+            "implemented; use lora_rank=0",
+        )
+        require(
+            heads.lora_rank == 0 or model.gated,
+            f"heads.lora_rank={heads.lora_rank} with model.gated=False: LoRA of ungated layers is not implemented; use "
+            "lora_rank=0",
+        )
+        require(
+            heads.input_norm or model.norm_position == "pre",
+            f"heads.input_norm=False needs blocks with model.norm_position='pre', not {model.norm_position!r}",
+        )
+        require(
+            not heads.draft_vocab or heads.num_future > 1,
+            f"heads.draft_vocab={heads.draft_vocab} is for extra heads, and heads.num_future=1 has none; use 2 or more",
+        )
+        require(
+            heads.draft_vocab < model.vocab_size,
+            f"heads.draft_vocab={heads.draft_vocab} must be below model.vocab_size={model.vocab_size}; 0 drafts over "
+            "all tokens",
+        )
+
+    @property
+    def tap(self) -> int:
+        """Blocks below the tapped state, counted from the bottom: 0..L."""
+        return self.heads.tap if self.heads.tap >= 0 else self.model.num_layers + self.heads.tap
+
+
+def equal_parameter_layers(total_layers: int, num_future: int) -> int:
+    """Layers of the next-token path that leave the parameter count of a plain `total_layers` model unchanged.
+
+    Each extra parallel head owns one block, so `num_future - 1` blocks move from the trunk into the heads
+    (Gloeckle et al. 2024, section 2): 32 layers with 4 heads are a 29-layer LM and 3 one-block heads.
+
+    Args:
+      total_layers: layers of the plain model that sets the parameter budget.
+      num_future: M, prediction heads including the next-token head.
+
+    Returns:
+      `model.num_layers` for the model with heads.
+    """
+    layers = total_layers - (num_future - 1)
+    if layers < 1:
+        raise UserError(
+            f"equal_parameter_layers: {total_layers} layers cannot give one block to each of {num_future - 1} extra "
+            f"heads and keep one; use num_future <= {total_layers}"
+        )
+    return layers
+
+
+def check_divisible(arch: Arch, width: int, tensor: int) -> None:
+    """Refuses a model whose width does not split over so many devices, or its heads and the like over so many."""
+    model = arch.model
+    for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
+        value = getattr(model, name)
+        require(value % tensor == 0, f"model.{name}={value} does not divide over mesh.tensor={tensor} devices")
+    rows = arch.heads.draft_vocab
+    require(rows % tensor == 0, f"heads.draft_vocab={rows} does not divide over mesh.tensor={tensor} devices")
+    require(
+        model.d_model % width == 0,
+        f"model.d_model={model.d_model} does not divide over mesh.fsdp * mesh.context = {width} devices",
+    )
