@@ -22,9 +22,10 @@ from reporting import RESULTS, Report
 
 from mtp_jax.bench.timing import in_turns
 from mtp_jax.bench.train import Step, memory
-from mtp_jax.cli.common import read_config, say
+from mtp_jax.cli.common import read_config
 from mtp_jax.config import Config, DecodeConfig
 from mtp_jax.cost.hardware import chip
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from shapes import config
 from mtp_jax import sharding
 from mtp_jax.aot import flops, programs
 from mtp_jax.bench.train import measure
-from mtp_jax.cli.common import say
 from mtp_jax.config import Config
 from mtp_jax.cost.flops import step_flops
+from mtp_jax.runs.progress import say
 
 POLICIES = ("none", "dots", "block", "offload")
 

@@ -21,9 +21,9 @@ from shapes import config
 
 from mtp_jax import Config
 from mtp_jax.bench.train import measure
-from mtp_jax.cli.common import say
 from mtp_jax.cost.flops import step_flops
 from mtp_jax.model import mtp
+from mtp_jax.runs.progress import say
 
 BASE = {"batch_size": 4, "seq_len": 256, "total_layers": 4, "vocab_size": 8192, "num_future": 4}
 STARTS = {"batch_size": 2, "seq_len": 128, "total_layers": 4, "vocab_size": 4096, "num_future": 1}

@@ -18,7 +18,7 @@ from reporting import RESULTS, Report
 from shapes import config
 
 from mtp_jax.bench.train import measure
-from mtp_jax.cli.common import say
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)

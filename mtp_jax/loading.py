@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 from mtp_jax.runs.ancestry import origin_folder
 from mtp_jax.runs.programs import bounded
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +152,11 @@ def _logits(arch: Arch, params: Any, tokens_BT: jax.Array) -> jax.Array:
     return mtp.logits(arch, params, hidden_MBTD)
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def load(
     source: str | pathlib.Path,
     dtype: str | None = None,
     mesh: Mesh | None = None,
-    notify: Callable[[str], None] = _to_stderr,
+    notify: Callable[[str], None] = say,
     *,
     ignore: Sequence[str] = (),
     heads_from: str | pathlib.Path | None = None,

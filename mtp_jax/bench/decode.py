@@ -17,10 +17,10 @@ from mtp_jax.config import Config, MeshConfig
 from mtp_jax.data.loader import heldout_prompts, load_heldout
 from mtp_jax.data.store import open_prepared
 from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts
-from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import Timed, mismatches, pair, time_sides
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import mtp
+from mtp_jax.runs.strict_json import strict
 
 SIDES = ("plain", "drafted", "verified", "auto")
 """What is timed. `verified` drafts zeros: a round of it costs what verification costs. `auto` has num_draft="auto"."""
@@ -92,7 +92,7 @@ def measure(
     parting = mismatches(lm, prompts, timed["plain"][0], timed["drafted"][0])
     return figures | {
         "mismatches": {
-            "rate": none_for_nan(parting.rate),
+            "rate": strict(parting.rate),
             "parted_rows": parting.parted,
             "within_margin": parting.within_margin,
             "rows": parting.rows,
@@ -126,8 +126,8 @@ def _figures(timed: Timed) -> dict[str, Any]:
             "ms_per_round": round_ms,
             "tokens_per_round": drafted.stats.tokens_per_round,
             "tokens_per_second": comparison.drafted_tokens_per_second,
-            "accept_at": none_for_nan(drafted.stats.accept_at),
-            "accept_at_given_prev": none_for_nan(drafted.stats.accept_at_given_prev),
+            "accept_at": strict(drafted.stats.accept_at),
+            "accept_at_given_prev": strict(drafted.stats.accept_at_given_prev),
             "verify_ms": verify_ms,
             "draft_share": max(0.0, 1 - verify_ms / round_ms),
         },

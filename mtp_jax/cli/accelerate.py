@@ -12,12 +12,13 @@ from rich.table import Table
 from mtp_jax.accelerate import report
 from mtp_jax.accelerate.plan import Settings
 from mtp_jax.accelerate.stages import accelerate
-from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.cli.common import parse, print_json
 from mtp_jax.config import FACTS, families
 from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import COLUMNS
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.freed_memory import keep_freed_memory
+from mtp_jax.runs.progress import say
 from mtp_jax.training.start import config_of
 
 SHOWN = 6

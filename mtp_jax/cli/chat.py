@@ -4,11 +4,12 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 
-from mtp_jax.cli.common import parse, say
+from mtp_jax.cli.common import parse
 from mtp_jax.cli.options import Decoding, open_model, options_of, statistics, with_best_draft
 from mtp_jax.decode.conversation import Conversation, Piece
 from mtp_jax.decode.generate import Generation
 from mtp_jax.errors import UserError
+from mtp_jax.runs.progress import say
 
 NEW = "/new"
 GREEN = "\x1b[32m"

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import pathlib
 import re
 import runpy
@@ -20,6 +19,7 @@ from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import HEAD_COLUMNS, head_rows, summary
 from mtp_jax.eval.report import Evaluation
+from mtp_jax.runs.strict_json import strict
 
 T = TypeVar("T")
 Run = TypeVar("Run", bound=Config)
@@ -108,15 +108,7 @@ def read_config(path: str) -> Config:
 
 def print_json(value: Any) -> None:
     """Prints one JSON object on standard output. Numbers that are not finite become null, for strict readers."""
-    print(json.dumps(_strict(value)))
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(strict(value)))
 
 
 def own_directory(source: str) -> pathlib.Path:
@@ -132,11 +124,6 @@ def own_directory(source: str) -> pathlib.Path:
     if is_run(path):
         return path
     return fetch.cache() / source.strip("/.").replace("/", "--")
-
-
-def say(text: str) -> None:
-    """Prints a line of progress on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def print_evaluation(evaluation: Evaluation, facts: dict[str, str]) -> None:

@@ -13,12 +13,13 @@ from rich.table import Table
 
 from mtp_jax.aot import programs, topology
 from mtp_jax.aot.report import Report, report
-from mtp_jax.cli.common import parse_run, print_json, say
+from mtp_jax.cli.common import parse_run, print_json
 from mtp_jax.config import Config
 from mtp_jax.cost.flops import step_flops
 from mtp_jax.cost.hardware import Chip, chip
 from mtp_jax.errors import UserError
 from mtp_jax.model.mtp import count_params
+from mtp_jax.runs.progress import say
 from mtp_jax.sharding import mesh_of
 
 DESCRIPTION = (

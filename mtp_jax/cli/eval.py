@@ -5,7 +5,7 @@ import pathlib
 
 import tyro
 
-from mtp_jax.cli.common import own_directory, parse, print_evaluation, print_json, say
+from mtp_jax.cli.common import own_directory, parse, print_evaluation, print_json
 from mtp_jax.data.loader import load_heldout
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
@@ -14,6 +14,7 @@ from mtp_jax.eval.report import heldout_losses, with_decoding
 from mtp_jax.loading import LoadedModel, is_run, load
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.integrity import new_directories
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,11 @@ from typing import Literal, get_args
 
 import tyro
 
-from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.cli.common import parse, print_json
 from mtp_jax.cli.import_ import FormName
 from mtp_jax.convert.writer import export_model
 from mtp_jax.loading import load
+from mtp_jax.runs.progress import say
 
 FormOrAuto = Literal[("auto", *get_args(FormName))]
 

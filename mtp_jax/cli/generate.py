@@ -8,13 +8,14 @@ from typing import Any
 
 import tyro
 
-from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.cli.common import parse, print_json
 from mtp_jax.cli.options import Decoding, open_model, options_of, statistics, with_best_draft
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
 from mtp_jax.decode.prompts import is_conversation
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,12 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
-from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.cli.common import parse, print_json
 from mtp_jax.config import FACTS, HeadsConfig
 from mtp_jax.convert.forms import FORMS
 from mtp_jax.convert.importer import import_model
 from mtp_jax.errors import UserError
+from mtp_jax.runs.progress import say
 
 FormName = Literal["none", "mtp", "qwen", "deepseek", "mimo", "eagle", "medusa", "vllm", "caft", "meta"]
 assert set(get_args(FormName)) == {*FORMS, "none"}

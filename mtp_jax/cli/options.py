@@ -6,12 +6,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mtp_jax.cli.common import own_directory, say
+from mtp_jax.cli.common import own_directory
 from mtp_jax.convert.fetch import is_named
 from mtp_jax.decode.result import Generation
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
 from mtp_jax.runs.compiled import keep_compiled
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)

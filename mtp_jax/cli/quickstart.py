@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mtp_jax.cli.common import own_directory, parse_over, print_evaluation, print_json, say
+from mtp_jax.cli.common import own_directory, parse_over, print_evaluation, print_json
 from mtp_jax.config import (
     Config,
     DataConfig,
@@ -36,6 +36,7 @@ from mtp_jax.model.mtp import count_params
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.freed_memory import keep_freed_memory
 from mtp_jax.runs.metrics import read_metrics
+from mtp_jax.runs.progress import say
 from mtp_jax.runs.workdir import check_run
 from mtp_jax.training.budget import steps_within
 from mtp_jax.training.console import RunConsole

@@ -7,13 +7,14 @@ import sys
 
 import jax
 
-from mtp_jax.cli.common import parse_run, print_json, say
+from mtp_jax.cli.common import parse_run, print_json
 from mtp_jax.config import Config
 from mtp_jax.convert.starting import with_run
 from mtp_jax.errors import UserError
 from mtp_jax.runs.distributed import Distributed, together
 from mtp_jax.runs.freed_memory import keep_freed_memory
 from mtp_jax.runs.metrics import read_metrics
+from mtp_jax.runs.progress import say
 from mtp_jax.training.console import RunConsole
 from mtp_jax.training.loop import TrainResult, train
 

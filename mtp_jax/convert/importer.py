@@ -15,13 +15,14 @@ from mtp_jax.config import Arch, Config, HeadsConfig, MeshConfig, to_json
 from mtp_jax.convert import forms
 from mtp_jax.convert.head_writer import choose_form
 from mtp_jax.convert.origin import Origin, keep_origin, origin_of
-from mtp_jax.convert.reader import Notify, open_checkpoint, read_params, to_stderr
+from mtp_jax.convert.reader import Notify, open_checkpoint, read_params
 from mtp_jax.convert.tokenizer import HubTokenizer, check_size, save_for_training
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 from mtp_jax.runs.ancestry import ORIGIN, note_start
 from mtp_jax.runs.checkpoint import Checkpoints
 from mtp_jax.runs.integrity import whole_directory
+from mtp_jax.runs.progress import say
 from mtp_jax.runs.workdir import CONFIG
 
 
@@ -47,7 +48,7 @@ def import_model(
     ignore: Sequence[str] = (),
     seed: int = 0,
     mesh: Mesh | None = None,
-    notify: Notify = to_stderr,
+    notify: Notify = say,
 ) -> Config:
     """Makes a model directory of ours from a checkpoint; `load`, `mtp generate` and `train.init_from` take it.
 

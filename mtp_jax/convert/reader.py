@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -26,11 +25,6 @@ from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 
 Notify = Callable[[str], None]
-
-
-def to_stderr(line: str) -> None:
-    """A line of progress."""
-    print(line, file=sys.stderr, flush=True)
 
 
 HEADS_FOLDER = "heads"

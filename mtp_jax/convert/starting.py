@@ -2,19 +2,15 @@
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from mtp_jax.config import Config, OptimConfig, TrainConfig, override
 from mtp_jax.convert import fetch
+from mtp_jax.runs.progress import say
 from mtp_jax.training.start import config_of
 
 Notify = Callable[[str], None]
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config:
@@ -35,7 +31,7 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
     Raises:
       UserError: no such directory, an unknown section or field, or a value that the schema refuses.
     """
-    directory = run_of(source, _to_stderr).expanduser().absolute()
+    directory = run_of(source, say).expanduser().absolute()
     start = config_of(directory, "start_from")
     tokenizer = directory / "data" / "tokenizer.json"
     heads_only = sections.get("train", {}).get("trainable") == "heads"

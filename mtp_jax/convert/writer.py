@@ -18,11 +18,12 @@ from mtp_jax.convert.layout import Architecture, differing
 from mtp_jax.convert.layouts import normalised
 from mtp_jax.convert.meta import META, PARAMS
 from mtp_jax.convert.origin import Origin, copied
-from mtp_jax.convert.reader import Notify, to_stderr
+from mtp_jax.convert.reader import Notify
 from mtp_jax.convert.settings import shortest_pattern
 from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both, write_template
 from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import whole_directory
+from mtp_jax.runs.progress import say
 from mtp_jax.trees import by_path
 
 
@@ -44,7 +45,7 @@ def export_model(
     form: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    notify: Notify = to_stderr,
+    notify: Notify = say,
 ) -> str:
     """Writes a model as a directory that others load: transformers, vLLM, SGLang.
 

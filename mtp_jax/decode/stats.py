@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mtp_jax.runs.strict_json import strict
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeStats:
@@ -113,13 +115,4 @@ class DecodeStats:
             "compile_seconds": self.compile_seconds,
             "tokens_per_second": self.tokens_per_second,
         }
-        return none_for_nan(values)
-
-
-def none_for_nan(value: Any) -> Any:
-    """A tree for strict JSON: None where a number is undefined."""
-    if isinstance(value, dict):
-        return {name: none_for_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [none_for_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+        return strict(values)

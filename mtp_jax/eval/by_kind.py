@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import TIMED_RUNS, OneByOne, Timed, merge
 from mtp_jax.loading import LoadedModel
+from mtp_jax.runs.strict_json import strict
 
 PLAIN = "plain"
 RESAMPLES = 2000
@@ -52,7 +52,7 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """The fields as a dict for JSON, with None for what was not measured."""
-        return none_for_nan(dataclasses.asdict(self) | {"accepted": list(self.accepted)})
+        return strict(dataclasses.asdict(self) | {"accepted": list(self.accepted)})
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> "Result":

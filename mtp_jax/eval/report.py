@@ -13,12 +13,12 @@ from mtp_jax.data.loader import check_prompts, count_prompts, heldout_batches, h
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.decode.detokenize import continuation
 from mtp_jax.decode.generate import generate
-from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import Comparison, compare
 from mtp_jax.eval.answers import Answers, answers
 from mtp_jax.loading import LoadedModel
 from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.runs.metrics import bits_per_byte, distinct_ratio
+from mtp_jax.runs.strict_json import strict
 from mtp_jax.training.step import eval_step, heldout_sums, xent_spec
 
 MOST_ANSWERS = 1000
@@ -82,7 +82,7 @@ class Evaluation(Losses):
                 "tokens_per_second": self.decoding.drafted_tokens_per_second,
                 "plain_tokens_per_second": self.decoding.plain_tokens_per_second,
             }
-        return none_for_nan(result)
+        return strict(result)
 
 
 def evaluate(

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mtp_jax.decode.generate import Generation, stream
-from mtp_jax.decode.stats import none_for_nan
 from mtp_jax.eval.acceptance import Comparison, OneByOne, pair
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.metrics import distinct_ratio
+from mtp_jax.runs.strict_json import strict
 
 PLAIN = "plain"
 DRAFTED = "drafted"
@@ -120,7 +120,7 @@ class SideBySide:
             "round_ms": statistics.fmean(one.round_ms for one in self.pairs),
             "prompts": each,
         }
-        return none_for_nan(result)
+        return strict(result)
 
 
 def side_by_side(

@@ -16,6 +16,7 @@ import jax
 import tensorboardX
 
 from mtp_jax.errors import UserError
+from mtp_jax.runs.strict_json import strict
 
 METRICS = "metrics.jsonl"
 
@@ -65,7 +66,7 @@ class MetricsWriter:
         """
         if self._file is None:
             return
-        values = {name: _plain(value) for name, value in scalars.items()}
+        values = strict(dict(scalars))
         try:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -120,14 +121,6 @@ def _drop_after(path: pathlib.Path, last: int) -> list[dict[str, Any]]:
         os.fsync(file.fileno())
     os.replace(temporary, path)
     return kept
-
-
-def _plain(value: Any) -> float | int | list | None:
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bits_per_byte(nll_sum_nats: float, num_bytes: int) -> float:

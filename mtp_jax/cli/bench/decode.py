@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.bench.decode import SIDES, measure, random_model, random_prompts, text_prompts
-from mtp_jax.cli.common import parse, print_json, read_config, say
+from mtp_jax.cli.common import parse, print_json, read_config
 from mtp_jax.decode.drafters import make_drafter
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)

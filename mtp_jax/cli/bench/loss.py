@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.bench.loss import COLUMNS, FORMS, Setting, cells, measure
-from mtp_jax.cli.common import parse, print_json, say
+from mtp_jax.cli.common import parse, print_json
 from mtp_jax.config import ModelConfig
 from mtp_jax.errors import UserError
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)

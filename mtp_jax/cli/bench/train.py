@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.bench.train import measure
-from mtp_jax.cli.common import parse_run, print_json, say
+from mtp_jax.cli.common import parse_run, print_json
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
+from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)
