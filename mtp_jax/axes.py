@@ -23,12 +23,16 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | S      | key positions, or slots of a cache                                                     |
 | T      | positions of a training row                                                            |
 | R      | rank of a LoRA update                                                                  |
+| U      | several axes as one: M B T tokens of a loss, G T queries of a key/value head           |
 | V      | vocabulary                                                                             |
-| W      | tokens of a soft target; positions of a window                                         |
+| W      | tokens of a soft target; positions of a window; the P masks of an anchor as keys       |
 | X      | anchors: positions beside which mask tokens stand                                      |
 | Y      | mask tokens of a row, X P of them                                                      |
 | Z      | tokens and mask tokens of a decoding forward, Q + Y                                    |
 | e      | experts that a token takes, of E                                                       |
+| s, t   | the first slots of S, a block of the T queries                                         |
+| n      | blocks of queries                                                                      |
+| v      | tokens of a draft vocabulary, of V                                                     |
 | h      | dimension pairs of a head that turn, H/2 or fewer                                      |
 """
 

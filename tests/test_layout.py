@@ -2,15 +2,18 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from mtp_jax import axes
 from mtp_jax.config import FACTS
 from mtp_jax.model.heads import FAMILIES
 
 ROOT = pathlib.Path(__file__).parents[1] / "mtp_jax"
+MODULES = sorted(ROOT.rglob("*.py"))
 
 # Package-internal imports that each part may make; `errors` is open to all. An edge that is not here needs a reason in
 # the commit that adds it.
@@ -59,7 +62,7 @@ def imported_parts(path: pathlib.Path) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("mtp_jax.")} - {"errors", "__version__"}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_table(path):
     """imports(file) is a subset of ALLOWED[part] plus the part itself. Fails on any new cross-edge."""
     part = part_of(path)
@@ -69,7 +72,7 @@ def test_imports_follow_the_table(path):
 OF_FAMILIES = {"config/heads.py", *(f"model/heads/{path.name}" for path in (ROOT / "model" / "heads").iterdir())}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_other_file_asks_for_a_family_by_name(path):
     """What a family is stands in its row of `config.heads.FACTS`: no file but those of families compares `kind` with a
     name. Fails on `heads.kind == "masks"` anywhere else."""
@@ -127,3 +130,52 @@ def test_no_public_name_is_shadowed_by_a_module():
 
     modules = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")}
     assert not modules & set(mtp_jax.__all__)
+
+
+LEGEND = set(re.findall(r"^\| ([A-Za-z](?:, [A-Za-z])*) +\|", axes.__doc__, flags=re.M))
+LETTERS = {letter for entry in LEGEND for letter in entry.split(", ")}
+SUFFIX = re.compile(r"^_?[a-z][a-z0-9_]*?_([A-Za-z0-9]*[A-Z][A-Za-z0-9]*)$")
+
+
+def shape_of(name: str) -> str:
+    """The shape at the end of a name, or nothing."""
+    match = SUFFIX.match(name)
+    return match.group(1) if match else ""
+
+
+def names_in(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_suffixes_are_of_the_glossary(path):
+    """Every axis letter at the end of an array's name stands in `axes.py`. Breaks with a letter that is not there."""
+    shapes = {name: shape_of(name) for name in names_in(ast.parse(path.read_text()))}
+    unknown = {name for name, shape in shapes.items() if set(shape) - LETTERS - set("0123456789")}
+    assert not unknown
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_products_agree_with_the_names_around_them(path):
+    """The letters of an einsum are the suffixes of its operands and of what it is assigned to. Breaks with another
+    letter on either side."""
+    wrong = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        call = node.value if isinstance(node, ast.Assign) else node
+        if not isinstance(call, ast.Call) or not call.args or not isinstance(call.args[0], ast.Constant):
+            continue
+        letters = re.fullmatch(r"([A-Za-z1,]+)->([A-Za-z1]*)", str(call.args[0].value))
+        if not letters:
+            continue
+        given = zip(letters.group(1).split(","), call.args[1:], strict=True)
+        found = [(part, operand.id) for part, operand in given if isinstance(operand, ast.Name)]
+        found += [(letters.group(2), target.id) for target in targets if isinstance(target, ast.Name)]
+        wrong += [(part, name) for part, name in found if shape_of(name) and shape_of(name) != part]
+    assert not wrong

@@ -62,13 +62,13 @@ def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:
     The array is as large as the model, so that what fits in a cache for the one does so for the other.
     """
     width = 1024
-    matrix_RW = jnp.ones((max(int(num_bytes / 4 / width), 1), width))
-    product = jax.jit(lambda matrix_RW, vector_W: matrix_RW @ vector_W)
-    vector_W = jnp.ones((width,))
-    product(matrix_RW, vector_W).block_until_ready()
+    matrix_IO = jnp.ones((max(int(num_bytes / 4 / width), 1), width))
+    product = jax.jit(lambda matrix_IO, vector_O: matrix_IO @ vector_O)
+    vector_O = jnp.ones((width,))
+    product(matrix_IO, vector_O).block_until_ready()
     count = 0
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
-        product(matrix_RW, vector_W).block_until_ready()
+        product(matrix_IO, vector_O).block_until_ready()
         count += 1
-    return count * matrix_RW.nbytes / (time.perf_counter() - began)
+    return count * matrix_IO.nbytes / (time.perf_counter() - began)

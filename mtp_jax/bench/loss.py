@@ -164,15 +164,15 @@ def exact_gradients(*arrays: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     dhidden_MBTD = np.zeros(hidden_MBTD.shape)
     dtable_VD = np.zeros(table_VD.shape)
     for m, hidden_BTD in enumerate(hidden_MBTD.astype(np.float64)):
-        hidden_XD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        target_X = targets_MBT[m].reshape(-1)
-        z_XV = hidden_XD @ table_VD.T
-        dz_XV = np.exp(z_XV - z_XV.max(axis=1, keepdims=True))
-        dz_XV /= dz_XV.sum(axis=1, keepdims=True)
-        dz_XV[np.arange(len(target_X)), target_X] -= 1
-        dz_XV *= weights_MBT[m].reshape(-1, 1)
-        dhidden_MBTD[m] = (dz_XV @ table_VD).reshape(hidden_BTD.shape)
-        dtable_VD += dz_XV.T @ hidden_XD
+        hidden_UD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        target_U = targets_MBT[m].reshape(-1)
+        z_UV = hidden_UD @ table_VD.T
+        dz_UV = np.exp(z_UV - z_UV.max(axis=1, keepdims=True))
+        dz_UV /= dz_UV.sum(axis=1, keepdims=True)
+        dz_UV[np.arange(len(target_U)), target_U] -= 1
+        dz_UV *= weights_MBT[m].reshape(-1, 1)
+        dhidden_MBTD[m] = (dz_UV @ table_VD).reshape(hidden_BTD.shape)
+        dtable_VD += dz_UV.T @ hidden_UD
     return dhidden_MBTD, dtable_VD
 
 

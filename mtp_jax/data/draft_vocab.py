@@ -29,8 +29,8 @@ class DraftVocab:
           vocab_size: V.
         """
         counts_V = token_counts(rows.tokens, vocab_size, rows.learn)
-        ids_N = np.sort(np.argsort(-counts_V, kind="stable")[:count]).astype(np.int32)
-        return cls(ids_N, vocab_size, float(counts_V[ids_N].sum() / counts_V.sum()))
+        ids_v = np.sort(np.argsort(-counts_V, kind="stable")[:count]).astype(np.int32)
+        return cls(ids_v, vocab_size, float(counts_V[ids_v].sum() / counts_V.sum()))
 
     def share_of(self, rows: PackedRows) -> float:
         """Share of the learned tokens of a text that are in the draft vocabulary."""

@@ -42,5 +42,5 @@ def _predicted(lm: LoadedModel, documents_BT: np.ndarray, prompt: int, dummy: in
     inputs_BT = documents_BT.copy()
     if dummy >= 0:
         inputs_BT[:, prompt:] = dummy
-    tokens_BN = np.asarray(lm.logits(inputs_BT)[0, :, prompt - 1 : -1]).argmax(-1)
-    return (tokens_BN == documents_BT[:, prompt:]).all(1)
+    tokens_BT = np.asarray(lm.logits(inputs_BT)[0, :, prompt - 1 : -1]).argmax(-1)
+    return (tokens_BT == documents_BT[:, prompt:]).all(1)

@@ -53,14 +53,14 @@ def attention(
     K, S = k_BKSH.shape[1:3]
     # Attention heads first, and the queries of a group in one axis: then it is a batched product without a transpose.
     q_BKGTH = (q_BTNH * spec.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    q_BKRH = q_BKGTH.reshape(B, K, N // K * T, H)
-    scores_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = capped(scores_BKRS, spec).reshape(B, K, N // K, T, S)
+    q_BKUH = q_BKGTH.reshape(B, K, N // K * T, H)
+    scores_BKUS = jnp.einsum("BKUH,BKSH->BKUS", q_BKUH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGTS = capped(scores_BKUS, spec).reshape(B, K, N // K, T, S)
     visible_BTS = visible(query_slots_BT, segment_ids_BS, S, spec.window)
     scores_BKGTS = jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    probs_BKRS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
-    mixed_BKRH = jnp.einsum("BKRS,BKSH->BKRH", probs_BKRS, v_BKSH)
-    return mixed_BKRH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    probs_BKUS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype).reshape(scores_BKUS.shape)
+    mixed_BKUH = jnp.einsum("BKUS,BKSH->BKUH", probs_BKUS, v_BKSH)
+    return mixed_BKUH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def cached_attention(
@@ -120,8 +120,8 @@ def attention_beside(
     q_BXPNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
-    own_k_BXPKH: jax.Array,
-    own_v_BXPKH: jax.Array,
+    own_k_BXWKH: jax.Array,
+    own_v_BXWKH: jax.Array,
     where: Anchors,
     spec: AttnSpec,
 ) -> jax.Array:
@@ -134,8 +134,8 @@ def attention_beside(
       q_BXPNH: extra queries.
       k_BKSH: keys of the sequence by slot.
       v_BKSH: values of the sequence by slot.
-      own_k_BXPKH: keys of the extra queries.
-      own_v_BXPKH: values of the extra queries.
+      own_k_BXWKH: keys of the extra queries.
+      own_v_BXWKH: values of the extra queries.
       where: the slots that the anchors see, and the slots of the queries.
       spec: scale, soft cap and window.
 
@@ -147,7 +147,7 @@ def attention_beside(
     q_BXPKGH = (q_BXPNH * spec.scale).reshape(B, X, P, K, N // K, H)
     exact = {"preferred_element_type": jnp.float32}
     scores_BKGXPS = jnp.einsum("BXPKGH,BKSH->BKGXPS", q_BXPKGH, k_BKSH, **exact)
-    own_BKGXPW = jnp.einsum("BXPKGH,BXWKH->BKGXPW", q_BXPKGH, own_k_BXPKH, **exact)
+    own_BKGXPW = jnp.einsum("BXPKGH,BXWKH->BKGXPW", q_BXPKGH, own_k_BXWKH, **exact)
     visible_BXPS = where.visible_BXS[:, :, None, :]
     sees_BXPW = jnp.tril(jnp.ones((P, P), bool))[None, None]
     if spec.window is not None:
@@ -159,5 +159,5 @@ def attention_beside(
     own_BKGXPW = jnp.where(sees_BXPW[:, None, None], capped(own_BKGXPW, spec), least)
     probs = jax.nn.softmax(jnp.concatenate([scores_BKGXPS, own_BKGXPW], axis=-1), axis=-1).astype(v_BKSH.dtype)
     mixed_BXPKGH = jnp.einsum("BKGXPS,BKSH->BXPKGH", probs[..., :S], v_BKSH)
-    mixed_BXPKGH += jnp.einsum("BKGXPW,BXWKH->BXPKGH", probs[..., S:], own_v_BXPKH)
+    mixed_BXPKGH += jnp.einsum("BKGXPW,BXWKH->BXPKGH", probs[..., S:], own_v_BXWKH)
     return mixed_BXPKGH.reshape(B, X, P, N, H)

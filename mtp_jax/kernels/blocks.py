@@ -88,26 +88,26 @@ def _forward(spec: AttnSpec, row: _Row) -> tuple[jax.Array, tuple[_Row, jax.Arra
     size, parts = _parts(T, S)
     queries = _cut(row.q_BTNH * spec.scale, size, K), _cut_slots(row.slots_BT, size)
 
-    def attend(part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z_BKRs, seen = _scores(spec, row, part, q_BKRH, slots_Bb)
-        z_BKRs = jnp.where(seen, z_BKRs, jnp.finfo(jnp.float32).min)
-        max_BKR1 = jnp.max(z_BKRs, axis=-1, keepdims=True)
-        exp_BKRs = jnp.exp(z_BKRs - max_BKR1)
-        sum_BKR1 = jnp.sum(exp_BKRs, axis=-1, keepdims=True)
+    def attend(part: _Part, q_BKUH: jax.Array, slots_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z_BKUs, seen = _scores(spec, row, part, q_BKUH, slots_Bt)
+        z_BKUs = jnp.where(seen, z_BKUs, jnp.finfo(jnp.float32).min)
+        max_BKU1 = jnp.max(z_BKUs, axis=-1, keepdims=True)
+        exp_BKUs = jnp.exp(z_BKUs - max_BKU1)
+        sum_BKU1 = jnp.sum(exp_BKUs, axis=-1, keepdims=True)
         v_BKsH = row.v_BKSH[:, :, : part.slots]
-        mixed_BKRH = _product("BKRs,BKsH->BKRH", exp_BKRs.astype(v_BKsH.dtype), v_BKsH) / sum_BKR1
-        return mixed_BKRH.astype(row.q_BTNH.dtype), (max_BKR1 + jnp.log(sum_BKR1))[..., 0]
+        mixed_BKUH = _product("BKUs,BKsH->BKUH", exp_BKUs.astype(v_BKsH.dtype), v_BKsH) / sum_BKU1
+        return mixed_BKUH.astype(row.q_BTNH.dtype), (max_BKU1 + jnp.log(sum_BKU1))[..., 0]
 
     done = [_each(functools.partial(attend, part), *(x[part.blocks] for x in queries)) for part in parts]
-    mixed_bBKRH, lse_bBKR = (jnp.concatenate(x) for x in zip(*done, strict=True))
+    mixed_nBKUH, lse_nBKU = (jnp.concatenate(x) for x in zip(*done, strict=True))
     # Remat policies keep the results of products by this name. These arrays are kept with them.
-    mixed_BTNH, lse_bBKR = (checkpoint_name(x, LINEAR) for x in (_joined(mixed_bBKRH, T, N), lse_bBKR))
-    return mixed_BTNH, (row, mixed_BTNH, lse_bBKR)
+    mixed_BTNH, lse_nBKU = (checkpoint_name(x, LINEAR) for x in (_joined(mixed_nBKUH, T, N), lse_nBKU))
+    return mixed_BTNH, (row, mixed_BTNH, lse_nBKU)
 
 
 def _backward(spec: AttnSpec, residuals: tuple[_Row, jax.Array, jax.Array], dmixed_BTNH: jax.Array) -> tuple[_Row]:
     """The gradients. With p the probabilities and a the attended values: dz = p (da v^T - da . a)."""
-    row, mixed_BTNH, lse_bBKR = residuals
+    row, mixed_BTNH, lse_nBKU = residuals
     T, N = row.q_BTNH.shape[1:3]
     K, S = row.k_BKSH.shape[1:3]
     size, parts = _parts(T, S)
@@ -117,32 +117,32 @@ def _backward(spec: AttnSpec, residuals: tuple[_Row, jax.Array, jax.Array], dmix
         _cut_slots(row.slots_BT, size),
         _cut(dmixed_BTNH, size, K),
         _cut(own_BTN1, size, K),
-        lse_bBKR,
+        lse_nBKU,
     )
 
     def gradients(part: _Part, sums: tuple, block: tuple) -> tuple[tuple, jax.Array]:
-        q_BKRH, slots_Bb, dmixed_BKRH, own_BKR1, lse_BKR = block
+        q_BKUH, slots_Bt, dmixed_BKUH, own_BKU1, lse_BKU = block
         k_BKsH = row.k_BKSH[:, :, : part.slots]
         v_BKsH = row.v_BKSH[:, :, : part.slots]
-        z_BKRs, seen = _scores(spec, row, part, q_BKRH, slots_Bb)
-        p_BKRs = jnp.where(seen, jnp.exp(z_BKRs - lse_BKR[..., None]), 0)
-        dz_BKRs = p_BKRs * (_product("BKRH,BKsH->BKRs", dmixed_BKRH, v_BKsH) - own_BKR1)
+        z_BKUs, seen = _scores(spec, row, part, q_BKUH, slots_Bt)
+        p_BKUs = jnp.where(seen, jnp.exp(z_BKUs - lse_BKU[..., None]), 0)
+        dz_BKUs = p_BKUs * (_product("BKUH,BKsH->BKUs", dmixed_BKUH, v_BKsH) - own_BKU1)
         if spec.softcap:
-            dz_BKRs *= 1 - (z_BKRs / spec.softcap) ** 2
-        dz_BKRs = dz_BKRs.astype(q_BKRH.dtype)
+            dz_BKUs *= 1 - (z_BKUs / spec.softcap) ** 2
+        dz_BKUs = dz_BKUs.astype(q_BKUH.dtype)
         # [H, s], because for [s, H] a CPU would write a transposed copy of the scores.
-        dk_BKHs = sums[0] + _product("BKRH,BKRs->BKHs", q_BKRH, dz_BKRs)
-        dv_BKHs = sums[1] + _product("BKRH,BKRs->BKHs", dmixed_BKRH, p_BKRs.astype(dmixed_BKRH.dtype))
-        return (dk_BKHs, dv_BKHs), _product("BKRs,BKsH->BKRH", dz_BKRs, k_BKsH)
+        dk_BKHs = sums[0] + _product("BKUH,BKUs->BKHs", q_BKUH, dz_BKUs)
+        dv_BKHs = sums[1] + _product("BKUH,BKUs->BKHs", dmixed_BKUH, p_BKUs.astype(dmixed_BKUH.dtype))
+        return (dk_BKHs, dv_BKHs), _product("BKUs,BKsH->BKUH", dz_BKUs, k_BKsH)
 
     sums_BKHS = (jnp.zeros((*row.k_BKSH.shape[:2], row.k_BKSH.shape[3], S), jnp.float32),) * 2
-    dq_bBKRH = []
+    dq_nBKUH = []
     for part in parts:
         zeros = jax.tree.map(lambda sum_BKHS, part=part: jnp.zeros_like(sum_BKHS[..., : part.slots]), sums_BKHS)
         sums, dq = _scan(functools.partial(gradients, part), zeros, tuple(x[part.blocks] for x in queries))
         sums_BKHS = tuple(whole.at[..., : part.slots].add(new) for whole, new in zip(sums_BKHS, sums, strict=True))
-        dq_bBKRH.append(dq)
-    dq_BTNH = (_joined(jnp.concatenate(dq_bBKRH), T, N) * spec.scale).astype(row.q_BTNH.dtype)
+        dq_nBKUH.append(dq)
+    dq_BTNH = (_joined(jnp.concatenate(dq_nBKUH), T, N) * spec.scale).astype(row.q_BTNH.dtype)
     dk_BKSH, dv_BKSH = (sum_BKHS.swapaxes(2, 3).astype(row.k_BKSH.dtype) for sum_BKHS in sums_BKHS)
     return (_Row(dq_BTNH, dk_BKSH, dv_BKSH, None, None, None),)
 
@@ -151,17 +151,17 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(
-    spec: AttnSpec, row: _Row, part: _Part, q_BKRH: jax.Array, slots_Bb: jax.Array
+    spec: AttnSpec, row: _Row, part: _Part, q_BKUH: jax.Array, slots_Bt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The capped scores of a block over the slots of its part, in float32, and which of them are visible."""
-    B, K, R, _ = q_BKRH.shape
-    size = slots_Bb.shape[1]
+    B, K, U, _ = q_BKUH.shape
+    size = slots_Bt.shape[1]
     s = part.slots
-    z_BKRs = capped(_product("BKRH,BKsH->BKRs", q_BKRH, row.k_BKSH[:, :, :s]), spec)
+    z_BKUs = capped(_product("BKUH,BKsH->BKUs", q_BKUH, row.k_BKSH[:, :, :s]), spec)
     segments_Bs = None if row.segments_BS is None else row.segments_BS[:, :s]
-    seen_Bbs = visible(slots_Bb, segments_Bs, s, row.window)
-    seen_BKGbs = jnp.broadcast_to(seen_Bbs[:, None, None], (B, K, R // size, size, s))
-    return z_BKRs, seen_BKGbs.reshape(B, K, R, s)
+    seen_Bts = visible(slots_Bt, segments_Bs, s, row.window)
+    seen_BKGts = jnp.broadcast_to(seen_Bts[:, None, None], (B, K, U // size, size, s))
+    return z_BKUs, seen_BKGts.reshape(B, K, U, s)
 
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -169,23 +169,23 @@ def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _cut(x_BTNH: jax.Array, size: int, K: int) -> jax.Array:
-    """Cuts [B, T, N, H] into blocks [b, B, K, R, H]. The last block is filled up with zeros."""
+    """Cuts [B, T, N, H] into blocks [n, B, K, U, H]. The last block is filled up with zeros."""
     B, T, N, H = x_BTNH.shape
     x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % size), (0, 0), (0, 0)))
     return x_BTNH.reshape(B, -1, size, K, N // K, H).transpose(1, 0, 3, 4, 2, 5).reshape(-1, B, K, N // K * size, H)
 
 
 def _cut_slots(slots_BT: jax.Array, size: int) -> jax.Array:
-    """Cuts [B, T] into blocks [b, B, size]. The last block is filled up with slot 0."""
+    """Cuts [B, T] into blocks [n, B, t]. The last block is filled up with slot 0."""
     B, T = slots_BT.shape
     return jnp.pad(slots_BT, ((0, 0), (0, -T % size))).reshape(B, -1, size).swapaxes(0, 1)
 
 
-def _joined(x_bBKRH: jax.Array, T: int, N: int) -> jax.Array:
+def _joined(x_nBKUH: jax.Array, T: int, N: int) -> jax.Array:
     """The inverse of `_cut`: [B, T, N, H], without the padding."""
-    b, B, K, R, H = x_bBKRH.shape
-    x_bBKGtH = x_bBKRH.reshape(b, B, K, N // K, R * K // N, H)
-    return x_bBKGtH.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
+    n, B, K, U, H = x_nBKUH.shape
+    x_nBKGtH = x_nBKUH.reshape(n, B, K, N // K, U * K // N, H)
+    return x_nBKGtH.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
 
 
 def _each(function: Callable[..., Any], *blocks: jax.Array) -> Any:

@@ -52,8 +52,8 @@ def _at_once(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
 
 def _row_by_row(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
     """x W, row by row. The result of each row is bit for bit the result of that row alone."""
-    rows_RI = x_BTI.reshape(-1, x_BTI.shape[-1])
-    return jnp.concatenate([row_I[None] @ w_IO for row_I in rows_RI]).reshape(*x_BTI.shape[:2], -1)
+    rows_UI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    return jnp.concatenate([row_I[None] @ w_IO for row_I in rows_UI]).reshape(*x_BTI.shape[:2], -1)
 
 
 def _forward(x_BTI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

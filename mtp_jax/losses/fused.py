@@ -98,10 +98,10 @@ class _Sums(NamedTuple):
 
     loss: jax.Array
     dtable_DV: jax.Array | None
-    ce_N: jax.Array
-    rank_N: jax.Array
-    dhidden_ND: jax.Array | None
-    term_N: jax.Array | None
+    ce_U: jax.Array
+    rank_U: jax.Array
+    dhidden_UD: jax.Array | None
+    term_U: jax.Array | None
 
 
 def _loop_over_chunks(
@@ -114,15 +114,15 @@ def _loop_over_chunks(
     wanted_MBT: jax.Array | None,
     teacher: Teacher | None,
 ) -> tuple:
-    """The loop over this shard's N = M B T tokens and this shard's part of the vocabulary."""
+    """The loop over this shard's U = M B T tokens and this shard's part of the vocabulary."""
     M, B, T, D = hidden_MBTD.shape
-    N = weights_MBT.size
+    U = weights_MBT.size
     V = table_VD.shape[0]
     C = chunk_size(B * T, table_VD.shape[0], spec)
     taught_by = None if teacher is None else teacher.hidden_MBTD
     arrays = (hidden_MBTD, targets, weights_MBT, taught_by)
-    flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(N, *x.shape[3:]), arrays)
-    tokens, chunks = _chunks_of(N if wanted_MBT is None else wanted_MBT.reshape(N), C, spec)
+    flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(U, *x.shape[3:]), arrays)
+    tokens, chunks = _chunks_of(U if wanted_MBT is None else wanted_MBT.reshape(U), C, spec)
 
     def body(i: jax.Array, sums: _Sums) -> _Sums:
         token_C = jax.lax.dynamic_slice_in_dim(tokens, i * C, C)
@@ -143,23 +143,23 @@ def _loop_over_chunks(
         return _Sums(
             sums.loss + chunk.loss,
             dtable_DV,
-            enter(sums.ce_N, chunk.ce_C),
-            enter(sums.rank_N, chunk.rank_C),
-            enter(sums.dhidden_ND, chunk.dh_CD),
-            enter(sums.term_N, chunk.term_C),
+            enter(sums.ce_U, chunk.ce_C),
+            enter(sums.rank_U, chunk.rank_C),
+            enter(sums.dhidden_UD, chunk.dh_CD),
+            enter(sums.term_U, chunk.term_C),
         )
 
     learn = with_grads and spec.learn_table
     start = _Sums(
         loss=jnp.float32(0),
         dtable_DV=jnp.zeros((table_VD.shape[1], V), jnp.float32) if learn else None,
-        ce_N=jnp.zeros(N, jnp.float32),
-        rank_N=jnp.zeros(N, jnp.int32),
-        dhidden_ND=jnp.zeros((N, D), hidden_MBTD.dtype) if with_grads else None,
-        term_N=jnp.zeros(N, jnp.float32) if with_grads else None,
+        ce_U=jnp.zeros(U, jnp.float32),
+        rank_U=jnp.zeros(U, jnp.int32),
+        dhidden_UD=jnp.zeros((U, D), hidden_MBTD.dtype) if with_grads else None,
+        term_U=jnp.zeros(U, jnp.float32) if with_grads else None,
     )
     sums = jax.lax.fori_loop(0, chunks, body, start)
-    outputs = across(jax.lax.psum, sums.loss, spec.token_axes), *(x.reshape(M, B, T) for x in (sums.ce_N, sums.rank_N))
+    outputs = across(jax.lax.psum, sums.loss, spec.token_axes), *(x.reshape(M, B, T) for x in (sums.ce_U, sums.rank_U))
     if not with_grads:
         return outputs, ()
     dtable_VD = jnp.zeros((0, 0), jnp.float32)
@@ -167,7 +167,7 @@ def _loop_over_chunks(
         dtable_DV = sums.dtable_DV if spec.gather_chunks else _scattered(sums.dtable_DV, spec)
         rest = tuple(axis for axis in spec.token_axes if axis not in spec.embed_axes)
         dtable_VD = across(jax.lax.psum, dtable_DV, rest).T
-    return outputs, (sums.dhidden_ND.reshape(M, B, T, D), dtable_VD, sums.term_N.reshape(M, B, T))
+    return outputs, (sums.dhidden_UD.reshape(M, B, T, D), dtable_VD, sums.term_U.reshape(M, B, T))
 
 
 class _Chunk(NamedTuple):
@@ -220,27 +220,27 @@ def _chunk(
     return chunk._replace(dz_CV=dz_CV, dh_CD=across(jax.lax.psum, dh_CD, axes).astype(h_CD.dtype))
 
 
-def _chunks_of(wanted_N: jax.Array | int, size: int, spec: XentSpec) -> tuple[jax.Array, jax.Array | int]:
+def _chunks_of(wanted_U: jax.Array | int, size: int, spec: XentSpec) -> tuple[jax.Array, jax.Array | int]:
     """The indices of the tokens in all chunks, and the number of chunks.
 
     The last chunk is filled up with indices that are out of range.
 
     Args:
-      wanted_N: which tokens are wanted; or the number of tokens, if all are wanted.
+      wanted_U: which tokens are wanted; or the number of tokens, if all are wanted.
       size: C, tokens of a chunk.
       spec: static options.
     """
-    N = wanted_N if isinstance(wanted_N, int) else wanted_N.size
-    most = -(-N // size)
+    U = wanted_U if isinstance(wanted_U, int) else wanted_U.size
+    most = -(-U // size)
     place = jnp.arange(most * size, dtype=jnp.int32)
-    if isinstance(wanted_N, int):
+    if isinstance(wanted_U, int):
         return place, most
-    (index,) = jnp.nonzero(wanted_N, size=most * size, fill_value=N)
-    count = jnp.sum(wanted_N, dtype=jnp.int32)
+    (index,) = jnp.nonzero(wanted_U, size=most * size, fill_value=U)
+    count = jnp.sum(wanted_U, dtype=jnp.int32)
     chunks = (count + size - 1) // size
     if spec.gather_chunks:  # devices that gather W together need the same number of iterations
         chunks = across(jax.lax.pmax, chunks, spec.token_axes)
-    return jnp.where(place < count, index.astype(jnp.int32), N + place), chunks
+    return jnp.where(place < count, index.astype(jnp.int32), U + place), chunks
 
 
 def _gathered_teacher(teacher: Teacher | None, spec: XentSpec) -> jax.Array | None:
