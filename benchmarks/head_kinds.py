@@ -110,8 +110,10 @@ def answers(lm: mtp_jax.LoadedModel, data: pathlib.Path, args: argparse.Namespac
 def rounds(new: list[int], drafts_TP: np.ndarray) -> int:
     """Rounds that an answer takes behind its first token."""
     at = count = 0
+    depths = drafts_TP.shape[1]
+    ended = [-1] * depths  # behind the last token no draft is right
     while at < len(drafts_TP):
-        said = np.array(new[at + 1 : at + 1 + drafts_TP.shape[1]])
+        said = np.array([*new, *ended][at + 1 : at + 1 + depths])
         at += 1 + int(np.cumprod(drafts_TP[at] == said).sum())
         count += 1
     return count
