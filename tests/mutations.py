@@ -131,8 +131,9 @@ NAMED = (
     Mutation(
         "head_scale of each micro-batch alone",
         "training/step.py",
-        "total_loss(config, spec, point | rest, *micro, scale_M, terms)",
-        "total_loss(config, spec, point | rest, *micro, head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), w_M)"
+        "total_loss(config, spec, joined(point, rest), *micro, scale_M, terms)",
+        "total_loss(config, spec, joined(point, rest), *micro, "
+        "head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), w_M)"
         " / config.train.grad_accum, terms)",
         "training/test_step.py",
     ),

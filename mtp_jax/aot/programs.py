@@ -18,7 +18,7 @@ from mtp_jax.decode.state import Plan, empty_state, slots_needed
 from mtp_jax.model import mtp
 from mtp_jax.model.cache import LayerCache
 from mtp_jax.training.objective import batch_targets, total_loss, xent_spec
-from mtp_jax.training.state import split_params
+from mtp_jax.training.state import joined, split_params
 from mtp_jax.training.step import compile_steps
 
 
@@ -74,11 +74,11 @@ def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
     spec = xent_spec(config, mesh)
 
     def residuals(learned: Any, rest: Any, batch: dict) -> Any:
-        targets = batch_targets(config, learned | rest, batch)
+        targets = batch_targets(config, joined(learned, rest), batch)
         scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
 
         def loss(learned: Any) -> Any:
-            return total_loss(config, spec, learned | rest, batch, targets, targets.weights_MBT[0], scale_M)
+            return total_loss(config, spec, joined(learned, rest), batch, targets, targets.weights_MBT[0], scale_M)
 
         return jax.vjp(loss, learned, has_aux=True)[1]
 

@@ -1,6 +1,7 @@
 """Checks of settings: a value that cannot work is refused with its path, the value and the remedy."""
 
 import math
+import types
 import typing
 from typing import Any, Literal
 
@@ -38,6 +39,10 @@ def only_with(section: str, obj: Any, names: str, given: bool, what: str) -> Non
 
 def check_type(value: Any, kind: Any, origin: str) -> None:
     """Refuses a value that is not of the annotated type; an int is a float, a bool is no int."""
+    if isinstance(kind, types.UnionType):
+        # One value, or a tuple of them.
+        several = isinstance(value, tuple)
+        kind = next(one for one in typing.get_args(kind) if (typing.get_origin(one) is tuple) == several)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         require(value in choices, f"{origin} is {value!r}; choose one of {', '.join(map(repr, choices))}")

@@ -105,17 +105,18 @@ class Config:
             "give one per head, or none",
         )
         require(
-            train.trainable == "all" or heads.num_future > 1,
-            "train.trainable='heads', but heads.num_future=1 has no extra head; use num_future=2 or more",
+            not train.heads_only or heads.num_future > 1,
+            f"train.trainable={train.trainable!r}, but heads.num_future=1 has no extra head; use num_future=2 or more",
         )
         require(
-            train.trainable == "all" or heads.facts.drafts,
-            f"train.trainable='heads' with heads.kind={heads.kind!r} trains nothing that is used afterwards; train all",
+            not train.heads_only or heads.facts.drafts,
+            f"train.trainable={train.trainable!r} with heads.kind={heads.kind!r} trains nothing that is used "
+            "afterwards; train all",
         )
         extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
         require(
-            train.trainable == "all" or extra,
-            f"train.trainable='heads', but loss.head_weights={loss.head_weights}, loss.extra_weight="
+            not train.heads_only or extra,
+            f"train.trainable={train.trainable!r}, but loss.head_weights={loss.head_weights}, loss.extra_weight="
             f"{loss.extra_weight} and loss.decay={loss.decay} silence every extra head",
         )
         require(
@@ -129,7 +130,7 @@ class Config:
             f"{heads.num_future - 1} extra heads; 0 trains all of them",
         )
         require(
-            train.trainable == "all" or not loss.token_order,
+            not train.heads_only or not loss.token_order,
             f"loss.token_order={loss.token_order} trains the model's own states; use train.trainable='all', or 0",
         )
         moves = "heads.tap_mix=True" if heads.tap_mix else f"heads.kind={heads.kind!r}"

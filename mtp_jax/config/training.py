@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from mtp_jax.config.checks import check_fields, only_with, positive, require
+from mtp_jax.config.trainable import TrainRule, read_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +18,11 @@ class TrainConfig:
     grad_accum: int = 1
     """Micro-batches per optimizer step; changes memory, not the result, except that `loss.entropy` chooses within a
     micro-batch. Without that it may change when a run is continued."""
-    trainable: Literal["all", "heads"] = "all"
-    """heads: only the extra heads are trained; nothing else has a gradient or an optimizer state. Name the trained
-    model that they belong to with `init_from`."""
+    trainable: str | tuple[str, ...] = "all"
+    """What is trained; nothing else has a gradient or an optimizer state. all; heads: the extra heads alone, in which
+    case `init_from` names the trained model that they belong to; or regular expressions over parameter paths such as
+    `blocks/attn/q`, one or several. `PATTERN=0.1` trains at a tenth of the learning rate. Of several that match a
+    parameter the first decides. All layers of a stack have one path."""
     init_from: str = ""
     """Workdir of a finished run whose model this one starts from: everything but the heads, and with
     `init_heads='same'` those too. Needs the same `model` section and the same tokenizer. Not read again once the run
@@ -27,9 +30,9 @@ class TrainConfig:
     init_heads: Literal["new", "same"] = "new"
     """Whether the heads start as `heads.init` says, or as those of `init_from`."""
     keep_states: bool = False
-    """With trainable='heads': run the model over the training text once, keep its states on disk (2 states of d_model
-    numbers for every token, in `states` of the workdir), and train the heads on those. The heads become the same. The
-    next-token loss, which cannot change, is then measured by evaluations only."""
+    """Where only heads are trained: run the model over the training text once, keep its states on disk (2 states of
+    d_model numbers for every token, in `states` of the workdir), and train the heads on those. The heads become the
+    same. The next-token loss, which cannot change, is then measured by evaluations only."""
     seed: int = 0
     """Seed of the initial parameters, and of random choices in the loss."""
     log_every: int = 20
@@ -52,8 +55,22 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative")
         only_with("train", self, "init_heads", bool(self.init_from), "train.init_from")
-        only_with("train", self, "keep_states", self.trainable == "heads", "train.trainable='heads'")
+        read_rules(self.trainable)
+        only_with("train", self, "keep_states", self.heads_only, "train.trainable='heads'")
         require(
             self.batch_size % self.grad_accum == 0,
             f"train.batch_size={self.batch_size} is not a multiple of train.grad_accum={self.grad_accum}",
         )
+
+    def rule_of(self, path: str) -> TrainRule | None:
+        """The rule by which the parameter at a path such as `blocks/attn/q` is trained; None if it is not."""
+        return next((rule for rule in read_rules(self.trainable) if rule.pattern.search(path)), None)
+
+    def learns(self, path: str) -> bool:
+        """Whether the parameter at a path is trained."""
+        return self.rule_of(path) is not None
+
+    @property
+    def heads_only(self) -> bool:
+        """Whether nothing but extra heads is trained, so that the next-token path stands still."""
+        return all(rule.of_heads for rule in read_rules(self.trainable))

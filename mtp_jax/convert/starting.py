@@ -34,7 +34,7 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
     directory = run_of(source, say).expanduser().absolute()
     start = config_of(directory, "start_from")
     tokenizer = directory / "data" / "tokenizer.json"
-    heads_only = sections.get("train", {}).get("trainable") == "heads"
+    heads_only = TrainConfig(trainable=sections.get("train", {}).get("trainable", "all")).heads_only
     settled = {
         # The template lies next to the tokenizer.
         "data": {"tokenizer": str(tokenizer) if tokenizer.is_file() else "none", "chat_template": ""},

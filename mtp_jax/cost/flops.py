@@ -9,9 +9,12 @@ They are counted as in PaLM (Chowdhery et al. 2022, appendix B):
 - Of a mixture of experts, only the experts that a token takes count.
 - Norms, softmax, the gather of embeddings and the optimizer do not count.
 
-With `train.trainable="heads"`, the backward pass counts only for products that lead to a gradient of a head.
+If only heads are trained, the backward pass counts only for products that lead to a gradient of a head. If others
+are frozen, the gradients of their matrices do not count. The gradients of activations count as if a parameter
+below were trained, and all heads count as trained.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mtp_jax.config import Config, ModelConfig
@@ -44,29 +47,51 @@ def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool 
         counts.
     """
     tokens = batch_size * seq_len
-    frozen = config.train.trainable == "heads"
-    trunk = READ if frozen else LEARNED
-    total = config.model.num_layers * _block(config.model, tokens, seq_len, trunk, computed)
+    c = config.model
+    if config.train.heads_only:
+        block = _block(c, tokens, seq_len, READ, computed)
+    else:
+        block = _projections(c, tokens, _of_trunk(config), computed)
+        block += LEARNED.mixed * _attention(c, tokens, seq_len)
+    total = c.num_layers * block
     total += _heads(config, batch_size, seq_len, computed) if config.heads.num_future > 1 else 0
     return float(total + _logits(config, tokens, computed))
 
 
 def _block(c: ModelConfig, tokens: int, sees: int, passes: _Passes, computed: bool) -> int:
     """One block over `tokens` positions. Each position attends to `sees` positions."""
-    return _projections(c, tokens, passes, computed) + passes.mixed * _attention(c, tokens, sees)
+    products = _projections(c, tokens, lambda _: passes.linear, computed)
+    return products + passes.mixed * _attention(c, tokens, sees)
 
 
-def _projections(c: ModelConfig, tokens: int, passes: _Passes, computed: bool) -> int:
-    """The products with the block's matrices."""
-    weights = c.d_model * c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + _feed_forward(c, computed)
-    return passes.linear * 2 * tokens * weights
+def _of_trunk(config: Config) -> Callable[[str], int]:
+    """How often the product with a matrix of the model's blocks counts where a gradient passes through them."""
+
+    def passes(name: str) -> int:
+        return (LEARNED if config.train.learns(f"blocks/{name}") else THROUGH).linear
+
+    return passes
 
 
-def _feed_forward(c: ModelConfig, computed: bool) -> int:
-    """Number of weights of a feed-forward layer that are used for one token."""
+def _projections(c: ModelConfig, tokens: int, passes: Callable[[str], int], computed: bool) -> int:
+    """The products with the block's matrices; `passes(name)` says how often each counts."""
+    width = c.d_model * c.head_dim
+    weights = {
+        "attn/q": width * c.num_heads,
+        "attn/k": width * c.num_kv_heads,
+        "attn/v": width * c.num_kv_heads,
+        "attn/o": width * c.num_heads,
+        **_feed_forward(c, computed),
+    }
+    return 2 * tokens * sum(passes(name) * count for name, count in weights.items())
+
+
+def _feed_forward(c: ModelConfig, computed: bool) -> dict[str, int]:
+    """Number of weights of a feed-forward layer that are used for one token, by name."""
     layers = (c.num_experts if computed else c.experts_per_token) if c.num_experts else 1
-    router = c.d_model * c.num_experts if c.num_experts else 0
-    return layers * (3 if c.gated else 2) * c.d_model * c.d_ff + router
+    names = ("mlp/gate", "mlp/up", "mlp/down") if c.gated else ("mlp/up", "mlp/down")
+    router = {"mlp/router": c.d_model * c.num_experts} if c.num_experts else {}
+    return dict.fromkeys(names, layers * c.d_model * c.d_ff) | router
 
 
 def _attention(c: ModelConfig, queries: int, sees: int) -> int:
@@ -85,12 +110,12 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
         return _extra_tokens(config, batch_size, seq_len, computed)
     if not facts.has_blocks:
         # A map that reads a frozen state needs no gradient for it.
-        passes = THROUGH if facts.is_map and config.train.trainable == "heads" else LEARNED
+        passes = THROUGH if facts.is_map and config.train.heads_only else LEARNED
         return passes.linear * extra * config.heads.layers * 2 * tokens * D * D
     if config.heads.attention:
         blocks = config.heads.layers * _block(c, tokens, seq_len, LEARNED, computed)
     else:
-        blocks = config.heads.layers * LEARNED.linear * 2 * tokens * _feed_forward(c, computed)
+        blocks = config.heads.layers * LEARNED.linear * 2 * tokens * sum(_feed_forward(c, computed).values())
     joined = LEARNED.linear * 2 * tokens * 2 * D * D if facts.chains_tokens else 0
     return extra * (blocks + joined)
 
@@ -101,8 +126,8 @@ def _extra_tokens(config: Config, batch_size: int, seq_len: int, computed: bool)
     heads = config.heads
     each = 1 if heads.facts.one_set else heads.num_future - 1
     extra = batch_size * -(-seq_len // heads.mask_stride) * each
-    passes = THROUGH if config.train.trainable == "heads" else LEARNED
-    layer = _projections(c, extra, passes, computed)
+    passes = THROUGH if config.train.heads_only else LEARNED
+    layer = _projections(c, extra, _of_trunk(config), computed)
     layer += passes.mixed * _attention(c, extra, seq_len) + LEARNED.mixed * _attention(c, extra, each)
     if heads.lora_rank:
         D = c.d_model
@@ -119,15 +144,17 @@ def _logits(config: Config, tokens: int, computed: bool) -> int:
     M = config.heads.num_future
     whole = per_row * config.model.vocab_size
     draft = per_row * config.heads.draft_vocab or whole
-    first = extra = LEARNED.linear
-    if config.train.trainable == "heads":
-        own = config.heads.unembed == "own"
+    train = config.train
+    learned = train.learns("embed/table" if config.model.tie_embeddings else "unembed/table")
+    first = extra = LEARNED.linear if learned else THROUGH.linear
+    if config.heads.unembed == "own":
+        extra = LEARNED.linear if train.learns("heads/unembed/table") else THROUGH.linear
+    if train.heads_only:
         first = READ.linear
-        extra = LEARNED.linear if own else THROUGH.linear
     if computed and config.loss.entropy != "none":
         first = first + 1
         extra = extra + 1
     if computed and config.loss.distil != "none":
         extra += 1
-    order = LEARNED.linear * whole if config.loss.token_order else 0
+    order = (LEARNED if train.learns("token_order/table") else THROUGH).linear * whole if config.loss.token_order else 0
     return first * whole + (M - 1) * extra * draft + order

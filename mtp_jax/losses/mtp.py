@@ -79,6 +79,7 @@ def mtp_loss(
     learn_MBT: jax.Array | None = None,
     frozen: bool = False,
     own: bool | None = None,
+    learn_tables: tuple[bool, bool] | None = None,
     teacher_table: jax.Array | None = None,
     skip: bool = True,
 ) -> tuple[jax.Array, HeadSums]:
@@ -101,6 +102,8 @@ def mtp_loss(
       frozen: only the extra heads learn: no gradient for the states of head 0, or for an unembedding shared with it.
       own: whether the extra heads have unembeddings of their own. The default is True if there is one table per head.
         Rows of head 0's table, for a draft vocabulary, are not their own.
+      learn_tables: whether head 0's unembedding gets a gradient, and whether those of the extra heads do. By
+        default `frozen` and `own` decide. A table that all heads share follows the first.
       teacher_table: head 0's unembedding for the draft vocabulary, if the extra heads have one.
 
     Returns:
@@ -108,13 +111,14 @@ def mtp_loss(
     """
     _check(hidden_MBTD, tables, targets_MBT, weights_MBT, scale_M, impl)
     own = isinstance(tables, tuple) if own is None else own
+    learned = learn_tables or (not frozen, own or not frozen)
     wanted_MBT = _wanted(weights_MBT, learn_MBT) if skip else None
     scaled_MBT = (weights_MBT if learn_MBT is None else learn_MBT) * scale_M[:, None, None]
     parts = []
     for heads in _parts(len(hidden_MBTD), tables, bool(spec.mix) or frozen):
         first = heads.start
         table = tables[heads.start] if isinstance(tables, tuple) else tables
-        still = frozen and not (first and own)
+        still = not learned[first > 0]
         options = dataclasses.replace(spec, mix=spec.mix if first else 0.0, learn_table=not still)
         hidden = jax.lax.stop_gradient(hidden_MBTD[heads]) if frozen and not first else hidden_MBTD[heads]
         table = jax.lax.stop_gradient(table) if still else table

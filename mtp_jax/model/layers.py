@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mtp_jax.axes import EMBED, EXPERTS, MLP, VOCAB
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.linear import linear
+from mtp_jax.model import lora
 
 Init = jax.nn.initializers.Initializer
 
@@ -49,14 +50,11 @@ def make_matrix(
 def times(module: nn.Module, x_BTI: jax.Array, matrix: Matrix) -> jax.Array:
     """x W + b, and from position `lora_from` on also (x A) B, if the collection "lora" holds A and B by that name."""
     y_BTO = linear(x_BTI, matrix.w_IO)
-    first = module.lora_from
     if matrix.bias_O is not None:
         y_BTO += matrix.bias_O.astype(y_BTO.dtype)[None, None, :]
     if not module.has_variable("lora", matrix.name):
         return y_BTO
-    pair = module.get_variable("lora", matrix.name)
-    update_BTO = linear(linear(x_BTI[:, first:], pair["a"]), pair["b"])
-    return jnp.concatenate([y_BTO[:, :first], y_BTO[:, first:] + update_BTO], axis=1) if first else y_BTO + update_BTO
+    return lora.add(y_BTO, x_BTI, module.get_variable("lora", matrix.name), module.lora_from)
 
 
 def fan_in_init(fan_in: int, gain: float = 1.0) -> Init:

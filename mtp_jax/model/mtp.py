@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Arch
-from mtp_jax.model import heads, lm
+from mtp_jax.model import heads, lm, lora
 from mtp_jax.model.block import Block, variables
 from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.heads import FAMILIES, base, masks
@@ -275,10 +275,10 @@ def _decode_beside(
     xy_BZD = jnp.concatenate([x_BQD, beside.embedded_BYD.astype(x_BQD.dtype)], axis=1)
     block_of = Block(arch.model, lora_from=Q)
     written = []
-    loras = params["heads"].get("lora", (None,) * len(caches))
-    for block, lora, cache in zip(params["blocks"], loras, caches, strict=True):
+    updates = params["heads"].get("lora", (None,) * len(caches))
+    for block, factors, cache in zip(params["blocks"], updates, caches, strict=True):
         arrays = (xy_BZD, start_B, cache, beside.positions_BY, beside.anchors)
-        given = variables(block) | masks.adapters(arch, lora)
+        given = variables(block) | lora.collection(factors, arch.heads.lora_alpha)
         xy_BZD, cache = block_of.apply(given, *arrays, method="write_read_beside")
         written.append(cache)
     y_BYD = xy_BZD[:, Q:]

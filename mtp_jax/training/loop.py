@@ -158,8 +158,9 @@ def _first_state(config: Config, steps: Steps, opening: Opening, console: RunCon
         given["draft_ids"] = vocab.ids
     if given:
         return steps.init(key, given), 0
-    if settings.trainable == "heads":
-        console.note("train.trainable=heads without train.init_from: the heads learn from a model of random parameters")
+    if settings.heads_only:
+        asked = f"train.trainable={settings.trainable!r} without train.init_from"
+        console.note(f"{asked}: the heads learn from a model of random parameters")
     return steps.init(key), 0
 
 

@@ -128,6 +128,7 @@ def _heads_loss(
         learn_MBT = entropy_weights(options, _entropies(hidden_MBTD, tables, spec), targets.weights_MBT)
     own = config.heads.unembed == "own"
     draft = config.heads.draft_vocab > 0
+    learned = config.train.learns("embed/table" if config.model.tie_embeddings else "unembed/table")
     loss, sums = mtp_loss(
         hidden_MBTD,
         tables,
@@ -137,7 +138,8 @@ def _heads_loss(
         spec,
         settings.impl,
         learn_MBT=learn_MBT,
-        frozen=config.train.trainable == "heads",
+        frozen=config.train.heads_only,
+        learn_tables=(learned, config.train.learns("heads/unembed/table") if own else learned),
         own=own,
         teacher_table=draft_rows(tables[0], params["draft_ids"]) if draft else None,
         skip=settings.skip,
@@ -159,7 +161,8 @@ def order_loss(
 ) -> jax.Array:
     """The micro-batch's share of the mean token order loss; `weight_BT` sums to 1 over the batch."""
     targets, _ = order_targets(batch["tokens"], batch["segment_ids"], config.loss.order_window)
-    options = dataclasses.replace(spec, smoothing=0.0, mix=0.0)
+    learned = config.train.learns("token_order/table")
+    options = dataclasses.replace(spec, smoothing=0.0, mix=0.0, learn_table=learned)
     table_VD = params["token_order"]["table"]
     weights_1BT = weight_BT[None]
     wanted_1BT = weights_1BT != 0 if config.loss.skip else None

@@ -66,7 +66,11 @@ def _scaled(peak: float, config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, params: Any, select: Callable[[Any], Any] = lambda tree: tree
+    config: OptimConfig,
+    steps: int,
+    params: Any,
+    select: Callable[[Any], Any] = lambda tree: tree,
+    factors: Any = None,
 ) -> optax.GradientTransformation:
     """The optax transformation of a run.
 
@@ -75,6 +79,7 @@ def make_optimizer(
       steps: length of the run, which the schedule needs.
       params: all parameters, or their abstract shapes; only paths and ranks are read.
       select: from a tree over all parameters the part that is trained.
+      factors: on the learning rate, one for every parameter of that part; None where all are 1.
 
     Returns:
       A transformation whose gradients are to be taken at `gradient_point`.
@@ -82,11 +87,18 @@ def make_optimizer(
     skip = select(match_paths(params, config.no_decay))
     decay = jax.tree.map(lambda no_decay: not no_decay, skip)
     rule = RULES[config.name](config, steps, decay, lambda: select(_matrix_axes(params)))
+    if any(factor != 1 for factor in jax.tree.leaves(factors)):
+        rule = optax.chain(rule, _times(factors))
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.name == "schedule_free":
         # Outermost, because its state is what `gradient_point` looks for.
         return _averaged(optax.chain(*clip, rule), config, steps)
     return optax.chain(*clip, rule) if clip else rule
+
+
+def _times(factors: Any) -> optax.GradientTransformation:
+    """Every rule's update has the learning rate as a factor, weight decay included: a factor more is another rate."""
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda update, by: by * update, updates, factors))
 
 
 def gradient_point(opt_state: Any, params: Any) -> Any:

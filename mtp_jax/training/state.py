@@ -9,7 +9,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax import sharding
 from mtp_jax.config import Config
+from mtp_jax.config.trainable import read_rules
+from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
+from mtp_jax.trees import by_path
 
 
 class TrainState(NamedTuple):
@@ -22,13 +25,66 @@ class TrainState(NamedTuple):
 
 
 def split_params(config: Config, params: Any) -> tuple[Any, Any]:
-    """Parameters (or anything of their structure) as those that train and the rest."""
+    """Parameters (or anything of their structure) as those that train and the rest, nested as they were; `joined` puts
+    them together again."""
 
-    def learns(name: str) -> bool:
-        return name != "draft_ids" and (config.train.trainable == "all" or name == "heads")
+    def split(tree: dict, above: str) -> tuple[dict, dict]:
+        learned: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
+        for name, value in tree.items():
+            path = above + name
+            if isinstance(value, dict):
+                inner, inner_rest = split(value, f"{path}/")
+                learned |= {name: inner} if inner else {}
+                rest |= {name: inner_rest} if inner_rest else {}
+            else:
+                (learned if _learns(config, path) else rest)[name] = value
+        return learned, rest
 
-    learned = {name: tree for name, tree in params.items() if learns(name)}
-    return learned, {name: tree for name, tree in params.items() if name not in learned}
+    return split(params, "")
+
+
+def _learns(config: Config, path: str) -> bool:
+    """Whether a step changes the parameter; never the whole numbers of a draft vocabulary."""
+    return path != "draft_ids" and config.train.learns(path)
+
+
+def joined(learned: Any, rest: Any) -> Any:
+    """The tree of which `split_params` made two."""
+    both = dict(rest)
+    for name, value in learned.items():
+        both[name] = joined(value, rest[name]) if name in rest else value
+    return both
+
+
+def rate_factors(config: Config, params: Any) -> Any:
+    """The factor on the learning rate of every parameter that trains, a tree like the first of `split_params`.
+
+    Args:
+      config: the run's config.
+      params: all parameters, or their abstract shapes; only paths are read.
+
+    Raises:
+      UserError: a rule of `train.trainable` that decides about no parameter, or rules that train nothing but heads and
+        do not begin with `heads`.
+    """
+    learned, _ = split_params(config, params)
+    rules = {path: config.train.rule_of(path) for path in by_path(learned)}
+    asked = f"train.trainable={config.train.trainable!r}"
+    for rule in read_rules(config.train.trainable):
+        if not any(rule.pattern.search(path) for path in rules):
+            raise UserError(
+                f"{asked}: {rule.text!r} matches no parameter; paths look like {next(iter(by_path(params)))!r}"
+            )
+        if rule not in rules.values():
+            raise UserError(f"{asked}: all that {rule.text!r} matches is taken by earlier patterns; put it before them")
+    if not config.train.heads_only and all(path.startswith("heads/") for path in rules):
+        raise UserError(
+            f"{asked} trains nothing but heads, {next(iter(rules))!r} among them; begin its patterns with '^heads/', "
+            "so that the next-token path is known to stand still"
+        )
+    factors = [rule.factor for rule in rules.values()]
+    return jax.tree.unflatten(jax.tree.structure(learned), factors)
 
 
 def init_params(config: Config, key: jax.Array, given: Any = None) -> Any:

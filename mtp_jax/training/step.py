@@ -27,7 +27,15 @@ from mtp_jax.training.objective import (
     xent_spec,
 )
 from mtp_jax.training.optim import gradient_point, make_optimizer
-from mtp_jax.training.state import TrainState, init_params, init_state, split_params, state_shardings
+from mtp_jax.training.state import (
+    TrainState,
+    init_params,
+    init_state,
+    joined,
+    rate_factors,
+    split_params,
+    state_shardings,
+)
 
 
 class StepMetrics(NamedTuple):
@@ -85,7 +93,7 @@ def train_step(
 
     def value_and_grad(micro: tuple) -> tuple[tuple[jax.Array, Parts], dict]:
         def loss(point: Any) -> Any:
-            return total_loss(config, spec, point | rest, *micro, scale_M, terms)
+            return total_loss(config, spec, joined(point, rest), *micro, scale_M, terms)
 
         return jax.value_and_grad(loss, has_aux=True)(point)
 
@@ -103,7 +111,7 @@ def train_step(
         ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, micros)
         grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, learned)
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
-    params = optax.apply_updates(learned, updates) | rest
+    params = joined(optax.apply_updates(learned, updates), rest)
     metrics = StepMetrics(loss, parts.sums, parts.extras, optax.tree.norm(grads), w_M)
     return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -187,7 +195,8 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
     def select(tree: Any) -> Any:
         return split_params(config, tree)[0]
 
-    optimizer = make_optimizer(config.optim, config.train.steps, abstract_params, select)
+    factors = rate_factors(config, abstract_params)
+    optimizer = make_optimizer(config.optim, config.train.steps, abstract_params, select, factors)
     spec = xent_spec(config, mesh)
     shardings = state_shardings(config, optimizer, mesh)
     rows = sharding.batch_sharding(mesh)

@@ -70,12 +70,14 @@ OTHERS = {
     "entropy": {"loss": {"entropy": "keep_top"}},
     "token order": {"loss": {"token_order": 0.5}},
     "heads with own ends, frozen": {"heads": {"unembed": "own"}, "train": {"trainable": "heads"}},
+    "attention alone": {"heads": {"num_future": 1}, "train": {"trainable": ("^blocks/attn/", "final_norm")}},
 }
 
 
-@pytest.mark.parametrize("name", sampled(OTHERS, "distil"))
+@pytest.mark.parametrize("name", sampled(OTHERS, "distil", "attention alone"))
 def test_formula_counts_other_settings(name):
-    """The same for what else changes the products. Breaks without the teacher's logits in `_logits`."""
+    """The same for what else changes the products. Breaks without the teacher's logits in `_logits`; for patterns, with
+    LEARNED for the table there, or for matrices that stand still in `_of_trunk`."""
     assert_counted(tiny_config(**OTHERS[name]))
 
 

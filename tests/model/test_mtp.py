@@ -19,9 +19,8 @@ from reference.tiers import sampled
 from mtp_jax.losses.mtp import head_scale, mtp_loss
 from mtp_jax.losses.targets import make_targets
 from mtp_jax.losses.xent import XentSpec
-from mtp_jax.model import lm, mtp
+from mtp_jax.model import lm, lora, mtp
 from mtp_jax.model.block import Block, variables
-from mtp_jax.model.heads import masks
 
 apply = jax.jit(mtp.apply, static_argnums=0, static_argnames="everywhere")
 FIRST, SECOND = [3, 1, 4, 1, 5], [9, 2, 6]
@@ -344,26 +343,26 @@ def test_lora_adds_to_every_matrix_behind_the_gate():
     config = small_config(heads={"kind": "masks", "lora_rank": 3, "lora_alpha": 5.0})
     first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731
     params = mtp.with_constants(config.arch, random_params(config))
-    block, lora = first(params["blocks"]), first(params["heads"]["lora"])
-    assert {layer: set(pairs) for layer, pairs in lora.items()} == {
+    block, factors = first(params["blocks"]), first(params["heads"]["lora"])
+    assert {layer: set(pairs) for layer, pairs in factors.items()} == {
         "attn": {"q", "k", "v", "o"},
         "mlp": {"gate", "up", "down"},
     }
     merged = {layer: dict(tree) for layer, tree in block.items()}
-    for layer, pairs in lora.items():
+    for layer, pairs in factors.items():
         for name, pair in pairs.items():
             merged[layer][name] += (5 / 3 * pair["a"] @ pair["b"]).reshape(merged[layer][name].shape)
     x_BTD = np.random.default_rng(0).standard_normal((1, 4, 16)).astype(np.float32)
-    positions_BT, factors = np.arange(4)[None], masks.adapters(config.arch, lora)
+    positions_BT, given = np.arange(4)[None], lora.collection(factors, 5.0)
 
     @functools.partial(quick_jit, static_argnums=0)
     def run(module, given):
         return module.apply(given, x_BTD, positions_BT, None)
 
     whole, bare = (run(Block(config.model), variables(tree)) for tree in (merged, block))
-    actual = run(Block(config.model), variables(block) | factors)
+    actual = run(Block(config.model), variables(block) | given)
     np.testing.assert_allclose(actual, whole, rtol=1e-5, atol=1e-6)
-    gated = run(Block(config.model, lora_from=3), variables(block) | factors)
+    gated = run(Block(config.model, lora_from=3), variables(block) | given)
     np.testing.assert_array_equal(gated[:, :3], bare[:, :3])
     assert not np.allclose(gated[:, 3], bare[:, 3])
 

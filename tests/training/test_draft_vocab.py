@@ -155,7 +155,7 @@ def trained(tmp_path_factory):
 @pytest.mark.grid
 def test_a_run_chooses_and_keeps_them(trained):
     """The ids are those that the run's training text has most often, said on the console with their share; training
-    leaves them alone. The held-out targets that they miss are in the record. Breaks without `learns` in `split_params`,
+    leaves them alone. The held-out targets that they miss are in the record. Breaks without `draft_ids` in `_learns`,
     or if the run begins with `init`'s own ids."""
     workdir, lines = trained
     counts_V = np.bincount(np.load(workdir / "data" / "train.npy"), minlength=264)

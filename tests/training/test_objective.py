@@ -174,13 +174,14 @@ def abstract_step(num_layers, trainable):
     return config, steps, dict.fromkeys(("tokens", "segment_ids", "positions"), rows_BT)
 
 
-def test_heads_alone_cost_no_trunk_backward():
+@pytest.mark.parametrize("trainable", ["heads", "^heads/(blocks|norm)"])
+def test_heads_alone_cost_no_trunk_backward(trainable):
     """Matrix products of a head-only step, counted: L blocks forward, M-1 blocks forward and backward (three times),
     logits of head 0 once, of every other head with the gradient of its states, and no gradient of the table.
 
     Breaks without `frozen` or `learn_table`, and if anything but the heads is differentiated.
     """
-    _, steps, batch = abstract_step(5, "heads")
+    _, steps, batch = abstract_step(5, trainable)
     traced = jax.make_jaxpr(lambda state, batch: steps.train(state, batch))(steps.abstract_state, batch)
     B, T, D, V = 8, 32, 32, 128
     N = B * T

@@ -16,22 +16,18 @@ turn out to be the newest (the quadratic form of Apple 2025): P+1 tokens and P (
 products.
 """
 
-import math
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.axes import EMBED, LAYERS, LENGTH
+from mtp_jax.axes import EMBED, LENGTH
 from mtp_jax.config import Arch
 from mtp_jax.kernels.attention import Anchors
-from mtp_jax.model import lm
+from mtp_jax.model import lm, lora
 from mtp_jax.model.block import Block, variables
 from mtp_jax.model.heads import base
 from mtp_jax.model.heads.base import Params, Round
-
-MATRICES = (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down")))
 
 
 def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
@@ -39,45 +35,8 @@ def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     embed_key, lora_key = jax.random.split(key)
     shape = (base.sets(arch), arch.model.d_model)
     embed = base.weight(arch, embed_key, shape, (None, EMBED), gain=(shape[0] / shape[1]) ** 0.5)
-    return {"mask_embed": embed} | init_lora(arch, lora_key, trunk)
-
-
-def init_lora(arch: Arch, key: jax.Array, trunk: Params) -> Params:
-    """A [L, in, R], normal with gain 1, and B [L, R, out], zeros: the update starts as nothing."""
-    if not arch.heads.lora_rank:
-        return {}
-    R = arch.heads.lora_rank
-    lora = {}
-    for layer, names in MATRICES:
-        lora[layer] = {}
-        for i, name in enumerate(names):
-            inner, outer = _sides(name, trunk["blocks"][layer][name].value.shape[1:])
-            L = arch.model.num_layers
-            here = jax.random.fold_in(jax.random.fold_in(key, len(lora)), i)
-            zeros = jnp.zeros((L, R, outer), jnp.dtype(arch.model.param_dtype))
-            lora[layer][name] = {
-                "a": base.weight(arch, here, (L, inner, R), (LAYERS, None, None)),
-                "b": nn.LogicallyPartitioned(zeros, (LAYERS, None, None)),
-            }
-    return {"lora": lora}
-
-
-def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Input and output width of a matrix at rest: attn/o is [N, H, D], attn/q [D, N, H]."""
-    inputs = 2 if name == "o" else 1
-    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
-
-
-def adapters(arch: Arch, lora: Params | None) -> dict[str, Params]:
-    """The collection of LoRA factors of a block, or of stacked blocks, with alpha / R in B; nothing without LoRA."""
-    if lora is None:
-        return {}
-    scale = arch.heads.lora_alpha / arch.heads.lora_rank
-
-    def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
-        return scale * leaf if path[-1].key == "b" else leaf
-
-    return {"lora": jax.tree_util.tree_map_with_path(scaled, lora)}
+    rank = arch.heads.lora_rank
+    return {"mask_embed": embed} | ({"lora": lora.init(lora_key, trunk["blocks"], rank)} if rank else {})
 
 
 class Beside(NamedTuple):
@@ -109,10 +68,11 @@ def run(
     length = LENGTH if masks.anchors.slots_BXP.shape[1] == x_BTD.shape[1] else None
 
     def both(blocks: tuple, x_BTD: jax.Array, y_BYD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        block, lora = blocks
+        block, factors = blocks
         x_BTD, *keys_values = block_of.apply(variables(block), x_BTD, positions_BT, segment_ids_BT, method="row")
         arrays = (y_BYD, masks.positions_BY, *keys_values, masks.anchors)
-        y_BYD = block_of.apply(variables(block) | adapters(arch, lora), *arrays, method="beside")
+        given = variables(block) | lora.collection(factors, arch.heads.lora_alpha)
+        y_BYD = block_of.apply(given, *arrays, method="beside")
         return lm.constrain(x_BTD), lm.constrain(y_BYD, length)
 
     step = lm.rematerialised(arch.model, both, states=2)

@@ -1,0 +1,71 @@
+"""What a run trains: the rules of `train.trainable` over parameter paths.
+
+A rule is a word or a regular expression, and may end in `=FACTOR`. Of the rules that are found in a parameter's path
+the first decides. A parameter that none is found in stands still.
+
+    ("heads", "final_norm=0.1")     heads at the learning rate, the final norm at a tenth of it, nothing else
+    ("^blocks/", "all=0.5")         the blocks at the learning rate, everything else at half of it
+"""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+from mtp_jax.config.checks import require
+from mtp_jax.errors import UserError
+
+WORDS = {"all": "", "heads": "^heads/"}
+"""Rules that are words, and the pattern of each."""
+
+
+class TrainRule(NamedTuple):
+    """One rule."""
+
+    text: str
+    """As it was given."""
+    pattern: re.Pattern[str]
+    factor: float
+    """On the learning rate."""
+
+    @property
+    def of_heads(self) -> bool:
+        """Whether it can train nothing but heads: it begins with `heads/`, and no `|` outside of brackets leads to
+        anything else."""
+        bare = re.sub(r"\\.|\[[^]]*]", "", self.pattern.pattern)
+        whole = ""
+        while bare != whole:
+            whole = bare
+            bare = re.sub(r"\([^()]*\)", "", whole)
+        return re.match(r"\^?heads/", self.pattern.pattern) is not None and "|" not in bare
+
+
+@functools.cache
+def read_rules(trainable: str | tuple[str, ...]) -> tuple[TrainRule, ...]:
+    """The rules of `train.trainable`, in order.
+
+    Raises:
+      UserError: no rule, a pattern that is empty or no regular expression, or a factor that is not above 0.
+    """
+    texts = (trainable,) if isinstance(trainable, str) else trainable
+    require(bool(texts), "train.trainable=() trains nothing; use 'all', 'heads' or patterns over parameter paths")
+    return tuple(_read_rule(text) for text in texts)
+
+
+def _read_rule(text: str) -> TrainRule:
+    pattern, factor = _split(text)
+    require(0 < factor < math.inf, f"train.trainable={text!r}: the factor is {factor}; it must be above 0")
+    require(bool(pattern), f"train.trainable={text!r} has no pattern; 'all' trains every parameter")
+    try:
+        return TrainRule(text, re.compile(WORDS.get(pattern, pattern)), factor)
+    except re.error as error:
+        raise UserError(f"train.trainable={text!r}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _split(text: str) -> tuple[str, float]:
+    """Pattern and factor. A `=` before anything but a number belongs to the pattern."""
+    pattern, equals, factor = text.rpartition("=")
+    try:
+        return (pattern, float(factor)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0
