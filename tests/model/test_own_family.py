@@ -19,15 +19,15 @@ from mtp_jax.model.heads import FAMILIES, base
 from mtp_jax.training.step import compile_steps, random_batch
 
 
-def init(config, key, trunk):
-    return {"gain": base.weight(config, key, (base.sets(config), 1, config.model.d_model), (LAYERS, None, EMBED))}
+def init(arch, key, trunk):
+    return {"gain": base.weight(arch, key, (base.sets(arch), 1, arch.model.d_model), (LAYERS, None, EMBED))}
 
 
-def train(config, params, rows):
+def train(arch, params, rows):
     return jax.vmap(lambda gain_1D: rows.tap_BTD * (1 + gain_1D[None]))(params["heads"]["gain"])
 
 
-def draft(config, params, cache, now):
+def draft(arch, params, cache, now):
     tap_B1D = base.at_index(now.tap_BQD, now.index_B)
     return base.propose_all(
         now, [tap_B1D * (1 + gain_1D[None]) for gain_1D in params["heads"]["gain"][: now.count]]
