@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mtp_jax.accelerate.plan import HeadTraining as HeadTraining
+    from mtp_jax.accelerate.whole import train_heads as train_heads
     from mtp_jax.config import Arch as Arch
     from mtp_jax.config import Config as Config
     from mtp_jax.config import DataConfig as DataConfig
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
     from mtp_jax.decode.options import Options as Options
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
+    from mtp_jax.eval.page import write_page as write_page
     from mtp_jax.eval.report import evaluate as evaluate
     from mtp_jax.loading import LoadedModel as LoadedModel
     from mtp_jax.loading import load as load
+    from mtp_jax.runs.metrics import read_metrics as read_metrics
     from mtp_jax.training.loop import train as train
 
 __version__ = "0.1.0"
@@ -65,7 +69,11 @@ _HOMES = {
     "Options": "decode.options",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
+    "write_page": "eval.page",
+    "read_metrics": "runs.metrics",
     "train": "training.loop",
+    "train_heads": "accelerate.whole",
+    "HeadTraining": "accelerate.plan",
     "start_from": "convert.starting",
     "import_model": "convert.importer",
     "with_heads": "convert.heads_file",

@@ -1,12 +1,16 @@
 """Notebooks run from top to bottom at tiny settings."""
 
+import ast
 import pathlib
+import re
 
 import nbclient
 import nbformat
 import pytest
 from reference import gguf_files, hub
 from reference.tiny import write_text
+
+import mtp_jax
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 TINY = {
@@ -36,6 +40,19 @@ def executed(path, parameters):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     images = sum("image/png" in output.get("data", {}) for output in outputs)
     return "".join(output.get("text", "") for output in outputs), images
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_use_public_names(path):
+    """Of the package a notebook imports `mtp_jax` alone, and every attribute that it takes is public. Breaks with an
+    import of a module inside the package."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    code = "\n".join(line for cell in cells for line in cell.splitlines() if not line.startswith("%"))
+    tree = ast.parse(code)
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in modules if name.startswith("mtp_jax")} == {"mtp_jax"}
+    assert set(re.findall(r"\bmtp_jax\.(\w+)", code)) <= set(mtp_jax.__all__)
 
 
 @pytest.mark.grid

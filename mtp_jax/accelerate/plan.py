@@ -14,7 +14,7 @@ VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class HeadTraining:
     """The settings of a run."""
 
     minutes: float = 60.0
@@ -62,7 +62,7 @@ class Plan:
     """The settings, and the measured numbers. A number is None until it is measured."""
 
     source: str
-    settings: Settings
+    settings: HeadTraining
     num_prompts: int | None = None
     steps: int | None = None
 
@@ -79,7 +79,7 @@ def read_plan(workdir: pathlib.Path) -> Plan | None:
         if fields.pop("version") != VERSION:
             raise UserError(f"{path} was written by another version of mtp_jax; use another WORKDIR")
         settings = fields.pop("settings")
-        return Plan(settings=Settings(**settings | {"exclude": tuple(settings["exclude"])}), **fields)
+        return Plan(settings=HeadTraining(**settings | {"exclude": tuple(settings["exclude"])}), **fields)
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
@@ -94,7 +94,7 @@ def write_plan(workdir: pathlib.Path, plan: Plan) -> Plan:
     return plan
 
 
-def changed(before: Plan, source: str, settings: Settings, workdir: pathlib.Path, free: set[str]) -> Plan:
+def changed(before: Plan, source: str, settings: HeadTraining, workdir: pathlib.Path, free: set[str]) -> Plan:
     """The plan of an earlier call with new values for the settings named in `free`.
 
     Raises:

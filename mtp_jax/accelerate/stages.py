@@ -14,7 +14,7 @@ from mtp_jax.accelerate import endpoint, plan
 from mtp_jax.accelerate.answers import make_answers
 from mtp_jax.accelerate.batches import Record, Say, read_records, write_records
 from mtp_jax.accelerate.overlap import Excluded, read_excluded
-from mtp_jax.accelerate.plan import Plan, Settings
+from mtp_jax.accelerate.plan import HeadTraining, Plan
 from mtp_jax.accelerate.prompts import (
     LEAST,
     USER_TOKENS,
@@ -75,7 +75,7 @@ class Outcome(NamedTuple):
     """Figures on held-out prompts; None if training was stopped."""
 
 
-def accelerate(source: str, workdir: pathlib.Path, settings: Settings, say: Say) -> Outcome:
+def accelerate(source: str, workdir: pathlib.Path, settings: HeadTraining, say: Say) -> Outcome:
     """Trains heads that draft for a model, and measures them. A run that was stopped continues.
 
     Args:
@@ -166,7 +166,7 @@ def _prompts(
     return found[held:], found[:held], now
 
 
-def _seconds_per_prompt(lm: LoadedModel, asked: Settings, say: Say) -> float:
+def _seconds_per_prompt(lm: LoadedModel, asked: HeadTraining, say: Say) -> float:
     """Measured seconds to make one prompt and its answer."""
     say("measuring how fast this machine generates text ...")
     ids = lm.tokenizer.encode_prompt("The") or [0]
@@ -206,7 +206,7 @@ def _answer(record: Record) -> str:
 # Heads.
 
 
-def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: Settings) -> Config:
+def heads_config(trunk: pathlib.Path, text: pathlib.Path, asked: HeadTraining) -> Config:
     """The config of the training run of the heads. Its number of steps is set later."""
     model = config_of(trunk, "SOURCE").model
     vocab = min(asked.draft_vocab, model.vocab_size // 4)

@@ -10,16 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.accelerate import report
-from mtp_jax.accelerate.plan import Settings
-from mtp_jax.accelerate.stages import accelerate
+from mtp_jax.accelerate.plan import HeadTraining
+from mtp_jax.accelerate.whole import train_heads
 from mtp_jax.cli.common import parse, print_json
 from mtp_jax.config import FACTS, families
 from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import COLUMNS
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.freed_memory import keep_freed_memory
-from mtp_jax.runs.progress import say
-from mtp_jax.training.start import config_of
 
 SHOWN = 6
 """Number of columns that fit into a terminal. The page shows all columns."""
@@ -31,7 +29,7 @@ DESCRIPTION = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(Settings):
+class Args(HeadTraining):
     """What to accelerate, and how."""
 
     source: tyro.conf.Positional[str]
@@ -52,18 +50,11 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(args.workdir)
     keep_freed_memory()
     keep_compiled(workdir)
-    outcome = accelerate(args.source, workdir, settings, say)
+    outcome, page = train_heads(args.source, workdir, settings)
     if outcome.results is None:
         if args.json:
             print_json({"finished": False, "step": outcome.training.step, "heads": str(outcome.heads)})
         raise SystemExit(128 + signal.Signals[outcome.training.stopped_by])
-    heads = config_of(outcome.heads).heads
-    facts = {
-        "heads": f"{heads.num_future - 1} {heads.kind}, over {heads.draft_vocab:,} tokens",
-        "training steps": f"{outcome.training.step:,}",
-        "learned from": outcome.training.corpus.description,
-    }
-    page = report.write_report(workdir / "report", args.source, outcome.heads, outcome.results, facts)
     if args.json:
         print_json(report.as_json(outcome, args.source, page))
         return
@@ -76,7 +67,7 @@ def main(argv: list[str]) -> None:
     print(f"use it: {report.use_line(outcome.heads, outcome.results)}")
 
 
-def _settings(args: Args) -> Settings:
+def _settings(args: Args) -> HeadTraining:
     least = {"num_prompts": 0, "answer_tokens": 2, "heldout": 1, "num_future": 2, "draft_vocab": 1, "steps": 0}
     for name, lowest in (least | {"batch_size": 1, "seq_len": 16}).items():
         value = getattr(args, name)
@@ -93,4 +84,4 @@ def _settings(args: Args) -> Settings:
         raise UserError(f"--attention has no effect on --kind {args.kind}; only these kinds read it: {readers}")
     if not FACTS[args.kind].drafts:
         raise UserError(f"--kind {args.kind} heads cannot draft; choose another family")
-    return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    return HeadTraining(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HeadTraining)})

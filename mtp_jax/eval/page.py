@@ -2,7 +2,8 @@
 
 import math
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -22,8 +23,8 @@ def write_page(
     directory: pathlib.Path,
     title: str,
     evaluation: Evaluation,
-    metrics: list[dict],
-    facts: dict,
+    metrics: Sequence[dict[str, Any]] = (),
+    facts: Mapping[str, str] = types.MappingProxyType({}),
     opening: Sequence[str] = (),
 ) -> pathlib.Path:
     """Writes `report.md` and its plots.
@@ -40,7 +41,7 @@ def write_page(
       The page's path.
     """
     make_directory(directory)
-    parts = [f"# {title}", "", *opening, *_table(summary(evaluation) | facts), ""]
+    parts = [f"# {title}", "", *opening, *_table(summary(evaluation) | dict(facts)), ""]
     parts += ["## By head", "", *_head_table(evaluation), ""]
     steps = [record for record in metrics if "head_loss" in record]
     if steps:

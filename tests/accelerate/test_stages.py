@@ -14,7 +14,7 @@ from reference import gguf_files, hub
 
 from mtp_jax.accelerate import answers, endpoint, stages
 from mtp_jax.accelerate.batches import read_records
-from mtp_jax.accelerate.plan import Settings
+from mtp_jax.accelerate.plan import HeadTraining
 from mtp_jax.cli import run
 from mtp_jax.convert.importer import import_model
 from mtp_jax.decode.memory import CacheTooLarge
@@ -273,7 +273,7 @@ def test_settings_of_the_model_mean_nothing_to_its_heads(source, tmp_path):
     config["loss"]["token_order"], config["data"]["prompt_tokens"] = 0.5, 3
     config["heads"]["num_future"], config["heads"]["tap_mix"] = 3, True
     (trunk / "config.json").write_text(json.dumps(config))
-    heads = stages.heads_config(trunk, tmp_path / "text.jsonl", Settings(kind="linear", num_future=2))
+    heads = stages.heads_config(trunk, tmp_path / "text.jsonl", HeadTraining(kind="linear", num_future=2))
     assert heads.loss.token_order == 0 and heads.data.prompt_tokens == 0 and not heads.heads.tap_mix
 
 
