@@ -1,14 +1,14 @@
-"""Which heads draft best on a checkpoint? Every kind learns from the same text for the same number of steps.
+"""Which kind of heads drafts best for a checkpoint? All kinds learn from the same text, for the same number of steps.
 
     python benchmarks/head_kinds.py ACCELERATED DATA OUT [--steps 50] [--kinds ...]
 
-ACCELERATED is a finished workdir of `mtp accelerate`: its text, and the states that it kept, serve every kind. DATA is
-that of `real_checkpoint.py`. OUT keeps the runs; those that are there are not trained again. The model answers the
-prompts greedily; at every position of every answer the heads draft, and tokens per round are counted as if every round
-verified all drafts: heads alone, and heads with lookup by the rule of `decode/drafters.py`.
+ACCELERATED is a finished workdir of `mtp accelerate`. All kinds use its text and the states that it kept. DATA is the
+same as for `real_checkpoint.py`. OUT keeps the runs; a run that exists already is not trained again. The model answers
+the prompts greedily, and the heads draft at every position of every answer. Tokens per round are counted as if every
+round verified all drafts: for heads alone, and for heads with lookup by the rule of `decode/drafters.py`.
 
-`markov` is no family of the package: medusa heads, to which a bias of rank 128 of the token before is added (DSpark's
-`W2 W1[token]`, here from the token's embedding and through the shared unembedding).
+`markov` is not a family of the package. It is medusa heads with a bias of rank 128 that depends on the token before
+(DSpark's `W2 W1[token]`, here from the token's embedding and through the shared unembedding).
 """
 
 import argparse

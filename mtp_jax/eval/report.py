@@ -27,7 +27,7 @@ MOST_ANSWERS = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The part of an evaluation that needs all parameters of a model, stacked."""
+    """The results that need all parameters of a model, stacked."""
 
     sums: HeadSums
     """Sums per head over the held-out text, teacher-forced."""
@@ -39,7 +39,7 @@ class Losses:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Losses):
-    """What `mtp eval` and `mtp quickstart` report."""
+    """The results that `mtp eval` and `mtp quickstart` report."""
 
     decoding: Comparison | None
     """Drafted and plain decoding of held-out prompts. None if nothing drafts (no extra heads, or decode.num_draft=0) or
@@ -90,8 +90,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a model on held-out rows: loss and accuracy by head, then drafted and plain decoding.
 
-    The model is in memory twice while it decodes. Where it is large, call `heldout_losses` and `with_decoding` one
-    after the other, and give the second a model for decoding alone: `lm.give_up_params()`.
+    The model is in memory twice while it decodes. If it is large, call `heldout_losses` and then `with_decoding`, and
+    give the latter a model that only decodes: `lm.give_up_params()`.
 
     Args:
       lm: a loaded model; `lm.config.decode` says which prompts are decoded.
@@ -108,7 +108,7 @@ def evaluate(
 def heldout_losses(
     lm: LoadedModel, rows: PackedRows, *, limit: int = 0, progress: Callable[[str], None] = lambda _: None
 ) -> Losses:
-    """The first half of `evaluate`, with the same arguments: what needs the model's stacked parameters."""
+    """The first half of `evaluate`, with the same arguments: the results that need the stacked parameters."""
     config = lm.config
     check_prompts(config.data, rows, "the text")
     rows = dataclasses.replace(rows, prompt_tokens=config.data.prompt_tokens)
@@ -129,11 +129,11 @@ def heldout_losses(
 def with_decoding(
     losses: Losses, lm: LoadedModel, rows: PackedRows, *, progress: Callable[[str], None] = lambda _: None
 ) -> Evaluation:
-    """The second half of `evaluate`: held-out prompts, decoded with drafts and without.
+    """The second half of `evaluate`: decodes held-out prompts, with and without drafts.
 
     Args:
-      losses: the first half, of the same model and rows.
-      lm: the model; one for decoding alone (`give_up_params`) will do.
+      losses: the result of the first half, for the same model and rows.
+      lm: the model. It may be one that only decodes (`give_up_params`).
       rows: held-out rows.
       progress: is called with a line of text about what is being done.
     """

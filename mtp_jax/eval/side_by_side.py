@@ -60,11 +60,11 @@ class Pair:
     sample: Sample
     comparison: Comparison
     text: str
-    """What was written, up to the model's end token. Times are those of all tokens: rows do not stop there."""
+    """The generated text, up to the model's end token. Times are for all tokens, because rows do not stop there."""
 
     @property
     def distinct(self) -> float:
-        """Share of distinct 4-grams in what was written. Text that repeats itself is easy to draft."""
+        """Share of distinct 4-grams in the generated text. Text that repeats itself is easy to draft."""
         return distinct_ratio(self.comparison.drafted.tokens)
 
     @property
