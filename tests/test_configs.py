@@ -77,7 +77,7 @@ def test_equal_parameter_rule():
     """29 layers and 3 one-block heads are 32 layers (Gloeckle et al. 2024)."""
     assert equal_parameter_layers(32, 4) == 29
     assert equal_parameter_layers(32, 1) == 32
-    with pytest.raises(ValueError, match="2 layers cannot give one block to each of 2 extra heads"):
+    with pytest.raises(ValueError, match="2 layers are too few to give one to each of 2 extra heads"):
         equal_parameter_layers(2, 3)
 
 

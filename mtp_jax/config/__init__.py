@@ -1,8 +1,8 @@
-"""Every setting of a run, with its default and a check of what it may be. A value that cannot work is refused here.
+"""Every setting of a run, with its default and its check. A value that cannot work is refused here.
 
 A run is one `Config`, made of sections. Each section has a file: `model`, `heads`, `loss`, `data`, `optim`, `mesh`,
 `training` (section `train`) and `decode`. `arch` is the model with its heads. `run` checks
-that settings of several sections fit together. `text` writes a config as JSON and reads it again.
+that settings of different sections fit together. `text` writes a config as JSON and reads it back.
 
 Config files are Python files that define `config = Config(...)`. The command line overrides any field by its dotted
 path (`--model.d_model 512`).

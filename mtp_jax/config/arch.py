@@ -1,4 +1,4 @@
-"""What computes: the model and its heads. `model`, `decode` and `convert` know an `Arch` and nothing else of a run."""
+"""The part of a config that defines the model and its heads. `model`, `decode` and `convert` use no other part."""
 
 import dataclasses
 
@@ -30,12 +30,12 @@ class Arch:
         )
         require(
             heads.lora_rank == 0 or model.num_experts == 0,
-            f"heads.lora_rank={heads.lora_rank} with model.num_experts={model.num_experts}: LoRA of experts is not "
+            f"heads.lora_rank={heads.lora_rank} with model.num_experts={model.num_experts}: LoRA on experts is not "
             "implemented; use lora_rank=0",
         )
         require(
             heads.lora_rank == 0 or model.gated,
-            f"heads.lora_rank={heads.lora_rank} with model.gated=False: LoRA of ungated layers is not implemented; use "
+            f"heads.lora_rank={heads.lora_rank} with model.gated=False: LoRA on ungated layers is not implemented; use "
             "lora_rank=0",
         )
         require(
@@ -44,29 +44,30 @@ class Arch:
         )
         require(
             not heads.draft_vocab or heads.num_future > 1,
-            f"heads.draft_vocab={heads.draft_vocab} is for extra heads, and heads.num_future=1 has none; use 2 or more",
+            f"heads.draft_vocab={heads.draft_vocab} is for extra heads, but heads.num_future=1 has none; use "
+            "num_future=2 or more",
         )
         require(
             heads.draft_vocab < model.vocab_size,
-            f"heads.draft_vocab={heads.draft_vocab} must be below model.vocab_size={model.vocab_size}; 0 drafts over "
-            "all tokens",
+            f"heads.draft_vocab={heads.draft_vocab} must be below model.vocab_size={model.vocab_size}; use 0 for the "
+            "whole vocabulary",
         )
 
     @property
     def tap(self) -> int:
-        """Blocks below the tapped state, counted from the bottom: 0..L."""
+        """Number of blocks below the tapped state: 0..L."""
         return self.heads.tap if self.heads.tap >= 0 else self.model.num_layers + self.heads.tap
 
 
 def equal_parameter_layers(total_layers: int, num_future: int) -> int:
-    """Layers of the next-token path that leave the parameter count of a plain `total_layers` model unchanged.
+    """Number of trunk layers for which the model with heads has as many parameters as a plain model.
 
-    Each extra parallel head owns one block, so `num_future - 1` blocks move from the trunk into the heads
-    (Gloeckle et al. 2024, section 2): 32 layers with 4 heads are a 29-layer LM and 3 one-block heads.
+    Each extra parallel head has one block, so `num_future - 1` blocks move from the trunk into the heads
+    (Gloeckle et al. 2024, section 2): 32 layers with 4 heads give a trunk of 29 layers and 3 heads of one block.
 
     Args:
-      total_layers: layers of the plain model that sets the parameter budget.
-      num_future: M, prediction heads including the next-token head.
+      total_layers: number of layers of the plain model.
+      num_future: M, number of heads, head 0 included.
 
     Returns:
       `model.num_layers` for the model with heads.
@@ -74,14 +75,20 @@ def equal_parameter_layers(total_layers: int, num_future: int) -> int:
     layers = total_layers - (num_future - 1)
     if layers < 1:
         raise UserError(
-            f"equal_parameter_layers: {total_layers} layers cannot give one block to each of {num_future - 1} extra "
-            f"heads and keep one; use num_future <= {total_layers}"
+            f"equal_parameter_layers: {total_layers} layers are too few to give one to each of {num_future - 1} extra "
+            f"heads and keep one for the trunk; use num_future <= {total_layers}"
         )
     return layers
 
 
 def check_divisible(arch: Arch, width: int, tensor: int) -> None:
-    """Refuses a model whose width does not split over so many devices, or its heads and the like over so many."""
+    """Refuses a model that does not divide over the devices.
+
+    Args:
+      arch: the model and its heads.
+      width: number of devices that d_model is split over.
+      tensor: number of devices that the vocabulary, the attention heads and the feed-forward width are split over.
+    """
     model = arch.model
     for name in ("vocab_size", "num_heads", "num_kv_heads", "d_ff"):
         value = getattr(model, name)

@@ -1,4 +1,4 @@
-"""Checks of settings: a value that cannot work is refused with its path, the value and the remedy."""
+"""Checks of settings. The error for a bad value names the field, the value and the remedy."""
 
 import math
 import types
@@ -17,7 +17,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_fields(section: str, obj: Any) -> None:
-    """Config files are Python: a value of the wrong type is refused where it is written, not where it is used."""
+    """Refuses fields with a value of the wrong type. Config files are Python, which does not check types itself."""
     for name, kind in typing.get_type_hints(type(obj)).items():
         check_type(getattr(obj, name), kind, f"{section}.{name}")
 
@@ -30,15 +30,23 @@ def positive(section: str, obj: Any, *names: str) -> None:
 
 
 def only_with(section: str, obj: Any, names: str, given: bool, what: str) -> None:
-    """Refuses fields that differ from their default where nothing would read them."""
+    """Refuses fields that differ from their default but would have no effect.
+
+    Args:
+      section: name of the section.
+      obj: the section.
+      names: names of the fields, separated by spaces.
+      given: whether the setting is present that gives these fields an effect.
+      what: name of that setting, for the error.
+    """
     for name in names.split():
         value = getattr(obj, name)
         default = type(obj).__dataclass_fields__[name].default
-        require(value == default or given, f"{section}.{name}={value!r} means nothing without {what}")
+        require(value == default or given, f"{section}.{name}={value!r} has no effect without {what}")
 
 
 def check_type(value: Any, kind: Any, origin: str) -> None:
-    """Refuses a value that is not of the annotated type; an int is a float, a bool is no int."""
+    """Refuses a value that is not of the annotated type. An int is accepted as a float, a bool is not an int."""
     if isinstance(kind, types.UnionType):
         # One value, or a tuple of them.
         several = isinstance(value, tuple)

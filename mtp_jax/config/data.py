@@ -8,31 +8,32 @@ from mtp_jax.config.checks import check_fields, require
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes rows."""
+    """The source of the text, and how it becomes rows."""
 
     source: str = "stdlib"
-    """`stdlib` (the running Python's standard library), a directory, glob, text file, `.jsonl` or `.json` of records,
-    `.npy` of token ids, or `synthetic:TASK:option=value,...` (see `data/synthetic.py`)."""
+    """`stdlib` (the standard library of the running Python), a directory, a glob, a text file, a `.jsonl` or `.json` of
+    records, a `.npy` of token ids, or `synthetic:TASK:option=value,...` (see `data/synthetic.py`)."""
     text_field: str = "text"
-    """Field of a record that holds the text."""
+    """The field of a record that holds its text."""
     tokenizer: str = "bpe"
-    """`bpe` trains a byte-pair tokenizer of model.vocab_size on the corpus, `bytes` is one token per byte, `none` takes
-    a `.npy` as it is, anything else is the path of a `tokenizer.json`."""
+    """`bpe`: a byte-pair tokenizer with model.vocab_size tokens, trained on the text. `bytes`: one token per byte.
+    `none`: the source is a `.npy` of token ids and needs no tokenizer. Otherwise the path of a `tokenizer.json`."""
     special_tokens: Literal["auto", "read", "text"] = "auto"
-    """What a special token that a text spells (`<|im_start|>`) becomes, in documents and prompts alike. read: that
-    token, as chat text needs it. text: the tokens of its characters, so that no document can forge its own end. auto:
-    as the tokenizer says, which is read for that of a Hugging Face model or of an import, and text for bpe, bytes and a
-    `tokenizer.json` alone."""
+    """How the name of a special token (`<|im_start|>`) in a document or prompt is read. read: as the special token,
+    which chat text needs. text: as ordinary characters, so that a document cannot contain an end-of-text token. auto:
+    read for the tokenizer of a Hugging Face model or of an import; text for bpe, bytes and a single
+    `tokenizer.json`."""
     chat_template: str = ""
-    """Writes `messages` as text: `plain`, a Jinja file, or a directory with a tokenizer; by default the tokenizer's."""
+    """The template that writes `messages` as text: `plain`, a Jinja file, or a directory with a tokenizer. Empty: the
+    template of the tokenizer."""
     seq_len: int = 256
-    """Tokens of a row (T)."""
+    """T, number of tokens of a row."""
     prompt_tokens: int = 0
-    """Tokens at the start of every document that are context only: no head learns to predict them."""
+    """Number of tokens at the start of every document that are only context: no head learns to predict them."""
     eval_fraction: float = 0.05
-    """Share of the documents held out, whole documents at a time."""
+    """Share of the text that is held out for evaluation. Whole documents are held out."""
     seed: int = 0
-    """Seed of the held-out choice and of the row order."""
+    """Seed for the choice of held-out documents and for the order of the rows."""
 
     def __post_init__(self) -> None:
         check_fields("data", self)
@@ -40,5 +41,5 @@ class DataConfig:
         require(self.seq_len >= 2, f"data.seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
         require(
             0 < self.eval_fraction < 1,
-            f"data.eval_fraction={self.eval_fraction}; it must lie between 0 and 1, for example 0.05",
+            f"data.eval_fraction={self.eval_fraction}; it must be between 0 and 1, for example 0.05",
         )

@@ -8,62 +8,64 @@ from mtp_jax.config.checks import check_fields, only_with, positive, require
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Sum over heads of the masked mean loss of each head, times the head's weight, which may change with the step.
+    """The loss: a weighted sum of the mean losses of the heads. The weights can change during the run.
 
     The modules of `losses/` say what each setting computes, where it comes from, and which recipe uses it.
     """
 
     impl: Literal["fused", "remat"] = "fused"
-    """fused: gradients formed in the forward scan over chunks. remat: a checkpoint around each chunk of logits."""
+    """Logits are computed in chunks. fused: the forward scan over the chunks also forms the gradients. remat: the
+    backward pass computes the logits of each chunk again."""
     head_weights: tuple[float, ...] = ()
     """One weight per head; empty means 1 for every head (Gloeckle et al. 2024)."""
     extra_weight: float = 1.0
-    """Factor on all extra heads (lambda of DeepSeek-V3, beta of CAFT)."""
+    """The weights of all extra heads are multiplied by this (lambda in DeepSeek-V3, beta in CAFT)."""
     decay: float = 1.0
     """The weight of head m >= 1 is multiplied by decay^m (0.8 in Medusa and CAFT)."""
     average_extra: bool = False
-    """Divide the extra heads' weights by their number (DeepSeek-V3)."""
+    """Divide the weights of the extra heads by the number of extra heads (DeepSeek-V3)."""
     schedule: Literal["constant", "linear", "switch", "sine", "rsine", "forward", "reverse"] = "constant"
-    """How the extra heads' weights change over the run; see `losses/schedules.py`."""
+    """How the weights of the extra heads change during the run; see `losses/schedules.py`."""
     schedule_final: float = 0.0
-    """linear, switch: factor of the extra heads' weights at the end of the run."""
+    """linear, switch: at the end of the run, the weights of the extra heads are multiplied by this."""
     schedule_at: float = 0.5
-    """switch: share of the steps after which the factor is `schedule_final`."""
+    """switch: share of the steps before the factor changes from 1 to `schedule_final`."""
     heads_per_step: int = 0
-    """Extra heads that are trained in a step, drawn at random for each step. 0 trains all."""
+    """Number of extra heads that a step trains. They are drawn at random for each step. 0 trains all."""
     distil: Literal["none", "kl", "tv", "lk_alpha", "lk_lambda"] = "none"
-    """Teach the extra heads the next-token head's distribution, by this distance; see `losses/objectives.py`."""
+    """Teach the extra heads the distribution of head 0, with this distance; see `losses/objectives.py`."""
     distil_mix: float = 1.0
-    """Share of the distance in an extra head's loss; the rest is cross-entropy."""
+    """Share of the distance in the loss of an extra head; the rest is cross-entropy."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread over the vocabulary."""
+    """Share of the target probability that is spread over the vocabulary."""
     token_order: float = 0.0
-    """Weight of the token order loss (TOP); above 0 the model has one more unembedding, used in training only."""
+    """Weight of the token order loss (TOP). Above 0, the model has one more unembedding, used in training only."""
     order_window: int = 32
-    """Positions ahead that the token order loss ranks."""
+    """Number of following positions that the token order loss ranks."""
     entropy: Literal["none", "keep_top", "drop_top", "soft"] = "none"
-    """Weigh tokens by entropy; experimental, see `losses/entropy.py`."""
+    """Weight the tokens by entropy; experimental, see `losses/entropy.py`."""
     entropy_fraction: float = 0.2
-    """keep_top, drop_top: share of the counted tokens that are kept or dropped."""
+    """keep_top, drop_top: share of the tokens that are kept or dropped."""
     entropy_source: Literal["own", "next_token"] = "next_token"
-    """Distribution whose entropy counts: that of the head itself, or that of the next-token head."""
+    """The distribution that the entropy is computed from. own: that of each head; next_token: that of head 0."""
     entropy_normaliser: Literal["selected", "all"] = "selected"
-    """What the sum over the selected tokens is divided by."""
+    """The sum over the selected tokens is divided by the weight of these tokens (selected) or of all tokens (all)."""
     entropy_temperature: float = 1.0
-    """soft: tokens weigh exp(H / temperature)."""
+    """soft: a token of entropy H has weight exp(H / entropy_temperature)."""
     teacherless: int = -1
-    """The token that stands in for every input token behind the prompt, so that all of them are predicted at once from
-    the prompt (Bachmann & Nagarajan 2024); needs data.prompt_tokens. Such a model's answer is read from its logits over
-    prompt and dummies, not from `generate`, which feeds tokens. -1 feeds the tokens themselves."""
+    """The id of a dummy token that replaces every input token after the prompt, so that the model predicts all of them
+    at once from the prompt (Bachmann & Nagarajan 2024). Needs data.prompt_tokens. Read the answer of such a model from
+    its logits over the prompt and the dummy tokens: `generate` feeds real tokens and does not fit. -1 switches it
+    off."""
     z_loss: float = 0.0
-    """Coefficient of logsumexp(logits)^2, weighted like the cross-entropy."""
+    """Coefficient of logsumexp(logits)^2. This term is weighted like the cross-entropy."""
     chunk_bytes: int = 0
-    """Most bytes of float32 logits alive at once on one device; 0 suits it to the device."""
+    """Limit in bytes for the float32 logits that one device holds at a time; 0 chooses a limit for the device."""
     skip: bool = True
-    """Leave tokens without weight out of the logits, and end with the last one that has any."""
+    """Compute no logits for tokens of weight 0. The scan over chunks stops after the last token that has a weight."""
     gather: Literal["step", "chunk"] = "step"
-    """Under FSDP: the unembedding is gathered once per step, or for every chunk, so that no device holds a float32
-    gradient of all of it, nor all of it beyond a chunk."""
+    """With FSDP: gather the unembedding once per step, or once per chunk. With chunk, no device holds a float32
+    gradient of the whole unembedding, and none keeps the whole unembedding longer than a chunk."""
 
     def __post_init__(self) -> None:
         check_fields("loss", self)
@@ -74,7 +76,7 @@ class LossConfig:
             require(value >= 0, f"loss.{name}={value} is negative; 0 switches it off")
         for name in ("label_smoothing", "distil_mix", "schedule_at", "entropy_fraction"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"loss.{name}={value}; it must lie in [0, 1]")
+            require(0 <= value <= 1, f"loss.{name}={value}; it must be in [0, 1]")
         require(
             self.entropy_temperature >= 1e-6,
             f"loss.entropy_temperature={self.entropy_temperature}; it must be at least 1e-6",
@@ -96,7 +98,9 @@ class LossConfig:
         require(self.teacherless >= -1, f"loss.teacherless={self.teacherless}; give a token id, or -1 to switch it off")
         require(
             not self.head_weights or any(self.head_weights),
-            f"loss.head_weights={self.head_weights} silences every head; at least one must be above 0",
+            f"loss.head_weights={self.head_weights} switches every head off; at least one must be above 0",
         )
         negative = [w for w in self.head_weights if w < 0]
-        require(not negative, f"loss.head_weights={self.head_weights} holds a negative weight; use 0 to silence a head")
+        require(
+            not negative, f"loss.head_weights={self.head_weights} has a negative weight; use 0 to switch a head off"
+        )

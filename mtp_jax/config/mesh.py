@@ -7,17 +7,17 @@ from mtp_jax.config.checks import check_fields, require
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; one axis may be -1 for all devices that are left."""
+    """Number of devices along each axis of the mesh. One axis may be -1, which means all remaining devices."""
 
     data: int = 1
-    """Rows are split, parameters are copied."""
+    """Number of devices that split the rows and have a copy of the parameters each."""
     fsdp: int = 1
-    """Rows and parameters are split (ZeRO 3)."""
+    """Number of devices that split the rows and the parameters (ZeRO 3)."""
     tensor: int = 1
-    """Attention heads, feed-forward width and vocabulary are split."""
+    """Number of devices that split the attention heads, the feed-forward width and the vocabulary."""
     context: int = 1
-    """Positions of a row are split, and parameters: for rows too long for one device. Attention gathers the keys and
-    values of a row, a layer at a time."""
+    """Number of devices that split the positions of a row, and the parameters. It is for rows that are too long for one
+    device. Attention gathers the keys and values of a row, one layer at a time."""
 
     def __post_init__(self) -> None:
         check_fields("mesh", self)
@@ -25,5 +25,6 @@ class MeshConfig:
         for name, size in sizes.items():
             require(size >= 1 or size == -1, f"mesh.{name}={size}; use a size of at least 1, or -1 for the rest")
         require(
-            list(sizes.values()).count(-1) <= 1, f"mesh has more than one -1 ({sizes}); only one axis can take the rest"
+            list(sizes.values()).count(-1) <= 1,
+            f"mesh has more than one -1 ({sizes}); use -1 for one axis only, which gets the remaining devices",
         )

@@ -1,7 +1,7 @@
-"""The `model` section of a config: the shape of the decoder, wide enough for the families that its fields name.
+"""The `model` section: the shape of the decoder.
 
-Defaults give a Llama 2 block. What else the common decoders do is one field each, so that a checkpoint of theirs is a
-config and nothing more.
+The defaults give a Llama 2 block. Every other feature of the common decoders is one field, so that their checkpoints
+need a config and no code.
 """
 
 import dataclasses
@@ -15,115 +15,120 @@ Layer = Literal["full", "window", "nope"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The decoder language model: the whole next-token path, which is complete without any extra head."""
+    """The decoder language model: the trunk, which is complete without extra heads."""
 
     vocab_size: int = 2048
-    """Rows of the embedding and of the unembedding (V); at least the tokenizer's size."""
+    """V, number of rows of the embedding and of the unembedding; at least the size of the tokenizer."""
     num_layers: int = 4
-    """Blocks of the trunk (L)."""
+    """L, number of blocks of the trunk."""
     d_model: int = 256
-    """Width of the residual stream (D)."""
+    """D, width of the residual stream."""
     num_heads: int = 4
-    """Query heads (N)."""
+    """N, number of query heads."""
     num_kv_heads: int = 4
-    """Key/value heads (K); num_heads must be a multiple of it."""
+    """K, number of key/value heads; num_heads must be a multiple of it."""
     head_dim: int = 64
-    """Width of one attention head (H), independent of d_model / num_heads; even, for the rotary halves."""
+    """H, width of one attention head; it need not be d_model / num_heads. It must be even, because rotary embedding
+    rotates pairs."""
     d_ff: int = 704
-    """Inner width of the feed-forward layer, or of one expert (F)."""
+    """F, inner width of the feed-forward layer, or of one expert."""
     max_seq_len: int = 2048
-    """Most positions of a row, prompt and generated tokens together."""
+    """Largest number of positions of a row; in decoding, of the prompt and the generated tokens together."""
 
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm, or LayerNorm with a bias (GPT-NeoX, StarCoder 2)."""
     norm_eps: float = 1e-6
-    """Added to the mean square, or variance, inside a norm."""
+    """Added to the mean square or the variance inside a norm."""
     norm_plus_one: bool = False
     """RMSNorm scales by 1 + w (Gemma, Qwen3-Next); w starts at 0."""
     norm_position: Literal["pre", "post", "sandwich", "parallel", "mlp"] = "pre"
-    """x + f(norm(x)); x + norm(f(x)) (OLMo 2); x + norm(f(norm(x))) (Gemma 2 and 3); x + attention(norm(x)) +
-    mlp(norm(x)) (GPT-NeoX); or "pre" without the norm before attention (EAGLE's head)."""
+    """Position of the norms in a block. pre: x + f(norm(x)). post: x + norm(f(x)) (OLMo 2). sandwich:
+    x + norm(f(norm(x))) (Gemma 2 and 3). parallel: x + attention(norm(x)) + mlp(norm(x)) (GPT-NeoX). mlp: as pre, but
+    without the norm before attention (EAGLE's head)."""
     residual_scale: float = 1.0
-    """What a block adds to the residual stream is multiplied by this (Granite)."""
+    """The output of attention and of the feed-forward layer is multiplied by this before it is added to the residual
+    stream (Granite)."""
 
     qk_norm: bool = False
     """RMSNorm on queries and keys before the rotary embedding."""
     qk_norm_joint: bool = False
-    """That norm takes all heads of a position together (OLMo 2) instead of each by itself (Qwen3, Gemma 3)."""
+    """The norm of `qk_norm` is over all heads of a position together (OLMo 2), not over each head (Qwen3, Gemma 3)."""
     qkv_bias: bool = False
     """Biases of queries, keys and values (Qwen2)."""
     out_bias: bool = False
     """A bias in the output projection of attention."""
     attn_scale: float = 0.0
-    """Factor of attention scores; 0 is head_dim^-1/2."""
+    """Attention scores are multiplied by this; 0 means head_dim^-1/2."""
     attn_softcap: float = 0.0
-    """c in `c * tanh(scores / c)` (Gemma 2); 0 leaves the scores as they are."""
+    """c in `c * tanh(scores / c)` (Gemma 2); 0 switches it off."""
 
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     """Non-linearity of the feed-forward layer; GELU is exact or the tanh approximation."""
     gated: bool = True
-    """down(act(gate(x)) * up(x)) as in SwiGLU, or down(act(up(x))) (GPT-NeoX, StarCoder 2)."""
+    """True: the feed-forward layer is down(act(gate(x)) * up(x)), as in SwiGLU. False: it is down(act(up(x)))
+    (GPT-NeoX, StarCoder 2)."""
     mlp_bias: bool = False
     """Biases of the feed-forward layer."""
     num_experts: int = 0
-    """Experts in every block (E): gated feed-forward layers, of which each token uses some (Mixtral, Qwen3-MoE). 0 is
-    one feed-forward layer for all tokens."""
+    """E, number of experts in every block. Experts are gated feed-forward layers; each token uses some of them
+    (Mixtral, Qwen3-MoE). 0 is one feed-forward layer for all tokens."""
     experts_per_token: int = 0
-    """Experts that a token uses: those with the highest probabilities (2 in Mixtral, 8 in Qwen3-MoE)."""
+    """Number of experts that a token uses: those with the highest probabilities (2 in Mixtral, 8 in Qwen3-MoE)."""
     renormalise_experts: bool = True
-    """The chosen experts' probabilities are divided by their sum (Mixtral, and Qwen3-MoE with norm_topk_prob)."""
+    """Divide the probabilities of the chosen experts by their sum (Mixtral, and Qwen3-MoE with norm_topk_prob)."""
 
     layer_pattern: tuple[Layer, ...] = ("full",)
-    """Kinds of attention, layer by layer, repeated to the last layer. full: over all positions so far. window: over the
-    last `window` positions. nope: over all positions so far, without rotary embedding (SmolLM 3). Gemma 2 has
-    ("window", "full")."""
+    """The kind of attention of each layer; the pattern repeats up to the last layer. full: over all positions so far.
+    window: over the last `window` positions. nope: over all positions so far, without rotary embedding (SmolLM 3).
+    Gemma 2 has ("window", "full")."""
     window: int = 0
-    """Positions that a token of a "window" layer sees, its own included."""
+    """Number of positions that a token in a "window" layer sees, its own position included."""
 
     rope_theta: float = 10_000.0
     """Base of the rotary position frequencies."""
     rope_theta_window: float = 0.0
-    """Base of the frequencies in "window" layers, which `rope_scaling` then leaves alone (Gemma 3). 0 uses
-    `rope_theta`."""
+    """Base of the frequencies in "window" layers. If it is set, `rope_scaling` does not apply to these layers
+    (Gemma 3). 0 uses `rope_theta`."""
     rope_fraction: float = 1.0
-    """Share of a head's dimensions that are rotated, counted from the first (GPT-NeoX, Phi-4-mini)."""
+    """Share of the dimensions of an attention head that are rotated: the first ones (GPT-NeoX, Phi-4-mini)."""
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """How rotary frequencies are lowered for contexts longer than those of pretraining."""
+    """How rotary frequencies are lowered for contexts that are longer than those of pretraining."""
     rope_factor: float = 1.0
-    """Factor by which `rope_scaling` lowers them: the new context length divided by that of pretraining."""
+    """`rope_scaling` divides frequencies by this: the new context length divided by that of pretraining."""
     rope_original_len: int = 0
     """llama3, yarn: context length of pretraining, in tokens."""
     rope_low: float = 1.0
-    """llama3 (low_freq_factor): a frequency with fewer rotations than this within `rope_original_len` tokens is divided
-    by `rope_factor`."""
+    """llama3 (low_freq_factor): a frequency with fewer rotations than this in `rope_original_len` tokens is divided by
+    `rope_factor`."""
     rope_high: float = 4.0
-    """llama3 (high_freq_factor): a frequency with more rotations than this stays as it is."""
+    """llama3 (high_freq_factor): a frequency with more rotations than this in `rope_original_len` tokens does not
+    change."""
     rope_beta_slow: float = 1.0
-    """yarn (beta_slow): the same as `rope_low`."""
+    """yarn (beta_slow): as `rope_low`."""
     rope_beta_fast: float = 32.0
-    """yarn (beta_fast): the same as `rope_high`."""
+    """yarn (beta_fast): as `rope_high`."""
     rope_attention_factor: float = 0.0
-    """yarn: rotated queries and keys are multiplied by this. 0 is 0.1 ln(rope_factor) + 1, or 1 if rope_factor is below
-    1."""
+    """yarn: rotated queries and keys are multiplied by this. 0 means 0.1 ln(rope_factor) + 1, or 1 if rope_factor is
+    below 1."""
 
     embed_scale: float = 1.0
-    """Embeddings are multiplied by this (Gemma: the root of d_model)."""
+    """Embeddings are multiplied by this (Gemma: the square root of d_model)."""
     tie_embeddings: bool = True
     """Use the embedding as the unembedding."""
     logit_scale: float = 1.0
     """Logits are multiplied by this (Granite: 1 / logits_scaling)."""
     logit_softcap: float = 0.0
-    """c in `c * tanh(logits / c)`; 0 leaves the logits as they are."""
+    """c in `c * tanh(logits / c)`; 0 switches it off."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and matrix products. Norm statistics, softmax and losses are float32 in any case."""
+    """Dtype of activations and matrix products. Norm statistics, softmax and losses are always float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the parameters at rest."""
+    """Dtype in which the parameters are stored."""
     remat: Literal["none", "dots", "block", "offload"] = "none"
-    """What the backward pass recomputes: nothing, everything but matrix products, or whole blocks; or whole blocks from
-    inputs that wait in the host's memory."""
+    """What the backward pass computes again. none: nothing. dots: everything except matrix products. block: whole
+    blocks. offload: whole blocks, with their inputs kept in the memory of the host."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Kernel of attention over whole rows: cuDNN on a GPU, splash on a TPU, or XLA. auto uses the first that is
+    """Kernel for attention over whole rows: cuDNN on a GPU, splash on a TPU, or XLA. auto uses the first that is
     available."""
 
     def __post_init__(self) -> None:
@@ -144,8 +149,8 @@ class ModelConfig:
         )
         require(
             self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
-            f"model.head_dim={self.head_dim} with model.rope_fraction={self.rope_fraction} turns an odd number of "
-            "dimensions; rotary positions turn pairs, so make it even",
+            f"model.head_dim={self.head_dim} with model.rope_fraction={self.rope_fraction} rotates "
+            f"{self.rotary_dim} dimensions; rotary embedding rotates pairs, so the number must be even and above 0",
         )
         require(self.vocab_size <= 2**24, f"model.vocab_size={self.vocab_size} is above {2**24}")
         for name in ("rope_theta", "rope_factor", "rope_high", "rope_beta_fast", *SCALES):
@@ -159,20 +164,20 @@ class ModelConfig:
         self._check_rope()
 
     def _check_layers(self) -> None:
-        require(bool(self.layer_pattern), "model.layer_pattern is empty; ('full',) is plain attention")
+        require(bool(self.layer_pattern), "model.layer_pattern is empty; use ('full',) for plain attention")
         windowed = "window" in self.layers
         require(
             windowed == (self.window > 0),
-            f"model.window={self.window} with model.layer_pattern={self.layer_pattern}: 'window' layers need a window, "
-            "and without them it means nothing",
+            f"model.window={self.window} with model.layer_pattern={self.layer_pattern}: 'window' layers need a window "
+            "above 0, and it has no effect without such layers",
         )
         require(
             self.norm == "rms" or not self.norm_plus_one,
-            "model.norm_plus_one is a form of RMSNorm; leave it out with model.norm='layer'",
+            "model.norm_plus_one=True is for RMSNorm, but model.norm='layer'; use norm_plus_one=False",
         )
         require(
             self.qk_norm or not self.qk_norm_joint,
-            "model.qk_norm_joint says over what model.qk_norm goes; set model.qk_norm too",
+            "model.qk_norm_joint=True has no effect without model.qk_norm; set model.qk_norm=True too",
         )
 
     def _check_experts(self) -> None:
@@ -185,11 +190,11 @@ class ModelConfig:
         )
         require(
             E == 0 or not self.mlp_bias,
-            f"model.mlp_bias=True with model.num_experts={E}: experts have no biases; leave it out",
+            f"model.mlp_bias=True with model.num_experts={E}: experts have no biases; use mlp_bias=False",
         )
         require(
             E == 0 or self.gated,
-            f"model.gated=False with model.num_experts={E}: every expert is gated; leave it out",
+            f"model.gated=False with model.num_experts={E}: every expert is gated; use gated=True",
         )
 
     def _check_rope(self) -> None:
@@ -208,10 +213,10 @@ class ModelConfig:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The kind of every layer."""
+        """The kind of attention of every layer."""
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that turn."""
+        """Number of dimensions of an attention head that are rotated."""
         return int(self.head_dim * self.rope_fraction)

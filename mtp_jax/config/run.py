@@ -1,4 +1,4 @@
-"""A run's config: its sections together. Settings of several sections that must fit together are checked here."""
+"""A run's config: all sections together, and the checks that settings of different sections fit together."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from mtp_jax.config.training import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run."""
+    """The config of one run."""
 
     model: ModelConfig = ModelConfig()
     heads: HeadsConfig = HeadsConfig()
@@ -29,11 +29,13 @@ class Config:
 
     @classmethod
     def around(cls, arch: Arch, tokenizer: str) -> "Config":
-        """The defaults of a run, shortened where they do not fit the longest row of a model that we did not train.
+        """The config for a model that was not trained by a run, for example an import.
+
+        The other sections have their defaults, with shorter lengths where the model's `max_seq_len` needs it.
 
         Args:
           arch: the model and its heads.
-          tokenizer: `data.tokenizer`.
+          tokenizer: value of `data.tokenizer`.
         """
         longest = arch.model.max_seq_len
         decode = DecodeConfig()
@@ -50,15 +52,15 @@ class Config:
         self._check_mesh(arch)
 
     def _check_rows(self) -> None:
-        """Lengths of rows, prompts and outputs."""
+        """Checks lengths of rows, prompts and outputs."""
         model = self.model
         heads = self.heads
         data = self.data
         decode = self.decode
         require(
             heads.num_future < data.seq_len,
-            f"heads.num_future={heads.num_future} needs rows longer than that, but data.seq_len={data.seq_len}; "
-            "head m predicts m+1 tokens ahead within a row",
+            f"heads.num_future={heads.num_future} must be below data.seq_len={data.seq_len}, because head m predicts "
+            "m+1 tokens ahead within a row; use longer rows or fewer heads",
         )
         require(
             data.seq_len <= model.max_seq_len,
@@ -70,7 +72,7 @@ class Config:
         )
         require(
             data.prompt_tokens < data.seq_len,
-            f"data.prompt_tokens={data.prompt_tokens} leaves nothing to learn of rows of data.seq_len={data.seq_len}",
+            f"data.prompt_tokens={data.prompt_tokens} leaves nothing to learn in rows of data.seq_len={data.seq_len}",
         )
         longest = decode.prompt_tokens + decode.max_new_tokens
         require(
@@ -79,12 +81,12 @@ class Config:
         )
 
     def _check_drafts(self) -> None:
-        """How many drafts the heads can make."""
+        """Checks that the heads can make the drafts."""
         heads = self.heads
         decode = self.decode
         require(
             heads.draft or heads.num_future == 1 or decode.num_draft < 1,
-            f"decode.num_draft={decode.num_draft}, but heads.kind={heads.kind!r} drafts nothing; use 0 or -1",
+            f"decode.num_draft={decode.num_draft}, but heads.kind={heads.kind!r} cannot draft; use 0 or -1",
         )
         require(
             decode.num_draft < heads.num_future,
@@ -93,7 +95,7 @@ class Config:
         )
 
     def _check_training(self) -> None:
-        """Objectives and what they train."""
+        """Checks that objectives and trained parameters fit together."""
         model = self.model
         heads = self.heads
         loss = self.loss
@@ -110,19 +112,19 @@ class Config:
         )
         require(
             not train.heads_only or heads.facts.drafts,
-            f"train.trainable={train.trainable!r} with heads.kind={heads.kind!r} trains nothing that is used "
-            "afterwards; train all",
+            f"train.trainable={train.trainable!r} with heads.kind={heads.kind!r}: these heads help only while the trunk "
+            "is trained; use train.trainable='all'",
         )
         extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
         require(
             not train.heads_only or extra,
             f"train.trainable={train.trainable!r}, but loss.head_weights={loss.head_weights}, loss.extra_weight="
-            f"{loss.extra_weight} and loss.decay={loss.decay} silence every extra head",
+            f"{loss.extra_weight} and loss.decay={loss.decay} switch every extra head off",
         )
         require(
             extra or self.head_weights[0] > 0,
             f"loss.head_weights={loss.head_weights}, loss.extra_weight={loss.extra_weight} and loss.decay={loss.decay} "
-            "silence every head; at least one must count",
+            "switch every head off; at least one must have a weight above 0",
         )
         require(
             heads.num_future == 1 or loss.heads_per_step < heads.num_future,
@@ -131,29 +133,31 @@ class Config:
         )
         require(
             not train.heads_only or not loss.token_order,
-            f"loss.token_order={loss.token_order} trains the model's own states; use train.trainable='all', or 0",
+            f"loss.token_order={loss.token_order} trains the trunk, but train.trainable={train.trainable!r}; use "
+            "train.trainable='all', or loss.token_order=0",
         )
         moves = "heads.tap_mix=True" if heads.tap_mix else f"heads.kind={heads.kind!r}"
         require(
             not train.keep_states or not (heads.tap_mix or heads.facts.in_trunk),
-            f"train.keep_states=True, but with {moves} the model does not stand still while heads learn; use False",
+            f"train.keep_states=True, but with {moves} the states change while the heads learn; use keep_states=False",
         )
         require(
             loss.teacherless < model.vocab_size,
-            f"loss.teacherless={loss.teacherless} is no token of model.vocab_size={model.vocab_size}",
+            f"loss.teacherless={loss.teacherless} must be a token id below model.vocab_size={model.vocab_size}",
         )
         require(
             loss.teacherless < 0 or data.prompt_tokens > 0,
-            "loss.teacherless replaces what follows the prompt; say with data.prompt_tokens how long prompts are",
+            f"loss.teacherless={loss.teacherless} replaces the tokens after the prompt; set data.prompt_tokens to the "
+            "length of the prompt",
         )
         require(
             self.optim.name != "schedule_free" or model.param_dtype == "float32",
-            f"optim.name='schedule_free' with model.param_dtype={model.param_dtype!r}: an average of many steps needs "
+            f"optim.name='schedule_free' with model.param_dtype={model.param_dtype!r}: the average of many steps needs "
             "float32; use model.param_dtype='float32'",
         )
 
     def _check_mesh(self, arch: Arch) -> None:
-        """What is split over devices divides over them."""
+        """Checks that sizes which are split over devices divide by the number of devices."""
         data = self.data
         train = self.train
         mesh = self.mesh
@@ -173,22 +177,22 @@ class Config:
 
     @property
     def arch(self) -> Arch:
-        """What computes: the model and its heads."""
+        """The model and its heads."""
         return Arch(self.model, self.heads)
 
     @property
     def has_token_order(self) -> bool:
-        """Whether there is an unembedding for the token order objective, a parameter of training alone."""
+        """Whether there is an unembedding for the token order loss, a parameter that only training uses."""
         return self.loss.token_order > 0
 
     @property
     def head_weights(self) -> tuple[float, ...]:
-        """Weight of every head before any schedule, length M."""
+        """Base weight of every head, before `extra_weight`, `decay` and the schedule; length M."""
         return self.loss.head_weights or (1.0,) * self.heads.num_future
 
     @property
     def num_draft(self) -> int:
-        """P, tokens drafted per round by default; 0 where nothing drafts."""
+        """P, number of drafts per round by default; 0 if the heads cannot draft."""
         if not self.heads.draft:
             return 0
         return self.heads.num_future - 1 if self.decode.num_draft < 0 else self.decode.num_draft

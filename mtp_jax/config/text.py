@@ -1,4 +1,4 @@
-"""A config in and out of JSON, with some fields replaced, and compared with another one."""
+"""Writes a config as JSON and reads it, replaces fields of a config, and compares two configs."""
 
 import dataclasses
 import difflib
@@ -17,11 +17,11 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, origin: str = "config") -> Config:
-    """Reads `to_json`'s text.
+    """Reads a config that `to_json` wrote.
 
     Args:
       text: the JSON.
-      origin: what to call it in an error, usually its path.
+      origin: name of the text in error messages, usually its path.
 
     Raises:
       UserError: not JSON, an unknown key (with the nearest known one), or a value that the schema refuses.
@@ -34,7 +34,7 @@ def from_json(text: str, origin: str = "config") -> Config:
 
 
 def _build(cls: type, tree: Any, origin: str) -> Any:
-    require(isinstance(tree, dict), f"{origin} holds {tree!r} where an object with fields is needed")
+    require(isinstance(tree, dict), f"{origin} is {tree!r}; a JSON object with fields is needed")
     types = typing.get_type_hints(cls)
     for key in tree:
         near = difflib.get_close_matches(key, types, n=1)
@@ -55,8 +55,8 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
     """The config with some fields replaced.
 
     Args:
-      config: where to start from.
-      changes: values by dotted path, as `{"train.steps": 100, "optim.name": "muon"}`.
+      config: the config to change.
+      changes: dotted paths and new values, for example `{"train.steps": 100, "optim.name": "muon"}`.
 
     Raises:
       UserError: an unknown path (with the nearest known one), or a value that the schema refuses.
@@ -75,7 +75,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """One `path: old -> new` for every field in which two configs differ."""
+    """One line `path: old -> new` for every field in which two configs differ."""
     old_fields = flatten(old)
     new_fields = flatten(new)
     return [

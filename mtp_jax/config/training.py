@@ -1,4 +1,4 @@
-"""The `train` section: how long, how much at a time, and what is kept."""
+"""The `train` section: length and batch size of a run, what it trains, and when it evaluates and saves."""
 
 import dataclasses
 from typing import Literal
@@ -12,39 +12,40 @@ class TrainConfig:
     """The training run."""
 
     steps: int = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 16
-    """Rows per optimizer step, over all devices and micro-batches (B)."""
+    """B, number of rows per optimizer step, over all devices and micro-batches."""
     grad_accum: int = 1
-    """Micro-batches per optimizer step; changes memory, not the result, except that `loss.entropy` chooses within a
-    micro-batch. Without that it may change when a run is continued."""
+    """Number of micro-batches per optimizer step. It changes the memory use but not the result. `loss.entropy` is an
+    exception, because it selects tokens within a micro-batch. Without `loss.entropy`, grad_accum may change when a run
+    continues."""
     trainable: str | tuple[str, ...] = "all"
-    """What is trained; nothing else has a gradient or an optimizer state. all; heads: the extra heads alone, in which
-    case `init_from` names the trained model that they belong to; or regular expressions over parameter paths such as
-    `blocks/attn/q`, one or several. `PATTERN=0.1` trains at a tenth of the learning rate. Of several that match a
-    parameter the first decides. All layers of a stack have one path."""
+    """What is trained. Nothing else has a gradient or an optimizer state. Use `all`, or `heads` for the extra heads
+    alone (give the trained model with `init_from`), or one or several regular expressions over parameter paths such as
+    `blocks/attn/q`. `PATTERN=0.1` trains at a tenth of the learning rate. If several patterns match a parameter, the
+    first one counts. All layers of a stack have one path."""
     init_from: str = ""
-    """Workdir of a finished run whose model this one starts from: everything but the heads, and with
-    `init_heads='same'` those too. Needs the same `model` section and the same tokenizer. Not read again once the run
-    has a checkpoint."""
+    """Workdir of a finished run. The new run starts with the parameters of its trunk, and with `init_heads='same'` also
+    with those of its heads. Both runs need the same `model` section and the same tokenizer. Once the new run has a
+    checkpoint, it does not read this workdir again."""
     init_heads: Literal["new", "same"] = "new"
-    """Whether the heads start as `heads.init` says, or as those of `init_from`."""
+    """new: the heads start as `heads.init` says. same: the heads start as those of `init_from`."""
     keep_states: bool = False
-    """Where only heads are trained: run the model over the training text once, keep its states on disk (2 states of
-    d_model numbers for every token, in `states` of the workdir), and train the heads on those. The heads become the
-    same. The next-token loss, which cannot change, is then measured by evaluations only."""
+    """If only heads are trained: run the trunk over the training text once, keep its states on disk (2 states of d_model
+    numbers for every token, in `states` of the workdir), and train the heads on them. The trained heads are the same.
+    The loss of head 0 does not change in such a run, and only evaluations measure it."""
     seed: int = 0
-    """Seed of the initial parameters, and of random choices in the loss."""
+    """Seed for the initial parameters and for random choices in the loss."""
     log_every: int = 20
-    """Steps between lines of metrics."""
+    """Number of steps between lines of metrics."""
     eval_every: int = 0
-    """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
+    """Number of steps between evaluations on held-out rows; 0 evaluates only at the end."""
     eval_rows: int = 0
-    """Held-out rows of an evaluation during training; 0 is all of them."""
+    """Number of held-out rows of an evaluation during training; 0 uses all rows."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; the last step is always saved."""
+    """Number of steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept on disk."""
+    """Number of checkpoints to keep on disk: the newest ones."""
 
     def __post_init__(self) -> None:
         check_fields("train", self)

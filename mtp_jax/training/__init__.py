@@ -1,1 +1,1 @@
-"""The train step as a pure function, and the loop around it."""
+"""The train step, which is a pure function, and the loop around it."""

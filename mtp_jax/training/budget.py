@@ -1,4 +1,4 @@
-"""How many steps fit into a time, measured on the machine that will train."""
+"""Finds how many training steps fit into a given time, by timing some on this machine."""
 
 import math
 import pathlib
@@ -13,22 +13,23 @@ from mtp_jax.training.step import compile_steps, random_batch
 
 TIMED_STEPS = 3
 LEAST_STEPS = 20
-"""Fewer teach nothing; a machine for which they are too many takes longer than it was given."""
+"""Smallest number of steps. Fewer steps teach nothing, so a slow machine trains for longer than the given time."""
 
 
 def steps_within(config: Config, workdir: pathlib.Path, seconds: float) -> int:
-    """Steps of a run that take so many seconds, with what the run spends before the first one.
+    """Number of steps that a run can do in the given time, start-up included.
 
     The training step is compiled and timed on random tokens. The compiled program stays in the run's directory, so that
-    the run itself does not compile it again: with a constant learning rate it is the same for any number of steps.
+    the run itself does not compile it again: with a constant learning rate the program is the same for any number of
+    steps.
 
     Args:
-      config: the run; its number of steps is not read.
-      workdir: its directory.
-      seconds: what it may take from now on.
+      config: the run's config. Its number of steps is not read.
+      workdir: the run's directory.
+      seconds: the time for this measurement and the run together.
 
     Returns:
-      At least `LEAST_STEPS`.
+      The number of steps, rounded down to two digits; at least `LEAST_STEPS`.
     """
     began = monotonic()
     mesh = sharding.mesh_of(config)
@@ -43,13 +44,14 @@ def steps_within(config: Config, workdir: pathlib.Path, seconds: float) -> int:
             state, metrics = steps.train(state, batch)
         jax.block_until_ready(metrics)
     done = monotonic()
-    # The run traces its programs again and reads the compiled ones, which takes about half of what it took here.
+    # The run traces its programs again and loads the compiled ones. This takes about half of the time that it took
+    # here.
     left = seconds - (done - began) - 0.5 * (ready - began)
     return max(LEAST_STEPS, _rounded(left / ((done - ready) / TIMED_STEPS)))
 
 
 def _rounded(steps: float) -> int:
-    """Down to two digits."""
+    """The number, rounded down to two digits."""
     if steps < 1:
         return 0
     unit = 10 ** max(math.floor(math.log10(steps)) - 1, 0)

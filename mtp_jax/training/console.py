@@ -1,4 +1,4 @@
-"""What a person sees of a run, on standard error: a progress bar in a terminal, plain lines elsewhere."""
+"""The output of a run on standard error: a progress bar in a terminal, plain lines elsewhere."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunConsole:
-    """Progress of a training run. Use as a context manager."""
+    """Shows the progress of a training run. Use it as a context manager."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(file=sys.stderr, quiet=quiet, highlight=False, soft_wrap=True)
@@ -21,7 +21,7 @@ class RunConsole:
         self._time = 0.0
 
     def note(self, text: str) -> None:
-        """One line that stays above the bar."""
+        """Prints a line that stays above the bar."""
         self._console.print(text, markup=False)
 
     def start(self, total: int, done: int) -> None:
@@ -39,13 +39,13 @@ class RunConsole:
             self._progress.start()
 
     def update(self, step: int, head_losses: list[float], costs: Mapping[str, float]) -> None:
-        """Moves the bar, or prints a line where there is no terminal; `costs` are those of `Meter.read`."""
+        """Moves the bar, or prints a line if there is no terminal. `costs` come from `Meter.read`."""
         status = "  ".join([f"loss by head {' '.join(map(_number, head_losses))}", *_shown(costs)])
         if self._progress is not None:
             self._progress.update(self._task, completed=step, status=status)
             return
         now = time.monotonic()
-        # From the newest steps alone: the first ones had to wait for the compiler.
+        # Only the steps since the last line count, because the first step had to wait for the compiler.
         left = (now - self._time) / max(step - self._step, 1) * (self._total - step)
         self._step = step
         self._time = now
@@ -65,12 +65,12 @@ class RunConsole:
 
 
 def _number(loss: float) -> str:
-    """A dash for a head of which nothing was measured."""
+    """The loss as text; a dash if it was not measured."""
     return "-" if math.isnan(loss) else f"{loss:.3f}"
 
 
 def _shown(costs: Mapping[str, float]) -> list[str]:
-    """What fits on a line of what a run costs."""
+    """The costs that are shown in a line of progress."""
     parts = {
         "tokens_per_second": lambda speed: f"{speed:,.0f} tokens/s",
         "mfu": lambda share: f"MFU {share:.1%}",

@@ -1,9 +1,9 @@
-"""The loop around the step: data in, metrics and checkpoints out, stoppable at any moment.
+"""The loop around the step. It reads data, writes metrics and checkpoints, and can be stopped at any moment.
 
-A run lives in a workdir and is defined by its config. Started again, it continues from its newest whole checkpoint with
-the state and the position in the data of that moment, so that every later loss is the one an uninterrupted run has.
-The loop waits for the device at log steps, and where it would be too far ahead of it to stop; nothing is saved before
-every step up to it is known to be finite.
+A run is defined by its config and writes into its workdir. A run that is started again continues from its newest whole
+checkpoint, with the state and the position in the data of that checkpoint. So every later loss is the same as in a run
+that was not interrupted. The loop waits for the device at log steps, and when it is so far ahead of the device that a
+stop would take too long. A checkpoint is saved only after all steps before it are known to be finite.
 """
 
 import collections
@@ -43,26 +43,26 @@ from mtp_jax.training.stop import StopRequest
 T = TypeVar("T")
 
 IN_FLIGHT = 8
-"""Most steps that the device may still have to do while the host goes on; enough to hide a late batch. Long steps are
-fewer, see `pace`."""
+"""Largest number of unfinished steps on the device while the host prepares more. It is enough to hide a late batch. If
+steps are long, the limit is lower, see `pace`."""
 
 
 class TrainResult(NamedTuple):
-    """A run as it stands when the loop returns."""
+    """The state of a run when the loop returns."""
 
     state: TrainState
     step: int
     first_step: int
-    """Steps that were done when this call began."""
+    """Number of steps that were done before this call."""
     finished: bool
-    """False where a signal stopped it; started again it continues."""
+    """False if a signal stopped the run. Start it again to continue."""
     corpus: Corpus
     stopped_by: str = ""
-    """That signal's name."""
+    """Name of the signal that stopped the run; "" if none did."""
 
 
 class _Stopped(Exception):
-    """A stop was asked for in the middle of an evaluation."""
+    """A signal asked to stop in the middle of an evaluation."""
 
 
 def train(
@@ -71,16 +71,19 @@ def train(
     console: RunConsole | None = None,
     terms: Mapping[str, Term] | None = None,
 ) -> TrainResult:
-    """Trains, or continues where the workdir stopped.
+    """Trains a model, or continues the run in the workdir.
 
         result = mtp_jax.train(config, "runs/mine")
 
     Args:
-      config: the run.
-      workdir: its directory; made if it does not exist. `mtp_jax.load` takes it afterwards.
-      console: where progress is shown; None shows it on standard error.
-      terms: what is trained besides what the config asks for. Each is written to the metrics under its name. The config
-        does not hold them: give the same ones when the run goes on.
+      config: the run's config.
+      workdir: the run's directory; made if it does not exist. `mtp_jax.load` reads it afterwards.
+      console: shows the progress; None shows it on standard error.
+      terms: more terms of the loss, by name. Metrics report each of them under its name. The config does not contain
+        them, so give the same terms when the run continues.
+
+    Returns:
+      The state of the run when the loop ends.
 
     Raises:
       UserError: bad input, a workdir of another run, a failed save, or a loss or gradient that is not finite.
@@ -91,7 +94,7 @@ def train(
     workdir = pathlib.Path(workdir)
     mesh = sharding.mesh_of(config)
     if is_inside(workdir, config.data.source):
-        raise UserError(f"--workdir {workdir} lies inside data.source={config.data.source!r}; use one outside it")
+        raise UserError(f"--workdir {workdir} is inside data.source={config.data.source!r}; use one outside it")
     check_same(to_json(config), "has another config than process 0; give every process the same file and options")
     with claim(workdir):
         return _train(config, workdir, mesh, console, terms)
@@ -121,9 +124,9 @@ def _train(
         batches = train_batches(rows, config.train.batch_size, config.data.seed, mine)
         if opening.restored is not None:
             batches.set_state(opening.restored.data)
-        del opening  # With it go the parameters that the run started from.
+        del opening  # This frees the parameters that the run started from.
         if continued:
-            going_on = f"continuing from step {first}" if first else "no whole checkpoint yet, starting over"
+            going_on = f"continuing from step {first}" if first else "there is no whole checkpoint yet, starting over"
             done = first == config.train.steps
             console.note(f"{workdir}: " + (f"trained already, {first} steps" if done else going_on))
         with MetricsWriter(workdir, resume_step=first if continued else None) as writer, StopRequest() as stop:
@@ -137,16 +140,20 @@ def _train(
 
 
 def _devices(mesh: Mesh, steps: Steps) -> str:
-    """A line on what trains where."""
+    """A line with the number of parameters, the devices and the mesh."""
     count = sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_state.params))
     split = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     idle = jax.device_count() - mesh.size
-    aside = f"; {idle} of {jax.device_count()} devices stay idle, --mesh.fsdp -1 takes all" if idle else ""
+    aside = f"; {idle} of {jax.device_count()} devices are not used, --mesh.fsdp -1 uses all" if idle else ""
     return f"{count / 1e6:,.2f}M parameters on {mesh.devices.flat[0].device_kind}, mesh: {split}{aside}"
 
 
 def _first_state(config: Config, steps: Steps, opening: Opening, console: RunConsole) -> tuple[TrainState, int]:
-    """What was restored, or random parameters but for those that the run starts from; and the step of it."""
+    """The state that the run begins with, and its step.
+
+    It is the restored state, if there is one. Otherwise it is a new state: the parameters that the run starts from, and
+    random ones for the rest.
+    """
     if opening.restored is not None:
         return opening.restored.state, opening.restored.step
     key = jax.random.key(config.train.seed)
@@ -165,7 +172,7 @@ def _first_state(config: Config, steps: Steps, opening: Opening, console: RunCon
 
 
 class _Run:
-    """The parts of a run that its loop needs in one place."""
+    """The loop of a run, with everything that it needs."""
 
     def __init__(
         self,
@@ -190,10 +197,10 @@ class _Run:
         self.meter = Meter(config, mesh)
         self.pace = Pace()
         self.whole = True
-        """False once a stop has cut an evaluation."""
+        """False after a stop has interrupted an evaluation."""
 
     def advance(self, state: TrainState, step: int, batches: Any) -> tuple[TrainState, int]:
-        """Steps until the end or a stop request; the newest state is on disk when this returns."""
+        """Trains until the last step or a stop request. The newest state is on disk when this returns."""
         settings = self.config.train
         saved = step if step else None
         first = step + 1
@@ -208,7 +215,7 @@ class _Run:
             step += 1
             self.pending.append((step, metrics))
             if step == first:
-                # The compiler took most of this step's time; speed and time left count from here.
+                # Most of the time of this step was compilation, so speed and remaining time count from here.
                 returned = time.monotonic()
                 jax.block_until_ready(metrics)
                 self.pace.measured(time.monotonic() - returned)
@@ -217,7 +224,8 @@ class _Run:
             last = step == settings.steps
             if step % settings.log_every == 0 or last:
                 self.drain(last_step=step)
-            # Before the checkpoint: whoever continues from it finds the evaluation in the record, unless a stop cut it.
+            # The evaluation comes before the checkpoint. So a run that continues from the checkpoint finds it in the
+            # metrics, unless a stop interrupted it.
             if self.evaluates_at(step):
                 self.evaluate(state, step)
             if step % settings.checkpoint_every == 0 or last:
@@ -229,7 +237,7 @@ class _Run:
         return state, step
 
     def stops(self) -> bool:
-        """Whether a stop was asked for, once the device is not too far behind to obey."""
+        """Whether to stop now. First waits until the device is not too far behind the host."""
         behind = len(self.pending) - self.pace.ahead(IN_FLIGHT)
         if behind > 0:
             began = time.monotonic()
@@ -238,23 +246,23 @@ class _Run:
         return self.stop.asked()
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether an evaluation is due behind this step."""
+        """Whether there is an evaluation after this step."""
         settings = self.config.train
         return step == settings.steps or bool(settings.eval_every and step and step % settings.eval_every == 0)
 
     def lacks_evaluation(self, step: int) -> bool:
-        """Whether a stop cut the evaluation that was due behind the step from which the run goes on."""
+        """Whether the evaluation after this step is missing in the metrics, because a stop interrupted it."""
         return self.evaluates_at(step) and not from_first(int(self.writer.has(step, "heldout_loss")))
 
     def save(self, state: TrainState, step: int, batches: Any) -> int:
-        """Saves, after making sure that what is saved is finite."""
+        """Saves a checkpoint, after a check that all steps before it are finite."""
         self.drain(last_step=None)
         with self.meter.paused():
             self.checkpoints.save(step, state, batches)
         return step
 
     def drain(self, last_step: int | None) -> None:
-        """Waits for all steps so far, checks and writes their metrics; shows them if `last_step` is a log step."""
+        """Waits for all steps so far, and checks and writes their metrics. Shows those of `last_step`, if given."""
         head_losses: list[float] = []
         while self.pending:
             step, metrics = self.pending.popleft()
@@ -278,7 +286,11 @@ class _Run:
             self.writer.write(step, record)
 
     def check_finite(self, step: int, metrics: StepMetrics) -> list[float]:
-        """Mean loss of every head; a loss or gradient that is not finite ends the run."""
+        """Mean loss of every head.
+
+        Raises:
+          UserError: a loss or gradient is not finite.
+        """
         bad = [m for m, loss_sum in enumerate(metrics.sums.ce_M) if not math.isfinite(loss_sum)]
         if not bad and math.isfinite(metrics.grad_norm):
             return metrics.sums.means()["loss"].tolist()
@@ -292,7 +304,7 @@ class _Run:
         )
 
     def evaluate(self, state: TrainState, step: int) -> None:
-        """Held-out loss and accuracy of every head; a stop cuts it, and the next start makes up for it."""
+        """Measures held-out loss and accuracy of every head. If a stop interrupts it, the next start repeats it."""
         self.drain(last_step=None)
         with self.meter.paused():
             try:
@@ -301,14 +313,14 @@ class _Run:
                 self.whole = False
 
     def until_stopped(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches, but for a stop."""
+        """Passes the batches on. Raises `_Stopped` when a signal asks to stop."""
         for batch in batches:
             if self.stop.asked():
                 raise _Stopped
             yield batch
 
     def write_heldout(self, state: TrainState, step: int) -> None:
-        """`evaluate`, when nothing is pending."""
+        """Measures and writes the held-out metrics. All steps must be finished."""
         settings = self.config.train
         rows = self.corpus.heldout
         batches = heldout_batches(rows, settings.batch_size // settings.grad_accum, settings.eval_rows)
@@ -321,7 +333,13 @@ class _Run:
 
 
 def place(batch: dict[str, np.ndarray], steps: Steps, batch_size: int) -> dict[str, jax.Array]:
-    """This process's rows, whole, as part of the global batch on the mesh, where positions may be split too."""
+    """Puts the rows of this process onto its devices, as its share of the global batch.
+
+    Args:
+      batch: the rows of this process, with all their positions. The mesh may split the positions, too.
+      steps: the compiled steps.
+      batch_size: number of rows of the global batch.
+    """
     make = jax.make_array_from_process_local_data
     where = steps.batch_sharding
     return {name: make(where, rows, (batch_size, *rows.shape[1:])) for name, rows in batch.items()}

@@ -1,6 +1,6 @@
-"""What a run costs: time, the share of the chips' peak, memory, and what the host waited for.
+"""Measures the cost of a run: time, share of the chips' peak, memory, and the time that the host waits for data.
 
-Time is read where the loop waits for the device anyway, so that measuring costs none.
+The clock is read where the loop waits for the device anyway, so that measuring takes no time.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ from mtp_jax.cost.flops import step_flops
 from mtp_jax.cost.hardware import chip
 
 FIELDS = {
-    "tokens_per_second": "tokens of all devices over all time since the last reading, evaluation and saving included",
-    "step_seconds": "mean time of a step since the last reading, evaluation and saving left out",
-    "mfu": "cost.flops.step_flops over step_seconds, as a share of the bfloat16 peak; only where that is known",
-    "data_wait": "share of that time in which the host waited for a batch",
-    "compile_seconds": "tracing and compiling of the step, or loading it from the cache; once per start",
-    "device_bytes": "memory in use on the fullest of this process's accelerators",
-    "device_peak_bytes": "its largest value so far",
+    "tokens_per_second": "tokens of all devices per second since the last reading, evaluation and saving included",
+    "step_seconds": "mean time of a step since the last reading, without evaluation and saving",
+    "mfu": "cost.flops.step_flops per step_seconds, as a share of the bfloat16 peak; only if the peak is known",
+    "data_wait": "share of the time of the steps in which the host waited for a batch",
+    "compile_seconds": "time to trace and compile the step, or to load it from the cache; once per start",
+    "device_bytes": "memory in use on the fullest accelerator of this process",
+    "device_peak_bytes": "largest device_bytes so far",
     "process_bytes": "on CPUs: resident memory of this process",
-    "process_peak_bytes": "its largest value so far",
+    "process_peak_bytes": "largest process_bytes so far",
 }
-"""What `Meter.read` returns; a field that is not known is left out."""
+"""The fields that `Meter.read` returns, and their meaning. A field whose value is not known is left out."""
 
 
 class Meter:
-    """Clock and gauges of a run."""
+    """Measures the time and memory of a run."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         rows = config.train.batch_size, config.data.seq_len
@@ -52,12 +52,17 @@ class Meter:
         self._paused = 0.0
 
     def start(self, step: int, compile_seconds: float) -> None:
-        """Time counts from here, with `step` steps done, the first of which took the compiler so long."""
+        """Starts the clock.
+
+        Args:
+          step: number of steps that are done.
+          compile_seconds: time to compile the step.
+        """
         self._compiled = compile_seconds
         self._start(step)
 
     def next(self, batches: Iterable[Any]) -> Any:
-        """The next batch; the wait for it is counted."""
+        """The next batch. The time of waiting for it is counted."""
         asked = time.monotonic()
         batch = next(batches)
         self._waited += time.monotonic() - asked
@@ -65,13 +70,13 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is no training."""
+        """A context whose time does not count as training."""
         began = time.monotonic()
         yield
         self._paused += time.monotonic() - began
 
     def read(self, step: int) -> dict[str, float]:
-        """The fields since the last reading; all steps up to `step` must be done."""
+        """Returns the values of `FIELDS` since the last reading. All steps up to `step` must be done."""
         done = step - self._step
         total = time.monotonic() - self._since
         busy = total - self._paused
@@ -89,8 +94,8 @@ class Meter:
 
 
 def _memory(devices: list[jax.Device]) -> dict[str, int]:
-    """Bytes in use and at most so far: of the fullest device, or of the process where devices have no memory of their
-    own."""
+    """Bytes in use now, and the peak so far. They are those of the fullest device, or of the process if devices report
+    no memory."""
     stats = [device.memory_stats() for device in devices]
     if all(stats):
         names = {"device_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}
@@ -100,5 +105,5 @@ def _memory(devices: list[jax.Device]) -> dict[str, int]:
     resident = {}
     if statm.exists():
         resident["process_bytes"] = int(statm.read_text().split()[1]) * resource.getpagesize()
-    # The kernel's own figure of the peak may lag behind.
+    # The kernel's figure of the peak may be older than the current value.
     return resident | {"process_peak_bytes": max([most, *resident.values()])}

@@ -1,6 +1,6 @@
-"""What a run minimises: from a config and a batch to the loss and its sums.
+"""The objective of a run: computes the loss and its sums from a config, the parameters and a batch.
 
-`losses/` has the parts, arrays in and arrays out; here they meet the model and the config.
+The functions in `losses/` know only arrays. This module connects them with the model and the config.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Batch = dict[str, jax.Array]
 
 
 def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
-    """The cross-entropy's static options for a run."""
+    """The static options of the cross-entropy for a run."""
     loss = config.loss
     platform = mesh.devices.flat[0].platform
     placement = sharding.loss_placement(mesh)
@@ -46,7 +46,7 @@ def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
 
 
 def head_schedule(config: Config) -> HeadSchedule:
-    """How much each head counts at each step."""
+    """The schedule of the head weights."""
     loss = config.loss
     return HeadSchedule(
         base=config.head_weights,
@@ -63,20 +63,20 @@ def head_schedule(config: Config) -> HeadSchedule:
 
 
 class Targets(NamedTuple):
-    """What a batch has to learn."""
+    """The targets of a batch."""
 
     ids_MBT: jax.Array
     weights_MBT: jax.Array
     outside_MBT: jax.Array | None = None
-    """Weights of targets that the heads cannot predict; None without a draft vocabulary."""
+    """Weights of the targets outside the draft vocabulary, which heads cannot predict; None if there is none."""
 
 
 def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
-    """Targets of every head; tokens that `learn` leaves out weigh nothing, nor those outside a draft vocabulary.
+    """The targets of every head. A target that `learn` excludes, or that is outside the draft vocabulary, has weight 0.
 
     Args:
       config: the run's config.
-      params: parameters, for `draft_ids`.
+      params: parameters; only `draft_ids` is read.
       batch: the batch.
     """
     targets = Targets(*make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future, batch.get("learn")))
@@ -91,7 +91,8 @@ def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
 
 
 def inputs(config: Config, batch: Batch) -> jax.Array:
-    """The tokens that go in: those of the batch, or a dummy in the place of each that is to be learned."""
+    """The input tokens: those of the batch; with `loss.teacherless`, a dummy token replaces each one after the
+    prompt."""
     if config.loss.teacherless < 0:
         return batch["tokens"]
     return jnp.where(batch["positions"] < config.data.prompt_tokens, batch["tokens"], config.loss.teacherless)
@@ -100,7 +101,7 @@ def inputs(config: Config, batch: Batch) -> jax.Array:
 def loss_sums(
     config: Config, spec: XentSpec, params: dict, batch: Batch, targets: Targets, scale_M: jax.Array
 ) -> tuple[jax.Array, HeadSums]:
-    """The micro-batch's share of the loss and its sums."""
+    """The micro-batch's share of the heads' loss, and its sums."""
     hidden_MBTD = _hidden(config, spec, params, batch)
     return _heads_loss(config, spec, params, hidden_MBTD, targets, scale_M)
 
@@ -170,7 +171,7 @@ def order_loss(
 
 
 class Seen(NamedTuple):
-    """What a term of the loss may look at: one micro-batch."""
+    """The input of a loss term: one micro-batch."""
 
     config: Config
     spec: XentSpec
@@ -180,21 +181,22 @@ class Seen(NamedTuple):
     batch: Batch
     targets: Targets
     weight_BT: jax.Array
-    """Next-token weights, which sum to 1 over all micro-batches: sum(weight_BT * x_BT) is this one's share of a
-    mean."""
+    """Weights of the next-token targets. They sum to 1 over all micro-batches, so sum(weight_BT * x_BT) is the
+    micro-batch's share of the mean of x."""
 
 
 class Term(NamedTuple):
-    """Something that is trained beside the heads' losses."""
+    """A term of the loss in addition to the losses of the heads."""
 
     weight: float
-    """Its factor in the loss."""
+    """The value of the term is multiplied by this in the loss."""
     share: Callable[[Seen], jax.Array]
-    """The micro-batch's share of a number, without the factor. The shares add up to what is reported."""
+    """Computes the micro-batch's share of the value, without the weight. The value is the sum of all shares; metrics
+    report it."""
 
 
 def terms_of(config: Config) -> dict[str, Term]:
-    """The terms that a config asks for, by the name that metrics give them."""
+    """The terms that a config asks for, by their name in the metrics."""
     if not config.loss.token_order:
         return {}
     return {"token_order_loss": Term(config.loss.token_order, _order_share)}
@@ -205,11 +207,11 @@ def _order_share(seen: Seen) -> jax.Array:
 
 
 class Parts(NamedTuple):
-    """Shares of a micro-batch; shares add up to the whole batch's."""
+    """Shares of a micro-batch. Their sum over all micro-batches is the value of the batch."""
 
     sums: HeadSums
     extras: dict[str, jax.Array]
-    """What the terms report."""
+    """Shares of the terms, by name."""
 
 
 def total_loss(
@@ -222,7 +224,17 @@ def total_loss(
     scale_M: jax.Array,
     terms: Mapping[str, Term] | None = None,
 ) -> tuple[jax.Array, Parts]:
-    """Everything that is trained: the heads' losses, and the terms; None are those of the config."""
+    """The micro-batch's share of the whole loss, and its parts.
+
+    Args:
+      config, spec: static options.
+      params: parameters.
+      batch: the micro-batch.
+      targets: targets of every head.
+      weight_BT: weights of the next-token targets, see `Seen`.
+      scale_M: factor on the weights of every head.
+      terms: terms in addition to the losses of the heads; None uses those of the config.
+    """
     terms = terms_of(config) if terms is None else terms
     hidden_MBTD = _hidden(config, spec, params, batch)
     loss, sums = _heads_loss(config, spec, params, hidden_MBTD, targets, scale_M)

@@ -1,7 +1,7 @@
-"""The beginning of a run: first whatever can refuse it, and then the first byte in its directory.
+"""The beginning of a run. All checks come first, and only then is its directory changed.
 
-A command that is refused must change nothing of a run: not its config, nor its text, nor a checkpoint. So `read_run`
-looks at everything and leaves a new corpus beside the old one, and only `write_run` writes.
+A command that is refused must change nothing in a run: not its config, its text or a checkpoint. So `read_run` checks
+everything and puts a new corpus next to the old one. Only `write_run` replaces files.
 """
 
 import contextlib
@@ -30,30 +30,32 @@ Notify = Callable[[str], None]
 
 
 class Opening(NamedTuple):
-    """A run that may begin or go on."""
+    """A run that has passed all checks and may begin or continue."""
 
     corpus: Corpus
     restored: Restored | None
-    """Where it goes on; None for a run that begins."""
+    """The checkpoint that it continues from; None for a run that begins."""
     start: dict[str, Any] | None
-    """Parameters that it begins with; None if they are random, or restored."""
+    """Parameters of `train.init_from` that it begins with; None if all are random or restored."""
     origin: pathlib.Path | None
-    """What was kept of the Hugging Face checkpoint that they once were."""
+    """Directory with the files that were kept of a Hugging Face checkpoint, if `start` comes from one."""
 
 
 def read_run(config: Config, workdir: pathlib.Path, steps: Steps, notify: Notify) -> Opening:
-    """Finds all that a run needs, under the claim on its directory. Writes nothing but new files of the corpus.
+    """Finds everything that a run needs. Writes only the new files of the corpus.
+
+    The caller must hold the claim on the directory.
 
     Args:
-      config: the run, which `check_run` let pass.
-      workdir: its directory.
-      steps: its compiled functions.
-      notify: receives lines about what is found.
+      config: the run's config, which `check_run` has accepted.
+      workdir: the run's directory.
+      steps: the compiled functions of the run.
+      notify: is called with lines of text about what is found.
 
     Raises:
-      UserError: the run cannot begin or go on; the directory is as it was.
+      UserError: the run cannot begin or continue. The directory is unchanged.
     """
-    on_first(lambda: read_metrics(workdir))  # refuses a record that it could not go on with
+    on_first(lambda: read_metrics(workdir))  # here, so that a broken metrics file is refused before any change
     restored = read_latest(workdir, steps.abstract_state)
     begins_from = config.train.init_from if restored is None else ""
     start = origin = None
@@ -72,11 +74,12 @@ def read_run(config: Config, workdir: pathlib.Path, steps: Steps, notify: Notify
 
 
 def _corpus(config: Config, workdir: pathlib.Path, notify: Notify) -> Corpus:
-    """The run's text. One process prepares it, and the others need nothing but the workdir."""
-    on_first(lambda: shutil.rmtree(new_files(workdir / "data"), ignore_errors=True))  # of a start that was killed
+    """The run's text. One process prepares it. The others read it from the workdir and need no access to the source."""
+    # An earlier start that was killed may have left new files.
+    on_first(lambda: shutil.rmtree(new_files(workdir / "data"), ignore_errors=True))
     lost = on_first(lambda: _lost(config, workdir))
     if from_first(int(bool(lost))):
-        notify(f"{', '.join(lost or [])} is not there; going on with the corpus that the run holds")
+        notify(f"{', '.join(lost or [])} does not exist; continuing with the corpus in the workdir")
         return open_prepared(workdir / "data", config.data.seq_len)
     corpus = on_first(lambda: prepare(config, workdir / "data", trained_on(workdir), in_place=False))
     folder = _corpus_folder(workdir)
@@ -84,7 +87,7 @@ def _corpus(config: Config, workdir: pathlib.Path, notify: Notify) -> Corpus:
 
 
 def _lost(config: Config, workdir: pathlib.Path) -> list[str]:
-    """What is missing of that from which the corpus was made, where the run holds the very corpus it was trained on."""
+    """Paths of the config that no longer exist but are not needed, because the run has the corpus it was trained on."""
     lost = missing(config, "data.source", "data.tokenizer", "data.chat_template")
     digest = trained_on(workdir)
     if not lost or not digest:
@@ -94,18 +97,18 @@ def _lost(config: Config, workdir: pathlib.Path) -> list[str]:
 
 
 def _corpus_folder(workdir: pathlib.Path) -> pathlib.Path:
-    """Where the corpus lies by now; every process asks."""
+    """The directory of the corpus: that of new files, if there is one. Every process must call this."""
     fresh = new_files(workdir / "data")
     return fresh if from_first(int(fresh.is_dir())) else workdir / "data"
 
 
 def write_run(config: Config, workdir: pathlib.Path, run: Opening) -> None:
-    """Writes what `read_run` found: what the run takes over, the corpus, the config.
+    """Writes into the directory what `read_run` found: files of the start model, the corpus and the config.
 
     Raises:
       UserError: the directory cannot be written.
     """
-    from_first(0)  # Process 0 moves files when every process has opened them.
+    from_first(0)  # Process 0 may move files only after every process has opened them.
     on_first(lambda: _write(config, workdir, run))
 
 
@@ -126,7 +129,7 @@ def _take_over(config: Config, workdir: pathlib.Path, run: Opening) -> None:
     elif run.restored is None:
         disinherit(workdir)
     elif config.train.init_from and not is_noted(workdir) and (source / "config.json").is_file():
-        # A run of an earlier version, which leaned on that directory until now. If something is missing there, training
-        # goes on without it, and whoever loads the run is told.
+        # A run of an earlier version has no copy of these files and used the directory of `init_from` until now. If
+        # files are missing there, training continues without them, and `load` reports it.
         with contextlib.suppress(UserError):
             inherit(workdir, str(source), origin_folder(workdir, config))

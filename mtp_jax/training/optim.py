@@ -1,4 +1,4 @@
-"""The optimizer of a run, by name: schedule, clipping, decay by parameter path and update rule, all from optax."""
+"""The optimizer of a run: schedule, clipping, weight decay by parameter path, and update rule. All come from optax."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from mtp_jax.errors import UserError
 
 
 def param_path(path: tuple) -> str:
-    """A key path as `blocks/attn/q`, the form that patterns in a config are matched against."""
+    """A key path in the form `blocks/attn/q`. The patterns in a config are matched against this form."""
     return "/".join(str(entry.key) for entry in path)
 
 
@@ -43,8 +43,8 @@ def match_paths(params: Any, patterns: tuple[str, ...]) -> Any:
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Factor on the peak learning rate at each step: linear warm-up, then the decay that the config names.
 
-    Step k is the (k+1)-th: no step is wasted at 0, the last of the warm-up is at the peak, and the last of all at
-    `final_fraction`.
+    Steps count from 0. The factor is above 0 in step 0, 1 in the last step of the warm-up, and `final_fraction` in the
+    last step of the run.
     """
     warmup = max(config.warmup_steps, 1)
     decay_steps = max(steps - warmup, 1)
@@ -75,14 +75,14 @@ def make_optimizer(
     """The optax transformation of a run.
 
     Args:
-      config: the optim section.
+      config: the `optim` section.
       steps: length of the run, which the schedule needs.
       params: all parameters, or their abstract shapes; only paths and ranks are read.
-      select: from a tree over all parameters the part that is trained.
-      factors: on the learning rate, one for every parameter of that part; None where all are 1.
+      select: takes a tree over all parameters and returns the subtree that is trained.
+      factors: a factor on the learning rate for every trained parameter; None if all factors are 1.
 
     Returns:
-      A transformation whose gradients are to be taken at `gradient_point`.
+      The transformation. Compute its gradients at `gradient_point`.
     """
     skip = select(match_paths(params, config.no_decay))
     decay = jax.tree.map(lambda no_decay: not no_decay, skip)
@@ -91,7 +91,7 @@ def make_optimizer(
         rule = optax.chain(rule, _times(factors))
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.name == "schedule_free":
-        # Outermost, because its state is what `gradient_point` looks for.
+        # The averaging is outermost, because `gradient_point` looks for its state there.
         return _averaged(optax.chain(*clip, rule), config, steps)
     return optax.chain(*clip, rule) if clip else rule
 
@@ -102,7 +102,10 @@ def _times(factors: Any) -> optax.GradientTransformation:
 
 
 def gradient_point(opt_state: Any, params: Any) -> Any:
-    """Where the gradient of a step is taken: at the parameters themselves, but for schedule_free (`_averaged`)."""
+    """The point at which the gradient of a step is computed.
+
+    It is the parameters themselves, except with schedule_free, see `_averaged`.
+    """
     if not isinstance(opt_state, ScheduleFreeState):
         return params
     b1 = opt_state.b1
@@ -114,12 +117,13 @@ def _averaged(
 ) -> optax.GradientTransformationExtraArgs:
     """Schedule-free averaging (Defazio et al. 2024, "The Road Less Scheduled") around a rule without momentum.
 
-    Three sequences: z takes the rule's steps, x is their average, and gradients are taken at y = b1 x + (1 - b1) z.
-    optax's transformation carries y as the parameters and z in its state. Here the parameters are x, so that whatever
-    reads a run's parameters (evaluation, checkpoints, export) reads those that are meant to be used.
+    There are three sequences: z takes the steps of the rule, x is the average of z, and gradients are computed at
+    y = b1 x + (1 - b1) z. In optax the parameters are y, and z is in the state. Here the parameters are x, so that
+    everything that reads a run's parameters (evaluation, checkpoints, export) gets the average, which is meant to be
+    used.
     """
     rate = _scaled(config.learning_rate, config, steps)
-    # optax counts this one's steps from 1, and all others from 0.
+    # In optax, this transformation counts steps from 1, and all others count from 0.
     inner = schedule_free(base, lambda count: rate(count - 1), config.b1)
 
     def update(grads: Any, state: ScheduleFreeState, x: Any = None, **_: Any) -> tuple[Any, ScheduleFreeState]:
@@ -157,7 +161,7 @@ def _lion(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.Gra
 def _adafactor(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.GradientTransformation:
     rate = _scaled(config.learning_rate, config, steps)
 
-    # optax does not multiply this one's weight decay by the learning rate.
+    # For adafactor, optax does not multiply the weight decay by the learning rate.
     def per_step(count: jax.Array) -> jax.Array:
         return config.weight_decay * rate(count)
 
@@ -165,7 +169,7 @@ def _adafactor(config: OptimConfig, steps: int, decay: Any, _: Callable) -> opta
 
 
 def _rms_without_momentum(config: OptimConfig, steps: int, decay: Any, _: Callable) -> optax.GradientTransformation:
-    """AdamW with b1 = 0: what schedule_free averages."""
+    """AdamW with b1 = 0, the rule that schedule_free averages."""
     return optax.chain(
         optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True),
         optax.add_decayed_weights(config.weight_decay, decay),
@@ -183,9 +187,10 @@ RULES = {
 
 
 def _matrix_axes(params: Any) -> Any:
-    """Input and output axes of matrices inside blocks and heads, with layers as a batch; None for what AdamW updates.
+    """Input and output axes of the matrices inside blocks and heads; None for parameters that AdamW updates.
 
-    Each expert has its own matrices. Embeddings, unembeddings, norms and biases stay with AdamW (Jordan 2024, "Muon").
+    Layers are a batch axis, and so are experts, because each expert has its own matrices. AdamW updates embeddings,
+    unembeddings, norms and biases (Jordan 2024, "Muon").
     """
 
     def axes(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:

@@ -1,4 +1,4 @@
-"""A run that starts from the model of another one: `train.init_from`."""
+"""Starts a run from the model of another run: `train.init_from`."""
 
 import dataclasses
 import pathlib
@@ -10,36 +10,40 @@ from mtp_jax.errors import UserError
 from mtp_jax.runs.checkpoint import restore_params
 
 FREE = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
-"""Settings of the model that may change: how it is computed, and for how long rows."""
+"""Settings of the model that may differ: how it is computed, and the largest length of a row."""
 AUXILIARY = ("token_order",)
-"""Parameters that serve training only."""
+"""Parameters that only training uses."""
 OF_HEADS = ("heads", "draft_ids")
-"""Parameters that go with the heads."""
+"""Parameters that belong to the heads."""
 
 
 def config_of(source: str | pathlib.Path, who: str = "train.init_from") -> Config:
-    """The config in a run's directory; `who` asks.
+    """The config in a run's directory.
+
+    Args:
+      source: the directory.
+      who: name of the setting that gives the directory, for error messages.
 
     Raises:
-      UserError: no run there.
+      UserError: the directory holds no run.
     """
     path = pathlib.Path(source).expanduser() / "config.json"
     if not path.is_file():
         raise UserError(f"{who}={str(source)!r} has no config.json; give the workdir of `mtp train` or `mtp import`")
     text = path.read_text(encoding="utf-8")
     if '"model_type"' in text:
-        raise UserError(f"{who}={str(source)!r} is a Hugging Face checkpoint; make a run of it first: mtp import")
+        raise UserError(f"{who}={str(source)!r} is a Hugging Face checkpoint; convert it first with mtp import")
     return from_json(text, str(path))
 
 
 def check_start(config: Config) -> Config:
-    """Checks that the model of `train.init_from` is that of the config.
+    """Checks that the run in `train.init_from` has the model of the config.
 
     Returns:
-      The config there.
+      The config of that run.
 
     Raises:
-      UserError: no run there, or one of another model or other heads.
+      UserError: the directory holds no run, or a run with another model or other heads.
     """
     source = config.train.init_from
     other = config_of(source)
@@ -55,13 +59,13 @@ def parameters_to_start_from(
     """Parameters of the newest whole checkpoint of `train.init_from`, by top-level name.
 
     Args:
-      config: the new run's, which `check_start` let pass.
-      corpus: the directory of its corpus, with the tokenizer.
+      config: config of the new run, which `check_start` has accepted.
+      corpus: directory of its corpus, with the tokenizer.
       abstract_params: shapes, dtypes and shardings of its parameters.
-      notify: receives a line about what is loaded.
+      notify: is called with a line of text about what is loaded.
 
     Raises:
-      UserError: no whole checkpoint, or another tokenizer.
+      UserError: there is no whole checkpoint, or the tokenizers differ.
     """
     settings = config.train
     source = pathlib.Path(config.train.init_from).expanduser()
@@ -92,6 +96,6 @@ def _check_same(section: str, old: ModelConfig | HeadsConfig, new: ModelConfig |
         ours = ", ".join(f"{section}.{name}={after!r}" for name, _, after in changed)
         theirs = ", ".join(f"{section}.{name}={before!r}" for name, before, _ in changed)
         raise UserError(
-            f"{ours}, but the run of train.init_from={source!r} has {theirs}; use those, or mtp_jax.start_from, "
-            "which takes them over"
+            f"{ours}, but the run of train.init_from={source!r} has {theirs}; use the same values, or "
+            "mtp_jax.start_from, which copies them"
         )

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it comes onto a mesh."""
+"""The training state: its contents, and its sharding over a mesh."""
 
 from typing import Any, NamedTuple
 
@@ -16,17 +16,17 @@ from mtp_jax.trees import by_path
 
 
 class TrainState(NamedTuple):
-    """Everything that a checkpoint must hold beside the position in the data."""
+    """Everything that a checkpoint must hold, except the position in the data."""
 
     step: jax.Array
-    """Optimizer steps taken."""
+    """Number of optimizer steps done."""
     params: Any
     opt_state: Any
 
 
 def split_params(config: Config, params: Any) -> tuple[Any, Any]:
-    """Parameters (or anything of their structure) as those that train and the rest, nested as they were; `joined` puts
-    them together again."""
+    """Splits the parameters, or a tree of the same structure, into those that are trained and the others. Both are
+    nested as before; `joined` puts them together again."""
 
     def split(tree: dict, above: str) -> tuple[dict, dict]:
         learned: dict[str, Any] = {}
@@ -88,25 +88,25 @@ def rate_factors(config: Config, params: Any) -> Any:
 
 
 def init_params(config: Config, key: jax.Array, given: Any = None) -> Any:
-    """Fresh parameters of a run: those of `mtp.init`, and what its objectives need besides."""
+    """New parameters of a run: those of `mtp.init`, and those that only its objectives need."""
     return mtp.init(config.arch, key, given, token_order=config.has_token_order)
 
 
 def init_state(
     config: Config, optimizer: optax.GradientTransformation, key: jax.Array, given: Any = None
 ) -> TrainState:
-    """A fresh state, with the parameters that are given in the place of fresh ones."""
+    """A new state. Parameters in `given` are used instead of new ones."""
     params = init_params(config, key, given)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(split_params(config, params)[0]))
 
 
 def state_shardings(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A sharding for every leaf of the state: optimizer moments lie where their parameters lie.
+    """A sharding for every leaf of the state. Optimizer moments are sharded like their parameters.
 
-    Built abstractly, before anything is allocated.
+    It is computed from abstract shapes, before anything is allocated.
 
     Raises:
-      ValueError: a leaf of the optimizer's state that belongs to a parameter in no known way.
+      ValueError: the shape of a leaf of the optimizer's state does not fit that of its parameter.
     """
     key = jax.random.key(0)
     boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, key, token_order=config.has_token_order))
@@ -117,13 +117,17 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
     everywhere = sharding.replicated(mesh)
 
     def of_leaf(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        """A moment's path ends in the path of its parameter; counters and short lists of constants match none."""
+        """The sharding of a leaf.
+
+        The path of a moment ends in the path of its parameter. Counters and short lists of constants belong to no
+        parameter.
+        """
         param = next((by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path), None)
         if leaf.size == 1 or (param is None and leaf.ndim == 1):
             return everywhere
         found = None if param is None else _like(param, leaf, path)
         if found is None:
-            raise ValueError(f"optimizer state {jax.tree_util.keystr(path)} {leaf.shape} is like no parameter")
+            raise ValueError(f"optimizer state {jax.tree_util.keystr(path)} {leaf.shape} fits no parameter")
         return found
 
     opt_state = jax.tree_util.tree_map_with_path(of_leaf, abstract.opt_state)
@@ -131,8 +135,11 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
 
 
 def _like(param: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct, path: tuple) -> NamedSharding | None:
-    """Where a moment of this parameter lies: with it, if it is of its shape, and so do the rows and columns into which
-    adafactor factors one; None for any other shape."""
+    """The sharding of a moment of this parameter; None if the shape of the moment does not fit.
+
+    A moment with the shape of the parameter has its sharding. The row and the column of adafactor's second moments have
+    the sharding of the axes that they keep.
+    """
     if leaf.shape == param.shape:
         return param.sharding
 
@@ -142,7 +149,7 @@ def _like(param: jax.ShapeDtypeStruct, leaf: jax.ShapeDtypeStruct, path: tuple) 
     left_out = [axis for axis in range(len(param.shape)) if without(param.shape, axis) == leaf.shape]
     if not left_out:
         return None
-    # Of two axes of one size, the rows are what is left without the later one.
+    # If two axes have the same size, both fit. The later one is left out for the rows, the earlier one for the columns.
     rows = any(getattr(entry, "name", "") == "v_row" for entry in path)
     spec = (*param.sharding.spec, *(None,) * (len(param.shape) - len(param.sharding.spec)))
     return NamedSharding(param.sharding.mesh, PartitionSpec(*without(spec, left_out[-1 if rows else 0])))

@@ -1,9 +1,9 @@
-"""States of a model that stands still, kept on disk while heads learn to read them: `train.keep_states`.
+"""States of a frozen trunk, kept on disk while heads are trained on them: `train.keep_states`.
 
-    states/00000.npy ...     [rows, T, 2 D] each, rows in order, `mtp.trunk_states`
-    states/meta.json         what they were made from
+    states/00000.npy ...     results of `mtp.trunk_states`, [rows, T, 2 D] in each file, rows in order
+    states/meta.json         what the states were made from
 
-Each file is whole or not there. A run that was killed goes on with the first that is missing.
+A file is either complete or absent. A run that was killed continues with the first absent file.
 """
 
 import functools
@@ -26,11 +26,11 @@ from mtp_jax.runs.workdir import STATES
 from mtp_jax.trees import digest_of
 
 ROWS = 64
-"""Rows of a file."""
+"""Number of rows in a file."""
 
 
 class RowsWithStates:
-    """Packed rows, each with the model's states as `states` [T, 2 D]."""
+    """Packed rows. Each has the states of the trunk as `states` [T, 2 D]."""
 
     def __init__(self, rows: PackedRows, files: list[np.ndarray], dtype: np.dtype) -> None:
         self._rows = rows
@@ -47,27 +47,27 @@ class RowsWithStates:
 
 
 def check_keeps_states(config: Config) -> None:
-    """Refuses what states on disk cannot serve.
+    """Refuses runs that cannot use states on disk.
 
     Raises:
-      UserError: several processes.
+      UserError: the run has several processes.
     """
     if jax.process_count() > 1:
-        raise UserError("train.keep_states=True with several processes; set it to False")
+        raise UserError("train.keep_states=True needs a single process, but there are several; set it to False")
 
 
 def with_states(
     config: Config, params: Any, rows: PackedRows, digest: str, workdir: pathlib.Path, notify: Callable[[str], None]
 ) -> RowsWithStates:
-    """The rows with their states; makes those that are not on disk.
+    """The rows with their states. Computes the states that are not on disk.
 
     Args:
       config: the run's config.
-      params: its parameters; those that do not learn are read.
+      params: the run's parameters; only those of the trunk are read.
       rows: the training text.
-      digest: of the text.
+      digest: digest of the text.
       workdir: the run's directory.
-      notify: is told of progress.
+      notify: is called with lines of text about the progress.
     """
     folder = workdir / STATES
     made_from = _made_from(config, params, digest)
@@ -101,7 +101,7 @@ def _file_of(config: Config, run: Callable[..., jax.Array], params: Any, rows: P
 
 
 def _stored(dtype: np.dtype) -> np.dtype:
-    """numpy's files know no bfloat16."""
+    """The dtype to store in a file. numpy cannot store bfloat16, so integers of the same size replace it."""
     return dtype if dtype.isbuiltin else np.dtype(f"u{dtype.itemsize}")
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation step, pure functions; `compile_steps` jits them in one place."""
+"""The optimizer step and the evaluation step, which are pure functions. `compile_steps` jits both."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -39,22 +39,22 @@ from mtp_jax.training.state import (
 
 
 class StepMetrics(NamedTuple):
-    """What a train step reports."""
+    """The metrics of a train step."""
 
     loss: jax.Array
-    """What was differentiated: the weighted sum over heads, and whatever else is trained."""
+    """The value that was differentiated: the weighted sum over heads, and all other terms."""
     sums: HeadSums
-    """Plain cross-entropies, the next-token head's among them, whatever the objective."""
+    """Sums of plain cross-entropies of all heads, head 0 included. They do not depend on the objective."""
     extras: dict[str, jax.Array]
-    """What the terms of the loss report, by name."""
+    """Values of the other terms of the loss, by name."""
     grad_norm: jax.Array
     """Global norm before clipping."""
     weight_M: jax.Array
-    """How much every head counted, by the schedule."""
+    """Weight of every head in this step."""
 
 
 class Steps(NamedTuple):
-    """The compiled functions of a run and the placement of their arguments."""
+    """The compiled functions of a run, and the shardings of their arguments."""
 
     init: Callable[[jax.Array], TrainState]
     train: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -76,14 +76,14 @@ def train_step(
     Args:
       config, spec, optimizer, terms: static, bound by `compile_steps`.
       state: the training state.
-      batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each; with `learn`, only the tokens where it is 1 are
-        learned; with `states` [B, T, E], the model does not run, see `mtp.trunk_states`.
+      batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each. If there is `learn`, only tokens where it is 1
+        are learned. If there is `states` [B, T, E], the trunk does not run, see `mtp.trunk_states`.
 
     Returns:
-      The next state and the step's metrics, those of the parameters at which the gradient was taken.
+      The next state, and the metrics at the point where the gradient was computed.
     """
     targets = batch_targets(config, state.params, batch)
-    if "states" in batch:  # The next-token head is what it was.
+    if "states" in batch:  # Head 0 is not trained.
         targets = targets._replace(weights_MBT=targets.weights_MBT.at[0].set(0.0))
     w_M = head_weights(head_schedule(config), state.step)
     scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
@@ -106,7 +106,7 @@ def train_step(
     else:
         micros = _split(whole, config.train.grad_accum)
         shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], micros))
-        # Float32, whatever the parameters are: a sum of many micro-batches loses nothing.
+        # The sums are always float32, so that a sum over many micro-batches loses no precision.
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, micros)
         grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, learned)
@@ -117,14 +117,16 @@ def train_step(
 
 
 def _shares(weights_BT: jax.Array) -> jax.Array:
-    """Next-token weights that sum to 1."""
+    """The weights divided by their sum."""
     total = jnp.sum(weights_BT)
     return weights_BT / jnp.where(total > 0, total, 1)
 
 
 def _split(whole: tuple, count: int) -> tuple:
-    """[B, T] to [A, B/A, T], and [M, B, T] to [A, M, B/A, T]. Micro-batch a takes rows a, a+A, ..., so that every
-    device keeps its own rows."""
+    """Splits a batch into A micro-batches: [B, T] to [A, B/A, T], and [M, B, T] to [A, M, B/A, T].
+
+    Micro-batch a has rows a, a+A, ..., so that no row moves to another device.
+    """
 
     def split(x: jax.Array, axis: int = -2) -> jax.Array:
         axis %= x.ndim
@@ -136,7 +138,7 @@ def _split(whole: tuple, count: int) -> tuple:
 
 
 def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> HeadSums:
-    """Sums over a held-out batch; rows of padding (segment 0) count nothing."""
+    """Sums over a held-out batch. Padding (segment 0) does not count."""
     targets = batch_targets(config, params, batch)
     scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
     return loss_sums(config, spec, params, batch, targets, scale_M)[1]
@@ -145,7 +147,7 @@ def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> Hea
 def heldout_sums(
     run: Callable[[Any, dict], HeadSums], params: Any, batches: Iterable[dict], where: jax.sharding.Sharding
 ) -> HeadSums:
-    """Adds up an evaluation step over batches, in float64 on the host.
+    """Adds up the sums of an evaluation step over batches, in float64 on the host.
 
     Args:
       run: `(params, batch) -> HeadSums`.
@@ -162,12 +164,12 @@ def heldout_sums(
 
 
 def _from_all_rows(rows_BT: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """Rows that every process has read, on the devices of all of them."""
+    """Puts rows that every process has read onto the devices of all processes."""
     return jax.make_array_from_callback(rows_BT.shape, where, lambda index: rows_BT[index])
 
 
 def random_batch(config: Config) -> dict[str, np.ndarray]:
-    """Rows of random tokens, one document each, to time a step with."""
+    """A batch of random tokens for timing a step. Each row is one document."""
     B = config.train.batch_size
     T = config.data.seq_len
     tokens_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T), np.int32)
@@ -181,12 +183,12 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None = None) -> Steps:
-    """Binds the statics and jits: shardings from the table, the state donated to the step that replaces it.
+    """Binds the static arguments of the steps and jits them. The train step donates its state.
 
     Args:
       config: the run's config.
-      mesh: its devices.
-      terms: what is trained besides what the config asks for, by the name that metrics give it.
+      mesh: the devices of the run.
+      terms: terms of the loss in addition to those of the config, by their name in the metrics.
     """
     if config.model.remat == "offload":
         sharding.check_host_memory(mesh)

@@ -1,4 +1,4 @@
-"""A signal as a wish to stop, asked about where a run can stop, and when it came."""
+"""Turns a signal into a request to stop. The run asks for it where it can stop."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag for the time of a `with` block, so that a step is never cut in two.
+    """Turns SIGTERM and SIGINT into a flag during a `with` block, so that a signal never interrupts a step.
 
-    With several processes JAX listens for SIGTERM, lets one process tell the others, and finds a moment that none of
-    them has passed. SIGINT is turned into SIGTERM there.
+    With several processes, JAX listens for SIGTERM. It informs all processes and finds a step that none of them has
+    passed, and all stop there. SIGINT is turned into SIGTERM in this case.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class StopRequest:
             self._since = time.monotonic()
 
     def asked(self) -> bool:
-        """Whether to stop here. Every process asks at the same places, and all get the same answer."""
+        """Whether to stop here. Every process must ask at the same places, and all get the same answer."""
         if self._several and not self.signal_name:
             self._asked += 1
             if multihost_utils.reached_preemption_sync_point(self._asked):
@@ -50,8 +50,8 @@ class StopRequest:
         return f"{time.monotonic() - (self._since or time.monotonic()):.1f} s after {since}"
 
     def _listen(self) -> None:
-        # Python runs a handler when its main thread is free again, which may be a long step later. The interpreter
-        # writes the number of a signal here at once.
+        # Python runs a handler only when its main thread is free again, which may take as long as a step. But the
+        # interpreter writes the number of a signal to this socket immediately.
         while number := self._reader.recv(1):
             if number[0] in self._before:
                 self._came()

@@ -95,8 +95,8 @@ def test_flatten_and_differences():
     [
         ("{", "run.json is not JSON: Expecting property name"),
         pytest.param("[" * 100_000, "run.json is not JSON: maximum recursion depth exceeded", id="too-deep"),
-        ("[1]", "run.json holds [1] where an object with fields is needed"),
-        ('{"model": 3}', "run.json.model holds 3 where an object with fields is needed"),
+        ("[1]", "run.json is [1]; a JSON object with fields is needed"),
+        ('{"model": 3}', "run.json.model is 3; a JSON object with fields is needed"),
         ('{"modle": {}}', "run.json: unknown key 'modle'; did you mean 'model'?"),
         ('{"model": {"d_modle": 4}}', "run.json.model: unknown key 'd_modle'; did you mean 'd_model'?"),
         ('{"heads": {"zzz": 4}}', "run.json.heads: unknown key 'zzz'; known: kind, num_future, tap, tap_norm"),
@@ -114,7 +114,7 @@ def test_flatten_and_differences():
         ),
         ('{"loss": {"head_weights": 1}}', "run.json.loss.head_weights is 1; use a tuple (a list in JSON)"),
         ('{"loss": {"head_weights": [1, "x"]}}', "run.json.loss.head_weights is 'x'; a number is needed"),
-        ('{"model": {"head_dim": 3}}', "model.head_dim=3 with model.rope_fraction=1.0 turns an odd"),
+        ('{"model": {"head_dim": 3}}', "model.head_dim=3 with model.rope_fraction=1.0 rotates 3 dimensions"),
     ],
 )
 def test_bad_json_is_refused(text, message):
@@ -140,7 +140,7 @@ def test_whole_numbers_are_floats_in_json():
 
 REFUSED = [
     (lambda: ModelConfig(num_heads=6, num_kv_heads=4), "model.num_heads=6 is not a multiple of model.num_kv_heads=4"),
-    (lambda: ModelConfig(head_dim=7), "model.head_dim=7 with model.rope_fraction=1.0 turns an odd"),
+    (lambda: ModelConfig(head_dim=7), "model.head_dim=7 with model.rope_fraction=1.0 rotates 7 dimensions"),
     *[
         (functools.partial(ModelConfig, **{name: -1.0}), f"model.{name}=-1.0 is negative; 0 switches it off")
         for name in ("logit_softcap", "attn_softcap")
@@ -154,21 +154,24 @@ REFUSED = [
         for name in ("rope_factor", "rope_high", "rope_beta_fast", "embed_scale", "residual_scale", "logit_scale")
     ],
     (lambda: ModelConfig(rope_fraction=1.5), "model.rope_fraction=1.5; it must be above 0 and at most 1"),
-    (lambda: ModelConfig(head_dim=6, rope_fraction=0.5), "model.head_dim=6 with model.rope_fraction=0.5 turns an odd"),
+    (
+        lambda: ModelConfig(head_dim=6, rope_fraction=0.5),
+        "model.head_dim=6 with model.rope_fraction=0.5 rotates 3",
+    ),
     (lambda: ModelConfig(window=4), "model.window=4 with model.layer_pattern=('full',): 'window' layers need a window"),
     (lambda: ModelConfig(layer_pattern=("window",)), "model.window=0 with model.layer_pattern=('window',)"),
     (lambda: ModelConfig(layer_pattern=()), "model.layer_pattern is empty"),
-    (lambda: ModelConfig(norm="layer", norm_plus_one=True), "model.norm_plus_one is a form of RMSNorm"),
+    (lambda: ModelConfig(norm="layer", norm_plus_one=True), "model.norm_plus_one=True is for RMSNorm"),
     (lambda: ModelConfig(num_experts=-1), "model.num_experts=-1 is negative; 0 is one feed-forward layer"),
     (lambda: ModelConfig(num_experts=4), "model.experts_per_token=0 with model.num_experts=4; use 1..4"),
     (
         lambda: ModelConfig(num_experts=4, experts_per_token=5),
         "model.experts_per_token=5 with model.num_experts=4; use 1..4",
     ),
-    (lambda: ModelConfig(experts_per_token=2), "model.experts_per_token=2 means nothing without model.num_experts"),
+    (lambda: ModelConfig(experts_per_token=2), "model.experts_per_token=2 has no effect without model.num_experts"),
     (
         lambda: ModelConfig(renormalise_experts=False),
-        "model.renormalise_experts=False means nothing without model.num_experts",
+        "model.renormalise_experts=False has no effect without model.num_experts",
     ),
     (
         lambda: ModelConfig(num_experts=4, experts_per_token=2, mlp_bias=True),
@@ -182,13 +185,13 @@ REFUSED = [
         lambda: Config(
             model=ModelConfig(num_experts=4, experts_per_token=2), heads=HeadsConfig(kind="masks", lora_rank=2)
         ),
-        "heads.lora_rank=2 with model.num_experts=4: LoRA of experts is not implemented; use lora_rank=0",
+        "heads.lora_rank=2 with model.num_experts=4: LoRA on experts is not implemented; use lora_rank=0",
     ),
     (
         lambda: Config(heads=HeadsConfig(kind="masks", lora_rank=2), model=ModelConfig(gated=False)),
-        "heads.lora_rank=2 with model.gated=False: LoRA of ungated layers is not implemented; use lora_rank=0",
+        "heads.lora_rank=2 with model.gated=False: LoRA on ungated layers is not implemented; use lora_rank=0",
     ),
-    (lambda: ModelConfig(qk_norm_joint=True), "model.qk_norm_joint says over what model.qk_norm goes"),
+    (lambda: ModelConfig(qk_norm_joint=True), "model.qk_norm_joint=True has no effect without model.qk_norm"),
     (lambda: ModelConfig(rope_scaling="linear"), "model.rope_scaling='linear' needs model.rope_factor"),
     (lambda: ModelConfig(rope_scaling="yarn", rope_factor=2.0), "model.rope_scaling='yarn' needs model.rope_original"),
     (lambda: ModelConfig(rope_low=5.0), "model.rope_low=5.0 must be above 0 and below model.rope_high=4.0"),
@@ -198,7 +201,7 @@ REFUSED = [
     (lambda: ModelConfig(vocab_size=2**24 + 1), "model.vocab_size=16777217 is above 16777216"),
     (lambda: ModelConfig(rope_theta=math.inf), "model.rope_theta is inf; a number is needed"),
     (lambda: LossConfig(head_weights=(1.0, math.nan)), "loss.head_weights is nan; a number is needed"),
-    (lambda: LossConfig(head_weights=(0.0, 0.0)), "loss.head_weights=(0.0, 0.0) silences every head"),
+    (lambda: LossConfig(head_weights=(0.0, 0.0)), "loss.head_weights=(0.0, 0.0) switches every head off"),
     (lambda: LossConfig(z_loss=-0.5), "loss.z_loss=-0.5 is negative"),
     *[
         (functools.partial(LossConfig, **{name: -0.5}), f"loss.{name}=-0.5 is negative; 0 switches it off")
@@ -206,7 +209,7 @@ REFUSED = [
     ],
     (lambda: LossConfig(heads_per_step=-1), "loss.heads_per_step=-1 is negative; 0 switches it off"),
     *[
-        (functools.partial(LossConfig, **{name: 1.5}), f"loss.{name}=1.5; it must lie in [0, 1]")
+        (functools.partial(LossConfig, **{name: 1.5}), f"loss.{name}=1.5; it must be in [0, 1]")
         for name in ("label_smoothing", "distil_mix", "schedule_at", "entropy_fraction")
     ],
     (lambda: LossConfig(entropy_temperature=0.0), "loss.entropy_temperature=0.0; it must be at least 1e-6"),
@@ -215,7 +218,7 @@ REFUSED = [
         "loss.entropy_fraction=0.0 with loss.entropy='keep_top' leaves nothing to learn",
     ),
     *[
-        (functools.partial(LossConfig, **{name: value}), f"loss.{name}={value!r} means nothing without loss.")
+        (functools.partial(LossConfig, **{name: value}), f"loss.{name}={value!r} has no effect without loss.")
         for name, value in (
             ("distil_mix", 0.5),
             ("schedule_final", 0.5),
@@ -229,56 +232,62 @@ REFUSED = [
     ],
     (
         lambda: LossConfig(impl="remat", gather="chunk"),
-        "loss.gather='chunk' means nothing without loss.impl='fused'",
+        "loss.gather='chunk' has no effect without loss.impl='fused'",
     ),
-    (lambda: HeadsConfig(init_block=-2), "heads.init_block=-2 means nothing without heads.init='copy_block'"),
-    (lambda: HeadsConfig(lora_alpha=8.0), "heads.lora_alpha=8.0 means nothing without heads.lora_rank"),
+    (lambda: HeadsConfig(init_block=-2), "heads.init_block=-2 has no effect without heads.init='copy_block'"),
+    (lambda: HeadsConfig(lora_alpha=8.0), "heads.lora_alpha=8.0 has no effect without heads.lora_rank"),
     (
         lambda: HeadsConfig(kind="sequential", norm="none", chain="post_norm"),
-        "heads.chain='post_norm' means nothing without a norm",
+        "heads.chain='post_norm' has no effect without a norm",
     ),
     (
         lambda: HeadsConfig(kind="linear", norm_plus_one=True),
-        "heads.norm_plus_one=True means nothing without heads.norm='own'",
+        "heads.norm_plus_one=True has no effect without heads.norm='own'",
     ),
-    (lambda: TrainConfig(init_heads="same"), "train.init_heads='same' means nothing without train.init_from"),
+    (lambda: TrainConfig(init_heads="same"), "train.init_heads='same' has no effect without train.init_from"),
     (
         lambda: Config(heads=HeadsConfig(kind="registers"), train=TrainConfig(trainable="heads")),
-        "train.trainable='heads' with heads.kind='registers' trains nothing that is used",
+        "train.trainable='heads' with heads.kind='registers': these heads help only while",
     ),
     (
         lambda: Config(loss=LossConfig(extra_weight=0.0), train=TrainConfig(trainable="heads")),
-        "loss.head_weights=(), loss.extra_weight=0.0 and loss.decay=1.0 silence every extra head",
+        "loss.head_weights=(), loss.extra_weight=0.0 and loss.decay=1.0 switch every extra head off",
     ),
     (
         lambda: Config(loss=LossConfig(head_weights=(0.0, 1.0, 1.0, 1.0), decay=0.0)),
-        "loss.extra_weight=1.0 and loss.decay=0.0 silence every head",
+        "loss.extra_weight=1.0 and loss.decay=0.0 switch every head off",
     ),
     (lambda: Config(loss=LossConfig(heads_per_step=4)), "loss.heads_per_step=4, but heads.num_future=4 has 3 extra"),
     (
         lambda: Config(heads=HeadsConfig(kind="registers"), decode=DecodeConfig(num_draft=2)),
-        "decode.num_draft=2, but heads.kind='registers' drafts nothing",
+        "decode.num_draft=2, but heads.kind='registers' cannot draft",
     ),
     (lambda: LossConfig(teacherless=-2), "loss.teacherless=-2; give a token id, or -1 to switch it off"),
     (lambda: HeadsConfig(lora_rank=-1), "heads.lora_rank=-1 is negative"),
     (lambda: HeadsConfig(draft_vocab=-1), "heads.draft_vocab=-1 is negative"),
     (lambda: HeadsConfig(lora_alpha=0.0), "heads.lora_alpha=0.0; it must be above 0"),
-    (lambda: HeadsConfig(kind="linear", layers=2), "heads.layers=2 means nothing to heads.kind='linear'; it belongs"),
-    (lambda: HeadsConfig(residual=True), "heads.residual=True means nothing to heads.kind='parallel'"),
-    (lambda: HeadsConfig(concat="hidden_first"), "heads.concat='hidden_first' means nothing to heads.kind='parallel'"),
-    (lambda: HeadsConfig(kind="medusa", chain="post_norm"), "heads.chain='post_norm' means nothing to"),
-    (lambda: HeadsConfig(attention=False), "heads.attention=False means nothing to heads.kind='parallel'"),
+    (
+        lambda: HeadsConfig(kind="linear", layers=2),
+        "heads.layers=2 has no effect with heads.kind='linear'; it is",
+    ),
+    (lambda: HeadsConfig(residual=True), "heads.residual=True has no effect with heads.kind='parallel'"),
+    (
+        lambda: HeadsConfig(concat="hidden_first"),
+        "heads.concat='hidden_first' has no effect with heads.kind=",
+    ),
+    (lambda: HeadsConfig(kind="medusa", chain="post_norm"), "heads.chain='post_norm' has no effect with"),
+    (lambda: HeadsConfig(attention=False), "heads.attention=False has no effect with heads.kind='parallel'"),
     (
         lambda: HeadsConfig(kind="recursive", attention=False, init="copy_block"),
         "heads.init='copy_block' with heads.attention=False; a copied block has attention, so use init='random'",
     ),
     (
         lambda: HeadsConfig(kind="recursive", attention=False, input_norm=False),
-        "heads.input_norm=False means nothing without heads.attention",
+        "heads.input_norm=False has no effect without heads.attention",
     ),
-    (lambda: HeadsConfig(mask_stride=2), "heads.mask_stride=2 means nothing to heads.kind='parallel'"),
-    (lambda: HeadsConfig(lora_rank=4), "heads.lora_rank=4 means nothing to heads.kind='parallel'"),
-    (lambda: HeadsConfig(kind="masks", tap=0), "heads.tap=0 means nothing to heads.kind='masks'"),
+    (lambda: HeadsConfig(mask_stride=2), "heads.mask_stride=2 has no effect with heads.kind='parallel'"),
+    (lambda: HeadsConfig(lora_rank=4), "heads.lora_rank=4 has no effect with heads.kind='parallel'"),
+    (lambda: HeadsConfig(kind="masks", tap=0), "heads.tap=0 has no effect with heads.kind='masks'"),
     (lambda: HeadsConfig(kind="medusa", init="copy_block"), "heads.init='copy_block', but medusa heads have no block"),
     (lambda: HeadsConfig(kind="linear", init="zero"), "heads.init='zero' with heads.kind='linear' needs"),
     (lambda: HeadsConfig(tap_mix=True, tap_norm=True), "heads.tap_norm=True with heads.tap_mix=True"),
@@ -292,36 +301,39 @@ REFUSED = [
     ),
     (
         lambda: Config(loss=LossConfig(token_order=0.5), train=TrainConfig(trainable="heads")),
-        "loss.token_order=0.5 trains the model's own states",
+        "loss.token_order=0.5 trains the trunk, but train.trainable='heads'",
     ),
-    (lambda: Config(loss=LossConfig(teacherless=2048)), "loss.teacherless=2048 is no token of model.vocab_size=2048"),
-    (lambda: Config(loss=LossConfig(teacherless=3)), "loss.teacherless replaces what follows the prompt; say with"),
+    (
+        lambda: Config(loss=LossConfig(teacherless=2048)),
+        "loss.teacherless=2048 must be a token id below",
+    ),
+    (lambda: Config(loss=LossConfig(teacherless=3)), "loss.teacherless=3 replaces the tokens after the prompt; set"),
     (lambda: DataConfig(prompt_tokens=-1), "data.prompt_tokens=-1 is negative"),
-    (lambda: Config(data=DataConfig(prompt_tokens=256)), "data.prompt_tokens=256 leaves nothing to learn of rows of"),
+    (lambda: Config(data=DataConfig(prompt_tokens=256)), "data.prompt_tokens=256 leaves nothing to learn in rows of"),
     (
         lambda: Config(heads=HeadsConfig(kind="masks", mask_stride=300)),
         "heads.mask_stride=300 is above data.seq_len=256",
     ),
-    (lambda: LossConfig(head_weights=(1.0, -2.0)), "loss.head_weights=(1.0, -2.0) holds a negative weight"),
+    (lambda: LossConfig(head_weights=(1.0, -2.0)), "loss.head_weights=(1.0, -2.0) has a negative weight"),
     (lambda: DataConfig(seq_len=1), "data.seq_len=1; a row needs at least 2 tokens"),
-    (lambda: DataConfig(eval_fraction=0.0), "data.eval_fraction=0.0; it must lie between 0 and 1"),
-    (lambda: DataConfig(eval_fraction=1.0), "data.eval_fraction=1.0; it must lie between 0 and 1"),
+    (lambda: DataConfig(eval_fraction=0.0), "data.eval_fraction=0.0; it must be between 0 and 1"),
+    (lambda: DataConfig(eval_fraction=1.0), "data.eval_fraction=1.0; it must be between 0 and 1"),
     (lambda: OptimConfig(learning_rate=0.0), "optim.learning_rate=0.0; it must be above 0"),
     (
         lambda: OptimConfig(muon_learning_rate=0.1),
-        "optim.muon_learning_rate=0.1 means nothing without optim.name='muon'",
+        "optim.muon_learning_rate=0.1 has no effect without optim.name='muon'",
     ),
     (
         lambda: OptimConfig(name="adafactor", b1=0.8),
-        "optim.b1=0.8 means nothing without optim.name='adamw' or 'muon' or",
+        "optim.b1=0.8 has no effect without optim.name='adamw' or 'muon' or",
     ),
     (
         lambda: OptimConfig(name="adafactor", b2=0.8),
-        "optim.b2=0.8 means nothing without optim.name='adamw' or 'muon' or",
+        "optim.b2=0.8 has no effect without optim.name='adamw' or 'muon' or",
     ),
     (
         lambda: OptimConfig(name="lion", eps=1e-6),
-        "optim.eps=1e-06 means nothing without optim.name='adamw' or 'muon' or",
+        "optim.eps=1e-06 has no effect without optim.name='adamw' or 'muon' or",
     ),
     (
         lambda: OptimConfig(name="schedule_free"),
@@ -342,10 +354,10 @@ REFUSED = [
     (lambda: OptimConfig(warmup_steps=-1), "optim.warmup_steps=-1 is negative"),
     (lambda: OptimConfig(weight_decay=-0.1), "optim.weight_decay=-0.1 is negative"),
     (lambda: OptimConfig(clip_norm=-1.0), "optim.clip_norm=-1.0 is negative"),
-    (lambda: OptimConfig(b1=1.5), "optim.b1=1.5; it must lie in [0, 1]"),
-    (lambda: OptimConfig(b2=-0.5), "optim.b2=-0.5; it must lie in [0, 1]"),
-    (lambda: OptimConfig(final_fraction=2.0), "optim.final_fraction=2.0; it must lie in [0, 1]"),
-    (lambda: OptimConfig(decay_start=2.0), "optim.decay_start=2.0; it must lie in [0, 1]"),
+    (lambda: OptimConfig(b1=1.5), "optim.b1=1.5; it must be in [0, 1]"),
+    (lambda: OptimConfig(b2=-0.5), "optim.b2=-0.5; it must be in [0, 1]"),
+    (lambda: OptimConfig(final_fraction=2.0), "optim.final_fraction=2.0; it must be in [0, 1]"),
+    (lambda: OptimConfig(decay_start=2.0), "optim.decay_start=2.0; it must be in [0, 1]"),
     (lambda: Config(mesh=MeshConfig(context=3)), "data.seq_len=256 does not divide over mesh.context=3 devices"),
     (lambda: LossConfig(chunk_bytes=-1), "loss.chunk_bytes=-1 is negative"),
     (lambda: MeshConfig(context=0), "mesh.context=0; use a size of at least 1, or -1"),
@@ -365,7 +377,7 @@ REFUSED = [
     (lambda: DecodeConfig(num_draft=-2), "decode.num_draft=-2; use -1 for all heads"),
     (
         lambda: Config(heads=HeadsConfig(num_future=8), data=DataConfig(seq_len=8)),
-        "heads.num_future=8 needs rows longer than that, but data.seq_len=8",
+        "heads.num_future=8 must be below data.seq_len=8",
     ),
     (lambda: Config(data=DataConfig(seq_len=4096)), "data.seq_len=4096 is above model.max_seq_len=2048"),
     (

@@ -158,7 +158,7 @@ def test_attention_of_another_kind(trunk, tmp_path):
         ('{"heads": []}', r"heads=\[\]; it must hold settings of heads by name"),
         ('{"heads": {"colour": 1}}', "colour"),
         ('{"heads": {"kind": "no such"}}', "no such"),
-        ('{"heads": {"kind": "medusa"}}', "means nothing to heads.kind='medusa'"),
+        ('{"heads": {"kind": "medusa"}}', "has no effect with heads.kind='medusa'"),
         ('{"heads": {"num_future": 9}}', "num_future=9|lacks mtp.layers.3"),
         ('{"heads": {"tap": 9}}', "heads.tap=9"),
         ('{"heads": {"init": "copy_block", "init_block": -9}}', "heads.init_block=-9"),

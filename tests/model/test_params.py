@@ -121,7 +121,7 @@ def test_equal_parameter_layers(num_future):
 
 def test_equal_parameter_layers_refuses():
     """More heads than layers is an error with the numbers."""
-    with pytest.raises(ValueError, match=r"3 layers cannot give one block to each of 3 extra heads .* num_future <= 3"):
+    with pytest.raises(ValueError, match=r"3 layers are too few to give one to each of 3 .* num_future <= 3"):
         equal_parameter_layers(3, 4)
 
 

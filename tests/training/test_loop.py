@@ -215,7 +215,7 @@ def test_a_run_stays_with_its_text(tmp_path):
 
 def test_a_workdir_inside_its_corpus_is_refused(text):
     """A run must not train on its own files. Breaks without `is_inside`."""
-    with pytest.raises(UserError, match=r"lies inside data\.source"):
+    with pytest.raises(UserError, match=r"is inside data\.source"):
         run(run_config(text), text / "runs" / "one")
     assert not (text / "runs").exists()
 

@@ -147,7 +147,7 @@ def test_a_moved_run_goes_on(name, made, alone, capsys):
         result = train(config, copy, console)
     assert (result.first_step, result.finished) == (1, True)
     said = " ".join(capsys.readouterr().err.split())
-    assert "is not there; going on with the corpus that the run holds" in said and "data.source=" in said
+    assert "does not exist; continuing with the corpus in the workdir" in said and "data.source=" in said
 
 
 def test_paths_are_recorded_as_absolute(made, monkeypatch):

@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused(text, source, tmp_path):
     other = run_config(text, model={"rope_theta": 5.0}, train=start)
     assert "model.rope_theta=5.0, but the run of train.init_from=" in refused(other, tmp_path / "a")
     heads = run_config(text, heads={"num_future": 3}, train=start | {"init_heads": "same"})
-    assert "has heads.num_future=2; use those, or mtp_jax.start_from" in refused(heads, tmp_path / "b")
+    assert "has heads.num_future=2; use the same values, or mtp_jax.start_from" in refused(heads, tmp_path / "b")
     several = run_config(text, model={"rope_theta": 5.0, "norm_eps": 0.1}, train=start)
     assert "model.norm_eps=0.1, model.rope_theta=5.0, but" in refused(several, tmp_path / "e")
     bpe = run_config(text, data={"tokenizer": "bpe"}, train=start)
@@ -124,5 +124,5 @@ def test_start_from_takes_over_what_is_there(text, source, tmp_path):
         start_from(source, train={"step": 3})
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="is a Hugging Face checkpoint; make a run of it first: mtp import"):
+    with pytest.raises(UserError, match="is a Hugging Face checkpoint; convert it first with mtp import"):
         start_from(tmp_path / "hub")
