@@ -112,8 +112,8 @@ class Config:
         )
         require(
             not train.heads_only or heads.facts.drafts,
-            f"train.trainable={train.trainable!r} with heads.kind={heads.kind!r}: these heads help only while the trunk "
-            "is trained; use train.trainable='all'",
+            f"train.trainable={train.trainable!r} with heads.kind={heads.kind!r}: these heads help only while the "
+            "trunk is trained; use train.trainable='all'",
         )
         extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
         require(
