@@ -32,8 +32,8 @@ class TrainConfig:
     """new: the heads start as `heads.init` says. same: the heads start as those of `init_from`."""
     keep_states: bool = False
     """If only heads are trained: run the trunk over the training text once, keep its states on disk (2 states of
-    d_model numbers for every token, in `states` of the workdir), and train the heads on them. The trained heads are the same.
-    The loss of head 0 does not change in such a run, and only evaluations measure it."""
+    d_model numbers for every token, in `states` of the workdir), and train the heads on them. The trained heads are the
+    same. The loss of head 0 does not change in such a run, and only evaluations measure it."""
     seed: int = 0
     """Seed for the initial parameters and for random choices in the loss."""
     log_every: int = 20
