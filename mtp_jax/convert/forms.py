@@ -54,6 +54,8 @@ class Form:
     """Settings of the heads that it can hold either way."""
     modules: int = 0
     """Most sets of parameters; 0 is any number."""
+    layout: str = "huggingface"
+    """Name of the layout that a model with such heads is written in."""
 
 
 def _sequential(base: str, names: dict[str, str]) -> Callable[[Architecture, Arch], tuple[Slot, ...]]:
@@ -114,10 +116,6 @@ def _caft_slots(entry: Architecture, arch: Arch) -> tuple[Slot, ...]:
     if not arch.heads.facts.has_blocks:
         return (*_medusa_slots("{m}.layers.{j}.linear", "{i}.lm_head.weight")(entry, arch)[:2], unembed)
     return (*entry.block_slots("heads/blocks", "{m}.layers.{j}."), unembed)
-
-
-def _meta_slots(entry: Architecture, arch: Arch) -> tuple[Slot, ...]:
-    return entry.block_slots("heads/blocks", "extra_heads.{i}.")
 
 
 FORMS = {
@@ -201,8 +199,9 @@ FORMS = {
             "meta",
             (r"extra_heads\.(\d+)\.attention\.wq\.weight",),
             lambda model: {"kind": "parallel", "tap": -1},
-            _meta_slots,
+            lambda entry, arch: entry.block_slots("heads/blocks", "extra_heads.{i}."),
             kinds=("parallel",),
+            layout="meta",
         ),
     )
 }

@@ -60,7 +60,7 @@ def _meta_holds(arch: Arch) -> bool:
     if _misfit(forms.FORMS["meta"], arch):
         return False
     try:
-        meta.written_fields(arch, {})
+        meta.describe(arch, None)
     except UserError:
         return False
     return True
@@ -111,25 +111,6 @@ def _unlike_llama(model: ModelConfig) -> str:
     if "nope" in model.layers:
         return "others build these heads with positions in every layer, and the model has layers without"
     return ""
-
-
-COUNTS = {"deepseek": "num_nextn_predict_layers", "mimo": "num_nextn_predict_layers", "qwen": "mtp_num_hidden_layers"}
-HEAD_FIELDS = ("num_mtp_layers", "mtp_layer_types", "mtp_hidden_states_first", *COUNTS.values())
-
-
-def with_head_fields(raw: dict[str, Any], form: str, arch: Arch) -> dict[str, Any]:
-    """A config.json that speaks of the heads inside the checkpoint, and of none that were there before."""
-    depths = sets(arch)
-    fields = {}
-    if form == "mtp":
-        kind = forms.attention_type(arch)
-        fields = {"num_mtp_layers": depths, "mtp_layer_types": [kind] * depths}
-        fields |= {"mtp_hidden_states_first": True} if arch.heads.concat == "hidden_first" else {}
-    elif form in COUNTS:
-        # Qwen's families differ in what they call it.
-        known = [name for name in (COUNTS["deepseek"], COUNTS["qwen"]) if form == "qwen" and name in raw]
-        fields = dict.fromkeys(known or [COUNTS[form]], depths)
-    return {name: value for name, value in raw.items() if name not in HEAD_FIELDS} | fields
 
 
 def write_beside(directory: pathlib.Path, form: str, arch: Arch, entries: list[Entry], trunk: dict[str, Any]) -> None:

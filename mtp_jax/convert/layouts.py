@@ -1,32 +1,32 @@
 """Layouts of a checkpoint on disk: Hugging Face's directory, Meta's directory, a GGUF file.
 
 The rest of `convert` knows tensors by the names of an `Architecture`, and settings by the fields of its config. A
-layout says where they are: it opens a checkpoint, reads its tokenizer, and copies what lies next to the weights. A new
-layout is a class with these functions and a line in `layout_of`.
+layout says where they are: it recognises and opens a checkpoint, reads its tokenizer, and copies what lies next to the
+weights; its `writing` says how models leave. Reader, writer and origin ask the table `LAYOUTS` and know no layout by
+name. A new one is a class and a row there; from outside the package, `register` adds the row.
 """
 
-import copy
 import dataclasses
 import functools
 import json
 import pathlib
 import shutil
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.convert import foreign, meta, record
+from mtp_jax.convert import foreign, hugging_face, meta, record
 from mtp_jax.convert.architectures import ARCHITECTURES, architecture
-from mtp_jax.convert.files import Tensors, matches, open_directory, read_json
+from mtp_jax.convert.files import Tensors, open_directory, read_json
 from mtp_jax.convert.gguf import header, settings, tensors, tokenizer
+from mtp_jax.convert.hugging_face import normalised
 from mtp_jax.convert.layout import Architecture
+from mtp_jax.convert.leaving import Writing
 from mtp_jax.convert.meta import META, PARAMS
-from mtp_jax.convert.settings import UNTOLD
 from mtp_jax.convert.tokenizer import HubTokenizer, load_hub_tokenizer
-from mtp_jax.data.chat import quiet_transformers
 from mtp_jax.errors import UserError
 
-CONFIG = "config.json"
+CONFIG = hugging_face.CONFIG_NAME
 MANIFEST = "tensors.json"
 """What an import notes of the tensors that it came from."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
@@ -49,10 +49,15 @@ class Layout(Protocol):
     """A checkpoint at a path."""
 
     path: pathlib.Path
-    config_name: str
-    """The file that keeps `Opened.raw` once the checkpoint was imported."""
     says: str
     """What says how large the model is, for errors."""
+    writing: ClassVar[Writing]
+    """How models leave that came in this layout. `Opened` has its architectures and config fields; an import keeps the
+    config under its `CONFIG_NAME`."""
+
+    @classmethod
+    def recognises(cls, path: pathlib.Path) -> bool:
+        """Whether a path is a checkpoint in this layout, or a folder where an import kept the config of one."""
 
     def open(self, ignore: Sequence[str]) -> Opened:
         """What the model is, and its tensors by the names of its architecture.
@@ -74,12 +79,14 @@ class Layout(Protocol):
         """Writes tokenizer, chat template, generation config and licence into a directory of Hugging Face's layout."""
 
 
+def recognised(path: pathlib.Path) -> type[Layout] | None:
+    """The layout of the table that a path is in, if any; those that were registered last are asked first."""
+    return next((layout for layout in reversed(LAYOUTS.values()) if layout.recognises(path)), None)
+
+
 def layout_of(path: pathlib.Path) -> Layout:
-    """The layout that a path is in. A directory that is in none counts as Hugging Face's, which says what it lacks."""
-    if path.is_file():
-        return Gguf(path)
-    is_meta = (path / PARAMS).is_file() and not (path / CONFIG).is_file()
-    return Meta(path) if is_meta else HuggingFace(path)
+    """A path in its layout. One that is in none counts as Hugging Face's, which says what it lacks."""
+    return (recognised(path) or HuggingFace)(path)
 
 
 # Directories.
@@ -90,8 +97,16 @@ class HuggingFace:
     """A directory with config.json and safetensors or torch files."""
 
     path: pathlib.Path
-    config_name: str = CONFIG
     says: str = CONFIG
+    writing: ClassVar[Writing] = hugging_face
+
+    @classmethod
+    def recognises(cls, path: pathlib.Path) -> bool:
+        """Whether there is a config.json that is not one of ours, which has sections."""
+        try:
+            return (path / CONFIG).is_file() and ((path / PARAMS).is_file() or "model_type" in read_json(path / CONFIG))
+        except UserError:
+            return False
 
     def open(self, ignore: Sequence[str]) -> Opened:
         """See `Layout`."""
@@ -124,8 +139,13 @@ class HuggingFace:
 class Meta(HuggingFace):
     """A directory with params.json and one file of weights; the rest lies in it as in one of Hugging Face."""
 
-    config_name: str = PARAMS
     says: str = PARAMS
+    writing: ClassVar[Writing] = meta
+
+    @classmethod
+    def recognises(cls, path: pathlib.Path) -> bool:
+        """Whether params.json stands there alone; next to a config.json it is a leftover."""
+        return (path / PARAMS).is_file() and not (path / CONFIG).is_file()
 
     def open(self, ignore: Sequence[str]) -> Opened:
         """See `Layout`."""
@@ -143,8 +163,13 @@ class Gguf:
     """A GGUF file; once it was imported or exported, it is a directory of Hugging Face."""
 
     path: pathlib.Path
-    config_name: str = CONFIG
     says: str = "its metadata"
+    writing: ClassVar[Writing] = hugging_face
+
+    @classmethod
+    def recognises(cls, path: pathlib.Path) -> bool:
+        """Whether a file is one, by its name or its first bytes."""
+        return header.is_gguf(path)
 
     @functools.cached_property
     def header(self) -> header.Header:
@@ -183,45 +208,36 @@ class Gguf:
         (target / "generation_config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
-# Configs, as transformers understands them.
+LAYOUTS: dict[str, type[Layout]] = {"huggingface": HuggingFace, "meta": Meta, "gguf": Gguf}
 
 
-def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config's fields as today's transformers reads them, its defaults filled in, and the defaults."""
-    quiet_transformers()
-    from transformers import CONFIG_MAPPING
-    from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
+def register(name: str, layout: type[Layout]) -> None:
+    """Adds a layout from outside the package: `load`, `mtp import` and all that reads checkpoints then take it.
 
-    kind = CONFIG_MAPPING[raw["model_type"]]
-    before = get_verbosity()
-    set_verbosity_error()  # it remarks on defaults of its own
-    try:
-        defaults = kind().to_dict()
-        return kind.from_dict(_told(raw, defaults)).to_dict(), defaults
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{origin} is refused by transformers: {reason}") from error
-    finally:
-        set_verbosity(before)
+    Args:
+      name: a new one.
+      layout: a class that is made of a path and has what `Layout` asks for.
 
-
-def _told(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The fields that transformers is given: copies, since it writes into them.
-
-    It is strict about types, also of fields that change no number, and where null has always meant "off".
+    Raises:
+      UserError: a layout of that name.
     """
-    empty = {name for name, value in raw.items() if value is None and not defaults.get(name)}
-    return {n: copy.deepcopy(value) for n, value in raw.items() if n not in empty and not matches(n, UNTOLD)}
+    if name in LAYOUTS:
+        raise UserError(f"there is a checkpoint layout {name!r} already; take another name")
+    LAYOUTS[name] = layout
+
+
+# What is no checkpoint.
 
 
 def check_kind(path: pathlib.Path) -> None:
-    """Refuses what is no whole checkpoint of its own."""
-    if path.is_file():
+    """Refuses what is no whole checkpoint of its own; other layouts than Hugging Face's do so themselves."""
+    found = recognised(path)
+    if path.is_file() or found not in (None, HuggingFace):
         return
     if "model" in _config_keys(path):
         raise UserError(f"{path} is a directory of ours already; `mtp generate`, `train` and `export` take it")
     foreign.refuse_adapter(path)
-    if not (path / CONFIG).is_file() and not (path / PARAMS).is_file():
+    if not (path / CONFIG).is_file():
         foreign.refuse_without_config(path)
 
 

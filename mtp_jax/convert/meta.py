@@ -3,17 +3,20 @@
 `params.json` counts the layers of a model with one head, so that a model with n heads has n - 1 fewer in its trunk.
 """
 
+import json
 import pathlib
 import re
 from typing import Any
 
 from mtp_jax.config import Arch, ModelConfig
-from mtp_jax.convert.files import Tensors, open_file
+from mtp_jax.convert.files import Tensors, open_file, write_file
 from mtp_jax.convert.layout import Architecture, Slot, differing, turned_pairs
+from mtp_jax.convert.leaving import Came, Leaving
 from mtp_jax.convert.settings import Given, Setting, fixed, same
 from mtp_jax.errors import UserError
 
 PARAMS = "params.json"
+CONFIG_NAME = PARAMS
 WEIGHTS = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
 IGNORED = ("multiple_of", "n_future_tokens", "max_batch_size", "use_scaled_rope")
 """Fields that are read through others, or say nothing of the model."""
@@ -93,20 +96,28 @@ def fields(raw: dict[str, Any], tensors: Tensors, origin: str) -> dict[str, Any]
     return raw | {"vocab_size": embed.shape[0], "n_layers": len(layers)}
 
 
-def written_fields(arch: Arch, before: dict[str, Any]) -> dict[str, Any]:
-    """The text of params.json for a model with parallel heads, given what it was before.
+def architecture(raw: dict[str, Any]) -> Architecture:
+    """See `leaving.Writing`."""
+    return META
 
-    Raises:
-      UserError: a model that this layout cannot hold.
-    """
+
+def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any]]:
+    """See `leaving.Writing`; heads are parallel ones."""
     model = arch.model
     heads = arch.heads.num_future
     if model.num_heads * model.head_dim != model.d_model:
         raise _not_ours(f"model.head_dim={model.head_dim} (it has d_model / num_heads)")
-    raw = before | META.write(model)
+    raw = (came.raw if came is not None else {}) | META.write(model)
     if different := differing(META.read(raw, {}, PARAMS, ("*",)), model):
         raise _not_ours(f"model.{different[0]}={getattr(model, different[0])!r}")
-    return raw | {"n_layers": model.num_layers + heads - 1, "n_future_tokens": heads}
+    return META, raw | {"n_layers": model.num_layers + heads - 1, "n_future_tokens": heads}
+
+
+def write(directory: pathlib.Path, leaving: Leaving, shard_bytes: int) -> dict[str, Any]:
+    """See `leaving.Writing`; all tensors are in one file."""
+    write_file(directory / WEIGHTS[0], leaving.entries)
+    (directory / PARAMS).write_text(json.dumps(leaving.raw, indent=2) + "\n")
+    return leaving.raw
 
 
 def _not_ours(what: str) -> UserError:

@@ -5,11 +5,9 @@ import json
 import pathlib
 from typing import Any
 
-from mtp_jax.convert.architectures import ARCHITECTURES
 from mtp_jax.convert.files import NAMES, Entry, Tensors, open_file, read_json, write_file
 from mtp_jax.convert.layout import Architecture
 from mtp_jax.convert.layouts import MANIFEST, Layout, layout_of
-from mtp_jax.convert.meta import META, PARAMS
 from mtp_jax.convert.reader import Checkpoint
 from mtp_jax.errors import UserError
 
@@ -54,7 +52,7 @@ def keep_origin(origin: Origin, directory: pathlib.Path) -> None:
     """Writes an origin into a folder, with tokenizer and all, for `read_origin`."""
     directory.mkdir()
     origin.layout.copy_sidecars(directory)
-    (directory / origin.layout.config_name).write_text(json.dumps(origin.raw, indent=2) + "\n")
+    (directory / origin.layout.writing.CONFIG_NAME).write_text(json.dumps(origin.raw, indent=2) + "\n")
     kept = {name: getattr(origin, name) for name in ("form", "dtypes", "repeated", "renamed", "heads", "wanted")}
     (directory / MANIFEST).write_text(json.dumps(kept, indent=1) + "\n")
     if origin.untouched:
@@ -68,10 +66,10 @@ def read_origin(directory: pathlib.Path) -> Origin:
       UserError: files that it did not write like this.
     """
     layout = layout_of(directory)
-    raw = read_json(directory / layout.config_name)
+    raw = read_json(directory / layout.writing.CONFIG_NAME)
     untouched = open_file(directory / UNTOUCHED) if (directory / UNTOUCHED).is_file() else {}
     try:
-        entry = META if layout.config_name == PARAMS else ARCHITECTURES[raw["model_type"]]
+        entry = layout.writing.architecture(raw)
         return Origin(layout, raw, entry, untouched=untouched, **read_json(directory / MANIFEST))
     except (KeyError, TypeError) as error:
         raise UserError(f"{directory} is damaged ({error}); import the checkpoint again") from error

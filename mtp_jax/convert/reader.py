@@ -14,12 +14,10 @@ from jax.sharding import Mesh
 from mtp_jax import sharding
 from mtp_jax.config import Arch, HeadsConfig, ModelConfig
 from mtp_jax.convert import fetch, foreign, forms, leftovers, mapping, placing, record
-from mtp_jax.convert.files import FLOATS, NAMES, Tensors, matches, read_json
-from mtp_jax.convert.gguf.header import is_gguf
+from mtp_jax.convert.files import FLOATS, NAMES, Tensors, matches
 from mtp_jax.convert.layout import Architecture
-from mtp_jax.convert.layouts import Layout, check_kind, layout_of
+from mtp_jax.convert.layouts import Layout, check_kind, layout_of, recognised
 from mtp_jax.convert.mapping import Piece
-from mtp_jax.convert.meta import PARAMS
 from mtp_jax.convert.tokenizer import HubTokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
@@ -66,22 +64,18 @@ class Checkpoint:
 
 
 def is_checkpoint(directory: pathlib.Path) -> bool:
-    """Whether a directory holds a Hugging Face config (ours has sections), or Meta's parameters."""
-    path = directory / "config.json"
-    try:
-        return (directory / PARAMS).is_file() or (path.is_file() and "model_type" in read_json(path))
-    except UserError:
-        return False
+    """Whether a directory is in one of the layouts of `convert.layouts`, and not a run of ours."""
+    return recognised(directory) is not None
 
 
 def locate(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
-    """The local directory or GGUF file of a path, or of a name, which is fetched.
+    """The local directory or file of a path, or of a name, which is fetched.
 
     Raises:
       UserError: neither.
     """
     path = pathlib.Path(source)
-    if path.is_dir() or is_gguf(path):
+    if path.is_dir() or recognised(path) is not None:
         return path
     if path.suffix.lower() == ".gguf" and not path.exists():
         raise UserError(f"{source} does not exist; give the path of a GGUF file, or smollm2, which is fetched")

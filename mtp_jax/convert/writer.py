@@ -1,7 +1,6 @@
-"""Our parameters as a Hugging Face directory, with their heads in a form that others read."""
+"""Our parameters as a directory in a layout of others, with their heads in a form that others read."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -10,16 +9,14 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from mtp_jax.config import Arch, ModelConfig
-from mtp_jax.convert import forms, head_writer, mapping, meta, record, spellings
-from mtp_jax.convert.architectures import ARCHITECTURES
-from mtp_jax.convert.files import DTYPES, SHARD_BYTES, Entry, write, write_file
-from mtp_jax.convert.layout import Architecture, differing
-from mtp_jax.convert.layouts import normalised
-from mtp_jax.convert.meta import META, PARAMS
+from mtp_jax.config import Arch
+from mtp_jax.convert import forms, head_writer, hugging_face, mapping, record
+from mtp_jax.convert.files import DTYPES, SHARD_BYTES, Entry
+from mtp_jax.convert.layout import Architecture
+from mtp_jax.convert.layouts import LAYOUTS
+from mtp_jax.convert.leaving import Came, Leaving, Writing
 from mtp_jax.convert.origin import Origin, copied
 from mtp_jax.convert.reader import Notify
-from mtp_jax.convert.settings import shortest_pattern
 from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both, write_template
 from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import whole_directory
@@ -76,12 +73,9 @@ def export_model(
     params = lm.stacked_params()
     origin = lm.origin
     form = head_writer.choose_form(arch, origin, form)
-    if form == "meta" or (origin is not None and origin.architecture is META and form in ("", "meta")):
-        came = origin.raw if origin is not None and origin.architecture is META else {}
-        entry = META
-        raw = meta.written_fields(arch, came)
-    else:
-        entry, raw = _architecture(arch.model, origin)
+    writing = _writing(form, origin)
+    same = origin is not None and origin.layout.writing is writing
+    entry, raw = writing.describe(arch, Came(origin.architecture, origin.raw) if same else None)
     pieces = _pieces(entry, arch, params)
     beside = []
     if form:
@@ -97,13 +91,9 @@ def export_model(
         entries += copied({name: one for name, one in origin.untouched.items() if name not in written})
         entries = [dataclasses.replace(one, name=origin.renamed.get(one.name, one.name)) for one in entries]
     with whole_directory(out) as directory:
-        if entry is META:
-            write_file(directory / "consolidated.safetensors", entries)
-            (directory / PARAMS).write_text(json.dumps(raw, indent=2) + "\n")
-        else:
-            write(directory, entries, shard_bytes)
-            raw = _config_fields(lm, entry, head_writer.with_head_fields(raw, form, arch), entries)
-            (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        came = origin.raw if origin else None
+        leaving = Leaving(arch, lm.tokenizer, form, entry, raw, entries, came, lm.trained_further)
+        raw = writing.write(directory, leaving, shard_bytes)
         if origin is not None:
             origin.layout.copy_sidecars(directory)
             spell_for_both(directory)
@@ -119,43 +109,14 @@ def export_model(
     return form
 
 
+def _writing(form: str, origin: Origin | None) -> Writing:
+    """The layout of the heads' form; without heads, the one that the model came in, or Hugging Face's."""
+    if form:
+        return LAYOUTS[forms.FORMS[form].layout].writing
+    return origin.layout.writing if origin is not None else hugging_face
+
+
 # The trunk.
-
-
-def _architecture(model: ModelConfig, origin: Origin | None) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture that holds a model, and its config file.
-
-    The first one whose own reading of what it writes is that model again: a wrong inverse finds no taker.
-    """
-    pattern = shortest_pattern(model.layers)
-    model = dataclasses.replace(model, layer_pattern=pattern)
-    if origin is not None and origin.architecture is not META:
-        raw = dict(origin.raw)
-        before = _read_back(origin.architecture, raw)
-        if before is not None and (changed := differing(before, model)) in ([], ["tie_embeddings"]):
-            return origin.architecture, raw | ({"tie_word_embeddings": model.tie_embeddings} if changed else {})
-    nearest: tuple[list[str], str] | None = None
-    for entry in ARCHITECTURES.values():
-        try:
-            names = {"architectures": [entry.class_name], "model_type": entry.model_type}
-            raw = names | NO_TOKENS | entry.write(model)
-        except (KeyError, UserError):
-            continue
-        back = _read_back(entry, raw)
-        different = None if back is None else differing(back, model)
-        if different == []:
-            return entry, raw
-        if different is not None and (nearest is None or len(different) < len(nearest[0])):
-            nearest = different, entry.model_type
-    reason = f"; {nearest[1]} comes nearest, but for {', '.join(f'model.{n}' for n in nearest[0])}" if nearest else ""
-    raise UserError(f"no Hugging Face architecture that we know holds this model{reason}")
-
-
-def _read_back(entry: Architecture, raw: dict[str, Any]) -> ModelConfig | None:
-    try:
-        return entry.read(*normalised(raw, "config.json"), "config.json", ("*",))
-    except UserError:
-        return None
 
 
 def _pieces(entry: Architecture, arch: Arch, params: Any) -> list[mapping.Piece]:
@@ -180,27 +141,6 @@ def _dtype_of(arch: Arch, origin: Origin | None, dtype: str | None) -> Callable[
     fallback = np.dtype(given[dtype or arch.model.param_dtype])
     known = {} if origin is None or dtype is not None else origin.dtypes
     return lambda name: np.dtype(DTYPES[known[name]]) if name in known else fallback
-
-
-def _config_fields(lm: Exportable, entry: Architecture, raw: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
-    """The fields of config.json: as they came if nothing changed, else for transformers 4 and 5 alike."""
-    dtype = max(entries, key=lambda one: one.nbytes).dtype.name  # of the largest tensor; loaders take it for all
-    named = [name for name in spellings.DTYPES if name in raw] or spellings.DTYPES
-    raw = raw | dict.fromkeys(named, dtype)
-    if lm.origin is None:
-        raw |= _token_fields(lm.tokenizer)
-    elif raw == lm.origin.raw and not lm.trained_further:
-        return raw
-    return raw | spellings.older(raw, entry.older)
-
-
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-"""Said in so many words, because every architecture has defaults of its own."""
-
-
-def _token_fields(tokenizer: Any) -> dict[str, int | None]:
-    """The special tokens of a tokenizer of ours."""
-    return {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def _repeats(entries: list[Entry], repeated: dict[str, str]) -> list[Entry]:
