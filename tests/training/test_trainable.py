@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference.jaxprs import product_flops
 from reference.stepping import batch_of
 from reference.tiny import tiny_config
 
@@ -176,3 +177,18 @@ def test_tables_that_stand_still_have_no_gradient():
     np.testing.assert_array_equal(first[0], full[0])
     np.testing.assert_array_equal(others[1], full[1])
     assert not np.any(first[1]) and not np.any(others[0])
+
+
+def test_step_forms_no_gradient_of_a_table_that_stands_still():
+    """Matrix products of a step that trains the blocks and the embedding - those of one that trains the blocks = those
+    that form dW of the table, one for every token of every head. Counted as traced: the loss forms dW in its forward
+    loop. Breaks if `_heads_loss` lets the table learn whatever the patterns say.
+    """
+    B, T, D, V = 8, 32, 16, 264
+
+    def products(trainable):
+        config = config_of(trainable, loss={"skip": False})  # a loop of known length, whose products can be counted
+        steps = compile_steps(config, sharding.make_mesh(config.mesh))
+        return product_flops(jax.make_jaxpr(lambda *given: steps.train(*given))(steps.abstract_state, batch_of(config)))
+
+    assert products(("^blocks/", "^embed/")) - products("^blocks/") == 2 * 2 * B * T * D * V
