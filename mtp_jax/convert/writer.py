@@ -126,6 +126,8 @@ def _architecture(model: ModelConfig, origin: Origin | None) -> tuple[Architectu
 
     The first one whose own reading of what it writes is that model again: a wrong inverse finds no taker.
     """
+    if not isinstance(model, ModelConfig):
+        raise UserError(f"model.kind={model.kind!r} cannot be exported: others read the layouts of decoder LMs only")
     pattern = shortest_pattern(model.layers)
     model = dataclasses.replace(model, layer_pattern=pattern)
     if origin is not None and origin.architecture is not META:

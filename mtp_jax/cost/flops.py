@@ -42,8 +42,11 @@ def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool 
     """
     tokens = batch_size * seq_len
     frozen = config.train.trainable == "heads"
-    trunk = READ if frozen else LEARNED
-    total = config.model.num_layers * _block(config.model, tokens, seq_len, trunk, computed)
+    passes = READ if frozen else LEARNED
+    if config.model.is_stack:
+        total = config.model.num_layers * _block(config.model.block, tokens, seq_len, passes, computed)
+    else:
+        total = passes.linear * config.model.forward_flops(tokens, seq_len)
     total += _heads(config, batch_size, seq_len, computed) if config.heads.num_future > 1 else 0
     return float(total + _logits(config, tokens, computed))
 
@@ -75,7 +78,7 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
     """The extra heads, without their unembeddings."""
     facts = config.heads.facts
     extra = config.heads.num_future - 1
-    c = config.model
+    c = config.model.block
     tokens = batch_size * seq_len
     D = c.d_model
     if facts.in_trunk:

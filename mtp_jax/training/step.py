@@ -180,7 +180,7 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
       mesh: its devices.
       terms: what is trained besides what the config asks for, by the name that metrics give it.
     """
-    if config.model.remat == "offload":
+    if config.model.block.remat == "offload":
         sharding.check_host_memory(mesh)
     abstract_params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
