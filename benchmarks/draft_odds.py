@@ -22,8 +22,7 @@ import mtp_jax
 from mtp_jax.decode.drafters import LONGEST_MATCH, lookup
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.loading import LoadedModel
-from mtp_jax.model import lm as language_model
-from mtp_jax.model import mtp
+from mtp_jax.model import mtp, trunk
 from mtp_jax.model.heads import FAMILIES
 from mtp_jax.model.heads.base import Round
 
@@ -38,7 +37,7 @@ def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, ne
     config = lm.config
     S = ids_S.shape[0]
     zero_B = jnp.zeros((1,), jnp.int32)
-    tap_BQD = mtp.decode_forward(config.arch, params, ids_S[None], zero_B, mtp.init_caches(config.arch, 1, S))[1]
+    tap_BQD = mtp.decode_forward(config.arch, params, ids_S[None], zero_B, trunk.init_caches(config.arch, 1, S))[1]
     at_T = first - 1 + jnp.arange(new)
     tokens_TS = jnp.broadcast_to(ids_S[None], (new, S))
 
@@ -48,7 +47,7 @@ def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, ne
         return mtp_jax.Drafts(jnp.argmax(logits_BPV, axis=-1), sure_BP=sure_BP)
 
     def embed(ids: jax.Array) -> jax.Array:
-        return language_model.embed(config.model, params, ids)
+        return trunk.embed(config.arch, params, ids)
 
     where = (at_T, jnp.zeros((new,), jnp.int32), jnp.ones((new,), bool), tokens_TS, at_T + 2)
     now = Round(tap_BQD[0][at_T][:, None], *where, count, embed, propose)

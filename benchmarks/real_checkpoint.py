@@ -26,8 +26,7 @@ import mtp_jax
 from mtp_jax.decode.drafters import LOOKUP_DRAFTS
 from mtp_jax.eval.by_kind import COLUMNS, PLAIN, WITH_HEADS, WITHOUT_HEADS, Result, mean_gain, measure
 from mtp_jax.loading import LoadedModel
-from mtp_jax.model import lm as language_model
-from mtp_jax.model import mtp
+from mtp_jax.model import mtp, trunk
 from mtp_jax.model.heads import FAMILIES
 from mtp_jax.model.heads.base import Round
 
@@ -72,12 +71,12 @@ def parts_ms(lm: LoadedModel, tokens: int) -> tuple[float, float]:
     take after it."""
     config, params = lm.config, lm.decode_params
     start_B, ids_BQ = jnp.full((1,), SLOTS // 2), jnp.ones((1, tokens), jnp.int32)
-    caches = mtp.init_caches(config.arch, 1, SLOTS)
+    caches = trunk.init_caches(config.arch, 1, SLOTS)
 
     def verify(params: Any, caches: Any) -> Any:
         state_BQD, tap_BQD, caches = mtp.decode_forward(config.arch, params, ids_BQ, start_B, caches)
-        normed_BQD = language_model.final_norm(config.model, params, state_BQD)
-        return jax.lax.top_k(language_model.logits(config.model, params, normed_BQD)[0], 1)[1], tap_BQD, caches
+        normed_BQD = trunk.final_norm(config.arch, params, state_BQD)
+        return jax.lax.top_k(trunk.logits(config.arch, params, normed_BQD)[0], 1)[1], tap_BQD, caches
 
     def draft(params: Any, cache: Any, tap_BQD: jax.Array) -> Any:
         def propose(states_BPD: jax.Array, first: int) -> Any:
@@ -85,7 +84,7 @@ def parts_ms(lm: LoadedModel, tokens: int) -> tuple[float, float]:
             return mtp_jax.Drafts(jax.lax.top_k(logits_BPV[0], 1)[1][None, :, 0])
 
         tokens_BS = jnp.ones((1, SLOTS), jnp.int32)
-        embed = lambda ids: language_model.embed(config.model, params, ids)  # noqa: E731
+        embed = lambda ids: trunk.embed(config.arch, params, ids)  # noqa: E731
         live = (start_B, jnp.zeros((1,), jnp.int32), jnp.ones((1,), bool), tokens_BS, start_B + 1)
         now = Round(tap_BQD, *live, config.num_draft, embed, propose)
         return FAMILIES[config.heads.kind].draft(config.arch, params, cache, now)

@@ -95,6 +95,20 @@ def test_no_other_file_asks_for_a_family_by_name(path):
     assert not compared or str(path.relative_to(ROOT)) in OF_FAMILIES
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_other_part_knows_the_decoder_lm(path):
+    """What is asked of the next-token model goes through `model.trunk`: no file outside `model/` imports `model.lm`.
+    Fails on `from mtp_jax.model import lm` in the engine."""
+    names = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    known = any(f"{name}.".startswith("mtp_jax.model.lm.") for name in names)
+    assert not known or part_of(path) == "model"
+
+
 def test_every_family_has_a_row_and_functions():
     """The rows of facts and the modules with functions have the same names, in one order."""
     assert list(FACTS) == list(FAMILIES)

@@ -22,8 +22,7 @@ from mtp_jax.config import MeshConfig, to_json
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
-from mtp_jax.model import lm as next_token
-from mtp_jax.model import mtp
+from mtp_jax.model import mtp, trunk
 from mtp_jax.runs.checkpoint import restore_params
 from mtp_jax.training.console import RunConsole
 from mtp_jax.training.loop import train
@@ -58,7 +57,7 @@ def direct_logits(config, params, tokens_BT):
     hidden_MBTD = jax.jit(mtp.apply, static_argnums=0)(
         config.arch, params, tokens_BT, positions_BT, np.ones_like(tokens_BT)
     )
-    table_VD = np.asarray(next_token.unembedding(params), np.float64)
+    table_VD = np.asarray(trunk.unembedding(config.arch, params), np.float64)
     return np.stack([np.asarray(hidden_BTD, np.float64) @ table_VD.T for hidden_BTD in hidden_MBTD])
 
 

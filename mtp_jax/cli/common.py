@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax.config import Config
+from mtp_jax.config import Config, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import HEAD_COLUMNS, head_rows, summary
 from mtp_jax.eval.report import Evaluation
@@ -55,6 +55,10 @@ def parse_over(base: Config, kind: type[Run], argv: Sequence[str], prog: str, de
       An instance of `kind` with everything, and the config alone.
     """
     names = [field.name for field in dataclasses.fields(Config)]
+    if type(base.model) is not ModelConfig:
+        # The flags of a section are its own fields.
+        model = ("model", type(base.model), base.model)
+        kind = dataclasses.make_dataclass(kind.__name__, [model], bases=(kind,), frozen=True)
     args = parse(kind, argv, prog, description, kind(**{name: getattr(base, name) for name in names}))
     return args, Config(**{name: getattr(args, name) for name in names})
 

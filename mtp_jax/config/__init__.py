@@ -1,8 +1,9 @@
 """Every setting of a run, with its default and its check. A value that cannot work is refused here.
 
 A run is one `Config`, made of sections. Each section has a file: `model`, `heads`, `loss`, `data`, `optim`, `mesh`,
-`training` (section `train`) and `decode`. `arch` is the model with its heads. `run` checks
-that settings of different sections fit together. `text` writes a config as JSON and reads it back.
+`training` (section `train`) and `decode`. `arch` is the model with its heads. `trunk` says what a model section must
+offer, for any kind of model. `run` checks that settings of different sections fit together. `text` writes a config as
+JSON and reads it back.
 
 Config files are Python files that define `config = Config(...)`. The command line overrides any field by its dotted
 path (`--model.d_model 512`).
@@ -29,3 +30,5 @@ from mtp_jax.config.text import from_json as from_json
 from mtp_jax.config.text import override as override
 from mtp_jax.config.text import to_json as to_json
 from mtp_jax.config.training import TrainConfig as TrainConfig
+from mtp_jax.config.trunk import SECTIONS as SECTIONS
+from mtp_jax.config.trunk import TrunkConfig as TrunkConfig

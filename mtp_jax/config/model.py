@@ -217,6 +217,21 @@ class ModelConfig:
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
     @property
+    def block(self) -> "ModelConfig":
+        """The shape of a block: the section's own."""
+        return self
+
+    @property
+    def is_stack(self) -> bool:
+        """The trunk is a stack of such blocks."""
+        return True
+
+    @property
+    def split_fields(self) -> tuple[str, ...]:
+        """Fields that divide over `mesh.tensor` devices."""
+        return ("vocab_size", "num_heads", "num_kv_heads", "d_ff")
+
+    @property
     def rotary_dim(self) -> int:
         """Number of dimensions of an attention head that are rotated."""
         return int(self.head_dim * self.rope_fraction)

@@ -19,6 +19,7 @@ class Config:
     """The config of one run."""
 
     model: ModelConfig = ModelConfig()
+    """A `ModelConfig`, or the section of another trunk; see `config.trunk`."""
     heads: HeadsConfig = HeadsConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()

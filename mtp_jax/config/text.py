@@ -7,7 +7,9 @@ import typing
 from typing import Any
 
 from mtp_jax.config.checks import check_type, require
+from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.run import Config
+from mtp_jax.config.trunk import section_type
 from mtp_jax.errors import UserError
 
 
@@ -43,7 +45,8 @@ def _build(cls: type, tree: Any, origin: str) -> Any:
     values = {}
     for key, value in tree.items():
         if dataclasses.is_dataclass(types[key]):
-            value = _build(types[key], value, f"{origin}.{key}")
+            where = f"{origin}.{key}"
+            value = _build(section_type(value, where) if types[key] is ModelConfig else types[key], value, where)
         else:
             value = tuple(value) if isinstance(value, list) else value
             check_type(value, types[key], f"{origin}.{key}")
@@ -76,10 +79,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def differences(old: Config, new: Config) -> list[str]:
     """One line `path: old -> new` for every field in which two configs differ."""
-    old_fields = flatten(old)
-    new_fields = flatten(new)
-    return [
-        f"{path}: {old_fields[path]} -> {new_fields[path]}"
-        for path in old_fields
-        if old_fields[path] != new_fields[path]
-    ]
+    # A section of another kind has other fields.
+    old_fields = dict.fromkeys(flatten(new), "absent") | flatten(old)
+    new_fields = dict.fromkeys(flatten(old), "absent") | flatten(new)
+    return [f"{path}: {value} -> {new_fields[path]}" for path, value in old_fields.items() if value != new_fields[path]]

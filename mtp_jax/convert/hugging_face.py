@@ -63,6 +63,10 @@ def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any
     The architecture is the first one whose own reading of what it writes is that model again: a wrong inverse finds no
     taker.
     """
+    if not isinstance(arch.model, ModelConfig):
+        raise UserError(
+            f"model.kind={arch.model.kind!r} cannot be exported: the known layouts of files hold decoder LMs only"
+        )
     model = dataclasses.replace(arch.model, layer_pattern=shortest_pattern(arch.model.layers))
     if came is not None:
         raw = dict(came.raw)

@@ -48,14 +48,15 @@ def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool 
     """
     tokens = batch_size * seq_len
     c = config.model
-    if config.train.heads_only:
-        block = _block(c, tokens, seq_len, READ, computed)
+    if not c.is_stack:
+        trunk = (READ if config.train.heads_only else LEARNED).linear * c.forward_flops(tokens, seq_len)
+    elif config.train.heads_only:
+        trunk = c.num_layers * _block(c.block, tokens, seq_len, READ, computed)
     else:
-        block = _projections(c, tokens, _of_trunk(config), computed)
-        block += LEARNED.mixed * _attention(c, tokens, seq_len)
-    total = c.num_layers * block
-    total += _heads(config, batch_size, seq_len, computed) if config.heads.num_future > 1 else 0
-    return float(total + _logits(config, tokens, computed))
+        products = _projections(c.block, tokens, _of_trunk(config), computed)
+        trunk = c.num_layers * (products + LEARNED.mixed * _attention(c.block, tokens, seq_len))
+    heads = _heads(config, batch_size, seq_len, computed) if config.heads.num_future > 1 else 0
+    return float(trunk + heads + _logits(config, tokens, computed))
 
 
 def _block(c: ModelConfig, tokens: int, sees: int, passes: _Passes, computed: bool) -> int:
@@ -103,7 +104,7 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
     """The extra heads, without their unembeddings."""
     facts = config.heads.facts
     extra = config.heads.num_future - 1
-    c = config.model
+    c = config.model.block
     tokens = batch_size * seq_len
     D = c.d_model
     if facts.in_trunk:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Arch
 from mtp_jax.errors import UserError
-from mtp_jax.model import lm, mtp
+from mtp_jax.model import mtp, trunk
 from mtp_jax.model.heads import FAMILIES
 from mtp_jax.model.heads.base import Round, run_if
 
@@ -153,7 +153,7 @@ def _heads_draft(arch: Arch, params: Any, cache: Any, context: DraftContext) -> 
         return jnp.any(sure_B * best_following(context.count) >= context.least) | jnp.isinf(context.least)
 
     shared = {name: getattr(context, name) for name in Round._fields if name in DraftContext._fields}
-    embed = functools.partial(lm.embed, arch.model, params)
+    embed = functools.partial(trunk.embed, arch, params)
     now = Round(**shared | {"embed": embed, "propose": propose, "goes_on": goes_on if context.passes else None})
     pieces, cache = FAMILIES[arch.heads.kind].draft(arch, params, cache, now)
     if not pieces:

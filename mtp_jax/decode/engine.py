@@ -27,7 +27,7 @@ from mtp_jax.decode.drafters import DraftContext, Drafts, checked
 from mtp_jax.decode.sampling import Controls
 from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, empty_state, grow, rows_state, slots_of
 from mtp_jax.decode.verify import Verified
-from mtp_jax.model import lm, mtp
+from mtp_jax.model import mtp, trunk
 from mtp_jax.model.mtp import Ask
 from mtp_jax.runs.programs import bounded
 
@@ -228,7 +228,7 @@ def _choose(
     sampler = plan.sampler
     rule = plan.rule
     position_BQ = state.total_B[:, None] + jnp.arange(state_BQD.shape[1])[None, :]
-    logits_BQV = lm.logits(arch.model, params, lm.final_norm(arch.model, params, state_BQD))
+    logits_BQV = trunk.logits(arch, params, trunk.final_norm(arch, params, state_BQD))
     logits_BQV = sampling.process(sampler, controls, logits_BQV, state.tokens_BS, position_BQ)
     usable_BQ = sampling.usable(logits_BQV)
 

@@ -13,7 +13,7 @@ import jax
 
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.state import LEAST_SLOTS, DecodeState, Kept, Plan, slots_needed
-from mtp_jax.model import mtp
+from mtp_jax.model import trunk
 from mtp_jax.runs.programs import bounded
 
 
@@ -43,7 +43,7 @@ class Held(NamedTuple):
 @bounded(statics=(0, 1))
 def _no_entries(plan: Plan, slots: int) -> tuple[Any, Any]:
     drafter = plan.drafter
-    return mtp.init_caches(plan.arch, 1, slots), drafter.init(plan.arch, drafter.num_draft, 1, slots)
+    return trunk.init_caches(plan.arch, 1, slots), drafter.init(plan.arch, drafter.num_draft, 1, slots)
 
 
 def held_of(state: DecodeState) -> Held:

@@ -11,8 +11,8 @@ from mtp_jax.decode import sampling, verify
 from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.decode.sampling import Sampler
 from mtp_jax.decode.verify import Rule
-from mtp_jax.model import mtp
-from mtp_jax.model.cache import grow_caches, whole_tiles
+from mtp_jax.model import trunk
+from mtp_jax.model.cache import fewest_slots, grow_caches, whole_tiles
 from mtp_jax.runs.programs import bounded
 
 LEAST_SLOTS = 256
@@ -91,7 +91,7 @@ def bucket(total: int, num_draft: int, most: int) -> int:
 
 def slots_of(state: DecodeState) -> int:
     """Slots of the caches that a state holds now."""
-    return state.caches[0].slots
+    return fewest_slots(state.caches, otherwise=state.tokens_BS.shape[1])
 
 
 @bounded(statics=(1,))
@@ -109,7 +109,7 @@ def empty_state(plan: Plan, slots: int, length: int, prompt_BT: jax.Array, *rows
     B = len(prompt_BT)
     state = rows_state(plan, length, prompt_BT, *rows, jnp.zeros((B,), jnp.int32))
     drafter_cache = drafter.init(arch, drafter.num_draft, B, slots)
-    return state._replace(caches=mtp.init_caches(arch, B, slots), drafter_cache=drafter_cache)
+    return state._replace(caches=trunk.init_caches(arch, B, slots), drafter_cache=drafter_cache)
 
 
 @bounded(statics=(0, 1))

@@ -33,6 +33,11 @@ class LayerCache(NamedTuple):
         """S."""
         return self.k_BKSH.shape[2]
 
+    def enlarged(self, slots: int) -> "LayerCache":
+        """The same entries in a cache of `slots`; the new ones are zeros."""
+        more = slots - self.slots
+        return jax.tree.map(lambda x_BKSH: jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0))), self)
+
 
 def whole_tiles(slots: int) -> int:
     """At least `slots`, and as many as fill the tiles that a TPU keeps arrays in.
@@ -81,11 +86,21 @@ def _row_by_row(cache: LayerCache, new: LayerCache, start_B: jax.Array) -> Layer
 
 
 def grow_caches(tree: Any, slots: int) -> Any:
-    """A tree with every `LayerCache` in it enlarged to at least `slots`; the new ones are zeros."""
+    """A tree with every cache in it that grows enlarged to at least `slots`."""
 
     def grow(node: Any) -> Any:
-        if not isinstance(node, LayerCache) or node.slots >= slots:
-            return node
-        return jax.tree.map(lambda x_BKSH: jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, slots - node.slots), (0, 0))), node)
+        return node.enlarged(slots) if grows(node) and node.slots < slots else node
 
-    return jax.tree.map(grow, tree, is_leaf=lambda node: isinstance(node, LayerCache))
+    return jax.tree.map(grow, tree, is_leaf=grows)
+
+
+def grows(node: Any) -> bool:
+    """Whether a node of a tree is a cache that grows with the rows: a `LayerCache`, or any other tuple of arrays with
+    `slots` and `enlarged(slots)`."""
+    return hasattr(type(node), "enlarged")
+
+
+def fewest_slots(tree: Any, otherwise: int) -> int:
+    """Slots of the smallest cache in a tree that grows; `otherwise` where none does."""
+    nodes = [node for node in jax.tree.leaves(tree, is_leaf=grows) if grows(node)]
+    return min((node.slots for node in nodes), default=otherwise)

@@ -1,4 +1,8 @@
-"""The next-token path: embed, L blocks, final norm, unembed. Complete without any extra head.
+"""The decoder LM as a trunk: embed, L blocks, final norm, unembed. Complete without any extra head.
+
+`trunk` describes the functions that every trunk has: `init`, `with_constants`, `embed`, `run`, `final_norm`,
+`unembedding`, `decode_view`, `init_caches` and `decode`. The others here are about stacks of blocks, which heads have,
+too.
 
 Parameters are stacked over layers at rest and scanned in training:
 
@@ -8,6 +12,7 @@ Decoding works on `unstack`ed blocks, one tree per layer, because a scan would c
 """
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +27,7 @@ from mtp_jax.axes import BATCH, LAYERS, LENGTH, VOCAB
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.linear import LINEAR
 from mtp_jax.model.block import NO_WINDOW, Block, variables
-from mtp_jax.model.cache import LayerCache
+from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.layers import Embed, Norm, unit_rms
 from mtp_jax.model.rope import attention_factor, frequencies
 
@@ -33,7 +38,7 @@ def init_blocks(config: ModelConfig, key: jax.Array, count: int) -> Params:
     """`count` blocks stacked along a leading axis, boxed with their logical axis names."""
     x_BTD = jnp.zeros((1, 1, config.d_model), config.dtype)
     ids_BT = jnp.zeros((1, 1), jnp.int32)
-    given = variables(jax.tree.map(operator.itemgetter(0), with_constants(config, {}, config.layers[:1])))
+    given = variables(jax.tree.map(operator.itemgetter(0), with_block_constants(config, {}, config.layers[:1])))
     # One token has no need of a kernel, which might refuse it.
     block = Block(dataclasses.replace(config, attention="xla"))
 
@@ -50,7 +55,12 @@ def stacked(init_one: Callable[[jax.Array], Params], key: jax.Array, count: int)
     return jax.tree.map(lambda box: box.replace(names=(LAYERS, *box.names)), boxed, is_leaf=is_box)
 
 
-def with_constants(config: ModelConfig, blocks: Params, layers: Sequence[str]) -> Params:
+def with_constants(config: ModelConfig, params: Params) -> Params:
+    """Parameters with the constants of every block."""
+    return params | {"blocks": with_block_constants(config, params["blocks"], config.layers)}
+
+
+def with_block_constants(config: ModelConfig, blocks: Params, layers: Sequence[str]) -> Params:
     """Stacked blocks with what is each layer's own and no parameter, under `constants`; `layers` are their kinds."""
     own = {"frequency": np.stack([frequencies(config, layer) for layer in layers])}
     if config.rope_scaling == "yarn":
@@ -74,13 +84,8 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
         "final_norm": Norm(config).init(key, jnp.zeros((1, config.d_model)))["params"],
     }
     if not config.tie_embeddings:
-        params["unembed"] = init_unembed(config, unembed_key)
+        params["unembed"] = Embed(config).init(unembed_key)["params"]
     return params
-
-
-def init_unembed(config: ModelConfig, key: jax.Array) -> Params:
-    """A [V, D] table of its own, boxed with its logical axis names."""
-    return Embed(config).init(key)["params"]
 
 
 def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
@@ -93,7 +98,7 @@ def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Arra
     return constrain(x_BTD)
 
 
-def unembedding(params: Params) -> jax.Array:
+def unembedding(config: ModelConfig, params: Params) -> jax.Array:
     """The [V, D] table that turns final-normed states into logits."""
     if "unembed" not in params:
         return params["embed"]["table"]
@@ -104,23 +109,6 @@ def unembedding(params: Params) -> jax.Array:
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """The norm before the unembedding, shared by every head; x may have any rank."""
     return Norm(config).apply({"params": params["final_norm"]}, x)
-
-
-def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of final-normed states [..., D]. Training never calls this: see `losses/xent.py`."""
-    return project(config, unembedding(params), scaled(config, hidden))
-
-
-def scaled(config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """States times the factor of their logits, which the unembedding does not know of."""
-    return hidden if config.logit_scale == 1 else hidden * jnp.asarray(config.logit_scale, hidden.dtype)
-
-
-def project(config: ModelConfig, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of `scaled` states by a given unembedding, capped as the config says."""
-    table_VD = table_VD.astype(config.dtype)
-    z = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
-    return config.logit_softcap * jnp.tanh(z / config.logit_softcap) if config.logit_softcap else z
 
 
 BLOCK_INPUT = "block_input"
@@ -171,15 +159,39 @@ def run_blocks(
     return jax.lax.scan(step, x_BTD, blocks)[0]
 
 
-def run_blocks_mixed(
+def run(
     config: ModelConfig,
-    blocks: Params,
+    params: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    taps: Sequence[int],
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """All blocks over whole rows: the last state, and the states at the taps."""
+    cuts = _cuts(config, taps)
+    parts = [jax.tree.map(operator.itemgetter(slice(*ends)), params["blocks"]) for ends in itertools.pairwise(cuts)]
+    states: dict[int, jax.Array] = {}
+    for part, end in zip(parts, cuts[1:], strict=True):
+        x_BTD = run_blocks(config, part, x_BTD, positions_BT, segment_ids_BT)
+        states.setdefault(end, x_BTD)
+    return x_BTD, tuple(states[tap] for tap in taps)
+
+
+def _cuts(config: ModelConfig, taps: Sequence[int]) -> tuple[int, ...]:
+    """Where the stack is cut so that the state at each tap stands between two parts."""
+    return (0, *sorted(set(taps)), config.num_layers)
+
+
+def run_mixed(
+    config: ModelConfig,
+    params: Params,
     x_BTD: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
     weight_L: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """`run_blocks`, and a mix of the normed states below (weight_L[0]) and above every block; L + 1 weights."""
+    """All blocks over whole rows: the last state, and a mix of the normed states below (weight_L[0]) and above every
+    block; L + 1 weights. One state is held at a time."""
     run = run_block(config)
 
     def step(carry: tuple[jax.Array, jax.Array], layer: tuple) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -189,7 +201,7 @@ def run_blocks_mixed(
         return (x_BTD, mix_BTD + weight * unit_rms(x_BTD, config.norm_eps)), None
 
     start = x_BTD, weight_L[0] * unit_rms(x_BTD, config.norm_eps)
-    x_BTD, mix_BTD = jax.lax.scan(step, start, (blocks, weight_L[1:]))[0]
+    x_BTD, mix_BTD = jax.lax.scan(step, start, (params["blocks"], weight_L[1:]))[0]
     return x_BTD, mix_BTD.astype(config.dtype)
 
 
@@ -231,18 +243,51 @@ def decode_blocks(
     return x_BQD, tuple(written)
 
 
-def decode_blocks_mixed(
+def decode_view(config: ModelConfig, params: Params, replace: Replace) -> Params:
+    """Blocks as one tree per layer, and an unembedding of its own transposed."""
+    view = params | {"blocks": unstack(params["blocks"], replace)}
+    if "unembed" in view:
+        # Products with few rows read it faster this way round on a CPU.
+        view["unembed"] = {"table_DV": replace(jnp.transpose, view["unembed"]["table"])}
+    return view
+
+
+def init_caches(config: ModelConfig, batch: int, slots: int) -> tuple[LayerCache, ...]:
+    """One empty cache per layer."""
+    c = config
+    return tuple(init_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype) for _ in range(c.num_layers))
+
+
+def decode(
     config: ModelConfig,
-    blocks: tuple[Params, ...],
+    params: Params,
+    x_BQD: jax.Array,
+    start_B: jax.Array,
+    caches: tuple[LayerCache, ...],
+    taps: Sequence[int],
+) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[LayerCache, ...]]:
+    """All blocks over Q new positions per row: the last state, the states at the taps, and the caches."""
+    states: dict[int, jax.Array] = {}
+    written: tuple[LayerCache, ...] = ()
+    for begin, end in itertools.pairwise(_cuts(config, taps)):
+        x_BQD, part = decode_blocks(config, params["blocks"][begin:end], x_BQD, start_B, caches[begin:end])
+        states.setdefault(end, x_BQD)
+        written += part
+    return x_BQD, tuple(states[tap] for tap in taps), written
+
+
+def decode_mixed(
+    config: ModelConfig,
+    params: Params,
     x_BQD: jax.Array,
     start_B: jax.Array,
     caches: tuple[LayerCache, ...],
     weight_L: jax.Array,
 ) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
-    """`decode_blocks`, and the mix of `run_blocks_mixed`."""
+    """All blocks over Q new positions per row: the last state, the mix of `run_mixed`, and the caches."""
     mix_BQD = weight_L[0] * unit_rms(x_BQD, config.norm_eps)
     written = []
-    for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+    for i, (block, cache) in enumerate(zip(params["blocks"], caches, strict=True)):
         x_BQD, new = decode_blocks(config, (block,), x_BQD, start_B, (cache,))
         mix_BQD += weight_L[i + 1] * unit_rms(x_BQD, config.norm_eps)
         written += new

@@ -15,13 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Arch
-from mtp_jax.model import heads, lm, lora
+from mtp_jax.model import heads, lm, lora, trunk
 from mtp_jax.model.block import Block, variables
-from mtp_jax.model.cache import LayerCache, init_cache
+from mtp_jax.model.cache import LayerCache
 from mtp_jax.model.heads import FAMILIES, base, masks
 from mtp_jax.model.heads.base import Rows
+from mtp_jax.model.layers import Embed
 
 Params = dict[str, Any]
+BESIDE_TRUNK = ("heads", "draft_ids", "token_order")
+"""Parameters that are not the trunk's, by top-level name."""
 
 
 def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order: bool = False) -> Params:
@@ -30,9 +33,9 @@ def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token
     `draft_ids` [N] are the tokens that the extra heads predict, with `heads.draft_vocab` = N: whole numbers, which no
     step changes. A run gives those that its text has most often; without them they are the first N.
     """
-    lm_key, heads_key, order_key = *jax.random.split(key), jax.random.fold_in(key, 2)
+    trunk_key, heads_key, order_key = *jax.random.split(key), jax.random.fold_in(key, 2)
     given = given or {}
-    params = lm.init(arch.model, lm_key)
+    params = trunk.init(arch, trunk_key)
     if arch.heads.draft_vocab:
         ids_N = jnp.arange(arch.heads.draft_vocab, dtype=jnp.int32)
         params["draft_ids"] = nn.LogicallyPartitioned(ids_N, (None,))
@@ -41,7 +44,7 @@ def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token
         fresh = heads.init(arch, heads_key, params)
         params["heads"] = _filled(fresh, given["heads"]) if "heads" in given else fresh
     if token_order:
-        params["token_order"] = lm.init_unembed(arch.model, order_key)
+        params["token_order"] = Embed(arch.model).init(order_key)["params"]
     return params
 
 
@@ -87,7 +90,7 @@ def apply(
       hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
     """
     params = with_constants(arch, params)
-    embedded_BTD = lm.embed(arch.model, params, tokens_BT)
+    embedded_BTD = trunk.embed(arch, params, tokens_BT)
     family = FAMILIES[arch.heads.kind]
     rows = (embedded_BTD, positions_BT, segment_ids_BT)
     # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
@@ -98,12 +101,12 @@ def apply(
     elif "heads" in params:
         state_BTD, states_MBTD = family.forward(arch, params, tokens_BT, *rows, everywhere=everywhere)
     else:
-        state_BTD = lm.run_blocks(arch.model, params["blocks"], *rows)
+        state_BTD, _ = trunk.run(arch, params, *rows)
         states_MBTD = None
-    hidden_1BTD = lm.final_norm(arch.model, params, state_BTD)[None]
+    hidden_1BTD = trunk.final_norm(arch, params, state_BTD)[None]
     if states_MBTD is None:
-        return lm.scaled(arch.model, hidden_1BTD)
-    return lm.scaled(arch.model, jnp.concatenate([hidden_1BTD, heads.finish(arch, params, states_MBTD)]))
+        return trunk.scaled(arch, hidden_1BTD)
+    return trunk.scaled(arch, jnp.concatenate([hidden_1BTD, heads.finish(arch, params, states_MBTD)]))
 
 
 def trunk_states(
@@ -115,13 +118,13 @@ def trunk_states(
     of states.
     """
     params = with_constants(arch, params)
-    embedded_BTD = lm.embed(arch.model, params, tokens_BT)
+    embedded_BTD = trunk.embed(arch, params, tokens_BT)
     return jnp.concatenate(_trunk(arch, params, embedded_BTD, positions_BT, segment_ids_BT), axis=-1)
 
 
 def with_constants(arch: Arch, params: Params) -> Params:
-    """Parameters with the constants of every block of the model and of its heads."""
-    params = params | {"blocks": lm.with_constants(arch.model, params["blocks"], arch.model.layers)}
+    """Parameters with the constants of the trunk and of its heads."""
+    params = trunk.with_constants(arch, params)
     return params | ({"heads": base.with_constants(arch, params["heads"])} if "heads" in params else {})
 
 
@@ -129,16 +132,12 @@ def _trunk(
     arch: Arch, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The next-token path's last state, and what the heads read of it."""
-    model = arch.model
-    rows = (positions_BT, segment_ids_BT)
+    rows = (x_BTD, positions_BT, segment_ids_BT)
     if arch.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
-        return lm.run_blocks_mixed(model, params["blocks"], x_BTD, *rows, weight_L)
-    below = jax.tree.map(lambda leaf: leaf[: arch.tap], params["blocks"])
-    above = jax.tree.map(lambda leaf: leaf[arch.tap :], params["blocks"])
-    tap_BTD = lm.run_blocks(model, below, x_BTD, *rows)
-    state_BTD = lm.run_blocks(model, above, tap_BTD, *rows)
-    return state_BTD, lm.final_norm(model, params, tap_BTD) if arch.heads.tap_norm else tap_BTD
+        return trunk.run_mixed(arch, params, *rows, weight_L)
+    state_BTD, (tap_BTD,) = trunk.run(arch, params, *rows, (arch.tap,))
+    return state_BTD, trunk.final_norm(arch, params, tap_BTD) if arch.heads.tap_norm else tap_BTD
 
 
 def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array | None:
@@ -151,7 +150,7 @@ def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.
 def unembeddings(arch: Arch, params: Params) -> jax.Array | tuple[jax.Array, ...]:
     """The [V, D] table that turns states into logits, or one per head where heads have another one: their own, or, one
     and the same for all of them, the rows of a draft vocabulary."""
-    table_VD = lm.unembedding(params)
+    table_VD = trunk.unembedding(arch, params)
     if "heads" not in params or (arch.heads.unembed == "shared" and not arch.heads.draft_vocab):
         return table_VD
     if arch.heads.unembed == "shared":
@@ -164,8 +163,8 @@ def logits(arch: Arch, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
     """Float32 logits [M, B, T, V] of all heads, for inspection. Training never calls this: see `losses/xent.py`."""
     tables = unembeddings(arch, params)
     if not isinstance(tables, tuple):
-        return lm.project(arch.model, tables, hidden_MBTD)
-    each = [lm.project(arch.model, *pair) for pair in zip(tables, hidden_MBTD, strict=True)]
+        return trunk.project(arch, tables, hidden_MBTD)
+    each = [trunk.project(arch, *pair) for pair in zip(tables, hidden_MBTD, strict=True)]
     if arch.heads.draft_vocab:
         place_V = base.draft_places(arch, params["draft_ids"])
         each[1:] = [over_vocabulary(z_BTN, place_V) for z_BTN in each[1:]]
@@ -185,7 +184,10 @@ def count_params(arch: Arch) -> int:
 
 
 def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) -> Params:
-    """Parameters as decoding wants them: one tree per layer and per head, in the compute dtype. Made once at load."""
+    """Parameters as decoding wants them: the trunk's view and one tree per head, in the compute dtype.
+
+    Made once at load.
+    """
     to_compute = functools.partial(jax.lax.convert_element_type, new_dtype=arch.model.dtype)
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
@@ -195,16 +197,13 @@ def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) ->
         return replace(to_compute, leaf)
 
     params = with_constants(arch, jax.tree_util.tree_map_with_path(cast, params))
-    view = {name: tree for name, tree in params.items() if name not in ("token_order", "draft_ids")}
     draft = {}
     if arch.heads.draft_vocab and "heads" in params:
         draft["draft_place"] = base.draft_places(arch, params["draft_ids"])
         if arch.heads.unembed == "shared":
-            draft["draft_table_DN"] = base.draft_rows(lm.unembedding(params), params["draft_ids"]).T
-    view["blocks"] = lm.unstack(params["blocks"], replace)
-    if "unembed" in view:
-        # Products with few rows read it faster this way round on a CPU.
-        view["unembed"] = {"table_DV": replace(jnp.transpose, view["unembed"]["table"])}
+            draft["draft_table_DN"] = base.draft_rows(trunk.unembedding(arch, params), params["draft_ids"]).T
+    own = {name: tree for name, tree in params.items() if name not in BESIDE_TRUNK}
+    view = trunk.decode_view(arch, own, replace)
     if "heads" in params:
         view["heads"] = base.unstack(arch, params["heads"], replace) | draft
     return view
@@ -227,9 +226,9 @@ def decode_forward(
     params: Params,
     tokens_BQ: jax.Array,
     start_B: jax.Array,
-    caches: tuple[LayerCache, ...],
+    caches: Any,
     ask: Ask = NOTHING,
-) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """The next-token path over Q new tokens per row, behind what the caches hold.
 
     Args:
@@ -237,26 +236,23 @@ def decode_forward(
       params: a `decode_view`.
       tokens_BQ: the new tokens; row b's stand at positions start_B[b]..start_B[b]+Q-1.
       start_B: tokens of each row that the caches already hold.
-      caches: one per layer.
+      caches: of the trunk.
       ask: mask tokens to run beside them.
 
     Returns:
       state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; and the
       caches.
     """
-    model = arch.model
-    tap = arch.tap
-    x_BQD = lm.embed(model, params, tokens_BQ)
+    x_BQD = trunk.embed(arch, params, tokens_BQ)
     if ask.count:
         return _decode_beside(arch, params, x_BQD, start_B, caches, ask)
     if arch.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
-        return lm.decode_blocks_mixed(model, params["blocks"], x_BQD, start_B, caches, weight_L)
-    tap_BQD, below = lm.decode_blocks(model, params["blocks"][:tap], x_BQD, start_B, caches[:tap])
-    state_BQD, above = lm.decode_blocks(model, params["blocks"][tap:], tap_BQD, start_B, caches[tap:])
+        return trunk.decode_mixed(arch, params, x_BQD, start_B, caches, weight_L)
+    state_BQD, (tap_BQD,), caches = trunk.decode(arch, params, x_BQD, start_B, caches, (arch.tap,))
     if arch.heads.tap_norm:
-        tap_BQD = lm.final_norm(model, params, tap_BQD)
-    return state_BQD, tap_BQD, below + above
+        tap_BQD = trunk.final_norm(arch, params, tap_BQD)
+    return state_BQD, tap_BQD, caches
 
 
 def _decode_beside(
@@ -295,18 +291,12 @@ def draft_logits(arch: Arch, params: Params, states_BPD: jax.Array, first: int) 
     else:
         ends = [base.end_norm(arch, params, states_BPD[:, i], norms[set_]) for i, set_ in enumerate(which)]
         hidden_BPD = jnp.stack(ends, axis=1)
-    hidden_BPD = lm.scaled(arch.model, hidden_BPD)
+    hidden_BPD = trunk.scaled(arch, hidden_BPD)
     if arch.heads.unembed == "shared":
-        table_VD = heads["draft_table_DN"].T if arch.heads.draft_vocab else lm.unembedding(params)
-        logits_BPV = lm.project(arch.model, table_VD, hidden_BPD)
+        table_VD = heads["draft_table_DN"].T if arch.heads.draft_vocab else trunk.unembedding(arch, params)
+        logits_BPV = trunk.project(arch, table_VD, hidden_BPD)
     else:
         tables = [heads["unembed"][set_]["table"] for set_ in which]
-        own = [lm.project(arch.model, table_VD, hidden_BPD[:, i]) for i, table_VD in enumerate(tables)]
+        own = [trunk.project(arch, table_VD, hidden_BPD[:, i]) for i, table_VD in enumerate(tables)]
         logits_BPV = jnp.stack(own, axis=1)
     return over_vocabulary(logits_BPV, heads["draft_place"]) if arch.heads.draft_vocab else logits_BPV
-
-
-def init_caches(arch: Arch, batch: int, slots: int) -> tuple[LayerCache, ...]:
-    """One empty cache per layer of the next-token path."""
-    c = arch.model
-    return tuple(init_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype) for _ in range(c.num_layers))

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from mtp_jax.config import Config, HeadsConfig, ModelConfig, from_json
+from mtp_jax.config import Config, HeadsConfig, TrunkConfig, from_json
 from mtp_jax.errors import UserError
 from mtp_jax.runs.checkpoint import restore_params
 
@@ -87,7 +87,12 @@ def parameters_to_start_from(
     return params
 
 
-def _check_same(section: str, old: ModelConfig | HeadsConfig, new: ModelConfig | HeadsConfig, source: str) -> None:
+def _check_same(section: str, old: TrunkConfig | HeadsConfig, new: TrunkConfig | HeadsConfig, source: str) -> None:
+    if type(old) is not type(new):
+        raise UserError(
+            f"{section} is a {type(new).__name__}, but the run of train.init_from={source!r} has a "
+            f"{type(old).__name__}; start from a run of the same kind of model"
+        )
     names = [field.name for field in dataclasses.fields(old) if field.name not in FREE]
     changed = [
         (name, getattr(old, name), getattr(new, name)) for name in names if getattr(old, name) != getattr(new, name)

@@ -190,7 +190,7 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
       mesh: the devices of the run.
       terms: terms of the loss in addition to those of the config, by their name in the metrics.
     """
-    if config.model.remat == "offload":
+    if config.model.block.remat == "offload":
         sharding.check_host_memory(mesh)
     abstract_params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 

@@ -40,7 +40,7 @@ def compiled_gradient(chips, sizes, **model):
 
     def loss(blocks, x_BTD, ids_BT):
         with nn.logical_axis_rules(RULES), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            blocks = lm.with_constants(config, blocks, config.layers)
+            blocks = lm.with_block_constants(config, blocks, config.layers)
             return jnp.sum(lm.run_blocks(config, blocks, x_BTD, ids_BT, ids_BT).astype(jnp.float32))
 
     def abstract(shape, dtype, *spec):

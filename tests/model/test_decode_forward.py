@@ -16,7 +16,7 @@ from reference.models import BLOCKS, random_params, small_config
 from reference.quick import quick_jit
 from reference.tiers import sampled
 
-from mtp_jax.model import lm, mtp
+from mtp_jax.model import mtp, trunk
 from mtp_jax.model.heads import FAMILIES
 from mtp_jax.model.heads.base import Round
 
@@ -67,10 +67,10 @@ def forward(config, view, tokens_BS, start_B, index_B, drafts_BP, caches, head_c
     ask = mtp.Ask(drafts_BP.shape[1] if config.heads.kind == "masks" else 0)
     state_BQD, tap_BQD, caches = mtp.decode_forward(config.arch, view, fed_BQ, start_B, caches, ask)
     where, total_B = (tap_BQD, start_B, index_B, jnp.ones_like(start_B, bool)), start_B + index_B + 2
-    embed = functools.partial(lm.embed, config.model, view)
+    embed = functools.partial(trunk.embed, config.arch, view)
     now = Round(*where, tokens_BS, total_B, drafts_BP.shape[1], embed, propose)
     proposed, head_caches = FAMILIES[config.heads.kind].draft(config.arch, view, head_caches, now)
-    logits_BQV = lm.logits(config.model, view, lm.final_norm(config.model, view, state_BQD))
+    logits_BQV = trunk.logits(config.arch, view, trunk.final_norm(config.arch, view, state_BQD))
     drafted_BPV = jnp.concatenate([one.logits_BPV for one in proposed], axis=1)
     return logits_BQV, drafted_BPV, caches, head_caches
 
@@ -87,7 +87,7 @@ def full(config, params, tokens_BT):
 def empty_caches(config, batch, slots, count=None):
     count = config.heads.num_future - 1 if count is None else count
     family = FAMILIES[config.heads.kind]
-    return mtp.init_caches(config.arch, batch, slots), family.init_cache(config.arch, batch, slots, count)
+    return trunk.init_caches(config.arch, batch, slots), family.init_cache(config.arch, batch, slots, count)
 
 
 def expected_drafts(config, params, tokens_BT, newest_B, drafts_BP):
@@ -194,7 +194,7 @@ def test_masks_go_through_the_weights_with_the_tokens(rank, products):
     tokens_BQ, start_B, caches = (
         jnp.ones((1, 3), jnp.int32),
         jnp.zeros(1, jnp.int32),
-        mtp.init_caches(config.arch, 1, 8),
+        trunk.init_caches(config.arch, 1, 8),
     )
     decode = lambda params: mtp.decode_forward(config.arch, params, tokens_BQ, start_B, caches, mtp.Ask(2))  # noqa: E731
     traced = jax.make_jaxpr(decode)(params)

@@ -35,7 +35,7 @@ def test_states_are_those_of_our_model(name):
 
     def elsewhere(params):
         embedded_BTD = lm.embed(config.model, params, batch[0])
-        blocks = lm.with_constants(config.model, params["blocks"], config.model.layers)
+        blocks = lm.with_block_constants(config.model, params["blocks"], config.model.layers)
         tap_BTD = lm.run_blocks(config.model, blocks, embedded_BTD, *batch[1:])
         if config.heads.tap_norm:
             tap_BTD = lm.final_norm(config.model, params, tap_BTD)

@@ -37,7 +37,7 @@ def test_update_starts_as_nothing_and_merges():
     """
     boxed = lm.init_blocks(CONFIG, jax.random.key(0), 2)
     factors = nn.meta.unbox(lora.init(jax.random.key(1), boxed, 3))
-    blocks = lm.with_constants(CONFIG, nn.meta.unbox(boxed), CONFIG.layers)
+    blocks = lm.with_block_constants(CONFIG, nn.meta.unbox(boxed), CONFIG.layers)
     bare = run(0, variables(one_layer(blocks)))
     fresh = run(0, variables(one_layer(blocks)) | lora.collection(one_layer(factors), ALPHA))
     np.testing.assert_array_equal(fresh, bare)

@@ -19,7 +19,7 @@ from reference.tiers import sampled
 from mtp_jax.losses.mtp import head_scale, mtp_loss
 from mtp_jax.losses.targets import make_targets
 from mtp_jax.losses.xent import XentSpec
-from mtp_jax.model import lm, lora, mtp
+from mtp_jax.model import lm, lora, mtp, trunk
 from mtp_jax.model.block import Block, variables
 
 apply = jax.jit(mtp.apply, static_argnums=0, static_argnames="everywhere")
@@ -430,7 +430,7 @@ def test_remat_of_masks_recomputes_what_it_says():
 def test_softcap_and_unembedding():
     """logits = c tanh(h W^T / c) in float32, with W the embedding if tied and the unembedding if not.
 
-    Breaks without the soft cap in `lm.logits`, or if an untied model multiplies by its embedding.
+    Breaks without the soft cap in `trunk.project`, or if an untied model multiplies by its embedding.
     """
     for model, name in (({"logit_softcap": 2.0}, "embed"), ({"tie_embeddings": False}, "unembed")):
         config = small_config(model=model | {"dtype": "bfloat16"})
@@ -440,7 +440,7 @@ def test_softcap_and_unembedding():
         expected_BTV = np.asarray(hidden_BTD, np.float64) @ table_VD.T
         if config.model.logit_softcap:
             expected_BTV = 2 * np.tanh(expected_BTV / 2)
-        actual_BTV = lm.logits(config.model, params, hidden_BTD)
+        actual_BTV = trunk.logits(config.arch, params, hidden_BTD)
         assert actual_BTV.dtype == jnp.float32
         np.testing.assert_allclose(actual_BTV, expected_BTV, rtol=1e-5, atol=1e-5)
 

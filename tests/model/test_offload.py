@@ -30,7 +30,7 @@ def host_bytes(chip, remat):
 
     def make(key):
         blocks = lm.nn.meta.unbox(lm.init_blocks(config, key, config.num_layers))
-        return lm.with_constants(config, blocks, config.layers)
+        return lm.with_block_constants(config, blocks, config.layers)
 
     x, ids = jnp.zeros((2, 256, 256)), jnp.zeros((2, 256), jnp.int32)
     arrays = jax.tree.map(placed, (jax.eval_shape(make, jax.random.key(0)), x, ids, ids))

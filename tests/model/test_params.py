@@ -13,7 +13,7 @@ from reference.models import small_config
 from reference.quick import quick_jit
 
 from mtp_jax.config import equal_parameter_layers
-from mtp_jax.model import lm, mtp
+from mtp_jax.model import mtp, trunk
 from mtp_jax.training.optim import param_path
 
 
@@ -208,7 +208,7 @@ def test_decode_view_round_trip(config, params):
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
     heads = stack([block for blocks in view["heads"]["blocks"] for block in blocks])
     stacked = view | {"blocks": stack(view["blocks"]), "heads": {"blocks": heads}}
-    stacked["unembed"] = {"table": lm.unembedding(view)}
+    stacked["unembed"] = {"table": trunk.unembedding(config.arch, view)}
     for blocks in (stacked["blocks"], heads):
         blocks.pop("constants")
     jax.tree.map(np.testing.assert_array_equal, stacked, params)
@@ -226,4 +226,4 @@ def test_decode_view_is_in_the_compute_dtype(params):
     dtypes = {("scale" in path, leaf.dtype) for path, leaf in leaves if "constants" not in path}
     assert dtypes == {(False, jnp.dtype("bfloat16")), (True, jnp.dtype("float32"))}
     assert "heads" not in view
-    np.testing.assert_array_equal(lm.unembedding(view), params["unembed"]["table"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(trunk.unembedding(config.arch, view), params["unembed"]["table"].astype(jnp.bfloat16))

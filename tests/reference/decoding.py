@@ -18,7 +18,7 @@ from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.decode import sampling
 from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.loading import LoadedModel
-from mtp_jax.model import lm, mtp
+from mtp_jax.model import mtp, trunk
 from mtp_jax.training.step import compile_steps
 
 CONFIG = tiny_config(
@@ -90,7 +90,7 @@ def slow_greedy(config, params, prompt, count, width=64):
 def _arg_max(config, params, tokens_BT):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
     hidden_BTD = mtp.apply(config.arch, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))[0]
-    return jnp.argmax(lm.logits(config.model, params, hidden_BTD), axis=-1)
+    return jnp.argmax(trunk.logits(config.arch, params, hidden_BTD), axis=-1)
 
 
 def slow_sampled(config, params, prompt, count, options, row=0, width=64):
@@ -109,7 +109,7 @@ def slow_sampled(config, params, prompt, count, options, row=0, width=64):
 def _drawn(config, sampler, params, controls, tokens_1T, length):
     positions_1T = jnp.arange(tokens_1T.shape[1])[None, :]
     hidden_1TD = mtp.apply(config.arch, params, tokens_1T, positions_1T, jnp.ones_like(tokens_1T))[0]
-    logits_11V = lm.logits(config.model, params, hidden_1TD[:, length - 1][:, None])
+    logits_11V = trunk.logits(config.arch, params, hidden_1TD[:, length - 1][:, None])
     at_11 = jnp.full((1, 1), length)
     logits_11V = sampling.process(sampler, controls, logits_11V, tokens_1T, at_11)
     return sampling.choose(sampler, controls, logits_11V, at_11)[0, 0]

@@ -18,7 +18,7 @@ from mtp_jax.data.pack import PackedRows
 from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import head_scale
 from mtp_jax.losses.targets import draft_targets, make_targets
-from mtp_jax.model import heads, lm, mtp
+from mtp_jax.model import heads, mtp, trunk
 from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.training import loop
 from mtp_jax.training.console import RunConsole
@@ -46,7 +46,8 @@ def naive_loss(config, params, batch):
     """The definition: every head's logits over all tokens, of which those of the draft vocabulary are kept."""
     hidden_MBTD = mtp.apply(config.arch, params, batch["tokens"], batch["positions"], batch["segment_ids"])
     targets_MBT, weights_MBT = make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future)
-    table_VD, ids_N, mix, total = lm.unembedding(params), params["draft_ids"], config.loss.distil_mix, 0.0
+    table_VD = trunk.unembedding(config.arch, params)
+    ids_N, mix, total = params["draft_ids"], config.loss.distil_mix, 0.0
     for m, (hidden_BTD, target_BT, weight_BT) in enumerate(zip(hidden_MBTD, targets_MBT, weights_MBT, strict=True)):
         if m and config.heads.unembed == "own":
             log_q = jax.nn.log_softmax(hidden_BTD @ params["heads"]["unembed"]["table"][m - 1].T)

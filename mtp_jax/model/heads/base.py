@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from mtp_jax.axes import EMBED, LAYERS, VOCAB
 from mtp_jax.config import Arch, ModelConfig
 from mtp_jax.model import lm
+from mtp_jax.model import trunk as trunks
 from mtp_jax.model.block import Block, BlockWithoutAttention, variables
 from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.layers import Norm
@@ -76,8 +77,9 @@ def run_if(wanted: jax.Array, make: Callable[[], Any]) -> Any:
 
 def head_model(arch: Arch) -> ModelConfig:
     """The config of the blocks inside heads."""
-    position = arch.model.norm_position if arch.heads.input_norm else "mlp"
-    return dataclasses.replace(arch.model, norm_plus_one=arch.heads.norm_plus_one, norm_position=position)
+    block = arch.model.block
+    position = block.norm_position if arch.heads.input_norm else "mlp"
+    return dataclasses.replace(block, norm_plus_one=arch.heads.norm_plus_one, norm_position=position)
 
 
 def sets(arch: Arch) -> int:
@@ -115,10 +117,11 @@ def init_ends(arch: Arch, trunk: Params) -> Params:
     if arch.heads.norm == "own":
         ends["norm"] = init_norms(arch)
     if arch.heads.unembed == "own":
-        box = trunk["unembed" if "unembed" in trunk else "embed"]["table"]
-        table_VD = draft_rows(box.value, trunk["draft_ids"].value) if arch.heads.draft_vocab else box.value
+        values = jax.tree.map(lambda box: box.value, trunk, is_leaf=lm.is_box)
+        table_VD = trunks.unembedding(arch, values)
+        table_VD = draft_rows(table_VD, values["draft_ids"]) if arch.heads.draft_vocab else table_VD
         table_MVD = jnp.repeat(table_VD[None], count, axis=0)
-        ends["unembed"] = {"table": nn.LogicallyPartitioned(table_MVD, (LAYERS, *box.names))}
+        ends["unembed"] = {"table": nn.LogicallyPartitioned(table_MVD, (LAYERS, VOCAB, EMBED))}
     if arch.heads.tap_mix:
         mix = jnp.zeros((c.num_layers + 1,), jnp.dtype(c.param_dtype))
         ends["tap_mix"] = nn.LogicallyPartitioned(mix, (LAYERS,))
@@ -143,7 +146,7 @@ def init_blocks(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     count = sets(arch) * arch.heads.layers
     if arch.heads.init == "copy_block":
         # A scale w means 1 + w under the other convention.
-        shift = int(arch.model.norm_plus_one) - int(arch.heads.norm_plus_one)
+        shift = int(arch.model.block.norm_plus_one) - int(arch.heads.norm_plus_one)
 
         def copy(path: tuple, box: Any) -> Any:
             value = jnp.repeat(box.value[arch.heads.init_block][None], count, axis=0)
@@ -169,11 +172,11 @@ def _random_blocks(arch: Arch, key: jax.Array, count: int) -> Params:
 
 
 def with_constants(arch: Arch, heads: Params) -> Params:
-    """Head parameters with the constants of their blocks, which are of the kind of the model's block `init_block`."""
+    """Head parameters with the constants of their blocks, which are of the kind of block `init_block`."""
     if "blocks" not in heads or not arch.heads.attention:
         return heads
-    kinds = [arch.model.layers[arch.heads.init_block]] * (sets(arch) * arch.heads.layers)
-    return heads | {"blocks": lm.with_constants(head_model(arch), heads["blocks"], kinds)}
+    kinds = [arch.model.block.layers[arch.heads.init_block]] * (sets(arch) * arch.heads.layers)
+    return heads | {"blocks": lm.with_block_constants(head_model(arch), heads["blocks"], kinds)}
 
 
 def by_head(arch: Arch, blocks: Params) -> Params:
@@ -188,7 +191,7 @@ def run_blocks(arch: Arch, blocks: Params, x_BTD: jax.Array, rows: Rows) -> jax.
         def run(block: Params, x_BTD: jax.Array) -> jax.Array:
             return lm.constrain(without_attention(arch, block, x_BTD))
 
-        run = lm.rematerialised(arch.model, run)
+        run = lm.rematerialised(arch.model.block, run)
         return jax.lax.scan(lambda x_BTD, block: (run(block, x_BTD), None), x_BTD, blocks)[0]
     return lm.run_blocks(head_model(arch), blocks, x_BTD, rows.positions_BT, rows.segment_ids_BT)
 
@@ -204,7 +207,7 @@ def end_norm(arch: Arch, params: Params, states: jax.Array, norm: Params | None)
         return states
     if norm is not None:
         return Norm(head_model(arch)).apply({"params": norm}, states)
-    return lm.final_norm(arch.model, params, states)
+    return trunks.final_norm(arch, params, states)
 
 
 # Decoding.
@@ -224,7 +227,7 @@ def unstack(arch: Arch, heads: Params, replace: lm.Replace = lm.changed) -> Para
 
 def block_caches(arch: Arch, batch: int, slots: int, count: int) -> tuple[tuple[LayerCache, ...], ...]:
     """One cache per block for each of `count` heads."""
-    c = arch.model
+    c = arch.model.block
 
     def one() -> LayerCache:
         return init_cache(batch, slots, c.num_kv_heads, c.head_dim, c.dtype)

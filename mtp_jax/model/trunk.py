@@ -1,0 +1,239 @@
+"""The trunk: the next-token model that heads stand on, whatever it is made of.
+
+A trunk is a set of pure functions. `TRUNKS` finds them by the type of the `model` section, `arch.model`. `lm`, the
+decoder LM, is one trunk. `register` adds another one from outside the package. Heads, losses, training and decoding
+call the functions of this file, which hand the section on to those of the trunk:
+
+    init(model, key) -> params                              boxed with logical axis names; what is stacked over layers
+                                                            lies under "blocks", with layers as the first axis
+    with_constants(model, params) -> params                 the same with arrays that no step changes, if it has any
+    embed(model, params, tokens [B, T]) -> states [B, T, D]
+    run(model, params, states, positions, segment_ids, taps) -> (state [B, T, D], states at the taps)
+    final_norm(model, params, states) -> states             of any rank
+    unembedding(model, params) -> table [V, D]              of parameters at rest and of a decoding view
+    decode_view(model, params, replace) -> view             parameters as `decode` wants them
+    init_caches(model, batch, slots) -> caches              for `slots` positions of every row
+    decode(model, view, states [B, Q, D], start [B], caches, taps) -> (state [B, Q, D], states at the taps, caches)
+
+A tap is a place between layers: 0 is the embedding, L the state after the last layer. States at taps come as a tuple in
+the order of `taps`. A trunk may also have
+
+    run_mixed(model, params, states, positions, segment_ids, weight [L + 1]) -> (state, mix)
+    decode_mixed(model, view, states, start, caches, weight [L + 1]) -> (state, mix, caches)
+
+where a mix can be summed without keeping all states; without them it is made of the states at all taps.
+
+What must hold of the functions:
+
+- Position t sees positions up to t with the same segment id, and no others. `decode` continues what the caches hold:
+  its states are those of `run` over the whole row.
+- Row b of `decode` has its Q tokens at positions start_B[b]..start_B[b]+Q-1. What it enters replaces what stood there.
+  What stands at start_B[b] and behind when it is called means nothing: those are rejected drafts. So a cache that sums
+  up a row must keep the sum for every position.
+- A cache that has room for a number of positions is a `NamedTuple` of arrays with `slots` and `enlarged(slots)`, as
+  `cache.LayerCache`. The engine starts with a small one and enlarges it.
+- Logits are `logit_scale * states @ table`, capped by `logit_softcap`, as the section says. The loss relies on it.
+- In a view every matrix has the dtype of the model. Leaves called `scale` or `bias` keep theirs.
+
+What the section must offer is in `config.TrunkConfig`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import SECTIONS, Arch, ModelConfig
+from mtp_jax.errors import UserError
+from mtp_jax.model import lm
+from mtp_jax.model.layers import unit_rms
+from mtp_jax.model.lm import Params, Replace
+
+TRUNKS: dict[type, Any] = {ModelConfig: lm}
+"""Modules or objects with the functions of a trunk, by the type of the `model` section."""
+FUNCTIONS = (
+    *("init", "with_constants", "embed", "run", "final_norm", "unembedding"),
+    *("decode_view", "init_caches", "decode"),
+)
+
+
+def register(section: type, functions: Any) -> None:
+    """Adds a trunk from outside the package: a config's `model` may then be such a section.
+
+    Args:
+      section: a frozen dataclass that offers what `config.TrunkConfig` lists. Its field `kind` has the trunk's name as
+        default.
+      functions: a module or object with the functions of a trunk.
+
+    Raises:
+      UserError: no name, one that is taken, or a function that is missing.
+    """
+    fields = getattr(section, "__dataclass_fields__", {})
+    name = fields["kind"].default if "kind" in fields else None
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{section.__name__} has no field `kind` with a name as default; add kind: str = 'my_trunk'")
+    if name in SECTIONS:
+        raise UserError(f"there is a trunk {name!r} already; take another name")
+    missing = [function for function in FUNCTIONS if not hasattr(functions, function)]
+    if missing:
+        raise UserError(f"trunk {name!r} has no function {missing[0]!r}; it needs {', '.join(FUNCTIONS)}")
+    SECTIONS[name] = section
+    TRUNKS[section] = functions
+
+
+def trunk_of(arch: Arch) -> Any:
+    """The functions of a model's trunk.
+
+    Raises:
+      UserError: a section of a type that is not registered.
+    """
+    kind = type(arch.model)
+    if kind not in TRUNKS:
+        raise UserError(f"no trunk has a model section of type {kind.__name__}; add it with model.trunk.register")
+    return TRUNKS[kind]
+
+
+def init(arch: Arch, key: jax.Array) -> Params:
+    """Fresh parameters of the next-token path, boxed with their logical axis names."""
+    return trunk_of(arch).init(arch.model, key)
+
+
+def with_constants(arch: Arch, params: Params) -> Params:
+    """Parameters with the arrays that no step changes."""
+    return trunk_of(arch).with_constants(arch.model, params)
+
+
+def embed(arch: Arch, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """Token ids to the first state [B, T, D]."""
+    return trunk_of(arch).embed(arch.model, params, tokens_BT)
+
+
+def run(
+    arch: Arch,
+    params: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    taps: Sequence[int] = (),
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """All layers over whole rows, as training runs them.
+
+    Args:
+      arch: the model and its heads.
+      params: parameters with constants.
+      x_BTD: what `embed` gave.
+      positions_BT: position of each token inside its document.
+      segment_ids_BT: document of each token.
+      taps: places 0..L.
+
+    Returns:
+      The last state [B, T, D] before the final norm, and the states at the taps, [B, T, D] each.
+    """
+    return trunk_of(arch).run(arch.model, params, x_BTD, positions_BT, segment_ids_BT, taps)
+
+
+def run_mixed(
+    arch: Arch,
+    params: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    weight_L: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`run` and, in the place of taps, the sum of the normed states at all L + 1 places, with L + 1 weights."""
+    trunk = trunk_of(arch)
+    rows = (params, x_BTD, positions_BT, segment_ids_BT)
+    if hasattr(trunk, "run_mixed"):
+        return trunk.run_mixed(arch.model, *rows, weight_L)
+    state_BTD, states = trunk.run(arch.model, *rows, _everywhere(arch))
+    return state_BTD, _mix(arch, states, weight_L)
+
+
+def final_norm(arch: Arch, params: Params, x: jax.Array) -> jax.Array:
+    """The norm before the unembedding; x may have any rank."""
+    return trunk_of(arch).final_norm(arch.model, params, x)
+
+
+def unembedding(arch: Arch, params: Params) -> jax.Array:
+    """The [V, D] table that turns final-normed states into logits; params may be a `decode_view`."""
+    return trunk_of(arch).unembedding(arch.model, params)
+
+
+def scaled(arch: Arch, hidden: jax.Array) -> jax.Array:
+    """States times the factor of their logits, which the unembedding does not know of."""
+    scale = arch.model.logit_scale
+    return hidden if scale == 1 else hidden * jnp.asarray(scale, hidden.dtype)
+
+
+def project(arch: Arch, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of `scaled` states by a given unembedding, capped as the section says."""
+    cap = arch.model.logit_softcap
+    table_VD = table_VD.astype(arch.model.dtype)
+    z = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
+    return cap * jnp.tanh(z / cap) if cap else z
+
+
+def logits(arch: Arch, params: Params, hidden: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] of final-normed states [..., D]. Training never calls this: see `losses/xent.py`."""
+    return project(arch, unembedding(arch, params), scaled(arch, hidden))
+
+
+# Decoding.
+
+
+def decode_view(arch: Arch, params: Params, replace: Replace = lm.changed) -> Params:
+    """The trunk's parameters as `decode` wants them.
+
+    Args:
+      arch: the model and its heads.
+      params: parameters of the trunk alone with constants, in the dtype of the model.
+      replace: makes each change of a leaf; the leaf may be given up afterwards.
+    """
+    return trunk_of(arch).decode_view(arch.model, params, replace)
+
+
+def init_caches(arch: Arch, batch: int, slots: int) -> Any:
+    """Empty caches of the trunk for `batch` rows of `slots` positions."""
+    return trunk_of(arch).init_caches(arch.model, batch, slots)
+
+
+def decode(
+    arch: Arch, params: Params, x_BQD: jax.Array, start_B: jax.Array, caches: Any, taps: Sequence[int] = ()
+) -> tuple[jax.Array, tuple[jax.Array, ...], Any]:
+    """All layers over Q new positions per row, behind what the caches hold.
+
+    Args:
+      arch: the model and its heads.
+      params: a `decode_view`.
+      x_BQD: what `embed` gave for the new tokens.
+      start_B: tokens of each row that the caches already hold; the first new one's position.
+      caches: from `init_caches` or from here.
+      taps: places 0..L.
+
+    Returns:
+      The last state [B, Q, D] before the final norm; the states at the taps, [B, Q, D] each; and the caches with the
+      new positions.
+    """
+    return trunk_of(arch).decode(arch.model, params, x_BQD, start_B, caches, taps)
+
+
+def decode_mixed(
+    arch: Arch, params: Params, x_BQD: jax.Array, start_B: jax.Array, caches: Any, weight_L: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
+    """`decode` and, in the place of taps, the mix of `run_mixed`."""
+    trunk = trunk_of(arch)
+    if hasattr(trunk, "decode_mixed"):
+        return trunk.decode_mixed(arch.model, params, x_BQD, start_B, caches, weight_L)
+    state_BQD, states, caches = trunk.decode(arch.model, params, x_BQD, start_B, caches, _everywhere(arch))
+    return state_BQD, _mix(arch, states, weight_L), caches
+
+
+def _everywhere(arch: Arch) -> tuple[int, ...]:
+    return tuple(range(arch.model.num_layers + 1))
+
+
+def _mix(arch: Arch, states: tuple[jax.Array, ...], weight_L: jax.Array) -> jax.Array:
+    eps = arch.model.block.norm_eps
+    mix_BTD = sum(weight_L[i] * unit_rms(x_BTD, eps) for i, x_BTD in enumerate(states))
+    return mix_BTD.astype(arch.model.dtype)
