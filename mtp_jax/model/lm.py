@@ -229,21 +229,3 @@ def decode_blocks(
         x_BQD, cache = Block(config).apply(variables(block), x_BQD, start_B, cache, method="write_read")
         written.append(cache)
     return x_BQD, tuple(written)
-
-
-def decode_blocks_mixed(
-    config: ModelConfig,
-    blocks: tuple[Params, ...],
-    x_BQD: jax.Array,
-    start_B: jax.Array,
-    caches: tuple[LayerCache, ...],
-    weight_L: jax.Array,
-) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
-    """`decode_blocks`, and the mix of `run_blocks_mixed`."""
-    mix_BQD = weight_L[0] * unit_rms(x_BQD, config.norm_eps)
-    written = []
-    for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
-        x_BQD, new = decode_blocks(config, (block,), x_BQD, start_B, (cache,))
-        mix_BQD += weight_L[i + 1] * unit_rms(x_BQD, config.norm_eps)
-        written += new
-    return x_BQD, mix_BQD.astype(config.dtype), tuple(written)

@@ -8,6 +8,8 @@ Dropping `params["heads"]` leaves a complete decoder. To the rest of the package
 """
 
 import functools
+import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +22,7 @@ from mtp_jax.model.block import Block, variables
 from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.heads import FAMILIES, base, masks
 from mtp_jax.model.heads.base import Rows
+from mtp_jax.model.layers import unit_rms
 
 Params = dict[str, Any]
 
@@ -211,12 +214,16 @@ def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) ->
 
 
 class Ask(NamedTuple):
-    """Mask tokens that the model is to run beside its tokens."""
+    """What a pass over new tokens is to do besides the next-token path."""
 
     count: int
-    """How many at a position, static."""
+    """Mask tokens that run beside a token, static."""
     at_B: jax.Array | None = None
-    """Beside which of the Q positions; None is all of them."""
+    """Beside which of the Q positions they run; None is all of them."""
+    taps: tuple[int, ...] = ()
+    """Blocks below the states that are returned, too; static. 0 is the embedding, L the state before the final norm."""
+    embedded_BQD: jax.Array | None = None
+    """What enters the first block; None is the embeddings of the tokens."""
 
 
 NOTHING = Ask(0)
@@ -229,7 +236,7 @@ def decode_forward(
     start_B: jax.Array,
     caches: tuple[LayerCache, ...],
     ask: Ask = NOTHING,
-) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...], tuple[jax.Array, ...]]:
     """The next-token path over Q new tokens per row, behind what the caches hold.
 
     Args:
@@ -238,25 +245,53 @@ def decode_forward(
       tokens_BQ: the new tokens; row b's stand at positions start_B[b]..start_B[b]+Q-1.
       start_B: tokens of each row that the caches already hold.
       caches: one per layer.
-      ask: mask tokens to run beside them.
+      ask: mask tokens to run beside them, states to return, embeddings to start from.
 
     Returns:
-      state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; and the
-      caches.
+      state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; the
+      caches; and the states [B, Q, D] at `ask.taps`, in their order.
     """
     model = arch.model
-    tap = arch.tap
-    x_BQD = lm.embed(model, params, tokens_BQ)
+    x_BQD = lm.embed(model, params, tokens_BQ) if ask.embedded_BQD is None else ask.embedded_BQD
     if ask.count:
         return _decode_beside(arch, params, x_BQD, start_B, caches, ask)
-    if arch.heads.tap_mix and "heads" in params:
+    mixed = arch.heads.tap_mix and "heads" in params
+    wanted = range(model.num_layers + 1) if mixed else (arch.tap, *ask.taps)
+    states, caches = _states_at(arch, params["blocks"], x_BQD, start_B, caches, wanted)
+    if mixed:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
-        return lm.decode_blocks_mixed(model, params["blocks"], x_BQD, start_B, caches, weight_L)
-    tap_BQD, below = lm.decode_blocks(model, params["blocks"][:tap], x_BQD, start_B, caches[:tap])
-    state_BQD, above = lm.decode_blocks(model, params["blocks"][tap:], tap_BQD, start_B, caches[tap:])
-    if arch.heads.tap_norm:
-        tap_BQD = lm.final_norm(model, params, tap_BQD)
-    return state_BQD, tap_BQD, below + above
+        tap_BQD = _mix(arch, states, weight_L)
+    else:
+        tap_BQD = states[arch.tap]
+        if arch.heads.tap_norm:
+            tap_BQD = lm.final_norm(model, params, tap_BQD)
+    return states[model.num_layers], tap_BQD, caches, tuple(states[tap] for tap in ask.taps)
+
+
+def _states_at(
+    arch: Arch,
+    blocks: tuple[Params, ...],
+    x_BQD: jax.Array,
+    start_B: jax.Array,
+    caches: tuple[LayerCache, ...],
+    wanted: Iterable[int],
+) -> tuple[dict[int, jax.Array], tuple[LayerCache, ...]]:
+    """States [B, Q, D] by the number of blocks below them: those that are wanted, and the last; and the caches."""
+    states = {}
+    written: tuple[LayerCache, ...] = ()
+    at = 0
+    for stop in sorted({*wanted, len(blocks)}):
+        x_BQD, new = lm.decode_blocks(arch.model, blocks[at:stop], x_BQD, start_B, caches[at:stop])
+        states[stop] = x_BQD
+        written += new
+        at = stop
+    return states, written
+
+
+def _mix(arch: Arch, states: dict[int, jax.Array], weight_L: jax.Array) -> jax.Array:
+    """The mix of `lm.run_blocks_mixed`, from the states below and above every block."""
+    normed = [weight_L[i] * unit_rms(states[i], arch.model.norm_eps) for i in range(len(weight_L))]
+    return functools.reduce(operator.add, normed).astype(arch.model.dtype)
 
 
 def _decode_beside(
@@ -266,7 +301,7 @@ def _decode_beside(
     start_B: jax.Array,
     caches: tuple[LayerCache, ...],
     ask: Ask,
-) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...], tuple[jax.Array, ...]]:
     """Both streams of `heads.masks`; the tokens' keys and values enter the caches, the masks' are forgotten."""
     Q = x_BQD.shape[1]
     slots = caches[0].slots
@@ -274,6 +309,7 @@ def _decode_beside(
     beside = masks.decode_masks(params, start_B[:, None] + at_BX, ask.count, slots)
     xy_BZD = jnp.concatenate([x_BQD, beside.embedded_BYD.astype(x_BQD.dtype)], axis=1)
     block_of = Block(arch.model, lora_from=Q)
+    states = [xy_BZD]
     written = []
     loras = params["heads"].get("lora", (None,) * len(caches))
     for block, lora, cache in zip(params["blocks"], loras, caches, strict=True):
@@ -281,8 +317,10 @@ def _decode_beside(
         given = variables(block) | masks.adapters(arch, lora)
         xy_BZD, cache = block_of.apply(given, *arrays, method="write_read_beside")
         written.append(cache)
+        states.append(xy_BZD)
     y_BYD = xy_BZD[:, Q:]
-    return xy_BZD[:, :Q], y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1]), tuple(written)
+    y_BXPD = y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1])
+    return xy_BZD[:, :Q], y_BXPD, tuple(written), tuple(states[tap][:, :Q] for tap in ask.taps)
 
 
 def draft_logits(arch: Arch, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:

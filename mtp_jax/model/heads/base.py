@@ -134,7 +134,7 @@ def draft_rows(table_VD: jax.Array, draft_ids_N: jax.Array) -> jax.Array:
 
 def draft_places(arch: Arch, draft_ids_N: jax.Array) -> jax.Array:
     """Where each token of the vocabulary stands in the draft vocabulary, int32 [V]; N where it does not."""
-    count = arch.heads.draft_vocab
+    count = len(draft_ids_N)
     return jnp.full((arch.model.vocab_size,), count, jnp.int32).at[draft_ids_N].set(jnp.arange(count, dtype=jnp.int32))
 
 
