@@ -34,8 +34,8 @@ def main() -> None:
     took = {8192: [], 256: []}
     for _ in range(10):
         for slots, times in took.items():
-            limit_B, ends_E = jnp.full((1,), slots - 8), jnp.zeros((0,), jnp.int32)
-            state = prefill(plan, slots, lm.decode_params, controls, prompt_BT, jnp.full((1,), 64), limit_B, ends_E)
+            limit_B, ends = jnp.full((1,), slots - 8), jnp.zeros((0,), jnp.int32)
+            state = prefill(plan, slots, lm.decode_params, controls, prompt_BT, jnp.full((1,), 64), limit_B, ends)
             jax.block_until_ready(state)
             began = time.perf_counter()
             state = decode_rounds(plan, 0, lm.decode_params, controls, state, jnp.int32(ROUNDS))

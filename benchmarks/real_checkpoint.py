@@ -74,7 +74,7 @@ def parts_ms(lm: LoadedModel, tokens: int) -> tuple[float, float]:
     caches = trunk.init_caches(config.arch, 1, SLOTS)
 
     def verify(params: Any, caches: Any) -> Any:
-        state_BQD, tap_BQD, caches = mtp.decode_forward(config.arch, params, ids_BQ, start_B, caches)
+        state_BQD, tap_BQD, caches, _ = mtp.decode_forward(config.arch, params, ids_BQ, start_B, caches)
         normed_BQD = trunk.final_norm(config.arch, params, state_BQD)
         return jax.lax.top_k(trunk.logits(config.arch, params, normed_BQD)[0], 1)[1], tap_BQD, caches
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mtp_jax.decode.drafters import Drafts as Drafts
     from mtp_jax.decode.generate import generate as generate
     from mtp_jax.decode.generate import stream as stream
+    from mtp_jax.decode.hooks import Hook as Hook
+    from mtp_jax.decode.hooks import HookContext as HookContext
     from mtp_jax.decode.options import Options as Options
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
@@ -66,6 +68,8 @@ _HOMES = {
     "Drafter": "decode.drafters",
     "DraftContext": "decode.drafters",
     "Drafts": "decode.drafters",
+    "Hook": "decode.hooks",
+    "HookContext": "decode.hooks",
     "Options": "decode.options",
     "Rule": "decode.verify",
     "evaluate": "eval.report",

@@ -23,10 +23,10 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | S      | key positions, or slots of a cache                                                     |
 | T      | positions of a training row                                                            |
 | R      | rank of a LoRA update                                                                  |
-| U      | several axes as one: M B T tokens of a loss, G T queries of a key/value head           |
+| U      | several axes as one: M B T tokens of a loss, G T queries of a key/value head, 2 D of two states |
 | V      | vocabulary                                                                             |
 | W      | tokens of a soft target; positions of a window; the P masks of an anchor as keys       |
-| X      | anchors: positions beside which mask tokens stand                                      |
+| X      | chosen positions of a row or of Q, such as anchors, next to which mask tokens stand      |
 | Y      | mask tokens of a row, X P of them                                                      |
 | Z      | tokens and mask tokens of a decoding forward, Q + Y                                    |
 | e      | experts that a token takes, of E                                                       |

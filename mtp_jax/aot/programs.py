@@ -107,10 +107,10 @@ def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
     everywhere = sharding.replicated(mesh)
     controls = jax.eval_shape(lambda: Options().controls(rows, vocab))
     one_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    ends_E = jax.ShapeDtypeStruct((1,), jnp.int32)
+    ends = jax.ShapeDtypeStruct((1,), jnp.int32)
     slots = slots_needed(tokens, drafter.num_draft)
     prompt_BT = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
-    state = jax.eval_shape(functools.partial(empty_state, plan, slots, slots), prompt_BT, one_B, one_B, ends_E)
+    state = jax.eval_shape(functools.partial(empty_state, plan, slots, slots), prompt_BT, one_B, one_B, ends)
     state = place_state(mesh, state)
 
     def put(tree: Any) -> Any:

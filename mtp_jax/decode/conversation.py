@@ -138,8 +138,8 @@ class Conversation:
             answer: Mapping[str, Any] = {"role": "assistant", "content": request.settled_text()[0]}
             self.messages = [*history, answer]
             if whole:  # Otherwise the arrays may be gone.
-                self._held = held_of(request.state)
-            if request.plan.drafter is NONE and request.chooser is None:
+                self._held = held_of(request.plan, request.state)
+            if request.plan.drafter == NONE and request.chooser is None:
                 # num_draft="auto" found that drafts do not pay.
                 self._draft = NONE
                 self._num_draft = None

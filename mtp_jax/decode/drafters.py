@@ -1,11 +1,12 @@
 """Drafters: who proposes the tokens that the model verifies. A drafter is a pair of pure functions.
 
     init(arch, num_draft, batch, slots) -> cache              for `slots` positions; `LayerCache`s in it are enlarged
-    draft(arch, params, cache, context) -> (Drafts, cache)
+    draft(arch, params, cache, context) -> (Drafts, cache)    `params` are the model's, a `mtp.decode_view`
 
 `draft` runs after every verification, and after every chunk of the prompt. Nothing that it returns can change the
 output (the rules `rejection`, `typical` and `confidence` of `verify.py` apart), only how many tokens a round emits. A
-drafter of your own is a `Drafter` with your two functions. Those by name:
+drafter of your own is a `Drafter` with your two functions, and where it needs them parameters, states of the model's
+layers (`taps`) and a vocabulary (`DraftContext.propose`). Those by name:
 
     heads         the model's extra heads
     lookup        what followed the last few tokens when they stood in the row before (n-gram match); needs no heads
@@ -59,9 +60,11 @@ class DraftContext(NamedTuple):
     """How many of those count; the newest token is at total - 1. Drafts are for positions total and on."""
     count: int
     """How many drafts the next round can use, at most P. With 0 of them a drafter only keeps its cache up to date."""
-    propose: Callable[[jax.Array, int], Drafts]
-    """Tokens from logits [B, n, V], chosen with the noise that verification will choose with; the number is that of the
-    first of them among the drafts, 0 for the one behind the newest token."""
+    propose: Callable[..., Drafts]
+    """`propose(logits, first=0, ids_v=None)`: tokens from logits [B, n, V], chosen with the noise that verification
+    will choose with. `first` is the number of the first of them among the drafts, 0 for the one behind the newest
+    token. With `ids_v` the logits are [B, n, N], over a vocabulary that the drafter has: its token i is the model's
+    token ids_v[i]. (EAGLE-3 stores the difference, `d2t`: ids_v = d2t + arange(N).)"""
     begin_B: jax.Array | int = 0
     """Position from which each row was processed without a break; above 0 in later turns of a conversation, which begin
     somewhere in an earlier one. What a drafter kept of the positions before may belong to other tokens."""
@@ -71,11 +74,16 @@ class DraftContext(NamedTuple):
     """Whether heads shall draft where something else can. They still do where they have caches to keep up to date."""
     passes: bool = False
     """Whether the drafter `passes` in this request; static."""
+    taps: tuple[jax.Array, ...] = ()
+    """States [B, Q, D] at `Drafter.taps`, in their order, of the same positions as `tap_BQD`."""
+    own: Any = ()
+    """`Drafter.params`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Drafter:
-    """A drafter as the engine sees it; static, so its functions are part of what is compiled."""
+    """A drafter as the engine sees it. Its functions are compiled in, its parameters are arguments: make it once, and
+    change parameters by `dataclasses.replace(drafter, params=...)`."""
 
     name: str
     num_draft: int
@@ -90,8 +98,15 @@ class Drafter:
     drawn: what is emitted would not follow the model's law."""
     spares_heads: bool = False
     """Whether it drafts something else, at next to no cost, where `DraftContext.asks_heads` is False."""
+    params: Any = dataclasses.field(default=(), compare=False, repr=False)
+    """A pytree of arrays, which `draft` gets as `DraftContext.own`."""
+    taps: tuple[int, ...] = ()
+    """States of the model that it reads, by the number of blocks below them: 0 is the embedding, L (all blocks) the
+    state before the final norm."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.taps, tuple) or not all(type(tap) is int and tap >= 0 for tap in self.taps):
+            raise UserError(f"Drafter.taps={self.taps!r}; it must be a tuple of ints, 0 or above")
         if not isinstance(self.num_draft, int) or self.num_draft < 0:
             raise UserError(f"Drafter.num_draft={self.num_draft!r}; it must be an int, 0 or above")
 

@@ -16,6 +16,7 @@ caller goes on with a larger state (`grow`).
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,10 +25,13 @@ import numpy as np
 
 from mtp_jax.decode import sampling, verify
 from mtp_jax.decode.drafters import DraftContext, Drafts, checked
+from mtp_jax.decode.hooks import HookContext, apply_hooks, embed_hooks
 from mtp_jax.decode.sampling import Controls
 from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, empty_state, grow, rows_state, slots_of
 from mtp_jax.decode.verify import Verified
+from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
+from mtp_jax.model.heads.base import draft_places
 from mtp_jax.model.mtp import Ask
 from mtp_jax.runs.programs import bounded
 
@@ -43,7 +47,7 @@ def prefill(
     prompt_BT: jax.Array,
     prompt_len_B: jax.Array,
     limit_B: jax.Array,
-    end_ids_E: jax.Array,
+    end_ids: jax.Array,
     kept: Kept | None = None,
 ) -> DecodeState:
     """Processes the prompts, `CHUNK` tokens at a time, and emits the first token of every row.
@@ -52,11 +56,11 @@ def prefill(
       plan: what to run.
       slots: cache slots that the rows may come to need, at least `slots_needed` of the largest limit, and of T.
       params: a `mtp.decode_view`.
-      controls: numbers and noise of the sampler.
+      controls: numbers and noise of the sampler; parameters that drafter and hooks bring.
       prompt_BT: prompts on the host, padded on the right; T, less what is kept, at most `CHUNK` or a multiple of it.
       prompt_len_B: tokens of each prompt, at least 1.
       limit_B: prompt and output tokens at which a row stops, above its prompt length.
-      end_ids_E: tokens that end a row.
+      end_ids: tokens that end a row.
       kept: caches that hold the first tokens of every row; given up.
     """
     T = prompt_BT.shape[1]
@@ -64,12 +68,12 @@ def prefill(
     chunk = min(T - begin, CHUNK)
     # On the host: a program for every number of chunks would be one too many. jnp.asarray would compile one, too.
     rows_BS = jax.device_put(np.pad(np.asarray(prompt_BT), ((0, 0), (0, slots - T))))
-    rows = rows_BS, prompt_len_B, limit_B, end_ids_E
+    rows = rows_BS, prompt_len_B, limit_B, end_ids
     if kept is None:
         state = empty_state(plan, bucket(chunk, plan.drafter.num_draft, slots), slots, *rows)
     else:
         state = rows_state(plan, slots, *rows, jax.device_put(np.full(len(prompt_BT), begin, np.int32)))
-        state = state._replace(caches=kept.caches, drafter_cache=kept.drafter_cache)
+        state = state._replace(caches=kept.caches, drafter_cache=kept.drafter_cache, hook_caches=kept.hook_caches)
     for start in range(begin, T, chunk):
         needed = bucket(start + chunk, plan.drafter.num_draft, slots)
         state = grow(state, needed) if needed > slots_of(state) else state
@@ -94,14 +98,16 @@ def prefill_chunk(
     ends_B = (last_B >= 0) & (last_B < chunk)
     index_B = jnp.clip(last_B, 0, chunk - 1)
     input_BQ = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, chunk, axis=1)
-    ask = Ask(plan.drafter.masks, index_B)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
+    seen = HookContext(input_BQ, start_B, last_B >= 0, index_B[:, None], _embed(plan, params))
+    ask = Ask(plan.drafter.masks, index_B, plan.drafter.taps)
+    state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     last_B1D = jnp.take_along_axis(state_BQD, index_B[:, None, None], axis=1)
-    choices = _choose(plan, params, controls, state, last_B1D, Drafts(state.drafts.tokens_BP[:, :0]))
-    waiting = state._replace(caches=caches, done_B=state.done_B | ~ends_B)
+    logits_B1V, hook_caches = _logits(plan, params, controls, state, last_B1D, seen)
+    choices = _choose(plan, controls, state, logits_B1V, Drafts(state.drafts.tokens_BP[:, :0]))
+    waiting = state._replace(caches=caches, hook_caches=hook_caches, done_B=state.done_B | ~ends_B)
     emitted, _ = _emit(waiting, choices)
     emitted = emitted._replace(done_B=jnp.where(ends_B, emitted.done_B, state.done_B))
-    where = _Where(tap_BQD, start_B, index_B, last_B >= 0)
+    where = _Where(tap_BQD, taps, start_B, index_B, last_B >= 0)
     drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, where)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -177,15 +183,25 @@ def decode_round(
     drafts = jax.tree.map(lambda drafted: drafted[:, :verified], state.drafts._replace(worth_B=None))
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
-    ask = Ask(min(plan.drafter.masks, verified))
-    state_BQD, tap_BQD, caches = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
+    every_B = jnp.ones_like(state.done_B)
+    seen = HookContext(input_BQ, start_B, every_B, None, _embed(plan, params))
+    embedded = embed_hooks(plan.hooks, controls.hooks, state.hook_caches, seen)
+    ask = Ask(min(plan.drafter.masks, verified), None, plan.drafter.taps, embedded)
+    state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
-    choices = _choose(plan, params, controls, state, state_BQD, drafts)
+    logits_BQV, hook_caches = _logits(plan, params, controls, state, state_BQD, seen)
+    state = state._replace(hook_caches=hook_caches)
+    choices = _choose(plan, controls, state, logits_BQV, drafts)
     state, accepted = _emit(state, choices)
     state = _count(state, accepted, verified)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
-    where = _Where(tap_BQD, start_B, index_B, jnp.ones_like(state.done_B))
+    where = _Where(tap_BQD, taps, start_B, index_B, every_B)
     return _draft(plan, width, params, controls, state, where)
+
+
+def _embed(plan: Plan, params: Any) -> Callable[[jax.Array], jax.Array]:
+    """Token ids to embeddings."""
+    return functools.partial(trunk.embed, plan.arch, params)
 
 
 def _count(state: DecodeState, accepted: verify.Accepted, width: int) -> DecodeState:
@@ -210,6 +226,15 @@ def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Arra
     return jax.vmap(write_row)(tokens_BS, new_BQ, at_B)
 
 
+def _logits(
+    plan: Plan, params: Any, controls: Controls, state: DecodeState, state_BQD: jax.Array, seen: HookContext
+) -> tuple[jax.Array, tuple]:
+    """The model's logits [B, Q, V] after its hooks, and the caches of these."""
+    arch = plan.arch
+    logits_BQV = trunk.logits(arch, params, trunk.final_norm(arch, params, state_BQD))
+    return apply_hooks(plan.hooks, controls.hooks, state.hook_caches, logits_BQV, seen)
+
+
 class _Choices(NamedTuple):
     """What is chosen after each verified position."""
 
@@ -220,15 +245,11 @@ class _Choices(NamedTuple):
     drafts_BP: jax.Array
 
 
-def _choose(
-    plan: Plan, params: Any, controls: Controls, state: DecodeState, state_BQD: jax.Array, drafts: Drafts
-) -> _Choices:
-    """The token for positions total..total+Q-1 of every row, from the states before them."""
-    arch = plan.arch
+def _choose(plan: Plan, controls: Controls, state: DecodeState, logits_BQV: jax.Array, drafts: Drafts) -> _Choices:
+    """The token for positions total..total+Q-1 of every row, from the logits of the positions before them."""
     sampler = plan.sampler
     rule = plan.rule
-    position_BQ = state.total_B[:, None] + jnp.arange(state_BQD.shape[1])[None, :]
-    logits_BQV = trunk.logits(arch, params, trunk.final_norm(arch, params, state_BQD))
+    position_BQ = state.total_B[:, None] + jnp.arange(logits_BQV.shape[1])[None, :]
     logits_BQV = sampling.process(sampler, controls, logits_BQV, state.tokens_BS, position_BQ)
     usable_BQ = sampling.usable(logits_BQV)
 
@@ -243,7 +264,7 @@ def _choose(
         return target_probs() if sampler.sampled else jax.nn.softmax(logits_BQV)
 
     def uniforms() -> jax.Array:
-        return sampling.uniforms(controls, arch.model.vocab_size, position_BQ)
+        return sampling.uniforms(controls, plan.arch.model.vocab_size, position_BQ)
 
     verified = Verified(own_tokens, target_probs, plain_probs, uniforms, drafts.tokens_BP, drafts.probs_BPV)
     tokens_BQ = rule.choose(verified)
@@ -254,7 +275,7 @@ def _choose(
 def _emit(state: DecodeState, choices: _Choices) -> tuple[DecodeState, verify.Accepted]:
     """Accepts, and appends to every row; what is appended beyond the emitted tokens is covered by the next round."""
     room_B = state.limit_B - state.total_B
-    accepted = verify.accept(choices.tokens_BQ, choices.drafts_BP, room_B, state.done_B, state.end_ids_E)
+    accepted = verify.accept(choices.tokens_BQ, choices.drafts_BP, room_B, state.done_B, state.end_ids)
     emitted_BQ = jnp.arange(choices.tokens_BQ.shape[1])[None, :] < accepted.count_B[:, None]
     failed_B = jnp.any(emitted_BQ & ~choices.usable_BQ, axis=1)
     replaced_BS = state.replaced_BS
@@ -274,36 +295,64 @@ class _Where(NamedTuple):
     """What was just processed; see `DraftContext`."""
 
     tap_BQD: jax.Array
+    taps: tuple[jax.Array, ...]
     start_B: jax.Array
     index_B: jax.Array
     live_B: jax.Array
 
 
+def _propose(
+    plan: Plan,
+    controls: Controls,
+    state: DecodeState,
+    logits_BPV: jax.Array,
+    first: int = 0,
+    ids_v: jax.Array | None = None,
+) -> Drafts:
+    """Drafts from a drafter's logits; see `DraftContext.propose`."""
+    facts = plan.rule.facts
+    known = plan.arch.model.vocab_size if ids_v is None else len(ids_v)
+    if logits_BPV.shape[-1] != known:
+        which = "the model has" if ids_v is None else "ids_v has"
+        raise UserError(
+            f"drafter {plan.drafter.name!r} proposes from logits over {logits_BPV.shape[-1]} tokens, and {which} "
+            f"{known}; give the id of each of its tokens as ids_v"
+        )
+    if ids_v is not None:
+        logits_BPV = mtp.over_vocabulary(logits_BPV, draft_places(plan.arch, ids_v))
+    position_BP = state.total_B[:, None] + first + jnp.arange(logits_BPV.shape[1])[None, :]
+    # The caller's function may read tokens that are not there yet; penalty and bias need only those that are.
+    sampler = dataclasses.replace(plan.sampler, logits_fn=None)
+    known_BP = jnp.broadcast_to(state.total_B[:, None], position_BP.shape)
+    logits_BPV = sampling.process(sampler, controls, logits_BPV, state.tokens_BS, known_BP)
+    tokens_BP = sampling.choose(sampler, controls, logits_BPV, position_BP)
+    sure_BP = None
+    if not facts.blind:
+        chosen_BP = jnp.take_along_axis(logits_BPV, tokens_BP[..., None], axis=-1)[..., 0]
+        sure_BP = jnp.exp(chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1))
+    probs_BPV = None
+    if facts.needs_probs and not sampler.sampled:
+        probs_BPV = jax.nn.softmax(logits_BPV)
+    elif facts.reads_drafter:
+        probs_BPV = sampling.probabilities(sampler, controls, logits_BPV)
+    return Drafts(tokens_BP, probs_BPV, sure_BP=sure_BP)
+
+
 def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: DecodeState, where: _Where) -> DecodeState:
     """Asks the drafter for the next round's drafts."""
     facts = plan.rule.facts
-
-    def propose(logits_BPV: jax.Array, first: int = 0) -> Drafts:
-        position_BP = state.total_B[:, None] + first + jnp.arange(logits_BPV.shape[1])[None, :]
-        # The caller's function may read tokens that are not there yet; penalty and bias need only those that are.
-        sampler = dataclasses.replace(plan.sampler, logits_fn=None)
-        known_BP = jnp.broadcast_to(state.total_B[:, None], position_BP.shape)
-        logits_BPV = sampling.process(sampler, controls, logits_BPV, state.tokens_BS, known_BP)
-        tokens_BP = sampling.choose(sampler, controls, logits_BPV, position_BP)
-        sure_BP = None
-        if not facts.blind:
-            chosen_BP = jnp.take_along_axis(logits_BPV, tokens_BP[..., None], axis=-1)[..., 0]
-            sure_BP = jnp.exp(chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1))
-        probs_BPV = None
-        if facts.needs_probs and not sampler.sampled:
-            probs_BPV = jax.nn.softmax(logits_BPV)
-        elif facts.reads_drafter:
-            probs_BPV = sampling.probabilities(sampler, controls, logits_BPV)
-        return Drafts(tokens_BP, probs_BPV, sure_BP=sure_BP)
-
-    known = (state.tokens_BS, state.total_B, count, propose, state.begin_B)
-    passes = plan.drafter.passes and not facts.blind
-    context = DraftContext(*where, *known, state.least, state.asks_heads, passes)
+    context = DraftContext(
+        **where._asdict(),
+        tokens_BS=state.tokens_BS,
+        total_B=state.total_B,
+        count=count,
+        propose=functools.partial(_propose, plan, controls, state),
+        begin_B=state.begin_B,
+        least=state.least,
+        asks_heads=state.asks_heads,
+        passes=plan.drafter.passes and not facts.blind,
+        own=controls.drafter,
+    )
     drafts, cache = plan.drafter.draft(plan.arch, params, state.drafter_cache, context)
     drafts = checked(plan.drafter, drafts, len(state.total_B), plan.arch.model.vocab_size, facts.needs_probs)
     V = plan.arch.model.vocab_size

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 
 from mtp_jax.decode import buckets, engine
-from mtp_jax.decode.state import LEAST_SLOTS, DecodeState, Kept, Plan, slots_needed
-from mtp_jax.model import trunk
+from mtp_jax.decode.hooks import by_position
+from mtp_jax.decode.state import LEAST_SLOTS, DecodeState, Kept, Plan, fresh_caches, slots_needed
 from mtp_jax.runs.programs import bounded
 
 
@@ -24,6 +24,7 @@ class Held(NamedTuple):
     caches: Any = None
     """None before the first turn."""
     drafter_cache: Any = None
+    hook_caches: tuple = ()
 
     def kept(self, plan: Plan, ids: list[int]) -> Kept:
         """What counts of it for another turn.
@@ -35,21 +36,24 @@ class Held(NamedTuple):
         same = 0
         while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
             same += 1
-        caches = _no_entries(plan, LEAST_SLOTS) if self.caches is None else (self.caches, self.drafter_cache)
+        held = self.caches, self.drafter_cache, self.hook_caches
+        caches = _no_entries(plan, LEAST_SLOTS) if self.caches is None else held
         # Heads that read tokens have entries that rest on the P tokens behind them.
         return Kept(max(same - plan.drafter.num_draft, 0), *caches)
 
 
 @bounded(statics=(0, 1))
-def _no_entries(plan: Plan, slots: int) -> tuple[Any, Any]:
-    drafter = plan.drafter
-    return trunk.init_caches(plan.arch, 1, slots), drafter.init(plan.arch, drafter.num_draft, 1, slots)
+def _no_entries(plan: Plan, slots: int) -> tuple[Any, Any, tuple]:
+    return fresh_caches(plan, 1, slots)
 
 
-def held_of(state: DecodeState) -> Held:
-    """What a state of one row holds; the newest token has no entry yet."""
+def held_of(plan: Plan, state: DecodeState) -> Held:
+    """What a state of one row holds; the newest token has no entry yet. Nothing, where hooks cannot begin anywhere."""
+    if not by_position(plan.hooks, state.hook_caches):
+        return Held([])
     tokens_1S, total_1 = jax.device_get((state.tokens_BS, state.total_B))
-    return Held(tokens_1S[0, : total_1[0] - 1].tolist(), state.caches, state.drafter_cache)
+    ids = tokens_1S[0, : total_1[0] - 1].tolist()
+    return Held(ids, state.caches, state.drafter_cache, state.hook_caches)
 
 
 def slots_of_turn(total: int, num_draft: int, longest: int) -> int:

@@ -20,8 +20,8 @@ def cache_bytes(plan: Plan, rows: int, slots: int) -> int:
 def _state_bytes(plan: Plan, rows: int, slots: int) -> int:
     one = jax.ShapeDtypeStruct((rows,), "int32")
     prompt_BT = jax.ShapeDtypeStruct((rows, 1), "int32")
-    ends_E = jax.ShapeDtypeStruct((1,), "int32")
-    state = jax.eval_shape(lambda *arrays: empty_state(plan, slots, slots, *arrays), prompt_BT, one, one, ends_E)
+    ends = jax.ShapeDtypeStruct((1,), "int32")
+    state = jax.eval_shape(lambda *arrays: empty_state(plan, slots, slots, *arrays), prompt_BT, one, one, ends)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

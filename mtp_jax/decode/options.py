@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.decode.brought import arguments
+from mtp_jax.decode.hooks import Hook
 from mtp_jax.decode.sampling import Controls, LogitsFn, Sampler, row_keys
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
@@ -40,6 +42,9 @@ class Options:
     logits_fn: LogitsFn | None = None
     """`(logits_V, tokens_S, length) -> logits_V`, a jax function of the logits behind the first `length` tokens of a
     row. Pass the same function object in every call: a new one is compiled anew."""
+    hooks: Sequence[Hook] = ()
+    """Functions with parameters and caches that change the model's logits, in this order and before all of the above,
+    or what enters the model."""
     accept: str | Rule = "exact"
     """`exact`, or `rejection`, which keeps the distribution and not the tokens. `typical` and `confidence` are lossy:
     they take drafts that the model would not have chosen. A `mtp_jax.Rule` sets their thresholds. At temperature 0
@@ -60,6 +65,8 @@ class Options:
             raise UserError(f"logits_fn={self.logits_fn!r}; it must be a function of (logits, tokens, length)")
         if not isinstance(self.logits_fn, Hashable):
             raise UserError(f"logits_fn={self.logits_fn!r} has no hash, and is compiled in; give a plain function")
+        if not isinstance(self.hooks, Sequence) or not all(isinstance(hook, Hook) for hook in self.hooks):
+            raise UserError(f"hooks={self.hooks!r}; it must be a list of mtp_jax.Hook")
 
     @classmethod
     def of(cls, options: "Options | None", keywords: Mapping[str, Any]) -> "Options":
@@ -124,6 +131,7 @@ class Options:
             min_p=number(self.min_p, 0.0),
             penalty=number(self.repetition_penalty, 1.0),
             bias_V=jnp.asarray(bias_V),
+            hooks=tuple(arguments(f"hook {hook.name!r}", hook.params) for hook in self.hooks),
         )
 
     def _seed(self, rows: int) -> int | list[int]:

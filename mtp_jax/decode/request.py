@@ -13,9 +13,11 @@ import numpy as np
 from mtp_jax.config import Arch
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
+from mtp_jax.decode.brought import arguments, static
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
+from mtp_jax.decode.hooks import Hooks, replace_embeddings
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
 from mtp_jax.decode.prompts import Prompt, prompt_ids, rows_of
@@ -75,11 +77,12 @@ class Request:
         self.stop = StopStrings(stop, special.values())
         ids = _checked_prompts(lm, prompts)
         rule = options.rule()
-        drafter = _drafter(lm, draft, num_draft, passes=len(ids) == 1 and not rule.facts.blind)
+        hooks = tuple(map(static, options.hooks))
+        drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer")
-        self.plan = Plan(lm.arch, drafter, options.sampler(), rule)
+        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks)
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.arch.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
@@ -97,7 +100,8 @@ class Request:
             rows = len(ids)
         check_cache_fits(self.plan, rows, self.slots)
         options.check_logits_fn(lm.arch.model.vocab_size, self.slots)
-        self.controls = options.controls(len(ids), lm.arch.model.vocab_size, rows)
+        controls = options.controls(len(ids), lm.arch.model.vocab_size, rows)
+        self.controls = controls._replace(drafter=arguments(f"drafter {drafter.name!r}", drafter.params))
         self.total_B = self.prompt_len_B
         self._count_all(len(ids), drafter.num_draft, isinstance(num_draft, str))
         if lm.tokenizer is not None:
@@ -174,6 +178,7 @@ class Request:
         self.chooser.record(width, newest.histogram_BQ, seconds, untried_BP)
         if self.chooser.hopeless and jax.tree.leaves(self.state.drafter_cache):
             self.plan = dataclasses.replace(self.plan, drafter=NONE)
+            self.controls = self.controls._replace(drafter=())
             self.chooser = None
             self.state = self.state._replace(drafter_cache=(), drafts=self.state.drafts._replace(worth_B=None))
 
@@ -284,7 +289,7 @@ class Request:
         return "length" if self.total_B[row] >= self.limit_B[row] and not self._ended(row) else "eos"
 
     def _ended(self, row: int) -> bool:
-        return bool(np.isin(self.tokens_BS[row, self.total_B[row] - 1], self.state.end_ids_E))
+        return bool(np.isin(self.tokens_BS[row, self.total_B[row] - 1], self.state.end_ids))
 
     def result(self) -> Generation:
         """Tokens, text and statistics of the finished batch."""
@@ -343,7 +348,7 @@ def _end_ids(lm: Model, ignore_eos: bool) -> list[int]:
     return ids + [-1] * (buckets.power(len(ids), LEAST_ENDS) - len(ids))
 
 
-def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, passes: bool) -> Drafter:
+def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks, passes: bool) -> Drafter:
     """The drafter; with "auto" its heads may pass: for one row, as of several some are always worth it.
 
     Not under the rule `rejection`: whether a draft is looked at would depend on which one was drawn, and the tokens
@@ -355,12 +360,21 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, passes: bool)
         passes = False
     if num_draft is not None:
         num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
+    replacing = replace_embeddings(hooks)
     if isinstance(draft, str) and draft == "auto":
-        draft = "heads" if lm.arch.heads.draft else "lookup"
+        by_model = "heads" if lm.arch.heads.draft else "lookup"
+        draft = "none" if replacing else by_model
     if not isinstance(draft, Drafter):
-        return make_drafter(draft, lm.arch, num_draft, passes)
-    if num_draft not in (None, draft.num_draft):
+        draft = make_drafter(draft, lm.arch, num_draft, passes)
+    elif num_draft not in (None, draft.num_draft):
         raise UserError(f"num_draft={num_draft}, but the drafter given drafts {draft.num_draft}; leave num_draft out")
+    if replacing and draft.num_draft:
+        raise UserError(f"hook {replacing[0]!r} replaces embeddings, so nothing can be drafted; use draft='none'")
+    layers = lm.arch.model.num_layers
+    if max(draft.taps, default=0) > layers:
+        raise UserError(
+            f"drafter {draft.name!r} has taps={draft.taps}, but this model has {layers} blocks; use 0..{layers}"
+        )
     return draft
 
 

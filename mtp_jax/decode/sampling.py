@@ -20,7 +20,7 @@ Tokens exactly as likely as the last one kept are kept as well, so that the orde
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ GREEDY = Sampler()
 
 
 class Controls(NamedTuple):
-    """Settings and noise of a batch, as arrays."""
+    """Settings and noise of a batch, and parameters that drafter and hooks bring, as arrays."""
 
     key_B: jax.Array
     """Every row's PRNG key."""
@@ -63,6 +63,10 @@ class Controls(NamedTuple):
     """1 switches it off."""
     bias_V: jax.Array
     """Added to the logits; of size 0 where the sampler has no bias."""
+    drafter: Any = ()
+    """`Drafter.params`."""
+    hooks: tuple = ()
+    """`Hook.params` of every hook."""
 
 
 def row_keys(seed: int | list[int], rows: int) -> jax.Array:

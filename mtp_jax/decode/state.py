@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from mtp_jax.config import Arch
 from mtp_jax.decode import sampling, verify
 from mtp_jax.decode.drafters import Drafter, Drafts
+from mtp_jax.decode.hooks import Hooks, init_hooks
 from mtp_jax.decode.sampling import Sampler
 from mtp_jax.decode.verify import Rule
 from mtp_jax.model import trunk
@@ -27,6 +28,7 @@ class Plan:
     drafter: Drafter
     sampler: Sampler = sampling.GREEDY
     rule: Rule = verify.EXACT
+    hooks: Hooks = ()
 
 
 class DecodeState(NamedTuple):
@@ -40,7 +42,7 @@ class DecodeState(NamedTuple):
     limit_B: jax.Array
     """Total at which a row stops."""
     done_B: jax.Array
-    end_ids_E: jax.Array
+    end_ids: jax.Array
     """Tokens that end a row."""
     failed_B: jax.Array
     """Rows that met logits from which no token can be chosen."""
@@ -55,6 +57,8 @@ class DecodeState(NamedTuple):
     """For the P positions behind the pending token; with fewer drafted, the last ones mean nothing."""
     caches: Any
     drafter_cache: Any
+    hook_caches: tuple
+    """One per hook."""
     # Counters.
     histogram_BQ: jax.Array
     """Rounds of each row by the number of accepted drafts, 0..P."""
@@ -73,6 +77,7 @@ class Kept(NamedTuple):
     """Tokens with which the next request begins too, so that their entries count."""
     caches: Any
     drafter_cache: Any
+    hook_caches: tuple
 
 
 def slots_needed(total: int, num_draft: int) -> int:
@@ -97,19 +102,24 @@ def slots_of(state: DecodeState) -> int:
 @bounded(statics=(1,))
 def grow(state: DecodeState, slots: int) -> DecodeState:
     """The state with caches of at least `slots`."""
-    larger = grow_caches((state.caches, state.drafter_cache), slots)
-    return state._replace(caches=larger[0], drafter_cache=larger[1])
+    larger = grow_caches((state.caches, state.drafter_cache, state.hook_caches), slots)
+    return state._replace(caches=larger[0], drafter_cache=larger[1], hook_caches=larger[2])
+
+
+def fresh_caches(plan: Plan, batch: int, slots: int) -> tuple[Any, Any, tuple]:
+    """Empty caches of the model, the drafter and the hooks."""
+    arch = plan.arch
+    drafter_cache = plan.drafter.init(arch, plan.drafter.num_draft, batch, slots)
+    return trunk.init_caches(arch, batch, slots), drafter_cache, init_hooks(plan.hooks, arch, batch, slots)
 
 
 @bounded(statics=(0, 1, 2))
 def empty_state(plan: Plan, slots: int, length: int, prompt_BT: jax.Array, *rows: jax.Array) -> DecodeState:
     """`rows_state` with caches of `slots` zeros."""
-    arch = plan.arch
-    drafter = plan.drafter
     B = len(prompt_BT)
     state = rows_state(plan, length, prompt_BT, *rows, jnp.zeros((B,), jnp.int32))
-    drafter_cache = drafter.init(arch, drafter.num_draft, B, slots)
-    return state._replace(caches=trunk.init_caches(arch, B, slots), drafter_cache=drafter_cache)
+    caches, drafter_cache, hook_caches = fresh_caches(plan, B, slots)
+    return state._replace(caches=caches, drafter_cache=drafter_cache, hook_caches=hook_caches)
 
 
 @bounded(statics=(0, 1))
@@ -119,7 +129,7 @@ def rows_state(
     prompt_BT: jax.Array,
     prompt_len_B: jax.Array,
     limit_B: jax.Array,
-    end_ids_E: jax.Array,
+    end_ids: jax.Array,
     begin_B: jax.Array,
 ) -> DecodeState:
     """Rows of `length` that hold their prompts only, without caches."""
@@ -133,7 +143,7 @@ def rows_state(
         total_B=prompt_len_B,
         limit_B=limit_B,
         done_B=jnp.zeros((B,), bool),
-        end_ids_E=end_ids_E,
+        end_ids=end_ids,
         failed_B=jnp.zeros((B,), bool),
         begin_B=begin_B,
         least=jnp.zeros((), jnp.float32),
@@ -141,6 +151,7 @@ def rows_state(
         drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV, worth_B),
         caches=(),
         drafter_cache=(),
+        hook_caches=(),
         histogram_BQ=jnp.zeros((B, P + 1), jnp.int32),
         untried_BP=jnp.zeros((B, P), jnp.int32),
         drafted_B=jnp.zeros((B,), jnp.int32),

@@ -191,7 +191,7 @@ class Accepted(NamedTuple):
 
 
 def accept(
-    choices_BQ: jax.Array, drafts_BP: jax.Array, room_B: jax.Array, done_B: jax.Array, end_ids_E: jax.Array
+    choices_BQ: jax.Array, drafts_BP: jax.Array, room_B: jax.Array, done_B: jax.Array, end_ids: jax.Array
 ) -> Accepted:
     """Applies the accept rule.
 
@@ -200,12 +200,12 @@ def accept(
       drafts_BP: the drafts that were verified.
       room_B: tokens a row may still emit, at least 1 where it is not done.
       done_B: rows that were finished before.
-      end_ids_E: tokens that end a row; the end token itself is emitted.
+      end_ids: tokens that end a row; the end token itself is emitted.
     """
     matches_BP = choices_BQ[:, :-1] == drafts_BP
     matched_B = jnp.sum(jnp.cumprod(matches_BP, axis=1), axis=1)
     position_Q = jnp.arange(choices_BQ.shape[1])
-    is_end_BQ = jnp.any(choices_BQ[:, :, None] == end_ids_E[None, None, :], axis=-1)
+    is_end_BQ = jnp.any(choices_BQ[:, :, None] == end_ids[None, None, :], axis=-1)
     in_run_BQ = position_Q[None, :] <= matched_B[:, None]
     first_end_B = jnp.min(jnp.where(is_end_BQ & in_run_BQ, position_Q[None, :], choices_BQ.shape[1]), axis=1)
     count_B = jnp.minimum(jnp.minimum(matched_B, first_end_B) + 1, room_B)

@@ -274,21 +274,3 @@ def decode(
         states.setdefault(end, x_BQD)
         written += part
     return x_BQD, tuple(states[tap] for tap in taps), written
-
-
-def decode_mixed(
-    config: ModelConfig,
-    params: Params,
-    x_BQD: jax.Array,
-    start_B: jax.Array,
-    caches: tuple[LayerCache, ...],
-    weight_L: jax.Array,
-) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
-    """All blocks over Q new positions per row: the last state, the mix of `run_mixed`, and the caches."""
-    mix_BQD = weight_L[0] * unit_rms(x_BQD, config.norm_eps)
-    written = []
-    for i, (block, cache) in enumerate(zip(params["blocks"], caches, strict=True)):
-        x_BQD, new = decode_blocks(config, (block,), x_BQD, start_B, (cache,))
-        mix_BQD += weight_L[i + 1] * unit_rms(x_BQD, config.norm_eps)
-        written += new
-    return x_BQD, mix_BQD.astype(config.dtype), tuple(written)

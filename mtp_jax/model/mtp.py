@@ -37,8 +37,8 @@ def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token
     given = given or {}
     params = trunk.init(arch, trunk_key)
     if arch.heads.draft_vocab:
-        ids_N = jnp.arange(arch.heads.draft_vocab, dtype=jnp.int32)
-        params["draft_ids"] = nn.LogicallyPartitioned(ids_N, (None,))
+        ids_v = jnp.arange(arch.heads.draft_vocab, dtype=jnp.int32)
+        params["draft_ids"] = nn.LogicallyPartitioned(ids_v, (None,))
     params |= {name: _filled(params[name], given[name]) for name in params.keys() & given.keys()}
     if arch.heads.num_future > 1:
         fresh = heads.init(arch, heads_key, params)
@@ -73,7 +73,7 @@ def apply(
     segment_ids_BT: jax.Array,
     *,
     everywhere: bool = False,
-    states_BTE: jax.Array | None = None,
+    states_BTU: jax.Array | None = None,
 ) -> jax.Array:
     """States of every head at every position, ready for the unembedding.
 
@@ -84,7 +84,7 @@ def apply(
       positions_BT: position of each token inside its document.
       segment_ids_BT: document of each token; tokens see their own document only.
       everywhere: also compute the states that training leaves out; see `trained`.
-      states_BTE: `trunk_states` of the same rows, so that the blocks of the next-token path need not run.
+      states_BTU: `trunk_states` of the same rows, so that the blocks of the next-token path need not run.
 
     Returns:
       hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
@@ -95,7 +95,7 @@ def apply(
     rows = (embedded_BTD, positions_BT, segment_ids_BT)
     # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
     if not arch.heads.facts.in_trunk:
-        known = _trunk(arch, params, *rows) if states_BTE is None else jnp.split(states_BTE, 2, axis=-1)
+        known = _trunk(arch, params, *rows) if states_BTU is None else jnp.split(states_BTU, 2, axis=-1)
         state_BTD, tap_BTD = known
         states_MBTD = family.train(arch, params, Rows(tap_BTD, *rows)) if "heads" in params else None
     elif "heads" in params:
@@ -112,7 +112,7 @@ def apply(
 def trunk_states(
     arch: Arch, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-    """The next-token path's last state and what the heads read, side by side: [B, T, E] with E = 2 D.
+    """The next-token path's last state and what the heads read, side by side: [B, T, U] with U = 2 D.
 
     For heads that learn while the rest stands still; not for families that run through the model, nor for a learned mix
     of states.
@@ -167,7 +167,7 @@ def logits(arch: Arch, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
     each = [trunk.project(arch, *pair) for pair in zip(tables, hidden_MBTD, strict=True)]
     if arch.heads.draft_vocab:
         place_V = base.draft_places(arch, params["draft_ids"])
-        each[1:] = [over_vocabulary(z_BTN, place_V) for z_BTN in each[1:]]
+        each[1:] = [over_vocabulary(z_BTv, place_V) for z_BTv in each[1:]]
     return jnp.stack(each)
 
 
@@ -201,7 +201,7 @@ def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) ->
     if arch.heads.draft_vocab and "heads" in params:
         draft["draft_place"] = base.draft_places(arch, params["draft_ids"])
         if arch.heads.unembed == "shared":
-            draft["draft_table_DN"] = base.draft_rows(trunk.unembedding(arch, params), params["draft_ids"]).T
+            draft["draft_table_Dv"] = base.draft_rows(trunk.unembedding(arch, params), params["draft_ids"]).T
     own = {name: tree for name, tree in params.items() if name not in BESIDE_TRUNK}
     view = trunk.decode_view(arch, own, replace)
     if "heads" in params:
@@ -210,12 +210,16 @@ def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) ->
 
 
 class Ask(NamedTuple):
-    """Mask tokens that the model is to run beside its tokens."""
+    """What a pass over new tokens is to do besides the next-token path."""
 
     count: int
-    """How many at a position, static."""
+    """Mask tokens that run beside a token, static."""
     at_B: jax.Array | None = None
-    """Beside which of the Q positions; None is all of them."""
+    """Beside which of the Q positions they run; None is all of them."""
+    taps: tuple[int, ...] = ()
+    """Blocks below the states that are returned, too; static. 0 is the embedding, L the state before the final norm."""
+    embedded_BQD: jax.Array | None = None
+    """What enters the first block; None is the embeddings of the tokens."""
 
 
 NOTHING = Ask(0)
@@ -228,7 +232,7 @@ def decode_forward(
     start_B: jax.Array,
     caches: Any,
     ask: Ask = NOTHING,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[jax.Array, jax.Array, Any, tuple[jax.Array, ...]]:
     """The next-token path over Q new tokens per row, behind what the caches hold.
 
     Args:
@@ -237,22 +241,24 @@ def decode_forward(
       tokens_BQ: the new tokens; row b's stand at positions start_B[b]..start_B[b]+Q-1.
       start_B: tokens of each row that the caches already hold.
       caches: of the trunk.
-      ask: mask tokens to run beside them.
+      ask: mask tokens to run beside them, states to return, embeddings to start from.
 
     Returns:
-      state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; and the
-      caches.
+      state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; the
+      caches; and the states [B, Q, D] at `ask.taps`, in their order.
     """
-    x_BQD = trunk.embed(arch, params, tokens_BQ)
+    x_BQD = trunk.embed(arch, params, tokens_BQ) if ask.embedded_BQD is None else ask.embedded_BQD
     if ask.count:
         return _decode_beside(arch, params, x_BQD, start_B, caches, ask)
-    if arch.heads.tap_mix and "heads" in params:
+    mixed = arch.heads.tap_mix and "heads" in params
+    read = trunk.everywhere(arch) if mixed else (arch.tap,)
+    state_BQD, states, caches = trunk.decode(arch, params, x_BQD, start_B, caches, (*read, *ask.taps))
+    taps = states[len(read) :]
+    if mixed:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
-        return trunk.decode_mixed(arch, params, x_BQD, start_B, caches, weight_L)
-    state_BQD, (tap_BQD,), caches = trunk.decode(arch, params, x_BQD, start_B, caches, (arch.tap,))
-    if arch.heads.tap_norm:
-        tap_BQD = trunk.final_norm(arch, params, tap_BQD)
-    return state_BQD, tap_BQD, caches
+        return state_BQD, trunk.mix(arch, states[: len(read)], weight_L), caches, taps
+    tap_BQD = trunk.final_norm(arch, params, states[0]) if arch.heads.tap_norm else states[0]
+    return state_BQD, tap_BQD, caches, taps
 
 
 def _decode_beside(
@@ -262,7 +268,7 @@ def _decode_beside(
     start_B: jax.Array,
     caches: tuple[LayerCache, ...],
     ask: Ask,
-) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...]]:
+) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...], tuple[jax.Array, ...]]:
     """Both streams of `heads.masks`; the tokens' keys and values enter the caches, the masks' are forgotten."""
     Q = x_BQD.shape[1]
     slots = caches[0].slots
@@ -270,6 +276,7 @@ def _decode_beside(
     beside = masks.decode_masks(params, start_B[:, None] + at_BX, ask.count, slots)
     xy_BZD = jnp.concatenate([x_BQD, beside.embedded_BYD.astype(x_BQD.dtype)], axis=1)
     block_of = Block(arch.model, lora_from=Q)
+    states = [xy_BZD]
     written = []
     updates = params["heads"].get("lora", (None,) * len(caches))
     for block, factors, cache in zip(params["blocks"], updates, caches, strict=True):
@@ -277,8 +284,10 @@ def _decode_beside(
         given = variables(block) | lora.collection(factors, arch.heads.lora_alpha)
         xy_BZD, cache = block_of.apply(given, *arrays, method="write_read_beside")
         written.append(cache)
+        states.append(xy_BZD)
     y_BYD = xy_BZD[:, Q:]
-    return xy_BZD[:, :Q], y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1]), tuple(written)
+    y_BXPD = y_BYD.reshape(len(y_BYD), -1, ask.count, y_BYD.shape[-1])
+    return xy_BZD[:, :Q], y_BXPD, tuple(written), tuple(states[tap][:, :Q] for tap in ask.taps)
 
 
 def draft_logits(arch: Arch, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:
@@ -293,7 +302,7 @@ def draft_logits(arch: Arch, params: Params, states_BPD: jax.Array, first: int) 
         hidden_BPD = jnp.stack(ends, axis=1)
     hidden_BPD = trunk.scaled(arch, hidden_BPD)
     if arch.heads.unembed == "shared":
-        table_VD = heads["draft_table_DN"].T if arch.heads.draft_vocab else trunk.unembedding(arch, params)
+        table_VD = heads["draft_table_Dv"].T if arch.heads.draft_vocab else trunk.unembedding(arch, params)
         logits_BPV = trunk.project(arch, table_VD, hidden_BPD)
     else:
         tables = [heads["unembed"][set_]["table"] for set_ in which]

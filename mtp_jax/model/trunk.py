@@ -19,9 +19,8 @@ A tap is a place between layers: 0 is the embedding, L the state after the last 
 the order of `taps`. A trunk may also have
 
     run_mixed(model, params, states, positions, segment_ids, weight [L + 1]) -> (state, mix)
-    decode_mixed(model, view, states, start, caches, weight [L + 1]) -> (state, mix, caches)
 
-where a mix can be summed without keeping all states; without them it is made of the states at all taps.
+if it can sum a mix of all states without keeping them. Otherwise the mix is made of the states at all taps.
 
 What must hold of the functions:
 
@@ -38,6 +37,8 @@ What must hold of the functions:
 What the section must offer is in `config.TrunkConfig`.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -146,8 +147,8 @@ def run_mixed(
     rows = (params, x_BTD, positions_BT, segment_ids_BT)
     if hasattr(trunk, "run_mixed"):
         return trunk.run_mixed(arch.model, *rows, weight_L)
-    state_BTD, states = trunk.run(arch.model, *rows, _everywhere(arch))
-    return state_BTD, _mix(arch, states, weight_L)
+    state_BTD, states = trunk.run(arch.model, *rows, everywhere(arch))
+    return state_BTD, mix(arch, states, weight_L)
 
 
 def final_norm(arch: Arch, params: Params, x: jax.Array) -> jax.Array:
@@ -218,22 +219,13 @@ def decode(
     return trunk_of(arch).decode(arch.model, params, x_BQD, start_B, caches, taps)
 
 
-def decode_mixed(
-    arch: Arch, params: Params, x_BQD: jax.Array, start_B: jax.Array, caches: Any, weight_L: jax.Array
-) -> tuple[jax.Array, jax.Array, Any]:
-    """`decode` and, in the place of taps, the mix of `run_mixed`."""
-    trunk = trunk_of(arch)
-    if hasattr(trunk, "decode_mixed"):
-        return trunk.decode_mixed(arch.model, params, x_BQD, start_B, caches, weight_L)
-    state_BQD, states, caches = trunk.decode(arch.model, params, x_BQD, start_B, caches, _everywhere(arch))
-    return state_BQD, _mix(arch, states, weight_L), caches
-
-
-def _everywhere(arch: Arch) -> tuple[int, ...]:
+def everywhere(arch: Arch) -> tuple[int, ...]:
+    """All taps, 0..L."""
     return tuple(range(arch.model.num_layers + 1))
 
 
-def _mix(arch: Arch, states: tuple[jax.Array, ...], weight_L: jax.Array) -> jax.Array:
+def mix(arch: Arch, states: Sequence[jax.Array], weight_L: jax.Array) -> jax.Array:
+    """The sum of the normed states [B, T, D] at all L + 1 places, with L + 1 weights."""
     eps = arch.model.block.norm_eps
-    mix_BTD = sum(weight_L[i] * unit_rms(x_BTD, eps) for i, x_BTD in enumerate(states))
-    return mix_BTD.astype(arch.model.dtype)
+    weighted = [weight_L[i] * unit_rms(x_BTD, eps) for i, x_BTD in enumerate(states)]
+    return functools.reduce(operator.add, weighted).astype(arch.model.dtype)

@@ -109,7 +109,7 @@ def loss_sums(
 def _hidden(config: Config, spec: XentSpec, params: dict, batch: Batch) -> jax.Array:
     with sharding.on_mesh(spec.mesh):
         rows = inputs(config, batch), batch["positions"], batch["segment_ids"]
-        return mtp.apply(config.arch, params, *rows, states_BTE=batch.get("states"))
+        return mtp.apply(config.arch, params, *rows, states_BTU=batch.get("states"))
 
 
 def _heads_loss(

@@ -16,7 +16,7 @@ from reference.models import BLOCKS, random_params, small_config
 from reference.quick import quick_jit
 from reference.tiers import sampled
 
-from mtp_jax.model import mtp, trunk
+from mtp_jax.model import lm, mtp, trunk
 from mtp_jax.model.heads import FAMILIES
 from mtp_jax.model.heads.base import Round
 
@@ -65,7 +65,7 @@ def forward(config, view, tokens_BS, start_B, index_B, drafts_BP, caches, head_c
         return Proposed(drafts_BP[:, first - 1 :][:, :count], mtp.draft_logits(config.arch, view, states_BPD, first))
 
     ask = mtp.Ask(drafts_BP.shape[1] if config.heads.kind == "masks" else 0)
-    state_BQD, tap_BQD, caches = mtp.decode_forward(config.arch, view, fed_BQ, start_B, caches, ask)
+    state_BQD, tap_BQD, caches, _ = mtp.decode_forward(config.arch, view, fed_BQ, start_B, caches, ask)
     where, total_B = (tap_BQD, start_B, index_B, jnp.ones_like(start_B, bool)), start_B + index_B + 2
     embed = functools.partial(trunk.embed, config.arch, view)
     now = Round(*where, tokens_BS, total_B, drafts_BP.shape[1], embed, propose)
@@ -200,3 +200,29 @@ def test_masks_go_through_the_weights_with_the_tokens(rank, products):
     traced = jax.make_jaxpr(decode)(params)
     counted = sum(equation.primitive.name == "dot_general" for equation in equations(traced))
     assert counted == config.model.num_layers * products
+
+
+@pytest.mark.parametrize("heads", [{"tap_mix": True}, {"kind": "masks"}], ids=str)
+def test_taps_are_states_between_blocks(heads):
+    """taps[i] = the embedding after ask.taps[i] blocks of the whole forward, for a mixed tap and next to masks. Breaks
+    without `states.append` or `[:, :Q]` in `_decode_beside`, or with only `ask.taps` wanted where the tap is mixed."""
+    config = small_config(heads=heads)
+    params = random_params(config)
+    tokens_BQ = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, 5))
+    positions_BQ = np.tile(np.arange(5), (2, 1))
+    constants = mtp.with_constants(config.arch, params)
+
+    @quick_jit
+    def both(params, constants):
+        view, start_B = mtp.decode_view(config.arch, params), jnp.zeros(2, jnp.int32)
+        ask = mtp.Ask(2 if config.arch.heads.facts.in_trunk else 0, taps=(2, 0, 1))
+        taps = mtp.decode_forward(config.arch, view, tokens_BQ, start_B, trunk.init_caches(config.arch, 2, 8), ask)[3]
+        states = [trunk.embed(config.arch, params, tokens_BQ)]
+        for i in range(2):
+            block = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], constants["blocks"])
+            states.append(lm.run_blocks(config.model, block, states[i], positions_BQ, jnp.ones_like(positions_BQ)))
+        return taps, states
+
+    taps, states = both(params, constants)
+    for at, tap_BQD in zip((2, 0, 1), taps, strict=True):
+        assert_close(tap_BQD, np.asarray(states[at]))

@@ -47,20 +47,20 @@ def naive_loss(config, params, batch):
     hidden_MBTD = mtp.apply(config.arch, params, batch["tokens"], batch["positions"], batch["segment_ids"])
     targets_MBT, weights_MBT = make_targets(batch["tokens"], batch["segment_ids"], config.heads.num_future)
     table_VD = trunk.unembedding(config.arch, params)
-    ids_N, mix, total = params["draft_ids"], config.loss.distil_mix, 0.0
+    ids_v, mix, total = params["draft_ids"], config.loss.distil_mix, 0.0
     for m, (hidden_BTD, target_BT, weight_BT) in enumerate(zip(hidden_MBTD, targets_MBT, weights_MBT, strict=True)):
         if m and config.heads.unembed == "own":
             log_q = jax.nn.log_softmax(hidden_BTD @ params["heads"]["unembed"]["table"][m - 1].T)
         else:
             z_BTV = hidden_BTD @ table_VD.T
-            log_q = jax.nn.log_softmax(z_BTV[..., ids_N] if m else z_BTV)
+            log_q = jax.nn.log_softmax(z_BTV[..., ids_v] if m else z_BTV)
         if m:
-            weight_BT *= jnp.isin(target_BT, ids_N)
-            target_BT = jnp.argmax(target_BT[..., None] == ids_N[None, None], axis=-1)
+            weight_BT *= jnp.isin(target_BT, ids_v)
+            target_BT = jnp.argmax(target_BT[..., None] == ids_v[None, None], axis=-1)
         term_BT = -jnp.take_along_axis(log_q, target_BT[..., None], axis=-1)[..., 0]
         if m and config.loss.distil == "kl":
             ahead_BTD = jax.lax.stop_gradient(jnp.pad(hidden_MBTD[0, :, m:], ((0, 0), (0, m), (0, 0))))
-            log_p = jax.nn.log_softmax((ahead_BTD @ jax.lax.stop_gradient(table_VD).T)[..., ids_N])
+            log_p = jax.nn.log_softmax((ahead_BTD @ jax.lax.stop_gradient(table_VD).T)[..., ids_v])
             term_BT = (1 - mix) * term_BT + mix * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
         total += jnp.sum(weight_BT * term_BT) / jnp.sum(weight_BT)
     return total
@@ -77,22 +77,22 @@ def test_loss_and_gradient_are_those_of_the_kept_logits(unembed, distil):
     heads = {"kind": "linear", "num_future": 2, "draft_vocab": 24, "unembed": unembed}
     config = tiny_config(**SIZE, heads=heads, loss=loss)
     params, batch = random_params(config), batch_of(config)
-    ids_N = {"draft_ids": params.pop("draft_ids")}
+    ids_v = {"draft_ids": params.pop("draft_ids")}
     spec = xent_spec(config, sharding.make_mesh(MeshConfig()))
 
     def ours(params):
-        targets = batch_targets(config, params | ids_N, batch)
+        targets = batch_targets(config, params | ids_v, batch)
         scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), config.head_weights)
-        loss, parts = total_loss(config, spec, params | ids_N, batch, targets, targets.weights_MBT[0], scale_M)
+        loss, parts = total_loss(config, spec, params | ids_v, batch, targets, targets.weights_MBT[0], scale_M)
         return loss, parts.sums
 
     (actual, sums), grads = quick_jit(jax.value_and_grad(ours, has_aux=True))(params)
-    naive = quick_jit(jax.value_and_grad(lambda params: naive_loss(config, params | ids_N, batch)))
+    naive = quick_jit(jax.value_and_grad(lambda params: naive_loss(config, params | ids_v, batch)))
     expected, expected_grads = naive(params)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected_grads)
     targets_MBT, weights_MBT = quick_jit(make_targets, static_argnums=2)(batch["tokens"], batch["segment_ids"], 2)
-    missed_MBT = weights_MBT * ~np.isin(targets_MBT, ids_N["draft_ids"])
+    missed_MBT = weights_MBT * ~np.isin(targets_MBT, ids_v["draft_ids"])
     np.testing.assert_array_equal(sums.outside_M[1:], missed_MBT.sum((1, 2))[1:])
     assert sums.outside_M[0] == 0 < sums.outside_M[1]
     np.testing.assert_allclose(sums.means()["outside"][1], missed_MBT[1].sum() / weights_MBT[1].sum(), rtol=1e-6)

@@ -128,17 +128,17 @@ def init_ends(arch: Arch, trunk: Params) -> Params:
     return ends
 
 
-def draft_rows(table_VD: jax.Array, draft_ids_N: jax.Array) -> jax.Array:
+def draft_rows(table_VD: jax.Array, draft_ids_v: jax.Array) -> jax.Array:
     """The rows [N, D] of an unembedding that belong to a draft vocabulary, split over devices like all of them."""
     # Whole rows are looked up, for the reason that `lm.embed` has.
     table_VD = nn.with_logical_constraint(table_VD, (VOCAB, None))
-    return nn.with_logical_constraint(table_VD[draft_ids_N], (VOCAB, EMBED))
+    return nn.with_logical_constraint(table_VD[draft_ids_v], (VOCAB, EMBED))
 
 
-def draft_places(arch: Arch, draft_ids_N: jax.Array) -> jax.Array:
+def draft_places(arch: Arch, draft_ids_v: jax.Array) -> jax.Array:
     """Where each token of the vocabulary stands in the draft vocabulary, int32 [V]; N where it does not."""
-    count = arch.heads.draft_vocab
-    return jnp.full((arch.model.vocab_size,), count, jnp.int32).at[draft_ids_N].set(jnp.arange(count, dtype=jnp.int32))
+    count = len(draft_ids_v)
+    return jnp.full((arch.model.vocab_size,), count, jnp.int32).at[draft_ids_v].set(jnp.arange(count, dtype=jnp.int32))
 
 
 def init_blocks(arch: Arch, key: jax.Array, trunk: Params) -> Params:
