@@ -1,8 +1,8 @@
 """Layouts of a checkpoint on disk: Hugging Face's directory, Meta's directory, a GGUF file.
 
-The rest of `convert` knows tensors by the names of an `Architecture`, and settings by the fields of its config. A
-layout says where they are: it opens a checkpoint, reads its tokenizer, and copies what lies next to the weights. A new
-layout is a class with these functions and a line in `layout_of`.
+The rest of `convert` knows only the tensor names of an `Architecture` and the fields of its config. A layout finds them
+on disk: it opens a checkpoint, reads its tokenizer, and copies the other files next to the weights. A new layout is a
+class with these functions and a line in `layout_of`.
 """
 
 import copy
@@ -28,7 +28,7 @@ from mtp_jax.errors import UserError
 
 CONFIG = "config.json"
 MANIFEST = "tensors.json"
-"""What an import notes of the tensors that it came from."""
+"""File in which an import notes the dtypes and names of the original tensors."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
 OURS = (CONFIG, PARAMS, record.RECORD, "*.index.json", MANIFEST)
 TEMPLATES = "additional_chat_templates"
@@ -36,7 +36,7 @@ SIDECAR_BYTES = 200 * 10**6
 
 
 class Opened(NamedTuple):
-    """A next-token model in files, understood and not read yet."""
+    """A trunk in files. Its config is read, its tensors are not read yet."""
 
     architecture: Architecture
     raw: dict[str, Any]
@@ -50,32 +50,32 @@ class Layout(Protocol):
 
     path: pathlib.Path
     config_name: str
-    """The file that keeps `Opened.raw` once the checkpoint was imported."""
+    """Name of the file for `Opened.raw` in an import."""
     says: str
-    """What says how large the model is, for errors."""
+    """The file or part of the file that gives the shape of the model, for error messages."""
 
     def open(self, ignore: Sequence[str]) -> Opened:
-        """What the model is, and its tensors by the names of its architecture.
+        """Reads the config, and finds the tensors by the names of its architecture.
 
         Args:
-          ignore: patterns of fields and tensors to leave out of account.
+          ignore: patterns of fields and tensors to ignore.
 
         Raises:
-          UserError: what is missing, damaged or not implemented, by name.
+          UserError: something is missing, damaged or not implemented. The error names it.
         """
 
     def spelled(self, name: str) -> str:
-        """What the files call a tensor of the architecture."""
+        """The name in the files of a tensor of the architecture."""
 
     def tokenizer(self, ignore: Sequence[str]) -> HubTokenizer | None:
-        """The tokenizer; None where there is none."""
+        """The tokenizer; None if there is none."""
 
     def copy_sidecars(self, target: pathlib.Path) -> None:
         """Writes tokenizer, chat template, generation config and licence into a directory of Hugging Face's layout."""
 
 
 def layout_of(path: pathlib.Path) -> Layout:
-    """The layout that a path is in. A directory that is in none counts as Hugging Face's, which says what it lacks."""
+    """The layout of a path. A directory in no layout counts as Hugging Face's, and opening it says what is missing."""
     if path.is_file():
         return Gguf(path)
     is_meta = (path / PARAMS).is_file() and not (path / CONFIG).is_file()
@@ -103,7 +103,7 @@ class HuggingFace:
         return Opened(entry, raw, model, open_directory(self.path, (*entry.buffers, *tied)))
 
     def spelled(self, name: str) -> str:
-        """Its own name."""
+        """The name itself: the files use the names of the architecture."""
         return name
 
     def tokenizer(self, ignore: Sequence[str]) -> HubTokenizer | None:
@@ -111,7 +111,7 @@ class HuggingFace:
         return load_hub_tokenizer(self.path)
 
     def copy_sidecars(self, target: pathlib.Path) -> None:
-        """Copies all that are no weights."""
+        """Copies all files that are not weights."""
         for path in sorted(self.path.iterdir()):
             skip = any(path.match(pattern) for pattern in (*WEIGHTS, *OURS))
             if path.is_file() and not skip and path.stat().st_size < SIDECAR_BYTES and not path.name.startswith("."):
@@ -122,7 +122,7 @@ class HuggingFace:
 
 @dataclasses.dataclass(frozen=True)
 class Meta(HuggingFace):
-    """A directory with params.json and one file of weights; the rest lies in it as in one of Hugging Face."""
+    """A directory with params.json and one file of weights. Its other files are as in a Hugging Face directory."""
 
     config_name: str = PARAMS
     says: str = PARAMS
@@ -140,7 +140,7 @@ class Meta(HuggingFace):
 
 @dataclasses.dataclass(frozen=True)
 class Gguf:
-    """A GGUF file; once it was imported or exported, it is a directory of Hugging Face."""
+    """A GGUF file. Import and export turn it into a Hugging Face directory."""
 
     path: pathlib.Path
     config_name: str = CONFIG
@@ -173,7 +173,7 @@ class Gguf:
         return tokenizer.open_tokenizer(self.header, ignore)
 
     def copy_sidecars(self, target: pathlib.Path) -> None:
-        """Writes what the metadata hold of them."""
+        """Writes tokenizer, chat template and end tokens, which are in the metadata."""
         found = self.tokenizer((tokenizer.PRE,))
         if found is None:
             return
@@ -187,14 +187,14 @@ class Gguf:
 
 
 def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config's fields as today's transformers reads them, its defaults filled in, and the defaults."""
+    """The fields of a config as the installed transformers reads them, with defaults filled in; and the defaults."""
     quiet_transformers()
     from transformers import CONFIG_MAPPING
     from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
     kind = CONFIG_MAPPING[raw["model_type"]]
     before = get_verbosity()
-    set_verbosity_error()  # it remarks on defaults of its own
+    set_verbosity_error()  # otherwise it warns about its own defaults
     try:
         defaults = kind().to_dict()
         return kind.from_dict(_told(raw, defaults)).to_dict(), defaults
@@ -206,20 +206,22 @@ def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[s
 
 
 def _told(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The fields that transformers is given: copies, since it writes into them.
+    """Copies of the fields that transformers gets. It writes into them, so they must be copies.
 
-    It is strict about types, also of fields that change no number, and where null has always meant "off".
+    transformers is strict about types. So fields that change no number are left out, and fields with null for "off".
     """
     empty = {name for name, value in raw.items() if value is None and not defaults.get(name)}
     return {n: copy.deepcopy(value) for n, value in raw.items() if n not in empty and not matches(n, UNTOLD)}
 
 
 def check_kind(path: pathlib.Path) -> None:
-    """Refuses what is no whole checkpoint of its own."""
+    """Refuses a directory that is not a complete checkpoint of another project."""
     if path.is_file():
         return
     if "model" in _config_keys(path):
-        raise UserError(f"{path} is a directory of ours already; `mtp generate`, `train` and `export` take it")
+        raise UserError(
+            f"{path} is already a directory of mtp_jax; use it directly with `mtp generate`, `train` or `export`"
+        )
     foreign.refuse_adapter(path)
     if not (path / CONFIG).is_file() and not (path / PARAMS).is_file():
         foreign.refuse_without_config(path)

@@ -1,4 +1,4 @@
-"""Our parameters as a Hugging Face directory, with their heads in a form that others read."""
+"""Writes our parameters as a Hugging Face directory, with the heads in a form that other projects read."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from mtp_jax.trees import by_path
 
 
 class Exportable(Protocol):
-    """What export needs of a loaded model (`mtp_jax.load` returns one)."""
+    """The attributes of a loaded model that export needs. `mtp_jax.load` returns such a model."""
 
     arch: Arch
     params: Any
@@ -46,26 +46,26 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     notify: Notify = to_stderr,
 ) -> str:
-    """Writes a model as a directory that others load: transformers, vLLM, SGLang.
+    """Writes a model as a directory that transformers, vLLM and SGLang load.
 
-    What the model was imported with travels along: config fields, tokenizer, chat template, generation config, tensors
-    that nothing of ours came from, and the dtype of every tensor.
+    If the model was imported, the export also has its original config fields, tokenizer, chat template, generation
+    config, the tensors that were not used, and the dtype of every tensor.
 
     Args:
       lm: a loaded model.
-      out: the directory to make; it must not exist, or be empty.
-      form: of the heads: a name of `forms.FORMS`; None takes the one it came in or the one that fits, and "none" leaves
-        the heads out.
-      dtype: `float32`, `bfloat16` or `float16`; None keeps that of every tensor.
-      shard_bytes: most bytes of one file; a larger tensor has one of its own.
-      notify: receives a line about what was written.
+      out: the directory to make; it must be empty or not exist.
+      form: form of the heads, a name in `forms.FORMS`. None uses the form that the heads came in, or one that fits.
+        "none" leaves the heads out.
+      dtype: `float32`, `bfloat16` or `float16`; None keeps the dtype of every tensor.
+      shard_bytes: largest number of bytes of a file; a larger tensor gets its own file.
+      notify: is called with a line of text about what was written.
 
     Returns:
-      The form of the heads, "" without heads.
+      The form of the heads; "" without heads.
 
     Raises:
-      UserError: a model that no Hugging Face architecture can hold, heads that the form cannot hold, a directory that
-        is taken, or one that cannot be written; nothing half-written is left.
+      UserError: no Hugging Face architecture can hold the model, the form cannot hold the heads, or the directory is
+        not empty or cannot be written. Then no partial directory is left.
     """
     if isinstance(lm, str | os.PathLike):
         raise UserError(f"{str(lm)!r} is a path; load it first: export_model(mtp_jax.load({str(lm)!r}), ...)")
@@ -122,9 +122,10 @@ def export_model(
 
 
 def _architecture(model: ModelConfig, origin: Origin | None) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture that holds a model, and its config file.
+    """The architecture that can hold a model, and the fields of its config file.
 
-    The first one whose own reading of what it writes is that model again: a wrong inverse finds no taker.
+    It is the first architecture for which writing and reading again gives the same model. So an architecture that does
+    not fit, or that writes a wrong field, is not chosen.
     """
     pattern = shortest_pattern(model.layers)
     model = dataclasses.replace(model, layer_pattern=pattern)
@@ -146,8 +147,8 @@ def _architecture(model: ModelConfig, origin: Origin | None) -> tuple[Architectu
             return entry, raw
         if different is not None and (nearest is None or len(different) < len(nearest[0])):
             nearest = different, entry.model_type
-    reason = f"; {nearest[1]} comes nearest, but for {', '.join(f'model.{n}' for n in nearest[0])}" if nearest else ""
-    raise UserError(f"no Hugging Face architecture that we know holds this model{reason}")
+    reason = f"; the closest is {nearest[1]}, without {', '.join(f'model.{n}' for n in nearest[0])}" if nearest else ""
+    raise UserError(f"no known Hugging Face architecture can hold this model{reason}")
 
 
 def _read_back(entry: Architecture, raw: dict[str, Any]) -> ModelConfig | None:
@@ -158,7 +159,7 @@ def _read_back(entry: Architecture, raw: dict[str, Any]) -> ModelConfig | None:
 
 
 def _pieces(entry: Architecture, arch: Arch, params: Any) -> list[mapping.Piece]:
-    """The trunk's pieces; every one of its parameters has one."""
+    """The pieces of all parameters of the trunk."""
     trunk = {name: tree for name, tree in params.items() if name not in ("heads", "draft_ids", "token_order")}
     pieces = mapping.expand(entry.slots(), mapping.shapes_of(trunk), arch.model)
     _check_all_written(entry.model_type, pieces, trunk)
@@ -169,7 +170,7 @@ def _check_all_written(name: str, pieces: list[mapping.Piece], params: Any) -> N
     written = {piece.path for piece in pieces}
     left = [path for path in by_path(params) if path not in written and not path.startswith("token_order")]
     if left:
-        raise UserError(f"{name!r} has no place for {left[0]}")
+        raise UserError(f"{name!r} cannot hold the parameter {left[0]}")
 
 
 def _dtype_of(arch: Arch, origin: Origin | None, dtype: str | None) -> Callable[[str], np.dtype]:
@@ -182,8 +183,8 @@ def _dtype_of(arch: Arch, origin: Origin | None, dtype: str | None) -> Callable[
 
 
 def _config_fields(lm: Exportable, entry: Architecture, raw: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
-    """The fields of config.json: as they came if nothing changed, else for transformers 4 and 5 alike."""
-    dtype = max(entries, key=lambda one: one.nbytes).dtype.name  # of the largest tensor; loaders take it for all
+    """The fields of config.json: the original ones if nothing changed, otherwise fields for transformers 4 and 5."""
+    dtype = max(entries, key=lambda one: one.nbytes).dtype.name  # of the largest tensor; loaders use it for all
     named = [name for name in spellings.DTYPES if name in raw] or spellings.DTYPES
     raw = raw | dict.fromkeys(named, dtype)
     if lm.origin is None:
@@ -194,7 +195,7 @@ def _config_fields(lm: Exportable, entry: Architecture, raw: dict[str, Any], ent
 
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-"""Said in so many words, because every architecture has defaults of its own."""
+"""These fields are always written, because every architecture has other defaults for them."""
 
 
 def _token_fields(tokenizer: Any) -> dict[str, int | None]:
@@ -203,7 +204,7 @@ def _token_fields(tokenizer: Any) -> dict[str, int | None]:
 
 
 def _repeats(entries: list[Entry], repeated: dict[str, str]) -> list[Entry]:
-    """Tensors that repeat another one."""
+    """Entries for tensors that repeat another one."""
     by_name = {one.name: one for one in entries}
     return [
         dataclasses.replace(by_name[original], name=name)

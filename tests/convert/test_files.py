@@ -334,7 +334,7 @@ def test_code_in_a_torch_file_is_refused_by_name_and_does_not_run(tmp_path, monk
     }[where]
     torch.save(tree, "x.bin", pickle_protocol=protocol)
     said = message(open_file, tmp_path / "x.bin")
-    assert re.search(rf"x\.bin wants to call \w+\.{name} when it is opened; it is refused", said)
+    assert re.search(rf"x\.bin would call \w+\.{name} when it is opened, which is refused", said)
     assert not (tmp_path / "ran").exists()
 
 
@@ -380,17 +380,17 @@ def test_the_hand_made_torch_file_is_one(tmp_path):
         (a_tensor(shape=(3,)), "is cut off inside t"),
         (a_tensor(offset=1), "is cut off inside t"),
         (a_tensor(key="1"), "is cut off inside t"),
-        (a_tensor(offset=-1), "is no torch file of tensors (a tensor at -1 "),
-        (a_tensor(offset=0.5), "is no torch file of tensors (a tensor at 0.5 "),
-        (a_tensor(shape=(-2,)), "is no torch file of tensors (a tensor at 0 with the shape (-2,)"),
-        (a_tensor(shape=("a",)), "is no torch file of tensors (a tensor at 0 with the shape ('a',)"),
-        (a_tensor(shape=(1, 2)), "is no torch file of tensors"),
-        (a_tensor(name=0), "holds no flat dictionary of tensors; save model.state_dict()"),
-        (pickle.dumps({0: 1}), "holds no flat dictionary of tensors; save model.state_dict()"),
-        (pickle.dumps([1, 2]), "holds no flat dictionary of tensors; save model.state_dict()"),
-        (pickle.dumps({"state_dict": {"a": 1}}), "holds no flat dictionary of tensors; save model.state_dict()"),
-        (b"", "is no torch file of tensors"),
-        (b"\x80\x02garbage", "is no torch file of tensors"),
+        (a_tensor(offset=-1), "is not a torch file of tensors (a tensor at -1 "),
+        (a_tensor(offset=0.5), "is not a torch file of tensors (a tensor at 0.5 "),
+        (a_tensor(shape=(-2,)), "is not a torch file of tensors (a tensor at 0 with the shape (-2,)"),
+        (a_tensor(shape=("a",)), "is not a torch file of tensors (a tensor at 0 with the shape ('a',)"),
+        (a_tensor(shape=(1, 2)), "is not a torch file of tensors"),
+        (a_tensor(name=0), "does not hold a flat dictionary of tensors; save model.state_dict()"),
+        (pickle.dumps({0: 1}), "does not hold a flat dictionary of tensors; save model.state_dict()"),
+        (pickle.dumps([1, 2]), "does not hold a flat dictionary of tensors; save model.state_dict()"),
+        (pickle.dumps({"state_dict": {"a": 1}}), "does not hold a flat dictionary of tensors; save model.state_dict()"),
+        (b"", "is not a torch file of tensors"),
+        (b"\x80\x02garbage", "is not a torch file of tensors"),
     ],
 )
 def test_a_torch_file_that_cannot_be_is_refused(tmp_path, tensor, says):
@@ -413,8 +413,8 @@ def test_files_that_are_no_torch_zip_are_refused(tmp_path):
     (tmp_path / "text.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
     for name in ("old.bin", "text.bin"):
         said = message(open_file, tmp_path / name)
-        assert said.startswith(f"{tmp_path / name} is no torch file of tensors (")
-        assert said.endswith("save it again with a recent torch")
+        assert said.startswith(f"{tmp_path / name} is not a torch file of tensors (")
+        assert said.endswith("save it with a recent torch")
     with zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", pickle.dumps({}))
     assert "is a compressed archive" in message(open_file, tmp_path / "packed.bin")

@@ -115,7 +115,7 @@ def test_heads_of_another_width(trunk, tmp_path, name, tensor, theirs, ours):
     wide = lambda shape: [64 if n == 32 else 128 if n == 64 else n for n in shape]  # noqa: E731
     tensors = drawn({n: wide(shape) for n, shape in CASES[name].shapes.items()})
     source, heads_from = CASES[name].files(trunk, tmp_path / "made", tensors)
-    with pytest.raises(UserError, match=f"{tensor} in .*made.* has shape {theirs}, but .* asks for {ours}"):
+    with pytest.raises(UserError, match=f"{tensor} in .*made.* has shape {theirs}, but .* needs {ours}"):
         load(source, heads_from=heads_from)
 
 
@@ -155,16 +155,16 @@ def test_attention_of_another_kind(trunk, tmp_path):
     ("record", "what"),
     [
         ("[]", "does not hold a JSON object"),
-        ('{"heads": []}', r"heads=\[\]; it must hold settings of heads by name"),
+        ('{"heads": []}', r"heads=\[\]; it must be an object with settings of heads"),
         ('{"heads": {"colour": 1}}', "colour"),
         ('{"heads": {"kind": "no such"}}', "no such"),
         ('{"heads": {"kind": "medusa"}}', "has no effect with heads.kind='medusa'"),
         ('{"heads": {"num_future": 9}}', "num_future=9|lacks mtp.layers.3"),
         ('{"heads": {"tap": 9}}', "heads.tap=9"),
         ('{"heads": {"init": "copy_block", "init_block": -9}}', "heads.init_block=-9"),
-        ('{"version": 2}', "version=2 is not one that we read"),
+        ('{"version": 2}', "version=2 is not supported"),
         ('{"form": "mimo"}', "in the form 'mimo', but these are in the form 'mtp'"),
-        ('{"concat": "hidden_first"}', "concat is 'hidden_first', but its heads say 'embedding_first'"),
+        ('{"concat": "hidden_first"}', "concat is 'hidden_first', but its heads give 'embedding_first'"),
         ('{"reads_state_of_layer": 2}', "reads_state_of_layer is 2, but its heads say 3"),
         ('{"zero_embedding_at_position_0": true}', "zero_embedding_at_position_0 is True"),
     ],

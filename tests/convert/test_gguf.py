@@ -357,7 +357,7 @@ def test_tensors_that_are_missing_or_of_another_shape(models, tmp_path):
     path = write(tmp_path / "model.gguf", model, fields={"llama.block_count": 3})
     assert "lacks blk.2." in refusal(path)
     write(path, model, fields={"llama.feed_forward_length": 64})
-    assert "blk.0.ffn_gate.weight in" in refusal(path) and "but its metadata asks for" in refusal(path)
+    assert "blk.0.ffn_gate.weight in" in refusal(path) and "but its metadata needs" in refusal(path)
     write(
         path,
         model,

@@ -162,7 +162,7 @@ def test_what_cannot_leave_is_said_at_once(hub, tmp_path):
         mtp_jax.export_model(mtp_jax.load(tmp_path / "a"), tmp_path / "out")
     with pytest.raises(UserError, match="num_future=1 is a model without extra heads"):
         mtp_jax.import_model(hub, tmp_path / "b", heads=HeadsConfig(num_future=1), notify=str)
-    with pytest.raises(UserError, match="is a directory of ours already"):
+    with pytest.raises(UserError, match="is already a directory of mtp_jax"):
         mtp_jax.import_model(tmp_path / "a", tmp_path / "b", notify=str)
     with pytest.raises(UserError, match="is a path; load it first"):
         mtp_jax.export_model(str(hub), tmp_path / "b")
