@@ -209,7 +209,7 @@ def test_advice_on_gemma_3_with_images(tmp_path):
 # What is no directory of ours, nor one of Hugging Face.
 
 FILES = {
-    "model.GGUF": ("is no GGUF file: it does not begin with GGUF", "fetch it again"),
+    "model.GGUF": ("is not a GGUF file: it does not begin with GGUF", "fetch it again"),
     "other.safetensors": ("only tensors", "give its directory, {parent}"),
     "pytorch_model.bin": ("a torch file", "give its directory, {parent}"),
     "consolidated.00.pth": ("a torch file", "give its directory, {parent}"),

@@ -165,7 +165,7 @@ def test_attention_of_another_kind(trunk, tmp_path):
         ('{"version": 2}', "version=2 is not supported"),
         ('{"form": "mimo"}', "in the form 'mimo', but these are in the form 'mtp'"),
         ('{"concat": "hidden_first"}', "concat is 'hidden_first', but its heads give 'embedding_first'"),
-        ('{"reads_state_of_layer": 2}', "reads_state_of_layer is 2, but its heads say 3"),
+        ('{"reads_state_of_layer": 2}', "reads_state_of_layer is 2, but its heads give 3"),
         ('{"zero_embedding_at_position_0": true}', "zero_embedding_at_position_0 is True"),
     ],
 )
