@@ -79,7 +79,8 @@ def _data_start(info: zipfile.ZipInfo, mapped: mmap.mmap, path: pathlib.Path) ->
     if info.compress_type != zipfile.ZIP_STORED:
         raise UserError(f"{path} is a compressed archive, which torch does not write; save it again")
     at = info.header_offset
-    name, extra = (int.from_bytes(mapped[at + i : at + i + 2], "little") for i in (26, 28))
+    name = int.from_bytes(mapped[at + 26 : at + 28], "little")
+    extra = int.from_bytes(mapped[at + 28 : at + 30], "little")
     return at + 30 + name + extra
 
 

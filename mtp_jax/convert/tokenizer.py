@@ -227,7 +227,8 @@ def spell_for_both(directory: pathlib.Path) -> None:
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return
-    fields = before = read_json(path)
+    before = read_json(path)
+    fields = before
     if fields.get("tokenizer_class") == "TokenizersBackend":
         fields = fields | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(fields.get("extra_special_tokens"), list):  # a dictionary of named tokens in 4

@@ -86,8 +86,10 @@ def export_model(
     if form:
         head_pieces = forms.pieces(forms.FORMS[form], entry, arch, mapping.shapes_of(params))
         _check_all_written(form, pieces + head_pieces, params)
-        inside = forms.FORMS[form].inside
-        pieces, beside = (pieces + head_pieces, []) if inside else (pieces, head_pieces)
+        if forms.FORMS[form].inside:
+            pieces = pieces + head_pieces
+        else:
+            beside = head_pieces
     dtype_of = _dtype_of(arch, origin, dtype)
     entries = mapping.entries(pieces, params, dtype_of)
     entries += _repeats(entries, head_writer.repeated(entry, arch, origin, form))
