@@ -252,8 +252,8 @@ NAMED = (
     Mutation(
         "torch files run their code",
         "convert/pickled.py",
-        '        raise UserError(\n            f"{self._path} wants',
-        '        return super().find_class(module, name)\n        raise UserError(\n            f"{self._path} wants',
+        '        raise UserError(\n            f"{self._path} would',
+        '        return super().find_class(module, name)\n        raise UserError(\n            f"{self._path} would',
         "convert/test_files.py",
     ),
 )

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints, and heads in the forms they come in, to our parameters and back."""
+"""Converts Hugging Face checkpoints, and heads in the forms of other projects, to our parameters and back."""

@@ -1,7 +1,7 @@
-"""The decoders of Hugging Face that we read and write: one entry each, used in both directions.
+"""The Hugging Face decoders that we read and write. Each has one entry, which serves both directions.
 
-An entry says what the config's fields mean and where each tensor lies. `{i}` is the layer, `{e}` the expert. A tensor
-that holds several of ours, as a fused query-key-value matrix does, lists the rows of each.
+An entry says what the fields of the config mean and which tensor holds each parameter. `{i}` is the layer, `{e}` the
+expert. If a tensor holds several parameters, like a fused query-key-value matrix, the entry has the rows of each.
 """
 
 from typing import Any
@@ -82,7 +82,7 @@ TANH_GELU = activation("hidden_activation")
 def _longrope(raw: dict[str, Any]) -> str | None:
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters")
     kind = (scaling.get("rope_type") or scaling.get("type")) if isinstance(scaling, dict) else None
-    return "rope scaling 'longrope', whose factors differ by length" if kind in ("longrope", "su") else None
+    return "rope scaling 'longrope', with factors that depend on the length," if kind in ("longrope", "su") else None
 
 
 ARCHITECTURES = {
@@ -208,7 +208,7 @@ ARCHITECTURES = {
                 Slot("mlp/down", "mlp.down_proj.weight"),
                 *PRE_NORMS,
             ),
-            unused=("partial_rotary_factor",),  # transformers keeps it beside the rope parameters that it went into
+            unused=("partial_rotary_factor",),  # transformers repeats it in the rope parameters, which are read
             refuse=_longrope,
         ),
         Architecture(
@@ -298,26 +298,26 @@ ARCHITECTURES = {
 
 
 MOST_LAYERS = 10_000
-"""Beyond it a config file is damaged, and would keep everybody busy for hours."""
+"""Largest number of layers. A config file with more is damaged, and handling it would take hours."""
 
 REFUSED = {
-    "gpt2": "learned position embeddings and transposed matrices; use a rotary model of its size",
-    "gemma3": "a model of text and images; take the text model out of it (model_type gemma3_text)",
-    "deepseek_v3": "multi-head latent attention (MLA) and DeepSeek's router, of which we have neither",
-    "deepseek_v2": "multi-head latent attention (MLA), which we do not have",
-    "glm4_moe": "shared experts and GLM's router, of which we have neither",
-    "qwen3_next": "linear attention (gated delta net), which we do not have",
-    "qwen3_5": "linear attention (gated delta net), which we do not have",
-    "qwen3_5_text": "linear attention (gated delta net), which we do not have",
+    "gpt2": "learned position embeddings and transposed matrices; use a model of this size with rotary positions",
+    "gemma3": "a vision tower, because it is a model of text and images; extract its text model (gemma3_text)",
+    "deepseek_v3": "multi-head latent attention (MLA) and DeepSeek's router, which are not implemented",
+    "deepseek_v2": "multi-head latent attention (MLA), which is not implemented",
+    "glm4_moe": "shared experts and GLM's router, which are not implemented",
+    "qwen3_next": "linear attention (gated delta net), which is not implemented",
+    "qwen3_5": "linear attention (gated delta net), which is not implemented",
+    "qwen3_5_text": "linear attention (gated delta net), which is not implemented",
 }
-"""What a refused architecture would need."""
+"""Architectures that are refused, and what they would need."""
 
 
 def architecture(raw: dict[str, Any], origin: str) -> Architecture:
-    """The entry of a config file.
+    """The entry for the architecture of a config file.
 
     Raises:
-      UserError: an architecture that we do not have, by name, or a setting of one that is beyond us.
+      UserError: the architecture, or one of its settings, is not implemented. The error names it.
     """
     name = raw.get("model_type")
     if name not in tuple(ARCHITECTURES):  # a tuple takes any value, also one without a hash
@@ -327,12 +327,12 @@ def architecture(raw: dict[str, Any], origin: str) -> Architecture:
         raise UserError(f"{origin}: num_hidden_layers={layers} is above {MOST_LAYERS}")
     _refuse_quantised(raw, origin)
     if beyond := ARCHITECTURES[name].refuse(raw):
-        raise UserError(f"{origin}: {beyond}, is not implemented")
+        raise UserError(f"{origin}: {beyond} is not implemented")
     return ARCHITECTURES[name]
 
 
 QUANTISED = {"quantization_config": "", "quantization": "mlx", "compression_config": "compressed-tensors"}
-"""Fields of quantised checkpoints, and the library that writes them, where it is one."""
+"""Fields of quantised checkpoints, and the library that writes the field; "" if several do."""
 
 
 def _refuse_quantised(raw: dict[str, Any], origin: str) -> None:
@@ -344,6 +344,6 @@ def _refuse_quantised(raw: dict[str, Any], origin: str) -> None:
         if "quantization" in raw and raw["quantization"] == given:
             method = QUANTISED["quantization"]
         raise UserError(
-            f"{origin}: the weights are quantised ({method}), which we do not read; take the checkpoint before that, "
-            "in float32, bfloat16 or float16"
+            f"{origin}: the weights are quantised ({method}), which we do not read; use the checkpoint before "
+            "quantisation, in float32, bfloat16 or float16"
         )

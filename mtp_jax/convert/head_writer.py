@@ -1,4 +1,4 @@
-"""How heads leave: the form that holds them, and what is said of them beside the weights."""
+"""Writes heads for export: chooses their form, and writes the config fields and files that belong to it."""
 
 import dataclasses
 import json
@@ -19,14 +19,14 @@ FITTING = {
     "medusa": ("vllm", "caft"),
     "parallel": ("caft",),
 }
-"""Forms in which the heads of a family are written by default, the first that holds them."""
+"""Default forms for the heads of a family. The first one that can hold the heads is used."""
 
 
 def choose_form(arch: Arch, origin: Origin | None, form: str | None) -> str:
-    """The form that heads are written in; "" for none."""
+    """The form that the heads are written in; "" if no heads are written."""
     heads = arch.heads
     if form not in (None, "none", *forms.FORMS):
-        raise UserError(f"form={form!r} is none of {', '.join(forms.FORMS)}, none")
+        raise UserError(f"form={form!r} is unknown; choose one of {', '.join(forms.FORMS)}, none")
     if heads.num_future == 1 and form not in (None, "none"):
         raise UserError(f"form={form!r}, but the model has no extra heads; leave it out")
     if heads.num_future == 1 or form == "none":
@@ -34,10 +34,10 @@ def choose_form(arch: Arch, origin: Origin | None, form: str | None) -> str:
     came = origin.form if origin is not None else ""
     if heads.draft_vocab:
         raise UserError(
-            f"heads.draft_vocab={heads.draft_vocab}: no form that is written here holds heads over a part of the "
-            "vocabulary; use form 'none' to write the model without them"
+            f"heads.draft_vocab={heads.draft_vocab}: no form can hold heads with a draft vocabulary; use form 'none' "
+            "to write the model without heads"
         )
-    # What a record overruled when they came is in the record that goes with them.
+    # If the record of the import changed settings of the form, the record of the export has these settings, too.
     if came and form in (None, came) and (_as_it_came(arch, origin) or not _misfit(forms.FORMS[came], arch)):
         return came
     if form is None:
@@ -46,10 +46,10 @@ def choose_form(arch: Arch, origin: Origin | None, form: str | None) -> str:
         fitting = [name for name in (*wanted, *usual) if not _misfit(forms.FORMS[name], arch)]
         form = next(iter((*fitting, *usual)), None)
     if form is None:
-        remedy = "use form 'none' to write the model without them"
-        raise UserError(f"heads.kind={heads.kind!r} has no form that others read; {remedy}")
+        remedy = "use form 'none' to write the model without heads"
+        raise UserError(f"heads.kind={heads.kind!r} has no form that other projects read; {remedy}")
     if misfit := _misfit(forms.FORMS[form], arch):
-        by_meta = "'meta' (Meta's layout, which no server takes) or " if _meta_holds(arch) else ""
+        by_meta = "'meta' (Meta's layout, which no server reads) or " if _meta_holds(arch) else ""
         remedy = f"use form {by_meta}'none' (without heads), or heads that `mtp import --form` made"
         raise UserError(f"the form {form!r} cannot hold these heads: {misfit}; {remedy}")
     return form
@@ -67,7 +67,7 @@ def _meta_holds(arch: Arch) -> bool:
 
 
 def _as_it_came(arch: Arch, origin: Origin | None) -> bool:
-    """Whether the heads are set as those that the model came with."""
+    """Whether the heads have the settings of the heads that the model was imported with."""
     return origin is not None and dataclasses.asdict(arch.heads) == origin.heads
 
 
@@ -81,7 +81,7 @@ def _misfit(form: forms.Form, arch: Arch) -> str:
     if form.modules and sets(arch) > form.modules:
         return f"it holds one module, not {sets(arch)}"
     if form.name == "mtp" and sets(arch) > arch.model.num_layers:
-        return f"transformers mistakes heads beyond the model's {arch.model.num_layers} layers for layers"
+        return f"transformers reads more heads than the model's {arch.model.num_layers} layers as layers"
     if any(FACTS[kind].chains_tokens for kind in kinds) and (why := _unlike_llama(arch.model)):
         return why
     expected.pop("kind", None)
@@ -102,19 +102,19 @@ def _misfit(form: forms.Form, arch: Arch) -> str:
 
 
 def _unlike_llama(model: ModelConfig) -> str:
-    """What a model does that those who read sequential heads leave out in heads; "" if nothing."""
+    """A feature of the model that other projects do not build into sequential heads; "" if there is none."""
     if model.norm == "layer":
-        return "others build these heads with RMSNorm, and the model has LayerNorm"
+        return "other projects build these heads with RMSNorm, but the model has LayerNorm"
     for name in ("residual_scale", "logit_scale"):
         if getattr(model, name) != 1:
-            return f"others build these heads without model.{name}={getattr(model, name)}"
+            return f"other projects build these heads without model.{name}={getattr(model, name)}"
     if "nope" in model.layers:
-        return "others build these heads with positions in every layer, and the model has layers without"
+        return "other projects build these heads with positions in every layer, but the model has layers without"
     return ""
 
 
 def write_beside(directory: pathlib.Path, form: str, arch: Arch, entries: list[Entry], trunk: dict[str, Any]) -> None:
-    """A directory `heads` beside the weights, as the code that reads this form wants it."""
+    """Writes a directory `heads` next to the weights, in the layout that readers of this form expect."""
     model = arch.model
     heads = arch.heads
     target = directory / "heads"
@@ -145,7 +145,7 @@ def write_beside(directory: pathlib.Path, form: str, arch: Arch, entries: list[E
 
 
 def repeated(entry: Architecture, arch: Arch, origin: Origin | None, form: str) -> dict[str, str]:
-    """Which tensors repeat which: those that came so, but none of heads that are no longer there."""
+    """Tensors that repeat another one: as in the import, but without those of heads that are no longer there."""
     came = origin.repeated if origin is not None else {}
     heads = forms.repeats(forms.FORMS[form], entry, arch) if form else {}
     if origin is not None and origin.form == form and _as_it_came(arch, origin):

@@ -1,10 +1,10 @@
-"""Heads in a file of their own, for a model that others have: one safetensors file.
+"""A safetensors file that holds only heads, for a model that users get elsewhere.
 
     heads/blocks/attn/q, ...  draft_ids     parameters by path, in bfloat16 or float32
     metadata                                the `heads` section of the config; name and digest of the model they read
 
-Heads are of use to the very model that they were trained on and to no other. So the file says which that is, by a
-digest of its parameters. The package holds such a file for `smollm2` in `mtp_jax/shipped`; `mtp accelerate` made it.
+Heads are only useful for the model that they were trained on. So the file identifies this model by a digest of its
+parameters. The package has such a file for `smollm2` in `mtp_jax/shipped`, which `mtp accelerate` made.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from mtp_jax.sharding import abstract_params
 from mtp_jax.trees import by_path, digest_of
 
 Opened = TypeVar("Opened")
-"""A `loading.LoadedModel`, which is made above this file."""
+"""A `loading.LoadedModel`. This file cannot import it, because `loading` imports this file."""
 OF_HEADS = ("heads", "draft_ids")
 SHIPPED = pathlib.Path(__file__).parents[1] / "shipped"
 SHIPPED_SHA256 = {"smollm2": "2b86144293ea0df972cdc1903ec5b6d62a212e6018da9a2755f7a0fd8777d112"}
-"""Files of heads in the package, by the name of their model."""
+"""SHA-256 of the files of heads in the package, by the name of the model."""
 
 
 def write_heads(lm: Any, path: str | pathlib.Path, model: str, dtype: str = "bfloat16") -> None:
@@ -38,18 +38,18 @@ def write_heads(lm: Any, path: str | pathlib.Path, model: str, dtype: str = "bfl
 
     Args:
       lm: a loaded model with heads and its stacked parameters.
-      path: of the file.
-      model: what to call the model that they belong to.
-      dtype: of the heads' parameters in the file.
+      path: path of the file.
+      model: name of the model that the heads belong to.
+      dtype: dtype of the heads' parameters in the file.
 
     Raises:
-      UserError: a model without heads.
+      UserError: the model has no heads.
     """
     from safetensors.flax import save_file
 
     params = lm.stacked_params()
     if "heads" not in params:
-        raise UserError("this model has no extra heads (heads.num_future=1), so there are none to write")
+        raise UserError("this model has no extra heads (heads.num_future=1), so there is nothing to write")
     tensors = {
         name: jnp.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
         for name, leaf in by_path({name: params[name] for name in OF_HEADS if name in params}).items()
@@ -59,27 +59,27 @@ def write_heads(lm: Any, path: str | pathlib.Path, model: str, dtype: str = "bfl
 
 
 class OtherModel(UserError):
-    """Heads for another model."""
+    """The heads belong to another model."""
 
 
 def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Opened:
-    """A model with the heads of a file, in place of its own.
+    """A model with the heads of a file instead of its own heads.
 
     Args:
       lm: a loaded model with its stacked parameters.
-      path: what `write_heads` wrote.
-      check: whether to compare the model with the one that the heads were trained on, which reads all of it.
+      path: a file that `write_heads` wrote.
+      check: whether to check that the heads were trained on this model. The check reads all parameters.
 
     Raises:
-      UserError: no such file, or heads for another model.
+      UserError: the file does not exist, or its heads belong to another model.
     """
     said, tensors = _read(pathlib.Path(path))
     params = {name: tree for name, tree in lm.stacked_params().items() if name not in OF_HEADS}
     if check and _digest(params) != said["digest"]:
         raise OtherModel(
-            f"{path} holds heads for {said['model']}, whose parameters are others than those of this model; heads are "
-            "of no use to another model. Load that one, as it came and in its own dtype, or train heads for this one: "
-            "mtp accelerate"
+            f"{path} holds heads for {said['model']}, but this model has other parameters, and heads fit only the "
+            "model that they were trained on; load that model, unchanged and in its original dtype, or train heads for "
+            "this one with mtp accelerate"
         )
     fields = json.loads(said["heads"])
     config = override(lm.config, {f"heads.{name}": value for name, value in fields.items()})
@@ -87,14 +87,14 @@ def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Open
     wanted = {name: tree for name, tree in abstract_params(lm.mesh, boxed).items() if name in OF_HEADS}
     by_name = by_path(wanted)
     if {name: leaf.shape for name, leaf in by_name.items()} != {name: t.shape for name, t in tensors.items()}:
-        raise UserError(f"{path} holds heads of other shapes than {said['model']} has; is it the right model?")
+        raise UserError(f"the heads in {path} do not have the shapes of {said['model']}; give the file that fits")
     leaves = [jax.device_put(tensors[name].astype(leaf.dtype), leaf.sharding) for name, leaf in by_name.items()]
     params |= jax.tree.unflatten(jax.tree.structure(wanted), leaves)
     return dataclasses.replace(lm, config=config, params=params)
 
 
 def _digest(params: Any) -> str:
-    """Of the model alone."""
+    """The digest of the trunk."""
     return digest_of({name: tree for name, tree in params.items() if name not in (*OF_HEADS, "token_order")})
 
 
@@ -106,29 +106,31 @@ def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
             said = file.metadata() or {}
             tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} holds no heads that can be read: {error}; give what write_heads wrote") from error
+        raise UserError(f"the heads in {path} cannot be read: {error}; give a file that write_heads wrote") from error
     if missing := {"heads", "model", "digest"} - said.keys():
-        raise UserError(f"{path} does not say its {', '.join(sorted(missing))}; give what write_heads wrote")
+        raise UserError(
+            f"{path} has no {', '.join(sorted(missing))} in its metadata; give a file that write_heads wrote"
+        )
     return said, tensors
 
 
 def with_shipped(lm: Opened, source: str | pathlib.Path, notify: Callable[[str], None]) -> Opened:
-    """The model of a source with the heads that the package holds for it; as it is where it holds none.
+    """The model with the heads that the package has for its source. Without such heads it is returned unchanged.
 
-    The hub has the model's own weights, the package index those of a smaller file, which the heads were trained on.
-    They go onto either, because both say nearly the same; `notify` is told.
+    The hub has the original weights. The package index has a quantised file, which the heads were trained on. The heads
+    are used with both, because both models predict nearly the same. `notify` is called if it is the other one.
 
     Raises:
-      UserError: the file in the package was changed.
+      UserError: the file in the package is missing or was changed.
     """
     name = str(source)
     if name not in SHIPPED_SHA256 or not is_named(source):
         return lm
     path = SHIPPED / f"{name}.safetensors"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHIPPED_SHA256[name]:
-        raise UserError(f"{path} is missing or not the file that belongs there; install mtp_jax again")
+        raise UserError(f"{path} is missing or was changed; install mtp_jax again")
     try:
         return with_heads(lm, path)
     except OtherModel:
-        notify(f"{name}: its heads were trained on another form of this model; they may draft a little worse")
+        notify(f"{name}: its heads were trained on other weights of this model, so they may draft a little worse")
         return with_heads(lm, path, check=False)

@@ -22,7 +22,7 @@ CONFIG_NAME = "config.json"
 
 
 def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A config's fields as today's transformers reads them, its defaults filled in, and the defaults."""
+    """The fields of a config as the installed transformers reads them, with defaults filled in; and the defaults."""
     quiet_transformers()
     from transformers import CONFIG_MAPPING
     from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
@@ -41,9 +41,9 @@ def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[s
 
 
 def _told(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The fields that transformers is given: copies, since it writes into them.
+    """Copies of the fields that transformers gets. It writes into them, so they must be copies.
 
-    It is strict about types, also of fields that change no number, and where null has always meant "off".
+    transformers is strict about types. So fields that change no number are left out, and fields with null for "off".
     """
     empty = {name for name, value in raw.items() if value is None and not defaults.get(name)}
     return {n: copy.deepcopy(value) for n, value in raw.items() if n not in empty and not files.matches(n, UNTOLD)}
@@ -60,8 +60,8 @@ def architecture(raw: dict[str, Any]) -> Architecture:
 def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any]]:
     """See `leaving.Writing`.
 
-    The architecture is the first one whose own reading of what it writes is that model again: a wrong inverse finds no
-    taker.
+    The architecture is the first one for which writing and reading again gives the same model. So an architecture that
+    does not fit, or that writes a wrong field, is not chosen.
     """
     if not isinstance(arch.model, ModelConfig):
         raise UserError(
@@ -86,8 +86,8 @@ def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any
             return entry, raw
         if different is not None and (nearest is None or len(different) < len(nearest[0])):
             nearest = different, entry.model_type
-    reason = f"; {nearest[1]} comes nearest, but for {', '.join(f'model.{n}' for n in nearest[0])}" if nearest else ""
-    raise UserError(f"no Hugging Face architecture that we know holds this model{reason}")
+    reason = f"; the closest is {nearest[1]}, without {', '.join(f'model.{n}' for n in nearest[0])}" if nearest else ""
+    raise UserError(f"no known Hugging Face architecture can hold this model{reason}")
 
 
 def _read_back(entry: Architecture, raw: dict[str, Any]) -> ModelConfig | None:
@@ -106,9 +106,9 @@ def write(directory: pathlib.Path, leaving: Leaving, shard_bytes: int) -> dict[s
 
 
 def _config_fields(leaving: Leaving) -> dict[str, Any]:
-    """The fields of config.json: as they came if nothing changed, else for transformers 4 and 5 alike."""
+    """The fields of config.json: the original ones if nothing changed, otherwise fields for transformers 4 and 5."""
     raw = with_head_fields(leaving.raw, leaving.form, leaving.arch)
-    # Of the largest tensor; loaders take it for all.
+    # Of the largest tensor; loaders use it for all.
     dtype = max(leaving.entries, key=lambda one: one.nbytes).dtype.name
     named = [name for name in spellings.DTYPES if name in raw] or spellings.DTYPES
     raw = raw | dict.fromkeys(named, dtype)
@@ -120,7 +120,7 @@ def _config_fields(leaving: Leaving) -> dict[str, Any]:
 
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-"""Said in so many words, because every architecture has defaults of its own."""
+"""These fields are always written, because every architecture has other defaults for them."""
 
 
 def _token_fields(tokenizer: Any) -> dict[str, int | None]:
@@ -133,7 +133,7 @@ HEAD_FIELDS = ("num_mtp_layers", "mtp_layer_types", "mtp_hidden_states_first", *
 
 
 def with_head_fields(raw: dict[str, Any], form: str, arch: Arch) -> dict[str, Any]:
-    """A config.json that speaks of the heads inside the checkpoint, and of none that were there before."""
+    """The fields of config.json with those of the heads in the checkpoint. Fields of earlier heads are removed."""
     depths = sets(arch)
     fields = {}
     if form == "mtp":
@@ -141,7 +141,7 @@ def with_head_fields(raw: dict[str, Any], form: str, arch: Arch) -> dict[str, An
         fields = {"num_mtp_layers": depths, "mtp_layer_types": [kind] * depths}
         fields |= {"mtp_hidden_states_first": True} if arch.heads.concat == "hidden_first" else {}
     elif form in COUNTS:
-        # Qwen's families differ in what they call it.
+        # The Qwen families have different names for this field.
         known = [name for name in (COUNTS["deepseek"], COUNTS["qwen"]) if form == "qwen" and name in raw]
         fields = dict.fromkeys(known or [COUNTS[form]], depths)
     return {name: value for name, value in raw.items() if name not in HEAD_FIELDS} | fields

@@ -1,4 +1,4 @@
-"""`mtp import`: a Hugging Face checkpoint as a directory of ours, with fresh heads if wanted."""
+"""`mtp import`: makes a model directory of ours from a checkpoint, with new heads if wanted."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from mtp_jax.runs.workdir import CONFIG
 
 
 class _NoData:
-    """An import has read no data."""
+    """The data position of an import, which has read no data."""
 
     def get_state(self) -> dict[str, Any]:
         return {}
@@ -50,31 +50,31 @@ def import_model(
     mesh: Mesh | None = None,
     notify: Notify = say,
 ) -> Config:
-    """Makes a model directory of ours from a checkpoint; `load`, `mtp generate` and `train.init_from` take it.
+    """Makes a model directory of ours from a checkpoint; `load`, `mtp generate` and `train.init_from` read it.
 
     Args:
       source: a Hugging Face directory or hub id, a directory in Meta's layout, a GGUF file, or `smollm2`.
-      out: the directory to make; it must not exist, or be empty.
-      heads: fresh heads to add, in place of those of the checkpoint; the next-token path keeps every bit.
-      form: fresh heads as this form of `convert.forms` needs them; export then writes them so.
-      head_settings: more fields of `HeadsConfig` with `form`, such as `num_future`.
+      out: the directory to make; it must be empty or not exist.
+      heads: new heads, instead of those of the checkpoint. The trunk keeps every bit.
+      form: adds new heads with the settings of this form of `convert.forms`. Export then writes them in this form.
+      head_settings: with `form`: more fields of `HeadsConfig`, such as `num_future`.
       heads_from: a file or directory of trained heads, in a form of `convert.forms`.
-      dtype: `float32` or `bfloat16`; None keeps that of the files.
-      ignore: patterns of config fields and tensor names to leave out of account; such tensors travel along to export.
-      seed: of fresh heads.
-      mesh: devices to make it on; None takes the default one.
-      notify: receives lines about what was found.
+      dtype: `float32` or `bfloat16`; None keeps the dtype of the files.
+      ignore: patterns of config fields and tensor names to ignore. Export writes the ignored tensors again.
+      seed: seed for new heads.
+      mesh: devices that hold the parameters; None uses the default mesh.
+      notify: is called with lines of text about what was found.
 
     Returns:
       The config of the model.
 
     Raises:
-      UserError: see `convert.reader.open_checkpoint`; nothing half-written is left.
+      UserError: see `convert.reader.open_checkpoint`. Then no partial directory is left.
     """
     if (heads is not None) + (form is not None) + (heads_from is not None) > 1:
-        raise UserError("fresh heads (heads, form) and heads_from exclude one another; choose one of them")
+        raise UserError("heads, form and heads_from cannot be combined; give only one of them")
     if 1 in ((head_settings or {}).get("num_future"), heads and heads.num_future):
-        raise UserError("num_future=1 is the model without extra heads; leave heads out, or use 2 or more")
+        raise UserError("num_future=1 is a model without extra heads; leave heads out, or use num_future=2 or more")
     with whole_directory(out) as directory:
         checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
         tokenizer = checkpoint.tokenizer()
@@ -86,15 +86,15 @@ def import_model(
             heads = forms.preset(form, arch.model, **(head_settings or {}))
         if heads is not None and heads.draft_vocab:
             raise UserError(
-                f"heads.draft_vocab={heads.draft_vocab} is chosen from training text, which an import has not; give it "
-                "to the run that trains the heads: train.init_from, train.init_heads='new'"
+                f"heads.draft_vocab={heads.draft_vocab} needs training text, but an import has none; set it in the run "
+                "that trains the heads, with train.init_from and train.init_heads='new'"
             )
         if heads is not None:
             params = {name: tree for name, tree in params.items() if name != "heads"}
             arch = dataclasses.replace(arch, heads=heads)
             sharding.check_mesh(mesh, arch)
             params["heads"] = _fresh_heads(arch, mesh, params, seed)
-            came = f" in place of {checkpoint.arch.heads.num_future - 1}" if checkpoint.form else ""
+            came = f" instead of {checkpoint.arch.heads.num_future - 1}" if checkpoint.form else ""
             notify(f"added {heads.num_future - 1} {heads.kind} head(s), untrained{came}")
         place = _save_tokenizer(directory, tokenizer, pathlib.Path(out), notify)
         config = Config.around(arch, place)
@@ -111,7 +111,7 @@ def import_model(
 
 
 def _fresh_heads(arch: Arch, mesh: Mesh, trunk: Any, seed: int) -> Any:
-    """Heads as `heads.init` says, on the mesh."""
+    """New heads on the mesh, initialised as `heads.init` says."""
     boxed = jax.eval_shape(lambda: mtp.init_boxed(arch, jax.random.key(0)))
     shardings = sharding.param_shardings(mesh, boxed)["heads"]
 
@@ -123,7 +123,7 @@ def _fresh_heads(arch: Arch, mesh: Mesh, trunk: Any, seed: int) -> Any:
 
 
 def _warn_of_export(arch: Arch, origin: Origin, notify: Notify) -> None:
-    """Says now, and not after training, that nobody else reads such heads."""
+    """Tells the user before training, not after it, if no form of other projects can hold the heads."""
     try:
         choose_form(arch, origin, None)
     except UserError as error:
@@ -131,7 +131,7 @@ def _warn_of_export(arch: Arch, origin: Origin, notify: Notify) -> None:
 
 
 def _save_tokenizer(directory: pathlib.Path, tokenizer: HubTokenizer | None, out: pathlib.Path, notify: Notify) -> str:
-    """Keeps the tokenizer where training looks for it; returns what `data.tokenizer` is to be."""
+    """Writes the tokenizer to the place where training reads it. Returns the value for `data.tokenizer`."""
     if tokenizer is None:
         return "none"
     (directory / "data").mkdir()
@@ -139,6 +139,6 @@ def _save_tokenizer(directory: pathlib.Path, tokenizer: HubTokenizer | None, out
         save_for_training(tokenizer, directory / "data" / "tokenizer.json")
     except UserError as error:
         shutil.rmtree(directory / "data")
-        notify(f"training needs another tokenizer: {error}")
+        notify(f"training cannot use this tokenizer: {error}")
         return "none"
     return str(out.absolute() / "data" / "tokenizer.json")

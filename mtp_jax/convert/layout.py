@@ -1,4 +1,4 @@
-"""What an entry in the table of architectures is made of: slots, and rows of fused matrices."""
+"""The parts of an entry in the table of architectures: slots, and rows of fused matrices."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ class Slot(NamedTuple):
     ours: str
     theirs: str
     rows: Rows | None = None
-    """Which rows of that tensor; all of them by default."""
+    """The rows of the tensor that hold the parameter; None is all rows."""
 
 
 BUFFERS = ("*rotary_emb.inv_freq", "*rotary_emb.cos_cached", "*rotary_emb.sin_cached", "*.position_ids")
-"""Tables that old files hold, and that follow from the config."""
+"""Tables in old files that can be computed from the config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +32,27 @@ class Architecture:
 
     model_type: str
     class_name: str
-    """The class with a language model head."""
+    """Name of the class with a language model head."""
     settings: tuple[Setting, ...]
     block: tuple[Slot, ...]
-    """Of one block, below `layer`."""
+    """Slots of one block. The tensor names follow the prefix `layer`."""
     layer: str = "model.layers.{i}."
     embed: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm"
     unembed: str = "lm_head.weight"
     buffers: tuple[str, ...] = BUFFERS
-    """Tensors of old files that hold no parameter."""
+    """Tensors of old files that are not parameters."""
     also: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Other names that files have for a tensor."""
+    """Other names that some files use for a tensor."""
     unused: tuple[str, ...] = ()
-    """Fields that say nothing about this architecture."""
+    """Config fields that have no effect in this architecture."""
     older: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What fields are called in transformers 4, where it is another name than in most architectures."""
+    """Names of fields in transformers 4 that differ from those of most architectures."""
     refuse: Callable[[dict[str, Any]], str | None] = lambda raw: None
-    """What in a config file is beyond us, in words, if anything."""
+    """Returns the feature of a config file that is not implemented, in words; None if there is none."""
 
     def slots(self) -> tuple[Slot, ...]:
-        """The whole model; blocks of all layers."""
+        """The slots of the whole model."""
         outer = (
             Slot("embed/table", self.embed),
             *both("final_norm", self.final_norm),
@@ -61,16 +61,27 @@ class Architecture:
         return (*outer, *self.block_slots("blocks", self.layer))
 
     def block_slots(self, ours: str, theirs: str) -> tuple[Slot, ...]:
-        """Blocks below a path of ours, and below a prefix of their names."""
+        """The slots of the blocks.
+
+        Args:
+          ours: path of the blocks in our parameters.
+          theirs: prefix of the tensor names.
+        """
         return tuple(Slot(f"{ours}/{slot.ours}", theirs + slot.theirs, slot.rows) for slot in self.block)
 
     def read(
         self, values: dict[str, Any], defaults: dict[str, Any], origin: str, ignore: Sequence[str] = ()
     ) -> ModelConfig:
-        """The `model` section that the fields of a config file stand for.
+        """The `model` section for the fields of a config file.
+
+        Args:
+          values: the fields.
+          defaults: the default values of this architecture.
+          origin: name of the file in error messages.
+          ignore: patterns of fields to ignore.
 
         Raises:
-          UserError: a field that is missing, or that we do not implement.
+          UserError: a field is missing, or is not implemented.
         """
         given = Given(values, origin)
         fields = {}
@@ -83,16 +94,16 @@ class Architecture:
             raise UserError(f"{origin}: {error}") from error
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """The fields of a config file for a model; reading them shows whether it is one of this architecture."""
+        """The fields of a config file for a model. If reading them gives another model, this architecture is wrong."""
         return {name: value for setting in self.settings for name, value in setting.write(model).items()}
 
 
 NOT_COMPUTED = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
-"""Settings of the model that its config file does not speak of, or that may grow."""
+"""Settings of the model that a config file does not have, or that may be increased."""
 
 
 def differing(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Fields in which two models compute different things."""
+    """Names of the fields that make two models compute different results."""
     return [
         field.name
         for field in dataclasses.fields(ModelConfig)
@@ -101,12 +112,12 @@ def differing(one: ModelConfig, other: ModelConfig) -> list[str]:
 
 
 def both(ours: str, theirs: str) -> tuple[Slot, Slot]:
-    """Scale and bias of a norm; a norm without a bias has no such parameter, and the slot goes unused."""
+    """The slots of a norm's scale and bias. If the norm has no bias, that slot is not used."""
     return Slot(f"{ours}/scale", f"{theirs}.weight"), Slot(f"{ours}/bias", f"{theirs}.bias")
 
 
 def matrix(ours: str, theirs: str, rows: Rows | None = None) -> tuple[Slot, Slot]:
-    """A matrix and its bias, if it has one."""
+    """The slots of a matrix and of its bias. If the matrix has no bias, that slot is not used."""
     return Slot(ours, f"{theirs}.weight", rows), Slot(f"{ours}_bias", f"{theirs}.bias", rows)
 
 
@@ -133,7 +144,7 @@ STACKED_UP = _span(lambda model: model.d_ff, lambda model: model.d_ff)
 
 
 def interleaved(part: int) -> Rows:
-    """Query, key and value of each head lie together (GPT-NeoX)."""
+    """Rows of queries (part 0), keys (1) or values (2), if they are stored together for each head (GPT-NeoX)."""
 
     def rows(model: ModelConfig) -> np.ndarray:
         count = 3 * model.num_heads * model.head_dim
@@ -143,7 +154,7 @@ def interleaved(part: int) -> Rows:
 
 
 def turned_pairs(heads: Callable[[ModelConfig], int]) -> Rows:
-    """Meta turns neighbouring dimensions, 2i and 2i + 1; we turn i and i + H/2."""
+    """The order of rows for rotary pairs: Meta rotates dimensions 2i and 2i + 1 together, we rotate i and i + H/2."""
 
     def rows(model: ModelConfig) -> np.ndarray:
         count = heads(model)

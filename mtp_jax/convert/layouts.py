@@ -1,9 +1,9 @@
 """Layouts of a checkpoint on disk: Hugging Face's directory, Meta's directory, a GGUF file.
 
-The rest of `convert` knows tensors by the names of an `Architecture`, and settings by the fields of its config. A
-layout says where they are: it recognises and opens a checkpoint, reads its tokenizer, and copies what lies next to the
-weights; its `writing` says how models leave. Reader, writer and origin ask the table `LAYOUTS` and know no layout by
-name. A new one is a class and a row there; from outside the package, `register` adds the row.
+The rest of `convert` knows only the tensor names of an `Architecture` and the fields of its config. A layout finds them
+on disk: it recognises and opens a checkpoint, reads its tokenizer, and copies the other files next to the weights. Its
+`writing` writes models. Reader, writer and origin use the table `LAYOUTS` and know no layout by name. A new layout is a
+class and a row there; `register` adds a row from outside the package.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from mtp_jax.errors import UserError
 
 CONFIG = hugging_face.CONFIG_NAME
 MANIFEST = "tensors.json"
-"""What an import notes of the tensors that it came from."""
+"""File in which an import notes the dtypes and names of the original tensors."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
 OURS = (CONFIG, PARAMS, record.RECORD, "*.index.json", MANIFEST)
 TEMPLATES = "additional_chat_templates"
@@ -36,7 +36,7 @@ SIDECAR_BYTES = 200 * 10**6
 
 
 class Opened(NamedTuple):
-    """A next-token model in files, understood and not read yet."""
+    """A trunk in files. Its config is read, its tensors are not read yet."""
 
     architecture: Architecture
     raw: dict[str, Any]
@@ -50,30 +50,30 @@ class Layout(Protocol):
 
     path: pathlib.Path
     says: str
-    """What says how large the model is, for errors."""
+    """The file or part of the file that gives the shape of the model, for error messages."""
     writing: ClassVar[Writing]
-    """How models leave that came in this layout. `Opened` has its architectures and config fields; an import keeps the
-    config under its `CONFIG_NAME`."""
+    """How a model that came in this layout is written. It has the architectures and config fields of `Opened`. An import
+    keeps the config under its `CONFIG_NAME`."""
 
     @classmethod
     def recognises(cls, path: pathlib.Path) -> bool:
         """Whether a path is a checkpoint in this layout, or a folder where an import kept the config of one."""
 
     def open(self, ignore: Sequence[str]) -> Opened:
-        """What the model is, and its tensors by the names of its architecture.
+        """Reads the config, and finds the tensors by the names of its architecture.
 
         Args:
-          ignore: patterns of fields and tensors to leave out of account.
+          ignore: patterns of fields and tensors to ignore.
 
         Raises:
-          UserError: what is missing, damaged or not implemented, by name.
+          UserError: something is missing, damaged or not implemented. The error names it.
         """
 
     def spelled(self, name: str) -> str:
-        """What the files call a tensor of the architecture."""
+        """The name in the files of a tensor of the architecture."""
 
     def tokenizer(self, ignore: Sequence[str]) -> HubTokenizer | None:
-        """The tokenizer; None where there is none."""
+        """The tokenizer; None if there is none."""
 
     def copy_sidecars(self, target: pathlib.Path) -> None:
         """Writes tokenizer, chat template, generation config and licence into a directory of Hugging Face's layout."""
@@ -85,7 +85,7 @@ def recognised(path: pathlib.Path) -> type[Layout] | None:
 
 
 def layout_of(path: pathlib.Path) -> Layout:
-    """A path in its layout. One that is in none counts as Hugging Face's, which says what it lacks."""
+    """The layout of a path. A path in no layout counts as Hugging Face's, and opening it says what is missing."""
     return (recognised(path) or HuggingFace)(path)
 
 
@@ -118,7 +118,7 @@ class HuggingFace:
         return Opened(entry, raw, model, open_directory(self.path, (*entry.buffers, *tied)))
 
     def spelled(self, name: str) -> str:
-        """Its own name."""
+        """The name itself: the files use the names of the architecture."""
         return name
 
     def tokenizer(self, ignore: Sequence[str]) -> HubTokenizer | None:
@@ -126,7 +126,7 @@ class HuggingFace:
         return load_hub_tokenizer(self.path)
 
     def copy_sidecars(self, target: pathlib.Path) -> None:
-        """Copies all that are no weights."""
+        """Copies all files that are not weights."""
         for path in sorted(self.path.iterdir()):
             skip = any(path.match(pattern) for pattern in (*WEIGHTS, *OURS))
             if path.is_file() and not skip and path.stat().st_size < SIDECAR_BYTES and not path.name.startswith("."):
@@ -137,7 +137,7 @@ class HuggingFace:
 
 @dataclasses.dataclass(frozen=True)
 class Meta(HuggingFace):
-    """A directory with params.json and one file of weights; the rest lies in it as in one of Hugging Face."""
+    """A directory with params.json and one file of weights. Its other files are as in a Hugging Face directory."""
 
     says: str = PARAMS
     writing: ClassVar[Writing] = meta
@@ -160,7 +160,7 @@ class Meta(HuggingFace):
 
 @dataclasses.dataclass(frozen=True)
 class Gguf:
-    """A GGUF file; once it was imported or exported, it is a directory of Hugging Face."""
+    """A GGUF file. Import and export turn it into a Hugging Face directory."""
 
     path: pathlib.Path
     says: str = "its metadata"
@@ -198,7 +198,7 @@ class Gguf:
         return tokenizer.open_tokenizer(self.header, ignore)
 
     def copy_sidecars(self, target: pathlib.Path) -> None:
-        """Writes what the metadata hold of them."""
+        """Writes tokenizer, chat template and end tokens, which are in the metadata."""
         found = self.tokenizer((tokenizer.PRE,))
         if found is None:
             return
@@ -212,14 +212,14 @@ LAYOUTS: dict[str, type[Layout]] = {"huggingface": HuggingFace, "meta": Meta, "g
 
 
 def register(name: str, layout: type[Layout]) -> None:
-    """Adds a layout from outside the package: `load`, `mtp import` and all that reads checkpoints then take it.
+    """Adds a layout from outside the package. `load`, `mtp import` and all other readers of checkpoints then use it.
 
     Args:
-      name: a new one.
-      layout: a class that is made of a path and has what `Layout` asks for.
+      name: a new name.
+      layout: a class that is made from a path and has the functions of `Layout`.
 
     Raises:
-      UserError: a layout of that name.
+      UserError: there is a layout of that name already.
     """
     if name in LAYOUTS:
         raise UserError(f"there is a checkpoint layout {name!r} already; take another name")
@@ -230,12 +230,14 @@ def register(name: str, layout: type[Layout]) -> None:
 
 
 def check_kind(path: pathlib.Path) -> None:
-    """Refuses what is no whole checkpoint of its own; other layouts than Hugging Face's do so themselves."""
+    """Refuses a directory that is not a complete checkpoint of another project. Other layouts check this themselves."""
     found = recognised(path)
     if path.is_file() or found not in (None, HuggingFace):
         return
     if "model" in _config_keys(path):
-        raise UserError(f"{path} is a directory of ours already; `mtp generate`, `train` and `export` take it")
+        raise UserError(
+            f"{path} is already a directory of mtp_jax; use it directly with `mtp generate`, `train` or `export`"
+        )
     foreign.refuse_adapter(path)
     if not (path / CONFIG).is_file():
         foreign.refuse_without_config(path)

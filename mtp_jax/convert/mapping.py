@@ -1,7 +1,7 @@
-"""Our parameters to tensors of files and back: one list of pieces, used in both directions.
+"""Maps our parameters to the tensors of files, with one list of pieces for both directions.
 
-A matrix of ours is [inputs..., outputs...], stacked over layers; in the files it is [outputs, inputs], one tensor per
-layer, and it may be some rows of a fused tensor. Norms, biases and embeddings have the same layout in both.
+A matrix of ours is [inputs..., outputs...], stacked over layers. In the files it is [outputs, inputs], with one tensor
+per layer, and it may be some rows of a fused tensor. Norms, biases and embeddings have the same layout in both.
 """
 
 import dataclasses
@@ -21,34 +21,34 @@ from mtp_jax.trees import by_path
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A parameter of one layer and the tensor, or rows of it, that holds it."""
+    """The parameter of one layer, and the tensor (or its rows) that holds it."""
 
     path: str
-    """Of the stacked parameter, as `blocks/attn/q`."""
+    """Path of the stacked parameter, for example `blocks/attn/q`."""
     at: tuple[int, ...]
-    """Where on its leading axes."""
+    """Index of the layer (and expert) on the leading axes of the stacked parameter."""
     name: str
-    """Of the tensor."""
+    """Name of the tensor."""
     shape: tuple[int, ...]
-    """Of the parameter of one layer."""
+    """Shape of the parameter of one layer."""
     rows: np.ndarray | None = None
-    """Of the tensor; None is all."""
+    """Rows of the tensor that hold it; None is all rows."""
 
     @property
     def flat(self) -> tuple[int, ...]:
-        """The shape that its rows have in the tensor."""
+        """Shape of the parameter's rows in the tensor."""
         if not is_matrix(self.path):
             return self.shape if self.path.endswith("table") else (math.prod(self.shape),)
         inputs = 2 if self.path.endswith("/o") else 1
         return math.prod(self.shape[inputs:]), math.prod(self.shape[:inputs])
 
     def ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The parameter, out of the tensor: a view of it unless rows were picked."""
+        """The parameter, taken from the tensor. It is a view of the tensor, except if rows are picked."""
         part = tensor if self.rows is None else tensor[self.rows]
         return (part.T if is_matrix(self.path) else part).reshape(self.shape)
 
     def theirs(self, parameter: np.ndarray) -> np.ndarray:
-        """What stands in the tensor's rows."""
+        """The parameter in the layout of the tensor's rows."""
         return parameter.reshape(self.flat[::-1]).T if is_matrix(self.path) else parameter.reshape(self.flat)
 
 
@@ -69,10 +69,11 @@ def expand(
     """The pieces of every slot whose parameter is in `shapes`.
 
     Args:
-      slots: the table; `{i}` and other letters of `numbers` in a name count the first axis, `{e}` counts the second.
-      shapes: of our parameters by path.
-      model: the shape of the model, for the rows of fused tensors.
-      numbers: from a place on the first axis to the letters in names.
+      slots: the table. In a name, `{i}` and the other letters of `numbers` stand for the index on the first axis, `{e}`
+        for that on the second.
+      shapes: shapes of our parameters by path.
+      model: the model's config, for the rows of fused tensors.
+      numbers: gives the values of the letters in names for an index on the first axis.
     """
     pieces = []
     for path, name, rows in slots:
@@ -108,7 +109,7 @@ def tensor_shapes(pieces: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
 
 
 def entries(pieces: Iterable[Piece], params: Any, dtype_of: Callable[[str], np.dtype]) -> list[Entry]:
-    """The tensors that hold these pieces, made one at a time."""
+    """The tensors that hold these pieces. They are made one at a time, when they are written."""
     pieces = list(pieces)
     leaves = by_path(params)
     shapes = tensor_shapes(pieces)

@@ -1,6 +1,6 @@
-"""Checkpoints in the layout of Meta's own Llama code, in which the multi-token models were released.
+"""Checkpoints in the layout of Meta's Llama code. Meta's multi-token models were released in this layout.
 
-`params.json` counts the layers of a model with one head, so that a model with n heads has n - 1 fewer in its trunk.
+The number of layers in `params.json` includes one layer per extra head: with n heads, the trunk has n - 1 layers fewer.
 """
 
 import json
@@ -19,11 +19,11 @@ PARAMS = "params.json"
 CONFIG_NAME = PARAMS
 WEIGHTS = ("consolidated.safetensors", "consolidated.pth", "consolidated.00.pth")
 IGNORED = ("multiple_of", "n_future_tokens", "max_batch_size", "use_scaled_rope")
-"""Fields that are read through others, or say nothing of the model."""
+"""Fields that are read together with others, or do not change the model."""
 
 
 def _inner_width(given: Given) -> dict[str, Any]:
-    """Two thirds of four times the width, by default, rounded up to a multiple."""
+    """Inner width of the feed-forward layer: by default 8/3 of the model's width, rounded up to a multiple."""
     width = int(8 * given("dim") / 3)
     width = int((given("ffn_dim_multiplier", None) or 1) * width)
     multiple = given("multiple_of")
@@ -37,7 +37,7 @@ def _heads(given: Given) -> dict[str, Any]:
 
 
 def _written_shape(model: ModelConfig) -> dict[str, Any]:
-    """Meta's inner width is a formula; a multiple of the whole width says the same."""
+    """Fields for the shape. Meta computes the inner width by a formula; `multiple_of` = d_ff makes it give d_ff."""
     kv_heads = {} if model.num_kv_heads == model.num_heads else {"n_kv_heads": model.num_kv_heads}
     share = model.d_ff / int(8 * model.d_model / 3)
     return {"multiple_of": model.d_ff, "ffn_dim_multiplier": share, "n_heads": model.num_heads, **kv_heads}
@@ -72,27 +72,27 @@ META = Architecture(
 
 
 def open_weights(directory: pathlib.Path) -> Tensors:
-    """The one file of weights; larger models come cut into several, which nobody puts together for us."""
+    """Opens the file of weights. Weights that are split over several files are refused."""
     if (directory / "consolidated.01.pth").is_file():
         raise UserError(
-            f"{directory} holds weights cut for several devices (consolidated.01.pth), which are not "
-            "joined here; take the model's Hugging Face directory (safetensors)"
+            f"{directory} holds weights that are split for several devices (consolidated.01.pth), and joining them is "
+            "not implemented; use the model's Hugging Face directory (safetensors)"
         )
     found = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if found is None:
-        raise UserError(f"{directory} has {PARAMS} but no weights: {' or '.join(WEIGHTS)}")
+        raise UserError(f"{directory} has {PARAMS} but no weights; fetch {' or '.join(WEIGHTS)}")
     return open_file(found)
 
 
 def fields(raw: dict[str, Any], tensors: Tensors, origin: str) -> dict[str, Any]:
-    """Meta's fields, with layers counted as we count them and the vocabulary that the embedding has."""
+    """Meta's fields, with the number of layers in the trunk and the vocabulary size of the embedding."""
     if raw.get("use_scaled_rope"):
-        raise UserError(f"{origin}: use_scaled_rope is not implemented for Meta's layout; take the Hugging Face one")
+        raise UserError(f"{origin}: use_scaled_rope is not implemented for Meta's layout; use the Hugging Face one")
     layers = {int(match[1]) for name in tensors if (match := re.match(r"layers\.(\d+)\.", name))}
     embed = tensors.get(META.embed)
     width = tensors.get("layers.0.feed_forward.w1.weight")
     if embed is None or width is None or not embed.shape:
-        raise UserError(f"{origin}: its weights lack {META.embed} or layers.0.feed_forward.w1.weight")
+        raise UserError(f"{origin}: its weights lack {META.embed} or layers.0.feed_forward.w1.weight; fetch them again")
     return raw | {"vocab_size": embed.shape[0], "n_layers": len(layers)}
 
 
@@ -106,7 +106,7 @@ def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any
     model = arch.model
     heads = arch.heads.num_future
     if model.num_heads * model.head_dim != model.d_model:
-        raise _not_ours(f"model.head_dim={model.head_dim} (it has d_model / num_heads)")
+        raise _not_ours(f"model.head_dim={model.head_dim} (it must be d_model / num_heads)")
     raw = (came.raw if came is not None else {}) | META.write(model)
     if different := differing(META.read(raw, {}, PARAMS, ("*",)), model):
         raise _not_ours(f"model.{different[0]}={getattr(model, different[0])!r}")

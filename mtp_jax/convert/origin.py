@@ -1,4 +1,4 @@
-"""What a model was before it was imported: what export gives back."""
+"""What an import keeps of the original checkpoint, so that export can write it again."""
 
 import dataclasses
 import json
@@ -16,26 +16,26 @@ UNTOUCHED = "untouched.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a model was before it was imported."""
+    """What is known of the original checkpoint of an import."""
 
     layout: Layout
-    """Where its config and tokenizer lie."""
+    """The files with its config and tokenizer."""
     raw: dict[str, Any]
     architecture: Architecture
     form: str
     dtypes: dict[str, str]
-    """Of all its tensors, by name."""
+    """Dtypes of all its tensors, by name."""
     repeated: dict[str, str]
     renamed: dict[str, str]
     untouched: Tensors
     heads: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of the heads that it came with, by name."""
+    """Settings of the heads in the checkpoint, by name."""
     wanted: str = ""
-    """The form that fresh heads were made for."""
+    """The form that new heads were made for; "" if there is none."""
 
     @property
     def directory(self) -> pathlib.Path:
-        """The directory, or one file."""
+        """Path of the checkpoint: a directory or one file."""
         return self.layout.path
 
 
@@ -49,7 +49,7 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
 
 
 def keep_origin(origin: Origin, directory: pathlib.Path) -> None:
-    """Writes an origin into a folder, with tokenizer and all, for `read_origin`."""
+    """Writes an origin and the files next to the weights into a new directory. `read_origin` reads it."""
     directory.mkdir()
     origin.layout.copy_sidecars(directory)
     (directory / origin.layout.writing.CONFIG_NAME).write_text(json.dumps(origin.raw, indent=2) + "\n")
@@ -60,10 +60,10 @@ def keep_origin(origin: Origin, directory: pathlib.Path) -> None:
 
 
 def read_origin(directory: pathlib.Path) -> Origin:
-    """What `keep_origin` wrote.
+    """Reads an origin that `keep_origin` wrote.
 
     Raises:
-      UserError: files that it did not write like this.
+      UserError: the files are damaged.
     """
     layout = layout_of(directory)
     raw = read_json(directory / layout.writing.CONFIG_NAME)
@@ -76,5 +76,5 @@ def read_origin(directory: pathlib.Path) -> Origin:
 
 
 def copied(tensors: Tensors) -> list[Entry]:
-    """Tensors to be written as they are."""
+    """Entries that write tensors unchanged."""
     return [Entry(name, one.shape, one.dtype, lambda one=one: one.array) for name, one in tensors.items()]

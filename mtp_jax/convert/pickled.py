@@ -1,7 +1,7 @@
-"""What a torch file holds, read without torch and without running what is in it.
+"""Reads torch files without torch, and without running code from the file.
 
-A torch file is a zip archive, uncompressed, with a pickle that names tensors and one member per storage. Unpickling may
-call any function by name; here it may rebuild tensors and make ordered dictionaries, and nothing else.
+A torch file is an uncompressed zip archive. It has a pickle that names the tensors, and one member per storage.
+Unpickling can call any function by name. Here it can only rebuild tensors and make ordered dictionaries.
 """
 
 import collections
@@ -33,7 +33,7 @@ STORAGES = {
 
 
 class _Lazy(NamedTuple):
-    """A tensor of the pickle."""
+    """A tensor in the pickle. Its values are not read."""
 
     storage: str
     dtype: np.dtype
@@ -42,10 +42,11 @@ class _Lazy(NamedTuple):
 
 
 def read_pickled(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
-    """Dtype, shape and first byte of every tensor of a state dict.
+    """Dtype, shape and position of the first byte of every tensor in a state dict.
 
     Raises:
-      UserError: not a torch zip file, code in it, or something other than a flat dictionary of contiguous tensors.
+      UserError: the file is not a torch zip file, contains code, or holds something other than a flat dictionary of
+        contiguous tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -55,17 +56,18 @@ def read_pickled(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[np.dt
             places = {name: (_data_start(info, mapped, path), info.file_size) for name, info in members.items()}
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path} is no torch file of tensors ({error}); save it again with a recent torch") from error
+    except Exception as error:  # a damaged pickle may raise any exception
+        raise UserError(f"{path} is not a torch file of tensors ({error}); save it with a recent torch") from error
     tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict) or not all(
         isinstance(name, str) and isinstance(value, _Lazy) for name, value in tree.items()
     ):
-        raise UserError(f"{path} holds no flat dictionary of tensors; save model.state_dict()")
+        raise UserError(f"{path} does not hold a flat dictionary of tensors; save model.state_dict()")
     found = {}
     for name, lazy in tree.items():
         start, size = places.get(lazy.storage, (0, -1))
-        first, last = (at * lazy.dtype.itemsize for at in (lazy.offset, lazy.offset + math.prod(lazy.shape)))
+        first = lazy.offset * lazy.dtype.itemsize
+        last = first + math.prod(lazy.shape) * lazy.dtype.itemsize
         if last > size or start + last > len(mapped):
             raise UserError(f"{path} is cut off inside {name}; fetch it again")
         found[name] = (lazy.dtype, lazy.shape, start + first)
@@ -73,11 +75,12 @@ def read_pickled(path: pathlib.Path, mapped: mmap.mmap) -> dict[str, tuple[np.dt
 
 
 def _data_start(info: zipfile.ZipInfo, mapped: mmap.mmap, path: pathlib.Path) -> int:
-    """Where a member's bytes begin: behind its local header, whose name and extra fields have their own lengths."""
+    """Position of a member's first byte. It follows the local header, whose name and extra field vary in length."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise UserError(f"{path} is a compressed archive, which torch does not write; save it again")
     at = info.header_offset
-    name, extra = (int.from_bytes(mapped[at + i : at + i + 2], "little") for i in (26, 28))
+    name = int.from_bytes(mapped[at + 26 : at + 28], "little")
+    extra = int.from_bytes(mapped[at + 28 : at + 30], "little")
     return at + 30 + name + extra
 
 
@@ -94,14 +97,14 @@ class _Unpickler(pickle.Unpickler):
         if module in ("torch", "torch.storage") and name in STORAGES:
             return np.dtype(STORAGES[name])
         raise UserError(
-            f"{self._path} wants to call {module}.{name} when it is opened; it is refused, because a file of weights "
-            "holds tensors alone. Save model.state_dict() as safetensors"
+            f"{self._path} would call {module}.{name} when it is opened, which is refused, because a file of weights "
+            "needs only tensors; save model.state_dict() as safetensors"
         )
 
     def persistent_load(self, pid: tuple) -> tuple[str, np.dtype]:
         kind, dtype, key = pid[:3]
         if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise UserError(f"{self._path} refers to {pid!r}, which is no storage; save it again")
+            raise UserError(f"{self._path} refers to {pid!r}, which is not a storage; save it again")
         return key, dtype
 
 

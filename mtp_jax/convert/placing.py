@@ -1,4 +1,4 @@
-"""Tensors from mapped files to their place on devices, stacked over layers, two at a time."""
+"""Puts tensors of mapped files onto devices, stacked over layers. Two tensors are handled at a time."""
 
 import collections
 import functools
@@ -18,27 +18,26 @@ from mtp_jax.convert.mapping import Piece, is_matrix
 from mtp_jax.trees import by_path
 
 IN_FLIGHT = 2
-"""Tensors that are on their way at once."""
+"""Number of tensors that are handled at the same time."""
 TILE = 32, 1024
-"""Outputs and inputs that are transposed together: few enough for a processor's cache, and many for one call."""
+"""Numbers of outputs and inputs that are transposed together. A tile fits into the cache and needs few calls."""
 ALIGNMENT = 64
-"""Bytes at a multiple of which memory must begin for XLA to take it as it is."""
+"""Alignment of memory in bytes that XLA needs to use it without a copy."""
 
 Leaves = dict[str, jax.ShapeDtypeStruct]
 
 
 def read(pieces: list[Piece], tensors: Tensors, abstract: Any, step: Callable[[str], None]) -> Any:
-    """Parameters on their devices.
+    """Reads the parameters onto their devices.
 
-    On an accelerator every tensor goes from the mapped file to the device, each device taking its part, and is written
-    into its stack there; the host holds none of them. On a CPU, whose memory is the host's, the stacks are filled where
-    they stay.
+    With accelerators, every tensor goes from the mapped file to the devices, and each device gets its share. There it
+    is written into its stack, so the host has no copy. On a CPU, the stacks are filled directly in their final memory.
 
     Args:
-      pieces: all of them, for every leaf.
-      tensors: what was opened, shapes checked.
+      pieces: the pieces of all parameters.
+      tensors: the opened tensors, with checked shapes.
       abstract: a tree of `jax.ShapeDtypeStruct` with shardings.
-      step: called with the name of every tensor once it was read.
+      step: is called with the name of every tensor after it was read.
     """
     leaves = by_path(abstract)
     place = _in_place if fills_in_place(leaves) else _by_transfer
@@ -49,7 +48,8 @@ def read(pieces: list[Piece], tensors: Tensors, abstract: Any, step: Callable[[s
         if not counts[piece.name]:
             step(piece.name)
 
-    # The large tables come before there are stacks, and what is stacked in the order of the files, as disks like it.
+    # Large tables come first, before the stacks need memory. Stacked tensors follow in the order of the files, which is
+    # the fastest order for disks.
     order = sorted(pieces, key=lambda p: (bool(p.at), str(tensors[p.name].file), tensors[p.name].start))
     params = place(order, tensors, leaves, read_one)
     return jax.tree.unflatten(jax.tree.structure(abstract), [params[path] for path in leaves])
@@ -62,7 +62,7 @@ def fills_in_place(leaves: Leaves) -> bool:
 
 
 def _ahead(pieces: list[Piece], do: Callable[[Piece], Any]) -> Iterator[tuple[Piece, Any]]:
-    """Every piece with what was done with it, the next one being worked on meanwhile."""
+    """Yields every piece with the result of `do`, while `do` already works on the next one."""
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         waiting = collections.deque()
         for piece in pieces:
@@ -109,7 +109,7 @@ def _put(piece: Piece, tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _zeros(leaves: Leaves) -> dict[str, jax.Array]:
-    """Empty stacks, by one program."""
+    """Stacks of zeros, made by one program."""
     shardings = {path: leaf.sharding for path, leaf in leaves.items()}
 
     @functools.partial(jax.jit, out_shardings=shardings)
@@ -147,7 +147,7 @@ def _in_place(
 
 Index = tuple[tuple[int, int], ...]
 Shards = dict[Index, np.ndarray]
-"""Memory for the part of a parameter between those bounds."""
+"""The memory for each shard of a parameter, by the bounds of the shard."""
 
 
 def _shards(leaf: jax.ShapeDtypeStruct) -> Shards:
@@ -170,7 +170,7 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(piece: Piece, tensor: np.ndarray, index: list[slice], target: np.ndarray) -> None:
-    """A part of a parameter, out of its tensor."""
+    """Copies a shard of a parameter from its tensor."""
     whole = target.shape == piece.shape
     if not (whole and is_matrix(piece.path) and piece.rows is None):
         target[...] = piece.ours(tensor)[tuple(index)]

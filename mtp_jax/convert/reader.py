@@ -1,4 +1,4 @@
-"""A checkpoint of others as our config and parameters, in any of the layouts of `convert.layouts`."""
+"""Reads a checkpoint of another project as our config and parameters, in any layout of `convert.layouts`."""
 
 import dataclasses
 import pathlib
@@ -26,14 +26,14 @@ Notify = Callable[[str], None]
 
 
 HEADS_FOLDER = "heads"
-"""Folder of heads in a directory that we exported; they are read with the model."""
+"""Name of the folder for heads in an exported directory. They are read with the model."""
 SAY_EVERY = 3.0
-"""Seconds between lines of progress."""
+"""Number of seconds between lines of progress."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was understood, before any tensor was read."""
+    """A checkpoint with checked names and shapes. No tensor is read yet."""
 
     layout: Layout
     raw: dict[str, Any]
@@ -43,23 +43,23 @@ class Checkpoint:
     pieces: list[Piece]
     tensors: Tensors
     repeated: dict[str, str]
-    """Tensors that hold what another one holds."""
+    """Tensors that repeat another tensor, and the name of that tensor."""
     untouched: tuple[str, ...]
-    """Tensors that nothing of ours comes from."""
+    """Tensors that no parameter of ours comes from."""
     form: str
-    """Of the heads; "" without heads."""
+    """Form of the heads; "" without heads."""
     renamed: dict[str, str]
-    """What a file calls a tensor that our table calls otherwise."""
+    """Tensors with another name in the files than in our table: our name, and the name in the files."""
     ignore: tuple[str, ...]
-    """Patterns of what was left out of account."""
+    """Patterns of fields and tensors that were ignored."""
 
     @property
     def directory(self) -> pathlib.Path:
-        """Where it lies: a directory, or one file."""
+        """Path of the checkpoint: a directory or one file."""
         return self.layout.path
 
     def tokenizer(self) -> HubTokenizer | None:
-        """Its tokenizer; None where it has none."""
+        """Its tokenizer; None if it has none."""
         return self.layout.tokenizer(self.ignore)
 
 
@@ -69,16 +69,16 @@ def is_checkpoint(directory: pathlib.Path) -> bool:
 
 
 def locate(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
-    """The local directory or file of a path, or of a name, which is fetched.
+    """The local directory or file of a source. A short name or a hub id is downloaded.
 
     Raises:
-      UserError: neither.
+      UserError: the source is none of these, or cannot be fetched.
     """
     path = pathlib.Path(source)
     if path.is_dir() or recognised(path) is not None:
         return path
     if path.suffix.lower() == ".gguf" and not path.exists():
-        raise UserError(f"{source} does not exist; give the path of a GGUF file, or smollm2, which is fetched")
+        raise UserError(f"{source} does not exist; give the path of a GGUF file, or the name smollm2 to fetch a model")
     if fetch.is_named(source):
         return fetch.model(str(source), notify)
     known = foreign.described(path) if path.is_file() else None
@@ -93,7 +93,9 @@ def locate(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
         return fetch.repository(str(source))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{source} is not a directory, and the Hugging Face hub does not give it: {reason}") from error
+        raise UserError(
+            f"{source} is not a directory, and fetching it from the Hugging Face hub failed: {reason}"
+        ) from error
 
 
 def open_checkpoint(
@@ -104,17 +106,17 @@ def open_checkpoint(
     heads_from: str | pathlib.Path | None = None,
     notify: Notify,
 ) -> Checkpoint:
-    """Reads what a checkpoint says about itself and checks every name and shape.
+    """Reads the config of a checkpoint, and checks the names and shapes of its tensors.
 
     Args:
       source: a directory, a GGUF file, a hub id, or `smollm2`.
-      dtype: of parameters and activations; None keeps that of the files.
-      ignore: patterns of config fields and tensor names to leave out of account; the tensors travel along.
-      heads_from: a file or directory of heads; None takes those that the checkpoint itself holds.
-      notify: receives a line about what is unusual.
+      dtype: dtype of parameters and activations; None keeps the dtype of the files.
+      ignore: patterns of config fields and tensor names to ignore. An import keeps the ignored tensors for export.
+      heads_from: a file or directory of heads; None reads the heads in the checkpoint, if there are any.
+      notify: is called with a line of text about everything unusual.
 
     Raises:
-      UserError: whatever is missing, unexpected, damaged, of another shape, or not implemented, by name.
+      UserError: something is missing, unexpected, damaged, of another shape, or not implemented. The error names it.
     """
     directory = locate(source, notify)
     check_kind(directory)
@@ -144,7 +146,10 @@ def open_checkpoint(
 
 
 def _renamed(entry: Architecture, tensors: Tensors) -> dict[str, str]:
-    """What the files call tensors that the table calls otherwise; files without a head leave out the first part."""
+    """Tensors with another name in the files than in the table: name in the table, and name in the files.
+
+    In files that were saved without a language model head, all names lack the first part.
+    """
     renamed = {name: other for name, other in entry.also.items() if name not in tensors and other in tensors}
     base = entry.embed.partition(".")[0] + "."
     if entry.embed in tensors or entry.embed.removeprefix(base) not in tensors:
@@ -154,7 +159,7 @@ def _renamed(entry: Architecture, tensors: Tensors) -> dict[str, str]:
 
 
 def _described(form: str, arch: Arch) -> str:
-    """What was taken for granted about heads, in one line."""
+    """The settings of heads that were assumed, in one line."""
     heads = arch.heads
     after = " and the final norm" if heads.tap_norm else ""
     said = [
@@ -164,14 +169,12 @@ def _described(form: str, arch: Arch) -> str:
     if heads.facts.chains_tokens:
         said.append(f"{heads.concat.replace('_', ' ')} in the projection")
         said.append(f"norms scale by {'1 + w' if heads.norm_plus_one else 'w'}")
-    said.append(
-        {"shared": "the model's final norm", "own": "final norms of their own", "none": "no final norm"}[heads.norm]
-    )
-    return ", ".join(said) + f" ({record.RECORD} overrules this)"
+    said.append({"shared": "the model's final norm", "own": "one final norm each", "none": "no final norm"}[heads.norm])
+    return ", ".join(said) + f" (an {record.RECORD} overrides this)"
 
 
 def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
-    """The parameters, on the mesh, by the table in `sharding`; says every few seconds how far it has come."""
+    """Reads the parameters onto the mesh, with the shardings of `sharding`. Reports its progress every few seconds."""
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     done = 0
     said = time.monotonic()
@@ -191,20 +194,20 @@ def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
 def _tied(
     model: ModelConfig, entry: Architecture, tensors: Tensors, directory: pathlib.Path, notify: Notify
 ) -> tuple[ModelConfig, dict[str, str]]:
-    """A tied unembedding that is in the files too must be the embedding; if it differs, it is one of its own."""
+    """Handles a tied unembedding that the files have too. If it differs from the embedding, the model is not tied."""
     if not model.tie_embeddings or entry.unembed not in tensors or entry.embed not in tensors:
         return model, {}
     if forms.alike(tensors[entry.embed], tensors[entry.unembed]):
         return model, {entry.unembed: entry.embed}
     notify(
         f"{directory}: tie_word_embeddings is set, but {entry.unembed} differs from {entry.embed}; "
-        "taking them as two matrices (model.tie_embeddings=False)"
+        "reading them as two matrices (model.tie_embeddings=False)"
     )
     return dataclasses.replace(model, tie_embeddings=False), {}
 
 
 def _with_dtype(model: ModelConfig, tensors: Tensors, dtype: str | None, notify: Notify) -> ModelConfig:
-    """The dtype that was asked for, or the narrowest of ours that loses nothing."""
+    """The model with the dtype that was asked for. By default it is the smallest of ours that loses no precision."""
     found = {NAMES[tensor.dtype] for tensor in tensors.values()} & set(FLOATS)
     if "F64" in found:
         notify("float64 tensors are read as float32")
@@ -221,7 +224,11 @@ def _check(
     repeated: dict[str, str],
     notify: Notify,
 ) -> tuple[str, ...]:
-    """Every tensor is there with its shape; returns those that belong to nothing, which must be known or ignored."""
+    """Checks that every tensor is there and has its shape.
+
+    Returns:
+      Names of the tensors that belong to no parameter. They must be known or ignored.
+    """
     expected = mapping.tensor_shapes(pieces)
     directory = layout.path
     known = leftovers.ModelTensors(frozenset(expected), tuple(ignore))
@@ -233,10 +240,10 @@ def _check(
         tensor = tensors[name]
         if tensor.shape != shape:
             what = f"{layout.spelled(name)} in {tensor.file} has shape {list(tensor.shape)}"
-            raise UserError(f"{what}, but {layout.says} asks for {list(shape)}")
+            raise UserError(f"{what}, but {layout.says} needs {list(shape)}; fetch the files again")
         if NAMES[tensor.dtype] not in FLOATS:
             raise UserError(
-                f"{name} in {tensor.file} has dtype {tensor.dtype}; weights are floating-point numbers: take the "
+                f"{name} in {tensor.file} has dtype {tensor.dtype}, but weights must be floating-point numbers; use a "
                 "checkpoint in float32, bfloat16 or float16"
             )
         if tensor.unlisted:
@@ -249,7 +256,7 @@ def _check(
 
 
 def _check_missing(missing: AbstractSet[str], entry: Architecture, layout: Layout) -> None:
-    """Refuses files that lack tensors of the model."""
+    """Refuses files in which tensors of the model are missing."""
     if not missing:
         return
     first = layout.spelled(min(missing))
@@ -257,7 +264,7 @@ def _check_missing(missing: AbstractSet[str], entry: Architecture, layout: Layou
     remedy = "fetch its files again"
     if missing == {entry.unembed}:
         remedy = (
-            "save it with its language model head (AutoModelForCausalLM), or, if the head is the embedding, set "
-            "tie_word_embeddings to true in config.json"
+            "save it with its language model head (AutoModelForCausalLM), or set tie_word_embeddings to true in "
+            "config.json if the embedding is also the unembedding"
         )
     raise UserError(f"{layout.path} lacks {first}{more}, which a {entry.model_type} of this config has; {remedy}")

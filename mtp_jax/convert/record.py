@@ -1,4 +1,4 @@
-"""`mtp_config.json`: what the names of the heads' tensors do not say, beside them."""
+"""`mtp_config.json`, a file next to the heads with the settings that their tensor names do not show."""
 
 import dataclasses
 import json
@@ -14,13 +14,13 @@ VERSION = 1
 
 
 def text(form: str, arch: Arch) -> str:
-    """Its text: the form, the switches in words for those who read the heads elsewhere, and our settings."""
+    """The text of the file: the form, the settings in words for other readers, and our settings."""
     said = {"version": VERSION, "form": form} | _switches(arch.heads, arch.model.num_layers)
     return json.dumps(said | {"heads": dataclasses.asdict(arch.heads)}, indent=2) + "\n"
 
 
 def _switches(heads: HeadsConfig, num_layers: int) -> dict[str, Any]:
-    """In which checkpoints differ without a word."""
+    """Settings in which checkpoints differ, although their tensor names are the same."""
     return {
         "reads_state_of_layer": heads.tap if heads.tap >= 0 else num_layers + heads.tap,
         "concat": heads.concat,
@@ -32,10 +32,10 @@ def _switches(heads: HeadsConfig, num_layers: int) -> dict[str, Any]:
 
 
 def overruled(directory: pathlib.Path, form: str, settings: dict[str, Any], num_layers: int) -> HeadsConfig:
-    """Heads as their form has them, but for what a record in their directory says otherwise.
+    """The settings of heads: those of their form, overridden by those of a record in their directory.
 
     Raises:
-      UserError: settings that heads cannot have, or a record that is about others or contradicts itself.
+      UserError: the settings are invalid, or the record is for other heads or contradicts itself.
     """
     path = directory / RECORD
     said = _said(path, form) if path.is_file() else {}
@@ -45,16 +45,16 @@ def overruled(directory: pathlib.Path, form: str, settings: dict[str, Any], num_
         raise UserError(f"{path if said else directory}: {error}") from error
     for name, value in _switches(heads, num_layers).items():
         if said.get(name, value) != value:
-            raise UserError(f"{path}: {name} is {said[name]!r}, but its heads say {value!r}; make them agree")
+            raise UserError(f"{path}: {name} is {said[name]!r}, but its heads give {value!r}; make them agree")
     return heads
 
 
 def _said(path: pathlib.Path, form: str) -> dict[str, Any]:
     said = read_json(path)
     if not isinstance(said.get("heads", {}), dict):
-        raise UserError(f"{path}: heads={said['heads']!r}; it must hold settings of heads by name")
+        raise UserError(f"{path}: heads={said['heads']!r}; it must be an object with settings of heads")
     if said.get("version", VERSION) != VERSION:
-        raise UserError(f"{path}: version={said['version']!r} is not one that we read, which is {VERSION}")
+        raise UserError(f"{path}: version={said['version']!r} is not supported; use version {VERSION}")
     if said.get("form", form) != form:
-        raise UserError(f"{path} is about heads in the form {said['form']!r}, but these are in the form {form!r}")
+        raise UserError(f"{path} is for heads in the form {said['form']!r}, but these are in the form {form!r}")
     return said

@@ -1,8 +1,8 @@
-"""Config fields of Hugging Face checkpoints to `ModelConfig` and back.
+"""Converts config fields of Hugging Face checkpoints to `ModelConfig` and back.
 
-A `Setting` is a pair of functions, so that one list per architecture serves both directions. Reading notes which
-fields were asked for; a field that nobody asked for, and that says something else than the architecture's default, is
-refused by name, because leaving it out would be a silent approximation.
+A `Setting` is a pair of functions, so one list per architecture serves both directions. Reading records which fields
+were used. A field that was not used and differs from the architecture's default is refused by name, because without it
+the model would silently compute something else.
 """
 
 import fnmatch
@@ -22,30 +22,30 @@ HARMLESS = (
     # Loading.
     *("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "*_version", "*name_or_path", "_commit_hash"),
     *("*attn_implementation*", "tokenizer_class", "unsloth*", "transformers_weights"),
-    # Read through other fields, or off the names of the heads' tensors.
+    # Read through other fields, or from the names of the heads' tensors.
     *("max_window_layers", "no_rope_layer_interval", "use_sliding_window"),
     *("num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_num_hidden_layers"),
     *("mtp_hidden_states_first", "medusa_num_heads", "medusa_num_layers"),
-    # Notes of those who published a checkpoint.
+    # Notes by the publishers of a checkpoint.
     *("is_llama_config", "transformers.js_config", "custom_pipelines", "max_sequence_length", "model_max_length"),
     *("tokenizer_model_max_length", "tokenizer_padding_side", "padding_side", "num_labels", "license", "language"),
 )
-"""Fields that do not change what the model computes, or that are read through others."""
+"""Fields that do not change what the model computes, or that are read through other fields."""
 
 UNTOLD = (
     *("torch_dtype", "dtype", "*_token_id", "*dropout*", "*_pdrop", "initializer_range", "use_cache", "id2label"),
     *("label2id", "num_labels", "problem_type", "output_attentions", "output_hidden_states", "return_dict"),
     *("task_specific_params", "finetuning_task", "tokenizer_class", "router_aux_loss_coef", "router_jitter_noise"),
 )
-"""Fields without a say in the numbers, of which transformers would refuse some spellings."""
+"""Fields that do not change the numbers, but that transformers refuses with some values. It does not get them."""
 
 ON_BY_DEFAULT = ("is_causal", "scale_attn_weights")
-"""Switches that no config file names unless they are off, which changes the model."""
+"""Switches that are on if a config file does not have them. Off changes the model, and is refused."""
 REQUIRED = object()
 
 
 class Given:
-    """The fields of a config file, which remember that they were read."""
+    """The fields of a config file. Records which of them are read."""
 
     def __init__(self, values: dict[str, Any], origin: str) -> None:
         self._values = values
@@ -54,15 +54,15 @@ class Given:
         self._asked: list[str] = []
 
     def __call__(self, name: str, default: Any = REQUIRED) -> Any:
-        """The value of a field; without a default it must be there."""
+        """The value of a field. If there is no default, the field must exist."""
         self._read.add(name)
         self._asked.append(name)
         if name not in self._values and default is REQUIRED:
-            raise UserError(f"{self.origin} has no {name}; it is not whole")
+            raise UserError(f"{self.origin} has no {name}; it is incomplete: fetch it again")
         return self._values.get(name, default)
 
     def one_of(self, name: str, known: Sequence[Any], default: Any = REQUIRED) -> Any:
-        """`__call__`, of a field that has these values only."""
+        """The value of a field that must be one of the known values."""
         value = self(name, default)
         if value not in known:
             names = ", ".join(map(repr, known))
@@ -70,7 +70,7 @@ class Given:
         return value
 
     def through(self, setting: "Setting") -> dict[str, Any]:
-        """What a setting reads here; values that it can make nothing of are refused by the fields it asked for."""
+        """The result of a setting for these fields. If it fails on a value, the error names the fields that it read."""
         self._asked = []
         try:
             return setting.read(self)
@@ -78,10 +78,10 @@ class Given:
             raise
         except Exception as error:
             given = ", ".join(f"{name}={self._values.get(name)!r}" for name in dict.fromkeys(self._asked))
-            raise UserError(f"{self.origin}: {given} cannot be understood ({error}); mend it there") from error
+            raise UserError(f"{self.origin}: {given} cannot be understood ({error}); correct it there") from error
 
     def check_all_read(self, defaults: dict[str, Any], ignore: Sequence[str] = ()) -> None:
-        """Refuses fields that nobody read, unless they say nothing new or match `ignore`."""
+        """Refuses fields that were not read, unless they have their default value or match `ignore`."""
         for name in ON_BY_DEFAULT:
             if not self._values.get(name, True) and name not in ignore:
                 raise UserError(f"{self.origin}: {name}={self._values[name]!r} is not implemented")
@@ -89,8 +89,8 @@ class Given:
         for name, value in unread.items():
             if name in defaults:
                 raise UserError(
-                    f"{self.origin}: {name}={value!r} is not implemented, and this architecture may compute otherwise "
-                    "with it; take a checkpoint without it"
+                    f"{self.origin}: {name}={value!r} is not implemented, and may change what this architecture "
+                    "computes; use a checkpoint without it"
                 )
         if unread:
             said = ", ".join(f"{name}={value!r}" for name, value in unread.items())
@@ -98,37 +98,37 @@ class Given:
             verb = "are" if len(unread) > 1 else "is"
             them = "them" if len(unread) > 1 else "it"
             raise UserError(
-                f"{self.origin}: {said} {verb} not implemented; if the model computes the same without, "
+                f"{self.origin}: {said} {verb} not implemented; if the model computes the same without {them}, "
                 f"delete {them} there, or ignore {them}: ignore={list(unread)!r}, {flags}"
             )
 
     def _says_more(self, name: str, value: Any, defaults: dict[str, Any], ignore: Sequence[str]) -> bool:
-        """Whether a field is unread and says something else than the architecture does without it."""
+        """Whether a field was not read and its value is not the architecture's default."""
         if name in self._read or any(fnmatch.fnmatch(name, pattern) for pattern in (*HARMLESS, *ignore)):
             return False
         return value != defaults[name] if name in defaults else bool(value)
 
 
 class Setting(NamedTuple):
-    """Some fields of ours, and the same in a config file."""
+    """Some of our fields, and the fields of a config file with the same meaning."""
 
     read: Callable[[Given], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
 
 
 def same(ours: str, theirs: str = "", default: Any = REQUIRED) -> Setting:
-    """A field that differs in its name at most."""
+    """A field with the same value in both. Only its name may differ."""
     theirs = theirs or ours
     return Setting(lambda given: {ours: given(theirs, default)}, lambda model: {theirs: getattr(model, ours)})
 
 
 def fixed(**values: Any) -> Setting:
-    """What the architecture always is; a model with other values is none of its kind."""
+    """Fields with fixed values in an architecture. A model with other values does not belong to the architecture."""
     return Setting(lambda given: values, lambda model: {})
 
 
 def only(name: str, *known: Any) -> Setting:
-    """A field that is implemented with these values alone; it may be missing, and is not written."""
+    """A field that is implemented only with these values. It may be missing, and it is not written."""
 
     def read(given: Given) -> dict[str, Any]:
         given.one_of(name, known, known[0])
@@ -138,12 +138,12 @@ def only(name: str, *known: Any) -> Setting:
 
 
 def converted(ours: str, theirs: str, read: Callable[[Any], Any], write: Callable[[Any], Any]) -> Setting:
-    """A field in other units."""
+    """A field whose value must be converted."""
     return Setting(lambda given: {ours: read(given(theirs))}, lambda model: {theirs: write(getattr(model, ours))})
 
 
 def off_is_none(ours: str, theirs: str) -> Setting:
-    """A number of ours that is 0, and of theirs that is null, when switched off."""
+    """A number for which "off" is 0 in our config and null in theirs."""
     return converted(ours, theirs, lambda value: value or 0.0, lambda value: value or None)
 
 
@@ -158,7 +158,11 @@ ACTIVATIONS = {
 
 
 def activation(name: str) -> Setting:
-    """The non-linearity, under the name that this field has."""
+    """The activation function.
+
+    Args:
+      name: name of the field in the config file.
+    """
     spelled = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
     return Setting(
         lambda given: {"activation": ACTIVATIONS[given.one_of(name, tuple(ACTIVATIONS))]},
@@ -167,7 +171,7 @@ def activation(name: str) -> Setting:
 
 
 def biases(name: str, *ours: str) -> Setting:
-    """One switch for several biases."""
+    """One switch of theirs for several biases of ours."""
     return Setting(
         lambda given: dict.fromkeys(ours, bool(given(name, False))), lambda model: {name: getattr(model, ours[0])}
     )
@@ -236,7 +240,7 @@ def _read_rope(rope: dict[str, Any], longest: int, origin: str) -> dict[str, Any
             raise UserError(f"{origin}: attention_factor={own!r} with factor=1 is not implemented")
         return {"rope_theta": theta}
     if own == 0:
-        raise UserError(f"{origin}: attention_factor=0 silences the turned dimensions, which is not implemented")
+        raise UserError(f"{origin}: attention_factor=0 makes rotated queries and keys 0, which is not implemented")
     given = {ours: _number(rope, theirs, origin) for theirs, ours in names.items() if rope.get(theirs) is not None}
     if "original_max_position_embeddings" in names:
         given.setdefault("rope_original_len", longest)
@@ -244,10 +248,10 @@ def _read_rope(rope: dict[str, Any], longest: int, origin: str) -> dict[str, Any
 
 
 def _number(rope: dict[str, Any], name: str, origin: str) -> int | float:
-    """A number among the rope parameters, whole if it counts positions."""
+    """A number from the rope parameters. It stays an integer if it is a number of positions."""
     value = rope.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{origin}: {name}={value!r} of the rope parameters is no number; give it there")
+        raise UserError(f"{origin}: {name}={value!r} in the rope parameters is not a number; correct it there")
     return value if name == "original_max_position_embeddings" else float(value)
 
 
@@ -281,7 +285,7 @@ PARTIAL_ROPE = Setting(
 
 
 def _read_two_ropes(given: Given) -> dict[str, Any]:
-    """Gemma 3: windows have a base of their own and are never stretched."""
+    """Gemma 3: window layers have a separate base, and rope scaling does not apply to them."""
     ropes = given("rope_parameters")
     local = ropes["sliding_attention"]
     if local.get("rope_type", "default") != "default":
@@ -336,7 +340,7 @@ SWITCHED_LAYER_TYPES = Setting(
     LAYER_TYPES.read,
     lambda model: _layer_types(model) | {"use_sliding_window": bool(model.window)},
 )
-"""Qwen2 and 3: a window counts only if it is switched on."""
+"""Qwen2 and Qwen3: the window is used only if `use_sliding_window` is on."""
 
 
 def _all_windows(given: Given) -> dict[str, Any]:
@@ -352,7 +356,7 @@ SWITCHED_WINDOW = Setting(
 
 def _read_nope(given: Given) -> dict[str, Any]:
     if any(layer != "full_attention" for layer in given("layer_types", None) or ()):
-        raise UserError(f"{given.origin}: windows (layer_types) beside no_rope_layers are not implemented")
+        raise UserError(f"{given.origin}: windows (layer_types) together with no_rope_layers are not implemented")
     return {"layer_pattern": shortest_pattern(["full" if rope else "nope" for rope in given("no_rope_layers")])}
 
 

@@ -1,23 +1,23 @@
-"""Config fields as transformers 4, vLLM and llama.cpp's converter read them, next to those of transformers 5.
+"""Adds the config fields that transformers 4, vLLM and llama.cpp's converter read to those of transformers 5.
 
-transformers 5 keeps everything about rotary positions in `rope_parameters`. transformers 4 does not know that field: it
-takes its defaults, and computes other logits without a word. So a config file that we make says everything twice.
+transformers 5 has everything about rotary positions in `rope_parameters`. transformers 4 does not know this field: it
+uses defaults instead, and silently computes other logits. So a config file that we write has these settings twice.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 DTYPES = ("dtype", "torch_dtype")
-"""Names of the weights' dtype, since 4.56 and before."""
+"""Names of the field for the weights' dtype: since transformers 4.56, and before."""
 
 
 def older(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that transformers 4 reads, made of those of transformers 5; none that the file has already.
+    """The fields that transformers 4 reads, made from those of transformers 5, without fields that the file has.
 
     Args:
-      raw: a config file.
-      names: what this architecture calls fields otherwise in transformers 4, by their usual names there, or by the name
-        in transformers 5.
+      raw: fields of a config file.
+      names: fields that have a special name for this architecture in transformers 4: from the usual name in
+        transformers 4, or the name in transformers 5, to the special name.
     """
     fields = _rope(raw.get("rope_parameters") or {}, names)
     fields |= {old: raw[name] for name, old in names.items() if name in raw}
@@ -26,7 +26,7 @@ def older(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _rope(rope: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Rotary positions; where kinds of layers have their own, windows turn by `rope_local_base_freq`."""
+    """Fields for rotary positions. If window layers have a separate base, it becomes `rope_local_base_freq`."""
     if not rope:
         return {}
     whole = rope.get("full_attention", rope)

@@ -1,4 +1,4 @@
-"""Runs that start from the model of another run, or from a model that is known by a name."""
+"""Makes configs of runs that start from the model of another run, or from a model with a short name."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ Notify = Callable[[str], None]
 def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config:
     """The config of a run that starts from the model of another run, or of an import.
 
-    Model, tokenizer and heads are those of the source, so that only what is new has to be said:
+    Model, tokenizer and heads are those of the source, so only new settings must be given:
 
         config = mtp_jax.start_from(
             "runs/qwen", data={"source": "my/text/*.txt", "seq_len": 512}, train={"steps": 2000, "trainable": "heads"}
@@ -24,19 +24,19 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
 
     Args:
       source: the workdir of `mtp train` or `mtp import`, or `smollm2`.
-      sections: fields by section that differ. New heads (`heads=...`) start as `heads.init` says. The learning rate is
-        1e-4 for heads alone and 1e-5 for the whole model, constant after warm-up and without weight decay, unless
-        `optim` says otherwise: a trained model is not to be torn apart.
+      sections: fields that differ from the source, by section. New heads (`heads=...`) start as `heads.init` says.
+        Without an `optim` section, the learning rate is 1e-4 if only heads are trained and 1e-5 for the whole model,
+        constant after warm-up, without weight decay. These values are low, so that training does not damage the model.
 
     Raises:
-      UserError: no such directory, an unknown section or field, or a value that the schema refuses.
+      UserError: there is no such directory, a section or field is unknown, or the schema refuses a value.
     """
     directory = run_of(source, say).expanduser().absolute()
     start = config_of(directory, "start_from")
     tokenizer = directory / "data" / "tokenizer.json"
     heads_only = TrainConfig(trainable=sections.get("train", {}).get("trainable", "all")).heads_only
     settled = {
-        # The template lies next to the tokenizer.
+        # The template is next to the tokenizer, so it needs no setting.
         "data": {"tokenizer": str(tokenizer) if tokenizer.is_file() else "none", "chat_template": ""},
         "train": {"init_from": str(directory), "init_heads": "new" if "heads" in sections else "same"},
         "optim": {"learning_rate": 1e-4 if heads_only else 1e-5, "schedule": "constant", "weight_decay": 0.0},
@@ -50,14 +50,14 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
 
 
 def with_run(config: Config, notify: Notify) -> Config:
-    """A config of which `train.init_from` is a directory where it was the name of a model."""
+    """The config with a directory as `train.init_from`, if that was the short name of a model."""
     if not fetch.is_named(config.train.init_from):
         return config
     return override(config, {"train.init_from": str(run_of(config.train.init_from, notify))})
 
 
 def run_of(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
-    """The run that a source names; a model known by a name is imported into the cache the first time."""
+    """The directory of a source. A model with a short name is imported into the cache the first time."""
     if not fetch.is_named(source):
         return pathlib.Path(source)
     name = str(source)
@@ -67,6 +67,6 @@ def run_of(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
         if not (run / "config.json").is_file():
             from mtp_jax.convert.importer import import_model
 
-            notify(f"{name}: making a run of it in {run}, for training to start from")
+            notify(f"{name}: importing it into {run}, so that training can start from it")
             import_model(file, run, notify=notify)
     return run

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory, as transformers makes it."""
+"""The tokenizer of a Hugging Face directory, loaded by transformers."""
 
 import dataclasses
 import functools
@@ -18,12 +18,13 @@ from mtp_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 SHOWN = 5
-"""Tokens that a note names."""
+"""Number of tokens that a note names."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HubTokenizer(Reading):
-    """A tokenizer of transformers; special tokens in a text are read as such, unless its files say otherwise."""
+    """A tokenizer of transformers. Names of special tokens in a text are read as special tokens, unless its files
+    say otherwise."""
 
     inner: Any
     """The tokenizer of transformers."""
@@ -34,11 +35,11 @@ class HubTokenizer(Reading):
 
     @property
     def special_tokens(self) -> dict[int, str]:
-        """Tokens that `decode` leaves out, and how they are spelled."""
+        """Ids and names of the tokens that `decode` leaves out."""
         return {token: one.content for token, one in self.inner.added_tokens_decoder.items() if one.special}
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens are left out."""
+        """The text of the ids, without special tokens."""
         ids = [int(token) for token in ids]
         return self.inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -48,15 +49,17 @@ class HubTokenizer(Reading):
 
     def _placed(self, text: str, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
         split = not rendered and self.marks.special == "text"
-        places = self.inner.is_fast  # others do not know them
+        places = self.inner.is_fast  # slow tokenizers have no offsets
         options = {"add_special_tokens": False, "split_special_tokens": split, "return_offsets_mapping": places}
         one = self.inner(text, **options)
         return one["input_ids"], one["offset_mapping"] if places else []
 
     def encode_learned(self, text: str, learned: Spans, rendered: bool, finished: bool = True) -> Encoded:
-        """As of `Reading`."""
+        """See `Reading`."""
         if not self.inner.is_fast:
-            raise UserError("the tokenizer has no tokenizer.json, which says where in a text its tokens stand")
+            raise UserError(
+                "the tokenizer has no tokenizer.json, which is needed to find the position of tokens in a text"
+            )
         return super().encode_learned(text, learned, rendered, finished)
 
     def _piece(self, token: int) -> str:
@@ -68,14 +71,14 @@ class HubTokenizer(Reading):
 
 
 def load_hub_tokenizer(directory: pathlib.Path) -> HubTokenizer | None:
-    """The tokenizer in a directory; None where there is none.
+    """The tokenizer in a directory; None if there is none.
 
     Raises:
-      UserError: one that transformers cannot read.
+      UserError: transformers cannot read the tokenizer.
     """
     lost = next((name for name in FILES if (directory / name).is_symlink() and not (directory / name).exists()), None)
     if lost is not None:
-        raise UserError(f"{directory / lost} points to a file that is not there; fetch it again")
+        raise UserError(f"{directory / lost} points to a file that does not exist; fetch it again")
     if not any((directory / name).is_file() for name in FILES):
         return None
     quiet_transformers()
@@ -93,19 +96,19 @@ def load_hub_tokenizer(directory: pathlib.Path) -> HubTokenizer | None:
 def hub_tokenizer(
     inner: Any, origin: pathlib.Path, declaring: Sequence[tuple[pathlib.Path, Mapping[str, Any]]]
 ) -> HubTokenizer:
-    """A tokenizer of transformers as one of ours.
+    """Makes a tokenizer of ours from one of transformers.
 
     Args:
-      inner: the tokenizer.
+      inner: the tokenizer of transformers.
       origin: the directory or file that it comes from.
-      declaring: files next to it, with their fields; those with `eos_token_id` say which tokens end a text.
+      declaring: files next to it, with their fields. `eos_token_id` in these files gives the tokens that end a text.
     """
     size = max([*inner.get_vocab().values(), len(inner) - 1]) + 1
     return HubTokenizer(inner, size, _marks(inner, declaring), chat.of_transformers(inner, origin))
 
 
 def _marks(inner: Any, declaring: Sequence[tuple[pathlib.Path, Mapping[str, Any]]]) -> Marks:
-    """What transformers puts in front of a text, and the end tokens that are declared."""
+    """The tokens that transformers puts before a text, and the declared end tokens."""
     ends = mark.declared_ends(inner.eos_token_id, *declaring)
     plain = [inner.encode(text, add_special_tokens=False) for text in mark.PROBES]
     first = mark.in_front(plain, [inner.encode(text) for text in mark.PROBES])
@@ -118,15 +121,15 @@ def _declaring(directory: pathlib.Path) -> tuple[pathlib.Path, ...]:
 
 
 def load_run_tokenizer(data: pathlib.Path, origin: pathlib.Path | None, trained: bool) -> Reading | None:
-    """The tokenizer of a run or an import, which reads text as its training does.
+    """The tokenizer of a run or an import. It reads text in the same way as training.
 
     Args:
-      data: the folder with the tokenizer that training uses, which decides; it need not be there.
-      origin: the folder with the files of the Hugging Face model that it was, with the chat template.
-      trained: whether something was trained with it.
+      data: the folder with the tokenizer of training, which takes precedence. It need not exist.
+      origin: the folder with the files of the original Hugging Face model, chat template included; or None.
+      trained: whether a model was trained with it.
 
     Raises:
-      UserError: files that cannot be read.
+      UserError: a file cannot be read.
     """
     path = data / "tokenizer.json"
     own = load_tokenizer(path) if path.is_file() else None
@@ -139,15 +142,15 @@ def load_run_tokenizer(data: pathlib.Path, origin: pathlib.Path | None, trained:
         return dataclasses.replace(hub, marks=own.marks)
     if not trained:
         return hub
-    # A run of an older version: its documents end with the first end token whose name is known.
+    # A run of an older version. Its documents end with the first end token that has a known name.
     return dataclasses.replace(hub, marks=dataclasses.replace(hub.marks, end=own.eos_id))
 
 
 def save_for_training(tokenizer: HubTokenizer, path: pathlib.Path) -> None:
-    """Writes a tokenizer.json that training reads as transformers reads the model's, with its first and end tokens.
+    """Writes a tokenizer.json for training, with its first and end tokens. Both read text in the same way.
 
     Raises:
-      UserError: a tokenizer that is not one of the tokenizers library, or without a known end of a text.
+      UserError: the tokenizer is not one of the tokenizers library, or has no known end-of-text token.
     """
     import tokenizers
 
@@ -162,10 +165,10 @@ def save_for_training(tokenizer: HubTokenizer, path: pathlib.Path) -> None:
 
 
 def check_size(tokenizer: Reading | None, arch: Arch, directory: pathlib.Path, notify: Callable[[str], None]) -> None:
-    """Says which tokens have no embedding, and refuses a tokenizer whose ordinary text needs such tokens.
+    """Reports tokens that have no embedding. Refuses the tokenizer if ordinary text needs such tokens.
 
     Raises:
-      UserError: it belongs to another model.
+      UserError: the tokenizer belongs to another model.
     """
     rows = arch.model.vocab_size
     if tokenizer is None or tokenizer.vocab_size <= rows:
@@ -179,13 +182,13 @@ def check_size(tokenizer: Reading | None, arch: Arch, directory: pathlib.Path, n
     names = ", ".join(f"{name!r} ({token})" for token, name in list(beyond.items())[:SHOWN])
     more = f" and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
     notify(
-        f"the tokenizer in {directory} has tokens beyond the {rows} embeddings: {names}{more}; text that spells one is "
-        "refused"
+        f"the tokenizer in {directory} has tokens beyond the {rows} embeddings: {names}{more}; text that contains one "
+        "is refused"
     )
 
 
 def save_for_transformers(tokenizer: Any, directory: pathlib.Path) -> None:
-    """Writes a tokenizer of ours so that transformers reads prompts as we do: first tokens, special tokens, ends."""
+    """Writes a tokenizer of ours for transformers, with the same first tokens, special tokens and end tokens."""
     quiet_transformers()
     import tokenizers
     from tokenizers.processors import TemplateProcessing
@@ -212,7 +215,7 @@ def save_for_transformers(tokenizer: Any, directory: pathlib.Path) -> None:
 
 
 def write_template(tokenizer: Any, directory: pathlib.Path) -> None:
-    """Writes the chat template where it is not the one that lies in the directory."""
+    """Writes the chat template, if it differs from the one in the directory."""
     template = None if tokenizer is None else tokenizer.chat
     beside = chat.beside(directory / "tokenizer.json")
     if template is not None and (beside is None or beside.text != template.text):
@@ -220,11 +223,12 @@ def write_template(tokenizer: Any, directory: pathlib.Path) -> None:
 
 
 def spell_for_both(directory: pathlib.Path) -> None:
-    """Rewrites what only transformers 5 understands in a tokenizer_config.json, so that 4 reads the same tokenizer."""
+    """Rewrites fields of tokenizer_config.json that only transformers 5 understands, so that 4 and 5 read the same."""
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return
-    fields = before = read_json(path)
+    before = read_json(path)
+    fields = before
     if fields.get("tokenizer_class") == "TokenizersBackend":
         fields = fields | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(fields.get("extra_special_tokens"), list):  # a dictionary of named tokens in 4

@@ -1,4 +1,4 @@
-"""Our parameters as a directory in a layout of others, with their heads in a form that others read."""
+"""Writes our parameters in a layout of another project, with the heads in a form that other projects read."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ from mtp_jax.trees import by_path
 
 
 class Exportable(Protocol):
-    """What export needs of a loaded model (`mtp_jax.load` returns one)."""
+    """The attributes of a loaded model that export needs. `mtp_jax.load` returns such a model."""
 
     arch: Arch
     params: Any
@@ -44,26 +44,26 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     notify: Notify = say,
 ) -> str:
-    """Writes a model as a directory that others load: transformers, vLLM, SGLang.
+    """Writes a model as a directory that transformers, vLLM and SGLang load.
 
-    What the model was imported with travels along: config fields, tokenizer, chat template, generation config, tensors
-    that nothing of ours came from, and the dtype of every tensor.
+    If the model was imported, the export also has its original config fields, tokenizer, chat template, generation
+    config, the tensors that were not used, and the dtype of every tensor.
 
     Args:
       lm: a loaded model.
-      out: the directory to make; it must not exist, or be empty.
-      form: of the heads: a name of `forms.FORMS`; None takes the one it came in or the one that fits, and "none" leaves
-        the heads out.
-      dtype: `float32`, `bfloat16` or `float16`; None keeps that of every tensor.
-      shard_bytes: most bytes of one file; a larger tensor has one of its own.
-      notify: receives a line about what was written.
+      out: the directory to make; it must be empty or not exist.
+      form: form of the heads, a name in `forms.FORMS`. None uses the form that the heads came in, or one that fits.
+        "none" leaves the heads out.
+      dtype: `float32`, `bfloat16` or `float16`; None keeps the dtype of every tensor.
+      shard_bytes: largest number of bytes of a file; a larger tensor gets its own file.
+      notify: is called with a line of text about what was written.
 
     Returns:
-      The form of the heads, "" without heads.
+      The form of the heads; "" without heads.
 
     Raises:
-      UserError: a model that no Hugging Face architecture can hold, heads that the form cannot hold, a directory that
-        is taken, or one that cannot be written; nothing half-written is left.
+      UserError: no Hugging Face architecture can hold the model, the form cannot hold the heads, or the directory is
+        not empty or cannot be written. Then no partial directory is left.
     """
     if isinstance(lm, str | os.PathLike):
         raise UserError(f"{str(lm)!r} is a path; load it first: export_model(mtp_jax.load({str(lm)!r}), ...)")
@@ -81,8 +81,10 @@ def export_model(
     if form:
         head_pieces = forms.pieces(forms.FORMS[form], entry, arch, mapping.shapes_of(params))
         _check_all_written(form, pieces + head_pieces, params)
-        inside = forms.FORMS[form].inside
-        pieces, beside = (pieces + head_pieces, []) if inside else (pieces, head_pieces)
+        if forms.FORMS[form].inside:
+            pieces = pieces + head_pieces
+        else:
+            beside = head_pieces
     dtype_of = _dtype_of(arch, origin, dtype)
     entries = mapping.entries(pieces, params, dtype_of)
     entries += _repeats(entries, head_writer.repeated(entry, arch, origin, form))
@@ -120,7 +122,7 @@ def _writing(form: str, origin: Origin | None) -> Writing:
 
 
 def _pieces(entry: Architecture, arch: Arch, params: Any) -> list[mapping.Piece]:
-    """The trunk's pieces; every one of its parameters has one."""
+    """The pieces of all parameters of the trunk."""
     trunk = {name: tree for name, tree in params.items() if name not in ("heads", "draft_ids", "token_order")}
     pieces = mapping.expand(entry.slots(), mapping.shapes_of(trunk), arch.model)
     _check_all_written(entry.model_type, pieces, trunk)
@@ -131,7 +133,7 @@ def _check_all_written(name: str, pieces: list[mapping.Piece], params: Any) -> N
     written = {piece.path for piece in pieces}
     left = [path for path in by_path(params) if path not in written and not path.startswith("token_order")]
     if left:
-        raise UserError(f"{name!r} has no place for {left[0]}")
+        raise UserError(f"{name!r} cannot hold the parameter {left[0]}")
 
 
 def _dtype_of(arch: Arch, origin: Origin | None, dtype: str | None) -> Callable[[str], np.dtype]:
@@ -144,7 +146,7 @@ def _dtype_of(arch: Arch, origin: Origin | None, dtype: str | None) -> Callable[
 
 
 def _repeats(entries: list[Entry], repeated: dict[str, str]) -> list[Entry]:
-    """Tensors that repeat another one."""
+    """Entries for tensors that repeat another one."""
     by_name = {one.name: one for one in entries}
     return [
         dataclasses.replace(by_name[original], name=name)

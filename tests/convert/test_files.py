@@ -205,16 +205,16 @@ PLACE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"{no JSON", "its header is not JSON"),
         (b"\xff\xfe", "its header is not JSON"),
         (b"[" * 100_000, "its header is not JSON"),
-        (b"[1]", "its header is no JSON object"),
-        (b"null", "its header is no JSON object"),
-        ({"t": 3}, "t has no dtype, shape and place"),
-        ({"t": {"dtype": "F32", "shape": [2]}}, "t has no dtype, shape and place"),
-        ({"t": PLACE | {"data_offsets": [0, 4, 8]}}, "t has no dtype, shape and place"),
-        ({"t": PLACE | {"data_offsets": ["0", "8"]}}, "t has no dtype, shape and place"),
-        ({"t": PLACE | {"data_offsets": [0, 8.0]}}, "t has no dtype, shape and place"),
-        ({"t": PLACE | {"shape": [2.0]}}, "t has no dtype, shape and place"),
-        ({"t": PLACE | {"shape": [-2, -1]}}, "t has no dtype, shape and place"),
-        ({"t": PLACE | {"shape": [True, 2]}}, "t has no dtype, shape and place"),
+        (b"[1]", "its header is not a JSON object"),
+        (b"null", "its header is not a JSON object"),
+        ({"t": 3}, "t lacks a valid dtype, shape or data_offsets"),
+        ({"t": {"dtype": "F32", "shape": [2]}}, "t lacks a valid dtype, shape or data_offsets"),
+        ({"t": PLACE | {"data_offsets": [0, 4, 8]}}, "t lacks a valid dtype, shape or data_offsets"),
+        ({"t": PLACE | {"data_offsets": ["0", "8"]}}, "t lacks a valid dtype, shape or data_offsets"),
+        ({"t": PLACE | {"data_offsets": [0, 8.0]}}, "t lacks a valid dtype, shape or data_offsets"),
+        ({"t": PLACE | {"shape": [2.0]}}, "t lacks a valid dtype, shape or data_offsets"),
+        ({"t": PLACE | {"shape": [-2, -1]}}, "t lacks a valid dtype, shape or data_offsets"),
+        ({"t": PLACE | {"shape": [True, 2]}}, "t lacks a valid dtype, shape or data_offsets"),
         ({"t": PLACE | {"dtype": ["F32"]}}, "dtype ['F32'], which we do not read"),
         ({"t": PLACE | {"dtype": "F8_E4M3"}}, "dtype F8_E4M3, which we do not read; give the checkpoint that was not"),
         ({"t": PLACE | {"data_offsets": [0, 12]}}, "bytes 0 to 12 for F32[2]"),
@@ -334,7 +334,7 @@ def test_code_in_a_torch_file_is_refused_by_name_and_does_not_run(tmp_path, monk
     }[where]
     torch.save(tree, "x.bin", pickle_protocol=protocol)
     said = message(open_file, tmp_path / "x.bin")
-    assert re.search(rf"x\.bin wants to call \w+\.{name} when it is opened; it is refused", said)
+    assert re.search(rf"x\.bin would call \w+\.{name} when it is opened, which is refused", said)
     assert not (tmp_path / "ran").exists()
 
 
@@ -380,17 +380,17 @@ def test_the_hand_made_torch_file_is_one(tmp_path):
         (a_tensor(shape=(3,)), "is cut off inside t"),
         (a_tensor(offset=1), "is cut off inside t"),
         (a_tensor(key="1"), "is cut off inside t"),
-        (a_tensor(offset=-1), "is no torch file of tensors (a tensor at -1 "),
-        (a_tensor(offset=0.5), "is no torch file of tensors (a tensor at 0.5 "),
-        (a_tensor(shape=(-2,)), "is no torch file of tensors (a tensor at 0 with the shape (-2,)"),
-        (a_tensor(shape=("a",)), "is no torch file of tensors (a tensor at 0 with the shape ('a',)"),
-        (a_tensor(shape=(1, 2)), "is no torch file of tensors"),
-        (a_tensor(name=0), "holds no flat dictionary of tensors; save model.state_dict()"),
-        (pickle.dumps({0: 1}), "holds no flat dictionary of tensors; save model.state_dict()"),
-        (pickle.dumps([1, 2]), "holds no flat dictionary of tensors; save model.state_dict()"),
-        (pickle.dumps({"state_dict": {"a": 1}}), "holds no flat dictionary of tensors; save model.state_dict()"),
-        (b"", "is no torch file of tensors"),
-        (b"\x80\x02garbage", "is no torch file of tensors"),
+        (a_tensor(offset=-1), "is not a torch file of tensors (a tensor at -1 "),
+        (a_tensor(offset=0.5), "is not a torch file of tensors (a tensor at 0.5 "),
+        (a_tensor(shape=(-2,)), "is not a torch file of tensors (a tensor at 0 with the shape (-2,)"),
+        (a_tensor(shape=("a",)), "is not a torch file of tensors (a tensor at 0 with the shape ('a',)"),
+        (a_tensor(shape=(1, 2)), "is not a torch file of tensors"),
+        (a_tensor(name=0), "does not hold a flat dictionary of tensors; save model.state_dict()"),
+        (pickle.dumps({0: 1}), "does not hold a flat dictionary of tensors; save model.state_dict()"),
+        (pickle.dumps([1, 2]), "does not hold a flat dictionary of tensors; save model.state_dict()"),
+        (pickle.dumps({"state_dict": {"a": 1}}), "does not hold a flat dictionary of tensors; save model.state_dict()"),
+        (b"", "is not a torch file of tensors"),
+        (b"\x80\x02garbage", "is not a torch file of tensors"),
     ],
 )
 def test_a_torch_file_that_cannot_be_is_refused(tmp_path, tensor, says):
@@ -413,8 +413,8 @@ def test_files_that_are_no_torch_zip_are_refused(tmp_path):
     (tmp_path / "text.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
     for name in ("old.bin", "text.bin"):
         said = message(open_file, tmp_path / name)
-        assert said.startswith(f"{tmp_path / name} is no torch file of tensors (")
-        assert said.endswith("save it again with a recent torch")
+        assert said.startswith(f"{tmp_path / name} is not a torch file of tensors (")
+        assert said.endswith("save it with a recent torch")
     with zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", pickle.dumps({}))
     assert "is a compressed archive" in message(open_file, tmp_path / "packed.bin")

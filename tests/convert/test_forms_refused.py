@@ -90,16 +90,16 @@ def test_tensor_missing_inside_a_head(trunk, tmp_path, name):
 
 @pytest.mark.parametrize(
     ("tensors", "what"),
-    [({"head.weight": torch.zeros(2, 2)}, "its first tensor is head.weight"), ({}, "no tensor at all")],
+    [({"head.weight": torch.zeros(2, 2)}, "its first tensor is head.weight"), ({}, "it holds no tensor")],
     ids=["unknown", "empty"],
 )
 def test_file_without_heads(trunk, tmp_path, tensors, what):
     """A file without heads is none, though the trunk has some. Breaks when an empty file makes `find` search there."""
     source, _ = inside(trunk, tmp_path / "made", CASES["mtp"].tensors(trunk))
     safetensors.torch.save_file(tensors, tmp_path / "some.safetensors")
-    with pytest.raises(UserError, match=f"some.safetensors holds no heads in a form that we know .*{what}"):
+    with pytest.raises(UserError, match=f"some.safetensors holds no heads in a known form .*{what}"):
         load(source, heads_from=tmp_path / "some.safetensors")
-    with pytest.raises(UserError, match="is no file of heads, nor a directory with one of medusa_lm_head"):
+    with pytest.raises(UserError, match="is neither a file of heads nor a directory with one of medusa_lm_head"):
         load(source, heads_from=tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_heads_of_another_width(trunk, tmp_path, name, tensor, theirs, ours):
     wide = lambda shape: [64 if n == 32 else 128 if n == 64 else n for n in shape]  # noqa: E731
     tensors = drawn({n: wide(shape) for n, shape in CASES[name].shapes.items()})
     source, heads_from = CASES[name].files(trunk, tmp_path / "made", tensors)
-    with pytest.raises(UserError, match=f"{tensor} in .*made.* has shape {theirs}, but .* asks for {ours}"):
+    with pytest.raises(UserError, match=f"{tensor} in .*made.* has shape {theirs}, but .* needs {ours}"):
         load(source, heads_from=heads_from)
 
 
@@ -130,7 +130,7 @@ def test_file_of_heads_with_another_unembedding(trunk, tmp_path):
     )
     other = tensors | {"lm_head.weight": trunk.tensors["lm_head.weight"] + 1}
     source, heads_from = CASES["eagle"].files(trunk, tmp_path / "other", other)
-    with pytest.raises(UserError, match=r"other/model.safetensors holds a lm_head.weight other than that of"):
+    with pytest.raises(UserError, match=r"lm_head.weight in .*other/model.safetensors differs from that in"):
         load(source, heads_from=heads_from)
 
 
@@ -147,25 +147,25 @@ def test_attention_of_another_kind(trunk, tmp_path):
     """mtp_layer_types that the trunk's last layer does not have. Breaks without `check_attention`."""
     types = ["full_attention", "full_attention", "sliding_attention"]
     source, _ = inside(trunk, tmp_path / "made", CASES["mtp"].tensors(trunk), mtp_layer_types=types)
-    with pytest.raises(UserError, match=r"mtp_layer_types names 'sliding_attention'.* have 'full_attention'"):
+    with pytest.raises(UserError, match=r"mtp_layer_types has 'sliding_attention'.* only 'full_attention'"):
         load(source)
 
 
 @pytest.mark.parametrize(
     ("record", "what"),
     [
-        ("[]", "holds no JSON object"),
-        ('{"heads": []}', r"heads=\[\]; it must hold settings of heads by name"),
+        ("[]", "does not hold a JSON object"),
+        ('{"heads": []}', r"heads=\[\]; it must be an object with settings of heads"),
         ('{"heads": {"colour": 1}}', "colour"),
         ('{"heads": {"kind": "no such"}}', "no such"),
         ('{"heads": {"kind": "medusa"}}', "has no effect with heads.kind='medusa'"),
         ('{"heads": {"num_future": 9}}', "num_future=9|lacks mtp.layers.3"),
         ('{"heads": {"tap": 9}}', "heads.tap=9"),
         ('{"heads": {"init": "copy_block", "init_block": -9}}', "heads.init_block=-9"),
-        ('{"version": 2}', "version=2 is not one that we read"),
+        ('{"version": 2}', "version=2 is not supported"),
         ('{"form": "mimo"}', "in the form 'mimo', but these are in the form 'mtp'"),
-        ('{"concat": "hidden_first"}', "concat is 'hidden_first', but its heads say 'embedding_first'"),
-        ('{"reads_state_of_layer": 2}', "reads_state_of_layer is 2, but its heads say 3"),
+        ('{"concat": "hidden_first"}', "concat is 'hidden_first', but its heads give 'embedding_first'"),
+        ('{"reads_state_of_layer": 2}', "reads_state_of_layer is 2, but its heads give 3"),
         ('{"zero_embedding_at_position_0": true}', "zero_embedding_at_position_0 is True"),
     ],
 )

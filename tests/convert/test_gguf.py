@@ -199,7 +199,7 @@ def test_stretching_of_llama_3(factor, theta, head_dim, tmp_path):
     path = write(tmp_path / "model.gguf", model, tensors={"rope_freqs.weight": factors})
     assert settings.config_fields(read_header(path))["rope_parameters"] == rope
     write(path, model, tensors={"rope_freqs.weight": factors * np.float32(1.1)})
-    with pytest.raises(UserError, match=r"rope_freqs\.weight stretches frequencies otherwise than Llama 3"):
+    with pytest.raises(UserError, match=r"rope_freqs\.weight scales frequencies in another way than Llama 3"):
         settings.config_fields(read_header(path))
 
 
@@ -308,9 +308,9 @@ def refusal(path, **options):
 BAD_FIELDS = {
     "another architecture": (
         {"general.architecture": "mamba"},
-        "'mamba' is not read from GGUF files; read are llama, qwen2",
+        "'mamba' is not implemented for GGUF files; implemented: llama, qwen2",
     ),
-    "an adapter": ({"general.type": "adapter"}, "holds no model (general.type='adapter')"),
+    "an adapter": ({"general.type": "adapter"}, "does not hold a model (general.type='adapter')"),
     "one of several files": ({"split.count": 3, "split.no": 0}, "is one of the 3 files of a model (split.no=0)"),
     "no width": ({"llama.embedding_length": None}, "has no llama.embedding_length"),
     "no layers": ({"llama.block_count": None}, "has no llama.block_count"),
@@ -357,7 +357,7 @@ def test_tensors_that_are_missing_or_of_another_shape(models, tmp_path):
     path = write(tmp_path / "model.gguf", model, fields={"llama.block_count": 3})
     assert "lacks blk.2." in refusal(path)
     write(path, model, fields={"llama.feed_forward_length": 64})
-    assert "blk.0.ffn_gate.weight in" in refusal(path) and "but its metadata asks for" in refusal(path)
+    assert "blk.0.ffn_gate.weight in" in refusal(path) and "but its metadata needs" in refusal(path)
     write(
         path,
         model,
@@ -379,9 +379,9 @@ def test_files_that_are_no_whole_gguf(llama, tmp_path):
     each. Breaks without the check of each."""
     path = tmp_path / "model.gguf"
     for data, says in (
-        (b"PK\x03\x04" + bytes(64), "is no GGUF file"),
-        (b"GGUF" + struct.pack("<I", 1) + bytes(64), "has GGUF version 1;"),
-        (b"GGUF" + struct.pack(">I", 3) + bytes(64), "in the order of a big-endian machine"),
+        (b"PK\x03\x04" + bytes(64), "is not a GGUF file"),
+        (b"GGUF" + struct.pack("<I", 1) + bytes(64), "has GGUF version 1,"),
+        (b"GGUF" + struct.pack(">I", 3) + bytes(64), "in big-endian order"),
     ):
         path.write_bytes(data)
         assert says in refusal(path)
@@ -407,7 +407,7 @@ def test_a_file_that_is_cut_off_says_so_wherever_it_ends(llama, tmp_path):
     metadata = min(place.start for place in read_header(llama).tensors.values())
     for length in [*range(8, metadata, 101), metadata, (metadata + len(data)) // 2, len(data) - 1]:
         path.write_bytes(data[:length])
-        with pytest.raises(UserError, match=r"is cut off inside|is no GGUF file"):
+        with pytest.raises(UserError, match=r"is cut off inside|is not a GGUF file"):
             read_header(path)
 
 

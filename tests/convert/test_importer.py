@@ -160,9 +160,9 @@ def test_what_cannot_leave_is_said_at_once(hub, tmp_path):
     assert any(note.startswith("note for `mtp export`: the form 'caft' cannot hold these heads") for note in notes)
     with pytest.raises(UserError, match=r"use form 'none' \(without heads\), or heads that"):  # Meta has no qk_norm
         mtp_jax.export_model(mtp_jax.load(tmp_path / "a"), tmp_path / "out")
-    with pytest.raises(UserError, match="num_future=1 is the model without extra heads"):
+    with pytest.raises(UserError, match="num_future=1 is a model without extra heads"):
         mtp_jax.import_model(hub, tmp_path / "b", heads=HeadsConfig(num_future=1), notify=str)
-    with pytest.raises(UserError, match="is a directory of ours already"):
+    with pytest.raises(UserError, match="is already a directory of mtp_jax"):
         mtp_jax.import_model(tmp_path / "a", tmp_path / "b", notify=str)
     with pytest.raises(UserError, match="is a path; load it first"):
         mtp_jax.export_model(str(hub), tmp_path / "b")
@@ -228,7 +228,7 @@ def test_directories_that_are_no_checkpoint(hub, tmp_path):
 def test_heads_that_others_would_compute_otherwise(model, tmp_path):
     """transformers builds sequential heads without what these models do: not exported in silence."""
     lm = mtp_jax.LoadedModel(tiny_config(model={"num_layers": 3} | model, heads=SEQUENTIAL), {}, None, None)
-    with pytest.raises(UserError, match="cannot hold these heads: others build these heads with"):
+    with pytest.raises(UserError, match="cannot hold these heads: other projects build these heads with"):
         mtp_jax.export_model(lm, tmp_path / "out", form="mtp")
 
 

@@ -232,7 +232,7 @@ def test_tokens_beyond_the_embedding(made, tmp_path):
     check_size(hub, places.config.arch, places.hub, said.append)
     assert said == [
         f"the tokenizer in {places.hub} has tokens beyond the {rows} embeddings: '<picture>' ({rows}); text that "
-        "spells one is refused"
+        "contains one is refused"
     ]
     model = types.SimpleNamespace(tokenizer=hub, arch=places.config.arch)
     assert prompt_ids(model, "the cat", 0) == hub.encode_prompt("the cat")

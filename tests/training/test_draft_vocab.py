@@ -219,6 +219,6 @@ def test_what_cannot_leave_or_come_is_refused(trained, tmp_path):
     mtp_jax.export_model(model, tmp_path / "plain", form="none", notify=str)
     plain = mtp_jax.load(tmp_path / "plain")
     np.testing.assert_allclose(plain.logits([[5, 6, 7]])[0], model.logits([[5, 6, 7]])[0], atol=1e-5)
-    with pytest.raises(UserError, match=r"heads.draft_vocab=8 is chosen from training text"):
+    with pytest.raises(UserError, match=r"heads.draft_vocab=8 needs training text"):
         mtp_jax.import_model(tmp_path / "plain", tmp_path / "in", heads=HeadsConfig(draft_vocab=8), notify=str)
     assert not (tmp_path / "in").exists()

@@ -1,1 +1,1 @@
-"""GGUF files, the one-file checkpoints of llama.cpp: metadata, tokenizer and packed tensors."""
+"""Reads GGUF files, the checkpoints of llama.cpp in one file: metadata, tokenizer and packed tensors."""

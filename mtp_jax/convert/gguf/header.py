@@ -1,12 +1,12 @@
-"""The beginning of a GGUF file: its metadata, and where each tensor lies.
+"""Reads the beginning of a GGUF file: its metadata, and the place of each tensor.
 
     magic, version, number of tensors, number of fields
     fields    name, type, value          numbers, strings, or arrays of either
     tensors   name, shape, type, place   the place counts from the data, which begin at the next multiple of 32
 
-The `gguf` package has a reader too. It makes an array of every string and number, which takes seconds for a vocabulary,
-and its errors do not say which field or tensor is wrong. So this module reads the file, and takes from the package what
-the types are called, how large their blocks are, and how they are unpacked.
+The `gguf` package has a reader, too. But it makes an array of every string and number, which takes seconds for a
+vocabulary, and its errors do not say which field or tensor is wrong. So this module reads the file itself. It uses the
+package for the names of the types, the sizes of their blocks, and the functions that unpack them.
 """
 
 import dataclasses
@@ -38,26 +38,26 @@ NUMBERS = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
-"""The letters that `struct` has for the types of fields."""
+"""The letters of `struct` for the types of fields."""
 MOST_AXES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A tensor in the file."""
+    """The place of a tensor in the file, its type and its shape."""
 
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
-    """As NumPy counts axes; the file has them the other way round."""
+    """The shape in NumPy's order of axes. The file has the opposite order."""
     start: int
-    """Its first byte."""
+    """Position of its first byte."""
     nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says about itself."""
+    """The metadata of a file, and the places of its tensors."""
 
     path: pathlib.Path
     mapped: mmap.mmap
@@ -66,7 +66,7 @@ class Header:
 
 
 def is_gguf(path: pathlib.Path) -> bool:
-    """Whether a file is one, by its name or its first bytes."""
+    """Whether a path is a GGUF file, by its suffix or its first bytes."""
     if not path.is_file():
         return False
     if path.suffix.lower() == ".gguf":
@@ -76,7 +76,7 @@ def is_gguf(path: pathlib.Path) -> bool:
 
 
 class _Cursor:
-    """A place in a file, which moves on as values are read; `what` names the value for the line about a short file."""
+    """A position in a file, which moves forward as values are read. `what` names the value in error messages."""
 
     def __init__(self, path: pathlib.Path, mapped: mmap.mmap) -> None:
         self.path = path
@@ -106,31 +106,33 @@ class _Cursor:
 
 
 def read_header(path: pathlib.Path) -> Header:
-    """Reads metadata and places.
+    """Reads the metadata and the places of the tensors.
 
     Raises:
-      UserError: no GGUF file, another version, a part of a split file, a damaged or shortened file, or a tensor of a
-        type that is unknown, by name.
+      UserError: the file is not a GGUF file, has an unknown version, is one of several files of a model, is damaged or
+        cut off, or has a tensor of an unknown type.
     """
     cursor = _Cursor(path, map_file(path))
     if cursor.mapped[:4] != MAGIC:
-        raise UserError(f"{path} is no GGUF file: it does not begin with {MAGIC.decode()}; fetch it again")
+        raise UserError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()}; fetch it again")
     cursor.at = len(MAGIC)
     (version,) = cursor.numbers("I", "the version")
     if version not in VERSIONS:
-        order = " (its bytes are in the order of a big-endian machine)" if version & 0xFFFF == 0 else ""
-        raise UserError(f"{path} has GGUF version {version}{order}; versions 2 and 3 are read: convert the model again")
+        order = " (its bytes are in big-endian order)" if version & 0xFFFF == 0 else ""
+        raise UserError(
+            f"{path} has GGUF version {version}{order}, but only versions 2 and 3 are read; convert the model again"
+        )
     num_tensors, num_fields = cursor.numbers("QQ", "the number of tensors")
     fields = _named(cursor, num_fields, "field", _field)
     if fields.get("split.count", 1) not in (0, 1):
         raise UserError(
-            f"{path} is one of the {fields['split.count']} files of a model (split.no={fields.get('split.no')}), which "
-            "are not joined here; make one file of them with llama.cpp: llama-gguf-split --merge FIRST_PART OUT.gguf"
+            f"{path} is one of the {fields['split.count']} files of a model (split.no={fields.get('split.no')}), and "
+            "joining them is not implemented; join them with llama.cpp: llama-gguf-split --merge FIRST_FILE OUT.gguf"
         )
     places = _named(cursor, num_tensors, "tensor", _place)
     alignment = fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1:
-        raise UserError(f"{path}: general.alignment={alignment!r} is no number of bytes; fetch it again")
+        raise UserError(f"{path}: general.alignment={alignment!r} is not a number of bytes; fetch it again")
     data = -(-cursor.at // alignment) * alignment
     tensors = {name: dataclasses.replace(place, start=data + place.start) for name, place in places.items()}
     for place in tensors.values():
@@ -143,7 +145,7 @@ def read_header(path: pathlib.Path) -> Header:
 
 
 def _named(cursor: _Cursor, count: int, what: str, read: Callable[[_Cursor, str], Any]) -> dict[str, Any]:
-    """Names and what follows each of them; a name comes once."""
+    """Reads names and the value after each name. A name may occur only once."""
     found: dict[str, Any] = {}
     for number in range(count):
         name = cursor.string(f"the name of {what} {number + 1} of {count}")
@@ -167,8 +169,8 @@ def _value(cursor: _Cursor, kind: int, name: str) -> Any:
         raise UserError(f"{name} in {cursor.path} has the field type {kind}, which is unknown; fetch it again")
     inner, count = cursor.numbers("IQ", name)
     if inner == GGUFValueType.ARRAY:
-        raise UserError(f"{name} in {cursor.path} holds arrays in an array, which no field does; fetch it again")
-    cursor.need(count, name)  # before anything is made of a count that damage has made huge
+        raise UserError(f"{name} in {cursor.path} is an array of arrays, which no field may be; fetch it again")
+    cursor.need(count, name)  # first, because the count of a damaged file may be huge
     if inner in NUMBERS:
         return list(cursor.numbers(f"{count}{NUMBERS[inner]}", name))
     return [_value(cursor, inner, name) for _ in range(count)]
@@ -177,10 +179,10 @@ def _value(cursor: _Cursor, kind: int, name: str) -> Any:
 def _place(cursor: _Cursor, name: str) -> Place:
     (axes,) = cursor.numbers("I", name)
     if not 0 < axes <= MOST_AXES:
-        raise UserError(f"{name} in {cursor.path} has {axes} axes, which no tensor has; fetch it again")
+        raise UserError(f"{name} in {cursor.path} has {axes} axes, but tensors have 1 to {MOST_AXES}; fetch it again")
     shape = cursor.numbers(f"{axes}Q", name)[::-1]
     if not all(shape):
-        raise UserError(f"{name} in {cursor.path} has the shape {list(shape)}, without a number in it; fetch it again")
+        raise UserError(f"{name} in {cursor.path} has the shape {list(shape)}, so it is empty; fetch it again")
     number, start = cursor.numbers("IQ", name)
     try:
         kind = GGMLQuantizationType(number)
@@ -188,11 +190,12 @@ def _place(cursor: _Cursor, name: str) -> Place:
     except (ValueError, KeyError) as error:
         version = importlib.metadata.version("gguf")
         raise UserError(
-            f"{name} in {cursor.path} has the tensor type {number}, which gguf {version} does not know; update it "
-            "(pip install -U gguf), or take the model in a common type, such as Q8_0 or F16"
+            f"{name} in {cursor.path} has the tensor type {number}, which gguf {version} does not know; update gguf "
+            "(pip install -U gguf), or use the model in a common type, such as Q8_0 or F16"
         ) from error
     if shape[-1] % block:
         raise UserError(
-            f"{name} in {cursor.path} has rows of {shape[-1]}, no multiple of {kind.name}'s {block}; fetch it again"
+            f"{name} in {cursor.path} has rows of {shape[-1]}, which is not a multiple of {block}, the block size of "
+            f"{kind.name}; fetch it again"
         )
     return Place(name, kind, shape, start, math.prod(shape) // block * block_bytes)

@@ -1,7 +1,7 @@
-"""The metadata of a GGUF file as the fields of a Hugging Face config.
+"""Converts the metadata of a GGUF file to the fields of a Hugging Face config.
 
-llama.cpp keeps some numbers of an architecture in its own code and not in the file: the pattern of Gemma's windows, and
-the scale of its attention, which differs in the largest model of each generation. They stand in `KNOWN` and `_gemma`.
+Some numbers of an architecture are in the code of llama.cpp and not in the file: the pattern of Gemma's windows, and
+the scale of its attention, which is different in the largest model of each generation. `KNOWN` and `_gemma` have them.
 """
 
 import math
@@ -18,18 +18,18 @@ from mtp_jax.errors import UserError
 
 
 class Entry(NamedTuple):
-    """An architecture of llama.cpp that is read."""
+    """An architecture of llama.cpp that we read."""
 
     model_type: str
-    """What Hugging Face calls it."""
+    """Its name at Hugging Face."""
     turned: bool = False
     """Whether the rows of queries and keys are in llama.cpp's order."""
     sandwich: bool = False
-    """Whether there are norms behind attention and MLP too."""
+    """Whether there are also norms after attention and MLP."""
     pattern: int = 0
-    """One layer of so many sees everything, the last of them; the others have windows. 0 is no windows."""
+    """Every pattern-th layer has full attention, and the others have windows. 0 is no windows."""
     largest: int = 0
-    """Layers of the model whose attention is scaled by the width of the model over its heads."""
+    """Number of layers of the largest model. Its attention scale is that of width / heads, not of head_dim."""
 
 
 KNOWN = {
@@ -39,13 +39,13 @@ KNOWN = {
     "gemma2": Entry("gemma2", sandwich=True, pattern=2, largest=46),
     "gemma3": Entry("gemma3_text", sandwich=True, pattern=6, largest=62),
 }
-"""By the name in `general.architecture`."""
+"""The architectures, by their name in `general.architecture`."""
 SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
-"""Fields of the architecture that change nothing, or that are read off the tensors."""
+"""Fields of the architecture that change nothing, or that follow from the tensors."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_LENGTH = 8192
-"""The numbers of Llama 3's rule; llama.cpp's converter writes the factors that they give, and not the numbers."""
+"""The numbers of Llama 3's rope scaling. llama.cpp's converter writes only the factors that they give."""
 YARN = {
     "rope.scaling.yarn_beta_fast": ("beta_fast", 32.0),
     "rope.scaling.yarn_beta_slow": ("beta_slow", 1.0),
@@ -56,24 +56,24 @@ def known(header: Header) -> Entry:
     """The architecture of a file.
 
     Raises:
-      UserError: none, or one that is not read.
+      UserError: the file names no architecture, or one that we do not read.
     """
     path = header.path
     name = header.fields.get("general.architecture")
     if name is None:
         raise UserError(f"{path} has no general.architecture, which says what model it is; fetch it again")
     if (kind := header.fields.get("general.type", "model")) != "model":
-        raise UserError(f"{path} holds no model (general.type={kind!r}); give the model's own file")
+        raise UserError(f"{path} does not hold a model (general.type={kind!r}); give the file of the model")
     if name not in tuple(KNOWN):
         raise UserError(
-            f"{path}: general.architecture={name!r} is not read from GGUF files; read are {', '.join(KNOWN)}. Take the "
-            "model's Hugging Face directory, if that is one of our architectures"
+            f"{path}: general.architecture={name!r} is not implemented for GGUF files; implemented: "
+            f"{', '.join(KNOWN)}. Use the model's Hugging Face directory, if that architecture is implemented"
         )
     return KNOWN[name]
 
 
 def names_of(entry: Entry) -> dict[str, str]:
-    """What Hugging Face calls the parts of a block of an architecture, by their names in the file."""
+    """The Hugging Face names of the parts of a block, by their names in the file."""
     return names(entry.sandwich)
 
 
@@ -81,11 +81,11 @@ def config_fields(header: Header, ignore: Sequence[str] = ()) -> dict[str, Any]:
     """The fields that config.json of the same model has.
 
     Args:
-      header: of the file.
-      ignore: patterns of fields of the metadata to leave out of account.
+      header: header of the file.
+      ignore: patterns of metadata fields to ignore.
 
     Raises:
-      UserError: metadata that is missing, or that we do not implement, by name.
+      UserError: metadata is missing or not implemented. The error names the field.
     """
     entry = known(header)
     name = header.fields["general.architecture"]
@@ -121,23 +121,23 @@ def config_fields(header: Header, ignore: Sequence[str] = ()) -> dict[str, Any]:
         fields |= _gemma(given, prefix, entry, fields, rope)
     else:
         fields |= {"rope_parameters": rope}
-    if entry.model_type == "qwen2":  # always biased, and without such a field
+    if entry.model_type == "qwen2":  # it always has biases, and no such field
         del fields["attention_bias"]
     given.check_all_read({}, (*(prefix + silent for silent in SILENT), *ignore))
     return fields | token_fields(header)
 
 
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-"""Special tokens in a config, and in the metadata of the tokenizer."""
+"""Names of special tokens in a config, and in the metadata of the tokenizer."""
 
 
 def token_fields(header: Header) -> dict[str, Any]:
-    """The special tokens, null for those that there are not."""
+    """The ids of the special tokens; None for tokens that do not exist."""
     return {ours: header.fields.get(f"tokenizer.ggml.{theirs}") for ours, theirs in TOKENS.items()}
 
 
 def _exact(value: Any) -> Any:
-    """A number of 32 bits as it was written before: 1e-05 is stored as 9.999999747e-06."""
+    """A float32 number as it was written in the original config: the file has 9.999999747e-06 for 1e-05."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -151,7 +151,7 @@ def _count(given: Given, name: str, *default: Any) -> int:
 
 
 def _vocabulary(header: Header) -> int:
-    """Rows of the embedding; the tokenizer may have fewer tokens."""
+    """Number of rows of the embedding. The tokenizer may have fewer tokens."""
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         raise UserError(f"{header.path} lacks token_embd.weight, the embedding; fetch it again")
@@ -175,12 +175,12 @@ def _rope(given: Given, prefix: str, header: Header, fields: dict[str, Any]) -> 
         rope["original_max_position_embeddings"] = _count(given, f"{prefix}rope.scaling.original_context_length")
         rope |= {theirs: given(prefix + name, default) for name, (theirs, default) in YARN.items()}
     else:
-        given(f"{prefix}rope.scaling.original_context_length", None)  # stretching evenly does not depend on it
+        given(f"{prefix}rope.scaling.original_context_length", None)  # linear scaling does not depend on it
     return rope
 
 
 def _llama3(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
-    """The numbers of Llama 3's rule that give the factors in the file."""
+    """The numbers of Llama 3's rope scaling that give the factors in the file."""
     place = header.tensors[ROPE_FACTORS]
     factors = Packed(place, header.path, header.mapped).array
     if factors.shape == (head_dim // 2,):
@@ -189,12 +189,12 @@ def _llama3(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
             if np.allclose(_llama3_factors(rope, theta, head_dim), factors, rtol=1e-4):
                 return {"rope_type": "llama3", "rope_theta": theta} | rope
     raise UserError(
-        f"{header.path}: {ROPE_FACTORS} stretches frequencies otherwise than Llama 3 does, which is not implemented"
+        f"{header.path}: {ROPE_FACTORS} scales frequencies in another way than Llama 3, which is not implemented"
     )
 
 
 def _llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> np.ndarray:
-    """By what each frequency is divided: 1 for fast ones, `factor` for slow ones, something between for the others."""
+    """The divisor of each frequency: 1 for fast ones, `factor` for slow ones, a value between for the others."""
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low = rope["low_freq_factor"]
@@ -207,7 +207,7 @@ def _llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> np.nda
 
 
 def _gemma(given: Given, prefix: str, entry: Entry, fields: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    """Windows, caps and scales; the same dimensions turn by another base in the windows of Gemma 3."""
+    """Windows, soft caps and attention scale. The window layers of Gemma 3 have another rotary base."""
     layers = fields["num_hidden_layers"]
     head_dim = fields["head_dim"]
     largest = layers == entry.largest
@@ -229,7 +229,13 @@ def _gemma(given: Given, prefix: str, entry: Entry, fields: dict[str, Any], rope
 
 
 def _kinds(pattern: Any, layers: int, origin: str) -> list[str]:
-    """Kinds of all layers, from one flag per layer or from how often a layer sees everything."""
+    """The kinds of all layers.
+
+    Args:
+      pattern: one flag per layer, which is true for a window; or n, if every n-th layer has full attention.
+      layers: number of layers.
+      origin: name of the file in error messages.
+    """
     windows = pattern if isinstance(pattern, list) else [(i + 1) % pattern != 0 for i in range(layers)]
     if len(windows) != layers:
         raise UserError(f"{origin}: attention.sliding_window_pattern has {len(windows)} flags for {layers} layers")

@@ -1,10 +1,11 @@
-"""Tensors of a GGUF file under the names that Hugging Face has for them, unpacked one at a time when they are read.
+"""Opens the tensors of a GGUF file under their Hugging Face names. A tensor is unpacked when it is read.
 
-llama.cpp's converter changes three things, which are undone here:
+llama.cpp's converter changes three things, which are handled here:
 
-- the rows of queries and keys of Llama models: dimensions 2i and 2i + 1 turn together there, and i and i + H/2 here;
-- the norms of Gemma, which are written as 1 + w;
-- the embedding stands for the unembedding where that is not in the file.
+- The rows of queries and keys of Llama models are reordered: it rotates dimensions 2i and 2i + 1 together, we rotate i
+  and i + H/2.
+- The norms of Gemma are written as 1 + w.
+- If the unembedding is not in the file, it is the embedding.
 """
 
 import dataclasses
@@ -42,19 +43,19 @@ SANDWICH_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-"""How far Llama 3 stretches each frequency: no parameter, and read with the metadata."""
+"""The factors of Llama 3's rope scaling. They are not a parameter, and are read with the metadata."""
 PLAIN = {
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F64: np.dtype(np.float64),
 }
-"""Types whose values lie in the file as they are. All others are unpacked to float32."""
+"""Types that are not packed. All other types are unpacked to float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A tensor in a mapped GGUF file. `array` unpacks it at every call."""
+    """A tensor in a mapped GGUF file. Every access to `array` unpacks it."""
 
     place: Place
     file: pathlib.Path
@@ -66,17 +67,17 @@ class Packed:
 
     @property
     def start(self) -> int:
-        """Its first byte in the file."""
+        """Position of its first byte in the file."""
         return self.place.start
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the file."""
+        """Number of its bytes in the file."""
         return self.place.nbytes
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape when it is unpacked."""
+        """Its shape after unpacking."""
         return self.place.shape
 
     @property
@@ -94,22 +95,22 @@ class Packed:
             values = raw.view(PLAIN[kind])
             values = values if self.rows is None else values[self.rows]
         else:
-            # Blocks lie along the rows, so that rows can change places while they are still packed.
+            # A block is within one row, so rows can be reordered before they are unpacked.
             values = dequantize(raw if self.rows is None else raw[self.rows], kind)
         return values.astype(np.float32) - np.float32(1) if self.minus_one else values
 
     def release(self) -> None:
-        """Gives the pages of the tensor back."""
+        """Frees the pages of the tensor."""
         give_back(self.mapped, self.start, self.nbytes)
 
 
 def names(sandwich: bool) -> dict[str, str]:
-    """What Hugging Face calls the parts of a block, by their names in the file."""
+    """The Hugging Face names of the parts of a block, by their names in the file."""
     return ATTENTION | MLP | (SANDWICH_NORMS if sandwich else PRE_NORMS)
 
 
 def renamed(name: str, parts: dict[str, str]) -> str | None:
-    """The name of a tensor at Hugging Face; None for a tensor that is none of these models'."""
+    """The Hugging Face name of a tensor; None if these models do not have the tensor."""
     stem, _, end = name.rpartition(".")
     if end not in ("weight", "bias"):
         return None
@@ -122,7 +123,7 @@ def renamed(name: str, parts: dict[str, str]) -> str | None:
 
 
 def spelled(name: str, parts: dict[str, str]) -> str:
-    """The opposite of `renamed`: what the file calls a tensor."""
+    """The inverse of `renamed`: the name of a tensor in the file."""
     stem, _, end = name.rpartition(".")
     outer = {theirs: ours for ours, theirs in OUTER.items()}
     if stem in outer:
@@ -135,17 +136,17 @@ def spelled(name: str, parts: dict[str, str]) -> str:
 def open_tensors(
     header: Header, model: ModelConfig, parts: dict[str, str], turned: bool, ignore: Sequence[str]
 ) -> Tensors:
-    """The tensors of a file, by the names of Hugging Face.
+    """The tensors of a file, by their Hugging Face names.
 
     Args:
-      header: of the file.
-      model: the shape of the model, for the order of rows.
-      parts: what `names` gave.
+      header: header of the file.
+      model: the model's config, for the order of rows.
+      parts: result of `names`.
       turned: whether the rows of queries and keys are in llama.cpp's order.
-      ignore: patterns of names of the file to leave out of account.
+      ignore: patterns of tensor names in the file to ignore.
 
     Raises:
-      UserError: a tensor that these models do not have, or of a type that is not unpacked.
+      UserError: a tensor is not one of these models, or its type cannot be unpacked.
     """
     heads = {"attn_q": model.num_heads, "attn_k": model.num_kv_heads}
     tensors: Tensors = {}
@@ -176,13 +177,13 @@ def _check_kind(place: Place, header: Header) -> None:
     if place.kind not in PLAIN and not _unpacks(place.kind):
         raise UserError(
             f"{place.name} in {header.path} has the type {place.kind.name}, which the gguf package does not unpack; "
-            "take the model in another type, such as Q8_0 or F16"
+            "use the model in another type, such as Q8_0 or F16"
         )
 
 
 @functools.cache
 def _unpacks(kind: GGMLQuantizationType) -> bool:
-    """Whether the package has a function for a type: it says so when it is called with one block."""
+    """Whether the package can unpack a type. It is called with one block to find out."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:

@@ -1,9 +1,9 @@
 """The tokenizer of a GGUF file.
 
-The file has the tokens, the merges, the name of the rule by which a text is split first, and the ids of special tokens.
-What else a tokenizer needs is not there, and follows from that name, `tokenizer.ggml.pre`: for example, SmolLM's
-tokenizer takes digits one by one, and Qwen2's composes characters first. transformers reads GGUF tokenizers too; where
-it does not know a name it splits as GPT-2 does, and it never composes characters.
+The file has the tokens, the merges, the ids of special tokens, and the name of the rule that first splits a text into
+words, `tokenizer.ggml.pre`. Everything else follows from this name: for example, SmolLM's tokenizer splits numbers into
+single digits, and Qwen2's composes characters first. transformers reads GGUF tokenizers, too. But if it does not know
+the name, it splits as GPT-2 does, and it never composes characters.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,16 +22,17 @@ from mtp_jax.errors import UserError
 PRE = "tokenizer.ggml.pre"
 CONTROL = 3
 USER_DEFINED = 4
-"""Types of tokens that are found whole in a text; the first are special."""
+"""Types of tokens that are matched in a text before it is split. Control tokens are special tokens."""
 
 
 def _bytes(regex: bool) -> pre_tokenizers.PreTokenizer:
-    """The last step of all of them: bytes as letters, split before as GPT-2 does or not at all."""
+    """The last step of all rules: bytes become letters. With `regex`, the text is first split as GPT-2 does."""
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
 
 
 def _words(digits: str) -> pre_tokenizers.PreTokenizer:
-    """Words with the mark in front of them, digits, runs of marks with the ends of lines behind them, blanks."""
+    """Splits into words (with a punctuation mark before them), digits, runs of punctuation with following line ends,
+    and blanks."""
     parts = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
         r"[^\r\n\p{L}\p{N}]?\p{L}+",
@@ -45,15 +46,15 @@ def _words(digits: str) -> pre_tokenizers.PreTokenizer:
 
 
 class Splitter(NamedTuple):
-    """What the name of a way to split stands for."""
+    """A rule that splits texts into words, and the settings that belong to it."""
 
     split: Callable[[], pre_tokenizers.PreTokenizer]
     composes: bool = False
     """Whether characters are composed first (NFC)."""
     whole: bool = False
-    """Whether a word that is a token is that token, whatever the merges make of it."""
+    """Whether a word that is in the vocabulary always becomes this one token, without merges."""
     bos: bool = False
-    """Whether a text begins with the first token where the file does not say."""
+    """Whether a text begins with the BOS token if the file does not say it."""
 
 
 GPT2 = Splitter(lambda: _bytes(True))
@@ -70,14 +71,14 @@ RULES = {
 
 
 def open_tokenizer(header: Header, ignore: Sequence[str] = ()) -> HubTokenizer | None:
-    """The tokenizer of a file; None where the file says that there is none.
+    """The tokenizer of a file; None if the file says that there is none.
 
     Args:
-      header: of the file.
-      ignore: patterns of fields to leave out of account; one that fits `tokenizer.ggml.pre` splits as GPT-2 does.
+      header: header of the file.
+      ignore: patterns of fields to ignore. If one matches `tokenizer.ggml.pre`, an unknown rule splits as GPT-2 does.
 
     Raises:
-      UserError: a tokenizer that is not implemented, or not whole.
+      UserError: the tokenizer is not implemented, or incomplete.
     """
     quiet_transformers()
     from transformers import PreTrainedTokenizerFast
@@ -102,7 +103,7 @@ def open_tokenizer(header: Header, ignore: Sequence[str] = ()) -> HubTokenizer |
         fast = PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **named)
     except UserError:
         raise
-    except Exception as error:  # the libraries have errors of many kinds for tables that do not fit together
+    except Exception as error:  # the libraries raise many kinds of errors if the tables do not fit together
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the tokenizer in {header.path} cannot be read: {reason}; fetch the file again") from error
     fast.chat_template = fields.get("tokenizer.chat_template")
@@ -110,7 +111,7 @@ def open_tokenizer(header: Header, ignore: Sequence[str] = ()) -> HubTokenizer |
 
 
 def end_tokens(header: Header) -> list[int]:
-    """Tokens that end an answer: of the text, of a turn, of a message."""
+    """Ids of the tokens that end an answer: end of text, end of turn and end of message."""
     names = ("eos_token_id", "eot_token_id", "eom_token_id")
     ends = (header.fields.get(f"tokenizer.ggml.{name}") for name in names)
     return list(dict.fromkeys(end for end in ends if end is not None))
@@ -126,13 +127,13 @@ def _required(header: Header, name: str) -> list[Any]:
 
 
 def _byte_level(header: Header, tokens: list[str], ignore: Sequence[str]) -> tuple[Tokenizer, bool]:
-    """Byte-level BPE, and whether texts begin with the first token by default."""
+    """A byte-level BPE tokenizer, and whether texts begin with the BOS token by default."""
     name = header.fields.get(PRE)
     if name not in RULES and not matches(PRE, ignore):
         said = f"{PRE}={name!r} is not implemented" if name else f"no {PRE}, which says how a text is split"
         raise UserError(
             f"{header.path}: {said}; implemented: {', '.join(RULES)}. To split as GPT-2 does, which may give other "
-            f"tokens than the model knows, ignore it: ignore={[PRE]!r}, --ignore {PRE}"
+            f"tokens than in training, ignore it: ignore={[PRE]!r}, --ignore {PRE}"
         )
     rule = RULES.get(name, GPT2)
     merges = [tuple(merge.split(" ")) for merge in header.fields.get("tokenizer.ggml.merges", [])]
@@ -145,11 +146,11 @@ def _byte_level(header: Header, tokens: list[str], ignore: Sequence[str]) -> tup
 
 
 def _pieces(header: Header, tokens: list[str], ignore: Sequence[str]) -> tuple[Tokenizer, bool]:
-    """SentencePiece, as transformers builds it for Llama and for Gemma."""
+    """A SentencePiece tokenizer, built as transformers builds it for Llama and for Gemma."""
     from transformers import GemmaTokenizer, LlamaTokenizer
 
     gemma = header.fields["general.architecture"].startswith("gemma")
-    if gemma:  # runs of blanks are spelled as blanks in the file
+    if gemma:  # the file has runs of blanks as blanks, the tokenizer needs U+2581 instead
         tokens = ["\u2581" * len(token) if token.strip(" ") == "" else token for token in tokens]
     scores = range(0, -len(tokens), -1) if gemma else _required(header, "tokenizer.ggml.scores")
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -171,11 +172,12 @@ KINDS: dict[str, Callable[[Header, list[str], Sequence[str]], tuple[Tokenizer, b
 
 
 def merges_of(vocabulary: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece vocabulary implies: any two tokens that together are a token, best first.
+    """The merges that a SentencePiece vocabulary implies: all pairs of tokens that form a token together, best first.
 
     Args:
-      vocabulary: tokens and their numbers.
-      scores: by number; the highest is merged first. Gemma's are its places, since its scores do not rank its merges.
+      vocabulary: tokens and their ids.
+      scores: scores by id; the pair with the highest score is merged first. Gemma needs scores that fall with the id,
+        because the scores in its file do not rank its merges.
     """
     found = []
     for token, number in vocabulary.items():
@@ -188,7 +190,8 @@ def merges_of(vocabulary: dict[str, int], scores: Sequence[float]) -> list[tuple
 
 
 def _add_whole(inner: Tokenizer, tokens: list[str], kinds: Sequence[int]) -> None:
-    """Marks the tokens that are found whole in a text; Gemma's runs of blanks, which are respelled, are not."""
+    """Adds the tokens that are matched in a text before it is split. Gemma's runs of blanks are not among them, because
+    they have other characters here."""
     for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
         whole = [token for token, kind in zip(tokens, kinds, strict=False) if kind == wanted]
         whole = [token for token in whole if inner.token_to_id(token) is not None]
@@ -197,7 +200,7 @@ def _add_whole(inner: Tokenizer, tokens: list[str], kinds: Sequence[int]) -> Non
 
 
 def _in_front(named: dict[str, str], ids: dict[str, Any], first: bool) -> processors.PostProcessor | None:
-    """What puts the first token in front of a text, if one is to be there."""
+    """The post-processor that puts the BOS token before a text; None if there is to be none."""
     bos = named.get("bos_token")
     if not first or bos is None:
         return None
