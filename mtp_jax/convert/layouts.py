@@ -52,7 +52,7 @@ class Layout(Protocol):
     says: str
     """The file or part of the file that gives the shape of the model, for error messages."""
     writing: ClassVar[Writing]
-    """How a model that came in this layout is written. It has the architectures and config fields of `Opened`. An import
+    """How a model that came in this layout is written, with the architectures and config fields of `Opened`. An import
     keeps the config under its `CONFIG_NAME`."""
 
     @classmethod
