@@ -147,8 +147,8 @@ NAMED = (
     Mutation(
         "the loss of a split vocabulary is not summed",
         "losses/fused.py",
-        "labels_CW = across(jax.lax.psum, pick(soft.z_CV, ids_CW - offset), axes)",
-        "labels_CW = pick(soft.z_CV, ids_CW - offset)",
+        "labels_CW = across(jax.lax.psum, pick(soft.z_CV, ids_CW - first_id), axes)",
+        "labels_CW = pick(soft.z_CV, ids_CW - first_id)",
         "losses/test_xent_sharded.py",
     ),
     Mutation(

@@ -215,7 +215,7 @@ def test_a_server_that_is_not_there(source, tmp_path, prompts, capsys):
     options = {"endpoint": "http://127.0.0.1:9/v1"}
     assert run(command(source, tmp_path / "work", prompts, **options)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("mtp: error: --endpoint: http://127.0.0.1:9/v1/models cannot be asked")
+    assert error.startswith("mtp: error: --endpoint: the request to http://127.0.0.1:9/v1/models failed: ")
     made = (tmp_path / "work" / "prompts.jsonl").read_bytes()
     # Without it, as the line says, the same workdir goes on from the same prompts.
     assert run(command(source, tmp_path / "work", prompts)) == 0

@@ -83,7 +83,7 @@ def test_generate_prints_messages(capsys):
         (["chat", "model"], "this model has no chat template; give it one: lm.with_chat_template('plain')"),
         (["chat", "model", "--chat-template", "no.jinja"], "chat template 'no.jinja' is neither 'plain' nor a file"),
         (["generate", "model", "--chat", "--prompt", "a"], "prompt 0: the tokenizer has no chat template; give it one"),
-        (["generate", "model", "--chat", "--prompt-tokens", "1"], "--prompt-tokens are a prompt as it is"),
+        (["generate", "model", "--chat", "--prompt-tokens", "1"], "--chat formats text messages, and --prompt-tokens"),
     ],
 )
 def test_refused_in_one_line(arguments, message, monkeypatch, capsys):

@@ -419,7 +419,7 @@ def test_an_end_that_is_no_token_is_refused(llama, end):
     """Breaks if the check goes from `_ends`."""
     write_tokenizer(llama, 24, generation_config={"eos_token_id": end})
     said = refusal(load, llama, notify=quiet)
-    assert said.startswith(f"{llama / 'generation_config.json'}: eos_token_id={end!r} is no token id")
+    assert said.startswith(f"{llama / 'generation_config.json'}: eos_token_id={end!r} is not a token id")
 
 
 def test_a_damaged_tokenizer_is_refused(llama):

@@ -361,7 +361,7 @@ def test_params_alone_need_no_optimizer_and_name_what_does_not_fit(tmp_path):
     assert refusal(tmp_path, wanted, 7) == f"{path} holds no checkpoint of step 7; it has 1, 2"
     absent = tmp_path / "absent"
     assert (
-        refusal(absent, wanted) == f"{absent / CHECKPOINTS} holds no checkpoint; train first, or name another directory"
+        refusal(absent, wanted) == f"{absent / CHECKPOINTS} holds no checkpoint; train first, or give another directory"
     )
 
 

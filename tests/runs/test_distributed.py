@@ -72,8 +72,8 @@ def test_a_launcher_of_several_is_left_to_jax(monkeypatch, environment, several)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"coordinator": "host:1"}, "need --distributed.processes N, --distributed.process I as well"),
-        ({"processes": 2, "process": 0}, "need --distributed.coordinator HOST:PORT as well"),
+        ({"coordinator": "host:1"}, "also need --distributed.processes N, --distributed.process I;"),
+        ({"processes": 2, "process": 0}, "also need --distributed.coordinator HOST:PORT;"),
         ({"coordinator": "host:1", "processes": 2, "process": 2}, "distributed.process=2 of .*processes=2; use 0 to 1"),
         ({"coordinator": "host", "processes": 2, "process": 0}, "coordinator='host' is not HOST:PORT"),
         ({"coordinator": "h:99999", "processes": 2, "process": 0}, "coordinator='h:99999' is not HOST:PORT"),
