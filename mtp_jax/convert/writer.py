@@ -71,7 +71,7 @@ def export_model(
         raise UserError(f"{str(lm)!r} is a path; load it first: export_model(mtp_jax.load({str(lm)!r}), ...)")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes={shard_bytes}; it must be at least 1")
-    arch = lm.arch
+    arch = _decoder(lm.arch)
     params = lm.stacked_params()
     origin = lm.origin
     form = head_writer.choose_form(arch, origin, form)
@@ -121,13 +121,20 @@ def export_model(
 # The trunk.
 
 
+def _decoder(arch: Arch) -> Arch:
+    """The model and its heads, if its trunk is a decoder LM."""
+    if not isinstance(arch.model, ModelConfig):
+        raise UserError(
+            f"model.kind={arch.model.kind!r} cannot be exported: others read the layouts of decoder LMs only"
+        )
+    return arch
+
+
 def _architecture(model: ModelConfig, origin: Origin | None) -> tuple[Architecture, dict[str, Any]]:
     """The architecture that holds a model, and its config file.
 
     The first one whose own reading of what it writes is that model again: a wrong inverse finds no taker.
     """
-    if not isinstance(model, ModelConfig):
-        raise UserError(f"model.kind={model.kind!r} cannot be exported: others read the layouts of decoder LMs only")
     pattern = shortest_pattern(model.layers)
     model = dataclasses.replace(model, layer_pattern=pattern)
     if origin is not None and origin.architecture is not META:
