@@ -63,10 +63,6 @@ def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any
     The architecture is the first one for which writing and reading again gives the same model. So an architecture that
     does not fit, or that writes a wrong field, is not chosen.
     """
-    if not isinstance(arch.model, ModelConfig):
-        raise UserError(
-            f"model.kind={arch.model.kind!r} cannot be exported: the known layouts of files hold decoder LMs only"
-        )
     model = dataclasses.replace(arch.model, layer_pattern=shortest_pattern(arch.model.layers))
     if came is not None:
         raw = dict(came.raw)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from mtp_jax.config import Arch
+from mtp_jax.config import Arch, ModelConfig
 from mtp_jax.convert import forms, head_writer, hugging_face, mapping, record
 from mtp_jax.convert.files import DTYPES, SHARD_BYTES, Entry
 from mtp_jax.convert.layout import Architecture
@@ -69,7 +69,7 @@ def export_model(
         raise UserError(f"{str(lm)!r} is a path; load it first: export_model(mtp_jax.load({str(lm)!r}), ...)")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes={shard_bytes}; it must be at least 1")
-    arch = lm.arch
+    arch = _decoder(lm.arch)
     params = lm.stacked_params()
     origin = lm.origin
     form = head_writer.choose_form(arch, origin, form)
@@ -119,6 +119,15 @@ def _writing(form: str, origin: Origin | None) -> Writing:
 
 
 # The trunk.
+
+
+def _decoder(arch: Arch) -> Arch:
+    """The model and its heads, if the trunk is a decoder LM."""
+    if not isinstance(arch.model, ModelConfig):
+        raise UserError(
+            f"model.kind={arch.model.kind!r} cannot be exported: the known layouts of files hold decoder LMs only"
+        )
+    return arch
 
 
 def _pieces(entry: Architecture, arch: Arch, params: Any) -> list[mapping.Piece]:

@@ -487,7 +487,7 @@ def test_every_layer_may_be_the_tap(layers):
     Breaks with `<` for `<=` in the check of `heads.tap`.
     """
     model = ModelConfig(num_layers=layers)
-    below = [Config(model=model, heads=HeadsConfig(tap=tap)).tap for tap in range(-layers, layers + 1)]
+    below = [Arch(model, HeadsConfig(tap=tap)).tap for tap in range(-layers, layers + 1)]
     assert below == [*range(layers), *range(layers + 1)]
 
 

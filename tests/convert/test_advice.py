@@ -103,7 +103,7 @@ NEEDED = frozenset(TENSORS | HEAD)
 def leave_out(names, ignore=()):
     """What `check` and `refuse_quantised` say to these tensors of an untied Llama: the notes, or UserError."""
     notes = []
-    model = leftovers.Model(NEEDED, tuple(ignore))
+    model = leftovers.ModelTensors(NEEDED, tuple(ignore))
     leftovers.refuse_quantised(names, model, "llama")
     leftovers.check(
         list(names), model, dict.fromkeys(names, types.SimpleNamespace(unlisted=None)), "x", "llama", notes.append

@@ -245,7 +245,7 @@ def test_what_no_architecture_holds(tmp_path):
     """A block that no Hugging Face class has is refused with the field that stands in the way."""
     config = tiny_config(model={"norm_position": "sandwich"}, heads={"num_future": 1})
     lm = mtp_jax.LoadedModel(config, {}, None, None)
-    with pytest.raises(UserError, match=r"no Hugging Face architecture.* but for model\.norm_position"):
+    with pytest.raises(UserError, match=r"no known Hugging Face architecture.* without model\.norm_position"):
         mtp_jax.export_model(lm, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -76,14 +76,15 @@ def learned():
 def test_other_parameters_in_the_same_program():
     """tokens = plain for any table, rounds = what the table says, and a second table compiles nothing.
 
-    Breaks without `compare=False` at `Drafter.params`, if `static` keeps the table in the plan and a drafter reads it
-    there, without `over_vocabulary` in `_propose`, or with `first` left out of its positions.
+    Breaks without `compare=False` at `Drafter.params`, without `own` in the drafter's context, or without
+    `over_vocabulary` in `_propose`.
     """
     seen = []
     for followers, compiles in ((learned(), True), ({}, False)):
         params, next_V = table(followers, seed=len(seen))
         with compilations() as compiled:
             drafter = dataclasses.replace(BIGRAM, params=params)
+            assert (hash(drafter), drafter) == (hash(BIGRAM), BIGRAM)
             result = mtp_jax.generate(model("random"), PROMPTS, max_new_tokens=NEW, draft=drafter)
         assert compiles or compiled == []
         assert result.tokens == [plain("random", prompt)[:NEW] for prompt in PROMPTS]

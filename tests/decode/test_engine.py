@@ -42,7 +42,7 @@ def prefilled(lm, rows, limits, drafter=HEADS, width=16):
 
 
 def controls(lm, rows):
-    return Options().controls(len(rows), lm.config.model.vocab_size)
+    return Options().controls(len(rows), lm.arch.model.vocab_size)
 
 
 def advance(lm, state, rounds=ALL, drafter=HEADS):
