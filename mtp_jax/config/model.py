@@ -227,6 +227,11 @@ class ModelConfig:
         return True
 
     @property
+    def unembedding_path(self) -> str:
+        """Path of the parameter that the unembedding is made of."""
+        return "embed/table" if self.tie_embeddings else "unembed/table"
+
+    @property
     def split_fields(self) -> tuple[str, ...]:
         """Fields that divide over `mesh.tensor` devices."""
         return ("vocab_size", "num_heads", "num_kv_heads", "d_ff")

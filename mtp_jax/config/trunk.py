@@ -39,6 +39,9 @@ class TrunkConfig(Protocol):
     them, and `heads.init="copy_block"` copies one."""
     split_fields: tuple[str, ...]
     """Fields that must divide over `mesh.tensor` devices, because a parameter is split along them."""
+    unembedding_path: str
+    """Path of the parameter that the unembedding is made of, such as `embed/table`. `train.trainable` decides by it
+    whether the loss forms a gradient for the unembedding."""
     kind: str
     """The name of the trunk, as the default of a dataclass field. `ModelConfig` has no such field."""
 

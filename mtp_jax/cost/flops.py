@@ -146,7 +146,7 @@ def _logits(config: Config, tokens: int, computed: bool) -> int:
     whole = per_row * config.model.vocab_size
     draft = per_row * config.heads.draft_vocab or whole
     train = config.train
-    learned = train.learns("embed/table" if config.model.tie_embeddings else "unembed/table")
+    learned = train.learns(config.model.unembedding_path)
     first = extra = LEARNED.linear if learned else THROUGH.linear
     if config.heads.unembed == "own":
         extra = LEARNED.linear if train.learns("heads/unembed/table") else THROUGH.linear

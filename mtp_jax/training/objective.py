@@ -129,7 +129,7 @@ def _heads_loss(
         learn_MBT = entropy_weights(options, _entropies(hidden_MBTD, tables, spec), targets.weights_MBT)
     own = config.heads.unembed == "own"
     draft = config.heads.draft_vocab > 0
-    learned = config.train.learns("embed/table" if config.model.tie_embeddings else "unembed/table")
+    learned = config.train.learns(config.model.unembedding_path)
     loss, sums = mtp_loss(
         hidden_MBTD,
         tables,

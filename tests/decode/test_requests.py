@@ -253,22 +253,22 @@ def test_a_batch_of_seventeen():
 
 
 def test_a_drafter_of_your_own():
-    """A `Drafter` is used as it is: its init gets (config, P, batch, slots) and its draft the tokens so far."""
+    """A `Drafter` is used as it is: its init gets (arch, P, batch, slots) and its draft the tokens so far."""
     seen = {}
 
-    def init(config, num_draft, batch, slots):
-        seen["init"] = (config, num_draft, batch, slots)
+    def init(arch, num_draft, batch, slots):
+        seen["init"] = (arch, num_draft, batch, slots)
         return ()
 
-    def repeat_last(config, params, cache, context):
+    def repeat_last(arch, params, cache, context):
         seen["shapes"] = (context.tokens_BS.shape, context.tap_BQD.shape[0])
         last_B1 = jnp.take_along_axis(context.tokens_BS, context.total_B[:, None] - 1, axis=1)
         return Drafts(jnp.repeat(last_B1, 2, axis=1)), cache
 
     result = generate(model("random"), PROMPTS, max_new_tokens=NEW, draft=Drafter("repeat", 2, init, repeat_last))
     assert result.tokens == [plain("random", prompt)[:NEW] for prompt in PROMPTS]
-    config, num_draft, batch, slots = seen["init"]
-    assert (config, num_draft, batch) == (CONFIG, 2, 4) and slots >= 16 + NEW + 3
+    arch, num_draft, batch, slots = seen["init"]
+    assert (arch, num_draft, batch) == (CONFIG.arch, 2, 4) and slots >= 16 + NEW + 3
     assert seen["shapes"] == ((4, slots), 4)
 
 
@@ -420,5 +420,5 @@ def test_as_many_tokens_as_the_model_can(new):
 
 def test_one_layer():
     """A model of one layer, at the default tap: the input of its only block."""
-    assert tiny_config(model={"num_layers": 1}).tap == 0
+    assert tiny_config(model={"num_layers": 1}).arch.tap == 0
     assert tiny_config(model={"num_layers": 1}, heads={"num_future": 1}).model.num_layers == 1

@@ -46,6 +46,7 @@ class RunningMean:
     logit_softcap: float = 20.0
     is_stack = False
     split_fields = ("vocab_size",)
+    unembedding_path = "words"
 
     @property
     def block(self):
@@ -267,7 +268,7 @@ def test_states_at_several_taps(taps):
 
 def test_a_mix_of_states_needs_no_function(monkeypatch):
     """The mix that is made of the states at all taps = the one that the decoder LM sums up on the way, in training and
-    in decoding. Breaks if `_mix` leaves out the norm, or `_everywhere` the last place."""
+    in decoding. Breaks if `mix` leaves out the norm, or `everywhere` the last place."""
     config = small_config(heads={"tap_mix": True})
     arch = config.arch
     params = random_params(config)
@@ -278,7 +279,8 @@ def test_a_mix_of_states_needs_no_function(monkeypatch):
         x_BTD, weight_L = trunk.embed(arch, ready, tokens_BT), jnp.array([0.5, 0.2, 0.3])
         _, whole_BTD = trunk.run_mixed(arch, ready, x_BTD, positions_BT, segment_ids_BT, weight_L)
         caches = trunk.init_caches(arch, 1, T)
-        return whole_BTD, trunk.decode_mixed(arch, view, x_BTD, jnp.array([0]), caches, weight_L)[1]
+        states = trunk.decode(arch, view, x_BTD, jnp.array([0]), caches, trunk.everywhere(arch))[1]
+        return whole_BTD, trunk.mix(arch, states, weight_L)
 
     summed = jax.jit(mixes)()
     needed = types.SimpleNamespace(**{name: getattr(lm, name) for name in trunk.FUNCTIONS})
