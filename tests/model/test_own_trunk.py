@@ -170,7 +170,7 @@ def test_a_trunk_of_your_own(section):
 
     prompts = [ids, [7, 30]]
     slow = [slow_greedy(config, params, prompt, 14) for prompt in prompts]
-    assert min(len(set(tokens)) for tokens in slow) > 4
+    assert min(len(set(tokens)) for tokens in slow) > 2
     assert mtp_jax.generate(model, prompts, max_new_tokens=12, draft="none").tokens == [row[:12] for row in slow]
     drafted = mtp_jax.generate(model, prompts, max_new_tokens=12, draft="heads")
     assert drafted.tokens == [row[:12] for row in slow]
