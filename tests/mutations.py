@@ -54,19 +54,34 @@ NAMED = (
     Mutation(
         "targets cross documents",
         "losses/targets.py",
-        "keep_BT = same_document_BT & ahead(learned_BT, m + 1)",
-        "keep_BT = ahead(learned_BT, m + 1)",
+        "weight_BT = jnp.where(same_document_BT, ahead(counted_BT, m + 1), 0)",
+        "weight_BT = ahead(counted_BT, m + 1)",
         "losses/test_targets.py",
     ),
     Mutation(
         "one head learns the prompt",
         "losses/targets.py",
-        "keep_BT = same_document_BT & ahead(learned_BT, m + 1)",
-        "keep_BT = same_document_BT & ahead(learned_BT if m != 2 else segment_ids_BT != 0, m + 1)",
+        "weight_BT = jnp.where(same_document_BT, ahead(counted_BT, m + 1), 0)",
+        "one_BT = 1.0 * (segment_ids_BT != 0)\n"
+        "        weight_BT = jnp.where(same_document_BT, ahead(counted_BT if m != 2 else one_BT, m + 1), 0)",
         "losses/test_targets.py training/test_objective.py",
     ),
     Mutation(
-        "weights of tokens lie one off",
+        "weights of tokens become marks",
+        "losses/targets.py",
+        "else weights_BT.astype(jnp.float32)",
+        "else (weights_BT != 0).astype(jnp.float32)",
+        "losses/test_targets.py",
+    ),
+    Mutation(
+        "extra arrays lie one off",
+        "data/pack.py",
+        "batch[name][:size] = array[start:stop]",
+        "batch[name][1:size] = array[start : stop - 1]",
+        "data/test_extras.py",
+    ),
+    Mutation(
+        "marks of tokens lie one off",
         "data/pack.py",
         "learn[:size] &= self.learn[start:stop] != 0",
         "learn[1:size] &= self.learn[start : stop - 1] != 0",
@@ -445,8 +460,8 @@ OTHERS = (
     Mutation(
         "padding of the last held-out batch counts",
         "losses/targets.py",
-        "learned_BT = segment_ids_BT != 0",
-        "learned_BT = segment_ids_BT >= 0",
+        "counted_BT = jnp.where(segment_ids_BT != 0, given_BT, 0)",
+        "counted_BT = given_BT",
         "losses/test_targets.py",
     ),
     Mutation(

@@ -149,7 +149,7 @@ def _in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def read_flat(path: str, tokenizer: Reading | None, limit: int | None, what: str) -> TokenisedDocuments:
-    """Reads the documents of a `.npy` file of token ids.
+    """Reads the documents of a `.npy` file of token ids, with its extra arrays.
 
     Args:
       path: the file.
@@ -173,7 +173,9 @@ def read_flat(path: str, tokenizer: Reading | None, limit: int | None, what: str
         ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
         offsets = np.unique(np.concatenate([[0], ends, [len(tokens)]]))
         names = [f"document {document}" for document in range(len(offsets) - 1)]
-    return TokenisedDocuments(tokens.reshape(-1), offsets, names, np.zeros(len(names), np.int64))
+    extras = {name: array.reshape(-1) for name, array in sources.read_extras(path, tokens.shape).items()}
+    sizes = np.zeros(len(names), np.int64)
+    return TokenisedDocuments(tokens.reshape(-1), offsets, names, sizes, extras=extras)
 
 
 def with_bytes(rows: PackedRows, tokenizer: Reading | None) -> PackedRows:

@@ -1,6 +1,7 @@
 """The draft vocabulary: the tokens that extra heads predict, which are the most frequent ones in the training text."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,13 +29,13 @@ class DraftVocab:
           count: N, size of the draft vocabulary.
           vocab_size: V.
         """
-        counts_V = token_counts(rows.tokens, vocab_size, rows.learn)
+        counts_V = token_counts(rows.tokens, vocab_size, rows.marks)
         ids_v = np.sort(np.argsort(-counts_V, kind="stable")[:count]).astype(np.int32)
         return cls(ids_v, vocab_size, float(counts_V[ids_v].sum() / counts_V.sum()))
 
     def share_of(self, rows: PackedRows) -> float:
         """Share of the learned tokens of a text that are in the draft vocabulary."""
-        counts_V = token_counts(rows.tokens, self.vocab_size, rows.learn)
+        counts_V = token_counts(rows.tokens, self.vocab_size, rows.marks)
         return float(counts_V[self.ids].sum() / counts_V.sum())
 
     def describe(self, heldout: PackedRows) -> str:
@@ -45,17 +46,19 @@ class DraftVocab:
         )
 
 
-def token_counts(tokens: np.ndarray, vocab_size: int, learn: np.ndarray | None = None) -> np.ndarray:
+def token_counts(tokens: np.ndarray, vocab_size: int, marks: Sequence[np.ndarray] = ()) -> np.ndarray:
     """How often each token occurs in a flat stream, which may be larger than memory; int64 [V].
 
     Args:
       tokens: the stream.
       vocab_size: V.
-      learn: 1 for the tokens that count; None counts all.
+      marks: arrays of the stream's length; a token counts if none of them is 0 for it.
     """
     counts_V = np.zeros(vocab_size, np.int64)
     for start in range(0, len(tokens), BLOCK):
         block = slice(start, start + BLOCK)
-        counted = tokens[block] if learn is None else tokens[block][learn[block] != 0]
+        counted = tokens[block]
+        if marks:
+            counted = counted[np.all([mark[block] != 0 for mark in marks], axis=0)]
         counts_V += np.bincount(counted, minlength=vocab_size)
     return counts_V

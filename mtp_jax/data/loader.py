@@ -30,9 +30,9 @@ _Split = tuple[np.ndarray, np.ndarray]  # indices of the training and of the hel
 def prepare(config: Config, directory: pathlib.Path | None, digest: str = "", in_place: bool = True) -> Corpus:
     """Reads, splits and tokenises the corpus, or uses the files of an earlier call again.
 
-    A `.npy` source needs a tokenizer only to separate the documents in a flat array and to decode ids to text.
-    `data.tokenizer` is then the path of a `tokenizer.json`, `bytes`, or `none`. `none` needs an array [documents,
-    tokens].
+    A `.npy` source may have extra arrays next to it, see `data.extras`. It needs a tokenizer only to separate the
+    documents in a flat array and to decode ids to text. `data.tokenizer` is then the path of a `tokenizer.json`,
+    `bytes`, or `none`. `none` needs an array [documents, tokens].
 
     Args:
       config: `data` and `model.vocab_size` are used.
@@ -156,7 +156,7 @@ def train_batches(
       mine: the b positions in the global batch that this process reads; the default is all.
 
     Returns:
-      An iterator of dicts of int32 [b, T], as `PackedRows` gives them, with `get_state` and `set_state`.
+      An iterator of dicts of [b, T], int32 or float32, as `PackedRows` gives them, with `get_state` and `set_state`.
     """
     mine = range(batch_size) if mine is None else mine
     order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
@@ -173,7 +173,7 @@ def heldout_batches(rows: PackedRows, batch_size: int, limit: int = 0) -> Iterat
     """Batches of the first `limit` rows (0: all), in order. The last batch is filled up with rows of padding.
 
     Yields:
-      Dicts of int32 [B, T].
+      Dicts of [B, T], int32 or float32.
     """
     count = min(limit, len(rows)) if limit else len(rows)
     for start in range(0, count, batch_size):
@@ -332,4 +332,5 @@ def _describe(source: str, flat: TokenisedDocuments, heldout: int) -> str:
     size = int(flat.sizes.sum())
     text = f"{source}: {documents:,} documents ({heldout:,} held out), {tokens:,} tokens"
     text = f"{text}, {size / 1e6:.2f} MB, {size / tokens:.2f} bytes per token" if size else text
-    return text if flat.learn is None else f"{text}, {flat.learn.mean():.0%} of the tokens learned"
+    text = text if flat.learn is None else f"{text}, {flat.learn.mean():.0%} of the tokens learned"
+    return f"{text}, with {', '.join(flat.extras)} per token" if flat.extras else text

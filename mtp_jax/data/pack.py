@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
+from mtp_jax.data.extras import WEIGHTS, batch_dtype, extra_file
 from mtp_jax.data.sources import replacing
 from mtp_jax.errors import UserError
 
@@ -51,11 +53,18 @@ class PackedRows:
     """Which tokens are learned, 0 or 1, [tokens]; may be memory-mapped. None if all are learned."""
     prompt_tokens: int = 0
     """Number of tokens at the start of every document that are not learned."""
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Further arrays of one number per token, [tokens] each, by name; see `data.extras`."""
 
     @property
     def predicted_bytes(self) -> int:
-        """UTF-8 bytes of the tokens that are a next-token target; 0 if unknown, as with `prompt_tokens`."""
-        return 0 if self.prompt_tokens else self.bytes_ - self.unpredicted_bytes
+        """UTF-8 bytes of the tokens that are a next-token target; 0 if unknown, as with `prompt_tokens` and weights."""
+        return 0 if self.prompt_tokens or WEIGHTS in self.extras else self.bytes_ - self.unpredicted_bytes
+
+    @property
+    def marks(self) -> tuple[np.ndarray, ...]:
+        """Arrays [tokens] that are 0 for tokens that are not learned."""
+        return tuple(array for array in (self.learn, self.extras.get(WEIGHTS)) if array is not None)
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or len(self.tokens) < 2:
@@ -65,8 +74,10 @@ class PackedRows:
             raise UserError("doc_starts must begin at 0, increase strictly, and stay below the number of tokens")
         if self.seq_len < 2:
             raise UserError(f"seq_len={self.seq_len}; a row needs at least 2 tokens to hold one target")
-        if self.learn is not None and self.learn.shape != self.tokens.shape:
-            raise UserError(f"learn has shape {self.learn.shape}, but tokens has {self.tokens.shape}; make them equal")
+        learn = {} if self.learn is None else {"learn": self.learn}
+        for name, array in (learn | dict(self.extras)).items():
+            if array.shape != self.tokens.shape:
+                raise UserError(f"{name} has shape {array.shape}, but tokens has {self.tokens.shape}; make them equal")
 
     def __len__(self) -> int:
         stride = self.seq_len - 1
@@ -75,7 +86,8 @@ class PackedRows:
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         """The row as a dict of `tokens`, `segment_ids` and `positions`, each int32 [T].
 
-        If not all tokens are learned, the dict also has `learn`: 1 for a learned token, 0 for others.
+        If not all tokens are learned, the dict also has `learn`: 1 for a learned token, 0 for others. Each extra array
+        is there under its name, float32 or int32 [T], with 0 at padding.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
@@ -95,6 +107,9 @@ class PackedRows:
             if self.learn is not None:
                 learn[:size] &= self.learn[start:stop] != 0
             batch["learn"] = learn.astype(np.int32)
+        for name, array in self.extras.items():
+            batch[name] = np.zeros(self.seq_len, batch_dtype(name, array.dtype))
+            batch[name][:size] = array[start:stop]
         return batch
 
 
@@ -113,6 +128,8 @@ class TokenisedDocuments:
     """UTF-8 bytes of each document that are not in a learned token; int64 [documents]. None if unknown."""
     learn: np.ndarray | None = None
     """Which tokens are learned, uint8 [tokens]; None if all are learned."""
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Further arrays of one number per token, [tokens] each, by name."""
 
 
 def concatenate(
@@ -124,16 +141,21 @@ def concatenate(
       documents: all documents.
       order: the indices of the documents to take, in their new order.
       seq_len: T.
-      path: the file for the tokens. Which tokens are learned goes into `learn_file(path)`.
+      path: the file for the tokens. Which tokens are learned goes into `learn_file(path)`, and each extra array into
+        its `extra_file`.
     """
     lengths = np.diff(documents.offsets)[order]
     tokens = _laid_out(documents.tokens, documents.offsets, order, path)
     learn = None
     if documents.learn is not None:
         learn = _laid_out(documents.learn, documents.offsets, order, path and learn_file(path))
+    extras = {
+        name: _laid_out(array, documents.offsets, order, path and extra_file(path, name))
+        for name, array in documents.extras.items()
+    }
     unpredicted = 0 if documents.unpredicted is None else int(documents.unpredicted[order].sum())
     size = int(documents.sizes[order].sum())
-    return PackedRows(tokens, np.cumsum(lengths) - lengths, seq_len, size, unpredicted, learn)
+    return PackedRows(tokens, np.cumsum(lengths) - lengths, seq_len, size, unpredicted, learn, extras=extras)
 
 
 def learn_file(path: pathlib.Path) -> pathlib.Path:

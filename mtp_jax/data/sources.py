@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax.data import files, synthetic
+from mtp_jax.data import extras, files, synthetic
 from mtp_jax.data.chat import ChatTemplate
 from mtp_jax.data.files import Document, Records, SourceFile
 from mtp_jax.errors import UserError
@@ -58,6 +58,14 @@ def list_files(source: str) -> list[SourceFile]:
     if not found:
         raise UserError(f"data source {source!r} holds no files; hidden files do not count")
     return sorted(found)
+
+
+def read_files(source: str) -> list[SourceFile]:
+    """All files that a run reads for a source: those of `list_files`, and extra arrays next to a file of token ids."""
+    found = list_files(source)
+    if is_token_file(source):
+        found += extras.extra_files(pathlib.Path(source).expanduser()).values()
+    return found
 
 
 def _walk(root: pathlib.Path, skips: set[str]) -> list[SourceFile]:
@@ -163,6 +171,13 @@ def read_token_file(path: str | os.PathLike[str]) -> np.ndarray:
     if smallest < 0:
         raise UserError(f"token file {str(path)!r} holds the id {smallest}; token ids start at 0")
     return tokens
+
+
+def read_extras(path: str | os.PathLike[str], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The extra arrays of a file of token ids, see `extras.read_extras`. A synthetic task has none."""
+    if synthetic.is_synthetic(str(path)):
+        return {}
+    return extras.read_extras(pathlib.Path(path).expanduser(), shape)
 
 
 def split_documents(

@@ -2,11 +2,13 @@
 
     tokenizer.json  [special_tokens.json] [chat.json]    train.npy  train_starts.npy  [train_learn.npy]
     heldout.npy  heldout_starts.npy  [heldout_learn.npy]    meta.json
+    [train.NAME.npy  heldout.NAME.npy]
 
 `meta.json` is written last. It records what the other files were made from, and their checksums. If a file was changed
 or cut off, all are made again, and a digest of tokenizer and tokens shows whether they equal those that a run was
 trained on. A run that was trained on files of an older version keeps using them. `*_learn.npy` says which tokens are
-learned; it does not exist if all tokens are.
+learned; it does not exist if all tokens are. There is a `*.NAME.npy` for each extra array of the source, see
+`data.extras`.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.data import chat, marks, sources, synthetic
+from mtp_jax.data.extras import extra_file
 from mtp_jax.data.pack import PackedRows, learn_file
 from mtp_jax.data.tokenize import Tokenizer, load_tokenizer, template_of
 from mtp_jax.errors import UserError
@@ -74,7 +77,7 @@ def fingerprint(config: Config) -> dict[str, object]:
     elif synthetic.is_synthetic(data["source"]):
         content = ""
     else:
-        stats = [(file.name, file.path.stat()) for file in sources.list_files(data["source"])]
+        stats = [(file.name, file.path.stat()) for file in sources.read_files(data["source"])]
         content = _digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode())
     tokenizer = pathlib.Path(data["tokenizer"]).expanduser()
     tokenizer = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
@@ -102,11 +105,13 @@ def save(directory: pathlib.Path, made_from: dict[str, object], corpus: Corpus) 
     for side, rows in (("train", corpus.train), ("heldout", corpus.heldout)):
         with sources.replacing(directory / f"{side}_starts.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, rows.doc_starts)
-    checksums = _checksums(directory, (*FILES, *NEXT_TO_TOKENIZER))
+    extras = sorted(corpus.train.extras)
+    checksums = _checksums(directory, extras)
     meta = {
         "fingerprint": made_from,
         "checksums": checksums,
         "tokenizer": corpus.tokenizer is not None,
+        "extras": extras,
         "bytes": [corpus.train.bytes_, corpus.heldout.bytes_],
         "unpredicted_bytes": [corpus.train.unpredicted_bytes, corpus.heldout.unpredicted_bytes],
         "heldout_documents": corpus.heldout_documents,
@@ -114,10 +119,16 @@ def save(directory: pathlib.Path, made_from: dict[str, object], corpus: Corpus) 
     }
     with sources.replacing(directory / "meta.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    return dataclasses.replace(corpus, digest=_digest_of(checksums))
+    return dataclasses.replace(corpus, digest=_digest_of(checksums, extras))
 
 
-def _checksums(directory: pathlib.Path, names: Iterable[str]) -> dict[str, int]:
+def _data_files(extras: Iterable[str]) -> tuple[str, ...]:
+    """Names of the files that a training step depends on."""
+    return *FILES, *(extra_file(pathlib.Path(side), name).name for name in extras for side in ("train", "heldout"))
+
+
+def _checksums(directory: pathlib.Path, extras: Iterable[str]) -> dict[str, int]:
+    names = (*_data_files(extras), *NEXT_TO_TOKENIZER)
     return {name: crc32(directory / name) for name in names if (directory / name).is_file()}
 
 
@@ -133,9 +144,10 @@ def put_in_place(directory: pathlib.Path) -> None:
         new_files(directory).rename(directory)
 
 
-def _digest_of(checksums: dict[str, int]) -> str:
-    """Digest of tokenizer and tokens. special_tokens.json is not in it, because its effect shows in the tokens."""
-    return _digest(repr({name: checksums[name] for name in FILES if name in checksums}).encode())
+def _digest_of(checksums: dict[str, int], extras: Iterable[str]) -> str:
+    """Digest of tokenizer, tokens and extra arrays. special_tokens.json is not in it, because its effect shows in the
+    tokens."""
+    return _digest(repr({name: checksums[name] for name in _data_files(extras) if name in checksums}).encode())
 
 
 def reuse(
@@ -153,12 +165,13 @@ def reuse(
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         if made_from is not None and not _same(meta["fingerprint"], made_from, trained):
             return None
-        checksums = _checksums(directory, (*FILES, *NEXT_TO_TOKENIZER))
+        extras = meta.get("extras", [])  # Older versions had none.
+        checksums = _checksums(directory, extras)
         if meta["checksums"] != checksums:
             return None
         tokenizer = load_tokenizer(directory / "tokenizer.json") if meta["tokenizer"] else None
         train, heldout = (
-            _rows(directory, side, seq_len, size, tokenizer, unpredicted)
+            _rows(directory, side, seq_len, size, tokenizer, unpredicted, extras)
             for side, size, unpredicted in zip(
                 ("train", "heldout"), meta["bytes"], meta.get("unpredicted_bytes", (None, None)), strict=True
             )
@@ -170,7 +183,7 @@ def reuse(
             heldout_documents=tuple(meta["heldout_documents"]),
             reused=True,
             description=meta["description"],
-            digest=_digest_of(checksums),
+            digest=_digest_of(checksums, extras),
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError):
         return None
@@ -188,7 +201,13 @@ def _same(before: dict[str, object], now: dict[str, object], trained: bool) -> b
 
 
 def _rows(
-    directory: pathlib.Path, side: str, seq_len: int, size: int, tokenizer: Tokenizer | None, unpredicted: int | None
+    directory: pathlib.Path,
+    side: str,
+    seq_len: int,
+    size: int,
+    tokenizer: Tokenizer | None,
+    unpredicted: int | None,
+    extras: Iterable[str],
 ) -> PackedRows:
     tokens = np.load(directory / f"{side}.npy", mmap_mode="r")
     starts = np.load(directory / f"{side}_starts.npy")
@@ -199,7 +218,8 @@ def _rows(
         unpredicted = sum(tokenizer.num_bytes(token) for token in firsts)
     chosen = learn_file(directory / f"{side}.npy")
     learn = np.load(chosen, mmap_mode="r") if chosen.is_file() else None
-    return PackedRows(tokens, starts, seq_len, size, unpredicted, learn)
+    arrays = {name: np.load(extra_file(directory / f"{side}.npy", name), mmap_mode="r") for name in extras}
+    return PackedRows(tokens, starts, seq_len, size, unpredicted, learn, extras=arrays)
 
 
 def open_prepared(directory: pathlib.Path, seq_len: int) -> Corpus:

@@ -17,7 +17,7 @@ from mtp_jax.errors import UserError
 
 
 def make_targets(
-    tokens_BT: jax.Array, segment_ids_BT: jax.Array, num_future: int, learn_BT: jax.Array | None = None
+    tokens_BT: jax.Array, segment_ids_BT: jax.Array, num_future: int, weights_BT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Targets and weights of every head at every position.
 
@@ -25,27 +25,29 @@ def make_targets(
       tokens_BT: token ids.
       segment_ids_BT: document of each token, in contiguous runs; 0 is padding.
       num_future: M, the number of heads, head 0 included.
-      learn_BT: 1 for tokens that are learned, 0 for tokens that are only context (the prompt in fine-tuning).
+      weights_BT: the weight of each token as a target, 0 or more; 0 for tokens that are only context (the prompt in
+        fine-tuning). None is 1 for all tokens.
 
     Returns:
-      targets_MBT (int32, 0 where the weight is 0) and weights_MBT (float32, 0 or 1).
+      targets_MBT (int32, 0 where the weight is 0) and weights_MBT (float32). The weight of head m at position t is that
+      of token t+1+m, or 0 if head m has no target at t.
     """
     if num_future < 1 or tokens_BT.shape != getattr(segment_ids_BT, "shape", None):
         raise UserError(
             f"make_targets: num_future={num_future} must be at least 1, and segment_ids_BT must have the shape of "
             f"tokens_BT, {tokens_BT.shape}; for one document per row, give ones"
         )
-    learned_BT = segment_ids_BT != 0
-    if learn_BT is not None:
-        learned_BT &= learn_BT.astype(bool)
+    ones_BT = jnp.ones(tokens_BT.shape, jnp.float32)
+    given_BT = ones_BT if weights_BT is None else weights_BT.astype(jnp.float32)
+    counted_BT = jnp.where(segment_ids_BT != 0, given_BT, 0)
 
     def one_head(m: int) -> tuple[jax.Array, jax.Array]:
         same_document_BT = ahead(segment_ids_BT, m + 1) == segment_ids_BT
-        keep_BT = same_document_BT & ahead(learned_BT, m + 1)
-        return jnp.where(keep_BT, ahead(tokens_BT, m + 1), 0), keep_BT
+        weight_BT = jnp.where(same_document_BT, ahead(counted_BT, m + 1), 0)
+        return jnp.where(weight_BT > 0, ahead(tokens_BT, m + 1), 0), weight_BT
 
-    targets, keeps = zip(*(one_head(m) for m in range(num_future)), strict=True)
-    return jnp.stack(targets).astype(jnp.int32), jnp.stack(keeps).astype(jnp.float32)
+    targets, weights = zip(*(one_head(m) for m in range(num_future)), strict=True)
+    return jnp.stack(targets).astype(jnp.int32), jnp.stack(weights)
 
 
 def draft_targets(

@@ -77,7 +77,8 @@ def train_step(
       config, spec, optimizer, terms: static, bound by `compile_steps`.
       state: the training state.
       batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each. If there is `learn`, only tokens where it is 1
-        are learned. If there is `states` [B, T, E], the trunk does not run, see `mtp.trunk_states`.
+        are learned. `weights` (float32 [B, T]), if it is there, has the weight of each token as a target. If there is
+        `states` [B, T, E], the trunk does not run, see `mtp.trunk_states`. Other arrays are for terms of the loss.
 
     Returns:
       The next state, and the metrics at the point where the gradient was computed.

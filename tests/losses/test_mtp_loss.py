@@ -77,6 +77,28 @@ def test_loss_is_the_weighted_sum_of_the_heads(impl):
     np.testing.assert_allclose(sums.means()["loss"], each, rtol=1e-5)
 
 
+def test_a_weight_of_two_counts_a_token_twice():
+    """loss and gradients of a row with weight 2 on one token = those of the row, and once more the row with weight 1 on
+    that token alone: it is a target twice, of every head. Breaks if `make_targets` makes weights 0 or 1."""
+    hidden_MBTD, table_VD, tokens_MBT, _ = problem(M=2, B=1)
+    tokens_BT = tokens_MBT[0]
+    once_BT = np.ones_like(tokens_BT)
+    only_BT = np.zeros_like(tokens_BT)
+    only_BT[:, 4] = 1
+    results = []
+    for weights_BT in (once_BT + only_BT, np.concatenate([once_BT, only_BT])):
+        count = len(weights_BT)
+        rows_BT = np.tile(tokens_BT, (count, 1))
+        targets_MBT, weights_MBT = make_targets(rows_BT, np.ones_like(rows_BT), 2, weights_BT)
+        states_MBTD = np.tile(hidden_MBTD, (1, count, 1, 1))
+        results.append(loss_and_grads(states_MBTD, table_VD, targets_MBT, weights_MBT, scale_of(weights_MBT)))
+    ((loss, sums), (_, dtable)), ((wanted, wanted_sums), (_, wanted_dtable)) = results
+    assert sums.weight_M.tolist() == wanted_sums.weight_M.tolist() == [11, 10]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+    np.testing.assert_allclose(sums.ce_M, wanted_sums.ce_M, rtol=1e-6)
+    np.testing.assert_allclose(dtable, wanted_dtable, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", sampled(IMPLS, "fused"))
 def test_silent_heads_change_nothing(impl):
     """w_m = 0 for m >= 1: loss, dh_0 and dW are those of M = 1 bit for bit, and dh_m = 0 exactly.

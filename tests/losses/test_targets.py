@@ -47,7 +47,7 @@ def table(tokens, segments, num_future, learn=None):
 def test_literal_tables(tokens, segments, expected):
     """target[m, t] = token[t+1+m] iff segment[t+1+m] = segment[t] != 0.
 
-    Breaks without `same_document_BT` (a document's end sees the next one), without `segment_ids_BT != 0` (padding
+    Breaks without `same_document_BT` (a document's end sees the next one), without `segment_ids_BT != 0,` (padding
     predicts padding), without `+ 1` in `_ahead(.., m + 1)`, or without the `jnp.where` (targets under weight 0).
     """
     assert table(tokens, segments, 3) == expected
@@ -69,12 +69,29 @@ def test_first_heads_do_not_depend_on_their_number():
 def test_learn_mask_drops_targets_not_positions():
     """weight[m, t] = 0 iff token[t+1+m] is not to be learned; a prompt position still predicts the answer.
 
-    Breaks without `learned_BT &= learn_BT`, or if `learned_BT` is taken at t instead of t+1+m.
+    Breaks with `ones_BT` for `given_BT`, or if `counted_BT` is taken at t instead of t+1+m.
     """
     assert table("ppansxy", "1111122", 3, learn="0011111") == ["-ans-y-", "ans----", "ns-----"]
     assert table("ppansxy", "1111122", 2, learn="0000000") == ["-------", "-------"]
     # A turn of the user in the middle of a conversation is no target of any head.
     assert table("abqqqcd", "1111111", 3, learn="1100011") == ["b---cd-", "---cd--", "--cd---"]
+
+
+def test_weights_of_tokens():
+    """weight[m, t] = weights[t+1+m] where head m has a target at t, and 0 elsewhere.
+
+    Breaks if `given_BT` becomes 0 or 1, as with `.astype(bool)`; with `ahead(.., m)`; or without `same_document_BT`.
+    """
+    tokens_BT = np.array([[*b"abcdxy..", *b"abc"]], np.int32)
+    segments_BT = np.array([[1, 1, 1, 1, 2, 2, 3, 3, 0, 0, 0]], np.int32)
+    given_BT = np.array([[9, 0.5, 0, 4, 8, 3, 7, 0.25, 6, 6, 6]], np.float32)
+    targets_MBT, weights_MBT = targets_of(tokens_BT, segments_BT, 3, given_BT)
+    assert weights_MBT[:, 0].tolist() == [
+        [0.5, 0, 4, 0, 3, 0, 0.25, 0, 0, 0, 0],
+        [0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert bytes(targets_MBT[0, 0].tolist()) == b"b\0d\0y\0.\0\0\0\0"
 
 
 def test_rows_are_independent():

@@ -223,6 +223,23 @@ def test_prompts_are_context_only():
     assert targets.ids_MBT[0, 0, [1, 2, 5]].tolist() == [3, 4, 7]
 
 
+def test_weights_of_zero_and_one_are_marks():
+    """targets(weights = learn) = targets(learn), and targets(weights, learn) = targets(weights * learn), bit for bit;
+    the loss depends on nothing else of them. Breaks if `token_weights` leaves one of the two out."""
+    tokens_BT, positions_BT, segments_BT = rows([1, 2, 3, 4], [5, 6, 7], length=8)
+    marks_BT = np.array([[0, 1, 0, 1, 1, 1, 1, 1]], np.int32)
+    weights_BT = np.array([[2, 0.5, 3, 1, 0, 0.25, 8, 4]], np.float32)
+    targets_of = quick_jit(functools.partial(objective.batch_targets, tiny_config(), {}))
+
+    def targets(**given):
+        batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": segments_BT}
+        return [np.asarray(array).tolist() for array in targets_of(batch | given)[:2]]
+
+    assert targets(weights=marks_BT.astype(np.float32)) == targets(learn=marks_BT) != targets()
+    both = targets(weights=weights_BT, learn=marks_BT)
+    assert both == targets(weights=weights_BT * marks_BT) != targets(weights=weights_BT)
+
+
 def test_teacherless_inputs():
     """Behind the prompt every input is the dummy; the targets are the tokens. So no state depends on what is to be
     predicted. Breaks if `inputs` replaces by row position, or if targets are made of the inputs."""

@@ -9,6 +9,8 @@ from reference.tiny import tiny_config
 
 import mtp_jax
 from mtp_jax import sharding
+from mtp_jax.data.loader import train_batches
+from mtp_jax.losses.targets import ahead
 from mtp_jax.training.objective import Term
 from mtp_jax.training.step import compile_steps, random_batch
 
@@ -42,14 +44,38 @@ def test_a_term_of_your_own():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), params_of_parts, params)
 
 
+def surprise_of_targets(seen):
+    """Weighted mean of an extra array at the next-token targets."""
+    return jnp.sum(seen.weight_BT * ahead(seen.batch["surprise"], 1))
+
+
+def weighted_mean(batch):
+    """The same from a batch as numpy arrays."""
+    same_BT = (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]) & (batch["segment_ids"][:, 1:] > 0)
+    weights_BT = batch["weights"][:, 1:] * same_BT
+    return (weights_BT * batch["surprise"][:, 1:]).sum() / weights_BT.sum()
+
+
 def test_it_is_written_to_the_metrics(tmp_path):
-    """metrics.jsonl has the term under its name in every record of a step. Breaks without `extras` in the record."""
+    """metrics.jsonl has the terms under their names in every record of a step. A term that reads an extra array has the
+    mean of it, by the weights of the source. Breaks without `extras` in the record, or without those of `concatenate`,
+    of `_rows` or of a row; with weights that are 0 or 1 only."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "ids.npy", rng.integers(0, 264, (16, 16)))
+    np.save(tmp_path / "ids.weights.npy", rng.integers(0, 4, (16, 16)))
+    np.save(tmp_path / "ids.surprise.npy", rng.standard_normal((16, 16)))
     config = tiny_config(
         model={"num_layers": 1},
         heads={"kind": "linear"},
-        data={"source": "synthetic:induction:documents=16,length=16", "tokenizer": "none"},
+        data={"source": str(tmp_path / "ids.npy"), "tokenizer": "none"},
         train={"steps": 2, "batch_size": 2},
     )
-    mtp_jax.train(config, tmp_path / "run", terms=TERMS)
+    terms = TERMS | {"surprise": Term(0.0, surprise_of_targets)}
+    result = mtp_jax.train(config, tmp_path / "run", terms=terms)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["state_size"] > 0 for record in records if "loss" in record] == [True, True]
+    steps = [record for record in records if "loss" in record]
+    assert [record["state_size"] > 0 for record in steps] == [True, True]
+    batches = train_batches(result.corpus.train, 2, config.data.seed)
+    np.testing.assert_allclose(
+        [record["surprise"] for record in steps], [weighted_mean(next(batches)) for _ in steps], 1e-5
+    )
