@@ -218,7 +218,7 @@ PLACE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"t": PLACE | {"dtype": ["F32"]}}, "dtype ['F32'], which we do not read"),
         (
             {"t": PLACE | {"dtype": "F8_E4M3"}},
-            "dtype F8_E4M3, which we do not read; give the checkpoint before quantisation",
+            "dtype F8_E4M3, which we do not read; give the checkpoint before",
         ),
         ({"t": PLACE | {"data_offsets": [0, 12]}}, "bytes 0 to 12 for F32[2]"),
         ({"t": PLACE | {"data_offsets": [8, 0]}}, "bytes 8 to 0 for F32[2]"),
