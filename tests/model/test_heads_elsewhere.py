@@ -85,8 +85,8 @@ def test_a_trainer_of_ones_own():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "masks"}, "heads.kind='masks' runs through our model itself"),
-        ({"tap_mix": True}, "heads.tap_mix runs through our model itself"),
+        ({"kind": "masks"}, "heads.kind='masks' runs inside the trunk of mtp_jax"),
+        ({"tap_mix": True}, "heads.tap_mix runs inside the trunk of mtp_jax"),
         ({"init": "copy_block"}, "start at random or zero and share its unembedding"),
     ],
 )
