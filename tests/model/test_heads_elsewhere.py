@@ -87,7 +87,7 @@ def test_a_trainer_of_ones_own():
     [
         ({"kind": "masks"}, "heads.kind='masks' runs inside the trunk of mtp_jax"),
         ({"tap_mix": True}, "heads.tap_mix runs inside the trunk of mtp_jax"),
-        ({"init": "copy_block"}, "start at random or zero and share its unembedding"),
+        ({"init": "copy_block"}, "must start random or at zero and share its unembedding"),
     ],
 )
 def test_what_needs_our_model_is_refused(settings, message):
