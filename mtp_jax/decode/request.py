@@ -209,7 +209,7 @@ class Request:
         if failed_B.any():
             row = int(failed_B.argmax())
             raise UserError(
-                f"prompt {row}: no token can be chosen within {self.total_B[row]} tokens, because the logits have NaN "
+                f"prompt {row}: no token can be chosen within {self.total_B[row]} tokens, because the logits hold NaN "
                 "or forbid every token; check the checkpoint's parameters, logit_bias and logits_fn"
             )
         if self.stop:
