@@ -1,6 +1,6 @@
 """Multi-token prediction in JAX: train extra heads, draft with them, verify with the model.
 
-Names are imported at first use, so that `import mtp_jax` costs little more than `import jax`.
+Each name is imported when it is first used, so that `import mtp_jax` takes little longer than `import jax`.
 """
 
 import importlib

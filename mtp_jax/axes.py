@@ -13,9 +13,9 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | G      | query heads per key/value head, N = K G                                                |
 | H      | width of one attention head                                                            |
 | I, O   | inputs and outputs of any matrix                                                       |
-| J      | positions before a round whose entries it makes again                                  |
+| J      | positions before a round; the round computes their cache entries again                 |
 | K      | key/value heads                                                                        |
-| L      | layers of the next-token path, where parameters are stacked                            |
+| L      | layers of the trunk, where parameters are stacked                                      |
 | M      | prediction heads; head m predicts token t+1+m, so head 0 is the ordinary language model |
 | N      | query heads                                                                            |
 | P      | drafted tokens of one round, P <= M-1                                                  |
@@ -23,20 +23,20 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | S      | key positions, or slots of a cache                                                     |
 | T      | positions of a training row                                                            |
 | R      | rank of a LoRA update                                                                  |
-| U      | several axes as one: M B T tokens of a loss, G T queries of a key/value head, 2 D of two states |
+| U      | several axes joined: M B T tokens of a loss, G T queries of a key/value head, 2 D of two states |
 | V      | vocabulary                                                                             |
-| W      | tokens of a soft target; positions of a window; the P masks of an anchor as keys       |
-| X      | chosen positions of a row or of Q, such as anchors, next to which mask tokens stand      |
-| Y      | mask tokens of a row, X P of them                                                      |
+| W      | tokens of a soft target; positions of a window; the P mask tokens of an anchor as keys |
+| X      | chosen positions of a row or of Q, such as anchors, which are the positions with mask tokens |
+| Y      | mask tokens of a row; there are X P                                                    |
 | Z      | tokens and mask tokens of a decoding forward, Q + Y                                    |
-| e      | experts that a token takes, of E                                                       |
-| s, t   | the first slots of S, a block of the T queries                                         |
+| e      | experts that a token uses, of E                                                        |
+| s, t   | s: the first slots of S; t: a block of the T queries                                   |
 | n      | blocks of queries                                                                      |
 | v      | tokens of a draft vocabulary, of V                                                     |
-| h      | dimension pairs of a head that turn, H/2 or fewer                                      |
+| h      | dimension pairs of an attention head that are rotated, H/2 or fewer                    |
 """
 
-# Logical axes of parameters. The model speaks these names only; `sharding.py` maps them to a mesh.
+# Logical axes of parameters. The model uses only these names; `sharding.py` maps them to a mesh.
 LAYERS = "layers"
 EMBED = "embed"
 VOCAB = "vocab"

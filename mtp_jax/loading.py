@@ -27,30 +27,30 @@ class LoadedModel:
 
     config: Config
     params: Any = dataclasses.field(repr=False)
-    """Parameters stacked over layers, in the dtype they were loaded as; None of a model for decoding alone."""
+    """Parameters stacked over layers, in the dtype in which they were loaded. None for a model that only decodes."""
     tokenizer: Any
-    """`encode_prompt(text)`, `encode_chat(messages)`, `decode(ids)`, `bos_id`, `eos_id`, `end_ids`; None where the
+    """Has `encode_prompt(text)`, `encode_chat(messages)`, `decode(ids)`, `bos_id`, `eos_id` and `end_ids`. None if the
     model was trained on token files."""
     mesh: Mesh
-    """Where the parameters lie."""
+    """The devices that hold the parameters."""
     origin: Any = dataclasses.field(default=None, repr=False)
-    """The Hugging Face checkpoint that it was, for export; None where there was none."""
+    """The Hugging Face checkpoint that the model comes from, for export. None if there is none."""
     decode_view: Any = dataclasses.field(default=None, repr=False)
-    """What a model for decoding alone has in the place of `params`; None of any other."""
+    """The parameters of a model that only decodes. It has them in place of `params`. None for any other model."""
 
     @property
     def arch(self) -> Arch:
-        """The model and its heads, as decoding and export know them."""
+        """The sections of the config that describe the model and its heads."""
         return self.config.arch
 
     @property
     def trained_further(self) -> bool:
-        """Whether a run of ours trained it from another model: its parameters are not those of `origin` any more."""
+        """Whether one of our runs trained the model further, so that its parameters differ from those of `origin`."""
         return bool(self.config.train.init_from)
 
     @property
     def answers_in_one_pass(self) -> bool:
-        """Whether it was trained to answer over dummies (`loss.teacherless`), and so continues no text."""
+        """Whether it was trained with `loss.teacherless`: it answers in one pass and cannot continue a text."""
         return self.config.loss.teacherless >= 0
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
@@ -78,19 +78,19 @@ class LoadedModel:
         """`params`.
 
         Raises:
-          UserError: a model for decoding alone, or one that gave its parameters up.
+          UserError: the model was loaded for decoding only, or `give_up_params` has taken its parameters.
         """
         leaves = jax.tree.leaves(self.params)
         if self.params is None or any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
             raise UserError(
                 "this model has no stacked parameters: it was loaded with decode_only=True, or `give_up_params` took "
-                "them; load it anew without"
+                "them; load it again without these"
             )
         return self.params
 
     @functools.cached_property
     def decode_params(self) -> Any:
-        """The unstacked view that the decoding engine runs on, made at first use."""
+        """The unstacked parameters that the decoding engine uses. They are made when they are first needed."""
         return self.decode_view if self.params is None else _decode_view(self.arch, self.stacked_params())
 
     def with_chat_template(self, setting: str) -> "LoadedModel":
@@ -100,33 +100,33 @@ class LoadedModel:
           setting: `plain`, the path of a Jinja template, or a directory with a tokenizer that has one.
 
         Raises:
-          UserError: no such template, or a model without a tokenizer.
+          UserError: there is no such template, or the model has no tokenizer.
         """
         if self.tokenizer is None:
-            raise UserError("this model has no tokenizer, so a chat template has nothing to write for")
+            raise UserError("this model has no tokenizer, so it cannot use a chat template; give it token ids")
         other = dataclasses.replace(self, tokenizer=self.tokenizer.with_chat(setting))
         other.__dict__.update({name: value for name, value in self.__dict__.items() if name == "decode_params"})
         return other
 
     def give_up_params(self) -> "LoadedModel":
-        """The same model for decoding alone, made of this one's arrays: the model is in memory once, not twice.
+        """Turns the model into one that only decodes, so that its parameters are in memory once and not twice.
 
-        The arrays of `params` are deleted one by one as the other model takes their contents over. Do not use this
-        model afterwards: put the other in its place, as in `lm = lm.give_up_params()`. What needs stacked parameters
-        (`logits`, evaluation, export, heads from a file) then raises a UserError.
+        Each array of `params` is deleted when the new model has its contents. Do not use the old model afterwards:
+        write `lm = lm.give_up_params()`. Whatever needs stacked parameters (`logits`, evaluation, export, heads from a
+        file) then raises a UserError.
 
         Returns:
-          A model without `params`; a model that has none already returns itself.
+          A model without `params`. If the model has no `params` already, the model itself.
         """
         if self.params is None:
             return self
-        made = self.__dict__.get("decode_params")  # at an earlier use, where there was one
+        made = self.__dict__.get("decode_params")  # set if `decode_params` was used before
         view = _taken_apart(self.arch, self.stacked_params(), self.mesh) if made is None else made
         return dataclasses.replace(self, params=None, decode_view=view)
 
 
 def _taken_apart(arch: Arch, params: Any, mesh: Mesh) -> Any:
-    """`mtp.decode_view` of parameters whose arrays are deleted as soon as the view holds their contents."""
+    """`mtp.decode_view` of parameters. Each array is deleted as soon as the view has its contents."""
     uses = collections.Counter(id(leaf) for leaf in jax.tree.leaves(params))
 
     def give_up(change: Callable[[jax.Array], Any], leaf: jax.Array) -> Any:
@@ -163,30 +163,33 @@ def load(
     shipped_heads: bool = False,
     decode_only: bool = False,
 ) -> LoadedModel:
-    """Loads a model from a directory of ours, or as it is from a Hugging Face directory or a GGUF file.
+    """Loads a model from a workdir, a Hugging Face directory or a GGUF file.
 
     Args:
       source: the workdir of `mtp train`, `mtp quickstart` or `mtp import`; a Hugging Face directory or hub id; a GGUF
-        file; or `smollm2`, SmolLM2-135M-Instruct, which is fetched the first time.
-      dtype: `float32` or `bfloat16` for parameters and activations; None keeps what the config or the files say.
-      mesh: devices to place the parameters on, by the table in `sharding`; None takes the default device.
-      notify: receives a line for every broken checkpoint that was passed over, and about what is unusual in a Hugging
-        Face checkpoint; standard error by default.
-      ignore: of a Hugging Face checkpoint: patterns of config fields and tensor names to leave out of account.
-      heads_from: of a Hugging Face checkpoint: a file or directory of heads for it (Medusa, EAGLE, CAFT).
-      shipped_heads: whether `smollm2` gets the heads that the package holds for it (`mtp_jax/shipped`).
-      decode_only: whether the model shall only decode. Its parameters are then in memory once, in the form that
-        decoding runs on, and it has no `logits` and cannot be evaluated or exported.
+        file; or `smollm2`, which is SmolLM2-135M-Instruct and is fetched the first time.
+      dtype: `float32` or `bfloat16`, for parameters and activations. None keeps the dtypes of the config or the files.
+      mesh: devices for the parameters, which are placed by the table in `sharding`. None is the default device.
+      notify: function that receives a line for each broken checkpoint that is skipped, and for anything unusual in a
+        Hugging Face checkpoint. By default the lines go to standard error.
+      ignore: patterns of config fields and tensor names to ignore in a Hugging Face checkpoint.
+      heads_from: file or directory of heads (Medusa, EAGLE, CAFT) for a Hugging Face checkpoint.
+      shipped_heads: whether `smollm2` gets the heads that come with the package (`mtp_jax/shipped`).
+      decode_only: whether the model is used only for decoding. Its parameters are then in memory once, in the form that
+        decoding uses. It has no `logits` and cannot be evaluated or exported.
 
     Raises:
-      UserError: no such model, no whole checkpoint, an unknown dtype, or what `convert.reader.open_checkpoint` refuses.
+      UserError: the model does not exist, has no complete checkpoint, or is refused by
+        `convert.reader.open_checkpoint`; or the dtype is unknown.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}; use 'float32', 'bfloat16', or None for the config's own")
     mesh = mesh or sharding.make_mesh(MeshConfig())
     if is_run(pathlib.Path(source)):
         if ignore or heads_from is not None:
-            raise UserError(f"{source} is a run of ours; ignore and heads_from belong to Hugging Face checkpoints")
+            raise UserError(
+                f"{source} is a run of mtp_jax; ignore and heads_from are for Hugging Face checkpoints, leave them out"
+            )
         lm = _load_run(pathlib.Path(source), dtype, mesh, notify)
     else:
         lm = _load_checkpoint(source, dtype, mesh, notify, ignore, heads_from)
@@ -198,7 +201,7 @@ def load(
 
 
 def is_run(directory: pathlib.Path) -> bool:
-    """Whether a directory is read as a run of ours, and not as a Hugging Face checkpoint."""
+    """Whether a directory is a run of mtp_jax, and not a Hugging Face checkpoint."""
     from mtp_jax.convert.reader import is_checkpoint
 
     return directory.is_dir() and not is_checkpoint(directory)
@@ -224,7 +227,7 @@ def _load_checkpoint(
 
 
 def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
-    # Checkpointing and tokenizers are slow to import; `import mtp_jax` stays free of them.
+    # Imported here, because checkpointing and tokenizers are slow to import and `import mtp_jax` shall be fast.
     from mtp_jax.convert.tokenizer import check_size, load_run_tokenizer
     from mtp_jax.runs.checkpoint import restore_params
 
@@ -241,7 +244,7 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     trained = bool(config.train.init_from)
     tokenizer = load_run_tokenizer(data, origin.directory if origin is not None else None, trained)
     if tokenizer is None and config.data.tokenizer != "none":
-        raise UserError(f"{data / 'tokenizer.json'} is missing; `mtp train` on this run makes it anew")
+        raise UserError(f"{data / 'tokenizer.json'} is missing; `mtp train` on this run makes it again")
     check_size(tokenizer, config.arch, workdir, notify)
     return LoadedModel(config, params, tokenizer, mesh, origin)
 
@@ -263,7 +266,7 @@ def _read_config(workdir: pathlib.Path) -> Config:
 
 
 def _origin(workdir: pathlib.Path, config: Config) -> Any:
-    """What the model, or the one that its training started from, was before it was imported; None if nothing."""
+    """The checkpoint that the run, or the run that it started from, was imported from. None if it was not imported."""
     from mtp_jax.convert.origin import read_origin
 
     folder = origin_folder(workdir, config)

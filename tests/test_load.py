@@ -147,7 +147,7 @@ def test_decode_only_keeps_one_copy(run, lm, sizes):
     assert generated[0] == generated[1]
     assert only.give_up_params() is only
     assert dataclasses.replace(only, tokenizer=None).decode_params is only.decode_params
-    with pytest.raises(UserError, match="load it anew"):
+    with pytest.raises(UserError, match="load it again"):
         only.logits(TOKENS_BT)
 
 
@@ -160,7 +160,7 @@ def test_giving_up_changes_the_arrays_alone():
     only = given.give_up_params()
     assert given.__dict__ == before and only.params is None
     for refused in (lambda: given.decode_params, given.stacked_params, only.stacked_params):
-        with pytest.raises(UserError, match="load it anew"):
+        with pytest.raises(UserError, match="load it again"):
             refused()
 
 

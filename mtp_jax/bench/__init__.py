@@ -1,1 +1,1 @@
-"""What `mtp bench` and the scripts in benchmarks/ measure with: functions that return figures and print nothing."""
+"""Measurements for `mtp bench` and the scripts in benchmarks/. The functions return numbers and print nothing."""

@@ -1,4 +1,4 @@
-"""Plain and drafted decoding side by side, each against its memory floor."""
+"""Measures plain and drafted decoding in turns, and compares each with its memory floor."""
 
 import dataclasses
 import functools
@@ -23,11 +23,12 @@ from mtp_jax.model import mtp
 from mtp_jax.runs.strict_json import strict
 
 SIDES = ("plain", "drafted", "verified", "auto")
-"""What is timed. `verified` drafts zeros: a round of it costs what verification costs. `auto` has num_draft="auto"."""
+"""The sides that are timed. `verified` drafts only zeros, so that a round costs as much as verification alone. `auto`
+has num_draft="auto"."""
 
 
 def random_model(config: Config, dtype: str | None = None) -> LoadedModel:
-    """A model of a config's shape with random weights; `dtype` replaces that of its parameters and activations."""
+    """A model with a config's shapes and random weights. `dtype` replaces that of its parameters and activations."""
     if dtype:
         model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
         config = dataclasses.replace(config, model=model)
@@ -36,23 +37,22 @@ def random_model(config: Config, dtype: str | None = None) -> LoadedModel:
 
 
 def random_prompts(vocab_size: int, count: int, length: int) -> list[list[int]]:
-    """Random token ids: with random weights acceptance means nothing, and no text fits better."""
+    """Random token ids, for models with random weights: their acceptance has no meaning, so text is not needed."""
     return np.random.default_rng(0).integers(0, vocab_size, (count, length)).tolist()
 
 
 def text_prompts(
     lm: LoadedModel, source: str | pathlib.Path, data: str, count: int, length: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """Prompts from text that the model was made for: only there does acceptance mean something.
+    """Prompts from text like that of the model's training. Acceptance has a meaning only for such text.
 
     Args:
       lm: the model.
-      source: what it was loaded from.
-      data: text as `mtp eval --data` takes it; empty takes the run's held-out text, and `stdlib` for a model that we
-        did not train.
-      count: prompts.
-      length: tokens of each.
-      max_new_tokens: tokens that follow each prompt in the text.
+      source: the source from which the model was loaded.
+      data: text, as for `mtp eval --data`. If empty, the run's held-out text, or `stdlib` for an imported model.
+      count: number of prompts.
+      length: number of tokens of each prompt.
+      max_new_tokens: number of tokens that must follow each prompt in the text.
     """
     spec = lm.config.data
     text = data or ("stdlib" if lm.origin is not None else "")
@@ -67,17 +67,17 @@ def text_prompts(
 def measure(
     lm: LoadedModel, prompts: Sequence[Sequence[int]], drafter: Drafter, *, max_new_tokens: int, runs: int
 ) -> dict[str, Any]:
-    """Decodes prompts plainly, with drafts, and in the other `SIDES`, in turns.
+    """Decodes prompts with all `SIDES` in turns, and compares them.
 
     Args:
       lm: a loaded model with its stacked parameters.
-      prompts: lists of token ids, all of one length, which are decoded together.
-      drafter: who drafts; at least one token a round.
-      max_new_tokens: tokens decoded per prompt.
-      runs: timed runs on each side; their median counts.
+      prompts: lists of token ids, all of the same length, which are decoded as one batch.
+      drafter: the drafter; it must draft at least one token per round.
+      max_new_tokens: number of tokens to decode per prompt.
+      runs: number of timed runs of each side. The median is used.
 
     Returns:
-      The keys of `mtp bench decode --json`, but for `random_weights`.
+      The keys of `mtp bench decode --json`, except `random_weights`.
     """
     batch_size = len(prompts)
     counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "timed_runs": runs}
@@ -109,7 +109,7 @@ def measure(
 
 
 def _figures(timed: Timed) -> dict[str, Any]:
-    """What follows from times and tokens alone."""
+    """The figures that are computed from times and tokens alone."""
     comparison = pair(timed, "plain", "drafted")
     auto = pair(timed, "plain", "auto")
     plain = comparison.plain
@@ -156,7 +156,7 @@ def _sides(drafter: Drafter) -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _silent(num_draft: int) -> Drafter:
-    """Drafts nothing but zeros: a round with it costs what verification costs."""
+    """A drafter that drafts only zeros. A round with it costs as much as verification alone."""
 
     def draft(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
         return Drafts(jnp.zeros((context.total_B.shape[0], num_draft), jnp.int32)), cache

@@ -1,4 +1,4 @@
-"""The floor under decoding: bytes that a step must read, and how fast this device reads."""
+"""The memory floor of decoding: the number of bytes that a step must read, divided by the device's reading speed."""
 
 import time
 from typing import Any
@@ -13,17 +13,18 @@ from mtp_jax.model.heads import FAMILIES
 
 
 def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[float, float]:
-    """Bytes that a plain step and a drafting round must read at least: weights once, and the live cache.
+    """The smallest number of bytes that a plain step and a round with drafts must read: the weights once, and the used
+    slots of the caches.
 
     Args:
       config: the model.
-      batch: rows.
-      live: mean live tokens per row.
-      heads: heads that draft.
+      batch: number of rows.
+      live: mean number of used cache slots per row.
+      heads: number of heads that draft.
 
     Returns:
-      Bytes of a step and of a round; the round adds those heads with their caches, and the unembedding as often as
-      they go through it: once for heads that draft together, once each for a chain of tokens.
+      Bytes of a step and of a round. The round adds the heads with their caches, and the unembedding: once if all heads
+      draft together, once per head if each reads the draft of the one before.
     """
     c = config.model
     size = jnp.dtype(c.dtype).itemsize
@@ -34,8 +35,8 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
     if not heads:
         return plain, plain
     facts = config.heads.facts
-    # A module that serves every depth is read again for each; the near heads of an anticausal chain need the far ones.
-    # Masks run through the model's own blocks in the same pass; their LoRA factors serve all of them.
+    # A set of parameters that all depths share is read once per depth. The near heads of an anticausal chain need the
+    # far ones. Masks run through the trunk's blocks in the same pass, and share their LoRA factors.
     sets = 1 if facts.needs_all else heads if facts.one_set else heads / (config.heads.num_future - 1)
     own = sets * _count(params["heads"])
     draft_table = config.heads.draft_vocab * c.d_model or table
@@ -57,9 +58,9 @@ def _layer_caches(tree: Any) -> list[LayerCache]:
 
 
 def measure_bandwidth(num_bytes: float, seconds: float = 1.0) -> float:
-    """Bytes per second at which this device reads an array of that size, by matrix-vector products.
+    """Bytes per second at which this device reads an array of this size, measured with matrix-vector products.
 
-    The array is as large as the model, so that what fits in a cache for the one does so for the other.
+    The caller gives the size of the model. So the array fits into the processor's caches if and only if the model does.
     """
     width = 1024
     matrix_IO = jnp.ones((max(int(num_bytes / 4 / width), 1), width))

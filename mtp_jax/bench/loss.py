@@ -1,9 +1,15 @@
-"""Value and gradient of the multi-token loss in five forms, against the bare matrix products.
+"""Measures value and gradient of the multi-token loss in five forms, and compares them with bare matrix products.
 
-The forms: `naive` holds the logits of all heads, `optax` does too and takes its cross-entropy of them, `remat` puts a
-checkpoint around each chunk of logits, `fused` is our op over every token, `skip` the same without tokens that weigh
-nothing, as training runs it. The floor is the time of square matrix products of as many operations as three products of
-every token's states and the unembedding take.
+The forms are:
+
+    naive   keeps the logits of all heads in memory
+    optax   the same, with the cross-entropy of optax
+    remat   puts a checkpoint around each chunk of logits
+    fused   our op, over every token
+    skip    our op without the tokens of weight 0, as in training
+
+The floor is the time of square matrix products with as many operations as three products of the states of all tokens
+with the unembedding.
 """
 
 import dataclasses
@@ -29,48 +35,48 @@ from mtp_jax.training.objective import xent_spec
 Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 FORMS = ("naive", "optax", "remat", "fused", "skip")
 COLUMNS = ("seconds", "it / floor", "naive / it", "temp MB", "gradient error")
-"""What `cells` shows."""
+"""The columns of `cells`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What to measure, and for how long."""
+    """What to measure, and how long."""
 
     heads: int = 4
-    """M, heads that share the unembedding."""
+    """M, the number of heads that share the unembedding."""
     vocab: int = 32_000
     """V, size of the vocabulary."""
     tokens: int = 2048
-    """Tokens of the batch."""
+    """Number of tokens of the batch."""
     rows: int = 4
-    """Rows that they stand in."""
+    """Number of rows of the batch."""
     width: int = 512
     """D, width of the states."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of states and unembedding."""
     weightless: float = 0.125
-    """Share of the tokens that weigh nothing, as prompts in fine-tuning do."""
+    """Share of the tokens with weight 0, such as prompts in fine-tuning."""
     forms: tuple[Literal["naive", "optax", "remat", "fused", "skip"], ...] = FORMS
-    """Which of them."""
+    """The forms to measure."""
     chunk_bytes: int = 0
-    """`loss.chunk_bytes` of remat, fused and skip; 0 is what training takes here."""
+    """`loss.chunk_bytes` of remat, fused and skip. 0 means the value that training uses on this device."""
     runs: int = 5
-    """Timed turns, in each of which every form runs once; medians count."""
+    """Number of timed turns. In each turn every form runs once. Medians over turns are used."""
     budget: float = 120.0
-    """Seconds after which no further turn begins."""
+    """After this number of seconds, no further turn begins."""
     error_tokens: int = 32
-    """Tokens per head whose gradients are compared with float64; 0 leaves that out."""
+    """Number of tokens per head for comparing gradients with float64. 0 means no comparison."""
 
     @property
     def flops(self) -> float:
-        """Operations of value and gradient: three products per head and token, weightless or not."""
+        """Operations of value and gradient: three products per head and token, also for tokens of weight 0."""
         return 3 * 2.0 * self.heads * self.tokens * self.width * self.vocab
 
 
 def measure(setting: Setting) -> dict[str, Any]:
-    """The stable keys of `mtp bench loss --json`: by form, and `floor_seconds`.
+    """Measures the forms. Returns the stable keys of `mtp bench loss --json`: one per form, and `floor_seconds`.
 
-    A form that would not fit into the machine's free memory has `temp_bytes` and no `seconds`.
+    If a form does not fit into the machine's free memory, it has `temp_bytes`, but `seconds` is None.
     """
     keep_freed_memory()  # as `mtp train` does
     arrays = make_arrays(setting, setting.rows, setting.tokens // setting.rows)
@@ -111,7 +117,7 @@ def _fits(compiled: Any) -> bool:
 
 
 def make_arrays(setting: Setting, rows: int, length: int) -> tuple[jax.Array, ...]:
-    """States, unembedding, targets and weights; logits have a variance of 1."""
+    """States, unembedding, targets and weights, with which logits have a variance of 1."""
     hidden_key, table_key, target_key, weight_key = jax.random.split(jax.random.key(0), 4)
     shape = (setting.heads, rows, length)
     hidden_MBTD = jax.random.normal(hidden_key, (*shape, setting.width), setting.dtype)
@@ -147,18 +153,21 @@ def _chunk_bytes(setting: Setting) -> int:
 
 
 def gradient_error(setting: Setting, name: str) -> float:
-    """Norm of the error of a form's two gradients over that of the gradients, the larger of both, against float64."""
+    """The relative error of a form's gradients, compared with float64: the larger of the two gradients' errors.
+
+    The relative error is the norm of the error divided by the norm of the gradient.
+    """
     arrays = make_arrays(setting, 1, min(setting.error_tokens, setting.tokens))
     found = jax.jit(jax.grad(form(name, setting), (0, 1)))(*arrays)
     errors = []
     for ours, exact in zip(found, exact_gradients(*arrays), strict=True):
-        size = np.linalg.norm(exact) or 1.0  # 0 where no token weighs anything
+        size = np.linalg.norm(exact) or 1.0  # the norm is 0 if all tokens have weight 0
         errors.append(np.linalg.norm(np.asarray(ours, np.float64) - exact) / size)
     return float(max(errors))
 
 
 def exact_gradients(*arrays: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients for states and unembedding by the formula, in float64."""
+    """Gradients of states and unembedding in float64, from the formula."""
     hidden_MBTD, table_VD, targets_MBT, weights_MBT = (np.asarray(array) for array in arrays)
     table_VD = table_VD.astype(np.float64)
     dhidden_MBTD = np.zeros(hidden_MBTD.shape)
@@ -177,7 +186,7 @@ def exact_gradients(*arrays: jax.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cells(result: dict[str, Any], name: str) -> tuple[str, ...]:
-    """A form's seconds, times over the floor, naive logits over it, megabytes of temporaries, and gradient error."""
+    """The values of a form for `COLUMNS`, as text."""
     of = result[name]
 
     def shown(key: str, spec: str) -> str:

@@ -1,4 +1,5 @@
-"""Times that are comparable on a machine that others use too: everything in turns, ratios taken turn by turn."""
+"""Measures times that can be compared even if others use the machine: everything runs in turns, and ratios are
+computed for each turn."""
 
 import statistics
 import time
@@ -11,16 +12,16 @@ import jax.numpy as jnp
 Times = dict[str, list[float]]
 
 FLOOR = "floor"
-"""Name of the matrix products among what is timed."""
+"""Name of the matrix products among the timed functions."""
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], runs: int, budget: float = float("inf")) -> Times:
-    """Seconds of every function, called once to warm up and then in turns.
+    """Seconds of every function. Each is called once to warm up, and then all are called in turns.
 
     Args:
-      functions: what to time; each returns arrays, which are waited for and dropped.
-      runs: timed turns.
-      budget: seconds after which no further turn begins; there is always one.
+      functions: functions to time. The arrays that they return are waited for and dropped.
+      runs: number of timed turns.
+      budget: after this number of seconds, no further turn begins. There is always one turn.
     """
     for function in functions.values():
         jax.block_until_ready(function())
@@ -37,21 +38,21 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], runs: int, budget: floa
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median over the turns of one time over another: what slows a whole turn down cancels."""
+    """Median over the turns of one time divided by another. If a whole turn is slow, this does not change its ratio."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 class Products:
-    """Bare square matrix products of about as many operations as something else: the floor of its time.
+    """Square matrix products with about as many operations as a computation. Their time is the floor of its time.
 
     Args:
-      flops: operations of what is measured.
-      dtype: of the products.
-      most: operations that are timed at most; `seconds` extrapolates.
+      flops: operations of the computation.
+      dtype: dtype of the products.
+      most: largest number of operations to time. Above it, `seconds` extrapolates.
     """
 
     def __init__(self, flops: float, dtype: str, most: float = 1e12) -> None:
-        # As large as the machine multiplies best, and small where little is measured.
+        # Matrices of the size that the machine multiplies fastest, but smaller ones for few operations.
         timed = min(flops, most)
         width = int(min(max((timed / 2) ** (1 / 3), 64), 2048))
         self._flops = flops
@@ -61,17 +62,17 @@ class Products:
         self._product = jax.jit(lambda a, b: a @ b)
 
     def __call__(self) -> jax.Array:
-        """Runs them, one after the other."""
+        """Runs the products, one after the other."""
         result = self._matrix
         for _ in range(self._count):
             result = self._product(self._matrix, result)
         return result
 
     def seconds(self, taken: Sequence[float]) -> list[float]:
-        """From the time of every call to that of all operations."""
+        """Converts the times of calls to the times of `flops` operations."""
         return [seconds * self._flops / (self._count * self._one) for seconds in taken]
 
 
 def temp_bytes(compiled: Any) -> int:
-    """Bytes that a compiled program needs beside its arguments and results."""
+    """Bytes that a compiled program needs in addition to its arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes

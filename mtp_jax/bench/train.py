@@ -1,7 +1,7 @@
-"""Time and memory of the training step of a config, on random tokens.
+"""Measures time and memory of the training step of a config, on random tokens.
 
-The share of peak is that of the matrix products which this device does on its own, measured in turns with the step;
-operations are those the model asks for, as in MFU.
+The share of peak compares the step with bare matrix products on the same device, measured in turns with it. Only the
+operations that the model needs count, as in MFU.
 """
 
 import functools
@@ -26,7 +26,7 @@ from mtp_jax.training.step import StepMetrics, compile_steps, random_batch
 
 
 class Step:
-    """The compiled training step of a config with a state that it trains: a function to call again and again."""
+    """The compiled training step of a config, with a state that it trains. Every call runs more steps."""
 
     def __init__(self, config: Config) -> None:
         keep_freed_memory()  # as `mtp train` does
@@ -41,7 +41,7 @@ class Step:
         self._state = self._steps.init(jax.random.key(0))
 
     def feed(self, batch: dict[str, np.ndarray]) -> None:
-        """Takes another batch in the place of the random one."""
+        """Replaces the random batch by another one."""
         self._batch = place(batch, self._steps, self.config.train.batch_size)
 
     def __call__(self, count: int = 1) -> StepMetrics:
@@ -52,29 +52,29 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Number of tokens of a step."""
         return self.config.train.batch_size * self.config.data.seq_len
 
     @property
     def flops(self) -> float:
-        """Operations that the model asks for in a step."""
+        """Number of operations that the model needs for a step."""
         return step_flops(self.config, self.config.train.batch_size, self.config.data.seq_len)
 
 
 def measure(
     configs: dict[str, Config], runs: int, count: int = 1, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[str, Any]]:
-    """Training steps of several configs, in turns.
+    """Measures the training steps of several configs in turns.
 
     Args:
-      configs: what to measure, by name.
-      runs: timed turns.
-      count: steps of a turn.
-      progress: is told what is going on.
+      configs: the configs, by name.
+      runs: number of timed turns.
+      count: number of steps of a turn.
+      progress: function that receives a line about each stage.
 
     Returns:
-      By name, the keys of `mtp bench train --json`. `over_first` is the median over turns of a step's time over that
-      of the first config.
+      By name, the keys of `mtp bench train --json`. `over_first` is the time of a step divided by that of the first
+      config, as the median over turns.
     """
     steps = {}
     for name, config in configs.items():
@@ -108,7 +108,7 @@ def measure(
 
 
 def memory(compiled: Any) -> dict[str, int]:
-    """Bytes of a compiled step, per device, and the most that this process has held so far."""
+    """Bytes of a compiled step, per device, and the largest memory use of this process so far."""
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return {
@@ -119,7 +119,8 @@ def memory(compiled: Any) -> dict[str, int]:
 
 
 def peak_resident() -> int:
-    """Most bytes of this process that were in memory at once; where the system does not tell, those that are now."""
+    """Largest number of bytes of this process in memory at one time, or the present number if the system does not
+    report the largest."""
     try:
         import resource
     except ImportError:  # Windows

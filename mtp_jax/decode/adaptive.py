@@ -1,24 +1,25 @@
-"""How many drafts to verify: measured costs, running acceptance, and the width that finishes the batch first.
+"""Chooses how many drafts to verify, from measured costs and the share of accepted drafts. The number is the width.
 
-**Several rows** (`WidthChooser`). With a_k the running share of a row's rounds that accept k drafts or more (counted as
-`DecodeStats` says), c_w the measured seconds of a round of width w and n the tokens that a row still has to go,
+**Several rows** (`WidthChooser`). It chooses the width that finishes the batch first. a_k is the running share of a
+row's rounds that accept k drafts or more (counted as in `DecodeStats`), c_w the measured seconds of a round of width w,
+and n the number of tokens that a row still has to make. Then
 
     seconds to the end at width w  =  c_w  x  largest over rows of  n / (1 + a_1 + ... + a_w)
 
-because a batch takes as many rounds as its slowest row. Width 0 is plain decoding, so that drafts which do not pay are
-not made.
+because a batch takes as many rounds as its slowest row. Width 0 is plain decoding. It is chosen if drafts do not pay.
 
-**One row, and a drafter that says what it expects** (`Gate`). A round that verifies all w drafts takes c_w seconds, and
-emits e tokens more where e drafts are accepted. A round that passes over its drafts takes c_p seconds: a plain step and
-the drafting. With g tokens in the time c_0 of a plain step, which is the pace so far, drafts are worth verifying if
+**One row, and a drafter that estimates acceptance** (`Gate`). A round that verifies all w drafts takes c_w seconds. If
+e drafts are accepted, it emits e tokens more than a plain step. A round can also skip its drafts. It then takes c_p
+seconds: the time of a plain step and of the drafting. At the pace so far, g tokens are made in the time c_0 of a plain
+step. So it pays to verify the drafts if
 
     e  >=  g (c_w - c_p) / c_0
 
-and where the drafter expects less the round passes over them. Where all of that is slower than plain decoding, nothing
-is drafted. With `heads+lookup` only the heads stop then, if they have no caches to keep up to date: a lookup costs next
-to nothing.
+If the drafter expects a smaller e, the round skips them. If all this is slower than plain decoding, nothing is drafted.
+With `heads+lookup`, only the heads then stop drafting, if they have no caches to keep up to date: a lookup costs almost
+nothing.
 
-Whatever is chosen, the tokens are the same.
+The choice never changes the tokens.
 """
 
 import abc
@@ -31,18 +32,19 @@ import numpy as np
 from mtp_jax.runs.programs import MOST, Recent
 
 BLOCK = 8
-"""Rounds before the first choice; twice as many whenever the choice stays the same: to stop and choose costs, too."""
+"""Rounds before the first choice. The number doubles when the choice stays the same, because choosing also costs
+time."""
 LONGEST_BLOCK = 64
 DECAY = 0.7
-"""Weight of the past at every choice; about three blocks are remembered. A gate counts it per `BLOCK` rounds."""
+"""Factor on earlier counts at every choice, so that about three blocks matter. A gate applies it per `BLOCK` rounds."""
 FIRST_PROBE = 15
-"""Times `BLOCK` rounds of width 0 after which drafting is tried once more; twice as many after every try."""
+"""After this many times `BLOCK` rounds of width 0, drafting is tried again. The number doubles after every try."""
 GIVE_UP = 3
-"""Times `BLOCK` rounds of width 0 after which a drafter with a cache of its own is let go: to keep it up to date costs,
-too."""
+"""After this many times `BLOCK` rounds of width 0, a drafter with a cache is dropped, because it costs time to keep its
+cache up to date."""
 
 COSTS = Recent(MOST)
-"""Seconds per round by width, of the shapes that `num_draft="auto"` has measured in this process."""
+"""Seconds per round by width, for the shapes that `num_draft="auto"` has measured in this process."""
 
 
 def widths(num_draft: int) -> tuple[int, ...]:
@@ -51,12 +53,13 @@ def widths(num_draft: int) -> tuple[int, ...]:
 
 
 class Chooser(abc.ABC):
-    """What both have in common: blocks that grow while the choice stays, and a probe where nothing has been drafted."""
+    """Base of both choosers: blocks of rounds that grow while the choice stays the same, and a probe after a long time
+    without drafts."""
 
     least = 0.0
-    """Accepted drafts that a round must promise to verify any."""
+    """A round verifies its drafts only if it expects at least this number of accepted drafts."""
     asks_heads = True
-    """Whether heads shall draft where something else can, too."""
+    """Whether heads shall draft, if the drafter can also draft without them."""
 
     def __init__(self, costs: dict[int, float]) -> None:
         self.costs = costs
@@ -66,11 +69,15 @@ class Chooser(abc.ABC):
         self._probe_after = FIRST_PROBE
 
     def use(self, costs: dict[int, float]) -> None:
-        """Goes on with costs of other caches."""
+        """Uses other costs from now on, because the caches have another size."""
         self.costs = costs
 
     def choose(self, remaining_B: np.ndarray) -> int:
-        """Width of the next block, of `rounds` rounds, for rows that have so many tokens to go."""
+        """Chooses the width of the next block, which has `rounds` rounds.
+
+        Args:
+          remaining_B: number of tokens that each row still has to make.
+        """
         width = self._choose(remaining_B)
         kind = self._kind(width)
         is_longer = kind is not None and kind == self._last
@@ -80,18 +87,24 @@ class Chooser(abc.ABC):
 
     @property
     def hopeless(self) -> bool:
-        """Whether drafts have not paid for so long that nothing should be spent on them."""
+        """Whether drafts have not paid for so long that drafting should stop for good."""
         return self._idle >= GIVE_UP
 
     @abc.abstractmethod
     def record(
         self, width: int, histogram_BQ: np.ndarray, seconds: float | None, untried_BP: np.ndarray | int = 0
     ) -> None:
-        """Takes in a block: rounds by accepted drafts, the seconds it took, if they tell what a round costs, and those
-        of the rounds that did not try the next draft."""
+        """Counts a block.
+
+        Args:
+          width: width of the block.
+          histogram_BQ: number of rounds by number of accepted drafts.
+          seconds: time of the block, or None if it does not show what a round costs.
+          untried_BP: the rounds of `histogram_BQ` that did not try the next draft.
+        """
 
     def _kind(self, width: int) -> Any:
-        """What must stay the same for blocks to grow; None where they must not."""
+        """Blocks grow while this value stays the same. None if they must not grow."""
         return width
 
     @abc.abstractmethod
@@ -106,18 +119,18 @@ class Chooser(abc.ABC):
         return True
 
     def _took_part(self, drafted: bool, rounds: float) -> None:
-        """Counts for how long nothing has been drafted that costs something."""
+        """Counts the rounds since the last one with drafts that cost time."""
         self._idle = 0.0 if drafted else self._idle + rounds / BLOCK
 
     def _time(self, width: int, seconds: float) -> None:
-        """Keeps the least seconds of a round, which rise slowly where it has become slower."""
+        """Keeps the smallest time of a round. The kept time rises slowly if rounds have become slower."""
         self.costs[width] = min(self.costs.get(width, math.inf) * 1.02, seconds)
 
 
 class WidthChooser(Chooser):
-    """Chooses among none, half and all of the drafts, for `rows` rows.
+    """Chooses between none, half and all of the drafts, for `rows` rows.
 
-    The first blocks try every width; what they cost is kept in `costs`, which the caller may share between requests.
+    The first blocks try every width. Their times are kept in `costs`, which the caller may share between requests.
     """
 
     def __init__(self, num_draft: int, rows: int, costs: dict[int, float]) -> None:
@@ -149,7 +162,7 @@ class WidthChooser(Chooser):
         if rounds and seconds is not None:
             self._time(width, seconds / rounds)
         if width:
-            # Depth k is told by rounds that accepted what is before it, and tried it.
+            # Only rounds that tried the draft at depth k, and accepted all before it, count for depth k.
             reached_BQ = np.cumsum(histogram_BQ[:, ::-1], axis=1)[:, ::-1]
             self._reached_BQ *= DECAY
             self._tried_BQ *= DECAY
@@ -158,7 +171,7 @@ class WidthChooser(Chooser):
             self._tried_BQ[:, 1 : width + 1] += tried_BP[:, :width]
 
     def tokens_per_round(self, width: int) -> np.ndarray:
-        """Expected tokens of a round by row, by running acceptance; depths never tried count as accepted."""
+        """Expected tokens of a round, by row, from the running shares. Depths never tried count as accepted."""
         reached_BP = self._reached_BQ[:, 1 : width + 1]
         tried_BP = self._tried_BQ[:, 1 : width + 1]
         given_BP = np.where(tried_BP > 0, reached_BP / np.maximum(tried_BP, 1e-9), 1.0)
@@ -166,20 +179,20 @@ class WidthChooser(Chooser):
 
 
 ALL = -1.0
-"""What every round promises at least."""
+"""Value of `least` with which every round verifies its drafts."""
 NOTHING = math.inf
-"""What no round promises."""
+"""Value of `least` with which no round verifies its drafts."""
 PASSED = -1
-"""Stands among the costs for a round that makes drafts and passes over them."""
+"""Key in `costs` of a round that makes drafts and skips them."""
 NEUTRAL = 48.0
-"""Tokens at the plain pace that a gate counts before it has seen any."""
+"""Number of tokens at the pace of plain decoding with which a gate starts its count."""
 SLOWER = 1.03
-"""Times the seconds without the drafts of heads from which these stop."""
+"""The heads stop drafting when a token takes more than this many times as long with them as without."""
 
 
 @dataclasses.dataclass
 class _Pace:
-    """Seconds and tokens of late."""
+    """Seconds and tokens of the most recent rounds."""
 
     seconds: float = 0.0
     tokens: float = 0.0
@@ -192,16 +205,15 @@ class _Pace:
 
 
 class Gate(Chooser):
-    """Chooses for one row whether to draft, and says what a round must promise to verify the drafts (`least`).
+    """Chooses for one row whether to draft, and how many accepted drafts a round must expect to verify them (`least`).
 
-    The first blocks of a process tell what rounds cost: one verifies every draft, one passes over all of them, one
-    drafts nothing. The costs are kept in `costs`, which the caller may share between requests. A probe verifies every
-    draft, too.
+    The first blocks of a process measure the costs: one verifies all drafts, one skips them, one makes none. The times
+    are kept in `costs`, which the caller may share between requests. A probe also verifies all drafts.
 
     Args:
       num_draft: drafts of a round.
       costs: seconds of a round, by width, and of `PASSED`.
-      spares_heads: whether something is drafted at next to no cost where heads do not.
+      spares_heads: whether the drafter can draft without the heads, at almost no cost.
     """
 
     def __init__(self, num_draft: int, costs: dict[int, float], spares_heads: bool = False) -> None:
@@ -215,7 +227,7 @@ class Gate(Chooser):
 
     @property
     def least(self) -> float:
-        """Accepted drafts that a round must promise."""
+        """Number of accepted drafts that a round must expect to verify its drafts."""
         if self._measures == self.num_draft:
             return ALL
         if self._measures is not None:
@@ -227,17 +239,17 @@ class Gate(Chooser):
         return (width, self.asks_heads) if self._measures is None else None
 
     def use(self, costs: dict[int, float]) -> None:
-        """Goes on with costs of other caches."""
+        """Uses other costs from now on, because the caches have another size."""
         if costs is not self.costs:
             self._timed = dict.fromkeys(self._timed, 0.0)
         self.costs = costs
 
     def _is_unknown(self, kind: int) -> bool:
-        """Whether such rounds were never timed, or in this request fewer than `BLOCK`: the first are slow."""
+        """Whether rounds of this kind were never timed, or fewer than `BLOCK` in this request: the first are slow."""
         return kind not in self.costs or 0 < self._timed[kind] < BLOCK
 
     def _seconds_per_token(self, with_heads: bool) -> float:
-        """With the drafts of heads or without so far, and before that has shown anything, of plain decoding."""
+        """Seconds per token so far, with the drafts of heads or without. It starts with the pace of plain decoding."""
         seen = self._seen[with_heads]
         return (seen.seconds + NEUTRAL * self.costs[0]) / (seen.tokens + NEUTRAL)
 
@@ -246,7 +258,7 @@ class Gate(Chooser):
         self._measures = next((kind for kind in self._timed if self._is_unknown(kind)), None)
         if self._measures is None and self._is_time_to_probe():
             self._measures = self.num_draft
-            # Heads that were let go count as fast as what goes on without them.
+            # The heads get another chance: their pace starts as the pace without them.
             self._seen[True] = dataclasses.replace(self._seen[False])
         if self._measures is not None:
             return self._without_heads() if self._measures == 0 else self.num_draft
@@ -255,8 +267,8 @@ class Gate(Chooser):
         return self._without_heads()
 
     def _without_heads(self) -> int:
-        """Width of rounds without the drafts of heads. The program of the others serves where it can leave heads out: a
-        program of width 0 would take seconds to compile."""
+        """Width of rounds without the drafts of heads. If the program of the other rounds can leave out the heads, it
+        is used: a program of width 0 would take seconds to compile."""
         self.asks_heads = False
         return self.num_draft if self._spares_heads else 0
 

@@ -1,7 +1,7 @@
-"""Parameters that a drafter or a hook brings: arguments of the compiled programs, and no part of them.
+"""Parameters of a drafter or a hook: arguments of the compiled programs, which do not contain them.
 
-A `Drafter` and a `Hook` carry their parameters, and are equal whatever these are. What is compiled is made from the
-part without them, so that other parameters of the same shapes run in the same program.
+A `Drafter` and a `Hook` have parameters, which do not count when two of them are compared. Programs are compiled
+without the parameters. So other parameters of the same shapes use the same program.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ Part = TypeVar("Part")
 
 
 def static(part: Part) -> Part:
-    """A drafter or a hook without its parameters, which would stay in memory as long as the program."""
+    """A drafter or a hook without its parameters. With them, they would stay in memory as long as the program."""
     return dataclasses.replace(part, params=())
 
 
@@ -23,11 +23,11 @@ def arguments(what: str, params: Any) -> Any:
     """The parameters on the device.
 
     Args:
-      what: of what they are, for the message.
+      what: name of the drafter or hook, for the error message.
       params: a pytree of arrays and numbers.
 
     Raises:
-      UserError: a leaf that is neither.
+      UserError: a leaf is neither an array nor a number.
     """
     try:
         return jax.device_put(params)

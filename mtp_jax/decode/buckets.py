@@ -1,29 +1,30 @@
-"""What sizes are rounded up to, so that few compiled programs serve all requests."""
+"""Rounds sizes up, so that a few compiled programs are enough for all requests."""
 
 ALL_SIZES = 8
-"""Batches up to so many rows are run as they are."""
+"""Batches of up to this many rows are not padded."""
 
 
 def power(count: int, least: int) -> int:
-    """The power of two at or above, and at least `least`."""
+    """The smallest power of two that is at least `count` and at least `least`, which is a power of two."""
     return max(least, 1 << (count - 1).bit_length())
 
 
 def bucket(length: int) -> int:
-    """What a length is padded to, so that few programs serve all lengths."""
+    """The length to which a length is padded, so that a few programs are enough for all lengths."""
     return power(length, 16)
 
 
 def padded(length: int, chunk: int) -> int:
-    """What prompts are padded to: a bucket, or whole chunks of tokens."""
+    """The length to which prompts are padded: a bucket, or whole chunks of tokens."""
     return bucket(length) if length <= chunk else -(-length // chunk) * chunk
 
 
 def batch_rows(count: int) -> int:
-    """What a batch is filled up to: itself up to 8 rows, then four sizes up to every power of two (10, 12, 14, 16, 20).
+    """The number of rows to which a batch is padded.
 
-    A row that only fills costs as much as another one; there are at most a quarter of them. A size that was not met
-    before costs seconds of compiling, and programs that are kept. Up to 256 rows there are 28 sizes instead of 256.
+    Up to 8 rows there is no padding. Above, there are four sizes between two powers of two (10, 12, 14, 16, 20, ...).
+    A padding row costs as much as any other row, and there is at most one per four rows of the batch. A new size costs
+    seconds of compiling, and its programs stay in memory. Up to 256 rows there are 28 sizes instead of 256.
     """
     if count <= ALL_SIZES:
         return count

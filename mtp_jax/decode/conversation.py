@@ -1,10 +1,10 @@
-"""A conversation, turn by turn: the answer of each turn is that of `generate` for all messages so far.
+"""A conversation, turn by turn. The answer of each turn is the same as that of `generate` for all messages so far.
 
-The caches stay. A turn runs the prompt from the first token that is not in them. That is where the new messages begin,
-if the template writes the older ones as it did before. Some do not: they leave out the reasoning of an earlier turn.
-The text of an answer may also be read as other tokens than those that were generated. Then more of it is run again.
+The caches are kept between turns. A turn runs the prompt from the first token that is not in them. Usually the new
+messages begin there. It can be earlier: some templates leave out the reasoning of an earlier turn, and the tokenizer
+may split the text of an answer into other tokens than those that were generated. Then more of the prompt is run again.
 
-Arrays have power-of-two sizes, so that a turn within the sizes of an earlier one compiles nothing.
+The sizes of arrays are powers of two, so that a turn compiles nothing if an earlier turn was as long.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,14 +50,14 @@ class Conversation:
         """A conversation without messages.
 
         Args:
-          lm: a loaded model, the tokenizer of which has a chat template.
-          max_new_tokens: most tokens of an answer.
-          draft, num_draft, stop: as of `generate`.
+          lm: a loaded model. Its tokenizer must have a chat template.
+          max_new_tokens: largest number of tokens of an answer.
+          draft, num_draft, stop: the same as for `generate`.
           options: how tokens are chosen and accepted; the same for all turns.
-          keywords: fields of `Options`, in place of those in `options`.
+          keywords: fields of `Options`, which replace those in `options`.
 
         Raises:
-          UserError: no chat template, or a setting out of range.
+          UserError: there is no chat template, or a setting is out of range.
         """
         if getattr(lm.tokenizer, "chat", None) is None:
             raise UserError(
@@ -72,32 +72,33 @@ class Conversation:
         self._stop = stop
         self._held = Held([])
         self.messages: list[Message] = []
-        """What was said, answers included."""
+        """All messages so far, answers included."""
         self.prompt_tokens = 0
-        """Tokens of the newest turn's prompt: of all messages before its answer."""
+        """Number of tokens of the newest turn's prompt, which has all messages before its answer."""
         self.reused_tokens = 0
-        """How many of them were not run again."""
+        """How many of these tokens were not run again."""
 
     def say(self, messages: str | Sequence[Message]) -> Generation:
-        """Adds messages and the answer to them.
+        """Adds messages, and the model's answer to them.
 
         Args:
-          messages: what is new: messages, or the text of one by the user.
+          messages: the new messages, or the text of one message by the user.
 
         Returns:
-          What `generate` returns for all messages, this answer excluded.
+          What `generate` returns for all messages before this answer.
 
         Raises:
-          UserError: as of `generate`; the conversation is as it was.
+          UserError: as in `generate`. The conversation is then unchanged.
         """
         for item in self.stream(messages):
             result = item
         return result
 
     def stream(self, messages: str | Sequence[Message]) -> Iterator[Piece | Generation]:
-        """Like `say`, yielding a `Piece` as soon as it is decided, and the `Generation` as the last item.
+        """Like `say`, but yields each `Piece` as soon as it is final, and the `Generation` as the last item.
 
-        If it is not read to its end, the answer is what was read. Raises at the call, and runs the prompt there.
+        The call itself runs the prompt and raises errors. If the caller stops reading early, the answer is what was
+        read so far.
         """
         new = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         history = [*self.messages, *new]
@@ -108,7 +109,7 @@ class Conversation:
         return self._pieces(request, history, ids)
 
     def _request(self, ids: list[int]) -> Request:
-        # Given up to the request, until it is through.
+        # The request takes over the caches until it is finished.
         held = self._held
         self._held = Held([])
         options = self._options, self._stop, False
@@ -116,7 +117,8 @@ class Conversation:
 
     def _pieces(self, request: Request, history: list[Message], ids: list[int]) -> Iterator[Piece | Generation]:
         origins = _Origins(RowText(self._lm.tokenizer.decode, ids))
-        shown = accepted = 0
+        shown = 0
+        accepted = 0
         whole = False
         try:
             while True:
@@ -137,7 +139,7 @@ class Conversation:
         finally:
             answer: Mapping[str, Any] = {"role": "assistant", "content": request.settled_text()[0]}
             self.messages = [*history, answer]
-            if whole:  # Otherwise the arrays may be gone.
+            if whole:  # Otherwise the arrays may be deleted.
                 self._held = held_of(request.plan, request.state)
             if request.plan.drafter == NONE and request.chooser is None:
                 # num_draft="auto" found that drafts do not pay.
@@ -154,17 +156,17 @@ class _Origins:
         self._drafted: list[bool] = []
 
     def add(self, tokens: list[int], accepted: int) -> None:
-        """Takes the answer so far, of whose tokens since the last call the first `accepted` were drafts."""
+        """Takes the tokens of the answer so far. Of those since the last call, the first `accepted` were drafts."""
         for place, token in enumerate(tokens[self._count :]):
             settled = self._text.settled
             self._text.add([token])
-            # A character that spreads over tokens counts as the one that completes it.
+            # The token that completes a character decides whether the character was drafted.
             del self._drafted[settled:]
             self._drafted += [place < accepted] * (len(self._text.text) - settled)
         self._count = len(tokens)
 
     def pieces(self, text: str, start: int) -> Iterator[Piece]:
-        """The text from `start` on, cut where one origin follows the other."""
+        """The text from `start` on, in pieces that are either drafted or not."""
         while start < len(text):
             drafted = self._drafted[start]
             stop = start + 1

@@ -1,14 +1,15 @@
-"""The text of new tokens, read as what follows their prompt.
+"""The text of new tokens, as the continuation of their prompt.
 
-How a token is written may depend on what stands before it: a tokenizer like Llama-2's drops the blank of a text's first
-token, one like BERT's joins pieces of a word. New tokens are therefore decoded behind the last few tokens before them,
-and what those decode to is taken off:
+The text of a token may depend on the tokens before it. A tokenizer like Llama-2's removes the blank of a text's first
+token, and one like BERT's joins the pieces of a word. So new tokens are decoded together with the last few tokens
+before them, and the text of those is removed from the result:
 
     prompt  ▁the ▁cat      new  ▁sat ▁down
     decode(▁the ▁cat ▁sat ▁down) = "the cat sat down"   -   decode(▁the ▁cat) = "the cat"   ->   " sat down"
 
-Text is settled as soon as no later token can change it, and is not decoded again: the cost grows with the number of
-tokens, not with its square. What comes out depends on the tokens alone, however they are cut into rounds.
+Text is settled as soon as no later token can change it. Settled text is not decoded again, so that the cost is
+proportional to the number of tokens, not to its square. The text depends only on the tokens, not on the rounds that
+emitted them.
 """
 
 import copy
@@ -16,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes the first bytes of a character to."""
+"""A tokenizer decodes the first bytes of an unfinished character to this."""
 CONTEXT = 8
-"""Tokens that are decoded before the new ones; more where these decode to nothing."""
+"""Number of earlier tokens that are decoded with the new ones. It is larger if these decode to nothing."""
 LONGEST = 4
-"""Bytes of a character, and so the most tokens of one."""
+"""Largest number of bytes of a character, and so of its tokens."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -36,7 +37,8 @@ class RowText:
     """The text of a row's new tokens."""
 
     def __init__(self, decode: Decode, prompt: Sequence[int], special: Mapping[int, str] | None = None) -> None:
-        """A row without new tokens; `special` are ids that decode to nothing, whose places `spelled` is to show."""
+        """A row without new tokens. `special` has the ids and names of the special tokens, which decode to nothing and
+        which `spelled` inserts."""
         self._decode = decode
         self._special = special or {}
         self._context, self._before = _context(decode, list(prompt))
@@ -46,21 +48,21 @@ class RowText:
         self._marks: tuple[tuple[int, str], ...] = ()
 
     def copy(self) -> "RowText":
-        """The row as it is now."""
+        """A copy of the row, which does not change with it."""
         return copy.copy(self)
 
     @property
     def text(self) -> str:
-        """All of it; an unfinished character at its end is U+FFFD."""
+        """The whole text. An unfinished character at its end is U+FFFD."""
         return self._settled + self._tail
 
     @property
     def settled(self) -> int:
-        """Characters of it that no later token changes."""
+        """Number of characters that no later token changes."""
         return len(self._settled)
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Takes in the tokens that follow."""
+        """Appends the next tokens."""
         run: list[int] = []
         for token in tokens:
             if token not in self._special:
@@ -78,20 +80,20 @@ class RowText:
         if INCOMPLETE not in text:
             self._take([*self._pending, *tokens], text)
             return
-        # Unfinished or broken characters: one by one, so that it does not matter how the tokens were cut.
+        # Unfinished or broken characters: add tokens one by one, so that the result does not depend on the rounds.
         for token in tokens:
             pending = [*self._pending, token]
             self._take(pending, self._read(pending))
 
     def _take(self, pending: list[int], text: str) -> None:
-        """Keeps what is pending, or settles it where its last character is whole."""
+        """Keeps the pending tokens, or settles them if their last character is complete."""
         self._pending = pending
         self._tail = text
         broken = len(text) - len(text.rstrip(INCOMPLETE))
         if text and not broken:
             self._settle(len(pending), text)
         elif broken > 2 * LONGEST:
-            # No character at all: settled up to a place where both sides read the same apart.
+            # There is no complete character. Settle up to a place where cutting the tokens does not change the text.
             for at in range(len(pending) - LONGEST, len(pending) - 2 * LONGEST, -1):
                 head = self._read(pending[:at])
                 if head + self._read(pending[at:]) == text:
@@ -100,7 +102,7 @@ class RowText:
                     break
 
     def _settle(self, count: int, text: str) -> None:
-        """The text of the first pending tokens is what it is."""
+        """Settles the first `count` pending tokens, with the given text."""
         settled = [*self._context, *self._pending[:count]]
         self._settled += text
         self._pending = self._pending[count:]
@@ -110,15 +112,15 @@ class RowText:
             self._context, self._before = found
 
     def _read(self, pending: list[int]) -> str:
-        """The text of tokens behind the context."""
+        """The text of tokens after the context."""
         whole = self._decode([*self._context, *pending])
         if whole.startswith(self._before):
             return whole[len(self._before) :]
-        # Bytes of a broken character make those before them unreadable in some tokenizers.
+        # With some tokenizers, the bytes of a broken character make the bytes before them unreadable.
         return self._decode(pending)
 
     def spelled(self, text: str) -> str:
-        """A beginning of `text`, with the special tokens in their places."""
+        """`text`, which is a beginning of the row's text, with the names of the special tokens inserted."""
         pieces = []
         start = 0
         for at, name in self._marks:
@@ -127,7 +129,7 @@ class RowText:
         return "".join([*pieces, text[start:]])
 
     def plain(self, at: int) -> int:
-        """The place in `text` of a place in what `spelled` makes of it."""
+        """Converts an index into the result of `spelled` to an index into `text`."""
         taken = 0
         for place, name in self._marks:
             if place + taken >= at:
@@ -137,7 +139,7 @@ class RowText:
 
 
 def _context(decode: Decode, prompt: list[int]) -> tuple[list[int], str]:
-    """What `_visible` finds at the end of a prompt, bytes of an unfinished character left out."""
+    """`_visible` for the end of a prompt, without the bytes of an unfinished character."""
     for end in range(len(prompt), max(len(prompt) - 1 - LONGEST, 0), -1):
         found = _visible(decode, prompt[:end])
         if found is not None:
@@ -146,9 +148,9 @@ def _context(decode: Decode, prompt: list[int]) -> tuple[list[int], str]:
 
 
 def _visible(decode: Decode, tokens: list[int]) -> tuple[list[int], str] | None:
-    """Some of the last tokens and what they decode to: text without an unfinished character at its end.
+    """Some of the last tokens, and their text, which has no unfinished character at its end.
 
-    Where none of the tokens show they are all returned, since they may still stand before a first one that does.
+    If none of the tokens has text, all are returned, because they may still affect the first token that has text.
     """
     length = CONTEXT
     while length < len(tokens) and not decode(tokens[-length:]):

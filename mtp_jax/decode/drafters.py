@@ -1,17 +1,17 @@
-"""Drafters: who proposes the tokens that the model verifies. A drafter is a pair of pure functions.
+"""Drafters propose the tokens that the model verifies. A drafter is a pair of pure functions.
 
     init(arch, num_draft, batch, slots) -> cache              for `slots` positions; `LayerCache`s in it are enlarged
     draft(arch, params, cache, context) -> (Drafts, cache)    `params` are the model's, a `mtp.decode_view`
 
-`draft` runs after every verification, and after every chunk of the prompt. Nothing that it returns can change the
-output (the rules `rejection`, `typical` and `confidence` of `verify.py` apart), only how many tokens a round emits. A
-drafter of your own is a `Drafter` with your two functions, and where it needs them parameters, states of the model's
-layers (`taps`) and a vocabulary (`DraftContext.propose`). Those by name:
+`draft` runs after every verification, and after every chunk of the prompt. The drafts do not change the output, except
+under the rules `rejection`, `typical` and `confidence` of `verify.py`. They only change how many tokens a round emits.
+To write a drafter, make a `Drafter` of your two functions. It can also have parameters, read states of the model's
+layers (`taps`) and use another vocabulary (`DraftContext.propose`). The drafters with names are:
 
     heads         the model's extra heads
-    lookup        what followed the last few tokens when they stood in the row before (n-gram match); needs no heads
-    heads+lookup  of the two, the one that expects more accepted drafts
-    none          nothing: plain autoregression by the same engine, the baseline of every ratio
+    lookup        finds the last few tokens earlier in the row and proposes what followed them (n-gram match); no heads
+    heads+lookup  the one of the two that expects more accepted drafts
+    none          no drafts: plain decoding by the same engine, the reference in every comparison
 """
 
 import dataclasses
@@ -34,56 +34,56 @@ class Drafts(NamedTuple):
 
     tokens_BP: jax.Array
     probs_BPV: jax.Array | None = None
-    """What each was drawn from; None where it was certain, or where the rule does not ask."""
+    """The distribution that each draft was drawn from. None if drafts are certain, or if the rule does not need it."""
     worth_B: jax.Array | None = None
-    """Whether a row's drafts are worth a look. Asked of a drafter that `passes`; None is yes."""
+    """Whether a row's drafts are worth verifying. Used only if the drafter `passes`; None means yes."""
     sure_BP: jax.Array | None = None
-    """Probability that each is accepted if those before it are, as the drafter sees it. `DraftContext.propose` gives
-    what its distribution says of the token that it chose, except under the rule `rejection`: which drafts are verified
-    must not depend on what was drawn there."""
+    """The drafter's estimate of the probability that each draft is accepted if those before it are.
+    `DraftContext.propose` gives the probability of the chosen token, except under the rule `rejection`: there, which
+    drafts are verified must not depend on the drawn tokens."""
 
 
 class DraftContext(NamedTuple):
-    """What a drafter may look at."""
+    """The data that a drafter may use."""
 
     tap_BQD: jax.Array
     """Tapped states of the Q positions that were just processed."""
     start_B: jax.Array
     """Position of the first of them."""
     index_B: jax.Array
-    """Which of them produced the row's newest token; those behind it were rejected."""
+    """Which of the Q positions produced the row's newest token. The positions after it were rejected."""
     live_B: jax.Array
-    """False for rows that took no part: those whose prompt ended in an earlier chunk."""
+    """False for rows that did not take part, because their prompt ended in an earlier chunk."""
     tokens_BS: jax.Array
     """Every row's prompt and output so far."""
     total_B: jax.Array
-    """How many of those count; the newest token is at total - 1. Drafts are for positions total and on."""
+    """Number of tokens of each row. The newest token is at total - 1. Drafts are for positions from total on."""
     count: int
-    """How many drafts the next round can use, at most P. With 0 of them a drafter only keeps its cache up to date."""
+    """Number of drafts that the next round can use, at most P. With 0, a drafter only keeps its cache up to date."""
     propose: Callable[..., Drafts]
-    """`propose(logits, first=0, ids_v=None)`: tokens from logits [B, n, V], chosen with the noise that verification
-    will choose with. `first` is the number of the first of them among the drafts, 0 for the one behind the newest
-    token. With `ids_v` the logits are [B, n, N], over a vocabulary that the drafter has: its token i is the model's
-    token ids_v[i]. (EAGLE-3 stores the difference, `d2t`: ids_v = d2t + arange(N).)"""
+    """`propose(logits, first=0, ids_v=None)`: chooses tokens from logits [B, n, V], with the same noise as verification
+    will use. `first` is the index of the first one among the drafts; 0 is the draft right after the newest token. With
+    `ids_v` the logits are [B, n, v], over the drafter's own vocabulary: its token i is the model's token ids_v[i].
+    (EAGLE-3 stores the difference, `d2t`: ids_v = d2t + arange(v).)"""
     begin_B: jax.Array | int = 0
-    """Position from which each row was processed without a break; above 0 in later turns of a conversation, which begin
-    somewhere in an earlier one. What a drafter kept of the positions before may belong to other tokens."""
+    """Position from which each row was processed without a break. In later turns of a conversation it is above 0.
+    States that a drafter kept of earlier positions may belong to other tokens."""
     least: jax.Array | float = 0.0
-    """Accepted drafts that must be expected for a round to be worth what it costs more than a plain step."""
+    """A round is worth its extra cost over a plain step only if it expects at least this number of accepted drafts."""
     asks_heads: jax.Array | bool = True
-    """Whether heads shall draft where something else can. They still do where they have caches to keep up to date."""
+    """Whether heads shall draft, if the drafter can draft without them. Heads with caches always draft."""
     passes: bool = False
     """Whether the drafter `passes` in this request; static."""
     taps: tuple[jax.Array, ...] = ()
-    """States [B, Q, D] at `Drafter.taps`, in their order, of the same positions as `tap_BQD`."""
+    """States [B, Q, D] at `Drafter.taps`, in the same order, for the same positions as `tap_BQD`."""
     own: Any = ()
     """`Drafter.params`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Drafter:
-    """A drafter as the engine sees it. Its functions are compiled in, its parameters are arguments: make it once, and
-    change parameters by `dataclasses.replace(drafter, params=...)`."""
+    """A drafter. Its functions are compiled into the engine's programs, and its parameters are arguments of these. So
+    make it once, and change parameters with `dataclasses.replace(drafter, params=...)`."""
 
     name: str
     num_draft: int
@@ -91,18 +91,18 @@ class Drafter:
     init: Callable[[Arch, int, int, int], Any]
     draft: Callable[[Arch, Any, Any, DraftContext], tuple[Drafts, Any]]
     masks: int = 0
-    """Mask tokens that the model shall run beside every position that it verifies, for heads of that kind."""
+    """Number of mask tokens that the model runs with every verified position; for the head family `masks`."""
     passes: bool = False
-    """Whether it says for which rows its drafts are worth a look (`Drafts.worth_B`). A round in which no row's are
-    verifies none, and costs what a plain step costs. Under the rule `rejection` it must not look at drafts that were
-    drawn: what is emitted would not follow the model's law."""
+    """Whether it sets `Drafts.worth_B`. If no row's drafts are worth verifying, the round verifies none, and costs as
+    much as a plain step. Under the rule `rejection`, `worth_B` must not depend on the drawn drafts. Otherwise the
+    output would not have the model's distribution."""
     spares_heads: bool = False
-    """Whether it drafts something else, at next to no cost, where `DraftContext.asks_heads` is False."""
+    """Whether it can draft without the heads, at almost no cost, if `DraftContext.asks_heads` is False."""
     params: Any = dataclasses.field(default=(), compare=False, repr=False)
-    """A pytree of arrays, which `draft` gets as `DraftContext.own`."""
+    """A pytree of arrays. `draft` gets it as `DraftContext.own`."""
     taps: tuple[int, ...] = ()
-    """States of the model that it reads, by the number of blocks below them: 0 is the embedding, L (all blocks) the
-    state before the final norm."""
+    """The taps that it reads, as numbers of blocks: 0 is the embedding, L (all blocks) the state before the final
+    norm."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.taps, tuple) or not all(type(tap) is int and tap >= 0 for tap in self.taps):
@@ -112,13 +112,15 @@ class Drafter:
 
 
 def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_probs: bool) -> Drafts:
-    """What a drafter of the caller's returns, while it is traced: tokens in int32, probabilities in float32."""
+    """Checks what a drafter returns, while it is traced. Converts tokens to int32 and probabilities to float32."""
     V = vocab_size
     most = drafter.num_draft
-    tokens, probs = drafts[:2] if isinstance(drafts, Drafts) else (drafts, None)
+    is_drafts = isinstance(drafts, Drafts)
+    tokens = drafts.tokens_BP if is_drafts else drafts
+    probs = drafts.probs_BPV if is_drafts else None
     shape = jnp.shape(tokens) if hasattr(tokens, "dtype") else ()
     integers = hasattr(tokens, "dtype") and jnp.issubdtype(tokens.dtype, jnp.integer)
-    if not isinstance(drafts, Drafts) or not integers or len(shape) != 2 or shape[0] != rows or shape[1] > most:
+    if not is_drafts or not integers or len(shape) != 2 or shape[0] != rows or shape[1] > most:
         got = f"{tokens.dtype} of shape {list(shape)}" if hasattr(tokens, "dtype") else repr(tokens)
         raise UserError(
             f"drafter {drafter.name!r} returns {got}; it must return Drafts(tokens) with whole numbers of shape "
@@ -131,7 +133,8 @@ def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_
         )
     if probs is None and shape[1] and wants_probs:
         raise UserError(
-            f"accept='confidence' goes by the drafter's own probabilities, and {drafter.name!r} returns none"
+            f"accept='confidence' needs the drafter's probabilities, but {drafter.name!r} returns none; return them as "
+            "Drafts.probs_BPV, or use another accept rule"
         )
     worth_B = drafts.worth_B
     if worth_B is not None and (jnp.shape(worth_B) != (rows,) or worth_B.dtype != bool):
@@ -156,15 +159,15 @@ def _heads_cache(arch: Arch, num_draft: int, batch: int, slots: int) -> Any:
 
 
 def _heads_draft(arch: Arch, params: Any, cache: Any, context: DraftContext) -> tuple[Drafts, Any]:
-    """Heads 1..count at the position that produced the newest token; head m predicts m tokens behind it."""
+    """Drafts of heads 1..count at the position that produced the newest token. Head m drafts the m-th token after."""
 
     def propose(states_BPD: jax.Array, first: int) -> Drafts:
         return context.propose(mtp.draft_logits(arch, params, states_BPD, first), first - 1)
 
     def goes_on(first: Drafts) -> jax.Array:
-        """Whether the drafts would be worth verifying if all further ones were as sure as can be."""
+        """Whether the drafts would be worth verifying if all further ones had the highest probability."""
         sure_B = jnp.minimum(first.sure_BP[:, 0], MOST_SURE)
-        # Where nothing is verified, what drafting costs is measured.
+        # Rounds with an infinite `least` verify nothing and measure the cost of drafting, so they must draft.
         return jnp.any(sure_B * best_following(context.count) >= context.least) | jnp.isinf(context.least)
 
     shared = {name: getattr(context, name) for name in Round._fields if name in DraftContext._fields}
@@ -181,52 +184,53 @@ def _heads_draft(arch: Arch, params: Any, cache: Any, context: DraftContext) -> 
 
 
 MOST_SURE = 0.85
-"""What heads are believed at most. Those that ship for SmolLM2 are right as often as they say up to here; from 0.95 on
-they were right in 79 to 93 % of the cases (counted as `RIGHT_ALONE`)."""
+"""Larger probabilities of heads are lowered to this. Up to here, the shipped heads of SmolLM2 are right as often as
+they say. From 0.95 on they were right in 79 to 93 % of the cases (counted in the same way as `RIGHT_ALONE`)."""
 
 
 def best_following(count: int) -> float:
-    """Accepted drafts per accepted first one, where heads are as sure as can be of all the others."""
+    """Expected accepted drafts if the first one is accepted and all others have the probability `MOST_SURE`."""
     return sum(MOST_SURE**k for k in range(count))
 
 
 def expected(sure_BP: jax.Array) -> jax.Array:
-    """Accepted drafts [B] to expect, where each is right as surely as said and those before it must be, too."""
+    """Expected accepted drafts [B], from the probability of each to be accepted if those before it are."""
     return jnp.sum(jnp.cumprod(sure_BP, axis=1), axis=1)
 
 
 LONGEST_MATCH = 8
-"""Tokens that `lookup` compares at most."""
+"""Largest number of tokens that `lookup` compares."""
 LEAST_MATCH = 2
-"""Matched tokens from which the drafts of `lookup` are verified: what followed one token is too seldom right."""
+"""The drafts of `lookup` are verified from this number of matched tokens on. After a match of one token they are too
+seldom right."""
 SURE_MATCH = 3
-"""Matched tokens from which `heads+lookup` takes the lookup where heads do not say what they expect."""
+"""`heads+lookup` takes the lookup from this number of matched tokens on, if heads do not estimate acceptance."""
 RIGHT_ALONE = (0.0, 0.25, 0.51, 0.60, 0.72, 0.73, 0.73, 0.77, 0.91)
-"""Probability that the first token of a lookup is right, by matched tokens. This and the three below were counted with
-SmolLM2-135M-Instruct on 40 prompts each of HumanEval, MT-bench and GSM8K, 128 greedy tokens each, by
-`benchmarks/draft_odds.py`, and smoothed where a count fell with more matched tokens."""
+"""Probability that the first token of a lookup is right, by number of matched tokens. `benchmarks/draft_odds.py`
+counted this and the three below with SmolLM2-135M-Instruct, on 40 prompts each of HumanEval, MT-bench and GSM8K, with
+128 greedy tokens each. They were smoothed where a value fell with more matched tokens."""
 RIGHT_WITH_HEADS = (0.0, 0.69, 0.84, 0.90, 0.91, 0.91, 0.91, 0.91, 0.98)
-"""The same where the first head drafts that token, too."""
+"""The same, if the first head drafts the same token."""
 RIGHT_AGAINST_HEADS = (0.0, 0.14, 0.38, 0.48, 0.61, 0.67, 0.67, 0.71, 0.87)
-"""The same where it drafts another."""
+"""The same, if the first head drafts another token."""
 RIGHT_NEXT = (0.0, 0.59, 0.66, 0.74, 0.74, 0.75, 0.81, 0.86, 0.92)
-"""Probability that a later token of a lookup is right where those before it are."""
+"""Probability that a later token of a lookup is right if those before it are."""
 
 
 def lookup(tokens_BS: jax.Array, total_B: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """What followed when the row's last tokens stood in it before (prompt lookup, Saxena 2023).
+    """Finds the row's last tokens earlier in the row, and drafts what followed them (prompt lookup, Saxena 2023).
 
-    Of all earlier positions that end in the row's newest token, the one that agrees longest with what precedes it is
-    taken, the latest of several. The draft is what came after; where that runs into the newest token, it repeats from
-    the match on, so that a row in a loop is drafted through any number of its turns.
+    It looks at all earlier positions with the same token as the newest one. It takes the position at which most tokens
+    before it match, too; the latest of several. The drafts are the tokens after that position. When they reach the
+    newest token, they start again right after that position. So a row that repeats itself can be drafted at any length.
 
     Args:
       tokens_BS: the rows.
-      total_B: tokens of each row.
+      total_B: number of tokens of each row.
       count: drafts per row.
 
     Returns:
-      Drafts [B, count], and matched tokens [B], 0..LONGEST_MATCH; with 0 the drafts mean nothing.
+      Drafts [B, count], and the number of matched tokens [B], 0..LONGEST_MATCH. If it is 0, the drafts have no meaning.
     """
     S = tokens_BS.shape[1]
 
@@ -248,7 +252,7 @@ def lookup(tokens_BS: jax.Array, total_B: jax.Array, count: int) -> tuple[jax.Ar
 
 
 def sure_of_lookup(right_B: jax.Array, matched_B: jax.Array, count: int) -> jax.Array:
-    """`Drafts.sure_BP` of a lookup whose first token is right with the given probability."""
+    """`Drafts.sure_BP` of a lookup, from the probability that its first token is right."""
     next_B = jnp.asarray(RIGHT_NEXT)[matched_B]
     return jnp.stack([right_B] + [next_B] * (count - 1), axis=1)
 
@@ -267,10 +271,10 @@ def _both_draft(arch: Arch, params: Any, cache: Any, context: DraftContext) -> t
         return _heads_draft(arch, params, cache, context)
     found_BP, matched_B = lookup(context.tokens_BS, context.total_B, context.count)
     if not context.passes or jax.tree.leaves(cache):
-        # Caches are kept up to date in every round.
+        # The heads run in every round, to keep their caches up to date.
         drafts, cache = _heads_draft(arch, params, cache, context)
         return better(drafts, found_BP, matched_B, context.least), cache
-    # At most `MOST_SURE` of every draft: less than some lookups bring.
+    # The largest number that heads can expect. If the lookup expects as many, the heads need not run.
     most = MOST_SURE * best_following(context.count)
     found_sure_BP = sure_of_lookup(jnp.asarray(RIGHT_AGAINST_HEADS)[matched_B], matched_B, context.count)
     asked = context.asks_heads & jnp.any(expected(found_sure_BP) < most)
@@ -285,14 +289,14 @@ def better(
     least: jax.Array | float,
     asked: jax.Array | bool = True,
 ) -> Drafts:
-    """For each row the drafts of the heads or of the lookup: those that expect more accepted tokens.
+    """For each row, the drafts of the heads or of the lookup: those with more expected accepted drafts.
 
     Args:
-      drafts: of the heads.
+      drafts: drafts of the heads.
       found_BP: tokens of the lookup.
-      matched_B: tokens that it matched.
-      least: accepted tokens from which drafts are worth verifying.
-      asked: whether heads drafted at all; without it their drafts are zeros, and so is how sure they are.
+      matched_B: number of tokens that the lookup matched.
+      least: number of expected accepted drafts from which drafts are worth verifying.
+      asked: whether the heads drafted. If not, their drafts and probabilities are zeros.
     """
     if drafts.sure_BP is None:
         takes_found_B = matched_B >= SURE_MATCH
@@ -320,10 +324,10 @@ def better(
 
 
 NONE = Drafter("none", 0, _no_cache, _no_drafts)
-"""Plain autoregression by the same engine: the baseline of every ratio."""
+"""Plain decoding by the same engine, the reference in every comparison."""
 
 LOOKUP_DRAFTS = 4
-"""P of `lookup` unless told otherwise."""
+"""The default of P for `lookup`."""
 MOST_DRAFTS = 64
 NAMES = ("heads", "lookup", "heads+lookup", "none")
 
@@ -334,15 +338,16 @@ def make_drafter(name: str, arch: Arch, num_draft: int | None = None, passes: bo
     Args:
       name: `heads`, `lookup`, `heads+lookup` or `none`.
       arch: the model.
-      num_draft: P; None takes every head, and `LOOKUP_DRAFTS` without heads.
-      passes: whether heads shall say which of their drafts are worth a look. Lookup always does, masks never: they run
-        beside what is verified.
+      num_draft: P. None means all extra heads, or `LOOKUP_DRAFTS` without heads.
+      passes: whether heads shall say which of their drafts are worth verifying. Lookup always does. Masks never do,
+        because they run together with verification.
 
     Raises:
-      UserError: an unknown name, a model without heads, or more drafts than extra heads.
+      UserError: the name is unknown, the model has no extra heads, or there are more drafts than extra heads.
     """
     if not isinstance(name, str) or name not in NAMES:
-        raise UserError(f"draft={name!r} is no drafter; choose {', '.join(map(repr, NAMES[:-1]))} or {NAMES[-1]!r}")
+        names = ", ".join(map(repr, NAMES[:-1]))
+        raise UserError(f"draft={name!r} is not a drafter; choose {names} or {NAMES[-1]!r}")
     if name == "none" and num_draft:
         raise UserError(f"num_draft={num_draft} with draft='none'; use draft='heads', or leave num_draft out")
     if name == "none" or num_draft == 0:

@@ -1,17 +1,18 @@
 """The decoding engine: prefill, then rounds of verify, accept and draft, as jitted programs with fixed shapes.
 
-A row's newest token is emitted but not yet in any cache; a round feeds it together with the drafts behind it:
+A row's newest token is pending: it is emitted but not yet in any cache. A round runs the model over it and the drafts
+that follow it:
 
-    tokens   t0 t1 t2 t3 | t4        total = 5, caches hold slots 0..3, t4 is pending
+    tokens   t0 t1 t2 t3 | t4        total = 5, caches have slots 0..3, t4 is pending
     verify                 t4 d1 d2 d3        at slots 4..7
     choices                c1 c2 c3 c4
     accept   d1 = c1, d2 != c2  ->  emit c1 c2, total = 7; slots 4, 5 are good, 6 and 7 are overwritten next time
 
-Rows advance independently and finish independently. There is no host round trip inside `decode_rounds`; `max_rounds`
-is an argument, so one compiled program serves streaming (one round a call) and whole generations alike.
+Each row advances and finishes independently of the others. `decode_rounds` never waits for the host. `max_rounds` is an
+argument, so the same compiled program is used for streaming (one round per call) and for a whole generation.
 
-The caches grow with the rows, by powers of two: `decode_rounds` returns as soon as a row might outgrow them, and the
-caller goes on with a larger state (`grow`).
+The caches grow with the rows, by powers of two. `decode_rounds` returns as soon as a row might need more slots. The
+caller then continues with a larger state (`grow`).
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from mtp_jax.model.mtp import Ask
 from mtp_jax.runs.programs import bounded
 
 CHUNK = 512
-"""Prompt tokens that go through the model at once."""
+"""Largest number of prompt tokens that go through the model at once."""
 
 
 def prefill(
@@ -53,20 +54,22 @@ def prefill(
     """Processes the prompts, `CHUNK` tokens at a time, and emits the first token of every row.
 
     Args:
-      plan: what to run.
-      slots: cache slots that the rows may come to need, at least `slots_needed` of the largest limit, and of T.
+      plan: the static settings of the programs.
+      slots: largest number of cache slots that the rows may need: at least `slots_needed` of the largest limit and of
+        T.
       params: a `mtp.decode_view`.
-      controls: numbers and noise of the sampler; parameters that drafter and hooks bring.
-      prompt_BT: prompts on the host, padded on the right; T, less what is kept, at most `CHUNK` or a multiple of it.
-      prompt_len_B: tokens of each prompt, at least 1.
-      limit_B: prompt and output tokens at which a row stops, above its prompt length.
+      controls: numbers and noise of the sampler, and the parameters of drafter and hooks.
+      prompt_BT: prompts on the host, padded on the right. T, without the kept tokens, is at most `CHUNK` or a multiple
+        of it.
+      prompt_len_B: number of tokens of each prompt, at least 1.
+      limit_B: number of prompt and output tokens at which a row stops; larger than its prompt length.
       end_ids: tokens that end a row.
-      kept: caches that hold the first tokens of every row; given up.
+      kept: caches that have the first tokens of every row. They are donated.
     """
     T = prompt_BT.shape[1]
     begin = kept.length if kept is not None else 0
     chunk = min(T - begin, CHUNK)
-    # On the host: a program for every number of chunks would be one too many. jnp.asarray would compile one, too.
+    # Padded on the host, to avoid a program for every number of chunks. jnp.asarray would also compile one.
     rows_BS = jax.device_put(np.pad(np.asarray(prompt_BT), ((0, 0), (0, slots - T))))
     rows = rows_BS, prompt_len_B, limit_B, end_ids
     if kept is None:
@@ -91,7 +94,7 @@ def prefill_chunk(
     prompt_len_B: jax.Array,
     start: jax.Array,
 ) -> DecodeState:
-    """Positions start..start+chunk-1 of every row; rows whose prompt ends among them emit their first token."""
+    """Runs positions start..start+chunk-1 of every row. A row emits its first token if its prompt ends among them."""
     B = prompt_len_B.shape[0]
     start_B = jnp.full((B,), start)
     last_B = prompt_len_B - 1 - start
@@ -117,33 +120,33 @@ def prefill_chunk(
 
 
 _Carry = tuple[jax.Array, DecodeState]
-"""Rounds that have run, and the state."""
+"""Number of rounds that have run, and the state."""
 
 
 @bounded(statics=(0, 1), donate=(4,), weights=2)
 def decode_rounds(
     plan: Plan, width: int, params: Any, controls: Controls, state: DecodeState, max_rounds: jax.Array
 ) -> DecodeState:
-    """Runs rounds until every row is done, a row may outgrow the caches, or `max_rounds` of them have run.
+    """Runs rounds until every row is done, a row may need more cache slots, or `max_rounds` rounds have run.
 
     Args:
-      plan: what to run.
-      width: drafts that a round verifies, at most P.
+      plan: the static settings of the programs.
+      width: number of drafts that a round verifies, at most P.
       params: a `mtp.decode_view`.
       controls: numbers and noise of the sampler.
-      state: from `prefill` or from here; donated.
-      max_rounds: most rounds.
+      state: from `prefill` or an earlier call of this function. It is donated.
+      max_rounds: largest number of rounds.
     """
 
     def go_on(carry: _Carry) -> jax.Array:
         rounds, state = carry
-        # Finished rows as well: they are written to until the last one is.
+        # Finished rows count, too: they are written to until the last row is finished.
         fits = jnp.max(state.total_B) + width < slots_of(state)
         return (rounds < max_rounds) & ~jnp.all(state.done_B) & fits
 
     def worth(carry: _Carry) -> jax.Array:
         state = carry[1]
-        # Where what rounds cost is measured, all verify, or none.
+        # While the costs of rounds are measured, `least` is negative (all verify) or infinite (none does).
         worth_B = (state.drafts.worth_B | (state.least < 0)) & ~jnp.isinf(state.least)
         return jnp.any(worth_B & ~state.done_B)
 
@@ -155,7 +158,7 @@ def decode_rounds(
     if not plan.drafter.passes or not width:
         return jax.lax.while_loop(go_on, functools.partial(one_round, width), start)[1]
 
-    # Two loops in turn, and not a branch in one: caches go through a loop in place, and are copied by a branch.
+    # Two loops in turn, not one loop with a branch: a loop updates caches in place, but a branch copies them.
     def both(carry: _Carry) -> _Carry:
         plainly = functools.partial(one_round, 0)
         widely = functools.partial(one_round, width)
@@ -171,12 +174,12 @@ def decode_round(
     """One round for every row: verify, accept, draft.
 
     Args:
-      plan: what to run.
-      width: drafts that are made for the next round.
+      plan: the static settings of the programs.
+      width: number of drafts to make for the next round.
       params: a `mtp.decode_view`.
       controls: numbers and noise of the sampler.
       state: the state.
-      verified: drafts of the last round that are verified; None is `width`.
+      verified: number of drafts of the last round to verify. None means `width`.
     """
     verified = width if verified is None else verified
     start_B = state.total_B - 1
@@ -205,10 +208,10 @@ def _embed(plan: Plan, params: Any) -> Callable[[jax.Array], jax.Array]:
 
 
 def _count(state: DecodeState, accepted: verify.Accepted, width: int) -> DecodeState:
-    """Adds a round to the counters of the rows that took part; the state is that after it."""
+    """Adds a round to the counters of the rows that took part. `state` is the state after the round."""
     counted_BQ = jnp.arange(state.histogram_BQ.shape[1])[None, :] == accepted.drafts_B[:, None]
     counted_BQ &= (accepted.count_B > 0)[:, None]
-    # Nothing could be emitted behind the row's end, nor beyond its limit.
+    # Drafts after the end of the row, or beyond its limit, could not be emitted. So they were not tried.
     room_B = state.limit_B - state.total_B + accepted.count_B
     tried_B = jnp.minimum(jnp.where(accepted.done_B, accepted.count_B, room_B), width)
     all_right_B1 = (accepted.drafts_B >= tried_B)[:, None]
@@ -229,24 +232,24 @@ def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Arra
 def _logits(
     plan: Plan, params: Any, controls: Controls, state: DecodeState, state_BQD: jax.Array, seen: HookContext
 ) -> tuple[jax.Array, tuple]:
-    """The model's logits [B, Q, V] after its hooks, and the caches of these."""
+    """The model's logits [B, Q, V] after the hooks, and the caches of the hooks."""
     arch = plan.arch
     logits_BQV = trunk.logits(arch, params, trunk.final_norm(arch, params, state_BQD))
     return apply_hooks(plan.hooks, controls.hooks, state.hook_caches, logits_BQV, seen)
 
 
 class _Choices(NamedTuple):
-    """What is chosen after each verified position."""
+    """The choice after each verified position."""
 
     tokens_BQ: jax.Array
     own_BQ: jax.Array
-    """The model's own; differs under a lossy rule only."""
+    """The model's own choice. It differs from `tokens_BQ` only under a lossy rule."""
     usable_BQ: jax.Array
     drafts_BP: jax.Array
 
 
 def _choose(plan: Plan, controls: Controls, state: DecodeState, logits_BQV: jax.Array, drafts: Drafts) -> _Choices:
-    """The token for positions total..total+Q-1 of every row, from the logits of the positions before them."""
+    """Chooses the tokens for positions total..total+Q-1 of every row, from the logits of the positions before them."""
     sampler = plan.sampler
     rule = plan.rule
     position_BQ = state.total_B[:, None] + jnp.arange(logits_BQV.shape[1])[None, :]
@@ -273,7 +276,7 @@ def _choose(plan: Plan, controls: Controls, state: DecodeState, logits_BQV: jax.
 
 
 def _emit(state: DecodeState, choices: _Choices) -> tuple[DecodeState, verify.Accepted]:
-    """Accepts, and appends to every row; what is appended beyond the emitted tokens is covered by the next round."""
+    """Accepts drafts, and appends the choices to every row. The next round overwrites those that were not emitted."""
     room_B = state.limit_B - state.total_B
     accepted = verify.accept(choices.tokens_BQ, choices.drafts_BP, room_B, state.done_B, state.end_ids)
     emitted_BQ = jnp.arange(choices.tokens_BQ.shape[1])[None, :] < accepted.count_B[:, None]
@@ -292,7 +295,7 @@ def _emit(state: DecodeState, choices: _Choices) -> tuple[DecodeState, verify.Ac
 
 
 class _Where(NamedTuple):
-    """What was just processed; see `DraftContext`."""
+    """The positions that were just processed; see `DraftContext`."""
 
     tap_BQD: jax.Array
     taps: tuple[jax.Array, ...]
@@ -315,13 +318,14 @@ def _propose(
     if logits_BPV.shape[-1] != known:
         which = "the model has" if ids_v is None else "ids_v has"
         raise UserError(
-            f"drafter {plan.drafter.name!r} proposes from logits over {logits_BPV.shape[-1]} tokens, and {which} "
-            f"{known}; give the id of each of its tokens as ids_v"
+            f"drafter {plan.drafter.name!r} proposes from logits over {logits_BPV.shape[-1]} tokens, but {which} "
+            f"{known}; give ids_v, with the model's id for each token of the drafter"
         )
     if ids_v is not None:
         logits_BPV = mtp.over_vocabulary(logits_BPV, draft_places(plan.arch, ids_v))
     position_BP = state.total_B[:, None] + first + jnp.arange(logits_BPV.shape[1])[None, :]
-    # The caller's function may read tokens that are not there yet; penalty and bias need only those that are.
+    # Without the caller's logits function, which might read tokens that do not exist yet. Penalty and bias read only
+    # tokens that exist.
     sampler = dataclasses.replace(plan.sampler, logits_fn=None)
     known_BP = jnp.broadcast_to(state.total_B[:, None], position_BP.shape)
     logits_BPV = sampling.process(sampler, controls, logits_BPV, state.tokens_BS, known_BP)
@@ -362,7 +366,8 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
     tokens_BP = jnp.pad(jnp.where(known_BP, drafts.tokens_BP, 0), ((0, 0), (0, P - made)))
     probs_BPV = None
     if facts.reads_drafter:
-        # Where a draft without a distribution counts as certain, so does one of no token, which stands as token 0.
+        # If drafts without a distribution count as certain, so do drafts that are no valid token. They are replaced by
+        # token 0.
         certain_BPV = jax.nn.one_hot(tokens_BP, V) * facts.certain
         given_BPV = certain_BPV[:, :made]
         if drafts.probs_BPV is not None:

@@ -1,4 +1,4 @@
-"""Text in, text out: batching of prompts, buckets, stop conditions, streaming and statistics around the engine."""
+"""The functions `generate` and `stream`: they run prompts through the engine and return text, tokens and statistics."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,31 +28,32 @@ def generate(
     options: Options | None = None,
     **keywords: Any,
 ) -> Generation:
-    """Generates, drafted and verified; the tokens are those of plain decoding, whoever drafts.
+    """Generates text with drafts that the model verifies. With any drafter, the tokens are those of plain decoding.
 
-    That holds for sampling as well: the token at a position is drawn with noise that depends on the row's seed and the
-    position alone. A row gets the same tokens with any drafter, alone or in a batch (given its own seed), in one call
-    or in several that each go on from the tokens of the one before (from the tokens: a text that ends inside a
-    character is not what they decode to).
+    This is also true for sampling: the noise that draws the token at a position depends only on the row's seed and the
+    position. A row gets the same tokens with any drafter, and alone or in a batch if it has its own seed. It also gets
+    the same tokens in one call or in several calls that continue from the tokens of the call before. (Continue from the
+    tokens, not from the text: a text that ends inside a character does not give the same tokens.)
 
     Args:
       lm: a loaded model.
-      prompts: strings; lists of messages, `{"role": "user", "content": "..."}`, which the tokenizer's chat template
-        writes; lists of token ids (no token is added to those); or what a tokenizer returns: a dict with `input_ids`.
-      max_new_tokens: most new tokens per prompt; fewer where the model's max_seq_len ends.
-      draft: `heads`, `lookup`, `heads+lookup`, `none`, or a `Drafter` of your own; `auto` is heads, and lookup where
-        the model has none.
-      num_draft: P, drafts per round; None drafts with every head; `auto` measures what pays, down to none at all. With
-        a rule other than `exact` the tokens depend on P, so `auto` gives other ones in every call.
-      stop: strings that end a row, also ones that spell special tokens; the text is cut before the first of them.
-      ignore_eos: go on after an end token, for measurements.
+      prompts: strings; lists of messages, `{"role": "user", "content": "..."}`, for the tokenizer's chat template;
+        lists of token ids, to which no token is added; or what a tokenizer returns: a dict with `input_ids`.
+      max_new_tokens: largest number of new tokens per prompt. There are fewer if the row reaches the model's
+        max_seq_len.
+      draft: `heads`, `lookup`, `heads+lookup`, `none`, or your own `Drafter`. `auto` means heads, or lookup if the
+        model has no extra heads.
+      num_draft: P, drafts per round. None drafts with every head. `auto` measures which number is fastest, and may use
+        no drafts. With a rule other than `exact` the tokens depend on P, so `auto` may give other tokens in every call.
+      stop: strings that end a row; they may contain names of special tokens. The text is cut before the first of them.
+      ignore_eos: whether to continue after an end token, for measurements.
       options: how tokens are chosen and accepted.
-      keywords: fields of `Options`, in place of those in `options`: `temperature=0.8, seed=1`.
+      keywords: fields of `Options`, which replace those in `options`: `temperature=0.8, seed=1`.
 
     Raises:
-      UserError: a teacherless model, no prompts, an empty prompt, ids outside the vocabulary, a prompt longer than the
-        model's limit, a setting out of range, a cache that does not fit into memory, or logits from which no token can
-        be chosen.
+      UserError: the model is teacherless, there are no prompts, a prompt is empty, has ids outside the vocabulary or is
+        longer than the model's limit, a setting is out of range, the cache does not fit into memory, or the logits do
+        not allow to choose a token.
     """
     options = Options.of(options, keywords)
     request = Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos)
@@ -73,13 +74,13 @@ def stream(
     options: Options | None = None,
     **keywords: Any,
 ) -> Iterator[tuple[int, str] | Generation]:
-    """Like `generate`, yielding `(prompt index, text)` as text is decided and the `Generation` as the last item.
+    """Like `generate`, but yields `(prompt index, text)` as soon as text is final, and the `Generation` at the end.
 
-    A piece never ends inside a character, nor inside what may become a stop string. Options are those of `generate`.
-    Raises like `generate`, at the call; the prompts are processed by then.
+    A piece never ends inside a character, nor inside text that may become a stop string. The options are those of
+    `generate`. The call itself processes the prompts and raises the errors of `generate`.
     """
     if lm.tokenizer is None:
-        raise UserError("streaming needs a tokenizer, and this model was trained on token ids; use generate")
+        raise UserError("streaming needs a tokenizer, but this model has none; use generate with token ids")
     options = Options.of(options, keywords)
     return _pieces(Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos=False))
 

@@ -1,10 +1,10 @@
-"""What a conversation holds of its earlier turns: the tokens whose entries stand in the caches.
+"""What a conversation keeps of its earlier turns: the caches, and the tokens that have entries in them.
 
-    held       s0 s1 s2 s3 s4 s5 s6 s7          prompt and answer of the turn before, its last token apart
+    held       s0 s1 s2 s3 s4 s5 s6 s7          prompt and answer of the turn before, without its last token
     next       s0 s1 s2 s3 s4 t5 t6 t7 t8 t9    the longer conversation, as the template writes it
-    begins              ^                       P before the first difference, which heads may have drafted with
+    begins              ^                       P before the first difference, because heads may have read later tokens
 
-The entries before stay. Those behind are written anew, and no query sees what stands behind them.
+The entries before that position are kept. The others are written again, and no query sees the entries after them.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from mtp_jax.runs.programs import bounded
 
 
 class Held(NamedTuple):
-    """Caches of one row, and the tokens that they hold."""
+    """Caches of one row, and the tokens that have entries in them."""
 
     ids: list[int]
     caches: Any = None
@@ -27,18 +27,18 @@ class Held(NamedTuple):
     hook_caches: tuple = ()
 
     def kept(self, plan: Plan, ids: list[int]) -> Kept:
-        """What counts of it for another turn.
+        """The caches for the next turn, and how many of their entries it can use.
 
         Args:
-          plan: of the turn; its drafter is that of the turns before.
-          ids: its prompt.
+          plan: static settings of the turn. The drafter is the same as in the turns before.
+          ids: prompt of the turn.
         """
         same = 0
         while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
             same += 1
         held = self.caches, self.drafter_cache, self.hook_caches
         caches = _no_entries(plan, LEAST_SLOTS) if self.caches is None else held
-        # Heads that read tokens have entries that rest on the P tokens behind them.
+        # Heads that read tokens have entries that depend on the next P tokens.
         return Kept(max(same - plan.drafter.num_draft, 0), *caches)
 
 
@@ -48,7 +48,8 @@ def _no_entries(plan: Plan, slots: int) -> tuple[Any, Any, tuple]:
 
 
 def held_of(plan: Plan, state: DecodeState) -> Held:
-    """What a state of one row holds; the newest token has no entry yet. Nothing, where hooks cannot begin anywhere."""
+    """The `Held` of a state of one row. The newest token has no entry yet. Empty if a hook cannot start from the middle
+    of a row."""
     if not by_position(plan.hooks, state.hook_caches):
         return Held([])
     tokens_1S, total_1 = jax.device_get((state.tokens_BS, state.total_B))
@@ -57,12 +58,12 @@ def held_of(plan: Plan, state: DecodeState) -> Held:
 
 
 def slots_of_turn(total: int, num_draft: int, longest: int) -> int:
-    """Slots for a turn that ends within `total` tokens: a power of two, so that the next turn mostly has as many.
+    """Slots for a turn that ends within `total` tokens: a power of two, so that the next turn usually has as many.
 
     Args:
-      total: tokens that are padded or written.
+      total: number of tokens, padding included.
       num_draft: P.
-      longest: tokens that a row may have at all.
+      longest: largest number of tokens that a row may have.
     """
     most = slots_needed(longest + engine.CHUNK, num_draft)
     return min(buckets.power(slots_needed(total, num_draft), LEAST_SLOTS), most)

@@ -1,21 +1,22 @@
-"""Hooks: functions of the caller's inside a round, where it begins and between the model's logits and the sampler.
+"""Hooks: the caller's own functions inside a round. They change the model's input, or its logits before sampling.
 
     init(arch, batch, slots) -> cache                             for `slots` positions; `LayerCache`s are enlarged
     apply(params, cache, logits_BNV, context) -> (logits_BNV, cache)        changes the logits
-    embed(params, cache, embedded_B1D, context) -> embedded_B1D             changes what enters the model
+    embed(params, cache, embedded_B1D, context) -> embedded_B1D             changes the input of the model
 
-A logits hook sees the prompt and every token after it, drafts included. What it returns is what the sampler and the
-accept rule take for the model's logits, so that drafted tokens are still those of plain decoding:
+A logits hook (`apply`) sees the prompt and every token after it, drafts included. The sampler and the accept rule use
+the logits that it returns instead of the model's. So tokens with drafts are still the same as in plain decoding:
 
     tokens   t0 t1 t2 t3 | t4          the model, then `apply`, over the prompt: 4 positions from 0 on
     round 1                t4 d1 d2    3 positions from 4 on; d1 is right, d2 is not
-    round 2                      t6    from 6 on: what the hook wrote at 6 in round 1 belonged to d2, and is overwritten
+    round 2                      t6    from 6 on: in round 1 the hook wrote d2's entry at 6; now it is overwritten
 
-A cache that keeps entries by position needs nothing else: write at the position, and read no entry behind it. Another
-one must find out how many tokens of the last call counted: as many as this call begins behind it.
+A cache with one entry per position needs nothing else: write at the position, and do not read later entries. Any other
+cache must find out how many tokens of the last call were kept: the start of this call minus the start of the last one.
 
-An input hook replaces the embedding of the pending token, as in soft thinking (Zhang et al. 2025), which feeds a
-mixture of embeddings. Nothing is drafted then: a draft would have to stand for a mixture. Prompts enter as they are.
+An input hook (`embed`) replaces the embedding of the pending token. An example is soft thinking (Zhang et al. 2025),
+where the input is a mixture of embeddings. Then nothing is drafted, because a draft cannot represent a mixture. The
+embeddings of prompts are not changed.
 """
 
 import dataclasses
@@ -31,17 +32,17 @@ from mtp_jax.model.cache import LayerCache
 
 
 class HookContext(NamedTuple):
-    """What a hook may look at."""
+    """The data that a hook may use."""
 
     tokens_BQ: jax.Array
-    """Tokens that the model runs over: the pending one and the drafts, or a chunk of the prompt."""
+    """Input tokens of the model: the pending token and the drafts, or a chunk of the prompt."""
     start_B: jax.Array
     """Position of the first of them."""
     live_B: jax.Array
-    """False for rows that take no part: those whose prompt ended in an earlier chunk. Their tokens mean nothing."""
+    """False for rows that do not take part, because their prompt ended in an earlier chunk. Do not use their tokens."""
     at_BX: jax.Array | None
-    """Which of the Q positions the logits stand behind; None is all of them. In a chunk of the prompt it is the last
-    token of the row, and for rows that end elsewhere the logits mean nothing."""
+    """Which of the Q positions have logits; None means all. In a chunk of the prompt it is the row's last token. If the
+    prompt of a row does not end in this chunk, its logits have no meaning."""
     embed: Callable[[jax.Array], jax.Array]
     """Token ids to the model's embeddings."""
 
@@ -51,7 +52,7 @@ class HookContext(NamedTuple):
         return self.start_B[:, None] + jnp.arange(self.tokens_BQ.shape[1])[None, :]
 
     def wanted(self, states_BQD: jax.Array) -> jax.Array:
-        """Of states at all Q positions those behind which the logits stand, [B, X, D]."""
+        """Selects from states at all Q positions those at the positions with logits, [B, X, D]."""
         if self.at_BX is None:
             return states_BQD
         return jnp.take_along_axis(states_BQD, self.at_BX[:, :, None], axis=1)
@@ -63,18 +64,18 @@ def _no_cache(arch: Arch, batch: int, slots: int) -> tuple:
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """A hook as the engine sees it. Its functions are compiled in, its parameters are arguments: make it once, and
-    change parameters by `dataclasses.replace(hook, params=...)`."""
+    """A hook. Its functions are compiled into the engine's programs, and its parameters are arguments of these. So make
+    it once, and change parameters with `dataclasses.replace(hook, params=...)`."""
 
     name: str
     init: Callable[[Arch, int, int], Any] = _no_cache
-    """Makes the cache; `arch` is that of the model."""
+    """Makes the cache. `arch` describes the model."""
     apply: Callable[[Any, Any, jax.Array, HookContext], tuple[jax.Array, Any]] | None = None
-    """Changes float32 logits; the cache keeps its structure and shapes."""
+    """Changes the float32 logits. It must not change the structure and shapes of the cache."""
     embed: Callable[[Any, Any, jax.Array, HookContext], jax.Array] | None = None
     """Changes the embedding of the pending token, [B, 1, D]."""
     params: Any = dataclasses.field(default=(), compare=False, repr=False)
-    """A pytree of arrays, which the functions get."""
+    """A pytree of arrays, the first argument of `apply` and `embed`."""
 
     def __post_init__(self) -> None:
         if self.apply is None and self.embed is None:
@@ -82,7 +83,7 @@ class Hook:
         for field in ("init", "apply", "embed"):
             function = getattr(self, field)
             if function is not None and not (callable(function) and isinstance(function, Hashable)):
-                raise UserError(f"Hook.{field}={function!r} is compiled in; it must be a function")
+                raise UserError(f"Hook.{field}={function!r} must be a function with a hash; it is compiled in")
 
 
 Hooks = tuple[Hook, ...]
@@ -96,7 +97,7 @@ def init_hooks(hooks: Hooks, arch: Arch, batch: int, slots: int) -> tuple:
 def apply_hooks(
     hooks: Hooks, params: tuple, caches: tuple, logits_BNV: jax.Array, context: HookContext
 ) -> tuple[jax.Array, tuple]:
-    """The logits after all hooks, in order, and their caches."""
+    """Applies all hooks in order. Returns the changed logits and the caches of the hooks."""
     kept = list(caches)
     for i, hook in enumerate(hooks):
         if hook.apply is None:
@@ -110,7 +111,7 @@ def apply_hooks(
 
 
 def embed_hooks(hooks: Hooks, params: tuple, caches: tuple, context: HookContext) -> jax.Array | None:
-    """What enters the model in the place of the tokens' embeddings; None where no hook changes them."""
+    """The embeddings that the model gets instead of those of its tokens. None if no hook changes them."""
     if not replace_embeddings(hooks):
         return None
     embedded_B1D = context.embed(context.tokens_BQ)
@@ -122,28 +123,28 @@ def embed_hooks(hooks: Hooks, params: tuple, caches: tuple, context: HookContext
 
 
 def replace_embeddings(hooks: Hooks) -> list[str]:
-    """Names of those that do."""
+    """Names of the hooks that replace embeddings."""
     return [hook.name for hook in hooks if hook.embed is not None]
 
 
 def by_position(hooks: Hooks, caches: tuple) -> bool:
-    """Whether another prompt with the same first tokens can go on from what the caches hold of them: whether that
-    rests on these tokens alone, and stands in entries of its own."""
+    """Whether another prompt with the same first tokens can use the caches for these tokens. This is so if all caches
+    have one entry per position, and the entries depend only on the tokens."""
     nodes = jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, LayerCache))
     return not replace_embeddings(hooks) and all(isinstance(node, LayerCache) for node in nodes)
 
 
 def _like(what: str, made: Any, given: jax.Array) -> jax.Array:
-    """What a hook returns in the place of an array, in that one's dtype."""
+    """Checks the array that a hook returns, and converts it to the dtype of the array that it replaces."""
     if getattr(made, "shape", None) != given.shape or not jnp.issubdtype(made.dtype, jnp.floating):
         got = f"{made.dtype} of shape {list(made.shape)}" if hasattr(made, "shape") else type(made).__name__
-        raise UserError(f"{what} are {got}; they must be fractions of shape {list(given.shape)}")
+        raise UserError(f"{what} are {got}; they must be floats of shape {list(given.shape)}")
     return made.astype(given.dtype)
 
 
 def _same_cache(hook: Hook, made: Any, given: Any) -> Any:
-    """A cache goes through the loop of rounds: it must be of one form."""
+    """Checks that a hook does not change the form of its cache. The loop of rounds needs a constant form."""
     forms = [jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), cache) for cache in (made, given)]
     if forms[0] != forms[1]:
-        raise UserError(f"hook {hook.name!r}: apply returns a cache of {forms[0]}; init made one of {forms[1]}")
+        raise UserError(f"hook {hook.name!r}: apply returns a cache of {forms[0]}; it must be {forms[1]}, as from init")
     return made

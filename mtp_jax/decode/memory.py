@@ -1,4 +1,4 @@
-"""Refuses a cache that would not fit, before anything is compiled or allocated."""
+"""Refuses a cache that does not fit into memory, before anything is compiled or allocated."""
 
 import jax
 import psutil
@@ -8,11 +8,12 @@ from mtp_jax.errors import UserError
 
 
 class CacheTooLarge(UserError):
-    """A batch whose cache would not fit."""
+    """The cache of a batch does not fit into memory."""
 
 
 def cache_bytes(plan: Plan, rows: int, slots: int) -> int:
-    """Most bytes of decoding states at once: caches, tokens and counters, and what the caches grow from."""
+    """Largest number of bytes of decoding states at one time: caches, tokens and counters, and the smaller caches while
+    they are copied."""
     grows = slots > LEAST_SLOTS
     return _state_bytes(plan, rows, slots) + (_state_bytes(plan, rows, slots // 2) if grows else 0)
 
@@ -26,7 +27,7 @@ def _state_bytes(plan: Plan, rows: int, slots: int) -> int:
 
 
 def free_bytes() -> int:
-    """Memory that is free on the default device; the host's, where that is a CPU."""
+    """Free memory of the default device, or of the host if the device is a CPU."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -34,7 +35,7 @@ def free_bytes() -> int:
 
 
 def check_cache_fits(plan: Plan, rows: int, slots: int) -> None:
-    """Raises a CacheTooLarge that says what is needed and what would fit."""
+    """Raises a CacheTooLarge if the cache does not fit. The error says what it needs and what would fit."""
     needed = cache_bytes(plan, rows, slots)
     free = free_bytes()
     if needed <= free:

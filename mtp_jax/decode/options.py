@@ -1,4 +1,4 @@
-"""How tokens are to be chosen: the caller's settings, checked, as the static and the traced part of the sampler."""
+"""The caller's settings for choosing tokens: checks them, and makes the static `Sampler` and the traced `Controls`."""
 
 import dataclasses
 import difflib
@@ -22,33 +22,33 @@ from mtp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How tokens are chosen and accepted. `generate`, `stream` and `Conversation` take the fields as keywords, too."""
+    """How tokens are chosen and accepted. `generate`, `stream` and `Conversation` also take the fields as keywords."""
 
     temperature: float = 0.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: int | None = None
-    """Draw from the k most likely tokens only."""
+    """Draw only from the k most likely tokens."""
     top_p: float | None = None
-    """Draw from the smallest set of most likely tokens that holds this probability."""
+    """Draw only from the smallest set of most likely tokens that together have at least this probability."""
     min_p: float | None = None
-    """Draw from tokens at least this fraction as likely as the most likely one."""
+    """Draw only from tokens with at least this fraction of the probability of the most likely one."""
     seed: int | Sequence[int] = 0
-    """One number, from which every row derives its own by its place in the batch, or one per prompt, with which a row
-    gets the same tokens wherever it stands."""
+    """One number for all prompts, or one per prompt. With one for all, the seed of a row depends on its place in the
+    batch. With one per prompt, a row gets the same tokens at any place."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that prompt or output hold."""
+    """For tokens that are in the prompt or the output, divides positive logits and multiplies negative ones."""
     logit_bias: Mapping[int, float] | None = None
-    """Numbers that are added to the logits of tokens; -inf forbids one."""
+    """Numbers that are added to the logits of tokens. -inf forbids a token."""
     logits_fn: LogitsFn | None = None
-    """`(logits_V, tokens_S, length) -> logits_V`, a jax function of the logits behind the first `length` tokens of a
-    row. Pass the same function object in every call: a new one is compiled anew."""
+    """`(logits_V, tokens_S, length) -> logits_V`, a jax function that changes the logits after the first `length`
+    tokens of a row. Pass the same function object in every call: every new one is compiled."""
     hooks: Sequence[Hook] = ()
-    """Functions with parameters and caches that change the model's logits, in this order and before all of the above,
-    or what enters the model."""
+    """Functions with parameters and caches that change the model's logits or its input. They change the logits in this
+    order, and before all settings above."""
     accept: str | Rule = "exact"
-    """`exact`, or `rejection`, which keeps the distribution and not the tokens. `typical` and `confidence` are lossy:
-    they take drafts that the model would not have chosen. A `mtp_jax.Rule` sets their thresholds. At temperature 0
-    `typical` goes by the model's distribution at temperature 1."""
+    """`exact`; or `rejection`, which keeps the distribution but not the tokens; or the lossy rules `typical` and
+    `confidence`, which may accept drafts that the model would not have chosen. A `mtp_jax.Rule` sets their thresholds.
+    At temperature 0, `typical` uses the model's distribution at temperature 1."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, "0 for greedy, or from 1e-6 to 1e6", _is_temperature)
@@ -64,16 +64,16 @@ class Options:
         if self.logits_fn is not None and not callable(self.logits_fn):
             raise UserError(f"logits_fn={self.logits_fn!r}; it must be a function of (logits, tokens, length)")
         if not isinstance(self.logits_fn, Hashable):
-            raise UserError(f"logits_fn={self.logits_fn!r} has no hash, and is compiled in; give a plain function")
+            raise UserError(f"logits_fn={self.logits_fn!r} has no hash, but compiling needs one; give a plain function")
         if not isinstance(self.hooks, Sequence) or not all(isinstance(hook, Hook) for hook in self.hooks):
             raise UserError(f"hooks={self.hooks!r}; it must be a list of mtp_jax.Hook")
 
     @classmethod
     def of(cls, options: "Options | None", keywords: Mapping[str, Any]) -> "Options":
-        """Options with some fields given as keywords.
+        """Options with some fields replaced by keywords.
 
         Raises:
-          TypeError: a keyword that is no field.
+          TypeError: a keyword is not the name of a field.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for name in keywords:
@@ -88,7 +88,7 @@ class Options:
         return self.accept if isinstance(self.accept, Rule) else Rule(self.accept)
 
     def sampler(self) -> Sampler:
-        """What is compiled."""
+        """The settings that are compiled into programs."""
         return Sampler(
             sampled=self.temperature > 0,
             penalised=self.repetition_penalty != 1,
@@ -97,7 +97,7 @@ class Options:
         )
 
     def check_logits_fn(self, vocab_size: int, length: int) -> None:
-        """Refuses a function that does not return logits for the vocabulary; nothing is compiled for it."""
+        """Refuses a `logits_fn` that does not return logits for the vocabulary. Nothing is compiled for this."""
         if self.logits_fn is None:
             return
         shapes = ((vocab_size,), jnp.float32), ((length,), jnp.int32), ((), jnp.int32)
@@ -113,7 +113,13 @@ class Options:
             raise UserError(f"logits_fn returns {got}; it must return the {vocab_size} logits of one row")
 
     def controls(self, rows: int, vocab_size: int, filled: int = 0) -> Controls:
-        """The numbers, for a batch of `rows` that is filled up to `filled`, or not at all."""
+        """The numbers and keys of the sampler, and the parameters of hooks.
+
+        Args:
+          rows: rows of the batch.
+          vocab_size: V.
+          filled: rows of the batch with padding; a smaller number than `rows` means no padding.
+        """
         seed = self._seed(rows)
         bias_V = self._bias(vocab_size)
         filled = max(rows, filled)
@@ -163,7 +169,7 @@ class Options:
 
 
 def takes_options(function: Callable) -> Callable:
-    """Shows the fields of `Options` in the signature of a function that takes them as keywords."""
+    """Adds the fields of `Options` to the signature of a function that takes them as keywords."""
     signature = inspect.signature(function)
     own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     fields = [
@@ -183,13 +189,13 @@ def _is_bias(value: float) -> bool:
 
 
 def _number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
-    """Refuses what is no number, NaN included, or does not fit."""
+    """Refuses a value that is not a number, is NaN, or is out of range."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(value):
         raise UserError(f"{name}={value!r}; it must be {wanted}")
 
 
 def whole(name: str, value: Any, wanted: str, fits: Callable[[int], bool]) -> int:
-    """The value as an int; refuses what is no whole number, or does not fit."""
+    """The value as an int. Refuses a value that is not a whole number, or is out of range."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -1,4 +1,5 @@
-"""Prompts as token ids: text, messages, ids, or what `tokenizer(...)` and `apply_chat_template(...)` return."""
+"""Converts prompts to token ids. A prompt is text, messages, token ids, or a result of `tokenizer(...)` or
+`apply_chat_template(...)`."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,13 @@ def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:
 
     Args:
       lm: a loaded model.
-      prompt: text, which the tokenizer reads; messages, which its chat template writes, with the beginning of an answer
-        behind them; token ids; or what a tokenizer returned for one text.
-      row: its place among the prompts, for errors.
+      prompt: text for the tokenizer; messages, which its chat template writes as text, followed by the beginning of an
+        answer; token ids; or what a tokenizer returned for one text.
+      row: index of the prompt, for errors.
 
     Raises:
-      UserError: no such prompt, an empty one, messages without a chat template or that it refuses, ids outside the
-        vocabulary, or more tokens than the model takes.
+      UserError: the prompt has another type or is empty, its messages have no chat template or are refused by it, it
+        has ids outside the vocabulary, or more tokens than the model allows.
     """
     if isinstance(prompt, str):
         if lm.tokenizer is None:
@@ -61,23 +62,23 @@ def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:
 
 
 def rows_of(encoding: Mapping[str, Any]) -> list[list[int]]:
-    """The token ids of what a tokenizer returned, without the padding of a batch.
+    """The token ids in the result of a tokenizer, without the padding of a batch.
 
     Args:
       encoding: a dict or a `BatchEncoding` with `input_ids`, of one text or several, as lists or arrays.
 
     Raises:
-      UserError: no `input_ids`, or a mask of another shape.
+      UserError: there are no `input_ids`, or the mask has another shape.
     """
     if "role" in encoding:
-        raise UserError("a message alone is no prompt; put the list of messages into a list: [messages]")
+        raise UserError("a single message is not a prompt; put the list of messages into a list: [messages]")
     if IDS not in encoding:
         names = ", ".join(map(repr, encoding)) or "none"
         raise UserError(f"a prompt that is a dict needs {IDS!r}, but this one has the keys {names}; give token ids")
     rows = _rows(encoding[IDS])
     masks = _rows(encoding[MASK]) if MASK in encoding else [[1] * len(row) for row in rows]
     if [len(row) for row in rows] != [len(mask) for mask in masks]:
-        raise UserError(f"{MASK} has another shape than {IDS}; give one number per token, or leave it out")
+        raise UserError(f"{MASK} and {IDS} have different shapes; give one number per token, or leave {MASK} out")
     pairs = [zip(row, mask, strict=True) for row, mask in zip(rows, masks, strict=True)]
     return [[token for token, kept in pair if kept] for pair in pairs]
 
@@ -97,7 +98,7 @@ def _chat_ids(lm: Any, messages: Sequence[Message], row: int) -> list[int]:
 
 
 def _one_row(prompt: Sequence[int] | Mapping[str, Any], row: int) -> Any:
-    """The only row of what a tokenizer returned, or of ids in rows; other prompts as they are."""
+    """The single row of a tokenizer's result, or of ids in rows. Other prompts are returned unchanged."""
     if isinstance(prompt, Mapping):
         rows = rows_of(prompt)
     elif _is_nested(prompt):
@@ -116,7 +117,7 @@ def _is_nested(ids: Any) -> bool:
 
 
 def _rows(ids: Any) -> list[list[int]]:
-    """Token ids in rows; ids that are not in rows are the only one."""
+    """Token ids in rows. Ids that are not in rows become a single row."""
     if not isinstance(ids, list | tuple):
         ids = np.asarray(ids).tolist()
     return [list(row) for row in ids] if _is_nested(ids) else [list(ids)]

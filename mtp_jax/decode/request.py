@@ -1,4 +1,4 @@
-"""A batch of prompts on its way through the engine: buckets, rounds, stop conditions and counts."""
+"""Runs a batch of prompts through the engine: buckets, rounds, stop conditions and counts."""
 
 import dataclasses
 import os
@@ -30,11 +30,11 @@ from mtp_jax.runs import programs
 
 NumDraft = int | Literal["auto"] | None
 LEAST_ENDS = 4
-"""Places for end tokens; more where a tokenizer has more."""
+"""Smallest length of the array of end tokens. It is longer if the tokenizer has more of them."""
 
 
 class Model(Protocol):
-    """What generation needs of a loaded model (`mtp_jax.load` returns one)."""
+    """The attributes of a loaded model (from `mtp_jax.load`) that generation needs."""
 
     arch: Arch
     tokenizer: Any
@@ -51,7 +51,7 @@ class Counts(NamedTuple):
 
 
 class Request:
-    """A batch of prompts on its way through the engine."""
+    """A batch of prompts that runs through the engine."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Request:
             raise UserError(f"{str(lm)!r} is a path; load it first: generate(mtp_jax.load({str(lm)!r}), ...)")
         if lm.answers_in_one_pass:
             raise UserError(
-                "a model that was trained with loss.teacherless answers in one pass over dummies and continues no "
+                "a model that was trained with loss.teacherless answers in one pass over dummies and cannot continue a "
                 "text; `mtp eval` counts its answers"
             )
         self.lm = lm
@@ -81,7 +81,7 @@ class Request:
         drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
-            raise UserError("stop strings need a tokenizer")
+            raise UserError("stop strings need a tokenizer, but this model has none; leave stop out")
         self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks)
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.arch.model.max_seq_len
@@ -110,10 +110,9 @@ class Request:
         self._prefill(ids, rows, padded, _end_ids(lm, ignore_eos), kept)
 
     def _count_all(self, rows: int, num_draft: int, auto: bool) -> None:
-        """Counters at 0, and nothing read or found yet."""
-        shapes = (rows, num_draft + 1), (rows, num_draft), (rows,)
-        self.counts = Counts(*(np.zeros(shape, np.int32) for shape in shapes))
-        self.surplus = Counts(*(np.zeros(shape, np.int32) for shape in shapes))
+        """Sets all counters to 0."""
+        self.counts = _zero_counts(rows, num_draft)
+        self.surplus = _zero_counts(rows, num_draft)
         self.chooser: Chooser | None = None
         if auto and num_draft:
             gated = rows == 1 and self.plan.drafter.passes
@@ -124,19 +123,21 @@ class Request:
         self.ends_B = [-1] * rows
         self.read_B = [0] * rows
         self.searches = [StopSearch(self.stop) for _ in range(rows)]
-        self.prefill_seconds = self.decode_seconds = self.compile_seconds = 0.0
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self.compile_seconds = 0.0
 
     def _prefill(self, ids: list[list[int]], rows: int, padded: int, end_ids: list[int], kept: Kept | None) -> None:
-        """Runs the prompts; rows that only fill the batch have one token, and room for one."""
+        """Runs the prompts. Padding rows have one token, and room for one more."""
         prompt_BT = np.zeros((rows, padded), np.int32)
         for row, tokens in zip(prompt_BT, ids, strict=False):
             row[: len(tokens)] = tokens
         fill = (0, rows - len(ids))
         prompt_len_B = np.pad(self.prompt_len_B, fill, constant_values=1)
         limit_B = np.pad(self.limit_B, fill, constant_values=2)
-        # jnp.asarray would compile a program for every shape, outside of those that are bounded.
+        # jnp.asarray would compile a program for every shape, and these are not among the bounded programs.
         arrays = jax.device_put((prompt_len_B, limit_B, np.array(end_ids, np.int32)))
-        params = self.lm.decode_params  # made at first use; its time is not the prompt's
+        params = self.lm.decode_params  # before the clock starts, because the first use makes them
         clock = _Clock()
         self._take(engine.prefill(self.plan, self.slots, params, self.controls, prompt_BT, *arrays, kept))
         self.prefill_seconds = clock.seconds()
@@ -153,15 +154,15 @@ class Request:
         self.compile_seconds += clock.compiling()
 
     def _run(self, width: int, max_rounds: int) -> None:
-        """Rounds of one width, until the caches are full."""
+        """Runs rounds of one width, until the caches are full."""
         self._grow()
         params = self.lm.decode_params
         self._take(engine.decode_rounds(self.plan, width, params, self.controls, self.state, jnp.int32(max_rounds)))
 
     def _run_block(self, max_rounds: int) -> None:
-        """One block of the width that promises most, timed for the next choice."""
+        """Runs one block of the chosen width, and times it for the next choice."""
         self._grow()
-        # Where every round comes back to the host, as in a stream, rounds cost more.
+        # Rounds cost more if each returns to the host, as in a stream. So these have separate costs.
         shape = (self.plan, len(self.state.total_B), slots_of(self.state), max_rounds < BLOCK)
         self.chooser.use(COSTS.recall(shape, dict))
         remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
@@ -170,10 +171,10 @@ class Request:
         before = self.counts
         clock = _Clock()
         self._run(width, min(max_rounds, self.chooser.rounds))
-        # The first block of a new program is several times slower than the next, compiling apart.
+        # The first block of a new program is not timed: even without compiling, it is several times slower.
         seconds = None if clock.compiling() else clock.seconds()
         newest = _minus(self.counts, before)
-        # Where rounds without a draft worth a look are in what a round costs, they are in what it brings, too.
+        # If the drafter passes, the time of a round includes rounds that verify nothing. So its tokens must, too.
         untried_BP = 0 if self.plan.drafter.passes else newest.untried_BP
         self.chooser.record(width, newest.histogram_BQ, seconds, untried_BP)
         if self.chooser.hopeless and jax.tree.leaves(self.state.drafter_cache):
@@ -183,7 +184,7 @@ class Request:
             self.state = self.state._replace(drafter_cache=(), drafts=self.state.drafts._replace(worth_B=None))
 
     def _ask(self, least: float, asks_heads: bool) -> None:
-        """Sets what a round must promise to verify its drafts, and who drafts."""
+        """Sets how many accepted drafts a round must expect to verify its drafts, and whether heads draft."""
         if self._asked == (least, asks_heads):
             return
         self._asked = (least, asks_heads)
@@ -196,20 +197,20 @@ class Request:
             self.state = grow(self.state, needed)
 
     def _take(self, state: DecodeState) -> None:
-        """Keeps the state, reads what the host needs of it, and ends rows whose text holds a stop string."""
+        """Keeps the state, copies a part of it to the host, and ends rows that have a stop string in their text."""
         self.state = state
         had_B = self.total_B - self.prompt_len_B
         before = self.counts
         counters = Counts(state.histogram_BQ, state.untried_BP, state.drafted_B)
         read = (state.tokens_BS, state.total_B, state.done_B, state.failed_B, counters)
-        # Not the rows that only fill the batch.
+        # Leaves out padding rows.
         read = jax.tree.map(lambda leaf: leaf[: len(self.cut_B)], jax.device_get(read))
         self.tokens_BS, self.total_B, self.done_B, failed_B, self.counts = read
         if failed_B.any():
             row = int(failed_B.argmax())
             raise UserError(
                 f"prompt {row}: no token can be chosen within {self.total_B[row]} tokens, because the logits hold NaN "
-                "or forbid every token; look at the checkpoint's parameters, logit_bias and logits_fn"
+                "or forbid every token; check the checkpoint's parameters, logit_bias and logits_fn"
             )
         if self.stop:
             newest = _minus(self.counts, before)
@@ -217,20 +218,20 @@ class Request:
                 if self.cut_B[row] is None and self._find_stop(row):
                     self._leave_out(row, self.cut_B[row] - had_B[row], newest)
             self.done_B = self.done_B | np.array([cut is not None for cut in self.cut_B])
-            # The program that ran before runs on: the array must lie where its own lay.
+            # The new array must have the sharding of the old one, so that the same program can run.
             done_B = np.pad(self.done_B, (0, len(state.done_B) - len(self.done_B)), constant_values=True)
             self.state = state._replace(done_B=jax.device_put(done_B, state.done_B.sharding))
         self.done = bool(self.done_B.all())
 
     def _read(self, row: int) -> list[int]:
-        """The row's tokens that its text does not hold yet; from here on it does."""
+        """Adds the row's newest tokens to its text, and returns them."""
         tokens = self.new_tokens(row)[self.read_B[row] :]
         self.texts[row].add(tokens)
         self.read_B[row] += len(tokens)
         return tokens
 
     def _find_stop(self, row: int) -> bool:
-        """Whether a stop string stands in the row's text; the row is cut at the token that completes the first one."""
+        """Whether the row's text has a stop string. If so, cuts the row after the token that completes the first."""
         search = self.searches[row]
         text = self.texts[row].copy()
         count = self.read_B[row]
@@ -249,7 +250,8 @@ class Request:
         return True
 
     def _leave_out(self, row: int, kept: int, newest: Counts) -> None:
-        """Only returned tokens count: of the round that wrote the stop string, the first `kept` tokens are returned."""
+        """Corrects the counts for the round that wrote the stop string: only its first `kept` tokens are returned, and
+        only returned tokens count."""
         if not newest.histogram_BQ[row].any():
             return
         accepted = int(newest.histogram_BQ[row].argmax())
@@ -258,14 +260,14 @@ class Request:
         self._add_surplus(row, -1, min(accepted, kept), min(tried, kept))
 
     def _add_surplus(self, row: int, sign: int, accepted: int, tried: int) -> None:
-        """Counts a round, as `engine` does."""
+        """Adds or subtracts a round, counted in the same way as in `engine`."""
         self.surplus.histogram_BQ[row, accepted] += sign
         self.surplus.drafted_B[row] += sign * tried
         if tried <= accepted < self.surplus.untried_BP.shape[1]:
             self.surplus.untried_BP[row, accepted] += sign
 
     def new_tokens(self, row: int) -> list[int]:
-        """What the row has written so far."""
+        """The new tokens of the row so far."""
         start = self.prompt_len_B[row]
         tokens = self.tokens_BS[row, start : self.total_B[row]].tolist()
         return tokens[: self.cut_B[row]]
@@ -316,7 +318,7 @@ class Request:
 
 
 class _Clock:
-    """Seconds since it was made, compiling apart."""
+    """Measures the seconds since it was made, separately for compiling and for everything else."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -327,8 +329,13 @@ class _Clock:
         return programs.compile_seconds() - self._compiled
 
     def seconds(self) -> float:
-        """All others."""
+        """Seconds without compiling."""
         return time.perf_counter() - self._began - self.compiling()
+
+
+def _zero_counts(rows: int, num_draft: int) -> Counts:
+    shapes = ((rows, num_draft + 1), (rows, num_draft), (rows,))
+    return Counts(*(np.zeros(shape, np.int32) for shape in shapes))
 
 
 def _minus(counts: Counts, others: Counts) -> Counts:
@@ -336,12 +343,12 @@ def _minus(counts: Counts, others: Counts) -> Counts:
 
 
 def _special_tokens(lm: Model) -> dict[int, str]:
-    """Tokens that the tokenizer leaves out of a text."""
+    """Ids and names of the tokens that the tokenizer leaves out of a text."""
     return getattr(lm.tokenizer, "special_tokens", {})
 
 
 def _end_ids(lm: Model, ignore_eos: bool) -> list[int]:
-    """Tokens that end a row; filled up with what is no token, so that few programs serve all."""
+    """Tokens that end a row, padded with -1 so that a few programs are enough for all tokenizers."""
     if lm.tokenizer is None:
         return []
     ids = [] if ignore_eos else list(lm.tokenizer.end_ids)
@@ -349,10 +356,11 @@ def _end_ids(lm: Model, ignore_eos: bool) -> list[int]:
 
 
 def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks, passes: bool) -> Drafter:
-    """The drafter; with "auto" its heads may pass: for one row, as of several some are always worth it.
+    """The drafter of a request. With num_draft="auto" and `passes`, its heads may pass.
 
-    Not under the rule `rejection`: whether a draft is looked at would depend on which one was drawn, and the tokens
-    would not follow the model's law any more.
+    The caller sets `passes` only for one row, because of several rows some nearly always have drafts worth verifying.
+    It does not set it under the rule `rejection`. There, whether a draft is verified would depend on the drawn draft,
+    and the tokens would not have the model's distribution.
     """
     if isinstance(num_draft, str) and num_draft == "auto":
         num_draft = None
@@ -382,8 +390,8 @@ def _checked_prompts(lm: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
     if isinstance(prompts, Mapping):
         prompts = rows_of(prompts)
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise UserError(f"prompts={prompts!r} is no list; put a single prompt into one: [prompt]")
+        raise UserError(f"prompts={prompts!r} is not a list; put a single prompt into a list: [prompt]")
     ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
     if not ids:
-        raise UserError("no prompt was given")
+        raise UserError("no prompt was given; give at least one")
     return ids

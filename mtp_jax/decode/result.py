@@ -1,4 +1,4 @@
-"""What a generation returns."""
+"""The result of a generation."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ from mtp_jax.decode.stats import DecodeStats
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns."""
+    """The result of `generate`."""
 
     tokens: list[list[int]]
-    """New token ids per prompt, the end token included where one was emitted."""
+    """New token ids per prompt. If the row ended with an end token, it is included."""
     text: list[str] | None
-    """Their text; None without a tokenizer. Cut before a stop string."""
+    """The text of the new tokens, cut before a stop string. None if the model has no tokenizer."""
     finish_reason: list[str]
     """`eos`, `stop` (a stop string) or `length`, per prompt."""
     stats: DecodeStats

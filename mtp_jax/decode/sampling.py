@@ -1,21 +1,24 @@
-"""From logits to a token: greedy, or drawn with noise that belongs to the position.
+"""Chooses a token from logits: the most likely one, or one drawn with noise that depends on the position.
 
-Every token of a row has its own noise at every absolute position, a function of (row key, position, token) alone. The
-token drawn is arg-max(filtered logits + Gumbel noise), so it depends on the logits and the position, not on who
-drafted, in what batch, or in which call: verification draws the model's token and compares it with the draft.
+For every absolute position of a row, every token of the vocabulary has its own noise, which depends only on (row key,
+position, token). The drawn token is arg-max(filtered logits + Gumbel noise). So it depends on the logits and the
+position, and not on the drafter, the batch or the call. Verification draws the model's token and compares it with the
+draft.
 
-Noise for a whole vocabulary would cost more than the rest of a step. Only the `CANDIDATES` largest logits get noise of
-their own; the tail behind them is one more contestant: its log-sum-exp plus one Gumbel is, in law, the best of its
-members (the maximum of Gumbels is a Gumbel, independent of which one won). When the tail wins, and only then, one of
-its members is drawn. Exact for every size of the tail.
+Noise for the whole vocabulary would cost more than the rest of a step. So only the `CANDIDATES` largest logits get
+their own noise, and all other tokens, the tail, compete as one candidate. Its value is the log-sum-exp of its logits
+plus one Gumbel. This value has the same distribution as the best value in the tail, because the maximum of Gumbels is
+a Gumbel that is independent of which one is largest. Only if the tail wins, one of its tokens is drawn. The
+distribution is exact for every size of the tail.
 
-The filters keep tokens whose logit reaches a threshold, after penalty, bias and temperature, in this order:
+The filters keep tokens with a logit at or above a threshold. They apply after penalty, bias and temperature, in this
+order:
 
     top-k    the k-th largest logit
     top-p    the smallest set, most likely first, that holds at least p of what top-k left (Holtzman et al. 2020)
     min-p    the largest logit plus log(min_p) (Nguyen et al. 2024)
 
-Tokens exactly as likely as the last one kept are kept as well, so that the order of ties never matters.
+Tokens that are exactly as likely as the last kept one are also kept, so that the order of ties does not matter.
 """
 
 import dataclasses
@@ -26,18 +29,18 @@ import jax
 import jax.numpy as jnp
 
 CANDIDATES = 64
-"""Largest logits that get noise of their own."""
+"""Number of largest logits that get their own noise."""
 
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(logits_V, tokens_S, length) -> logits_V`: the logits behind the first `length` tokens of a row, to be changed."""
+"""`(logits_V, tokens_S, length) -> logits_V`: changes the logits after the first `length` tokens of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """What is compiled into a program; the numbers are in `Controls`, so that changing them compiles nothing."""
+    """The settings that are compiled into a program. Numbers are in `Controls`: changing them compiles nothing."""
 
     sampled: bool = False
-    """Draw by noise; else take the largest logit."""
+    """Whether to draw with noise. If not, the largest logit is taken."""
     penalised: bool = False
     biased: bool = False
     logits_fn: LogitsFn | None = None
@@ -48,21 +51,21 @@ GREEDY = Sampler()
 
 
 class Controls(NamedTuple):
-    """Settings and noise of a batch, and parameters that drafter and hooks bring, as arrays."""
+    """Numbers and keys of a batch, and the parameters of drafter and hooks, as arrays."""
 
     key_B: jax.Array
     """Every row's PRNG key."""
     temperature: jax.Array
     top_k: jax.Array
-    """The vocabulary's size switches it off."""
+    """V means that top-k is off."""
     top_p: jax.Array
-    """1 switches it off."""
+    """1 means that top-p is off."""
     min_p: jax.Array
-    """0 switches it off."""
+    """0 means that min-p is off."""
     penalty: jax.Array
-    """1 switches it off."""
+    """1 means no penalty."""
     bias_V: jax.Array
-    """Added to the logits; of size 0 where the sampler has no bias."""
+    """It is added to the logits. It has size 0 if the sampler has no bias."""
     drafter: Any = ()
     """`Drafter.params`."""
     hooks: tuple = ()
@@ -70,22 +73,23 @@ class Controls(NamedTuple):
 
 
 def row_keys(seed: int | list[int], rows: int) -> jax.Array:
-    """One key per row: from a seed of its own, or from one seed for all; with one row the two are the same."""
+    """One key per row, from one seed per row or one seed for all rows. For a single row, both give the same key."""
     if isinstance(seed, int):
         return jax.vmap(jax.random.fold_in, (None, 0))(_key(seed), jnp.arange(rows))
     return jnp.stack([jax.random.fold_in(_key(one), 0) for one in seed])
 
 
 def _key(seed: int) -> jax.Array:
-    # By name: results do not change with the process's default generator. Python's integers may be wider than jax's.
+    # The generator is named, so that the process's default does not change results. The seed is split, because Python's
+    # integers may be wider than jax's.
     return jax.random.fold_in(jax.random.key(seed & 0xFFFFFFFF, impl="threefry2x32"), seed >> 32)
 
 
 def greedy(logits: jax.Array) -> jax.Array:
-    """Index of the largest logit, the lowest one where several are equal; [..., V] to int32 [...].
+    """Index of the largest logit; the lowest index if several are equal; [..., V] to int32 [...].
 
-    `top_k` and `argmax` agree on ties. XLA's argmax on a CPU is four times slower than its top_k; elsewhere it is the
-    faster one.
+    `top_k` and `argmax` agree on ties. On a CPU, XLA's argmax is four times slower than its top_k. On other devices
+    it is faster.
     """
 
     def top1(logits: jax.Array) -> jax.Array:
@@ -98,25 +102,25 @@ def greedy(logits: jax.Array) -> jax.Array:
 
 
 def _top_k(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k`, flat: XLA's CPU backend sorts the whole vocabulary where there are more than two axes."""
+    """`lax.top_k` on two axes. With more than two, XLA's CPU backend sorts the whole vocabulary."""
     values, ids = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), count)
     shape = (*logits.shape[:-1], count)
     return values.reshape(shape), ids.reshape(shape)
 
 
 def usable(logits: jax.Array) -> jax.Array:
-    """Whether a token can be chosen: no NaN, and a largest logit that is finite; [..., V] to bool [...]."""
+    """Whether a token can be chosen: there is no NaN, and the largest logit is finite; [..., V] to bool [...]."""
     return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def choose(sampler: Sampler, controls: Controls, logits_BQV: jax.Array, position_BQ: jax.Array) -> jax.Array:
-    """The token of every position, from logits that `process` has been over.
+    """Chooses the token of every position, from the result of `process`.
 
     Args:
-      sampler: what to do.
-      controls: its numbers.
+      sampler: static settings.
+      controls: the numbers of the sampler.
       logits_BQV: float32 logits.
-      position_BQ: absolute position of the token that is chosen.
+      position_BQ: absolute positions of the tokens to choose.
 
     Returns:
       Tokens [B, Q].
@@ -130,14 +134,14 @@ def choose(sampler: Sampler, controls: Controls, logits_BQV: jax.Array, position
 def process(
     sampler: Sampler, controls: Controls, logits_BQV: jax.Array, tokens_BS: jax.Array, length_BQ: jax.Array
 ) -> jax.Array:
-    """Repetition penalty, bias and the caller's function, in this order.
+    """Applies repetition penalty, bias and the caller's function to the logits, in this order.
 
     Args:
-      sampler: what to do.
-      controls: its numbers.
+      sampler: static settings.
+      controls: the numbers of the sampler.
       logits_BQV: the model's logits.
-      tokens_BS: the rows; what stands behind a position's length does not count.
-      length_BQ: tokens before each position.
+      tokens_BS: the rows. For each position, only the first `length_BQ` tokens count.
+      length_BQ: number of tokens before each position.
     """
     if sampler.penalised:
         logits_BQV = penalise(logits_BQV, tokens_BS, length_BQ, controls.penalty)
@@ -150,21 +154,21 @@ def process(
 
 
 def penalise(logits_BQV: jax.Array, tokens_BS: jax.Array, length_BQ: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Divides positive and multiplies negative logits of tokens that the row already holds (Keskar et al. 2019)."""
+    """Divides positive and multiplies negative logits of tokens that are already in the row (Keskar et al. 2019)."""
     B, _, V = logits_BQV.shape
     S = tokens_BS.shape[1]
-    # Where each token stands first: it is a repetition from then on.
+    # The first position of each token. From there on, the token is a repetition.
     first_BV = jnp.full((B, V), S, jnp.int32).at[jnp.arange(B)[:, None], tokens_BS].min(jnp.arange(S)[None, :])
     seen_BQV = first_BV[:, None, :] < length_BQ[:, :, None]
     return jnp.where(seen_BQV, jnp.where(logits_BQV > 0, logits_BQV / penalty, logits_BQV * penalty), logits_BQV)
 
 
 def threshold(controls: Controls, z: jax.Array, top_z: jax.Array) -> jax.Array:
-    """The least logit that the filters keep.
+    """The smallest logit that the filters keep.
 
     Args:
       controls: the filters' numbers.
-      z: logits over temperature, [..., V].
+      z: logits divided by temperature, [..., V].
       top_z: its largest values, descending, [..., C].
 
     Returns:
@@ -185,7 +189,8 @@ def threshold(controls: Controls, z: jax.Array, top_z: jax.Array) -> jax.Array:
 
 
 def _kept_mass(controls: Controls, sorted_z: jax.Array, z: jax.Array) -> jax.Array:
-    """Log of the mass that top-k leaves, [..., 1]; right where k reaches into `sorted_z` or over all of z."""
+    """Log of the total weight of the tokens that top-k keeps, [..., 1]. It is right if k is within `sorted_z`, or
+    covers all of z."""
     rank = jnp.arange(sorted_z.shape[-1]).reshape((1,) * (sorted_z.ndim - 1) + (-1,))
     within = jax.nn.logsumexp(jnp.where(rank < controls.top_k, sorted_z, -jnp.inf), axis=-1, keepdims=True)
     if sorted_z.shape == z.shape:
@@ -208,10 +213,10 @@ def _threshold_of_sorted(controls: Controls, sorted_z: jax.Array, z: jax.Array) 
 
 
 def draw(sampler: Sampler, controls: Controls, logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """One token per distribution.
+    """Draws one token per distribution.
 
     Args:
-      sampler: what to do.
+      sampler: static settings.
       controls: temperature and filters.
       logits: [..., V].
       keys: one key per distribution, [...].
@@ -227,7 +232,7 @@ def draw(sampler: Sampler, controls: Controls, logits: jax.Array, keys: jax.Arra
     token = jnp.take_along_axis(top_id, best, axis=-1)[..., 0]
     if top_id.shape[-1] == V:
         return token.astype(jnp.int32)
-    # Of equal logits the lowest ids are candidates, so that the last of them tells the others apart.
+    # Of equal logits, those with the lowest ids are candidates. So the id of the last candidate separates the others.
     bar = top_z[..., -1:]
     last_tied = jnp.max(jnp.where(top_z == bar, top_id, -1), axis=-1, keepdims=True)
     ids = jnp.arange(V).reshape((1,) * (z.ndim - 1) + (V,))
@@ -245,7 +250,7 @@ def draw(sampler: Sampler, controls: Controls, logits: jax.Array, keys: jax.Arra
 
 
 def probabilities(sampler: Sampler, controls: Controls, logits: jax.Array) -> jax.Array:
-    """What `draw` draws from, [..., V] to [..., V]; all on one token where decoding is greedy."""
+    """The distribution from which `draw` draws, [..., V] to [..., V]. In greedy decoding it is one-hot."""
     V = logits.shape[-1]
     if not sampler.sampled:
         return jax.nn.one_hot(greedy(logits), V)
@@ -255,7 +260,7 @@ def probabilities(sampler: Sampler, controls: Controls, logits: jax.Array) -> ja
 
 
 def uniforms(controls: Controls, vocab_size: int, position_BQ: jax.Array) -> jax.Array:
-    """Two uniforms per position, [B, Q, 2], independent of the noise that `choose` draws with."""
+    """Two uniform random numbers per position, [B, Q, 2], independent of the noise of `choose`."""
 
     def at(key: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, position), vocab_size + 2), (2,))
@@ -264,10 +269,10 @@ def uniforms(controls: Controls, vocab_size: int, position_BQ: jax.Array) -> jax
 
 
 def _scaled(sampler: Sampler, controls: Controls, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits over temperature, the largest of them, and their ids."""
+    """Logits divided by temperature, the largest of them, and their ids."""
     top, top_id = _top_k(logits, min(sampler.candidates, logits.shape[-1]))
 
-    # From the largest one down: a small temperature must not overflow.
+    # Relative to the largest logit, so that a small temperature does not overflow.
     def scale(values: jax.Array) -> jax.Array:
         return (values - top[..., :1]) / controls.temperature
 

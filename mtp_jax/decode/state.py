@@ -1,4 +1,4 @@
-"""What the engine holds between rounds: the state, its caches, and how large they are."""
+"""The state of the engine between rounds: its rows, its caches and their sizes."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from mtp_jax.model.cache import fewest_slots, grow_caches, whole_tiles
 from mtp_jax.runs.programs import bounded
 
 LEAST_SLOTS = 256
-"""The smallest cache, unless the request ends in a smaller one; a shorter one costs hardly less."""
+"""Slots of the smallest cache, unless the whole request needs fewer. A shorter cache would hardly be faster."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is compiled into the programs of a request; the numbers that may change are in `Controls`."""
+    """The settings that are compiled into the programs of a request. Numbers that may change are in `Controls`."""
 
     arch: Arch
     drafter: Drafter
@@ -32,70 +32,70 @@ class Plan:
 
 
 class DecodeState(NamedTuple):
-    """Everything between rounds, arrays of fixed shape."""
+    """Everything that is kept between rounds, as arrays of fixed shape."""
 
     # The rows.
     tokens_BS: jax.Array
-    """Prompt and output; what stands at total and beyond is left over from rejected drafts."""
+    """Prompt and output. Tokens from position total on are leftovers of rejected drafts."""
     total_B: jax.Array
-    """Tokens of each row, the pending one included."""
+    """Number of tokens of each row, the pending one included."""
     limit_B: jax.Array
-    """Total at which a row stops."""
+    """A row stops when its total reaches this."""
     done_B: jax.Array
     end_ids: jax.Array
     """Tokens that end a row."""
     failed_B: jax.Array
-    """Rows that met logits from which no token can be chosen."""
+    """Rows that had logits from which no token can be chosen."""
     begin_B: jax.Array
-    """Where each row's processing began: 0, or in a later turn of a conversation what `Kept` holds of it."""
+    """Position from which each row was processed: 0, or `Kept.length` in a later turn of a conversation."""
     least: jax.Array
-    """Accepted drafts that a drafter which `passes` must expect for a round to verify any; float32 []."""
+    """If the drafter `passes`, a round verifies drafts only if it expects this number of accepted ones; float32 []."""
     asks_heads: jax.Array
-    """Whether heads shall draft where something else can, too; bool []."""
-    # Between rounds.
+    """Whether heads shall draft, if the drafter can also draft without them; bool []."""
+    # Drafts and caches.
     drafts: Drafts
-    """For the P positions behind the pending token; with fewer drafted, the last ones mean nothing."""
+    """Drafts for the P positions after the pending token. If fewer were made, the last ones have no meaning."""
     caches: Any
     drafter_cache: Any
     hook_caches: tuple
     """One per hook."""
     # Counters.
     histogram_BQ: jax.Array
-    """Rounds of each row by the number of accepted drafts, 0..P."""
+    """Number of rounds of each row, by the number of accepted drafts, 0..P."""
     untried_BP: jax.Array
-    """Of the rounds that accepted a drafts, 0..P-1, those that did not try draft a+1: see `DecodeStats`."""
+    """Number of rounds with a accepted drafts, a = 0..P-1, that did not try draft a+1; see `DecodeStats`."""
     drafted_B: jax.Array
-    """Drafts that rounds tried."""
+    """Number of drafts that rounds tried."""
     replaced_BS: jax.Array
-    """Tokens that a lossy rule put in the place of the model's own; [B, 0] for other rules."""
+    """True for tokens that a lossy rule took instead of the model's own; [B, 0] for other rules."""
 
 
 class Kept(NamedTuple):
-    """What an earlier request left in the caches."""
+    """Caches of an earlier request, for the next one."""
 
     length: int
-    """Tokens with which the next request begins too, so that their entries count."""
+    """Number of first tokens that both requests share. Their entries in the caches are used again."""
     caches: Any
     drafter_cache: Any
     hook_caches: tuple
 
 
 def slots_needed(total: int, num_draft: int) -> int:
-    """Cache slots for rows of `total` tokens: the last round may write P entries that nobody keeps."""
+    """Cache slots for rows of `total` tokens. The last round may write P more entries, which are not kept."""
     return whole_tiles(total + num_draft + 1)
 
 
 def bucket(total: int, num_draft: int, most: int) -> int:
-    """Cache slots for a round over rows of up to `total` tokens: a power of two, or the most that are ever needed.
+    """Cache slots for a round over rows of up to `total` tokens: a power of two, or `most`, the largest number needed.
 
-    The last step up is not a small one: it would cost a copy of the caches and another program.
+    If `most` is not much above the power of two, it is used at once. This saves a copy of the caches and a program.
     """
     power = max(LEAST_SLOTS, 1 << (total + num_draft).bit_length())
     return most if 2 * most <= 3 * power else power
 
 
 def slots_of(state: DecodeState) -> int:
-    """Slots of the caches that a state holds now."""
+    """The present number of slots of the caches in a state."""
     return fewest_slots(state.caches, otherwise=state.tokens_BS.shape[1])
 
 
@@ -115,7 +115,7 @@ def fresh_caches(plan: Plan, batch: int, slots: int) -> tuple[Any, Any, tuple]:
 
 @bounded(statics=(0, 1, 2))
 def empty_state(plan: Plan, slots: int, length: int, prompt_BT: jax.Array, *rows: jax.Array) -> DecodeState:
-    """`rows_state` with caches of `slots` zeros."""
+    """`rows_state` with empty caches of `slots` slots."""
     B = len(prompt_BT)
     state = rows_state(plan, length, prompt_BT, *rows, jnp.zeros((B,), jnp.int32))
     caches, drafter_cache, hook_caches = fresh_caches(plan, B, slots)
@@ -132,7 +132,7 @@ def rows_state(
     end_ids: jax.Array,
     begin_B: jax.Array,
 ) -> DecodeState:
-    """Rows of `length` that hold their prompts only, without caches."""
+    """A state of rows with `length` tokens of space, which have only their prompts. It has no caches."""
     B, T = prompt_BT.shape
     P = plan.drafter.num_draft
     V = plan.arch.model.vocab_size

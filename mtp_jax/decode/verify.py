@@ -1,23 +1,25 @@
-"""The accept rule: how many tokens of a round are emitted.
+"""The accept rules, which decide how many tokens of a round are emitted.
 
-Verification runs over the pending token and P drafts, and names a choice after each. A draft is accepted while it
-equals that choice; the first choice that differs, or the one after the last draft (the bonus), is emitted too:
+Verification runs over the pending token and P drafts, and makes a choice after each. Drafts are accepted as long as
+each equals the choice at its position. The first choice that differs, or the one after the last draft, is the bonus
+token. It is emitted, too:
 
     input     pending  d1   d2   d3         P = 3
     choice    c1       c2   c3   c4
     d1 = c1, d2 = c2, d3 != c3   ->  accepted 2, emitted c1 c2 c3; c3 is the next pending token
     all equal                    ->  accepted 3, emitted c1 c2 c3 c4
 
-Where the choice is the model's own, the output is what the model alone would have produced, whatever the drafts. The
-other rules differ in the choice alone, given the model's distribution p and the drafter's q after the same tokens:
+If the choice is the model's own token, the output is that of the model alone, with any drafts. The rules differ only in
+the choice. p is the model's distribution and q the drafter's, after the same tokens:
 
-    exact       the model's token, greedy or drawn with the position's noise; the tokens of plain decoding
+    exact       the model's token, greedy or drawn with the noise of the position. The tokens are those of plain
+                decoding
     rejection   the draft d with probability min(1, p(d)/q(d)), else a draw from max(p - q, 0), rescaled (Leviathan et
-                al. 2023, Chen et al. 2023); the distribution of plain decoding, with tokens that depend on
-                the drafter
-    typical     the draft d where p(d) > min(epsilon, delta exp(-H(p))) (Medusa, Cai et al. 2024, section 2.3.1), else
+                al. 2023, Chen et al. 2023). The distribution is that of plain decoding, but the tokens depend on the
+                drafter
+    typical     the draft d if p(d) > min(epsilon, delta exp(-H(p))) (Medusa, Cai et al. 2024, section 2.3.1), else
                 the model's token. Lossy
-    confidence  the draft d where q(d) > tau (ConfAdapt), else the model's token. Lossy
+    confidence  the draft d if q(d) > tau (ConfAdapt), else the model's token. Lossy
 """
 
 import dataclasses
@@ -33,49 +35,49 @@ from mtp_jax.errors import UserError
 
 
 class Verified(NamedTuple):
-    """What a rule may look at. What it does not ask for is not computed."""
+    """The data that a rule may use. The functions compute their arrays only when the rule calls them."""
 
     own_tokens: Callable[[], jax.Array]
     """The model's tokens [B, Q], greedy or drawn with the noise of their positions."""
     target_probs: Callable[[], jax.Array]
-    """The model's distributions [B, Q, V] that these are drawn from; greedy, they are one-hot."""
+    """The distributions [B, Q, V] of the model's tokens. In greedy decoding they are one-hot."""
     plain_probs: Callable[[], jax.Array]
-    """The same at temperature 1 where decoding is greedy."""
+    """The same, but in greedy decoding the distributions at temperature 1."""
     uniforms: Callable[[], jax.Array]
-    """Noise [B, Q, 2] of the positions that nothing else uses, in [0, 1)."""
+    """Uniform random numbers [B, Q, 2] in [0, 1), by position. Nothing else uses them."""
     drafts_BP: jax.Array
     draft_probs_BPV: jax.Array | None
-    """What each draft was drawn from; None where the drafter does not say."""
+    """The distribution that each draft was drawn from. None if the drafter does not give it."""
 
 
 class Facts(NamedTuple):
-    """What the engine must know of a rule."""
+    """What the engine must know about a rule."""
 
     choose: Callable[["Rule", Verified], jax.Array]
     """Tokens [B, Q] after the verified positions."""
     lossy: bool = False
-    """Whether the output may follow another distribution than that of plain decoding."""
+    """Whether the output may have another distribution than plain decoding."""
     reads_drafter: bool = False
-    """Whether the drafter's distributions are needed."""
+    """Whether the rule uses the drafter's distributions."""
     certain: bool = False
-    """Whether a draft without a distribution counts as certain; else the drafter has said nothing of it."""
+    """Whether a draft without a distribution counts as certain (probability 1). If not, it has probability 0."""
     needs_probs: bool = False
     """Whether a drafter that gives no distributions is refused."""
     blind: bool = False
-    """Whether what is verified must not depend on what the drafter drew."""
+    """If true, the choice of which drafts to verify must not depend on the drawn drafts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Which choice is made; static."""
+    """An accept rule and its thresholds; static."""
 
     name: Literal["exact", "rejection", "typical", "confidence"] = "exact"
     epsilon: float = 0.09
-    """Of `typical`: a draft at least as likely as this is accepted. 0.09 and 0.3 are the defaults of Medusa's code."""
+    """For `typical`: a draft with a larger probability is accepted. 0.09 and 0.3 are the defaults of Medusa's code."""
     delta: float = 0.3
-    """Of `typical`: the share of exp(-entropy) that is likely enough where no token is likely."""
+    """For `typical`: a draft is also accepted if its probability is larger than delta exp(-entropy)."""
     tau: float = 0.9
-    """Of `confidence`: the drafter's own probability of its draft."""
+    """For `confidence`: a draft is accepted if the drafter's probability for it is larger."""
 
     def __post_init__(self) -> None:
         if self.name not in tuple(RULES):
@@ -87,7 +89,7 @@ class Rule:
 
     @property
     def facts(self) -> Facts:
-        """What the engine must know of it."""
+        """What the engine must know about the rule."""
         return RULES[self.name]
 
     def choose(self, verified: Verified) -> jax.Array:
@@ -98,21 +100,21 @@ class Rule:
 def rejection(
     target_probs_BQV: jax.Array, drafts_BP: jax.Array, draft_probs_BPV: jax.Array, uniforms_BQ2: jax.Array
 ) -> jax.Array:
-    """The choices of rejection sampling, [B, Q]; a choice equals its draft exactly where the draft is accepted.
+    """The choices of rejection sampling, [B, Q]. A choice equals its draft if and only if the draft is accepted.
 
     Args:
       target_probs_BQV: the model's distribution after each of the Q = P+1 verified positions.
-      drafts_BP: drafts, each drawn from its distribution below.
+      drafts_BP: drafts, each drawn from its distribution in `draft_probs_BPV`.
       draft_probs_BPV: the drafter's distributions.
-      uniforms_BQ2: per position one uniform in [0, 1) that accepts and one that draws.
+      uniforms_BQ2: two uniform random numbers in [0, 1) per position: one to accept, one to draw.
     """
     draft_BP1 = drafts_BP[:, :, None]
     p_BP = jnp.take_along_axis(target_probs_BQV[:, :-1], draft_BP1, axis=-1)[..., 0]
     q_BP = jnp.take_along_axis(draft_probs_BPV, draft_BP1, axis=-1)[..., 0]
     accepted_BP = uniforms_BQ2[:, :-1, 0] * q_BP < p_BP
-    # After the last draft nothing has been proposed: q = 0 leaves p.
+    # There is no draft for the last position. With q = 0 the residual is p.
     residual_BQV = jnp.maximum(target_probs_BQV - jnp.pad(draft_probs_BPV, ((0, 0), (0, 1), (0, 0))), 0.0)
-    # Rounding may leave p below q everywhere; p is then the same distribution.
+    # If p equals q, rounding may leave no residual. Then draw from p.
     some_BQ1 = jnp.any(residual_BQV > 0, axis=-1, keepdims=True)
     drawn_BQ = _inverse_cdf(jnp.where(some_BQ1, residual_BQV, target_probs_BQV), uniforms_BQ2[..., 1])
     return jnp.concatenate([jnp.where(accepted_BP, drafts_BP, drawn_BQ[:, :-1]), drawn_BQ[:, -1:]], axis=1)
@@ -122,7 +124,7 @@ def _inverse_cdf(weights_BQV: jax.Array, uniform_BQ: jax.Array) -> jax.Array:
     """Index drawn in proportion to the weights."""
     cdf_BQV = jnp.cumsum(weights_BQV, axis=-1)
     below_BQV = cdf_BQV <= uniform_BQ[..., None] * cdf_BQV[..., -1:]
-    # Rounding may leave the uniform at the total: the last index with any weight.
+    # Rounding may make the uniform equal to the total. Then the result is the last index with a weight above 0.
     last_BQ = weights_BQV.shape[-1] - 1 - jnp.argmax(weights_BQV[..., ::-1] > 0, axis=-1)
     return jnp.minimum(jnp.sum(below_BQV, axis=-1), last_BQ).astype(jnp.int32)
 
@@ -155,12 +157,12 @@ RULES = {
     "typical": Facts(_typical, lossy=True),
     "confidence": Facts(_confidence, lossy=True, reads_drafter=True, needs_probs=True),
 }
-"""A row for every rule."""
+"""The facts of every rule."""
 EXACT = Rule()
 
 
 def typical(rule: Rule, choices_BQ: jax.Array, target_probs_BQV: jax.Array, drafts_BP: jax.Array) -> jax.Array:
-    """The model's choices, with drafts that are typical of its distribution in their place."""
+    """The model's choices, replaced by drafts that are typical of its distribution."""
     p_BPV = target_probs_BQV[:, :-1]
     entropy_BP = -jnp.sum(jax.scipy.special.xlogy(p_BPV, p_BPV), axis=-1)
     bar_BP = jnp.minimum(rule.epsilon, rule.delta * jnp.exp(-entropy_BP))
@@ -169,7 +171,7 @@ def typical(rule: Rule, choices_BQ: jax.Array, target_probs_BQV: jax.Array, draf
 
 
 def confidence(rule: Rule, choices_BQ: jax.Array, drafts_BP: jax.Array, draft_probs_BPV: jax.Array) -> jax.Array:
-    """The model's choices, with drafts that their drafter was sure of in their place."""
+    """The model's choices, replaced by drafts with a drafter's probability above tau."""
     q_BP = jnp.take_along_axis(draft_probs_BPV, drafts_BP[:, :, None], axis=-1)[..., 0]
     return _replace(choices_BQ, drafts_BP, q_BP > rule.tau)
 
@@ -180,12 +182,12 @@ def _replace(choices_BQ: jax.Array, drafts_BP: jax.Array, by_draft_BP: jax.Array
 
 
 class Accepted(NamedTuple):
-    """Outcome of a round for every row."""
+    """The result of a round, for every row."""
 
     count_B: jax.Array
-    """Tokens emitted: accepted drafts plus one, cut at an end token or the row's limit; 0 for a finished row."""
+    """Emitted tokens: the accepted drafts plus one, cut at an end token or the row's limit; 0 for finished rows."""
     drafts_B: jax.Array
-    """Accepted drafts among them."""
+    """Number of accepted drafts among them."""
     done_B: jax.Array
     """Rows that are finished after this round."""
 
@@ -193,14 +195,14 @@ class Accepted(NamedTuple):
 def accept(
     choices_BQ: jax.Array, drafts_BP: jax.Array, room_B: jax.Array, done_B: jax.Array, end_ids: jax.Array
 ) -> Accepted:
-    """Applies the accept rule.
+    """Accepts drafts that equal the choices, and counts the emitted tokens.
 
     Args:
       choices_BQ: the token chosen after each of the Q = P+1 verified positions.
       drafts_BP: the drafts that were verified.
-      room_B: tokens a row may still emit, at least 1 where it is not done.
+      room_B: number of tokens that a row may still emit; at least 1 if the row is not done.
       done_B: rows that were finished before.
-      end_ids: tokens that end a row; the end token itself is emitted.
+      end_ids: tokens that end a row. The end token itself is emitted.
     """
     matches_BP = choices_BQ[:, :-1] == drafts_BP
     matched_B = jnp.sum(jnp.cumprod(matches_BP, axis=1), axis=1)

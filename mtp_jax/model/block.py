@@ -1,6 +1,6 @@
 """The decoder block: attention, then a feed-forward layer or experts.
 
-It runs over whole rows in training, and over new tokens behind a cache in decoding.
+In training it runs over whole rows. In decoding it runs over new tokens, and a cache holds the earlier ones.
 """
 
 from typing import Any
@@ -18,20 +18,20 @@ from mtp_jax.model.layers import Experts, FeedForward, Matrix, Norm, fan_in_init
 from mtp_jax.model.rope import rotary
 
 NO_WINDOW = 2**30
-"""The window of a layer that has none, in a model where others do."""
+"""Window of a layer without a window, in a model that has layers with one."""
 QUERIES = (BATCH, LENGTH, HEADS, None)
 """Axes of q_BTNH."""
 WHOLE_ROW = (BATCH, KV_HEADS, None, None)
-"""Axes of the keys and values of a row: each of its queries, on whatever device, sees all slots."""
+"""Axes of the keys and values of a row. Slots are not split, because every query, on any device, sees all of them."""
 BARE_ATTENTION = ("post", "mlp")
-"""Norm positions at which attention reads the residual stream itself."""
+"""Norm positions where attention reads the residual stream without a norm."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; keys and queries are separate calls, because decoding needs so.
+    """Grouped-query attention with rotary positions. Decoding needs keys and queries in separate calls.
 
-    The collection "constants" holds what is the layer's own and no parameter: `frequency` [h] and, with yarn, `factor`
-    [] of the rotary embedding, and `window` [], if any layer has one.
+    The collection "constants" has the arrays of the layer that are not parameters: `frequency` [h] of the rotary
+    embedding, `factor` [] of it with yarn, and `window` [] if any layer of the model has a window.
     """
 
     config: ModelConfig
@@ -44,7 +44,8 @@ class Attention(nn.Module):
         query = (c.d_model, c.num_heads, c.head_dim), (EMBED, HEADS, HEAD_DIM), fan_in
         out = (c.num_heads, c.head_dim, c.d_model), (HEADS, HEAD_DIM, EMBED), residual_init(c, c.num_heads * c.head_dim)
         self.q = make_matrix(self, "q", *query, bias=c.qkv_bias)
-        self.k, self.v = (make_matrix(self, name, *key, bias=c.qkv_bias) for name in "kv")
+        self.k = make_matrix(self, "k", *key, bias=c.qkv_bias)
+        self.v = make_matrix(self, "v", *key, bias=c.qkv_bias)
         self.o = make_matrix(self, "o", *out, bias=c.out_bias, inputs=2)
         if c.qk_norm:
             axis = None if c.qk_norm_joint else HEAD_DIM
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         v_BKSH: jax.Array,
         query_slots_BT: jax.Array,
     ) -> jax.Array:
-        """Queries of x over the given slots, projected back to [B, T, D]."""
+        """Attention of the queries of x to the given slots, projected back to [B, T, D]."""
         return self.output(self.mix(self.queries(x_BTD, positions_BT), k_BKSH, v_BKSH, query_slots_BT))
 
     def mix(self, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, query_slots_BT: jax.Array) -> jax.Array:
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         v_BKTH: jax.Array,
         segment_ids_BT: jax.Array,
     ) -> jax.Array:
-        """Queries of x over its own row, by the path that `attention` in the config means."""
+        """Attention of the queries of x to their own row, by the implementation that the config's `attention` names."""
         q_BTNH = self.queries(x_BTD, positions_BT)
         path = self.config.attention
         placement = _placement()
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         slots: tuple[jax.Array, jax.Array],
         where: Anchors,
     ) -> jax.Array:
-        """`attention_beside` for Y = X P queries in the order of their anchors; in XLA, as no kernel has its masks."""
+        """`attention_beside` for Y = X P queries, ordered by anchor. It runs in XLA: no kernel has these masks."""
         B, X = where.visible_BXS.shape[:2]
         q_BXPNH, *own_BXPKH = (x.reshape(B, X, -1, *x.shape[2:]) for x in (q_BYNH, *own))
         mixed_BXPNH = attention_beside(q_BXPNH, *slots, *own_BXPKH, where, self._attn_spec())
@@ -127,7 +128,7 @@ class Attention(nn.Module):
 
 
 def _placement() -> Placement | None:
-    """How the arrays of a row's attention lie on the mesh in whose context this is traced, by the axis rules there."""
+    """Placement of the arrays of row attention on the current mesh, by the current axis rules. None without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not nn.get_logical_axis_rules():
         return None
@@ -135,16 +136,16 @@ def _placement() -> Placement | None:
 
 
 def variables(block: dict[str, Any]) -> dict[str, Any]:
-    """What `Block` is applied to, of a block's parameters with its `constants`."""
+    """The variables to apply `Block` with, from a block's parameters and `constants`."""
     params = dict(block)
     return {"constants": {"attn": params.pop("constants")}, "params": params}
 
 
 class Block(nn.Module):
-    """Decoder block: attention, then a feed-forward layer or experts, with norms where `norm_position` has them.
+    """Decoder block: attention, then a feed-forward layer or experts, with norms where `norm_position` puts them.
 
-    Given a collection "lora" with factors a [in, R] and b [R, out] per matrix, they add to what the positions from
-    `lora_from` on compute.
+    It can be applied with a collection "lora", which has factors a [in, R] and b [R, out] for each matrix. They change
+    the positions from `lora_from` on.
     """
 
     config: ModelConfig
@@ -163,11 +164,11 @@ class Block(nn.Module):
             self.mlp_post_norm = Norm(c)
 
     def _normed(self, x: jax.Array) -> jax.Array:
-        """What attention reads."""
+        """The input of attention."""
         return x if self.config.norm_position in BARE_ATTENTION else self.attn_norm(x)
 
     def _finished(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """The block's output, given its input and what attention made of it."""
+        """The output of the block, from its input and the output of attention."""
         where = self.config.norm_position
         scale = self.config.residual_scale
         after = where in ("post", "sandwich")
@@ -179,7 +180,7 @@ class Block(nn.Module):
         return x + scale * (self.mlp_post_norm(fed) if after else fed)
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """A whole row at once; token t stands in slot t."""
+        """A whole row at once. Token t is in slot t."""
         return self.row(x_BTD, positions_BT, segment_ids_BT)[0]
 
     def row(
@@ -188,7 +189,7 @@ class Block(nn.Module):
         """A whole row at once, with its keys and values, [B, K, T, H] each."""
         h_BTD = self._normed(x_BTD)
         k_BTKH, v_BTKH = self.attn.keys_values(h_BTD, positions_BT)
-        # One gather where the length of rows is split, for whatever reads them.
+        # If the length of rows is split over devices, this gathers keys and values once for all their readers.
         k_BKTH, v_BKTH = (nn.with_logical_constraint(x.swapaxes(1, 2), WHOLE_ROW) for x in (k_BTKH, v_BTKH))
         attended_BTD = self.attn.attend_row(h_BTD, positions_BT, k_BKTH, v_BKTH, segment_ids_BT)
         return self._finished(x_BTD, attended_BTD), k_BKTH, v_BKTH
@@ -196,7 +197,8 @@ class Block(nn.Module):
     def beside(
         self, x_BYD: jax.Array, positions_BY: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, where: Anchors
     ) -> jax.Array:
-        """Y = X P positions beside a sequence whose keys and values are given; see `attention_beside`."""
+        """Runs Y = X P extra positions next to a sequence, given the sequence's keys and values. See
+        `attention_beside`."""
         h_BYD = self._normed(x_BYD)
         q_BYNH = self.attn.queries(h_BYD, positions_BY)
         own = self.attn.keys_values(h_BYD, positions_BY)
@@ -206,7 +208,7 @@ class Block(nn.Module):
     def write_read_beside(
         self, xy_BZD: jax.Array, start_B: jax.Array, cache: LayerCache, positions_BY: jax.Array, where: Anchors
     ) -> tuple[jax.Array, LayerCache]:
-        """`write_read` of the first Q = `lora_from` positions and `beside` of the Y others, in joint products."""
+        """`write_read` for the first Q = `lora_from` positions, `beside` for the other Y, in joint matrix products."""
         Q = self.lora_from
         h_BZD = self._normed(xy_BZD)
         slots_BQ = _slots(start_B, Q)
@@ -220,11 +222,11 @@ class Block(nn.Module):
         return self._finished(xy_BZD, attended_BZD), cache
 
     def write(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
-        """Enters Q positions into the cache, row b's from slot start_B[b] on."""
+        """Writes Q positions into the cache; those of row b begin at slot start_B[b]."""
         return self._write(self._normed(x_BQD), _slots(start_B, x_BQD.shape[1]), start_B, cache)
 
     def read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> jax.Array:
-        """The block's output at Q positions that stand in the cache, row b's from slot start_B[b] on."""
+        """The block's output at Q positions that are in the cache; those of row b begin at slot start_B[b]."""
         return self._read(x_BQD, self._normed(x_BQD), _slots(start_B, x_BQD.shape[1]), cache)
 
     def write_read(self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
@@ -255,5 +257,5 @@ class BlockWithoutAttention(nn.Module):
 
 
 def _slots(start_B: jax.Array, count: int) -> jax.Array:
-    """Slots of `count` consecutive positions per row; in a cache the slot is the position."""
+    """Slots of `count` consecutive positions per row. In a cache, the slot of a token is its position."""
     return start_B[:, None] + jnp.arange(count)[None, :]

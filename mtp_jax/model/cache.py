@@ -1,19 +1,19 @@
-"""The key/value cache of one layer: fixed shape, one cursor per row, rollback by moving the cursor.
+"""The key/value cache of one layer: fixed shape, one cursor per row. Moving the cursor back undoes a write.
 
-A row with `length` processed tokens holds them in slots 0..length-1. A round writes Q = P+1 new entries at the cursor
-and may keep only some of them; the caller then advances `length` by what was kept:
+A row with `length` processed tokens has them in slots 0..length-1. A round writes Q = P+1 new entries at the cursor
+and may keep only some of them. The caller then increases `length` by the number of kept entries:
 
     slot       0  1  2  3  4  5  6  7          length = 4, pending token e, drafts f g h
     before     a  b  c  d  .  .  .  .
     write      a  b  c  d  e  f  g  h          f was right, g was not: keep 2, length becomes 6
-    after      a  b  c  d  e  f  g  h          g and h stay: no query has a slot that sees them ...
-    next       a  b  c  d  e  f  G  i  j  k    ... before the next write covers them
+    after      a  b  c  d  e  f  g  h          g and h stay: no query sees them ...
+    next       a  b  c  d  e  f  G  i  j  k    ... before the next write replaces them
 
-A write never starts beyond slots - Q: `dynamic_update_slice` would clamp its start there and overwrite good entries, so
-a cache for n tokens is allocated with P+1 slots of slack.
+A write must not start beyond slots - Q: `dynamic_update_slice` would move its start back and overwrite good entries.
+So a cache for n tokens is allocated with P+1 extra slots.
 
-Attention reads every slot there is. A cache therefore starts small and is copied into a larger one when it is full:
-what a step costs follows the rows' length, not the length they may reach.
+Attention reads every slot. A cache therefore starts small and is copied into a larger one when it is full. So the cost
+of a step depends on the length that the rows have now, not on the length that they may reach.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [B, K, S, H] each: what one head reads lies together."""
+    """Keys and values of one layer, [B, K, S, H] each. The entries that one attention head reads are contiguous."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -40,10 +40,10 @@ class LayerCache(NamedTuple):
 
 
 def whole_tiles(slots: int) -> int:
-    """At least `slots`, and as many as fill the tiles that a TPU keeps arrays in.
+    """`slots`, rounded up to whole tiles of a TPU's memory layout.
 
-    With others the TPU keeps the heads where attention wants the slots, and every call of a program that decodes copies
-    all caches from one order to the other and back.
+    With another number the TPU stores the axes in another order than attention reads them. Every call of a decoding
+    program then copies all caches from one order to the other and back.
     """
     return -(-slots // 8) * 8
 
@@ -61,7 +61,7 @@ def write_cache(cache: LayerCache, k_BQKH: jax.Array, v_BQKH: jax.Array, start_B
         return new_BQKH.swapaxes(1, 2).astype(old_BKSH.dtype)
 
     new = jax.tree.map(to_slots, LayerCache(k_BQKH, v_BQKH), cache)
-    # Rows with starts of their own are a scatter, for which XLA's CPU backend copies the whole cache several times.
+    # A different start in each row makes this a scatter. XLA's CPU backend copies the whole cache several times for it.
     return jax.lax.platform_dependent(cache, new, start_B, cpu=_row_by_row, default=_all_at_once)
 
 
@@ -80,13 +80,14 @@ def _row_by_row(cache: LayerCache, new: LayerCache, start_B: jax.Array) -> Layer
 
         return jax.tree.map(write, cache, new)
 
-    # The number of rows, in a way that hides it: a loop that XLA unrolls is fused into what reads the cache, twice.
+    # The number of rows, written so that XLA does not see it is constant. XLA would unroll the loop and fuse it, twice,
+    # into the operations that read the cache.
     count = jnp.minimum(start_B[0] + len(start_B), len(start_B))
     return jax.lax.fori_loop(0, count, write_row, cache)
 
 
 def grow_caches(tree: Any, slots: int) -> Any:
-    """A tree with every cache in it that grows enlarged to at least `slots`."""
+    """A tree in which every cache that grows is enlarged to at least `slots`."""
 
     def grow(node: Any) -> Any:
         return node.enlarged(slots) if grows(node) and node.slots < slots else node
@@ -101,6 +102,6 @@ def grows(node: Any) -> bool:
 
 
 def fewest_slots(tree: Any, otherwise: int) -> int:
-    """Slots of the smallest cache in a tree that grows; `otherwise` where none does."""
+    """Slots of the smallest growing cache in a tree; `otherwise` if the tree has none."""
     nodes = [node for node in jax.tree.leaves(tree, is_leaf=grows) if grows(node)]
     return min((node.slots for node in nodes), default=otherwise)

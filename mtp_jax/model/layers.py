@@ -20,7 +20,8 @@ Init = jax.nn.initializers.Initializer
 
 
 class Matrix(NamedTuple):
-    """Weights at rest, [inputs..., outputs...], flat to one axis each, and a bias or none."""
+    """Weights as they are stored, with the input axes joined into one and the output axes into one; and a bias, or
+    None."""
 
     name: str
     w_IO: jax.Array
@@ -37,7 +38,7 @@ def make_matrix(
     bias: bool,
     inputs: int = 1,
 ) -> Matrix:
-    """The parameters `name` and, with a bias, `name_bias`; the first `inputs` axes are multiplied by."""
+    """Makes the parameter `name` and, with a bias, `name_bias`. The first `inputs` axes of the shape are the inputs."""
     dtype = jnp.dtype(module.config.param_dtype)
     w = module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
     w_IO = w.reshape(math.prod(shape[:inputs]), -1)
@@ -48,7 +49,7 @@ def make_matrix(
 
 
 def times(module: nn.Module, x_BTI: jax.Array, matrix: Matrix) -> jax.Array:
-    """x W + b, and from position `lora_from` on also (x A) B, if the collection "lora" holds A and B by that name."""
+    """x W + b. If the collection "lora" has A and B for this matrix, positions from `lora_from` on also get (x A) B."""
     y_BTO = linear(x_BTI, matrix.w_IO)
     if matrix.bias_O is not None:
         y_BTO += matrix.bias_O.astype(y_BTO.dtype)[None, None, :]
@@ -58,17 +59,17 @@ def times(module: nn.Module, x_BTI: jax.Array, matrix: Matrix) -> jax.Array:
 
 
 def fan_in_init(fan_in: int, gain: float = 1.0) -> Init:
-    """Normal values that keep the variance of what the matrix reads, times the gain squared."""
+    """Normal values with which the variance of the output is that of the input, times the gain squared."""
     return nn.initializers.normal(gain * fan_in**-0.5)
 
 
 def residual_init(config: ModelConfig, fan_in: int) -> Init:
-    """Small writes into the residual stream keep its variance from growing with depth (Radford et al. 2019)."""
+    """Small values, so that the variance of the residual stream does not grow with depth (Radford et al. 2019)."""
     return fan_in_init(fan_in, (2 * config.num_layers) ** -0.5)
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
-    """x over its root mean square along the last axis, in float32."""
+    """x divided by its root mean square along the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     return x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
 
@@ -107,7 +108,7 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        """The table, at rest dtype: the caller gathers rows or multiplies by it."""
+        """The table, in the dtype in which it is stored. The caller looks up rows of it or multiplies by it."""
         c = self.config
         init = nn.with_logical_partitioning(fan_in_init(c.d_model), (VOCAB, EMBED))
         return self.param("table", init, (c.vocab_size, c.d_model), jnp.dtype(c.param_dtype))
@@ -138,10 +139,10 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """Mixture of gated feed-forward layers (Shazeer et al. 2017): a token takes those that its router prefers.
+    """Mixture of gated feed-forward layers (Shazeer et al. 2017). A router chooses the experts of each token.
 
-    The reference: every expert computes every token, and counts nothing where it was not chosen. One expert's
-    activations are held at a time: the backward pass computes them once more.
+    This is the reference implementation: every expert computes every token, with weight 0 where it was not chosen. Only
+    one expert's activations are in memory at a time: the backward pass computes them again.
     """
 
     config: ModelConfig
@@ -177,7 +178,7 @@ class Experts(nn.Module):
 
 
 def mixture(config: ModelConfig, logits_BTE: jax.Array) -> jax.Array:
-    """Weights of the experts [B, T, E], in float32: the router's highest probabilities, and zero for all others."""
+    """Weights of the experts [B, T, E], in float32: the highest probabilities of the router, and 0 for the others."""
     probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
     chosen_BTe, index_BTe = jax.lax.top_k(probs_BTE, config.experts_per_token)
     if config.renormalise_experts:

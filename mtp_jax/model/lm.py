@@ -1,14 +1,14 @@
-"""The decoder LM as a trunk: embed, L blocks, final norm, unembed. Complete without any extra head.
+"""The decoder LM as a trunk: embed, L blocks, final norm, unembed. It is complete without any extra head.
 
 `trunk` describes the functions that every trunk has: `init`, `with_constants`, `embed`, `run`, `final_norm`,
-`unembedding`, `decode_view`, `init_caches` and `decode`. The others here are about stacks of blocks, which heads have,
-too.
+`unembedding`, `decode_view`, `init_caches` and `decode`. The other functions of this file work on stacks of blocks.
+Extra heads have such stacks, too.
 
-Parameters are stacked over layers at rest and scanned in training:
+Parameters are stored stacked over layers, and training scans over them:
 
     embed/table [V, D]   blocks/... [L, ...]   final_norm/scale [D]   (unembed/table [V, D], if untied)
 
-Decoding works on `unstack`ed blocks, one tree per layer, because a scan would copy every layer's cache in every step.
+Decoding uses `unstack`ed blocks, one tree per layer, because a scan would copy the cache of every layer in every step.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def init_blocks(config: ModelConfig, key: jax.Array, count: int) -> Params:
     x_BTD = jnp.zeros((1, 1, config.d_model), config.dtype)
     ids_BT = jnp.zeros((1, 1), jnp.int32)
     given = variables(jax.tree.map(operator.itemgetter(0), with_block_constants(config, {}, config.layers[:1])))
-    # One token has no need of a kernel, which might refuse it.
+    # No attention kernel: it might refuse a single token.
     block = Block(dataclasses.replace(config, attention="xla"))
 
     def init_one(key: jax.Array) -> Params:
@@ -50,7 +50,7 @@ def init_blocks(config: ModelConfig, key: jax.Array, count: int) -> Params:
 
 
 def stacked(init_one: Callable[[jax.Array], Params], key: jax.Array, count: int) -> Params:
-    """What `init_one(key)` gives, `count` times along a leading axis of layers."""
+    """Runs `init_one(key)` `count` times with different keys, and stacks the results along a leading layer axis."""
     boxed = jax.vmap(init_one)(jax.random.split(key, count))
     return jax.tree.map(lambda box: box.replace(names=(LAYERS, *box.names)), boxed, is_leaf=is_box)
 
@@ -61,7 +61,8 @@ def with_constants(config: ModelConfig, params: Params) -> Params:
 
 
 def with_block_constants(config: ModelConfig, blocks: Params, layers: Sequence[str]) -> Params:
-    """Stacked blocks with what is each layer's own and no parameter, under `constants`; `layers` are their kinds."""
+    """Stacked blocks with an entry `constants`: arrays of each layer that are not parameters. `layers` has the kind of
+    each layer."""
     own = {"frequency": np.stack([frequencies(config, layer) for layer in layers])}
     if config.rope_scaling == "yarn":
         own["factor"] = np.array([attention_factor(config, layer) for layer in layers], np.float32)
@@ -76,7 +77,7 @@ def is_box(leaf: Any) -> bool:
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-    """Parameters of the next-token path, boxed with their logical axis names."""
+    """Parameters of the trunk, boxed with their logical axis names."""
     embed_key, blocks_key, unembed_key = jax.random.split(key, 3)
     params = {
         "embed": Embed(config).init(embed_key)["params"],
@@ -89,8 +90,9 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
 
 def embed(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """Token ids to the first residual state [B, T, D]."""
-    # Whole rows of the table: looking up rows that are split over the devices of the batch has no good placement.
+    """Token ids to the first state [B, T, D]."""
+    # Rows of the table are not split: XLA finds no good placement for a lookup of rows that are split over the devices
+    # of the batch.
     table_VD = nn.with_logical_constraint(params["embed"]["table"], (VOCAB, None))
     x_BTD = table_VD[tokens_BT].astype(config.dtype)
     if config.embed_scale != 1:
@@ -107,7 +109,7 @@ def unembedding(config: ModelConfig, params: Params) -> jax.Array:
 
 
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    """The norm before the unembedding, shared by every head; x may have any rank."""
+    """The norm before the unembedding. All heads share it. x may have any rank."""
     return Norm(config).apply({"params": params["final_norm"]}, x)
 
 
@@ -124,11 +126,11 @@ REMAT_POLICIES = {
         offload_dst="pinned_host",
     ),
 }
-"""What stays of a forward pass for the backward pass, by `model.remat`."""
+"""What the forward pass keeps for the backward pass, by `model.remat`."""
 
 
 def rematerialised(config: ModelConfig, run: Callable[..., Any], states: int = 1) -> Callable[..., Any]:
-    """`run(block, *states, *rest)` under the configured policy; with "none" it is `run` itself."""
+    """`run(block, *states, *rest)` with the configured remat policy. If the policy is "none", `run` itself."""
     if config.remat == "none":
         return run
 
@@ -139,7 +141,7 @@ def rematerialised(config: ModelConfig, run: Callable[..., Any], states: int = 1
 
 
 def run_block(config: ModelConfig) -> Callable[..., jax.Array]:
-    """`(block_params, x_BTD, positions_BT, segment_ids_BT) -> x_BTD`, under the configured remat policy."""
+    """The function `(block_params, x_BTD, positions_BT, segment_ids_BT) -> x_BTD`, with the configured remat policy."""
 
     def run(block: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
         return constrain(Block(config).apply(variables(block), x_BTD, positions_BT, segment_ids_BT))
@@ -178,7 +180,7 @@ def run(
 
 
 def _cuts(config: ModelConfig, taps: Sequence[int]) -> tuple[int, ...]:
-    """Where the stack is cut so that the state at each tap stands between two parts."""
+    """Layers at which the stack is cut, so that the state at each tap is the output of one of the pieces."""
     return (0, *sorted(set(taps)), config.num_layers)
 
 
@@ -190,8 +192,8 @@ def run_mixed(
     segment_ids_BT: jax.Array,
     weight_L: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """All blocks over whole rows: the last state, and a mix of the normed states below (weight_L[0]) and above every
-    block; L + 1 weights. One state is held at a time."""
+    """Runs all blocks over whole rows. Returns the last state, and the weighted sum of the L + 1 normed states: of the
+    embedding (weight_L[0]) and after every block. Only one state is in memory at a time."""
     run = run_block(config)
 
     def step(carry: tuple[jax.Array, jax.Array], layer: tuple) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -206,19 +208,19 @@ def run_mixed(
 
 
 def constrain(x_BTD: jax.Array, length: str | None = LENGTH) -> jax.Array:
-    """Rows and their positions stay on their devices, whatever the sharding of the parameters that touch them.
+    """Keeps rows and their positions on their devices, whatever the sharding of the parameters.
 
-    With a `length` of None positions are not split.
+    If `length` is None, positions are not split.
     """
     return nn.with_logical_constraint(x_BTD, (BATCH, length, None))
 
 
 Replace = Callable[[Callable[[jax.Array], Any], jax.Array], Any]
-"""`replace(change, leaf)` is change(leaf), after which the leaf itself is not asked for again."""
+"""`replace(change, leaf)` returns change(leaf). The caller does not use the leaf afterwards."""
 
 
 def changed(change: Callable[[jax.Array], Any], leaf: jax.Array) -> Any:
-    """The `Replace` that leaves the leaf alone."""
+    """The `Replace` that keeps the leaf."""
     return change(leaf)
 
 
@@ -235,7 +237,7 @@ def decode_blocks(
     start_B: jax.Array,
     caches: tuple[LayerCache, ...],
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """Runs unstacked blocks over Q new positions per row, entering them into the caches from slot start_B[b] on."""
+    """Runs unstacked blocks over Q new positions per row, and writes them into the caches from slot start_B[b] on."""
     written = []
     for block, cache in zip(blocks, caches, strict=True):
         x_BQD, cache = Block(config).apply(variables(block), x_BQD, start_B, cache, method="write_read")
@@ -244,10 +246,10 @@ def decode_blocks(
 
 
 def decode_view(config: ModelConfig, params: Params, replace: Replace) -> Params:
-    """Blocks as one tree per layer, and an unembedding of its own transposed."""
+    """Parameters with the blocks as one tree per layer. The unembedding of an untied model is transposed."""
     view = params | {"blocks": unstack(params["blocks"], replace)}
     if "unembed" in view:
-        # Products with few rows read it faster this way round on a CPU.
+        # On a CPU, matrix products with few rows are faster with this layout.
         view["unembed"] = {"table_DV": replace(jnp.transpose, view["unembed"]["table"])}
     return view
 

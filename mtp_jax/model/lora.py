@@ -1,13 +1,13 @@
 """Low-rank updates of a block's matrices (LoRA, Hu et al. 2021): W becomes W + alpha / R * A B.
 
-A [in, R] starts random and B [R, out] as zeros, so that the update starts as nothing. Factors are a tree beside the
-block's own, with the leading axis of layers where the blocks have one:
+A [in, R] starts random and B [R, out] starts at zero, so that the update starts at zero. The factors are a separate
+tree. They have a leading layer axis if the blocks have one:
 
     attn/q/a [L, D, R]    attn/q/b [L, R, N H]    ...    mlp/down/a [L, F, R]    mlp/down/b [L, R, D]
 
-A `Block` that is applied with them as the collection "lora" adds x A B to every x W, at all tokens or behind the first
-few (`lora_from`): tokens before that are computed as without LoRA, to the last bit. `merged` puts the update into the
-weights, for all tokens.
+A `Block` that is applied with the factors as collection "lora" adds x A B to every x W, for all tokens from `lora_from`
+on. The result for earlier tokens is the same as without LoRA, bit for bit. `merged` adds the update to the weights, for
+all tokens.
 """
 
 import math
@@ -23,7 +23,7 @@ from mtp_jax.kernels.linear import linear
 Params = dict[str, Any]
 
 MATRICES = (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down")))
-"""What has an update: every matrix of a block with a gated feed-forward layer."""
+"""The matrices that have an update: all of a block with a gated feed-forward layer."""
 
 
 def init(key: jax.Array, blocks: Params, rank: int) -> Params:
@@ -31,11 +31,11 @@ def init(key: jax.Array, blocks: Params, rank: int) -> Params:
 
     Args:
       key: a PRNG key.
-      blocks: the blocks [L, ...], boxed too; shapes and dtypes are read.
+      blocks: the boxed blocks [L, ...]; only shapes and dtypes are used.
       rank: R.
 
     Returns:
-      A [L, in, R], normal with gain 1, and B [L, R, out], zeros, per matrix.
+      For each matrix, A [L, in, R], which is normal with gain 1, and B [L, R, out], which is zero.
     """
     factors: Params = {}
     for number, (layer, names) in enumerate(MATRICES, start=1):
@@ -55,13 +55,13 @@ def init(key: jax.Array, blocks: Params, rank: int) -> Params:
 
 
 def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Input and output width of a matrix at rest: attn/o is [N, H, D], attn/q [D, N, H]."""
+    """Input and output width of a matrix, from its stored shape: attn/o is [N, H, D], attn/q is [D, N, H]."""
     inputs = 2 if name == "o" else 1
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
 def collection(factors: Params | None, alpha: float) -> Params:
-    """What to apply a block with, next to its own variables: the factors, with alpha / R in B; nothing for None."""
+    """The collection "lora" to apply a block with: the factors, with B times alpha / R. Empty if `factors` is None."""
     return {} if factors is None else {"lora": _scaled(factors, alpha)}
 
 
@@ -73,14 +73,14 @@ def _scaled(factors: Params, alpha: float) -> Params:
 
 
 def add(y_BTO: jax.Array, x_BTI: jax.Array, pair: Params, first: int) -> jax.Array:
-    """y + (x A) B for the tokens from `first` on; the others keep their y."""
+    """y + (x A) B for the tokens from `first` on, and y for the tokens before."""
     update_BTO = linear(linear(x_BTI[:, first:], pair["a"]), pair["b"])
     return jnp.concatenate([y_BTO[:, :first], y_BTO[:, first:] + update_BTO], axis=1) if first else y_BTO + update_BTO
 
 
 def merged(blocks: Params, factors: Params, alpha: float) -> Params:
-    """Blocks, of one layer or stacked, with alpha / R A B in their weights: they compute at every token what the blocks
-    compute with the factors."""
+    """Blocks, of one layer or stacked, with alpha / R A B added to their weights. For every token they give the same
+    result as the blocks with the factors."""
     result = dict(blocks)
     for layer, pairs in _scaled(factors, alpha).items():
         updated = {name: blocks[layer][name] + _product(pair, blocks[layer][name]) for name, pair in pairs.items()}
@@ -89,7 +89,7 @@ def merged(blocks: Params, factors: Params, alpha: float) -> Params:
 
 
 def _product(pair: Params, weights: jax.Array) -> jax.Array:
-    """A B as the weights lie, formed in float32."""
+    """A B in the shape and dtype of the weights, computed in float32."""
     exact = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
     update = jnp.einsum("...IR,...RO->...IO", pair["a"], pair["b"], **exact)
     return update.reshape(weights.shape).astype(weights.dtype)

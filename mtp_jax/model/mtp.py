@@ -1,10 +1,11 @@
-"""The multi-token model: the next-token path plus M-1 extra heads that read its state at a tap.
+"""The multi-token model: the trunk, and M-1 extra heads that read its state at a tap.
 
     tokens ─ embed ─ block 1 ─ ... ─ block L-1 ─┬─ block L ─ norm ─ unembed     head 0: token t+1, the LM itself
                                                 ├─ head 1  ─ norm ─ unembed     token t+2
                                                 └─ head 2  ─ norm ─ unembed     token t+3        (tap = L-1)
 
-Dropping `params["heads"]` leaves a complete decoder. To the rest of the package the model is `init` and `apply`.
+Without `params["heads"]` the model is a complete decoder. The rest of the package uses the model through `init` and
+`apply`.
 """
 
 import functools
@@ -24,16 +25,17 @@ from mtp_jax.model.layers import Embed
 
 Params = dict[str, Any]
 BESIDE_TRUNK = ("heads", "draft_ids", "token_order")
-"""Parameters that are not the trunk's, by top-level name."""
+"""Top-level names of the parameters that do not belong to the trunk."""
 
 
 def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order: bool = False) -> Params:
-    """Parameters boxed with their logical axis names; `sharding.py` reads the names from its abstract evaluation.
+    """Parameters boxed with their logical axis names. `sharding.py` evaluates this abstractly and reads the names.
 
-    `draft_ids` [N] are the tokens that the extra heads predict, with `heads.draft_vocab` = N: whole numbers, which no
-    step changes. A run gives those that its text has most often; without them they are the first N.
+    `draft_ids` [v] are the ids of the draft vocabulary, of `heads.draft_vocab` = v tokens. No training step changes
+    them. A run gives the most frequent tokens of its text. If none are given, they are 0..v-1.
     """
-    trunk_key, heads_key, order_key = *jax.random.split(key), jax.random.fold_in(key, 2)
+    trunk_key, heads_key = jax.random.split(key)
+    order_key = jax.random.fold_in(key, 2)
     given = given or {}
     params = trunk.init(arch, trunk_key)
     if arch.heads.draft_vocab:
@@ -58,9 +60,9 @@ def init(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order
     Args:
       arch: the model and its heads.
       key: a PRNG key.
-      given: trees that take the place of fresh ones, by top-level name. Heads that start as a part of the model start
-        as that part of what is given.
-      token_order: whether there is also the unembedding of the token order objective (`losses/order.py`).
+      given: trees that replace the fresh ones, by top-level name. If heads start as a copy of a part of the model, they
+        copy that part of the given tree.
+      token_order: whether to add the unembedding of the token order objective (`losses/order.py`).
     """
     return nn.meta.unbox(init_boxed(arch, key, given, token_order=token_order))
 
@@ -75,25 +77,25 @@ def apply(
     everywhere: bool = False,
     states_BTU: jax.Array | None = None,
 ) -> jax.Array:
-    """States of every head at every position, ready for the unembedding.
+    """The states of every head at every position, as input of the unembedding.
 
     Args:
       arch: the model and its heads.
       params: parameters, stacked over layers.
       tokens_BT: token ids.
       positions_BT: position of each token inside its document.
-      segment_ids_BT: document of each token; tokens see their own document only.
-      everywhere: also compute the states that training leaves out; see `trained`.
-      states_BTU: `trunk_states` of the same rows, so that the blocks of the next-token path need not run.
+      segment_ids_BT: document of each token; tokens see only their own document.
+      everywhere: whether to compute also the states that training does not use; see `trained`.
+      states_BTU: `trunk_states` of the same rows. If given, the trunk does not run.
 
     Returns:
-      hidden_MBTD; head m's state at t predicts token t+1+m. `logits` and `unembeddings` turn it into logits.
+      hidden_MBTD. Head m's state at t predicts token t+1+m. `logits` gives the logits, and `unembeddings` the tables.
     """
     params = with_constants(arch, params)
     embedded_BTD = trunk.embed(arch, params, tokens_BT)
     family = FAMILIES[arch.heads.kind]
     rows = (embedded_BTD, positions_BT, segment_ids_BT)
-    # Without heads the blocks are cut in the same places as with them, so that rounding is the same too.
+    # Without heads the stack of blocks is cut at the same places as with them, so that rounding is also the same.
     if not arch.heads.facts.in_trunk:
         known = _trunk(arch, params, *rows) if states_BTU is None else jnp.split(states_BTU, 2, axis=-1)
         state_BTD, tap_BTD = known
@@ -112,10 +114,10 @@ def apply(
 def trunk_states(
     arch: Arch, params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
-    """The next-token path's last state and what the heads read, side by side: [B, T, U] with U = 2 D.
+    """The trunk's last state and the tapped state, concatenated: [B, T, U] with U = 2 D.
 
-    For heads that learn while the rest stands still; not for families that run through the model, nor for a learned mix
-    of states.
+    It is for training heads on a frozen trunk. It does not work for families that run through the trunk, nor for a
+    learned mix of states.
     """
     params = with_constants(arch, params)
     embedded_BTD = trunk.embed(arch, params, tokens_BT)
@@ -131,7 +133,7 @@ def with_constants(arch: Arch, params: Params) -> Params:
 def _trunk(
     arch: Arch, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The next-token path's last state, and what the heads read of it."""
+    """The trunk's last state, and the state that the heads read."""
     rows = (x_BTD, positions_BT, segment_ids_BT)
     if arch.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
@@ -141,15 +143,17 @@ def _trunk(
 
 
 def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array | None:
-    """Which heads have a state to learn with at which positions, [M, B, T]; None where all have, everywhere."""
+    """Which heads are trained at which positions, [M, B, T]. None if all heads are trained at all positions."""
     if not arch.heads.facts.in_trunk or arch.heads.num_future == 1:
         return None
     return FAMILIES[arch.heads.kind].trained(arch, tokens_BT, segment_ids_BT)
 
 
 def unembeddings(arch: Arch, params: Params) -> jax.Array | tuple[jax.Array, ...]:
-    """The [V, D] table that turns states into logits, or one per head where heads have another one: their own, or, one
-    and the same for all of them, the rows of a draft vocabulary."""
+    """The [V, D] table that turns states into logits, if all heads share it; else a tuple of one table per head.
+
+    Extra heads have other tables if each has its own unembedding, or if they share the rows of a draft vocabulary.
+    """
     table_VD = trunk.unembedding(arch, params)
     if "heads" not in params or (arch.heads.unembed == "shared" and not arch.heads.draft_vocab):
         return table_VD
@@ -160,7 +164,7 @@ def unembeddings(arch: Arch, params: Params) -> jax.Array | tuple[jax.Array, ...
 
 
 def logits(arch: Arch, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
-    """Float32 logits [M, B, T, V] of all heads, for inspection. Training never calls this: see `losses/xent.py`."""
+    """Float32 logits [M, B, T, V] of all heads, for inspection. Training does not use this: see `losses/xent.py`."""
     tables = unembeddings(arch, params)
     if not isinstance(tables, tuple):
         return trunk.project(arch, tables, hidden_MBTD)
@@ -172,7 +176,7 @@ def logits(arch: Arch, params: Params, hidden_MBTD: jax.Array) -> jax.Array:
 
 
 def over_vocabulary(logits: jax.Array, place_V: jax.Array) -> jax.Array:
-    """Logits [..., N] of a draft vocabulary as logits [..., V], -inf for a token that is not in it."""
+    """Logits [..., v] of a draft vocabulary as logits [..., V], with -inf for tokens outside it."""
     padded = jnp.pad(logits, (*[(0, 0)] * (logits.ndim - 1), (0, 1)), constant_values=-jnp.inf)
     return padded[..., place_V]
 
@@ -184,14 +188,14 @@ def count_params(arch: Arch) -> int:
 
 
 def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) -> Params:
-    """Parameters as decoding wants them: the trunk's view and one tree per head, in the compute dtype.
+    """Parameters in the form that decoding needs: the trunk's view and one tree per head, in the compute dtype.
 
-    Made once at load.
+    A loaded model makes it once.
     """
     to_compute = functools.partial(jax.lax.convert_element_type, new_dtype=arch.model.dtype)
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
-        # What multiplies in float32 in training does so here too.
+        # Training uses these in float32, so decoding does, too.
         if path[-1].key in ("scale", "bias", "tap_mix", "draft_ids") or leaf.dtype == arch.model.dtype:
             return leaf
         return replace(to_compute, leaf)
@@ -210,16 +214,16 @@ def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) ->
 
 
 class Ask(NamedTuple):
-    """What a pass over new tokens is to do besides the next-token path."""
+    """What a pass over new tokens does in addition to running the trunk."""
 
     count: int
-    """Mask tokens that run beside a token, static."""
+    """Number of mask tokens next to a token; static."""
     at_B: jax.Array | None = None
-    """Beside which of the Q positions they run; None is all of them."""
+    """Which of the Q positions has mask tokens, by row. None means that all have."""
     taps: tuple[int, ...] = ()
-    """Blocks below the states that are returned, too; static. 0 is the embedding, L the state before the final norm."""
+    """The states at these taps are also returned; static. 0 is the embedding, L the state before the final norm."""
     embedded_BQD: jax.Array | None = None
-    """What enters the first block; None is the embeddings of the tokens."""
+    """Input of the first block. None means the embeddings of the tokens."""
 
 
 NOTHING = Ask(0)
@@ -233,19 +237,19 @@ def decode_forward(
     caches: Any,
     ask: Ask = NOTHING,
 ) -> tuple[jax.Array, jax.Array, Any, tuple[jax.Array, ...]]:
-    """The next-token path over Q new tokens per row, behind what the caches hold.
+    """Runs the trunk over Q new tokens per row, which follow the tokens in the caches.
 
     Args:
       arch: the model and its heads.
       params: a `decode_view`.
-      tokens_BQ: the new tokens; row b's stand at positions start_B[b]..start_B[b]+Q-1.
-      start_B: tokens of each row that the caches already hold.
-      caches: of the trunk.
-      ask: mask tokens to run beside them, states to return, embeddings to start from.
+      tokens_BQ: the new tokens; those of row b have positions start_B[b]..start_B[b]+Q-1.
+      start_B: number of tokens of each row that are in the caches.
+      caches: caches of the trunk.
+      ask: mask tokens to run with the tokens, states to return, embeddings to use.
 
     Returns:
-      state_BQD before the final norm; what the heads read, tap_BQD, or the masks' states [B, Q or 1, count, D]; the
-      caches; and the states [B, Q, D] at `ask.taps`, in their order.
+      state_BQD before the final norm; the states that the heads read, tap_BQD, or the states of the mask tokens
+      [B, Q or 1, count, D]; the caches; and the states [B, Q, D] at `ask.taps`, in their order.
     """
     x_BQD = trunk.embed(arch, params, tokens_BQ) if ask.embedded_BQD is None else ask.embedded_BQD
     if ask.count:
@@ -269,7 +273,7 @@ def _decode_beside(
     caches: tuple[LayerCache, ...],
     ask: Ask,
 ) -> tuple[jax.Array, jax.Array, tuple[LayerCache, ...], tuple[jax.Array, ...]]:
-    """Both streams of `heads.masks`; the tokens' keys and values enter the caches, the masks' are forgotten."""
+    """Runs tokens and mask tokens (see `heads.masks`). Only the keys and values of the tokens go into the caches."""
     Q = x_BQD.shape[1]
     slots = caches[0].slots
     at_BX = jnp.arange(Q)[None, :] if ask.at_B is None else ask.at_B[:, None]
@@ -291,7 +295,7 @@ def _decode_beside(
 
 
 def draft_logits(arch: Arch, params: Params, states_BPD: jax.Array, first: int) -> jax.Array:
-    """Float32 logits [B, P, V] of the heads first, first+1, ... from their states; params is a `decode_view`."""
+    """Float32 logits [B, P, V] of the heads first, first+1, ... from their states. `params` is a `decode_view`."""
     heads = params["heads"]
     norms = heads.get("norm")
     which = [base.set_of(arch, first + i) for i in range(states_BPD.shape[1])]

@@ -1,12 +1,13 @@
-"""Rotary position embedding (Su et al. 2021), in the half-split layout of the Llama checkpoints, also stretched.
+"""Rotary position embedding (Su et al. 2021), in the half-split layout of the Llama checkpoints, with scaling.
 
-A frequency f turns a dimension pair by `position * f`. Stretching for long contexts divides frequencies by a factor s:
+A dimension pair with frequency f is rotated by the angle `position * f`. Scaling for long contexts divides frequencies
+by a factor s:
 
-    linear   all of them (Chen et al. 2023)
-    llama3   those with fewer turns in the original context than `rope_low`; none with more than `rope_high`; between
-             them in proportion to the number of turns (Llama 3.1)
-    yarn     the same with `rope_beta_slow` and `rope_beta_fast`, in proportion to the dimension instead (Peng et al.
-             2023, section 3.2); queries and keys also grow by 0.1 ln s + 1
+    linear   all frequencies (Chen et al. 2023)
+    llama3   those that make fewer than `rope_low` turns in the original context. Those with more than `rope_high` turns
+             are not changed. Between the two, the change is in proportion to the number of turns (Llama 3.1)
+    yarn     like llama3, with `rope_beta_slow` and `rope_beta_fast`, but in proportion to the index of the pair (Peng
+             et al. 2023, section 3.2). Rotated queries and keys are also multiplied by 0.1 ln s + 1
 """
 
 import math
@@ -21,16 +22,17 @@ from mtp_jax.config import ModelConfig
 def rotary(
     x_BTNH: jax.Array, positions_BT: jax.Array, frequency_h: jax.Array, factor: float | jax.Array = 1.0
 ) -> jax.Array:
-    """Turns dimension pair (i, i + h) of every head by the angle `position * frequency_h[i]`.
+    """Rotates dimension pair (i, i + h) of every attention head by the angle `position * frequency_h[i]`.
 
     Args:
       x_BTNH: queries or keys.
       positions_BT: integer positions.
-      frequency_h: radians per position, one per pair; the dimensions from 2h on stay as they are.
-      factor: multiplies the turned dimensions.
+      frequency_h: radians per position, one per pair. The dimensions from 2h on are not changed.
+      factor: multiplies the rotated dimensions.
 
     Returns:
-      The rotated heads, in x's dtype. Angles and the rotation are float32: bfloat16 cannot tell position 257 from 256.
+      The rotated queries or keys, in x's dtype. Angles and rotation are computed in float32, because positions 256 and
+      257 are the same number in bfloat16.
     """
     turning = 2 * frequency_h.shape[0]
     angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h[None, None, None, :]
@@ -45,7 +47,7 @@ def rotary(
 
 
 def frequencies(config: ModelConfig, layer: str) -> np.ndarray:
-    """Radians per position of every dimension pair that turns, for a layer of that kind; float32."""
+    """Radians per position of every rotated dimension pair, for a kind of layer; float32."""
     half = config.rotary_dim // 2
     if layer == "nope":
         return np.zeros(half, np.float32)
@@ -55,7 +57,7 @@ def frequencies(config: ModelConfig, layer: str) -> np.ndarray:
 
 
 def _stretch(config: ModelConfig, frequency_h: np.ndarray) -> np.ndarray | float:
-    """What each frequency is divided by."""
+    """The divisor of each frequency."""
     s = config.rope_factor
     if config.rope_scaling in ("none", "linear"):
         return s
@@ -64,22 +66,21 @@ def _stretch(config: ModelConfig, frequency_h: np.ndarray) -> np.ndarray | float
         kept_h = (turns_h - config.rope_low) / (config.rope_high - config.rope_low)
     else:
         last = len(frequency_h) - 1
-        fast, slow = (_dimension(config, turns) for turns in (config.rope_beta_fast, config.rope_beta_slow))
-        first_dim = max(math.floor(fast), 0)
-        last_dim = min(math.ceil(slow), 2 * last + 1)
+        first_dim = max(math.floor(_dimension(config, config.rope_beta_fast)), 0)
+        last_dim = min(math.ceil(_dimension(config, config.rope_beta_slow)), 2 * last + 1)
         kept_h = 1 - (np.arange(last + 1) - first_dim) / max(last_dim - first_dim, 0.001)
     kept_h = np.clip(kept_h, 0, 1)
     return 1 / (kept_h + (1 - kept_h) / s)
 
 
 def _dimension(config: ModelConfig, turns: float) -> float:
-    """The pair, not whole, whose frequency makes so many turns in the original context."""
+    """The index of the pair that makes this number of turns in the original context. It is not a whole number."""
     ratio = math.log(config.rope_original_len / (turns * 2 * math.pi)) / math.log(config.rope_theta)
     return config.rotary_dim / 2 * ratio
 
 
 def attention_factor(config: ModelConfig, layer: str) -> float:
-    """What turned queries and keys of a layer of that kind are multiplied by; only stretched ones are."""
+    """The factor of rotated queries and keys, for a kind of layer. It is 1 for layers without scaled frequencies."""
     stretched = layer == "full" or (layer == "window" and not config.rope_theta_window)
     if config.rope_scaling != "yarn" or not stretched:
         return 1.0

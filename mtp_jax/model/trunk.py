@@ -1,40 +1,40 @@
-"""The trunk: the next-token model that heads stand on, whatever it is made of.
+"""The trunk: the next-token model to which extra heads are added.
 
-A trunk is a set of pure functions. `TRUNKS` finds them by the type of the `model` section, `arch.model`. `lm`, the
+A trunk is a set of pure functions. `TRUNKS` has them by the type of the `model` section, `arch.model`. `lm`, the
 decoder LM, is one trunk. `register` adds another one from outside the package. Heads, losses, training and decoding
-call the functions of this file, which hand the section on to those of the trunk:
+call the functions of this file. These call the functions of the trunk with the `model` section:
 
-    init(model, key) -> params                              boxed with logical axis names; what is stacked over layers
-                                                            lies under "blocks", with layers as the first axis
-    with_constants(model, params) -> params                 the same with arrays that no step changes, if it has any
+    init(model, key) -> params                              boxed with logical axis names; arrays stacked over layers
+                                                            are under "blocks", with layers as the first axis
+    with_constants(model, params) -> params                 adds the arrays that no training step changes, if any
     embed(model, params, tokens [B, T]) -> states [B, T, D]
     run(model, params, states, positions, segment_ids, taps) -> (state [B, T, D], states at the taps)
     final_norm(model, params, states) -> states             of any rank
-    unembedding(model, params) -> table [V, D]              of parameters at rest and of a decoding view
-    decode_view(model, params, replace) -> view             parameters as `decode` wants them
+    unembedding(model, params) -> table [V, D]              of stored parameters and of a decoding view
+    decode_view(model, params, replace) -> view             parameters in the form that `decode` needs
     init_caches(model, batch, slots) -> caches              for `slots` positions of every row
     decode(model, view, states [B, Q, D], start [B], caches, taps) -> (state [B, Q, D], states at the taps, caches)
 
-A tap is a place between layers: 0 is the embedding, L the state after the last layer. States at taps come as a tuple in
+A tap is a place between layers: 0 is the embedding, L the state after the last layer. States at taps are a tuple in
 the order of `taps`. A trunk may also have
 
     run_mixed(model, params, states, positions, segment_ids, weight [L + 1]) -> (state, mix)
 
-if it can sum a mix of all states without keeping them. Otherwise the mix is made of the states at all taps.
+if it can sum a mix of all states without keeping them. Otherwise the mix is computed from the states at all taps.
 
-What must hold of the functions:
+The functions must have these properties:
 
-- Position t sees positions up to t with the same segment id, and no others. `decode` continues what the caches hold:
-  its states are those of `run` over the whole row.
-- Row b of `decode` has its Q tokens at positions start_B[b]..start_B[b]+Q-1. What it enters replaces what stood there.
-  What stands at start_B[b] and behind when it is called means nothing: those are rejected drafts. So a cache that sums
-  up a row must keep the sum for every position.
-- A cache that has room for a number of positions is a `NamedTuple` of arrays with `slots` and `enlarged(slots)`, as
+- Position t sees positions up to t with the same segment id, and no others. `decode` continues from the caches: its
+  states are those of `run` over the whole row.
+- Row b of `decode` has its Q tokens at positions start_B[b]..start_B[b]+Q-1. `decode` replaces the cache entries at
+  these positions. Entries from start_B[b] on are leftovers of rejected drafts and must not be used. So a cache that
+  keeps a running sum over a row must keep the sum for every position.
+- A cache with room for a number of positions is a `NamedTuple` of arrays with `slots` and `enlarged(slots)`, like
   `cache.LayerCache`. The engine starts with a small one and enlarges it.
-- Logits are `logit_scale * states @ table`, capped by `logit_softcap`, as the section says. The loss relies on it.
-- In a view every matrix has the dtype of the model. Leaves called `scale` or `bias` keep theirs.
+- Logits are `logit_scale * states @ table`, capped by `logit_softcap` of the section. The loss relies on this.
+- In a view every matrix has the dtype of the model. Leaves with the name `scale` or `bias` keep their dtype.
 
-What the section must offer is in `config.TrunkConfig`.
+`config.TrunkConfig` lists what the section must have.
 """
 
 import functools
@@ -60,22 +60,22 @@ FUNCTIONS = (
 
 
 def register(section: type, functions: Any) -> None:
-    """Adds a trunk from outside the package: a config's `model` may then be such a section.
+    """Adds a trunk from outside the package. The `model` section of a config may then be an instance of `section`.
 
     Args:
-      section: a frozen dataclass that offers what `config.TrunkConfig` lists. Its field `kind` has the trunk's name as
-        default.
+      section: a frozen dataclass that has what `config.TrunkConfig` lists. The default of its field `kind` is the name
+        of the trunk.
       functions: a module or object with the functions of a trunk.
 
     Raises:
-      UserError: no name, one that is taken, or a function that is missing.
+      UserError: the section has no name, the name is taken, or a function is missing.
     """
     fields = getattr(section, "__dataclass_fields__", {})
     name = fields["kind"].default if "kind" in fields else None
     if not isinstance(name, str) or not name:
         raise UserError(f"{section.__name__} has no field `kind` with a name as default; add kind: str = 'my_trunk'")
     if name in SECTIONS:
-        raise UserError(f"there is a trunk {name!r} already; take another name")
+        raise UserError(f"there is already a trunk {name!r}; use another name")
     missing = [function for function in FUNCTIONS if not hasattr(functions, function)]
     if missing:
         raise UserError(f"trunk {name!r} has no function {missing[0]!r}; it needs {', '.join(FUNCTIONS)}")
@@ -87,21 +87,21 @@ def trunk_of(arch: Arch) -> Any:
     """The functions of a model's trunk.
 
     Raises:
-      UserError: a section of a type that is not registered.
+      UserError: the type of the `model` section is not registered.
     """
     kind = type(arch.model)
     if kind not in TRUNKS:
-        raise UserError(f"no trunk has a model section of type {kind.__name__}; add it with model.trunk.register")
+        raise UserError(f"no trunk has a model section of type {kind.__name__}; add one with model.trunk.register")
     return TRUNKS[kind]
 
 
 def init(arch: Arch, key: jax.Array) -> Params:
-    """Fresh parameters of the next-token path, boxed with their logical axis names."""
+    """Fresh parameters of the trunk, boxed with their logical axis names."""
     return trunk_of(arch).init(arch.model, key)
 
 
 def with_constants(arch: Arch, params: Params) -> Params:
-    """Parameters with the arrays that no step changes."""
+    """Parameters together with the arrays that no training step changes."""
     return trunk_of(arch).with_constants(arch.model, params)
 
 
@@ -118,15 +118,15 @@ def run(
     segment_ids_BT: jax.Array,
     taps: Sequence[int] = (),
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """All layers over whole rows, as training runs them.
+    """Runs all layers over whole rows, as in training.
 
     Args:
       arch: the model and its heads.
       params: parameters with constants.
-      x_BTD: what `embed` gave.
+      x_BTD: output of `embed`.
       positions_BT: position of each token inside its document.
       segment_ids_BT: document of each token.
-      taps: places 0..L.
+      taps: numbers of blocks, 0..L.
 
     Returns:
       The last state [B, T, D] before the final norm, and the states at the taps, [B, T, D] each.
@@ -142,7 +142,7 @@ def run_mixed(
     segment_ids_BT: jax.Array,
     weight_L: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """`run` and, in the place of taps, the sum of the normed states at all L + 1 places, with L + 1 weights."""
+    """`run` which returns, instead of the states at taps, the weighted sum of the normed states at all L + 1 taps."""
     trunk = trunk_of(arch)
     rows = (params, x_BTD, positions_BT, segment_ids_BT)
     if hasattr(trunk, "run_mixed"):
@@ -157,18 +157,18 @@ def final_norm(arch: Arch, params: Params, x: jax.Array) -> jax.Array:
 
 
 def unembedding(arch: Arch, params: Params) -> jax.Array:
-    """The [V, D] table that turns final-normed states into logits; params may be a `decode_view`."""
+    """The [V, D] table that turns states after the final norm into logits. `params` may be a `decode_view`."""
     return trunk_of(arch).unembedding(arch.model, params)
 
 
 def scaled(arch: Arch, hidden: jax.Array) -> jax.Array:
-    """States times the factor of their logits, which the unembedding does not know of."""
+    """States times `logit_scale`, because the unembedding does not include this factor."""
     scale = arch.model.logit_scale
     return hidden if scale == 1 else hidden * jnp.asarray(scale, hidden.dtype)
 
 
 def project(arch: Arch, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of `scaled` states by a given unembedding, capped as the section says."""
+    """Float32 logits [..., V] of `scaled` states with a given unembedding, capped by `logit_softcap`."""
     cap = arch.model.logit_softcap
     table_VD = table_VD.astype(arch.model.dtype)
     z = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
@@ -176,7 +176,8 @@ def project(arch: Arch, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
 
 
 def logits(arch: Arch, params: Params, hidden: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of final-normed states [..., D]. Training never calls this: see `losses/xent.py`."""
+    """Float32 logits [..., V] of states [..., D] after the final norm. Training does not use this: see
+    `losses/xent.py`."""
     return project(arch, unembedding(arch, params), scaled(arch, hidden))
 
 
@@ -184,12 +185,12 @@ def logits(arch: Arch, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def decode_view(arch: Arch, params: Params, replace: Replace = lm.changed) -> Params:
-    """The trunk's parameters as `decode` wants them.
+    """The trunk's parameters in the form that `decode` needs.
 
     Args:
       arch: the model and its heads.
-      params: parameters of the trunk alone with constants, in the dtype of the model.
-      replace: makes each change of a leaf; the leaf may be given up afterwards.
+      params: parameters of the trunk alone, with constants, in the dtype of the model.
+      replace: function that makes each change of a leaf. It may delete the leaf afterwards.
     """
     return trunk_of(arch).decode_view(arch.model, params, replace)
 
@@ -202,15 +203,15 @@ def init_caches(arch: Arch, batch: int, slots: int) -> Any:
 def decode(
     arch: Arch, params: Params, x_BQD: jax.Array, start_B: jax.Array, caches: Any, taps: Sequence[int] = ()
 ) -> tuple[jax.Array, tuple[jax.Array, ...], Any]:
-    """All layers over Q new positions per row, behind what the caches hold.
+    """Runs all layers over Q new positions per row, which follow the positions in the caches.
 
     Args:
       arch: the model and its heads.
       params: a `decode_view`.
-      x_BQD: what `embed` gave for the new tokens.
-      start_B: tokens of each row that the caches already hold; the first new one's position.
-      caches: from `init_caches` or from here.
-      taps: places 0..L.
+      x_BQD: output of `embed` for the new tokens.
+      start_B: number of tokens of each row that are in the caches. This is also the position of the first new token.
+      caches: from `init_caches` or an earlier call of this function.
+      taps: numbers of blocks, 0..L.
 
     Returns:
       The last state [B, Q, D] before the final norm; the states at the taps, [B, Q, D] each; and the caches with the
@@ -225,7 +226,7 @@ def everywhere(arch: Arch) -> tuple[int, ...]:
 
 
 def mix(arch: Arch, states: Sequence[jax.Array], weight_L: jax.Array) -> jax.Array:
-    """The sum of the normed states [B, T, D] at all L + 1 places, with L + 1 weights."""
+    """The sum of the normed states [B, T, D] at all L + 1 taps, with L + 1 weights."""
     eps = arch.model.block.norm_eps
     weighted = [weight_L[i] * unit_rms(x_BTD, eps) for i, x_BTD in enumerate(states)]
     return functools.reduce(operator.add, weighted).astype(arch.model.dtype)

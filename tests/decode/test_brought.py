@@ -150,6 +150,6 @@ def test_logits_over_another_vocabulary():
 
     drafter = mtp_jax.Drafter("small", 1, lambda *_: (), draft)
     with pytest.raises(
-        UserError, match=rf"drafter 'small' proposes from logits over {N} tokens, and the model has {V}"
+        UserError, match=rf"drafter 'small' proposes from logits over {N} tokens, but the model has {V}"
     ):
         mtp_jax.generate(model("random"), [[1]], max_new_tokens=2, draft=drafter)

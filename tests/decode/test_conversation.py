@@ -184,7 +184,7 @@ def test_messages_are_prompts():
     lm = chain()
     talk = [{"role": "system", "content": "s"}, user("a")]
     assert prompt_ids(lm, talk, 0) == lm.tokenizer.encode_chat(talk) == [*b"system:\ns\nuser:\na\nassistant:\n"]
-    with pytest.raises(UserError, match=r"^a message alone is no prompt; put the list of messages into a"):
+    with pytest.raises(UserError, match=r"^a single message is not a prompt; put the list of messages into a"):
         generate(lm, talk, max_new_tokens=4)
     with pytest.raises(UserError, match=r"^prompt 1: the tokenizer has no chat template; give it one, 'plain' or"):
         prompt_ids(chain(BYTES), talk, 1)

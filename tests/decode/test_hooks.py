@@ -242,8 +242,8 @@ LOGITS = jnp.zeros((1, 1, 4))
 RETURNS = {
     "no pair": (LOGITS, "apply returns .*; it must be .logits, cache."),
     "other logits": ((LOGITS[..., :3], jnp.zeros(2)), r".*logits are float32 of shape \[1, 1, 3\]; .* \[1, 1, 4\]"),
-    "whole numbers": ((LOGITS.astype(int), jnp.zeros(2)), ".*logits are int32 .*; they must be fractions"),
-    "another cache": ((LOGITS, jnp.zeros(3)), "apply returns a cache of .*; init made one of"),
+    "whole numbers": ((LOGITS.astype(int), jnp.zeros(2)), ".*logits are int32 .*; they must be floats"),
+    "another cache": ((LOGITS, jnp.zeros(3)), "apply returns a cache of .*; it must be .*, as from init"),
 }
 
 
@@ -264,7 +264,10 @@ WRONG = {
     "no list": (lambda: decode_with(hooks=SOFT), "hooks=.*; it must be a list of mtp_jax.Hook"),
     "no hook": (lambda: decode_with(hooks=[3]), r"hooks=\[3\]; it must be a list of mtp_jax.Hook"),
     "neither": (lambda: mtp_jax.Hook("idle"), "hook 'idle' has neither apply nor embed"),
-    "no function": (lambda: mtp_jax.Hook("odd", apply=3), "Hook.apply=3 is compiled in; it must be a function"),
+    "no function": (
+        lambda: mtp_jax.Hook("odd", apply=3),
+        "Hook.apply=3 must be a function with a hash; it is compiled in",
+    ),
     "drafts": (lambda: decode_with(hooks=[SOFT], draft="heads"), "hook 'soft' replaces embeddings, so nothing can be"),
     "parameters": (
         lambda: decode_with(hooks=[dataclasses.replace(SAME_LOGITS, params="x")]),

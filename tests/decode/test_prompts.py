@@ -47,8 +47,8 @@ def test_a_batch_as_the_prompts():
         ({}, "a prompt that is a dict needs 'input_ids', but this one has the keys none; give token ids"),
         ([[1], [2]], "prompt 7 holds 2 rows of token ids; give each of them as a prompt"),
         ({"input_ids": [[1], [2]]}, "prompt 7 holds 2 rows of token ids; give each of them as a prompt"),
-        ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask has another shape than input_ids; give one "
-         "number per token, or leave it out"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask and input_ids have different shapes; give "
+         "one number per token, or leave attention_mask out"),
         ({"input_ids": [[]]}, "prompt 7 is empty; give at least one token"),
         ({"input_ids": [1, 100]}, "prompt 7 holds token id 100; the vocabulary is 0..99"),
     ],

@@ -50,7 +50,7 @@ BAD = {
     "unknown drafter": (
         [[1]],
         {"draft": "lookup2"},
-        "draft='lookup2' is no drafter; choose 'heads', ",
+        "draft='lookup2' is not a drafter; choose 'heads', ",
     ),
     "lookup without end": (
         [[1]],
@@ -95,7 +95,7 @@ BAD = {
     "logits function that is none": ([[1]], {"logits_fn": 3}, "logits_fn=3; it must be a function"),
     "unknown rule": ([[1]], {"accept": "lossy"}, "accept='lossy'; choose one of 'exact', 'rejection', 'typical'"),
     "unknown number of drafts": ([[1]], {"num_draft": "all"}, "num_draft='all'; it must be a whole number, or 'auto'"),
-    "empty stop": ([[1]], {"stop": ("x", "")}, "it must be a list of strings, none of them empty"),
+    "empty stop": ([[1]], {"stop": ("x", "")}, "it must be a list of strings that are not empty"),
 }
 
 
@@ -370,7 +370,7 @@ UNCLEAR = {
     "no prompt among prompts": ([[1], None], {}, "prompt 1"),
     "fractions as ids": ([[1.5, 2.0]], {}, "prompt 0"),
     "text that is no unicode": (["\ud800"], {}, "prompt 0"),
-    "a drafter in an array": ([[1]], {"draft": np.array([1, 2])}, "is no drafter"),
+    "a drafter in an array": ([[1]], {"draft": np.array([1, 2])}, "is not a drafter"),
     "drafts in an array": ([[1]], {"num_draft": np.array([1, 2])}, "num_draft=array"),
     "bias in an array": ([[1]], {"logit_bias": np.zeros(258)}, "it must map token ids to numbers"),
     "bias beyond float32": ([[1]], {"logit_bias": {1: 10**400}}, "it must be from -1e30 to 1e30, or -inf"),

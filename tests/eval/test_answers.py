@@ -60,7 +60,7 @@ def test_teacherless_answers_come_from_dummies():
     documents_BT = task.tokens_BT[:6].copy()
     documents_BT[:3, 15:] = np.asarray(lm.logits(inputs_BT)[0, :3, 14:-1]).argmax(-1)
     assert answers(lm, documents_BT).generated >= 0.5
-    with pytest.raises(UserError, match="answers in one pass over dummies and continues no text"):
+    with pytest.raises(UserError, match="answers in one pass over dummies and cannot continue a text"):
         generate(lm, [[1, 2]], max_new_tokens=2)
     result = evaluate(lm, load_heldout(SOURCE, "text", None, 37))
     assert result.decoding is None and result.answers.documents == 20

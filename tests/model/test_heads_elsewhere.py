@@ -85,9 +85,9 @@ def test_a_trainer_of_ones_own():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "masks"}, "heads.kind='masks' runs through our model itself"),
-        ({"tap_mix": True}, "heads.tap_mix runs through our model itself"),
-        ({"init": "copy_block"}, "start at random or zero and share its unembedding"),
+        ({"kind": "masks"}, "heads.kind='masks' runs inside the trunk of mtp_jax"),
+        ({"tap_mix": True}, "heads.tap_mix runs inside the trunk of mtp_jax"),
+        ({"init": "copy_block"}, "must start random or at zero and share its unembedding"),
     ],
 )
 def test_what_needs_our_model_is_refused(settings, message):

@@ -75,7 +75,7 @@ def test_a_family_of_your_own(scaled):
 
 def test_a_name_is_taken_once(scaled):
     """Another family of the same name is refused, and so is a setting that the row does not list."""
-    with pytest.raises(UserError, match="there is a head family 'scaled' already"):
+    with pytest.raises(UserError, match="there is already a head family 'scaled'"):
         heads.register("scaled", FamilyFacts(()), None)
     with pytest.raises(UserError, match=r"heads.layers=2 has no effect with heads.kind='scaled'"):
         tiny_config(heads={"kind": scaled, "layers": 2})

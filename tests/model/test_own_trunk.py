@@ -222,7 +222,7 @@ def test_what_is_refused(section):
         dataclasses.replace(tiny_config(), model=section(dtype="bfloat16"))
     with pytest.raises(UserError, match=r"model.block.num_kv_heads=1 does not divide over mesh.tensor=2 devices"):
         dataclasses.replace(own_config(section), mesh=MeshConfig(tensor=2))
-    with pytest.raises(UserError, match="there is a trunk 'running_mean' already; take another name"):
+    with pytest.raises(UserError, match="there is already a trunk 'running_mean'; use another name"):
         trunk.register(RunningMean, FUNCTIONS)
     with pytest.raises(UserError, match="ModelConfig has no field `kind` with a name as default"):
         trunk.register(ModelConfig, FUNCTIONS)

@@ -1,24 +1,24 @@
 """Head families. Each file is one family; `FAMILIES` is the only place that lists them.
 
-A family is four pure functions over the model's parameters; M-1 is its number of extra heads, P <= M-1 the number that
-drafts. What they are handed, and what families share, is in `base`.
+A family is four pure functions of the model's parameters. There are M-1 extra heads, and P <= M-1 of them draft. `base`
+has the arguments of these functions, and the code that families share.
 
-    init(arch, key, trunk) -> params["heads"]              boxed with logical axis names; trunk: the boxed LM
+    init(arch, key, trunk) -> params["heads"]              boxed with logical axis names; `trunk` is the boxed trunk
     train(arch, params, rows) -> states [M-1, B, T, D]     every head at every position, from the tapped states
     init_cache(arch, batch, slots, P) -> cache
-    draft(arch, params, cache, round) -> (drafts, cache)   a tuple of what `round.propose` returned, nearest first
+    draft(arch, params, cache, round) -> (drafts, cache)   the results of `round.propose`, nearest first, as a tuple
 
-`draft` gets the tapped states of the Q positions that a round has just processed, enters all of them into the family's
-cache, and proposes `round.count` <= P tokens from position index_B[b]. Keys and values are kept in `LayerCache`s, which
-the engine enlarges. States are before the norm at the head's end.
+`draft` gets the tapped states of the Q positions that a round has just processed. It writes all of them into the
+family's cache, and proposes `round.count` <= P tokens from position index_B[b]. Keys and values are in `LayerCache`s,
+which the engine enlarges. The states are those before the norm at the end of the head.
 
-A family that is `in_trunk` (`config.FamilyFacts`) reads no tap: its extra tokens go through the trunk's blocks. In the
-place of `train` it has
+A family that is `in_trunk` (`config.FamilyFacts`) does not read a tap: its extra tokens go through the trunk's blocks.
+Instead of `train` it has
 
     forward(arch, params, tokens, embedded, positions, segment_ids) -> (tokens' states [B, T, D], [M-1, B, T, D])
-    trained(arch, tokens, segment_ids) -> [M, B, T]        which head has a state where; others weigh nothing
+    trained(arch, tokens, segment_ids) -> [M, B, T]        which head has a state where; other targets have weight 0
 
-and in the place of tapped states its `draft` gets the extra tokens' states, which came with the verification.
+and instead of tapped states its `draft` gets the states of the extra tokens, which verification computed.
 """
 
 from typing import Any
@@ -57,61 +57,66 @@ FAMILIES: dict[str, Any] = {
 
 
 def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
-    """Parameters of all heads, boxed with their logical axis names; `trunk` is the model's, boxed."""
+    """Parameters of all heads, boxed with their logical axis names. `trunk` has the boxed parameters of the trunk."""
     return FAMILIES[arch.heads.kind].init(arch, key, trunk) | base.init_ends(arch, trunk)
 
 
 def register(name: str, facts: FamilyFacts, functions: Any) -> None:
-    """Adds a head family from outside the package: `heads.kind` may then be its name.
+    """Adds a head family from outside the package. `heads.kind` may then be its name.
 
     Args:
-      name: a new one.
-      facts: what the rest of the package must know of it.
+      name: a name that no other family has.
+      facts: what the rest of the package must know about the family.
       functions: a module or object with `init`, `train`, `init_cache` and `draft`, as this file describes them.
 
     Raises:
-      UserError: a family of that name.
+      UserError: another family has this name.
     """
     if name in FACTS:
-        raise UserError(f"there is a head family {name!r} already; take another name")
+        raise UserError(f"there is already a head family {name!r}; use another name")
     FACTS[name] = facts
     FAMILIES[name] = functions
 
 
 def init_for(arch: Arch, key: jax.Array) -> Params:
-    """Parameters of heads for a trunk of another library, a tree of plain dicts.
+    """Parameters of heads for the trunk of another library, as a tree of plain dicts.
 
     Args:
-      arch: `heads`, and of `model` the shape: `d_model` and, for heads with blocks, that of a block.
+      arch: uses the `heads` section, and the shapes of the `model` section: `d_model` and, for heads with blocks, the
+        shape of a block.
       key: a PRNG key.
 
     Raises:
-      UserError: heads that start as a part of our model, or that run through it.
+      UserError: the heads start as a copy of a part of our trunk, or run through it.
     """
     _check_for(arch)
     if arch.heads.init == "copy_block" or arch.heads.unembed == "own":
-        raise UserError("heads for another trunk start at random or zero and share its unembedding; see heads.init_for")
+        raise UserError(
+            "heads for another trunk must start random or at zero and share its unembedding; set "
+            "heads.init='random' or 'zero' and heads.unembed='shared'"
+        )
     return nn.meta.unbox(init(arch, key, {}))
 
 
 def apply_for(arch: Arch, heads: Params, rows: Rows, final_norm: Params | None = None) -> jax.Array:
-    """States of heads 1..M-1 over a trunk of another library, ready for its unembedding.
+    """States of heads 1..M-1 on the trunk of another library, as input of its unembedding.
 
     Args:
-      arch: as given to `init_for`.
-      heads: what `init_for` made.
-      rows: the trunk's states that heads read, its token embeddings, positions and documents.
-      final_norm: the trunk's, for `heads.norm="shared"`: `{"scale": [D]}`, and for a LayerNorm also `bias`.
+      arch: the same as for `init_for`.
+      heads: the parameters from `init_for`.
+      rows: the trunk's states that the heads read, its token embeddings, positions and documents.
+      final_norm: parameters of the trunk's final norm, if `heads.norm="shared"`: `{"scale": [D]}`, and for a LayerNorm
+        also `bias`.
 
     Returns:
-      [M-1, B, T, D]; stack them behind the trunk's own final-normed states for `losses.mtp.mtp_loss`.
+      States [M-1, B, T, D]. For `losses.mtp.mtp_loss`, stack them after the trunk's states after its final norm.
 
     Raises:
-      UserError: as `init_for`, or without the norm that heads share.
+      UserError: as in `init_for`, or `heads.norm="shared"` without `final_norm`.
     """
     _check_for(arch)
     if arch.heads.norm == "shared" and final_norm is None:
-        raise UserError("heads.norm='shared' needs final_norm, the parameters of the trunk's final norm")
+        raise UserError("heads.norm='shared' needs final_norm, the parameters of the trunk's final norm; give them")
     params = {"heads": base.with_constants(arch, heads), "final_norm": final_norm}
     return finish(arch, params, FAMILIES[arch.heads.kind].train(arch, params, rows))
 
@@ -119,11 +124,11 @@ def apply_for(arch: Arch, heads: Params, rows: Rows, final_norm: Params | None =
 def _check_for(arch: Arch) -> None:
     if arch.heads.facts.in_trunk or arch.heads.tap_mix:
         what = "heads.tap_mix" if arch.heads.tap_mix else f"heads.kind={arch.heads.kind!r}"
-        raise UserError(f"{what} runs through our model itself and cannot be put on another trunk")
+        raise UserError(f"{what} runs inside the trunk of mtp_jax, so it cannot be used with another library's trunk")
 
 
 def finish(arch: Arch, params: Params, states_MBTD: jax.Array) -> jax.Array:
-    """States of heads 1..M-1 [M-1, B, T, D] behind the norms at the heads' ends."""
+    """Applies the norms at the ends of heads 1..M-1 to their states [M-1, B, T, D]."""
     norms = params["heads"].get("norm")
     if norms is not None and base.sets(arch) == len(states_MBTD):
         return jax.vmap(lambda states, norm: base.end_norm(arch, params, states, norm))(states_MBTD, norms)

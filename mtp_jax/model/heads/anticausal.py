@@ -3,8 +3,8 @@
     tap ─ head 3 ─┬─ head 2 ─┬─ head 1
                 t+4        t+3        t+2
 
-The furthest head reads the tap, head m reads head m+1. In the paper the chain ends in the next-token head; here it ends
-before it, because the next-token path is complete without any extra head.
+The furthest head reads the tap, and head m reads head m+1. In the paper the chain ends with the next-token head. Here
+it ends before that head, because the trunk is complete without any extra head.
 """
 
 import jax
@@ -21,7 +21,7 @@ def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
 
 
 def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:
-    """Caches of all extra heads: the near ones read the far ones, however few draft."""
+    """Caches of all extra heads, even if few of them draft, because near heads read far heads."""
     return base.block_caches(arch, batch, slots, arch.heads.num_future - 1)
 
 

@@ -1,11 +1,11 @@
-"""What families share: what they are handed, blocks by head, and the norm and unembedding at a head's end.
+"""What head families share: their arguments, the blocks of a head, and the norm and unembedding at a head's end.
 
-Parameters of all heads lie under `params["heads"]`, with one set per extra head, or one set in all where the family
-uses it again for every depth:
+`params["heads"]` has the parameters of all heads. There is one set per extra head, or a single set if the family uses
+the same one for every depth:
 
     blocks/... [sets * layers, ...]    norm/scale [sets, D]    unembed/table [sets, V, D]    tap_mix [L + 1]
 
-and whatever the family adds. In the decoding view sets and layers are tuples.
+and what the family adds. In the decoding view, sets and layers are tuples.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Params = dict[str, Any]
 
 
 class Rows(NamedTuple):
-    """Whole rows, as training hands them to a family."""
+    """Whole rows, the argument of a family in training."""
 
     tap_BTD: jax.Array
     """The tapped states."""
@@ -39,35 +39,35 @@ class Rows(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What a round has just processed, as decoding hands it to a family."""
+    """What a round has just processed, the argument of a family in decoding."""
 
     tap_BQD: jax.Array
     """Tapped states of Q positions."""
     start_B: jax.Array
     """Position of the first of them."""
     index_B: jax.Array
-    """Which of them produced the row's newest token; those behind it were rejected."""
+    """Which of the Q positions produced the row's newest token. The positions after it were rejected."""
     live_B: jax.Array
-    """False for rows that took no part: what stands at their Q positions means nothing."""
+    """False for rows that did not take part. The states at their Q positions must not be used."""
     tokens_BS: jax.Array
     """Prompt and output of every row."""
     total_B: jax.Array
-    """How many of those count; the newest stands at total - 1 = start + index + 1."""
+    """Number of tokens of each row. The newest is at position total - 1 = start + index + 1."""
     count: int
-    """Drafts that are wanted."""
+    """Number of drafts to make."""
     embed: Callable[[jax.Array], jax.Array]
     """Token ids to embeddings."""
     propose: Callable[[jax.Array, int], Any]
-    """`(states_BPD, first) -> drafts`: what heads first, first+1, ... draft from these states; `.tokens_BP` are ids."""
+    """`(states_BPD, first) -> drafts`: drafts of heads first, first+1, ... from these states; `.tokens_BP` are ids."""
     begin_B: jax.Array | int = 0
-    """Position from which each row was processed without a break; states kept of those before do not count."""
+    """Position from which each row was processed without a break. States of earlier positions must not be used."""
     goes_on: Callable[[Any], jax.Array] | None = None
-    """`first drafts -> bool []`: whether drafts behind them can be of use. None where they always are. A family may
-    ask, and save the work."""
+    """`first drafts -> bool []`: whether further drafts can be useful. A family may call it to save work. None if they
+    are always useful."""
 
 
 def run_if(wanted: jax.Array, make: Callable[[], Any]) -> Any:
-    """What `make` returns where it is wanted, a bool []; else zeros of the same shapes, without the work."""
+    """Runs `make` if `wanted`, a bool [], is true. Otherwise returns zeros of the same shapes, without the work."""
 
     def zeros() -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(make))
@@ -83,12 +83,12 @@ def head_model(arch: Arch) -> ModelConfig:
 
 
 def sets(arch: Arch) -> int:
-    """Sets of head parameters."""
+    """Number of sets of head parameters."""
     return 1 if arch.heads.facts.one_set else arch.heads.num_future - 1
 
 
 def set_of(arch: Arch, head: int) -> int:
-    """Where the parameters of head 1, 2, ... stand among the sets."""
+    """Index of the set with the parameters of a head, which is 1, 2, ..."""
     return min(head, sets(arch)) - 1
 
 
@@ -110,7 +110,7 @@ def init_norms(arch: Arch) -> Params:
 
 
 def init_ends(arch: Arch, trunk: Params) -> Params:
-    """Own norms and unembeddings, if the config asks for them; unembeddings start as the model's own."""
+    """Norms and unembeddings of the heads, if the config asks for them. Unembeddings start as copies of the trunk's."""
     ends: Params = {}
     count = sets(arch)
     c = arch.model
@@ -129,23 +129,23 @@ def init_ends(arch: Arch, trunk: Params) -> Params:
 
 
 def draft_rows(table_VD: jax.Array, draft_ids_v: jax.Array) -> jax.Array:
-    """The rows [N, D] of an unembedding that belong to a draft vocabulary, split over devices like all of them."""
-    # Whole rows are looked up, for the reason that `lm.embed` has.
+    """The rows [v, D] of an unembedding for a draft vocabulary, split over devices like the unembedding."""
+    # Rows are not split for the lookup, for the same reason as in `lm.embed`.
     table_VD = nn.with_logical_constraint(table_VD, (VOCAB, None))
     return nn.with_logical_constraint(table_VD[draft_ids_v], (VOCAB, EMBED))
 
 
 def draft_places(arch: Arch, draft_ids_v: jax.Array) -> jax.Array:
-    """Where each token of the vocabulary stands in the draft vocabulary, int32 [V]; N where it does not."""
+    """Index of each token of the vocabulary in the draft vocabulary of v tokens, int32 [V]; v for tokens outside it."""
     count = len(draft_ids_v)
     return jnp.full((arch.model.vocab_size,), count, jnp.int32).at[draft_ids_v].set(jnp.arange(count, dtype=jnp.int32))
 
 
 def init_blocks(arch: Arch, key: jax.Array, trunk: Params) -> Params:
-    """Blocks of all heads, [sets * layers, ...], as `heads.init` says."""
+    """Blocks of all heads, [sets * layers, ...], initialised by `heads.init`."""
     count = sets(arch) * arch.heads.layers
     if arch.heads.init == "copy_block":
-        # A scale w means 1 + w under the other convention.
+        # With `norm_plus_one` a scale is stored as w and used as 1 + w.
         shift = int(arch.model.block.norm_plus_one) - int(arch.heads.norm_plus_one)
 
         def copy(path: tuple, box: Any) -> Any:
@@ -156,7 +156,7 @@ def init_blocks(arch: Arch, key: jax.Array, trunk: Params) -> Params:
         return jax.tree_util.tree_map_with_path(copy, kept, is_leaf=lm.is_box)
     blocks = _random_blocks(arch, key, count)
     if arch.heads.init == "zero":
-        # Without what it writes into the residual stream a block passes its input on.
+        # With these matrices at zero, a block adds nothing to the residual stream, so its output is its input.
         for layer, name in (("attn", "o"), ("mlp", "down")):
             if layer in blocks:
                 blocks[layer][name] = jax.tree.map(jnp.zeros_like, blocks[layer][name])
@@ -172,7 +172,7 @@ def _random_blocks(arch: Arch, key: jax.Array, count: int) -> Params:
 
 
 def with_constants(arch: Arch, heads: Params) -> Params:
-    """Head parameters with the constants of their blocks, which are of the kind of block `init_block`."""
+    """Head parameters with the constants of their blocks. The blocks are of the same kind as block `init_block`."""
     if "blocks" not in heads or not arch.heads.attention:
         return heads
     kinds = [arch.model.block.layers[arch.heads.init_block]] * (sets(arch) * arch.heads.layers)
@@ -202,7 +202,7 @@ def without_attention(arch: Arch, block: Params, x_BTD: jax.Array) -> jax.Array:
 
 
 def end_norm(arch: Arch, params: Params, states: jax.Array, norm: Params | None) -> jax.Array:
-    """What stands between a head's state and its unembedding; `norm` is the head's own, if it has one."""
+    """Applies the norm between a head's state and its unembedding. `norm` is that of the head, if it has one."""
     if arch.heads.norm == "none":
         return states
     if norm is not None:
@@ -214,7 +214,7 @@ def end_norm(arch: Arch, params: Params, states: jax.Array, norm: Params | None)
 
 
 def unstack(arch: Arch, heads: Params, replace: lm.Replace = lm.changed) -> Params:
-    """Head parameters as decoding wants them: tuples over sets, and of blocks over layers."""
+    """Head parameters in the form that decoding needs: tuples over sets, and for blocks also over layers."""
     whole = ("tap_mix", "mask_embed")
     view = {name: heads[name] for name in whole if name in heads}
     view |= {name: lm.unstack(tree, replace) for name, tree in heads.items() if name not in ("blocks", *whole)}
@@ -251,12 +251,12 @@ def blocks_at(
     caches: tuple[LayerCache, ...],
     wanted: bool = True,
 ) -> tuple[jax.Array | None, tuple[LayerCache, ...]]:
-    """One head's blocks over Q new positions, of which the state at index_B[b] alone is needed, or none at all.
+    """One head's blocks over Q new positions, if only the state at index_B[b] is needed, or no state.
 
-    All Q positions enter the caches. The last block's query and feed-forward layer run at one position.
+    All Q positions are written into the caches. Query and feed-forward layer of the last block run at one position.
 
     Returns:
-      The state [B, 1, D], None unless `wanted`, and the caches.
+      The state [B, 1, D], or None if not `wanted`; and the caches.
     """
     model = head_model(arch)
     x_BQD, below = lm.decode_blocks(model, blocks[:-1], x_BQD, start_B, caches[:-1])
@@ -275,14 +275,15 @@ def at_index(x_BQD: jax.Array, index_B: jax.Array) -> jax.Array:
 
 
 def propose_all(now: Round, states: list[jax.Array]) -> tuple:
-    """Drafts of the heads 1, 2, ... from their states [B, 1, D], in one product with a shared unembedding."""
+    """Drafts of heads 1, 2, ... from their states [B, 1, D]. A shared unembedding is used once for all of them."""
     return (now.propose(jnp.concatenate(states, axis=1), 1),) if states else ()
 
 
 def chain_draft(arch: Arch, params: Params, caches: tuple, now: Round, order: range) -> tuple[tuple, tuple]:
-    """Heads (counted from 0) that read one another in this order, the first of them the tap.
+    """Drafts of a chain of heads. `order` has the heads, counted from 0: the first reads the tap, each other its
+    predecessor.
 
-    Every head but the last of the chain runs at all Q positions, because the next one reads them.
+    Every head except the last runs at all Q positions, because the next one reads them.
     """
     x_BQD = now.tap_BQD
     states = {}
@@ -303,7 +304,7 @@ def chain_draft(arch: Arch, params: Params, caches: tuple, now: Round, order: ra
 
 
 def chain_train(arch: Arch, params: Params, rows: Rows, *, reverse: bool) -> jax.Array:
-    """States of heads that read one another, near to far or in reverse, [M-1, B, T, D]."""
+    """States of a chain of heads, [M-1, B, T, D]. The chain goes from near to far, or from far to near if `reverse`."""
 
     def one_head(x_BTD: jax.Array, blocks: Params) -> tuple[jax.Array, jax.Array]:
         x_BTD = run_blocks(arch, blocks, x_BTD, rows)

@@ -3,7 +3,7 @@
     tap ─ head 1 ─┬─ head 2 ─┬─ head 3
                 t+2        t+3        t+4
 
-Head m reads head m-1's state before the norm; only the first reads the tap.
+Head m reads the state of head m-1 before the norm. Only head 1 reads the tap.
 """
 
 import jax

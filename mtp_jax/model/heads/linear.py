@@ -1,6 +1,6 @@
 """Linear heads: one D x D map of the tapped state per head (Gloeckle et al. 2024, section 3.4).
 
-W x, or x + W x with `heads.residual`. Nothing is kept between positions, so decoding needs no cache.
+The map is W x, or x + W x with `heads.residual`. It reads one position, so decoding needs no cache.
 """
 
 import jax
@@ -30,12 +30,12 @@ def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
 
 
 def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:
-    """Nothing."""
+    """An empty cache."""
     return ()
 
 
 def draft(arch: Arch, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
-    """The first `count` maps of the state at index_B[b]."""
+    """Drafts of the first `count` heads from the state at index_B[b]."""
     tap_B1D = base.at_index(now.tap_BQD, now.index_B)
     maps = params["heads"]["map"][: now.count]
     return base.propose_all(now, [_state(arch, tap_B1D, map_DD) for map_DD in maps]), cache

@@ -1,19 +1,18 @@
-"""Mask tokens in the place of heads: the model itself predicts further ahead (Kirchenbauer et al. 2026, Apple 2025).
+"""Mask tokens instead of heads: the trunk itself predicts further ahead (Kirchenbauer et al. 2026, Apple 2025).
 
-Beside position t stand P mask tokens with learned embeddings, at the positions t+1 .. t+P. Mask m sees what t sees, and
-the masks before it at the same anchor; no token sees a mask, and no mask one of another anchor. Its last state predicts
-token t+1+m:
+An anchor is a position with mask tokens. Anchor t has P mask tokens with learned embeddings, at positions t+1 .. t+P.
+Mask m sees what token t sees, the masks before it at the same anchor, and itself. No token sees a mask, and no mask
+sees a mask of another anchor. The last state of mask m predicts token t+1+m:
 
-    tokens       t0    t1    t2                 mask 1 beside t1 stands at position 2, sees t0 t1 and itself,
-    masks           1  2  1  2  1  2            and predicts token 3; mask 2 stands at 3 and predicts token 4
+    tokens       t0    t1    t2                 mask 1 of t1 has position 2, sees t0, t1 and itself, and predicts
+    masks           1  2  1  2  1  2            token 3; mask 2 has position 3 and predicts token 4
 
-All of it is one forward over two streams: the tokens, which are computed exactly as without masks, and the masks, which
-read the tokens' keys and values. With `heads.lora_rank` the masks' stream adds s B A x to every W x (LoRA that is gated
-to mask positions), so that training the heads alone leaves the next-token path bitwise as it is.
+One forward pass computes two streams: the tokens, exactly as without masks, and the masks, which read the keys and
+values of the tokens. With `heads.lora_rank`, the stream of masks adds s B A x to every W x (LoRA only at mask tokens).
+So training only the heads leaves the predictions of the trunk unchanged, bit for bit.
 
-In decoding the masks stand beside every position that a round verifies, because it is not known yet which of them will
-turn out to be the newest (the quadratic form of Apple 2025): P+1 tokens and P (P+1) masks in one forward, in joint
-products.
+In decoding, every position that a round verifies is an anchor, because it is not known yet which token will be the
+newest (the quadratic form of Apple 2025). One forward pass has P+1 tokens and P (P+1) masks, in joint matrix products.
 """
 
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from mtp_jax.model.heads.base import Params, Round
 
 
 def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
-    """Embeddings of all masks, one per set, and LoRA factors for every matrix of a block if a rank is given."""
+    """Embeddings of the masks, one per set. If a rank is given, also LoRA factors for every matrix of a block."""
     embed_key, lora_key = jax.random.split(key)
     shape = (base.sets(arch), arch.model.d_model)
     embed = base.weight(arch, embed_key, shape, (None, EMBED), gain=(shape[0] / shape[1]) ** 0.5)
@@ -48,7 +47,14 @@ class Beside(NamedTuple):
 
 
 def _beside(embed_PD: jax.Array, position_BX: jax.Array, anchor_BX: jax.Array, visible_BXS: jax.Array) -> Beside:
-    """All masks beside anchors at these positions, which are these slots and see those."""
+    """All masks of the given anchors.
+
+    Args:
+      embed_PD: embeddings of the masks.
+      position_BX: positions of the anchors.
+      anchor_BX: slots of the anchors.
+      visible_BXS: which slots each anchor sees.
+    """
     P, _ = embed_PD.shape
     B, X = anchor_BX.shape
 
@@ -62,9 +68,9 @@ def _beside(embed_PD: jax.Array, position_BX: jax.Array, anchor_BX: jax.Array, v
 def run(
     arch: Arch, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, masks: Beside
 ) -> tuple[jax.Array, jax.Array]:
-    """Both streams through all blocks: states of the tokens [B, T, D] and of the masks [B, Y, D]."""
+    """Runs both streams through all blocks. Returns the states of the tokens [B, T, D] and of the masks [B, Y, D]."""
     block_of = Block(arch.model)
-    # Masks beside every position divide over devices as the positions do; with a stride they need not.
+    # If every position is an anchor, masks are split over devices as positions are. With a stride they may not be.
     length = LENGTH if masks.anchors.slots_BXP.shape[1] == x_BTD.shape[1] else None
 
     def both(blocks: tuple, x_BTD: jax.Array, y_BYD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +97,8 @@ def forward(
     *,
     everywhere: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """States of the tokens [B, T, D], and of masks 1..M-1 [M-1, B, T, D], everywhere or where `trained` says."""
+    """States of the tokens [B, T, D], and of masks 1..M-1 [M-1, B, T, D] at all positions (`everywhere`) or at those of
+    `trained`."""
     B, T = tokens_BT.shape
     P = arch.heads.num_future - 1
     D = arch.model.d_model
@@ -115,8 +122,8 @@ def forward(
 
 
 def anchors(stride: int, tokens_BT: jax.Array) -> jax.Array:
-    """Positions beside which masks stand in training, [B, X]: every `stride`-th, from one that the row's tokens choose,
-    so that all positions have their turn and nothing depends on chance. The last may lie behind the row."""
+    """The anchors of a row in training, [B, X]: every `stride`-th position, from a first one that depends on the row's
+    tokens. So all positions become anchors in some rows, without random numbers. The last may be beyond the row."""
     first_B = jnp.sum(tokens_BT, axis=1) % stride
     return first_B[:, None] + stride * jnp.arange(-(-tokens_BT.shape[1] // stride))[None, :]
 
@@ -134,19 +141,19 @@ def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.
 
 
 def decode_masks(params: Params, start_BX: jax.Array, count: int, slots: int) -> Beside:
-    """`count` masks beside each of the positions start_BX."""
+    """`count` masks for each of the anchors start_BX."""
     visible_BXS = jnp.arange(slots)[None, None, :] <= start_BX[..., None]
     return _beside(params["heads"]["mask_embed"][:count], start_BX, start_BX, visible_BXS)
 
 
 def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:
-    """Nothing: what masks leave behind nobody reads."""
+    """An empty cache, because nothing reads the keys and values of earlier masks."""
     return ()
 
 
 def draft(arch: Arch, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
-    """The masks' states came with the verification, [B, X, P, D] in the place of the tap; those of the newest token's
-    anchor draft."""
+    """Drafts from the states of the masks at the newest token's anchor. Verification has computed the states of all
+    masks; `now.tap_BQD` has them, as [B, X, P, D]."""
     if not now.count:
         return (), cache
     y_BXPD = now.tap_BQD

@@ -1,8 +1,8 @@
 """Medusa heads: residual layers x + SiLU(W x + b) on the tapped state (Cai et al. 2024, section 2.1).
 
-W and b start at zero, so that a head starts as the next-token head that it branches off from. As published the heads
-read the normed state after the last block, have an unembedding each, which starts as a copy of the model's, and no norm
-before it: `tap=num_layers, tap_norm=True, norm="none", unembed="own"`.
+W and b start at zero, so that each head starts as a copy of the next-token head. In the paper, the heads read the state
+after the last block and the final norm. Each has its own unembedding, which starts as a copy of the model's, without a
+norm before it. The settings are `tap=num_layers, tap_norm=True, norm="none", unembed="own"`.
 """
 
 import flax.linen as nn
@@ -45,12 +45,12 @@ def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
 
 
 def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:
-    """Nothing."""
+    """An empty cache."""
     return ()
 
 
 def draft(arch: Arch, params: Params, cache: tuple, now: Round) -> tuple[tuple, tuple]:
-    """The first `count` heads on the state at index_B[b]."""
+    """Drafts of the first `count` heads from the state at index_B[b]."""
     layers = params["heads"]["residual"]
     n = arch.heads.layers
     states = []

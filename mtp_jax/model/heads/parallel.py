@@ -1,8 +1,8 @@
 """Parallel heads: every extra head is one transformer block over the tapped state (Gloeckle et al. 2024, section 2).
 
-With the tap at L-1 the last block of the LM is head 0's own block, and all heads are alike: same input, one block each,
-shared final norm and unembedding. A head's block attends over the tapped states of all earlier positions, so in
-decoding every head has a cache of its own.
+With the tap at L-1, the last block of the trunk belongs to head 0, and all heads have the same form: the same input,
+one block each, and a shared final norm and unembedding. A head's block attends to the tapped states of all earlier
+positions, so in decoding every head has its own cache.
 """
 
 import jax
@@ -32,7 +32,7 @@ def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:
 
 
 def draft(arch: Arch, params: Params, caches: tuple, now: Round) -> tuple[tuple, tuple]:
-    """Every head enters all Q tapped states into its cache and drafts from the one at index_B[b]."""
+    """Every head writes all Q tapped states into its cache, and drafts from the state at index_B[b]."""
     states = []
     written = []
     for head, cache in enumerate(caches):

@@ -1,6 +1,7 @@
-"""Recursive heads: one sequential module, used again for every depth (FastMTP 2025, section 3).
+"""Recursive heads: one sequential module, which is used for every depth (FastMTP 2025, section 3).
 
-The parameters of one depth, the reach of M-1; each depth still has its own cache, because its inputs are its own.
+They have the parameters of one depth and predict as far ahead as M-1 depths. Each depth still has its own cache,
+because it has other inputs.
 """
 
 from mtp_jax.model.heads.sequential import draft as draft

@@ -1,9 +1,10 @@
-"""Register tokens, for training only: an auxiliary task without any change to the model (MuToR, arXiv:2505.10518).
+"""Register tokens, for training only: an extra task that does not change the model (MuToR, arXiv:2505.10518).
 
-Beside every position t stands one register, the same learned embedding for all, which sees what t sees and itself. It
-stands at the position before its target, token t+d, with d drawn from 2..M for each t: head m = d-1 of our loss. (The
-paper draws from 1; that is head 0's own target.) Which d is drawn follows from the last tokens up to t, so that a
-position has the same one in training and evaluation and however its document is packed.
+Every position t has one register. All registers have the same learned embedding. A register sees what token t sees, and
+itself. Its target is token t+d, and its position is the one before the target. d is chosen from 2..M for each t, and
+the target is that of head m = d-1 in our loss. (The paper chooses from 1..M, but d = 1 is the target of head 0.) d
+depends only on the last tokens up to t. So a position has the same d in training and evaluation, and it does not matter
+how its document is packed.
 
 Registers draft nothing: decode with `draft="lookup"` or `"none"`.
 """
@@ -20,11 +21,11 @@ from mtp_jax.model.heads.masks import init as init
 from mtp_jax.model.heads.masks import init_cache as init_cache
 
 RECENT = 8
-"""Tokens that choose a register's distance."""
+"""Number of tokens that determine the distance d of a register."""
 
 
 def heads_of(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """The head 1..M-1 whose target each position's register has, [B, T]."""
+    """For each position, the head 1..M-1 that has the same target as the register, [B, T]."""
     mixed_BT = jnp.zeros(tokens_BT.shape, jnp.uint32)
     for back in range(RECENT):
 
@@ -50,8 +51,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """States of the tokens [B, T, D], and of the registers [M-1, B, T, D].
 
-    One register stands at each position, and its state in the place of every head's: `trained` says whose it is. With
-    `everywhere` a register of every distance stands there, at the price of a forward pass each.
+    Each position has one register. Its state is returned for every head, and `trained` says for which head it is meant.
+    With `everywhere`, each position has a register for every distance. This takes one forward pass per distance.
     """
     rows = (params, embedded_BTD, positions_BT, segment_ids_BT)
     if everywhere:
@@ -69,7 +70,7 @@ def _run(
     segment_ids_BT: jax.Array,
     head_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Both streams, with registers for the given heads."""
+    """Runs tokens and registers, with registers for the given heads."""
     B, T = head_BT.shape
     visible_BTS = jnp.tril(jnp.ones((T, T), bool))[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
     embed_1D = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)

@@ -2,20 +2,20 @@
 
     h_0 = tap      h_m[t] = block_m(W_m [norm(embedding of token t+m) ; norm(h_(m-1)[t])])      h_m[t] predicts t+1+m
 
-The complete chain of causes is kept: head m sees the tokens up to t+m, the true ones in training, its predecessors'
-drafts in decoding. Embedding and unembedding are the model's.
+Each prediction depends on all tokens before its target: head m sees the tokens up to t+m. In training these are the
+true tokens. In decoding the last ones are drafts of the heads before. Embedding and unembedding are those of the model.
 
 With `heads.attention=False` a block is a feed-forward layer: a chain of heads as in Hydra (Ankner et al. 2024) and in
-the MLP speculator (Wertheimer et al. 2024). Drafting then takes one position per depth, and there is no cache.
+the MLP speculator (Wertheimer et al. 2024). Each depth then runs at one position to draft, and there is no cache.
 
-In decoding depth m has a cache of its own, where its block has attention. The entry of position j was made from token
-j+m, which at the time may have been a draft; so a round makes the entries of the P-1 positions before it once more,
-from tapped states that it keeps:
+In decoding, depth m has its own cache if its block has attention. The entry of position j is computed from token j+m,
+which may have been a draft at that time. So a round computes the entries of the P-1 positions before it again, from
+tapped states that it keeps:
 
     tokens           a  b  c  d  e              newest token e = token 4, so index is position 3
     depth 1 reads    b  c  d  e                 all true
-    depth 2 reads    c  d  e  x                 x = draft of depth 1, entered at position 3 ...
-    depth 3 reads    d  e  x  y                 ... so positions 2 and 3 of depth 3 are made again in the next round
+    depth 2 reads    c  d  e  x                 x = draft of depth 1, written at position 3 ...
+    depth 3 reads    d  e  x  y                 ... so the next round computes positions 2 and 3 of depth 3 again
 """
 
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     norms = {name: base.init_norms(arch) for name in ("embed_norm", "hidden_norm")}
     proj = base.weight(arch, proj_key, (count, 2 * D, D), (LAYERS, None, EMBED))
     if arch.heads.init in ("zero", "copy_block"):
-        # The block reads the hidden state at first; a copied one what it read before.
+        # The projection starts as the identity on the hidden state, so a copied block reads the same input as before.
         passed = {"embedding_first": (0, 1), "hidden_first": (1, 0)}[arch.heads.concat]
         identity_DD = jnp.eye(D, dtype=proj.value.dtype)
         one = jnp.concatenate([factor * identity_DD for factor in passed])
@@ -58,14 +58,14 @@ def _join(arch: Arch, module: Params, embedded_BTD: jax.Array, hidden_BTD: jax.A
 
 
 def _handed_on(arch: Arch, params: Params, module: Params, state_BTD: jax.Array) -> jax.Array:
-    """What the next depth reads."""
+    """The state that the next depth reads."""
     if arch.heads.chain == "pre_norm":
         return state_BTD
     return base.end_norm(arch, params, state_BTD, module.get("norm"))
 
 
 def _modules(arch: Arch, params: Params) -> Params:
-    """Parameters by set, blocks as [sets, layers, ...]; without unembeddings and the like."""
+    """Parameters of the modules, with blocks as [sets, layers, ...]. Unembeddings and other parameters are left out."""
     heads = {name: params["heads"][name] for name in (*_NAMES, "norm") if name in params["heads"]}
     return heads | {"blocks": base.by_head(arch, heads["blocks"])}
 
@@ -74,9 +74,9 @@ _NAMES = ("embed_norm", "hidden_norm", "proj", "blocks")
 
 
 def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
-    """States of heads 1..M-1 at every position, [M-1, B, T, D], each fed with the true tokens before its target.
+    """States of heads 1..M-1 at every position, [M-1, B, T, D]. Each head reads the true tokens before its target.
 
-    Where token t+m lies outside the document of t, its embedding counts as zeros, and head m has no target.
+    If token t+m is outside the document of t, zeros take the place of its embedding, and head m has no target.
     """
 
     def one_depth(carry: tuple, module: Params) -> tuple[tuple, jax.Array]:
@@ -94,7 +94,7 @@ def train(arch: Arch, params: Params, rows: Rows) -> jax.Array:
 
 
 def _shift(embedded_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """The next position's embedding, zeros where that belongs to another document."""
+    """The embedding of the next position, or zeros if that belongs to another document."""
 
     def ahead(x: jax.Array) -> jax.Array:
         return jnp.pad(x[:, 1:], ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
@@ -104,7 +104,7 @@ def _shift(embedded_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
 
 
 class SequentialCache(NamedTuple):
-    """Caches of P depths, and what making entries again takes."""
+    """Caches of P depths, and the states from which entries are computed again."""
 
     layers: tuple
     tail_BJD: jax.Array
@@ -112,7 +112,7 @@ class SequentialCache(NamedTuple):
 
 
 def init_cache(arch: Arch, batch: int, slots: int, count: int) -> SequentialCache | tuple[()]:
-    """Empty caches of `count` depths; a window of a round may be longer by count-1 positions than the round."""
+    """Empty caches of `count` depths. The window of a round may have count-1 positions more than the round."""
     if not arch.heads.attention:
         return ()
     tail = max(count - 1, 0)
@@ -121,17 +121,20 @@ def init_cache(arch: Arch, batch: int, slots: int, count: int) -> SequentialCach
 
 
 class _Window(NamedTuple):
-    """The positions whose entries a round makes: the Q new ones and those before them that rest on drafts."""
+    """The positions for which a round computes entries: the Q new ones, and earlier ones that depend on drafts."""
 
     start_B: jax.Array
     tap_BWD: jax.Array
     index_B: jax.Array
-    """Where the position stands that drafts."""
+    """Index in the window of the position that drafts."""
 
 
 def _window(cache: SequentialCache, now: Round) -> tuple[_Window, jax.Array]:
-    """The window, and the tail for the next round. Where fewer positions lie between the row's beginning and the
-    round, the window reaches behind it; what stands there is made again before anything sees it."""
+    """The window, and the tail for the next round.
+
+    Near the beginning of a row there are fewer positions before the round. The window then has positions after the
+    round instead. Their entries are computed again before anything sees them.
+    """
     tail = cache.tail_BJD.shape[1]
     both_BWD = jnp.concatenate([cache.tail_BJD, now.tap_BQD], axis=1)
     back_B = jnp.minimum(now.start_B - now.begin_B, tail)
@@ -153,7 +156,7 @@ def _module(arch: Arch, params: Params, depth: int) -> Params:
 
 
 def draft(arch: Arch, params: Params, cache: Any, now: Round) -> tuple[tuple, Any]:
-    """Depth by depth, each reading the draft of the one before."""
+    """Drafts of all depths, one after the other. Each depth reads the draft of the depth before."""
     if not arch.heads.attention:
         return _draft_in_place(arch, params, now), cache
     window, tail_BJD = _window(cache, now)
@@ -178,7 +181,7 @@ def draft(arch: Arch, params: Params, cache: Any, now: Round) -> tuple[tuple, An
 
 
 def _draft_in_place(arch: Arch, params: Params, now: Round) -> tuple:
-    """`draft` without attention: every depth runs at the position that produced the newest token, and there alone."""
+    """`draft` without attention: every depth runs only at the position that produced the newest token."""
 
     def depths(which: range, hidden_B1D: jax.Array, token_B1: jax.Array) -> tuple[tuple, jax.Array]:
         drafts = []
@@ -203,9 +206,9 @@ def _draft_in_place(arch: Arch, params: Params, now: Round) -> tuple:
 
 
 def _tokens(window: _Window, now: Round, drafts: list, depth: int) -> jax.Array:
-    """Token j + depth for every position j of the window: of the row, or a draft behind its newest token.
+    """Token j + depth for every position j of the window: a token of the row, or a draft after its newest token.
 
-    Where neither is there yet (behind the newest draft), any token will do.
+    After the newest draft there is no token yet, and any token may be returned.
     """
     width = window.tap_BWD.shape[1]
     at_BW = window.start_B[:, None] + jnp.arange(width)[None, :] + depth
