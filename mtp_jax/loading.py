@@ -235,8 +235,7 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     if dtype is not None:
         model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
         config = dataclasses.replace(config, model=model)
-    token_order = config.has_token_order
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0), token_order=token_order))
+    boxed = mtp.abstract(config.arch, token_order=config.has_token_order)
     sharding.check_mesh(mesh, config.arch)
     params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
     origin = _origin(workdir, config)

@@ -404,8 +404,8 @@ OTHERS = (
     Mutation(
         "blockwise attention forgets a term of its gradient",
         "kernels/blocks.py",
-        '_product("BKRH,BKsH->BKRs", dmixed_BKRH, v_BKsH) - own_BKR1)',
-        '_product("BKRH,BKsH->BKRs", dmixed_BKRH, v_BKsH))',
+        '_product("BKUH,BKsH->BKUs", dmixed_BKUH, v_BKsH) - own_BKU1)',
+        '_product("BKUH,BKsH->BKUs", dmixed_BKUH, v_BKsH))',
         "kernels/test_rows.py",
     ),
     Mutation(

@@ -126,7 +126,7 @@ def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
 
 def decode_params(config: Config, mesh: Mesh) -> Any:
     """`LoadedModel.decode_params` of a model on this mesh, as shapes with shardings."""
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0)))
+    boxed = mtp.abstract(config.arch)
     stored = sharding.abstract_params(mesh, boxed)
     view = functools.partial(mtp.decode_view, config.arch)
     made = jax.jit(view).lower(stored).compile()

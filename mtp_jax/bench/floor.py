@@ -28,7 +28,7 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
     """
     c = config.model
     size = jnp.dtype(c.dtype).itemsize
-    params = jax.eval_shape(lambda: mtp.init(config.arch, jax.random.key(0)))
+    params = mtp.abstract(config.arch)
     table = c.vocab_size * c.d_model
     blocks = _count(params["blocks"])
     plain = size * (blocks + c.num_layers * 2 * batch * live * c.num_kv_heads * c.head_dim + table)

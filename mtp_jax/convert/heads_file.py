@@ -83,7 +83,7 @@ def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Open
         )
     fields = json.loads(said["heads"])
     config = override(lm.config, {f"heads.{name}": value for name, value in fields.items()})
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, jax.random.key(0)))
+    boxed = mtp.abstract(config.arch)
     wanted = {name: tree for name, tree in abstract_params(lm.mesh, boxed).items() if name in OF_HEADS}
     by_name = by_path(wanted)
     if {name: leaf.shape for name, leaf in by_name.items()} != {name: t.shape for name, t in tensors.items()}:

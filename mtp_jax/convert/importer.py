@@ -112,7 +112,7 @@ def import_model(
 
 def _fresh_heads(arch: Arch, mesh: Mesh, trunk: Any, seed: int) -> Any:
     """New heads on the mesh, initialised as `heads.init` says."""
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(arch, jax.random.key(0)))
+    boxed = mtp.abstract(arch)
     shardings = sharding.param_shardings(mesh, boxed)["heads"]
 
     @functools.partial(jax.jit, out_shardings=shardings)

@@ -187,7 +187,7 @@ def read_params(checkpoint: Checkpoint, mesh: Mesh, notify: Notify) -> Any:
             notify(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     sharding.check_mesh(mesh, checkpoint.arch)
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(checkpoint.arch, jax.random.key(0)))
+    boxed = mtp.abstract(checkpoint.arch)
     return placing.read(checkpoint.pieces, checkpoint.tensors, sharding.abstract_params(mesh, boxed), step)
 
 

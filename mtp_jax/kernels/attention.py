@@ -55,7 +55,7 @@ def attention(
     q_BKGTH = (q_BTNH * spec.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     q_BKUH = q_BKGTH.reshape(B, K, N // K * T, H)
     scores_BKUS = jnp.einsum("BKUH,BKSH->BKUS", q_BKUH, k_BKSH, preferred_element_type=jnp.float32)
-    scores_BKGTS = capped(scores_BKUS, spec).reshape(B, K, N // K, T, S)
+    scores_BKGTS = soft_cap(scores_BKUS, spec.softcap).reshape(B, K, N // K, T, S)
     visible_BTS = visible(query_slots_BT, segment_ids_BS, S, spec.window)
     scores_BKGTS = jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, jnp.finfo(jnp.float32).min)
     probs_BKUS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype).reshape(scores_BKUS.shape)
@@ -102,9 +102,9 @@ def own_segments(query_slots_BT: jax.Array, segment_ids_BS: jax.Array) -> jax.Ar
     return jnp.take_along_axis(segment_ids_BS, query_slots_BT, axis=1)
 
 
-def capped(scores: jax.Array, spec: AttnSpec) -> jax.Array:
-    """c tanh(scores / c); the scores themselves if there is no cap."""
-    return spec.softcap * jnp.tanh(scores / spec.softcap) if spec.softcap else scores
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """c tanh(x / c), or x for a cap of 0 (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 class Anchors(NamedTuple):
@@ -155,8 +155,8 @@ def attention_beside(
         visible_BXPS &= jnp.arange(S)[None, None, None, :] > first_BXP1
         sees_BXPW &= where.slots_BXP[:, :, None, :] > first_BXP1
     least = jnp.finfo(jnp.float32).min
-    scores_BKGXPS = jnp.where(visible_BXPS[:, None, None], capped(scores_BKGXPS, spec), least)
-    own_BKGXPW = jnp.where(sees_BXPW[:, None, None], capped(own_BKGXPW, spec), least)
+    scores_BKGXPS = jnp.where(visible_BXPS[:, None, None], soft_cap(scores_BKGXPS, spec.softcap), least)
+    own_BKGXPW = jnp.where(sees_BXPW[:, None, None], soft_cap(own_BKGXPW, spec.softcap), least)
     probs = jax.nn.softmax(jnp.concatenate([scores_BKGXPS, own_BKGXPW], axis=-1), axis=-1).astype(v_BKSH.dtype)
     mixed_BXPKGH = jnp.einsum("BKGXPS,BKSH->BXPKGH", probs[..., :S], v_BKSH)
     mixed_BXPKGH += jnp.einsum("BKGXPW,BXWKH->BXPKGH", probs[..., S:], own_v_BXWKH)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.kernels.attention import AttnSpec, attention, capped, visible
+from mtp_jax.kernels.attention import AttnSpec, attention, soft_cap, visible
 from mtp_jax.kernels.linear import LINEAR
 
 BLOCK = 256
@@ -157,7 +157,7 @@ def _scores(
     B, K, U, _ = q_BKUH.shape
     size = slots_Bt.shape[1]
     s = part.slots
-    z_BKUs = capped(_product("BKUH,BKsH->BKUs", q_BKUH, row.k_BKSH[:, :, :s]), spec)
+    z_BKUs = soft_cap(_product("BKUH,BKsH->BKUs", q_BKUH, row.k_BKSH[:, :, :s]), spec.softcap)
     segments_Bs = None if row.segments_BS is None else row.segments_BS[:, :s]
     seen_Bts = visible(slots_Bt, segments_Bs, s, row.window)
     seen_BKGts = jnp.broadcast_to(seen_Bts[:, None, None], (B, K, U // size, size, s))

@@ -67,6 +67,11 @@ def init(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order
     return nn.meta.unbox(init_boxed(arch, key, given, token_order=token_order))
 
 
+def abstract(arch: Arch, *, token_order: bool = False) -> Params:
+    """Shapes and dtypes of the parameters, boxed with their logical axis names. Nothing is allocated."""
+    return jax.eval_shape(lambda: init_boxed(arch, jax.random.key(0), token_order=token_order))
+
+
 def apply(
     arch: Arch,
     params: Params,
@@ -182,9 +187,8 @@ def over_vocabulary(logits: jax.Array, place_V: jax.Array) -> jax.Array:
 
 
 def count_params(arch: Arch) -> int:
-    """Number of parameters, heads included."""
-    tree = jax.eval_shape(lambda: init(arch, jax.random.key(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """Number of parameters, including those of the heads."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(arch)))
 
 
 def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) -> Params:

@@ -47,6 +47,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import SECTIONS, Arch, ModelConfig
 from mtp_jax.errors import UserError
+from mtp_jax.kernels.attention import soft_cap
 from mtp_jax.model import lm
 from mtp_jax.model.layers import unit_rms
 from mtp_jax.model.lm import Params, Replace
@@ -169,10 +170,9 @@ def scaled(arch: Arch, hidden: jax.Array) -> jax.Array:
 
 def project(arch: Arch, table_VD: jax.Array, hidden: jax.Array) -> jax.Array:
     """Float32 logits [..., V] of `scaled` states with a given unembedding, capped by `logit_softcap`."""
-    cap = arch.model.logit_softcap
     table_VD = table_VD.astype(arch.model.dtype)
     z = jnp.einsum("...D,VD->...V", hidden, table_VD, preferred_element_type=jnp.float32)
-    return cap * jnp.tanh(z / cap) if cap else z
+    return soft_cap(z, arch.model.logit_softcap)
 
 
 def logits(arch: Arch, params: Params, hidden: jax.Array) -> jax.Array:

@@ -109,7 +109,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
       ValueError: the shape of a leaf of the optimizer's state does not fit that of its parameter.
     """
     key = jax.random.key(0)
-    boxed = jax.eval_shape(lambda: mtp.init_boxed(config.arch, key, token_order=config.has_token_order))
+    boxed = mtp.abstract(config.arch, token_order=config.has_token_order)
     params = sharding.param_shardings(mesh, boxed)
     abstract = jax.eval_shape(lambda: init_state(config, optimizer, key))
     placed = sharding.place_abstract(abstract.params, params)
