@@ -1,6 +1,6 @@
 """Drafters: who proposes the tokens that the model verifies. A drafter is a pair of pure functions.
 
-    init(arch, num_draft, batch, slots) -> cache              for `slots` positions; `LayerCache`s in it are enlarged
+    init(arch, num_draft, batch, slots) -> cache              for `slots` positions; see `cache.grows`
     draft(arch, params, cache, context) -> (Drafts, cache)    `params` are the model's, a `mtp.decode_view`
 
 `draft` runs after every verification, and after every chunk of the prompt. Nothing that it returns can change the
@@ -51,7 +51,7 @@ class DraftContext(NamedTuple):
     start_B: jax.Array
     """Position of the first of them."""
     index_B: jax.Array
-    """Which of them produced the row's newest token; those behind it were rejected."""
+    """Which of them produced the row's newest token; those after it were rejected."""
     live_B: jax.Array
     """False for rows that took no part: those whose prompt ended in an earlier chunk."""
     tokens_BS: jax.Array
@@ -62,9 +62,9 @@ class DraftContext(NamedTuple):
     """How many drafts the next round can use, at most P. With 0 of them a drafter only keeps its cache up to date."""
     propose: Callable[..., Drafts]
     """`propose(logits, first=0, ids_v=None)`: tokens from logits [B, n, V], chosen with the noise that verification
-    will choose with. `first` is the number of the first of them among the drafts, 0 for the one behind the newest
-    token. With `ids_v` the logits are [B, n, N], over a vocabulary that the drafter has: its token i is the model's
-    token ids_v[i]. (EAGLE-3 stores the difference, `d2t`: ids_v = d2t + arange(N).)"""
+    will choose with. `first` is the number of the first of them among the drafts, 0 for the one after the newest
+    token. With `ids_v` the logits are [B, n, v], over a vocabulary that the drafter has: its token i is the model's
+    token ids_v[i]. (EAGLE-3 stores the difference, `d2t`: ids_v = d2t + arange(v).)"""
     begin_B: jax.Array | int = 0
     """Position from which each row was processed without a break; above 0 in later turns of a conversation, which begin
     somewhere in an earlier one. What a drafter kept of the positions before may belong to other tokens."""

@@ -1,7 +1,7 @@
 """Hooks: functions of the caller's inside a round, where it begins and between the model's logits and the sampler.
 
-    init(arch, batch, slots) -> cache                             for `slots` positions; `LayerCache`s are enlarged
-    apply(params, cache, logits_BNV, context) -> (logits_BNV, cache)        changes the logits
+    init(arch, batch, slots) -> cache                             for `slots` positions; see `cache.grows`
+    apply(params, cache, logits_BXV, context) -> (logits_BXV, cache)        changes the logits
     embed(params, cache, embedded_B1D, context) -> embedded_B1D             changes what enters the model
 
 A logits hook sees the prompt and every token after it, drafts included. What it returns is what the sampler and the
@@ -11,8 +11,8 @@ accept rule take for the model's logits, so that drafted tokens are still those 
     round 1                t4 d1 d2    3 positions from 4 on; d1 is right, d2 is not
     round 2                      t6    from 6 on: what the hook wrote at 6 in round 1 belonged to d2, and is overwritten
 
-A cache that keeps entries by position needs nothing else: write at the position, and read no entry behind it. Another
-one must find out how many tokens of the last call counted: as many as this call begins behind it.
+A cache that keeps entries by position needs nothing else: write at the position, and read no entry after it. Another
+one must keep `start_B` of the last call. The new `start_B` minus the old one is the number of its tokens that were kept.
 
 An input hook replaces the embedding of the pending token, as in soft thinking (Zhang et al. 2025), which feeds a
 mixture of embeddings. Nothing is drafted then: a draft would have to stand for a mixture. Prompts enter as they are.
@@ -40,8 +40,8 @@ class HookContext(NamedTuple):
     live_B: jax.Array
     """False for rows that take no part: those whose prompt ended in an earlier chunk. Their tokens mean nothing."""
     at_BX: jax.Array | None
-    """Which of the Q positions the logits stand behind; None is all of them. In a chunk of the prompt it is the last
-    token of the row, and for rows that end elsewhere the logits mean nothing."""
+    """Which of the Q positions have logits; None is all of them. The logits at a position are for the token after it.
+    In a chunk of the prompt it is the last token of the row, and for rows that end elsewhere the logits mean nothing."""
     embed: Callable[[jax.Array], jax.Array]
     """Token ids to the model's embeddings."""
 
@@ -51,7 +51,7 @@ class HookContext(NamedTuple):
         return self.start_B[:, None] + jnp.arange(self.tokens_BQ.shape[1])[None, :]
 
     def wanted(self, states_BQD: jax.Array) -> jax.Array:
-        """Of states at all Q positions those behind which the logits stand, [B, X, D]."""
+        """Of states at all Q positions those that have logits, [B, X, D]."""
         if self.at_BX is None:
             return states_BQD
         return jnp.take_along_axis(states_BQD, self.at_BX[:, :, None], axis=1)
@@ -94,19 +94,19 @@ def init_hooks(hooks: Hooks, arch: Arch, batch: int, slots: int) -> tuple:
 
 
 def apply_hooks(
-    hooks: Hooks, params: tuple, caches: tuple, logits_BNV: jax.Array, context: HookContext
+    hooks: Hooks, params: tuple, caches: tuple, logits_BXV: jax.Array, context: HookContext
 ) -> tuple[jax.Array, tuple]:
     """The logits after all hooks, in order, and their caches."""
     kept = list(caches)
     for i, hook in enumerate(hooks):
         if hook.apply is None:
             continue
-        made = hook.apply(params[i], caches[i], logits_BNV, context)
+        made = hook.apply(params[i], caches[i], logits_BXV, context)
         if not isinstance(made, tuple) or len(made) != 2:
             raise UserError(f"hook {hook.name!r}: apply returns {type(made).__name__}; it must be (logits, cache)")
-        logits_BNV = _like(f"hook {hook.name!r}: apply's logits", made[0], logits_BNV)
+        logits_BXV = _like(f"hook {hook.name!r}: apply's logits", made[0], logits_BXV)
         kept[i] = _same_cache(hook, made[1], caches[i])
-    return logits_BNV, tuple(kept)
+    return logits_BXV, tuple(kept)
 
 
 def embed_hooks(hooks: Hooks, params: tuple, caches: tuple, context: HookContext) -> jax.Array | None:

@@ -40,7 +40,7 @@ class Options:
     logit_bias: Mapping[int, float] | None = None
     """Numbers that are added to the logits of tokens; -inf forbids one."""
     logits_fn: LogitsFn | None = None
-    """`(logits_V, tokens_S, length) -> logits_V`, a jax function of the logits behind the first `length` tokens of a
+    """`(logits_V, tokens_S, length) -> logits_V`, a jax function of the logits after the first `length` tokens of a
     row. Pass the same function object in every call: a new one is compiled anew."""
     hooks: Sequence[Hook] = ()
     """Functions with parameters and caches that change the model's logits, in this order and before all of the above,

@@ -153,7 +153,9 @@ def test_a_pattern_that_fits_weights_of_the_model_is_remarked_on(plain, tmp_path
     source = write(tmp_path, TENSORS | {"model.vision.w": SMALL})
     lines = []
     open_checkpoint(source, notify=lines.append, ignore=("model.*",))
-    assert any("ignore='model.*' also matches model.embed_tokens.weight and 19 more, which the model" in x for x in lines)
+    assert any(
+        "ignore='model.*' also matches model.embed_tokens.weight and 19 more, which the model" in x for x in lines
+    )
     assert meaning(source, ignore=("model.*",)) == plain
 
 

@@ -216,7 +216,10 @@ PLACE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"t": PLACE | {"shape": [-2, -1]}}, "t lacks a valid dtype, shape or data_offsets"),
         ({"t": PLACE | {"shape": [True, 2]}}, "t lacks a valid dtype, shape or data_offsets"),
         ({"t": PLACE | {"dtype": ["F32"]}}, "dtype ['F32'], which we do not read"),
-        ({"t": PLACE | {"dtype": "F8_E4M3"}}, "dtype F8_E4M3, which we do not read; give the checkpoint before quantisation"),
+        (
+            {"t": PLACE | {"dtype": "F8_E4M3"}},
+            "dtype F8_E4M3, which we do not read; give the checkpoint before quantisation",
+        ),
         ({"t": PLACE | {"data_offsets": [0, 12]}}, "bytes 0 to 12 for F32[2]"),
         ({"t": PLACE | {"data_offsets": [8, 0]}}, "bytes 8 to 0 for F32[2]"),
         ({"t": PLACE | {"data_offsets": [-8, 0]}}, "bytes -8 to 0 for F32[2]"),

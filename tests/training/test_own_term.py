@@ -5,12 +5,14 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from reference.tiny import tiny_config
 
 import mtp_jax
 from mtp_jax import sharding
+from mtp_jax.errors import UserError
 from mtp_jax.training.objective import Term
-from mtp_jax.training.step import compile_steps, random_batch
+from mtp_jax.training.step import RECORDED, compile_steps, random_batch
 
 
 def size_of_states(seen):
@@ -43,7 +45,8 @@ def test_a_term_of_your_own():
 
 
 def test_it_is_written_to_the_metrics(tmp_path):
-    """metrics.jsonl has the term under its name in every record of a step. Breaks without `extras` in the record."""
+    """metrics.jsonl has the term under its name in every record of a step, and all other names there are taken.
+    Breaks without `extras` in the record, or with a name of the loop that `RECORDED` lacks."""
     config = tiny_config(
         model={"num_layers": 1},
         heads={"kind": "linear"},
@@ -53,3 +56,27 @@ def test_it_is_written_to_the_metrics(tmp_path):
     mtp_jax.train(config, tmp_path / "run", terms=TERMS)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["state_size"] > 0 for record in records if "loss" in record] == [True, True]
+    for record in records:
+        assert set(record) <= {*RECORDED, *TERMS} or all(n == "step" or n.startswith("heldout_") for n in record)
+
+
+def refusal(terms, **sections):
+    """What is said when the steps of a run with these terms are asked for."""
+    config = tiny_config(heads={"kind": "linear"}, **sections)
+    with pytest.raises(UserError) as caught:
+        compile_steps(config, sharding.make_mesh(config.mesh), terms)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["loss", "step", "tokens_per_second", "heldout_loss", "token_order_loss"])
+def test_a_name_of_the_metrics_is_refused(name):
+    """names of terms & names in a record of metrics = {}. Breaks without the first check in `all_terms`."""
+    said = refusal({name: TERMS["state_size"]}, loss={"token_order": 0.1})
+    assert f"terms has the name {name!r}" in said and "\n" not in said
+
+
+def test_terms_need_next_token_weights():
+    """With states from disk every weight of `Seen.weight_BT` is 0, and terms are refused. Breaks without the second
+    check in `all_terms`."""
+    said = refusal(TERMS, train={"trainable": "heads", "keep_states": True})
+    assert "terms=state_size with train.keep_states=True" in said and "\n" not in said

@@ -6,10 +6,10 @@ drafts. What they are handed, and what families share, is in `base`.
     init(arch, key, trunk) -> params["heads"]              boxed with logical axis names; trunk: the boxed LM
     train(arch, params, rows) -> states [M-1, B, T, D]     every head at every position, from the tapped states
     init_cache(arch, batch, slots, P) -> cache
-    draft(arch, params, cache, round) -> (drafts, cache)   a tuple of what `round.propose` returned, nearest first
+    draft(arch, params, cache, now) -> (drafts, cache)     a tuple of what `now.propose` returned, nearest first
 
 `draft` gets the tapped states of the Q positions that a round has just processed, enters all of them into the family's
-cache, and proposes `round.count` <= P tokens from position index_B[b]. Keys and values are kept in `LayerCache`s, which
+cache, and proposes `now.count` <= P tokens from position index_B[b]. Keys and values are kept in `LayerCache`s, which
 the engine enlarges. States are before the norm at the head's end.
 
 A family that is `in_trunk` (`config.FamilyFacts`) reads no tap: its extra tokens go through the trunk's blocks. In the

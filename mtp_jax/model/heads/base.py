@@ -46,7 +46,7 @@ class Round(NamedTuple):
     start_B: jax.Array
     """Position of the first of them."""
     index_B: jax.Array
-    """Which of them produced the row's newest token; those behind it were rejected."""
+    """Which of them produced the row's newest token; those after it were rejected."""
     live_B: jax.Array
     """False for rows that took no part: what stands at their Q positions means nothing."""
     tokens_BS: jax.Array
@@ -62,7 +62,7 @@ class Round(NamedTuple):
     begin_B: jax.Array | int = 0
     """Position from which each row was processed without a break; states kept of those before do not count."""
     goes_on: Callable[[Any], jax.Array] | None = None
-    """`first drafts -> bool []`: whether drafts behind them can be of use. None where they always are. A family may
+    """`first drafts -> bool []`: whether drafts after them can be of use. None where they always are. A family may
     ask, and save the work."""
 
 
@@ -129,14 +129,14 @@ def init_ends(arch: Arch, trunk: Params) -> Params:
 
 
 def draft_rows(table_VD: jax.Array, draft_ids_v: jax.Array) -> jax.Array:
-    """The rows [N, D] of an unembedding that belong to a draft vocabulary, split over devices like all of them."""
+    """The rows [v, D] of an unembedding that belong to a draft vocabulary, split over devices like all of them."""
     # Whole rows are looked up, for the reason that `lm.embed` has.
     table_VD = nn.with_logical_constraint(table_VD, (VOCAB, None))
     return nn.with_logical_constraint(table_VD[draft_ids_v], (VOCAB, EMBED))
 
 
 def draft_places(arch: Arch, draft_ids_v: jax.Array) -> jax.Array:
-    """Where each token of the vocabulary stands in the draft vocabulary, int32 [V]; N where it does not."""
+    """Where each token of the vocabulary stands in the draft vocabulary, int32 [V]; v where it does not."""
     count = len(draft_ids_v)
     return jnp.full((arch.model.vocab_size,), count, jnp.int32).at[draft_ids_v].set(jnp.arange(count, dtype=jnp.int32))
 
