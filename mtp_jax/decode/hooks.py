@@ -12,7 +12,8 @@ accept rule take for the model's logits, so that drafted tokens are still those 
     round 2                      t6    from 6 on: what the hook wrote at 6 in round 1 belonged to d2, and is overwritten
 
 A cache that keeps entries by position needs nothing else: write at the position, and read no entry after it. Another
-one must keep `start_B` of the last call. The new `start_B` minus the old one is the number of its tokens that were kept.
+one must keep `start_B` of the last call. The new `start_B` minus the old one is the number of that call's tokens that
+were kept.
 
 An input hook replaces the embedding of the pending token, as in soft thinking (Zhang et al. 2025), which feeds a
 mixture of embeddings. Nothing is drafted then: a draft would have to stand for a mixture. Prompts enter as they are.
@@ -41,7 +42,7 @@ class HookContext(NamedTuple):
     """False for rows that take no part: those whose prompt ended in an earlier chunk. Their tokens mean nothing."""
     at_BX: jax.Array | None
     """Which of the Q positions have logits; None is all of them. The logits at a position are for the token after it.
-    In a chunk of the prompt it is the last token of the row, and for rows that end elsewhere the logits mean nothing."""
+    In a chunk of the prompt it is the last token of the row. For rows that end elsewhere the logits mean nothing."""
     embed: Callable[[jax.Array], jax.Array]
     """Token ids to the model's embeddings."""
 

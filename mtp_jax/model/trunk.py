@@ -11,8 +11,8 @@ call the functions of this file, which hand the section on to those of the trunk
     run(model, params, states, positions, segment_ids, taps) -> (state [B, T, D], states at the taps)
     final_norm(model, params, states) -> states             of any rank
     unembedding(model, params) -> table [V, D]              of parameters at rest and of a decoding view
-    decode_view(model, params, replace) -> view             parameters as `decode` wants them; `replace(change, leaf)` is
-                                                            change(leaf), and may give up the memory of the leaf
+    decode_view(model, params, replace) -> view             parameters as `decode` wants them; `replace(change, leaf)`
+                                                            is change(leaf), and may give up the memory of leaf
     init_caches(model, batch, slots) -> caches              for `slots` positions of every row
     decode(model, view, states [B, Q, D], start [B], caches, taps) -> (state [B, Q, D], states at the taps, caches)
 
@@ -28,8 +28,8 @@ What must hold of the functions:
 - Position t sees positions up to t with the same segment id, and no others. `decode` continues what the caches hold:
   its states are those of `run` over the whole row.
 - Row b of `decode` has its Q tokens at positions start_B[b]..start_B[b]+Q-1. What it enters replaces what stood there.
-  What stands at start_B[b] and after it when it is called means nothing: those are rejected drafts. So a cache that sums
-  up a row must keep the sum for every position.
+  What stands at start_B[b] and after it when it is called means nothing: those are rejected drafts. So a cache that
+  sums up a row must keep the sum for every position.
 - A cache that has room for a number of positions is a `NamedTuple` of arrays with `slots` and `enlarged(slots)`, as
   `cache.LayerCache`. The engine starts with a small one and enlarges it.
 - Logits are `logit_scale * states @ table`, capped by `logit_softcap`, as the section says. The loss relies on it.
