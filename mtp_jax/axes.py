@@ -18,7 +18,7 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | L      | layers of the trunk, where parameters are stacked                                      |
 | M      | prediction heads; head m predicts token t+1+m, so head 0 is the ordinary language model |
 | N      | query heads                                                                            |
-| P      | drafted tokens of one round, P <= M-1                                                  |
+| P      | drafted tokens of one round; P <= M-1 where heads draft                                 |
 | Q      | query positions of one decoding forward: P+1 in a round, the prompt bucket in prefill  |
 | S      | key positions, or slots of a cache                                                     |
 | T      | positions of a training row                                                            |

@@ -49,6 +49,7 @@ class Layout(Protocol):
     """A checkpoint at a path."""
 
     path: pathlib.Path
+    """The checkpoint. `layout(path)` makes the object."""
     says: str
     """The file or part of the file that gives the shape of the model, for error messages."""
     writing: ClassVar[Writing]

@@ -1,6 +1,6 @@
 """Drafters propose the tokens that the model verifies. A drafter is a pair of pure functions.
 
-    init(arch, num_draft, batch, slots) -> cache              for `slots` positions; `LayerCache`s in it are enlarged
+    init(arch, num_draft, batch, slots) -> cache              for `slots` positions; see `cache.grows`
     draft(arch, params, cache, context) -> (Drafts, cache)    `params` are the model's, a `mtp.decode_view`
 
 `draft` runs after every verification, and after every chunk of the prompt. The drafts do not change the output, except

@@ -1,7 +1,7 @@
 """Hooks: the caller's own functions inside a round. They change the model's input, or its logits before sampling.
 
     init(arch, batch, slots) -> cache                             for `slots` positions; `LayerCache`s are enlarged
-    apply(params, cache, logits_BNV, context) -> (logits_BNV, cache)        changes the logits
+    apply(params, cache, logits_BXV, context) -> (logits_BXV, cache)        changes the logits
     embed(params, cache, embedded_B1D, context) -> embedded_B1D             changes the input of the model
 
 A logits hook (`apply`) sees the prompt and every token after it, drafts included. The sampler and the accept rule use
@@ -41,7 +41,8 @@ class HookContext(NamedTuple):
     live_B: jax.Array
     """False for rows that do not take part, because their prompt ended in an earlier chunk. Do not use their tokens."""
     at_BX: jax.Array | None
-    """Which of the Q positions have logits; None means all. In a chunk of the prompt it is the row's last token. If the
+    """Which of the Q positions have logits; None means all. The logits at a position
+    are for the token after it. In a chunk of the prompt it is the row's last token. If the
     prompt of a row does not end in this chunk, its logits have no meaning."""
     embed: Callable[[jax.Array], jax.Array]
     """Token ids to the model's embeddings."""
@@ -95,19 +96,19 @@ def init_hooks(hooks: Hooks, arch: Arch, batch: int, slots: int) -> tuple:
 
 
 def apply_hooks(
-    hooks: Hooks, params: tuple, caches: tuple, logits_BNV: jax.Array, context: HookContext
+    hooks: Hooks, params: tuple, caches: tuple, logits_BXV: jax.Array, context: HookContext
 ) -> tuple[jax.Array, tuple]:
     """Applies all hooks in order. Returns the changed logits and the caches of the hooks."""
     kept = list(caches)
     for i, hook in enumerate(hooks):
         if hook.apply is None:
             continue
-        made = hook.apply(params[i], caches[i], logits_BNV, context)
+        made = hook.apply(params[i], caches[i], logits_BXV, context)
         if not isinstance(made, tuple) or len(made) != 2:
             raise UserError(f"hook {hook.name!r}: apply returns {type(made).__name__}; it must be (logits, cache)")
-        logits_BNV = _like(f"hook {hook.name!r}: apply's logits", made[0], logits_BNV)
+        logits_BXV = _like(f"hook {hook.name!r}: apply's logits", made[0], logits_BXV)
         kept[i] = _same_cache(hook, made[1], caches[i])
-    return logits_BNV, tuple(kept)
+    return logits_BXV, tuple(kept)
 
 
 def embed_hooks(hooks: Hooks, params: tuple, caches: tuple, context: HookContext) -> jax.Array | None:

@@ -12,6 +12,7 @@ call the functions of this file. These call the functions of the trunk with the 
     final_norm(model, params, states) -> states             of any rank
     unembedding(model, params) -> table [V, D]              of stored parameters and of a decoding view
     decode_view(model, params, replace) -> view             parameters in the form that `decode` needs
+                                                            `replace(change, leaf)` is change(leaf), and may free leaf
     init_caches(model, batch, slots) -> caches              for `slots` positions of every row
     decode(model, view, states [B, Q, D], start [B], caches, taps) -> (state [B, Q, D], states at the taps, caches)
 

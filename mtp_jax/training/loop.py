@@ -79,8 +79,8 @@ def train(
       config: the run's config.
       workdir: the run's directory; made if it does not exist. `mtp_jax.load` reads it afterwards.
       console: shows the progress; None shows it on standard error.
-      terms: more terms of the loss, by name. Metrics report each of them under its name. The config does not contain
-        them, so give the same terms when the run continues.
+      terms: more terms of the loss, by name. Metrics report each of them under its name, which must be a new one there.
+        The config does not contain them, so give the same terms when the run continues. Not with `train.keep_states`.
 
     Returns:
       The state of the run when the loop ends.

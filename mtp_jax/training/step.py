@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import Config
+from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import HeadSums, head_scale
 from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
+from mtp_jax.training import meter
 from mtp_jax.training.objective import (
     Batch,
     Parts,
@@ -36,6 +38,12 @@ from mtp_jax.training.state import (
     split_params,
     state_shardings,
 )
+
+RECORDED = (
+    *("step", "loss", "head_loss", "head_top1", "head_weight", "grad_norm", "learning_rate"),
+    *meter.FIELDS,
+)
+"""Names that the record of a step in the metrics has without any term. Those of an evaluation begin with `heldout_`."""
 
 
 class StepMetrics(NamedTuple):
@@ -183,6 +191,24 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
     return batch
 
 
+def all_terms(config: Config, own: Mapping[str, Term]) -> dict[str, Term]:
+    """The terms of a config, and the caller's own.
+
+    Raises:
+      UserError: a name that the metrics have already, or terms of one's own where no next token is learned.
+    """
+    terms = terms_of(config)
+    for name in own:
+        if name in RECORDED or name in terms or name.startswith("heldout_"):
+            raise UserError(f"terms has the name {name!r}, which the metrics of a run have already; take another name")
+    if own and config.train.keep_states:
+        raise UserError(
+            f"terms={', '.join(own)} with train.keep_states=True: the step does not run the trunk there, and "
+            "Seen.weight_BT is 0 everywhere; use train.keep_states=False"
+        )
+    return terms | dict(own)
+
+
 def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None = None) -> Steps:
     """Binds the static arguments of the steps and jits them. The train step donates its state.
 
@@ -190,7 +216,11 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
       config: the run's config.
       mesh: the devices of the run.
       terms: terms of the loss in addition to those of the config, by their name in the metrics.
+
+    Raises:
+      UserError: terms that `all_terms` refuses.
     """
+    every_term = all_terms(config, terms or {})
     if config.model.block.remat == "offload":
         sharding.check_host_memory(mesh)
     abstract_params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -209,7 +239,7 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
     return Steps(
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(
-            functools.partial(train_step, config, spec, optimizer, terms_of(config) | dict(terms or {})),
+            functools.partial(train_step, config, spec, optimizer, every_term),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,

@@ -5,14 +5,16 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from reference.tiny import tiny_config
 
 import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.data.loader import train_batches
+from mtp_jax.errors import UserError
 from mtp_jax.losses.targets import ahead
 from mtp_jax.training.objective import Term
-from mtp_jax.training.step import compile_steps, random_batch
+from mtp_jax.training.step import RECORDED, compile_steps, random_batch
 
 
 def size_of_states(seen):
@@ -58,8 +60,9 @@ def weighted_mean(batch):
 
 def test_it_is_written_to_the_metrics(tmp_path):
     """metrics.jsonl has the terms under their names in every record of a step. A term that reads an extra array has the
-    mean of it, by the weights of the source. Breaks without `extras` in the record, or without those of `concatenate`,
-    of `_rows` or of a row; with weights that are 0 or 1 only."""
+    mean of it, by the weights of the source. All other names there are taken. Breaks without `extras` in the record, or
+    without those of `concatenate`, of `_rows` or of a row; with weights that are 0 or 1 only; or with a name of the
+    loop that `RECORDED` lacks."""
     rng = np.random.default_rng(0)
     np.save(tmp_path / "ids.npy", rng.integers(0, 264, (16, 16)))
     np.save(tmp_path / "ids.weights.npy", rng.integers(0, 4, (16, 16)))
@@ -79,3 +82,28 @@ def test_it_is_written_to_the_metrics(tmp_path):
     np.testing.assert_allclose(
         [record["surprise"] for record in steps], [weighted_mean(next(batches)) for _ in steps], 1e-5
     )
+    allowed = {*RECORDED, *terms}
+    for record in records:
+        assert set(record) <= allowed or all(n == "step" or n.startswith("heldout_") for n in record)
+
+
+def refusal(terms, **sections):
+    """What is said when the steps of a run with these terms are asked for."""
+    config = tiny_config(heads={"kind": "linear"}, **sections)
+    with pytest.raises(UserError) as caught:
+        compile_steps(config, sharding.make_mesh(config.mesh), terms)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["loss", "step", "tokens_per_second", "heldout_loss", "token_order_loss"])
+def test_a_name_of_the_metrics_is_refused(name):
+    """names of terms & names in a record of metrics = {}. Breaks without the first check in `all_terms`."""
+    said = refusal({name: TERMS["state_size"]}, loss={"token_order": 0.1})
+    assert f"terms has the name {name!r}" in said and "\n" not in said
+
+
+def test_terms_need_next_token_weights():
+    """With states from disk every weight of `Seen.weight_BT` is 0, and terms are refused. Breaks without the second
+    check in `all_terms`."""
+    said = refusal(TERMS, train={"trainable": "heads", "keep_states": True})
+    assert "terms=state_size with train.keep_states=True" in said and "\n" not in said

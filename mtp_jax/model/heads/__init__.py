@@ -6,10 +6,10 @@ has the arguments of these functions, and the code that families share.
     init(arch, key, trunk) -> params["heads"]              boxed with logical axis names; `trunk` is the boxed trunk
     train(arch, params, rows) -> states [M-1, B, T, D]     every head at every position, from the tapped states
     init_cache(arch, batch, slots, P) -> cache
-    draft(arch, params, cache, round) -> (drafts, cache)   the results of `round.propose`, nearest first, as a tuple
+    draft(arch, params, cache, now) -> (drafts, cache)   the results of `now.propose`, nearest first, as a tuple
 
 `draft` gets the tapped states of the Q positions that a round has just processed. It writes all of them into the
-family's cache, and proposes `round.count` <= P tokens from position index_B[b]. Keys and values are in `LayerCache`s,
+family's cache, and proposes `now.count` <= P tokens from position index_B[b]. Keys and values are in `LayerCache`s,
 which the engine enlarges. The states are those before the norm at the end of the head.
 
 A family that is `in_trunk` (`config.FamilyFacts`) does not read a tap: its extra tokens go through the trunk's blocks.
