@@ -29,7 +29,7 @@ CANDIDATES = 64
 """Largest logits that get noise of their own."""
 
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(logits_V, tokens_S, length) -> logits_V`: the logits behind the first `length` tokens of a row, to be changed."""
+"""`(logits_V, tokens_S, length) -> logits_V`: the logits after the first `length` tokens of a row, to be changed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ def apply_for(arch: Arch, heads: Params, rows: Rows, final_norm: Params | None =
       final_norm: the trunk's, for `heads.norm="shared"`: `{"scale": [D]}`, and for a LayerNorm also `bias`.
 
     Returns:
-      [M-1, B, T, D]; stack them behind the trunk's own final-normed states for `losses.mtp.mtp_loss`.
+      [M-1, B, T, D]; stack them after the trunk's own final-normed states for `losses.mtp.mtp_loss`.
 
     Raises:
       UserError: as `init_for`, or without the norm that heads share.
@@ -123,7 +123,7 @@ def _check_for(arch: Arch) -> None:
 
 
 def finish(arch: Arch, params: Params, states_MBTD: jax.Array) -> jax.Array:
-    """States of heads 1..M-1 [M-1, B, T, D] behind the norms at the heads' ends."""
+    """States of heads 1..M-1 [M-1, B, T, D] after the norms at the heads' ends."""
     norms = params["heads"].get("norm")
     if norms is not None and base.sets(arch) == len(states_MBTD):
         return jax.vmap(lambda states, norm: base.end_norm(arch, params, states, norm))(states_MBTD, norms)
