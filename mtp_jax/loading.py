@@ -120,8 +120,14 @@ class LoadedModel:
         """
         if self.params is None:
             return self
-        made = self.__dict__.get("decode_params")  # set if `decode_params` was used before
-        view = _taken_apart(self.arch, self.stacked_params(), self.mesh) if made is None else made
+        view = self.__dict__.get("decode_params")  # set if `decode_params` was used before
+        if view is None:
+            view = _taken_apart(self.arch, self.stacked_params(), self.mesh)
+        else:
+            shared = {id(leaf) for leaf in jax.tree.leaves(view)}
+            for leaf in jax.tree.leaves(self.stacked_params()):
+                if isinstance(leaf, jax.Array) and id(leaf) not in shared:
+                    leaf.delete()
         return dataclasses.replace(self, params=None, decode_view=view)
 
 

@@ -5,7 +5,8 @@ import json
 import pathlib
 from typing import Any, Literal
 
-from mtp_jax.config import Family
+from mtp_jax.config import FACTS, Family, families
+from mtp_jax.config.checks import require
 from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import write_atomically
 
@@ -55,6 +56,24 @@ class HeadTraining:
     """Whether heads learn the model's distributions (soft) or its tokens (hard)."""
     seed: int = 0
     """Seed of everything that is random."""
+
+    def __post_init__(self) -> None:
+        least = {"num_prompts": 0, "answer_tokens": 2, "heldout": 1, "num_future": 2, "draft_vocab": 1, "steps": 0}
+        for name, lowest in (least | {"batch_size": 1, "seq_len": 16}).items():
+            value = getattr(self, name)
+            require(value >= lowest, f"{name}={value}; it must be at least {lowest}")
+        longest = 7 * 24 * 60
+        require(0 < self.minutes <= longest, f"minutes={self.minutes:g}; it must be above 0, and at most {longest}")
+        require(0 <= self.library <= 100, f"library={self.library:g}; it must be between 0 and 100")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}; it must be between 0 and {2**32 - 1}")
+        require(self.kind in FACTS, f"kind={self.kind!r} is not a head family; choose one of {', '.join(FACTS)}")
+        facts = FACTS[self.kind]
+        readers = ", ".join(families("chains_tokens"))
+        require(
+            facts.chains_tokens or not self.attention,
+            f"attention=True has no effect on kind={self.kind!r}; only these kinds read it: {readers}",
+        )
+        require(facts.drafts, f"kind={self.kind!r} heads cannot draft; choose another family")
 
 
 @dataclasses.dataclass(frozen=True)

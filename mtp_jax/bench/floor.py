@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config
+from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 from mtp_jax.model.cache import LayerCache
 from mtp_jax.model.heads import FAMILIES
@@ -26,7 +27,11 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
       Bytes of a step and of a round. The round adds the heads with their caches, and the unembedding: once if all heads
       draft together, once per head if each reads the draft of the one before.
     """
-    c = config.model
+    if not config.model.is_stack:
+        raise UserError(
+            f"model.kind={config.model.kind!r}: the bytes of a step are known for stacks of decoder blocks only"
+        )
+    c = config.model.block
     size = jnp.dtype(c.dtype).itemsize
     params = mtp.abstract(config.arch)
     table = c.vocab_size * c.d_model

@@ -99,7 +99,7 @@ def measure(
             "over_first": ratio(times[name], times[first]),
             "compile_seconds": step.compile_seconds,
             **memory(step.compiled),
-            "parameters": mtp.count_params(step.config.arch),
+            "parameters": mtp.count_params(step.config.arch, token_order=step.config.has_token_order),
             "devices": step.devices,
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,

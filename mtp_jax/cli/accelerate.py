@@ -13,8 +13,6 @@ from mtp_jax.accelerate import report
 from mtp_jax.accelerate.plan import HeadTraining
 from mtp_jax.accelerate.whole import train_heads
 from mtp_jax.cli.common import parse, print_json
-from mtp_jax.config import FACTS, families
-from mtp_jax.errors import UserError
 from mtp_jax.eval.by_kind import COLUMNS
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.freed_memory import keep_freed_memory
@@ -46,7 +44,7 @@ class Args(HeadTraining):
 def main(argv: list[str]) -> None:
     """Trains the heads, measures, and prints the results."""
     args = parse(Args, argv, "mtp accelerate", DESCRIPTION)
-    settings = _settings(args)
+    settings = HeadTraining(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HeadTraining)})
     workdir = pathlib.Path(args.workdir)
     keep_freed_memory()
     keep_compiled(workdir)
@@ -65,23 +63,3 @@ def main(argv: list[str]) -> None:
     console.print(table)
     print(f"\n{report.remark(outcome.results)}\n\nreport and plots: {page}")
     print(f"use it: {report.use_line(outcome.heads, outcome.results)}")
-
-
-def _settings(args: Args) -> HeadTraining:
-    least = {"num_prompts": 0, "answer_tokens": 2, "heldout": 1, "num_future": 2, "draft_vocab": 1, "steps": 0}
-    for name, lowest in (least | {"batch_size": 1, "seq_len": 16}).items():
-        value = getattr(args, name)
-        if value < lowest:
-            raise UserError(f"--{name.replace('_', '-')} {value}; it must be at least {lowest}")
-    if not 0 < args.minutes <= 7 * 24 * 60:
-        raise UserError(f"--minutes {args.minutes:g}; it must be above 0, and at most {7 * 24 * 60}")
-    if not 0 <= args.library <= 100:
-        raise UserError(f"--library {args.library:g}; it must be between 0 and 100")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed {args.seed}; it must be between 0 and {2**32 - 1}")
-    if args.attention and not FACTS[args.kind].chains_tokens:
-        readers = ", ".join(families("chains_tokens"))
-        raise UserError(f"--attention has no effect on --kind {args.kind}; only these kinds read it: {readers}")
-    if not FACTS[args.kind].drafts:
-        raise UserError(f"--kind {args.kind} heads cannot draft; choose another family")
-    return HeadTraining(**{field.name: getattr(args, field.name) for field in dataclasses.fields(HeadTraining)})

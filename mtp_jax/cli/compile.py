@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         "devices": mesh.size,
         "topology_devices": len(devices),
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
-        "parameters": count_params(config.arch),
+        "parameters": count_params(config.arch, token_order=config.has_token_order),
     }
     if args.json:
         print_json(_json(config, facts, reports))

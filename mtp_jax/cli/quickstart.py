@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     losses = heldout_losses(lm, result.corpus.heldout, progress=say)
     # From here on the model only decodes.
     evaluation = with_decoding(losses, lm.give_up_params(), result.corpus.heldout, progress=say)
-    facts = {"parameters": f"{count_params(config.arch):,}"}
+    facts = {"parameters": f"{count_params(config.arch, token_order=config.has_token_order):,}"}
     whole = time.monotonic() - began
     if result.first_step == 0:
         # If the run was continued, this process knows only a part of its training time.
@@ -152,7 +152,8 @@ def _own(config: Config, workdir: pathlib.Path, minutes: float) -> tuple[TrainRe
         say(f"measuring how many steps fit into the rest of {minutes:g} minutes ...")
         left = 60 * minutes - (time.monotonic() - began)
         config = override(config, {"train.steps": steps_within(config, workdir, left)})
-    size = f"{count_params(config.arch) / 1e6:.2f}M parameters, {config.heads.num_future} heads"
+    count = count_params(config.arch, token_order=config.has_token_order)
+    size = f"{count / 1e6:.2f}M parameters, {config.heads.num_future} heads"
     say(f"a small model from scratch: {size}, {config.train.steps:,} steps, in {workdir}")
     with RunConsole() as console:
         result = train(config, workdir, console)

@@ -48,9 +48,13 @@ def only_with(section: str, obj: Any, names: str, given: bool, what: str) -> Non
 def check_type(value: Any, kind: Any, origin: str) -> None:
     """Refuses a value that is not of the annotated type. An int is accepted as a float, a bool is not an int."""
     if isinstance(kind, types.UnionType):
-        # One value, or a tuple of them.
+        # One value, or a tuple of them, or None.
+        kinds = typing.get_args(kind)
+        if value is None and types.NoneType in kinds:
+            return
         several = isinstance(value, tuple)
-        kind = next(one for one in typing.get_args(kind) if (typing.get_origin(one) is tuple) == several)
+        kinds = [one for one in kinds if one is not types.NoneType]
+        kind = next((one for one in kinds if (typing.get_origin(one) is tuple) == several), kinds[0])
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         require(value in choices, f"{origin} is {value!r}; choose one of {', '.join(map(repr, choices))}")
@@ -63,4 +67,4 @@ def check_type(value: Any, kind: Any, origin: str) -> None:
     accepted = (int, float) if kind is float else (kind,)
     well_typed = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     well_typed = well_typed and not (isinstance(value, float) and not math.isfinite(value))
-    require(well_typed, f"{origin} is {value!r}; {NAMES[kind]} is needed")
+    require(well_typed, f"{origin} is {value!r}; {NAMES.get(kind, kind)} is needed")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from mtp_jax.config import Arch, ModelConfig
+from mtp_jax.config import Arch, HeadsConfig, ModelConfig
 from mtp_jax.convert import forms, head_writer, hugging_face, mapping, record
 from mtp_jax.convert.files import DTYPES, SHARD_BYTES, Entry
 from mtp_jax.convert.layout import Architecture
@@ -75,7 +75,8 @@ def export_model(
     form = head_writer.choose_form(arch, origin, form)
     writing = _writing(form, origin)
     same = origin is not None and origin.layout.writing is writing
-    entry, raw = writing.describe(arch, Came(origin.architecture, origin.raw) if same else None)
+    written = arch if form else dataclasses.replace(arch, heads=HeadsConfig(num_future=1))
+    entry, raw = writing.describe(written, Came(origin.architecture, origin.raw) if same else None)
     pieces = _pieces(entry, arch, params)
     beside = []
     if form:

@@ -123,7 +123,7 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
 
 def _extra_tokens(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:
     """Masks or registers: the extra tokens go through the blocks of the model and attend to the ordinary tokens."""
-    c = config.model
+    c = config.model.block
     heads = config.heads
     each = 1 if heads.facts.one_set else heads.num_future - 1
     extra = batch_size * -(-seq_len // heads.mask_stride) * each

@@ -16,7 +16,7 @@ layers (`taps`) and use another vocabulary (`DraftContext.propose`). The drafter
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -109,6 +109,10 @@ class Drafter:
             raise UserError(f"Drafter.taps={self.taps!r}; it must be a tuple of ints, 0 or above")
         if not isinstance(self.num_draft, int) or self.num_draft < 0:
             raise UserError(f"Drafter.num_draft={self.num_draft!r}; it must be an int, 0 or above")
+        for field in ("init", "draft"):
+            function = getattr(self, field)
+            if not (callable(function) and isinstance(function, Hashable)):
+                raise UserError(f"Drafter.{field}={function!r} must be a function with a hash; it is compiled in")
 
 
 def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_probs: bool) -> Drafts:

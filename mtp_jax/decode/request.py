@@ -163,7 +163,8 @@ class Request:
         """Runs one block of the chosen width, and times it for the next choice."""
         self._grow()
         # Rounds cost more if each returns to the host, as in a stream. So these have separate costs.
-        shape = (self.plan, len(self.state.total_B), slots_of(self.state), max_rounds < BLOCK)
+        brought = tuple(leaf.shape for leaf in jax.tree.leaves((self.controls.drafter, self.controls.hooks)))
+        shape = (self.plan, brought, len(self.state.total_B), slots_of(self.state), max_rounds < BLOCK)
         self.chooser.use(COSTS.recall(shape, dict))
         remaining_B = np.where(self.done_B, 0, self.limit_B - self.total_B)
         width = self.chooser.choose(remaining_B)
@@ -210,7 +211,7 @@ class Request:
             row = int(failed_B.argmax())
             raise UserError(
                 f"prompt {row}: no token can be chosen within {self.total_B[row]} tokens, because the logits hold NaN "
-                "or forbid every token; check the checkpoint's parameters, logit_bias and logits_fn"
+                "or forbid every token; check the checkpoint's parameters, logit_bias, logits_fn and hooks"
             )
         if self.stop:
             newest = _minus(self.counts, before)

@@ -96,7 +96,8 @@ def bucket(total: int, num_draft: int, most: int) -> int:
 
 def slots_of(state: DecodeState) -> int:
     """The present number of slots of the caches in a state."""
-    return fewest_slots(state.caches, otherwise=state.tokens_BS.shape[1])
+    caches = (state.caches, state.drafter_cache, state.hook_caches)
+    return fewest_slots(caches, otherwise=state.tokens_BS.shape[1])
 
 
 @bounded(statics=(1,))

@@ -186,9 +186,9 @@ def over_vocabulary(logits: jax.Array, place_V: jax.Array) -> jax.Array:
     return padded[..., place_V]
 
 
-def count_params(arch: Arch) -> int:
+def count_params(arch: Arch, *, token_order: bool = False) -> int:
     """Number of parameters, including those of the heads."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract(arch)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(arch, token_order=token_order)))
 
 
 def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) -> Params:
@@ -283,7 +283,7 @@ def _decode_beside(
     at_BX = jnp.arange(Q)[None, :] if ask.at_B is None else ask.at_B[:, None]
     beside = masks.decode_masks(params, start_B[:, None] + at_BX, ask.count, slots)
     xy_BZD = jnp.concatenate([x_BQD, beside.embedded_BYD.astype(x_BQD.dtype)], axis=1)
-    block_of = Block(arch.model, lora_from=Q)
+    block_of = Block(arch.model.block, lora_from=Q)
     states = [xy_BZD]
     written = []
     updates = params["heads"].get("lora", (None,) * len(caches))

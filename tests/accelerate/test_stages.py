@@ -295,3 +295,19 @@ def test_a_batch_too_large_is_halved(monkeypatch):
     monkeypatch.setattr(answers, "generate", lambda *args, **options: generate(None, ["too", "many", "rows"], seed=[]))
     with pytest.raises(CacheTooLarge):
         answers._answers(None, ["a"], [1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"heldout": 0}, "heldout=0; it must be at least 1"),
+        ({"minutes": 0}, "minutes=0; it must be above 0"),
+        ({"kind": "medusa", "attention": True}, "attention=True has no effect on kind='medusa'"),
+        ({"kind": "registers"}, "kind='registers' heads cannot draft"),
+        ({"kind": "odd"}, "kind='odd' is not a head family"),
+    ],
+)
+def test_settings_that_cannot_work(fields, says):
+    """Settings are refused when they are made, from Python as from the command line. Breaks without the check."""
+    with pytest.raises(UserError, match=says):
+        HeadTraining(**fields)

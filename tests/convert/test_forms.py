@@ -280,3 +280,12 @@ def test_every_trunk_reads_its_own_heads(tmp_path):
     back = load(out, heads_from=out / "heads")
     assert back.config.heads == ours.config.heads
     same_trees(back.params, ours.params)
+
+
+@pytest.mark.grid
+def test_metas_layout_without_heads(made, tmp_path):
+    """export(form="none") of a model in Meta's layout is the trunk: params.json counts its layers alone. Breaks if
+    `describe` gets the heads that are left out."""
+    lm = made("meta").lm
+    again = load(export(lm, tmp_path / "none", form="none"))
+    assert (again.arch.heads.num_future, again.arch.model.num_layers) == (1, lm.arch.model.num_layers)

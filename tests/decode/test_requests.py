@@ -351,6 +351,13 @@ def test_wrong_number_of_drafts(count):
         Drafter("own", count, lambda *_: (), lambda *_: None)
 
 
+@pytest.mark.parametrize("draft", [3, dataclasses.make_dataclass("Function", [], namespace={"__call__": print})()])
+def test_a_drafter_without_functions(draft):
+    """What is compiled in must be a function with a hash. Breaks without the check in `Drafter.__post_init__`."""
+    with pytest.raises(UserError, match=r"Drafter.draft=.* must be a function with a hash; it is compiled in"):
+        Drafter("own", 1, lambda *_: (), draft)
+
+
 @pytest.mark.grid
 def test_numbers_of_numpy():
     """numpy's whole numbers and fractions are numbers."""

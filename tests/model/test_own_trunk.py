@@ -21,6 +21,7 @@ from mtp_jax.axes import EMBED, LAYERS, VOCAB
 from mtp_jax.cli.common import parse_over
 from mtp_jax.config import SECTIONS, Config, MeshConfig, ModelConfig, differences, from_json, override, to_json
 from mtp_jax.cost.flops import step_flops
+from mtp_jax.decode.state import slots_of
 from mtp_jax.errors import UserError
 from mtp_jax.model import lm, mtp, trunk
 from mtp_jax.model.cache import fewest_slots, grow_caches, init_cache
@@ -189,6 +190,9 @@ def test_caches_of_your_own_grow():
     (sums, _), layer = grow_caches(small, 5)
     assert (sums.slots, layer.slots, fewest_slots(small[:0], otherwise=7)) == (5, 5, 7)
     np.testing.assert_array_equal(sums.sum_BSD[0, :, 0], [1, 1, 1, 0, 0])
+    # A trunk without caches: those of the heads decide when to grow. Breaks if `slots_of` asks the trunk's alone.
+    state = types.SimpleNamespace(caches=(), drafter_cache=(layer,), hook_caches=(), tokens_BS=np.zeros((1, 64)))
+    assert slots_of(state) == 5
 
 
 def test_config_of_your_own(section, tmp_path):

@@ -69,7 +69,7 @@ def run(
     arch: Arch, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, masks: Beside
 ) -> tuple[jax.Array, jax.Array]:
     """Runs both streams through all blocks. Returns the states of the tokens [B, T, D] and of the masks [B, Y, D]."""
-    block_of = Block(arch.model)
+    block_of = Block(arch.model.block)
     # If every position is an anchor, masks are split over devices as positions are. With a stride they may not be.
     length = LENGTH if masks.anchors.slots_BXP.shape[1] == x_BTD.shape[1] else None
 
@@ -81,7 +81,7 @@ def run(
         y_BYD = block_of.apply(given, *arrays, method="beside")
         return lm.constrain(x_BTD), lm.constrain(y_BYD, length)
 
-    step = lm.rematerialised(arch.model, both, states=2)
+    step = lm.rematerialised(arch.model.block, both, states=2)
     layers = (params["blocks"], params["heads"].get("lora"))
     start = (x_BTD, masks.embedded_BYD)
     return jax.lax.scan(lambda carry, blocks: (step(blocks, *carry), None), start, layers)[0]
