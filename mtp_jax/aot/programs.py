@@ -17,7 +17,7 @@ from mtp_jax.decode.options import Options
 from mtp_jax.decode.state import Plan, empty_state, slots_needed
 from mtp_jax.model import mtp
 from mtp_jax.model.cache import LayerCache
-from mtp_jax.training.objective import batch_targets, total_loss, xent_spec
+from mtp_jax.training.objectives import batch_targets, total_loss, xent_spec
 from mtp_jax.training.state import joined, split_params
 from mtp_jax.training.step import compile_steps
 

@@ -30,7 +30,7 @@ from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.losses.mtp import mtp_loss
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.runs.freed_memory import keep_freed_memory
-from mtp_jax.training.objective import xent_spec
+from mtp_jax.training.objectives import xent_spec
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 FORMS = ("naive", "optax", "remat", "fused", "skip")

@@ -31,7 +31,7 @@ from mtp_jax.runs.metrics import MetricsWriter, bits_per_byte
 from mtp_jax.runs.workdir import check_run, claim
 from mtp_jax.training.console import RunConsole
 from mtp_jax.training.meter import Meter
-from mtp_jax.training.objective import Term
+from mtp_jax.training.objectives import Term
 from mtp_jax.training.opening import Opening, read_run, write_run
 from mtp_jax.training.optim import schedule
 from mtp_jax.training.pace import Pace

@@ -17,7 +17,7 @@ from mtp_jax.losses.mtp import HeadSums, head_scale
 from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.training import meter
-from mtp_jax.training.objective import (
+from mtp_jax.training.objectives import (
     Batch,
     Parts,
     Term,

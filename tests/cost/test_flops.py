@@ -16,7 +16,7 @@ from reference.tiny import tiny_config
 
 from mtp_jax import sharding
 from mtp_jax.cost.flops import step_flops
-from mtp_jax.training.objective import terms_of, xent_spec
+from mtp_jax.training.objectives import terms_of, xent_spec
 from mtp_jax.training.state import init_state
 from mtp_jax.training.step import train_step
 

@@ -15,7 +15,7 @@ from mtp_jax.data import loader, store
 from mtp_jax.data.draft_vocab import DraftVocab
 from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer, train_bpe
 from mtp_jax.errors import UserError
-from mtp_jax.training.objective import batch_targets
+from mtp_jax.training.objectives import batch_targets
 
 LONG = [{"role": "user", "content": "tell me a story"}, {"role": "assistant", "content": "ONCETWICE" * 9}]
 SHORT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Y"}]

@@ -22,7 +22,7 @@ from mtp_jax.model import heads, mtp, trunk
 from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.training import loop
 from mtp_jax.training.console import RunConsole
-from mtp_jax.training.objective import batch_targets, total_loss, xent_spec
+from mtp_jax.training.objectives import batch_targets, total_loss, xent_spec
 
 HEADS = {"kind": "sequential", "draft_vocab": 16}
 LONG = {"fsdp": 2, "context": 2, "tensor": 2}

@@ -21,7 +21,7 @@ from reference.tiny import tiny_config
 from mtp_jax import sharding
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.model import mtp
-from mtp_jax.training import objective
+from mtp_jax.training import objectives
 from mtp_jax.training.step import compile_steps
 
 
@@ -214,7 +214,7 @@ def test_prompts_are_context_only():
     """
     packed = PackedRows(np.array([1, 2, 3, 4, 5, 6, 7]), np.array([0, 4]), 8, 0, prompt_tokens=2)
     batch = {name: row_T[None] for name, row_T in packed[0].items()}
-    targets = quick_jit(functools.partial(objective.batch_targets, tiny_config(), {}))(batch)
+    targets = quick_jit(functools.partial(objectives.batch_targets, tiny_config(), {}))(batch)
     assert targets.weights_MBT[:, 0].tolist() == [
         [0, 1, 1, 0, 0, 1, 0, 0],
         [1, 1, 0, 0, 1, 0, 0, 0],
@@ -229,7 +229,7 @@ def test_weights_of_zero_and_one_are_marks():
     tokens_BT, positions_BT, segments_BT = rows([1, 2, 3, 4], [5, 6, 7], length=8)
     marks_BT = np.array([[0, 1, 0, 1, 1, 1, 1, 1]], np.int32)
     weights_BT = np.array([[2, 0.5, 3, 1, 0, 0.25, 8, 4]], np.float32)
-    targets_of = quick_jit(functools.partial(objective.batch_targets, tiny_config(), {}))
+    targets_of = quick_jit(functools.partial(objectives.batch_targets, tiny_config(), {}))
 
     def targets(**given):
         batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": segments_BT}
@@ -246,8 +246,8 @@ def test_teacherless_inputs():
     config = tiny_config(data={"prompt_tokens": 2}, loss={"teacherless": 9})
     tokens_BT, positions_BT, segments_BT = rows([1, 2, 3, 4], [5, 6, 7], length=8)
     batch = {"tokens": tokens_BT, "positions": positions_BT, "segment_ids": segments_BT}
-    assert objective.inputs(config, batch)[0].tolist() == [1, 2, 9, 9, 5, 6, 9, 0]
-    assert objective.batch_targets(config, {}, batch).ids_MBT[0, 0].tolist()[1:3] == [3, 4]
+    assert objectives.inputs(config, batch)[0].tolist() == [1, 2, 9, 9, 5, 6, 9, 0]
+    assert objectives.batch_targets(config, {}, batch).ids_MBT[0, 0].tolist()[1:3] == [3, 4]
 
 
 @pytest.mark.grid

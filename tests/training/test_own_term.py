@@ -13,7 +13,7 @@ from mtp_jax import sharding
 from mtp_jax.data.loader import train_batches
 from mtp_jax.errors import UserError
 from mtp_jax.losses.targets import ahead
-from mtp_jax.training.objective import Term
+from mtp_jax.training.objectives import Term
 from mtp_jax.training.step import RECORDED, compile_steps, random_batch
 
 

@@ -1,0 +1,25 @@
+"""The objective of a run: computes the loss and its sums from a config, the parameters and a batch.
+
+The functions in `losses/` know only arrays. This package connects them with the model and the config.
+
+    spec      the options of the losses, and the weights of heads over the run
+    targets   the targets of every head, with their weights
+    heads     the losses of the heads
+    terms     what is added to them: `Term`
+    total     all of it
+"""
+
+from mtp_jax.training.objectives.heads import loss_sums as loss_sums
+from mtp_jax.training.objectives.spec import head_schedule as head_schedule
+from mtp_jax.training.objectives.spec import xent_spec as xent_spec
+from mtp_jax.training.objectives.targets import Batch as Batch
+from mtp_jax.training.objectives.targets import Targets as Targets
+from mtp_jax.training.objectives.targets import batch_targets as batch_targets
+from mtp_jax.training.objectives.targets import inputs as inputs
+from mtp_jax.training.objectives.targets import token_weights as token_weights
+from mtp_jax.training.objectives.terms import Seen as Seen
+from mtp_jax.training.objectives.terms import Term as Term
+from mtp_jax.training.objectives.terms import order_loss as order_loss
+from mtp_jax.training.objectives.terms import terms_of as terms_of
+from mtp_jax.training.objectives.total import Parts as Parts
+from mtp_jax.training.objectives.total import total_loss as total_loss

@@ -1,0 +1,61 @@
+"""The targets of every head, and the input tokens."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import Config
+from mtp_jax.losses.targets import draft_targets, make_targets
+from mtp_jax.model import mtp
+from mtp_jax.model.heads.base import draft_places
+
+Batch = dict[str, jax.Array]
+
+
+class Targets(NamedTuple):
+    """The targets of a batch."""
+
+    ids_MBT: jax.Array
+    weights_MBT: jax.Array
+    outside_MBT: jax.Array | None = None
+    """Weights of the targets outside the draft vocabulary, which heads cannot predict; None if there is none."""
+
+
+def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
+    """The targets of every head. A target that is outside the draft vocabulary has weight 0; the weights of others are
+    those of `token_weights`.
+
+    Args:
+      config: the run's config.
+      params: parameters; only `draft_ids` is read.
+      batch: the batch.
+    """
+    rows = batch["tokens"], batch["segment_ids"]
+    targets = Targets(*make_targets(*rows, config.heads.num_future, token_weights(batch)))
+    trained_MBT = mtp.trained(config.arch, inputs(config, batch), batch["segment_ids"])
+    if trained_MBT is not None:
+        targets = targets._replace(weights_MBT=targets.weights_MBT * trained_MBT)
+    if not config.heads.draft_vocab:
+        return targets
+    place_V = draft_places(config, params["draft_ids"])
+    ids_MBT, weights_MBT = draft_targets(*targets[:2], place_V, config.heads.draft_vocab)
+    return Targets(ids_MBT, weights_MBT, targets.weights_MBT - weights_MBT)
+
+
+def token_weights(batch: Batch) -> jax.Array | None:
+    """The weight of each token as a target, [B, T]: that of `weights`, and 0 where `learn` is 0. None if the batch has
+    neither."""
+    learn_BT = batch.get("learn")
+    weights_BT = batch.get("weights")
+    if learn_BT is None or weights_BT is None:
+        return weights_BT if learn_BT is None else (learn_BT != 0).astype(jnp.float32)
+    return jnp.where(learn_BT != 0, weights_BT, 0)
+
+
+def inputs(config: Config, batch: Batch) -> jax.Array:
+    """The input tokens: those of the batch; with `loss.teacherless`, a dummy token replaces each one after the
+    prompt."""
+    if config.loss.teacherless < 0:
+        return batch["tokens"]
+    return jnp.where(batch["positions"] < config.data.prompt_tokens, batch["tokens"], config.loss.teacherless)

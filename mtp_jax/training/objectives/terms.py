@@ -1,0 +1,62 @@
+"""Terms of the loss in addition to the losses of the heads: what a term is, and those of this package."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from mtp_jax.config import Config
+from mtp_jax.losses.mtp import XENT
+from mtp_jax.losses.order import order_targets
+from mtp_jax.losses.xent import XentSpec
+from mtp_jax.training.objectives.targets import Batch, Targets
+
+
+class Seen(NamedTuple):
+    """The input of a loss term: one micro-batch."""
+
+    config: Config
+    spec: XentSpec
+    params: dict
+    hidden_MBTD: jax.Array
+    """States of all heads, ready for the unembedding."""
+    batch: Batch
+    targets: Targets
+    weight_BT: jax.Array
+    """Weights of the next-token targets. They sum to 1 over all micro-batches, so sum(weight_BT * x_BT) is the
+    micro-batch's share of the mean of x."""
+
+
+class Term(NamedTuple):
+    """A term of the loss in addition to the losses of the heads."""
+
+    weight: float
+    """The value of the term is multiplied by this in the loss."""
+    share: Callable[[Seen], jax.Array]
+    """Computes the micro-batch's share of the value, without the weight. The value is the sum of all shares; metrics
+    report it."""
+
+
+def order_loss(
+    config: Config, spec: XentSpec, params: dict, hidden_1BTD: jax.Array, batch: Batch, weight_BT: jax.Array
+) -> jax.Array:
+    """The micro-batch's share of the mean token order loss; `weight_BT` sums to 1 over the batch."""
+    targets, _ = order_targets(batch["tokens"], batch["segment_ids"], config.loss.order_window)
+    learned = config.train.learns("token_order/table")
+    options = dataclasses.replace(spec, smoothing=0.0, mix=0.0, learn_table=learned)
+    table_VD = params["token_order"]["table"]
+    weights_1BT = weight_BT[None]
+    wanted_1BT = weights_1BT != 0 if config.loss.skip else None
+    return XENT[config.loss.impl](hidden_1BTD, table_VD, targets, weights_1BT, options, None, wanted_1BT).loss
+
+
+def terms_of(config: Config) -> dict[str, Term]:
+    """The terms that a config asks for, by their name in the metrics."""
+    if not config.loss.token_order:
+        return {}
+    return {"token_order_loss": Term(config.loss.token_order, _order_share)}
+
+
+def _order_share(seen: Seen) -> jax.Array:
+    return order_loss(seen.config, seen.spec, seen.params, seen.hidden_MBTD[:1], seen.batch, seen.weight_BT)
