@@ -101,7 +101,7 @@ def main() -> None:
         decode=dataclasses.replace(base.decode, num_prompts=args.prompts, max_new_tokens=64),
     )
     plain = dataclasses.replace(base.model, num_layers=args.layers)
-    budget = mtp.count_params(dataclasses.replace(base, model=plain, heads=HeadsConfig(num_future=1)))
+    budget = mtp.count_params(dataclasses.replace(base, model=plain, heads=HeadsConfig(num_future=1)).arch)
     print(f"{args.config}, {args.steps} steps, {budget / 1e6:.2f}M parameters")
     print("| | blocks | parameters | loss by head | top-1 by head, % | tokens per round |\n|---|---|---|---|---|---|")
     configs = {name: variant(base, FAMILIES[name], budget) for name in args.families}

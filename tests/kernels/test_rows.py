@@ -233,7 +233,7 @@ def test_model_by_splash_equals_by_xla(mesh, monkeypatch):
     def states(path, params, ids_BT, segments_BT):
         model = dataclasses.replace(config.model, attention=path)
         with sharding.on_mesh(where):
-            return mtp.apply(dataclasses.replace(config, model=model), params, ids_BT, ids_BT, segments_BT)
+            return mtp.apply(dataclasses.replace(config.arch, model=model), params, ids_BT, ids_BT, segments_BT)
 
     expected_MBTD = quick_jit(functools.partial(states, "xla"))(params, *given)
     make, made = splash.make_kernels, []

@@ -103,8 +103,8 @@ def test_count_params_by_hand():
     """
     block = 16 * 4 * (2 * 4 + 2 * 2) + 3 * 16 * 24 + 2 * 16
     assert block == 1952
-    assert mtp.count_params(small_config({"num_layers": 5}, {"num_future": 4})) == 384 + 8 * 1952 + 16
-    assert mtp.count_params(small_config({"num_layers": 8}, {"num_future": 1})) == 384 + 8 * 1952 + 16
+    assert mtp.count_params(small_config({"num_layers": 5}, {"num_future": 4}).arch) == 384 + 8 * 1952 + 16
+    assert mtp.count_params(small_config({"num_layers": 8}, {"num_future": 1}).arch) == 384 + 8 * 1952 + 16
 
 
 @pytest.mark.parametrize("num_future", [1, 2, 4, 6])
