@@ -27,7 +27,6 @@ from mtp_jax.trees import by_path, digest_of
 
 Opened = TypeVar("Opened")
 """A `loading.LoadedModel`. This file cannot import it, because `loading` imports this file."""
-OF_HEADS = ("heads", "draft_ids")
 SHIPPED = pathlib.Path(__file__).parents[1] / "shipped"
 SHIPPED_SHA256 = {"smollm2": "2b86144293ea0df972cdc1903ec5b6d62a212e6018da9a2755f7a0fd8777d112"}
 """SHA-256 of the files of heads in the package, by the name of the model."""
@@ -52,7 +51,7 @@ def write_heads(lm: Any, path: str | pathlib.Path, model: str, dtype: str = "bfl
         raise UserError("this model has no extra heads (heads.num_future=1), so there is nothing to write")
     tensors = {
         name: jnp.asarray(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
-        for name, leaf in by_path({name: params[name] for name in OF_HEADS if name in params}).items()
+        for name, leaf in by_path({name: params[name] for name in mtp.OF_HEADS if name in params}).items()
     }
     said = {"heads": json.dumps(dataclasses.asdict(lm.arch.heads)), "model": model, "digest": _digest(params)}
     save_file(tensors, path, said)
@@ -74,7 +73,7 @@ def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Open
       UserError: the file does not exist, or its heads belong to another model.
     """
     said, tensors = _read(pathlib.Path(path))
-    params = {name: tree for name, tree in lm.stacked_params().items() if name not in OF_HEADS}
+    params = {name: tree for name, tree in lm.stacked_params().items() if name not in mtp.OF_HEADS}
     if check and _digest(params) != said["digest"]:
         raise OtherModel(
             f"{path} holds heads for {said['model']}, but this model has other parameters, and heads fit only the "
@@ -84,7 +83,7 @@ def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Open
     fields = json.loads(said["heads"])
     config = override(lm.config, {f"heads.{name}": value for name, value in fields.items()})
     boxed = mtp.abstract(config.arch)
-    wanted = {name: tree for name, tree in abstract_params(lm.mesh, boxed).items() if name in OF_HEADS}
+    wanted = {name: tree for name, tree in abstract_params(lm.mesh, boxed).items() if name in mtp.OF_HEADS}
     by_name = by_path(wanted)
     if {name: leaf.shape for name, leaf in by_name.items()} != {name: t.shape for name, t in tensors.items()}:
         raise UserError(f"the heads in {path} do not have the shapes of {said['model']}; give the file that fits")
@@ -95,7 +94,7 @@ def with_heads(lm: Opened, path: str | pathlib.Path, check: bool = True) -> Open
 
 def _digest(params: Any) -> str:
     """The digest of the trunk."""
-    return digest_of({name: tree for name, tree in params.items() if name not in (*OF_HEADS, "token_order")})
+    return digest_of(mtp.trunk_params(params))
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

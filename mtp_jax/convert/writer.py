@@ -19,6 +19,7 @@ from mtp_jax.convert.origin import Origin, copied
 from mtp_jax.convert.reader import Notify
 from mtp_jax.convert.tokenizer import save_for_transformers, spell_for_both, write_template
 from mtp_jax.errors import UserError
+from mtp_jax.model import mtp
 from mtp_jax.runs.integrity import whole_directory
 from mtp_jax.runs.progress import say
 from mtp_jax.trees import by_path
@@ -75,8 +76,8 @@ def export_model(
     form = head_writer.choose_form(arch, origin, form)
     writing = _writing(form, origin)
     same = origin is not None and origin.layout.writing is writing
-    written = arch if form else dataclasses.replace(arch, heads=HeadsConfig(num_future=1))
-    entry, raw = writing.describe(written, Came(origin.architecture, origin.raw) if same else None)
+    described = arch if form else dataclasses.replace(arch, heads=HeadsConfig(num_future=1))
+    entry, raw = writing.describe(described, Came(origin.architecture, origin.raw) if same else None)
     pieces = _pieces(entry, arch, params)
     beside = []
     if form:
@@ -133,7 +134,7 @@ def _decoder(arch: Arch) -> Arch:
 
 def _pieces(entry: Architecture, arch: Arch, params: Any) -> list[mapping.Piece]:
     """The pieces of all parameters of the trunk."""
-    trunk = {name: tree for name, tree in params.items() if name not in ("heads", "draft_ids", "token_order")}
+    trunk = mtp.trunk_params(params)
     pieces = mapping.expand(entry.slots(), mapping.shapes_of(trunk), arch.model)
     _check_all_written(entry.model_type, pieces, trunk)
     return pieces
@@ -141,7 +142,7 @@ def _pieces(entry: Architecture, arch: Arch, params: Any) -> list[mapping.Piece]
 
 def _check_all_written(name: str, pieces: list[mapping.Piece], params: Any) -> None:
     written = {piece.path for piece in pieces}
-    left = [path for path in by_path(params) if path not in written and not path.startswith("token_order")]
+    left = [path for path in by_path(params) if path not in written and not path.startswith(mtp.OF_TRAINING)]
     if left:
         raise UserError(f"{name!r} cannot hold the parameter {left[0]}")
 

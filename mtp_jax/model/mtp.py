@@ -24,8 +24,15 @@ from mtp_jax.model.heads.base import Rows
 from mtp_jax.model.layers import Embed
 
 Params = dict[str, Any]
-BESIDE_TRUNK = ("heads", "draft_ids", "token_order")
-"""Top-level names of the parameters that do not belong to the trunk."""
+OF_HEADS = ("heads", "draft_ids")
+"""Top-level names of the parameters of extra heads."""
+OF_TRAINING = ("token_order",)
+"""Top-level names of the parameters that only training needs."""
+
+
+def trunk_params(params: Params) -> Params:
+    """The parameters of the trunk alone, of a tree by top-level names."""
+    return {name: tree for name, tree in params.items() if name not in (*OF_HEADS, *OF_TRAINING)}
 
 
 def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order: bool = False) -> Params:
@@ -210,8 +217,7 @@ def decode_view(arch: Arch, params: Params, replace: lm.Replace = lm.changed) ->
         draft["draft_place"] = base.draft_places(arch, params["draft_ids"])
         if arch.heads.unembed == "shared":
             draft["draft_table_Dv"] = base.draft_rows(trunk.unembedding(arch, params), params["draft_ids"]).T
-    own = {name: tree for name, tree in params.items() if name not in BESIDE_TRUNK}
-    view = trunk.decode_view(arch, own, replace)
+    view = trunk.decode_view(arch, trunk_params(params), replace)
     if "heads" in params:
         view["heads"] = base.unstack(arch, params["heads"], replace) | draft
     return view

@@ -7,14 +7,11 @@ from typing import Any
 
 from mtp_jax.config import Config, HeadsConfig, TrunkConfig, from_json
 from mtp_jax.errors import UserError
+from mtp_jax.model import mtp
 from mtp_jax.runs.checkpoint import restore_params
 
 FREE = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
 """Settings of the model that may differ: how it is computed, and the largest length of a row."""
-AUXILIARY = ("token_order",)
-"""Parameters that only training uses."""
-OF_HEADS = ("heads", "draft_ids")
-"""Parameters that belong to the heads."""
 
 
 def config_of(source: str | pathlib.Path, who: str = "train.init_from") -> Config:
@@ -81,7 +78,7 @@ def parameters_to_start_from(
     wanted = {
         name: tree
         for name, tree in abstract_params.items()
-        if name not in AUXILIARY and (name not in OF_HEADS or settings.init_heads == "same")
+        if name not in mtp.OF_TRAINING and (name not in mtp.OF_HEADS or settings.init_heads == "same")
     }
     params, step = restore_params(source, wanted, notify=notify)
     notify(f"starting from {source}, step {step}" + (", heads too" if "heads" in params else ""))

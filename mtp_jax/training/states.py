@@ -106,14 +106,13 @@ def _stored(dtype: np.dtype) -> np.dtype:
 
 
 def _made_from(config: Config, params: Any, digest: str) -> dict[str, Any]:
-    trunk = {name: tree for name, tree in params.items() if name not in ("heads", "draft_ids", "token_order")}
     return {
         "text": digest,
         "seq_len": config.data.seq_len,
         "tap": config.arch.tap,
         "tap_norm": config.heads.tap_norm,
         "dtype": config.model.dtype,
-        "model": digest_of(trunk),
+        "model": digest_of(mtp.trunk_params(params)),
     }
 
 

@@ -27,7 +27,7 @@ def models():
     params["draft_ids"] = params["draft_ids"] + 7
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), params["heads"])
     plain = tiny_config(model={"num_layers": 1}, heads={"num_future": 1})
-    trunk = {name: tree for name, tree in params.items() if name not in heads_file.OF_HEADS}
+    trunk = {name: tree for name, tree in params.items() if name not in mtp.OF_HEADS}
     return loaded(config, params | {"heads": rounded}), loaded(plain, trunk)
 
 
