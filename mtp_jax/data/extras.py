@@ -16,6 +16,7 @@ import pathlib
 
 import numpy as np
 
+from mtp_jax.data.arrays import open_array
 from mtp_jax.data.files import SourceFile
 from mtp_jax.errors import UserError
 
@@ -68,14 +69,7 @@ def _read(path: pathlib.Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
     what = f"extra array {str(path)!r}"
     if name in RESERVED:
         raise UserError(f"{what} is named {name!r}, but a batch has another array of that name; rename the file")
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{what} cannot be read: {reason}; write it with numpy.save") from error
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
-        kind = getattr(values, "dtype", type(values).__name__)
-        raise UserError(f"{what} holds {kind}; save integers, floating-point numbers or booleans")
+    values = open_array(path, what, "biuf", "save integers, floating-point numbers or booleans")
     if values.shape != shape:
         raise UserError(
             f"{what} has shape {values.shape}, but the token ids have {shape}; give one number per token, or rename "

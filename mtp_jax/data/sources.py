@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mtp_jax.data import extras, files, synthetic
+from mtp_jax.data.arrays import open_array
 from mtp_jax.data.chat import ChatTemplate
 from mtp_jax.data.files import Document, Records, SourceFile
 from mtp_jax.errors import UserError
@@ -153,23 +154,18 @@ def read_token_file(path: str | os.PathLike[str]) -> np.ndarray:
     """
     if synthetic.is_synthetic(str(path)):
         return synthetic.make(str(path)).tokens_BT
-    try:
-        tokens = np.load(pathlib.Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise UserError(f"token file {str(path)!r} does not exist; give the path of a .npy of token ids") from error
-    except (ValueError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"token file {str(path)!r} cannot be read: {reason}; write it with numpy.save") from error
-    if not isinstance(tokens, np.ndarray) or not np.issubdtype(tokens.dtype, np.integer):
-        kind = getattr(tokens, "dtype", type(tokens).__name__)
-        raise UserError(f"token file {str(path)!r} holds {kind}; save the token ids as integers")
+    what = f"token file {str(path)!r}"
+    file = pathlib.Path(path).expanduser()
+    if not file.exists():
+        raise UserError(f"{what} does not exist; give the path of a .npy of token ids")
+    tokens = open_array(file, what, "iu", "save the token ids as integers")
     if tokens.ndim not in (1, 2):
-        raise UserError(f"token file {str(path)!r} has shape {tokens.shape}; use [tokens] or [documents, tokens]")
+        raise UserError(f"{what} has shape {tokens.shape}; use [tokens] or [documents, tokens]")
     if tokens.size == 0:
-        raise UserError(f"token file {str(path)!r} has shape {tokens.shape}; it holds no token")
+        raise UserError(f"{what} has shape {tokens.shape}; it holds no token")
     smallest = int(tokens.min())
     if smallest < 0:
-        raise UserError(f"token file {str(path)!r} holds the id {smallest}; token ids start at 0")
+        raise UserError(f"{what} holds the id {smallest}; token ids start at 0")
     return tokens
 
 
