@@ -5,6 +5,7 @@ without the parameters. So other parameters of the same shapes use the same prog
 """
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any, TypeVar
 
 import jax
@@ -17,6 +18,20 @@ Part = TypeVar("Part")
 def static(part: Part) -> Part:
     """A drafter or a hook without its parameters. With them, they would stay in memory as long as the program."""
     return dataclasses.replace(part, params=())
+
+
+def check_compiled(what: str, function: Any) -> None:
+    """Refuses what cannot be compiled into a program: programs are found by the hashes of their functions.
+
+    Args:
+      what: name of the field that holds the function, for the error message.
+      function: the function.
+
+    Raises:
+      UserError: it cannot be called, or has no hash.
+    """
+    if not (callable(function) and isinstance(function, Hashable)):
+        raise UserError(f"{what}={function!r} must be a function with a hash; it is compiled in")
 
 
 def arguments(what: str, params: Any) -> Any:

@@ -16,13 +16,14 @@ layers (`taps`) and use another vocabulary (`DraftContext.propose`). The drafter
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Arch
+from mtp_jax.decode.brought import check_compiled
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
 from mtp_jax.model.heads import FAMILIES
@@ -110,9 +111,7 @@ class Drafter:
         if not isinstance(self.num_draft, int) or self.num_draft < 0:
             raise UserError(f"Drafter.num_draft={self.num_draft!r}; it must be an int, 0 or above")
         for field in ("init", "draft"):
-            function = getattr(self, field)
-            if not (callable(function) and isinstance(function, Hashable)):
-                raise UserError(f"Drafter.{field}={function!r} must be a function with a hash; it is compiled in")
+            check_compiled(f"Drafter.{field}", getattr(self, field))
 
 
 def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_probs: bool) -> Drafts:

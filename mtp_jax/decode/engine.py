@@ -104,8 +104,7 @@ def prefill_chunk(
     seen = HookContext(input_BQ, start_B, last_B >= 0, index_B[:, None], _embed(plan, params))
     ask = Ask(plan.drafter.masks, index_B, plan.drafter.taps)
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
-    last_B1D = jnp.take_along_axis(state_BQD, index_B[:, None, None], axis=1)
-    logits_B1V, hook_caches = _logits(plan, params, controls, state, last_B1D, seen)
+    logits_B1V, hook_caches = _logits(plan, params, controls, state, state_BQD, seen)
     choices = _choose(plan, controls, state, logits_B1V, Drafts(state.drafts.tokens_BP[:, :0]))
     waiting = state._replace(caches=caches, hook_caches=hook_caches, done_B=state.done_B | ~ends_B)
     emitted, _ = _emit(waiting, choices)
@@ -234,7 +233,7 @@ def _logits(
 ) -> tuple[jax.Array, tuple]:
     """The model's logits [B, Q, V] after the hooks, and the caches of the hooks."""
     arch = plan.arch
-    logits_BQV = trunk.logits(arch, params, trunk.final_norm(arch, params, state_BQD))
+    logits_BQV = trunk.logits(arch, params, trunk.final_norm(arch, params, seen.wanted(state_BQD)))
     return apply_hooks(plan.hooks, controls.hooks, state.hook_caches, logits_BQV, seen)
 
 

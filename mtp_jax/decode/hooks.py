@@ -20,13 +20,14 @@ embeddings of prompts are not changed.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Arch
+from mtp_jax.decode.brought import check_compiled
 from mtp_jax.errors import UserError
 from mtp_jax.model.cache import LayerCache
 
@@ -41,9 +42,9 @@ class HookContext(NamedTuple):
     live_B: jax.Array
     """False for rows that do not take part, because their prompt ended in an earlier chunk. Do not use their tokens."""
     at_BX: jax.Array | None
-    """Which of the Q positions have logits; None means all. The logits at a position
-    are for the token after it. In a chunk of the prompt it is the row's last token. If the
-    prompt of a row does not end in this chunk, its logits have no meaning."""
+    """Which of the Q positions have logits; None means all. The logits at a position are for the token after it. In a
+    chunk of the prompt it is the row's last token. If the prompt of a row does not end in this chunk, its logits have
+    no meaning."""
     embed: Callable[[jax.Array], jax.Array]
     """Token ids to the model's embeddings."""
 
@@ -83,8 +84,8 @@ class Hook:
             raise UserError(f"hook {self.name!r} has neither apply nor embed; give one of them")
         for field in ("init", "apply", "embed"):
             function = getattr(self, field)
-            if function is not None and not (callable(function) and isinstance(function, Hashable)):
-                raise UserError(f"Hook.{field}={function!r} must be a function with a hash; it is compiled in")
+            if function is not None:
+                check_compiled(f"Hook.{field}", function)
 
 
 Hooks = tuple[Hook, ...]
