@@ -13,7 +13,7 @@ import numpy as np
 
 from mtp_jax import sharding
 from mtp_jax.bench.floor import bytes_touched, measure_bandwidth
-from mtp_jax.config import Config, MeshConfig
+from mtp_jax.config import Arch, Config, MeshConfig
 from mtp_jax.data.loader import heldout_prompts, load_heldout
 from mtp_jax.data.store import open_prepared
 from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts
@@ -158,7 +158,7 @@ def _sides(drafter: Drafter) -> dict[str, dict[str, Any]]:
 def _silent(num_draft: int) -> Drafter:
     """A drafter that drafts only zeros. A round with it costs as much as verification alone."""
 
-    def draft(config: Config, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
+    def draft(arch: Arch, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
         return Drafts(jnp.zeros((context.total_B.shape[0], num_draft), jnp.int32)), cache
 
     return Drafter("zeros", num_draft, lambda *_: (), draft)

@@ -113,7 +113,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
     params = sharding.param_shardings(mesh, boxed)
     abstract = jax.eval_shape(lambda: init_state(config, optimizer, key))
     placed = sharding.place_abstract(abstract.params, params)
-    by_path = dict(jax.tree_util.tree_leaves_with_path(placed))
+    param_at = dict(jax.tree_util.tree_leaves_with_path(placed))
     everywhere = sharding.replicated(mesh)
 
     def of_leaf(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -122,7 +122,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
         The path of a moment ends in the path of its parameter. Counters and short lists of constants belong to no
         parameter.
         """
-        param = next((by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path), None)
+        param = next((param_at[path[i:]] for i in range(len(path)) if path[i:] in param_at), None)
         if leaf.size == 1 or (param is None and leaf.ndim == 1):
             return everywhere
         found = None if param is None else _like(param, leaf, path)

@@ -86,7 +86,7 @@ def train_step(
       state: the training state.
       batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each. If there is `learn`, only tokens where it is 1
         are learned. `weights` (float32 [B, T]), if it is there, has the weight of each token as a target. If there is
-        `states` [B, T, E], the trunk does not run, see `mtp.trunk_states`. Other arrays are for terms of the loss.
+        `states` [B, T, U], the trunk does not run, see `mtp.trunk_states`. Other arrays are for terms of the loss.
 
     Returns:
       The next state, and the metrics at the point where the gradient was computed.
