@@ -27,7 +27,7 @@ from mtp_jax.decode.brought import check_compiled
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
 from mtp_jax.model.heads import FAMILIES
-from mtp_jax.model.heads.base import Round, run_if
+from mtp_jax.model.heads.base import Processed, Round, run_if
 
 
 class Drafts(NamedTuple):
@@ -44,31 +44,15 @@ class Drafts(NamedTuple):
     drafts are verified must not depend on the drawn tokens."""
 
 
-class DraftContext(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class DraftContext(Processed):
     """The data that a drafter may use."""
 
-    tap_BQD: jax.Array
-    """Tapped states of the Q positions that were just processed."""
-    start_B: jax.Array
-    """Position of the first of them."""
-    index_B: jax.Array
-    """Which of the Q positions produced the row's newest token. The positions after it were rejected."""
-    live_B: jax.Array
-    """False for rows that did not take part, because their prompt ended in an earlier chunk."""
-    tokens_BS: jax.Array
-    """Every row's prompt and output so far."""
-    total_B: jax.Array
-    """Number of tokens of each row. The newest token is at total - 1. Drafts are for positions from total on."""
-    count: int
-    """Number of drafts that the next round can use, at most P. With 0, a drafter only keeps its cache up to date."""
     propose: Callable[..., Drafts]
     """`propose(logits, first=0, ids_v=None)`: chooses tokens from logits [B, n, V], with the same noise as verification
     will use. `first` is the index of the first one among the drafts; 0 is the draft right after the newest token. With
     `ids_v` the logits are [B, n, v], over the drafter's own vocabulary: its token i is the model's token ids_v[i].
     (EAGLE-3 stores the difference, `d2t`: ids_v = d2t + arange(v).)"""
-    begin_B: jax.Array | int = 0
-    """Position from which each row was processed without a break. In later turns of a conversation it is above 0.
-    States that a drafter kept of earlier positions may belong to other tokens."""
     least: jax.Array | float = 0.0
     """A round is worth its extra cost over a plain step only if it expects at least this number of accepted drafts."""
     asks_heads: jax.Array | bool = True
@@ -173,9 +157,9 @@ def _heads_draft(arch: Arch, params: Any, cache: Any, context: DraftContext) -> 
         # Rounds with an infinite `least` verify nothing and measure the cost of drafting, so they must draft.
         return jnp.any(sure_B * best_following(context.count) >= context.least) | jnp.isinf(context.least)
 
-    shared = {name: getattr(context, name) for name in Round._fields if name in DraftContext._fields}
+    shared = {field.name: getattr(context, field.name) for field in dataclasses.fields(Processed)}
     embed = functools.partial(trunk.embed, arch, params)
-    now = Round(**shared | {"embed": embed, "propose": propose, "goes_on": goes_on if context.passes else None})
+    now = Round(**shared, embed=embed, propose=propose, goes_on=goes_on if context.passes else None)
     pieces, cache = FAMILIES[arch.heads.kind].draft(arch, params, cache, now)
     if not pieces:
         return _no_drafts(arch, params, (), context)[0], cache

@@ -38,29 +38,39 @@ class Rows(NamedTuple):
     segment_ids_BT: jax.Array
 
 
-class Round(NamedTuple):
-    """What a round has just processed, the argument of a family in decoding."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Processed:
+    """The positions that decoding has just processed, and the rows that they belong to."""
 
     tap_BQD: jax.Array
-    """Tapped states of Q positions."""
+    """Tapped states of the Q positions."""
     start_B: jax.Array
     """Position of the first of them."""
     index_B: jax.Array
     """Which of the Q positions produced the row's newest token. The positions after it were rejected."""
     live_B: jax.Array
-    """False for rows that did not take part. The states at their Q positions must not be used."""
+    """False for rows that did not take part, because their prompt ended in an earlier chunk. The states at their Q
+    positions must not be used."""
     tokens_BS: jax.Array
-    """Prompt and output of every row."""
+    """Every row's prompt and output so far."""
     total_B: jax.Array
-    """Number of tokens of each row. The newest is at position total - 1 = start + index + 1."""
+    """Number of tokens of each row. The newest is at position total - 1 = start + index + 1. Drafts are for positions
+    from total on."""
     count: int
-    """Number of drafts to make."""
+    """Number of drafts that the next round can use, at most P. With 0, only caches are kept up to date."""
+    begin_B: jax.Array | int = dataclasses.field(default=0, kw_only=True)
+    """Position from which each row was processed without a break. In later turns of a conversation it is above 0.
+    States that were kept of earlier positions may belong to other tokens."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Round(Processed):
+    """What a round has just processed, the argument of a family in decoding."""
+
     embed: Callable[[jax.Array], jax.Array]
     """Token ids to embeddings."""
     propose: Callable[[jax.Array, int], Any]
     """`(states_BPD, first) -> drafts`: drafts of heads first, first+1, ... from these states; `.tokens_BP` are ids."""
-    begin_B: jax.Array | int = 0
-    """Position from which each row was processed without a break. States of earlier positions must not be used."""
     goes_on: Callable[[Any], jax.Array] | None = None
     """`first drafts -> bool []`: whether further drafts can be useful. A family may call it to save work. None if they
     are always useful."""
