@@ -56,6 +56,18 @@ def drafted(lm: LoadedModel, params: Any, ids_S: jax.Array, first: jax.Array, ne
     return drafts.tokens_BP, drafts.sure_BP, *lookup(tokens_TS, at_T + 2, count)
 
 
+def answers(lm: LoadedModel, args: argparse.Namespace) -> dict[str, list[tuple[list[int], list[int]]]]:
+    """Token ids of prompts and of greedy answers, by kind of text; `args` has data, skip, prompts and new_tokens."""
+    made = {}
+    for kind in KINDS:
+        prompts = prompts_of(args.data, kind, args.skip + args.prompts)[args.skip :]
+        ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
+        new = mtp_jax.generate(lm, prompts, max_new_tokens=args.new_tokens, draft="none", ignore_eos=True).tokens
+        made[kind] = list(zip(ids, new, strict=True))
+        print(f"{kind}: {len(prompts)} prompts", flush=True)
+    return made
+
+
 def share(right: list[bool]) -> str:
     """The share of right drafts, and the number of drafts, as text."""
     return f"{np.mean(right):.2f} ({len(right):,})" if right else "-"
@@ -77,15 +89,11 @@ def main() -> None:
     run = jax.jit(lambda params, ids_S, first: drafted(lm, params, ids_S, first, args.new_tokens - COUNT))
     by_sure: dict[int, list[bool]] = {}
     lookups: dict[tuple[str, int], list[bool]] = {}
-    for kind in KINDS:
-        prompts = prompts_of(args.data, kind, args.skip + args.prompts)[args.skip :]
-        ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
-        made = mtp_jax.generate(lm, prompts, max_new_tokens=args.new_tokens, draft="none", ignore_eos=True)
-        for prompt, new in zip(ids, made.tokens, strict=True):
+    for answers_of_kind in answers(lm, args).values():
+        for prompt, new in answers_of_kind:
             whole = [*prompt, *new]
             padded = jnp.asarray(whole + [0] * (-len(whole) % TILE), jnp.int32)
             count(new, [np.asarray(part) for part in run(lm.decode_params, padded, len(prompt))], by_sure, lookups)
-        print(f"{kind}: {len(prompts)} prompts", flush=True)
     rows = [
         (f"head, p {low:.2f}-{min(high, 1):.2f}", share(by_sure.get(bucket, [])), "")
         for bucket, (low, high) in enumerate(itertools.pairwise(BOUNDS))

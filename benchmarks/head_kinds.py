@@ -21,15 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from draft_odds import COUNT, TILE, drafted
-from real_checkpoint import KINDS, prompts_of
+from draft_odds import COUNT, TILE, answers, drafted
+from real_checkpoint import KINDS
 from reporting import RESULTS, Report
 
 import mtp_jax
 from mtp_jax.axes import EMBED, LAYERS
 from mtp_jax.config import FamilyFacts, from_json, override
 from mtp_jax.decode.drafters import better
-from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.model import heads
 from mtp_jax.model.heads import base, medusa
 from mtp_jax.runs.workdir import STATES
@@ -94,16 +93,11 @@ def trained(source: pathlib.Path, out: pathlib.Path, settings: dict[str, Any], s
     return mtp_jax.load(out)
 
 
-def answers(lm: mtp_jax.LoadedModel, data: pathlib.Path, args: argparse.Namespace, path: pathlib.Path) -> dict:
-    """Token ids of prompts and greedy answers by kind of text; kept."""
+def kept_answers(lm: mtp_jax.LoadedModel, args: argparse.Namespace) -> dict:
+    """`answers`, from a file if they are there already."""
+    path = args.out / "answers.pkl"
     if not path.is_file():
-        made = {}
-        for kind in KINDS:
-            prompts = prompts_of(data, kind, args.skip + args.prompts)[args.skip :]
-            ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
-            new = mtp_jax.generate(lm, prompts, max_new_tokens=args.new_tokens, draft="none", ignore_eos=True).tokens
-            made[kind] = list(zip(ids, new, strict=True))
-        path.write_bytes(pickle.dumps(made))
+        path.write_bytes(pickle.dumps(answers(lm, args)))
     return pickle.loads(path.read_bytes())
 
 
@@ -140,7 +134,7 @@ def main() -> None:
     rows = []
     for name in args.kinds:
         lm = trained(args.accelerated, args.out / name.replace(", ", "-").replace(" ", ""), VARIANTS[name], args.steps)
-        made = answers(lm, args.data, args, args.out / "answers.pkl")
+        made = kept_answers(lm, args)
         rows.append((name, *measured(lm, made, args.new_tokens)))
         print(*rows[-1], sep=" | ", flush=True)
     note = f"{args.steps} steps each, {args.prompts} prompts of each kind of text, {args.new_tokens} greedy tokens."
