@@ -8,6 +8,7 @@ characters. So no document can contain its own end, and decoding gives back ever
 model reads it as that token, because chat text needs this. `data.special_tokens` overrides the choice.
 """
 
+import abc
 import dataclasses
 import functools
 import pathlib
@@ -47,7 +48,7 @@ _BLANK = re.compile(rf"\s{{{_LONGEST_PIECE}}}")
 _TOO_LONG = re.compile(rf"[^\W\d_]{{{_LONGEST_PIECE}}}|(?:[^\w\s]|_){{{_LONGEST_PIECE}}}|{_BLANK.pattern}")
 
 
-class Reading:
+class Reading(abc.ABC):
     """Turns text into ids: adds the tokens before and after a text, and decides how special tokens in it are read."""
 
     inner: Any
@@ -185,26 +186,26 @@ class Reading:
         beyond = self.beyond(limit)
         return beyond if beyond.keys() <= self._added.keys() else None
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the texts alone."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _placed(self, text: str, rendered: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text alone, and (start, stop) of each in the text. In a rendered text, special tokens are read."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _piece(self, token: int) -> str:
         """A token as it is written in the vocabulary."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def _added(self) -> Mapping[int, tokenizers.AddedToken]:
         """Added tokens by id, special tokens included."""
-        raise NotImplementedError
 
     def _begun(self, ids: list[int]) -> list[int]:
         first = list(self.marks.first)
