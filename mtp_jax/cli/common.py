@@ -8,7 +8,7 @@ import pathlib
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -78,6 +78,19 @@ def parse_run(kind: type[Run], argv: Sequence[str], command: str, description: s
         raise UserError(f"{command} needs a config file: {usage}; {command} --help lists the options")
     base = read_config(path) if path else Config()
     return path, *parse_over(base, kind, argv[1:] if path else argv, f"{command} CONFIG.py", description)
+
+
+def check_least(args: Any, least: Mapping[str, int]) -> None:
+    """Refuses options that are too small.
+
+    Args:
+      args: the parsed options.
+      least: the smallest value of each option, by the name of its field.
+    """
+    for name, smallest in least.items():
+        value = getattr(args, name)
+        if value < smallest:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {smallest}")
 
 
 def _one_line(boxed: str) -> str:

@@ -1,4 +1,4 @@
-"""`mtp bench decode SOURCE|CONFIG.py`: plain and drafted decoding side by side, each against its memory floor."""
+"""`mtp bench decode SOURCE|CONFIG.py`: measures plain and drafted decoding, each with its memory floor."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.bench.decode import SIDES, measure, random_model, random_prompts, text_prompts
-from mtp_jax.cli.common import parse, print_json, read_config
+from mtp_jax.cli.common import check_least, parse, print_json, read_config
 from mtp_jax.decode.drafters import make_drafter
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
@@ -21,35 +21,33 @@ class Args:
     """What to measure."""
 
     source: tyro.conf.Positional[str]
-    """Workdir of a trained or imported model, Hugging Face directory, .gguf file, smollm2, or CONFIG.py: random weights
-    of that shape."""
+    """Workdir of a trained or imported model, Hugging Face directory, .gguf file, smollm2, or CONFIG.py for random
+    weights of that shape."""
     data: str = ""
-    """Text to take prompts from, as `mtp eval --data`; by default the run's held-out text, and `stdlib` for a model
-    that we did not train."""
+    """Text for the prompts, as in `mtp eval --data`. The default is the held-out text of the run, or `stdlib` for an
+    imported model."""
     batch_size: int = 1
-    """Prompts decoded together. Acceptance needs many: its rounds are counted in the output."""
+    """Number of prompts decoded together. With few prompts the acceptance is not exact; the output shows the rounds."""
     prompt_tokens: int = 64
-    """Tokens of each prompt; random ids for random weights."""
+    """Number of tokens of each prompt. With random weights they are random ids."""
     max_new_tokens: int = 128
-    """Tokens decoded per prompt."""
+    """Number of tokens to decode per prompt."""
     draft: Literal["heads", "lookup", "heads+lookup", "auto"] = "auto"
-    """Who drafts; auto is heads, and lookup where there are none."""
+    """The drafter. auto means heads, or lookup if the model has no extra heads."""
     num_draft: int = -1
-    """Drafts per round; -1 drafts with every head, or the default of lookup. num_draft=auto is measured beside it."""
+    """Drafts per round. -1 drafts with every head, or with the default of lookup. num_draft=auto is also measured."""
     dtype: Literal["config", "float32", "bfloat16"] = "config"
     """Dtype of parameters and activations."""
     runs: int = 5
-    """Timed runs on each side; their median counts."""
+    """Number of timed runs of each side. The median is used."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 def main(argv: list[str]) -> None:
-    """Measures."""
+    """Measures, and prints the figures."""
     args = parse(Args, argv, "mtp bench decode", __doc__)
-    for name, least in (("batch_size", 1), ("prompt_tokens", 1), ("max_new_tokens", 2), ("runs", 1), ("num_draft", -1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    check_least(args, {"batch_size": 1, "prompt_tokens": 1, "max_new_tokens": 2, "runs": 1, "num_draft": -1})
     lm = _model(args)
     if args.draft == "auto":
         args = dataclasses.replace(args, draft="heads" if lm.config.heads.num_future > 1 else "lookup")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.bench.loss import COLUMNS, FORMS, Setting, cells, measure
-from mtp_jax.cli.common import parse, print_json
+from mtp_jax.cli.common import check_least, parse, print_json
 from mtp_jax.config import ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.runs.progress import say
@@ -29,12 +29,10 @@ class Args(Setting):
 
 
 def main(argv: list[str]) -> None:
-    """Measures."""
+    """Measures, and prints the figures."""
     args = parse(Args, argv, "mtp bench loss", __doc__)
     least = {"heads": 1, "vocab": 2, "tokens": 1, "rows": 1, "width": 1, "runs": 1, "chunk_bytes": 0, "error_tokens": 0}
-    for name, smallest in least.items():
-        if getattr(args, name) < smallest:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {smallest}")
+    check_least(args, least)
     if not args.forms:
         raise UserError(f"--forms is empty; give some of {', '.join(FORMS)}")
     ModelConfig(vocab_size=args.vocab)  # refuses what no model may have

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax.bench.train import measure
-from mtp_jax.cli.common import parse_run, print_json
+from mtp_jax.cli.common import check_least, parse_run, print_json
 from mtp_jax.config import Config
-from mtp_jax.errors import UserError
 from mtp_jax.runs.progress import say
 
 
@@ -23,19 +22,17 @@ class Args(Config):
     """A run's config and how long to measure."""
 
     runs: int = 5
-    """Timed turns, each of them `steps` steps and as much time in matrix products; medians count."""
+    """Number of timed turns. A turn is `steps` steps, and matrix products for about the same time. Medians are used."""
     steps: int = 1
-    """Steps of a turn."""
+    """Number of steps of a turn."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
 def main(argv: list[str]) -> None:
-    """Measures."""
+    """Measures, and prints the figures."""
     path, args, config = parse_run(Args, argv, "mtp bench train", __doc__)
-    for name in ("runs", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    check_least(args, {"runs": 1, "steps": 1})
     result = measure({path: config}, args.runs, args.steps, say)[path]
     print_json(result) if args.json else _print(result)
 
