@@ -1,7 +1,7 @@
-"""What a run trains: the rules of `train.trainable` over parameter paths.
+"""Which parameters a run trains: the rules of `train.trainable` over parameter paths.
 
-A rule is a word or a regular expression, and may end in `=FACTOR`. Of the rules that are found in a parameter's path
-the first decides. A parameter that none is found in stands still.
+A rule is a word or a regular expression, and may end in `=FACTOR`. The first rule that matches a parameter's path is
+used for this parameter. A parameter that no rule matches is frozen.
 
     ("heads", "final_norm=0.1")     heads at the learning rate, the final norm at a tenth of it, nothing else
     ("^blocks/", "all=0.5")         the blocks at the learning rate, everything else at half of it
@@ -16,22 +16,22 @@ from mtp_jax.config.checks import require
 from mtp_jax.errors import UserError
 
 WORDS = {"all": "", "heads": "^heads/"}
-"""Rules that are words, and the pattern of each."""
+"""The words that may stand for a pattern, and their patterns."""
 
 
 class TrainRule(NamedTuple):
     """One rule."""
 
     text: str
-    """As it was given."""
+    """The rule as the user gave it."""
     pattern: re.Pattern[str]
     factor: float
-    """On the learning rate."""
+    """Factor of the learning rate."""
 
     @property
     def of_heads(self) -> bool:
-        """Whether it can train nothing but heads: it begins with `heads/`, and no `|` outside of brackets leads to
-        anything else."""
+        """Whether it can match only parameters of heads: it begins with `heads/`, and has no `|` outside of
+        brackets."""
         bare = re.sub(r"\\.|\[[^]]*]", "", self.pattern.pattern)
         whole = ""
         while bare != whole:
@@ -45,7 +45,7 @@ def read_rules(trainable: str | tuple[str, ...]) -> tuple[TrainRule, ...]:
     """The rules of `train.trainable`, in order.
 
     Raises:
-      UserError: no rule, a pattern that is empty or no regular expression, or a factor that is not above 0.
+      UserError: there is no rule, a pattern is empty or is not a regular expression, or a factor is not above 0.
     """
     texts = (trainable,) if isinstance(trainable, str) else trainable
     require(bool(texts), "train.trainable=() trains nothing; use 'all', 'heads' or patterns over parameter paths")
@@ -63,7 +63,7 @@ def _read_rule(text: str) -> TrainRule:
 
 
 def _split(text: str) -> tuple[str, float]:
-    """Pattern and factor. A `=` before anything but a number belongs to the pattern."""
+    """Splits a rule into pattern and factor. A `=` that is not before a number belongs to the pattern."""
     pattern, equals, factor = text.rpartition("=")
     try:
         return (pattern, float(factor)) if equals else (text, 1.0)

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json: as transformers understands it, and as it is written. `Writing` of that layout."""
+"""Hugging Face's config.json: how transformers reads it, and how we write it. The `Writing` of this layout."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ def normalised(raw: dict[str, Any], origin: str) -> tuple[dict[str, Any], dict[s
 
     kind = CONFIG_MAPPING[raw["model_type"]]
     before = get_verbosity()
-    set_verbosity_error()  # it remarks on defaults of its own
+    set_verbosity_error()  # it warns about its own defaults
     try:
         defaults = kind().to_dict()
         return kind.from_dict(_told(raw, defaults)).to_dict(), defaults

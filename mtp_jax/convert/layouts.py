@@ -81,7 +81,7 @@ class Layout(Protocol):
 
 
 def recognised(path: pathlib.Path) -> type[Layout] | None:
-    """The layout of the table that a path is in, if any; those that were registered last are asked first."""
+    """The layout of a path, if the table has one. Layouts that were registered later are tried first."""
     return next((layout for layout in reversed(LAYOUTS.values()) if layout.recognises(path)), None)
 
 
@@ -145,7 +145,7 @@ class Meta(HuggingFace):
 
     @classmethod
     def recognises(cls, path: pathlib.Path) -> bool:
-        """Whether params.json stands there alone; next to a config.json it is a leftover."""
+        """Whether there is a params.json without a config.json. Next to a config.json it is only a leftover."""
         return (path / PARAMS).is_file() and not (path / CONFIG).is_file()
 
     def open(self, ignore: Sequence[str]) -> Opened:
@@ -169,7 +169,7 @@ class Gguf:
 
     @classmethod
     def recognises(cls, path: pathlib.Path) -> bool:
-        """Whether a file is one, by its name or its first bytes."""
+        """Whether a path is a GGUF file, by its name or its first bytes."""
         return header.is_gguf(path)
 
     @functools.cached_property

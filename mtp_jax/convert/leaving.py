@@ -1,4 +1,4 @@
-"""A model on its way into a layout: what the writer hands over, and what a layout must know to take it."""
+"""What the writer gives to a layout, and the functions that a layout needs to write a model."""
 
 import pathlib
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +9,7 @@ from mtp_jax.convert.layout import Architecture
 
 
 class Came(NamedTuple):
-    """What a model was when it was read from files."""
+    """The architecture and the config of a model when it was read from files."""
 
     architecture: Architecture
     raw: dict[str, Any]
@@ -22,47 +22,47 @@ class Leaving(NamedTuple):
     arch: Arch
     tokenizer: Any
     form: str
-    """Of the heads; "" without heads."""
+    """Form of the heads; "" without heads."""
     architecture: Architecture
     raw: dict[str, Any]
-    """Its config, as `Writing.describe` gave both."""
+    """The config. `Writing.describe` returned it with the architecture."""
     entries: list[Entry]
-    """Its tensors, by the names of the architecture."""
+    """The tensors, under the names of the architecture."""
     came: dict[str, Any] | None
-    """The config that it came with, in whatever layout; None where it came from no files."""
+    """The config in the original files, in any layout. None if the model was not read from files of others."""
     trained_further: bool
-    """Whether its parameters are no longer those that it came with."""
+    """Whether its parameters differ from those in the original files."""
 
 
 class Writing(Protocol):
-    """How models leave in a layout: a module, or an object, with these names."""
+    """How models are written in a layout: a module or an object with these names."""
 
     CONFIG_NAME: str
-    """The file of the config."""
+    """Name of the config file."""
 
     def architecture(self, raw: dict[str, Any]) -> Architecture:
-        """The architecture of a config that an import kept.
+        """The architecture of a config that an import has kept.
 
         Raises:
-          KeyError: one that we do not know.
+          KeyError: the architecture is unknown.
         """
 
     def describe(self, arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any]]:
-        """The architecture that holds a model, and the model's config in its fields.
+        """The architecture that can hold a model, and the model's config in the fields of the architecture.
 
         Args:
           arch: the model and its heads.
-          came: what the model was in this layout; None where it came from another, or from none.
+          came: the original architecture and config, if the model came in this layout; else None.
 
         Raises:
-          UserError: a model that this layout cannot hold.
+          UserError: this layout cannot hold the model.
         """
 
     def write(self, directory: pathlib.Path, leaving: Leaving, shard_bytes: int) -> dict[str, Any]:
-        """Writes config and tensors into an empty directory, and returns the config as it was written.
+        """Writes config and tensors into an empty directory, and returns the config that was written.
 
         Args:
-          directory: where to.
+          directory: the directory to write to.
           leaving: the model.
-          shard_bytes: most bytes of one file, where the layout has several.
+          shard_bytes: largest number of bytes of a file, if the layout has several.
         """

@@ -45,12 +45,12 @@ def split_params(config: Config, params: Any) -> tuple[Any, Any]:
 
 
 def _learns(config: Config, path: str) -> bool:
-    """Whether a step changes the parameter; never the whole numbers of a draft vocabulary."""
+    """Whether a step changes the parameter. The ids of a draft vocabulary never change."""
     return path != "draft_ids" and config.train.learns(path)
 
 
 def joined(learned: Any, rest: Any) -> Any:
-    """The tree of which `split_params` made two."""
+    """Joins the two trees that `split_params` returned."""
     both = dict(rest)
     for name, value in learned.items():
         both[name] = joined(value, rest[name]) if name in rest else value
@@ -58,15 +58,15 @@ def joined(learned: Any, rest: Any) -> Any:
 
 
 def rate_factors(config: Config, params: Any) -> Any:
-    """The factor on the learning rate of every parameter that trains, a tree like the first of `split_params`.
+    """The factor of the learning rate of every trained parameter, as a tree like the first of `split_params`.
 
     Args:
       config: the run's config.
       params: all parameters, or their abstract shapes; only paths are read.
 
     Raises:
-      UserError: a rule of `train.trainable` that decides about no parameter, or rules that train nothing but heads and
-        do not begin with `heads`.
+      UserError: a rule of `train.trainable` is used for no parameter, or the rules train only heads but do not begin
+        with `heads`.
     """
     learned, _ = split_params(config, params)
     rules = {path: config.train.rule_of(path) for path in by_path(learned)}
