@@ -78,22 +78,12 @@ def export_model(
     same = origin is not None and origin.layout.writing is writing
     described = arch if form else dataclasses.replace(arch, heads=HeadsConfig(num_future=1))
     entry, raw = writing.describe(described, Came(origin.architecture, origin.raw) if same else None)
-    pieces = _pieces(entry, arch, params)
-    beside = []
-    if form:
-        head_pieces = forms.pieces(forms.FORMS[form], entry, arch, mapping.shapes_of(params))
-        _check_all_written(form, pieces + head_pieces, params)
-        if forms.FORMS[form].inside:
-            pieces = pieces + head_pieces
-        else:
-            beside = head_pieces
+    pieces, beside = _pieces(entry, arch, params, form)
     dtype_of = _dtype_of(arch, origin, dtype)
     entries = mapping.entries(pieces, params, dtype_of)
     entries += _repeats(entries, head_writer.repeated(entry, arch, origin, form))
-    written = {entry.name for entry in entries}
     if origin is not None and origin.architecture is entry:
-        entries += copied({name: one for name, one in origin.untouched.items() if name not in written})
-        entries = [dataclasses.replace(one, name=origin.renamed.get(one.name, one.name)) for one in entries]
+        entries = _as_they_came(entries, origin)
     with whole_directory(out) as directory:
         came = origin.raw if origin else None
         leaving = Leaving(arch, lm.tokenizer, form, entry, raw, entries, came, lm.trained_further)
@@ -132,12 +122,23 @@ def _decoder(arch: Arch) -> Arch:
     return arch
 
 
-def _pieces(entry: Architecture, arch: Arch, params: Any) -> list[mapping.Piece]:
-    """The pieces of all parameters of the trunk."""
+def _pieces(entry: Architecture, arch: Arch, params: Any, form: str) -> tuple[list[mapping.Piece], list[mapping.Piece]]:
+    """The pieces of all parameters: those in the files of the trunk, and those in a separate directory of heads."""
     trunk = mtp.trunk_params(params)
     pieces = mapping.expand(entry.slots(), mapping.shapes_of(trunk), arch.model)
     _check_all_written(entry.model_type, pieces, trunk)
-    return pieces
+    if not form:
+        return pieces, []
+    of_heads = forms.pieces(forms.FORMS[form], entry, arch, mapping.shapes_of(params))
+    _check_all_written(form, pieces + of_heads, params)
+    return (pieces + of_heads, []) if forms.FORMS[form].inside else (pieces, of_heads)
+
+
+def _as_they_came(entries: list[Entry], origin: Origin) -> list[Entry]:
+    """The entries under the names in the original files, and the original tensors that were not used."""
+    written = {entry.name for entry in entries}
+    entries = entries + copied({name: one for name, one in origin.untouched.items() if name not in written})
+    return [dataclasses.replace(one, name=origin.renamed.get(one.name, one.name)) for one in entries]
 
 
 def _check_all_written(name: str, pieces: list[mapping.Piece], params: Any) -> None:
