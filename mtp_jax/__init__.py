@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mtp_jax.config import DataConfig as DataConfig
     from mtp_jax.config import DecodeConfig as DecodeConfig
     from mtp_jax.config import HeadsConfig as HeadsConfig
+    from mtp_jax.config import LoraConfig as LoraConfig
     from mtp_jax.config import LossConfig as LossConfig
     from mtp_jax.config import MeshConfig as MeshConfig
     from mtp_jax.config import ModelConfig as ModelConfig
@@ -52,6 +53,7 @@ _HOMES = {
     "ModelConfig": "config",
     "HeadsConfig": "config",
     "LossConfig": "config",
+    "LoraConfig": "config",
     "DataConfig": "config",
     "OptimConfig": "config",
     "MeshConfig": "config",

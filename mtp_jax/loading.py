@@ -13,12 +13,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.config import Arch, Config, MeshConfig, from_json
+from mtp_jax.config import Arch, Config, LoraConfig, MeshConfig, from_json
 from mtp_jax.errors import UserError
-from mtp_jax.model import mtp
+from mtp_jax.model import lora, mtp
 from mtp_jax.runs.ancestry import origin_folder
 from mtp_jax.runs.programs import bounded
 from mtp_jax.runs.progress import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The adapters of a run, which `load` has added to the weights of the model."""
+
+    config: LoraConfig
+    factors: Any = dataclasses.field(repr=False)
+    """`params["lora"]` of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,8 @@ class LoadedModel:
     """The Hugging Face checkpoint that the model comes from, for export. None if there is none."""
     decode_view: Any = dataclasses.field(default=None, repr=False)
     """The parameters of a model that only decodes. It has them in place of `params`. None for any other model."""
+    adapters: Adapters | None = dataclasses.field(default=None, repr=False)
+    """The adapters of a run with `lora`. The weights of the model have them already. None if there are none."""
 
     @property
     def arch(self) -> Arch:
@@ -241,9 +252,11 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     if dtype is not None:
         model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype)
         config = dataclasses.replace(config, model=model)
-    boxed = mtp.abstract(config.arch, token_order=config.has_token_order)
+    boxed = mtp.abstract(config.arch, token_order=config.has_token_order, adapters=config.lora)
     sharding.check_mesh(mesh, config.arch)
     params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
+    adapters = Adapters(config.lora, params["lora"]) if config.lora.rank else None
+    params = lora.merge(params, config.lora)
     origin = _origin(workdir, config)
     data = workdir / "data"
     trained = bool(config.train.init_from)
@@ -251,7 +264,7 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     if tokenizer is None and config.data.tokenizer != "none":
         raise UserError(f"{data / 'tokenizer.json'} is missing; `mtp train` on this run makes it again")
     check_size(tokenizer, config.arch, workdir, notify)
-    return LoadedModel(config, params, tokenizer, mesh, origin)
+    return LoadedModel(config, params, tokenizer, mesh, origin, adapters=adapters)
 
 
 def _read_config(workdir: pathlib.Path) -> Config:

@@ -1,9 +1,9 @@
 """Every setting of a run, with its default and its check. A value that cannot work is refused here.
 
 A run is one `Config`, made of sections. Each section has a file: `model`, `heads`, `loss`, `data`, `optim`, `mesh`,
-`training` (section `train`) and `decode`. `arch` is the model with its heads. `trunk` says what a model section must
-offer, for any kind of model. `run` checks that settings of different sections fit together. `text` writes a config as
-JSON and reads it back.
+`training` (section `train`), `decode` and `lora`. `arch` is the model with its heads. `trunk` says what a model section
+must offer, for any kind of model. `run` checks that settings of different sections fit together. `text` writes a config
+as JSON and reads it back.
 
 Config files are Python files that define `config = Config(...)`. The command line overrides any field by its dotted
 path (`--model.d_model 512`).
@@ -19,6 +19,8 @@ from mtp_jax.config.heads import Family as Family
 from mtp_jax.config.heads import FamilyFacts as FamilyFacts
 from mtp_jax.config.heads import HeadsConfig as HeadsConfig
 from mtp_jax.config.heads import families as families
+from mtp_jax.config.lora import LoraConfig as LoraConfig
+from mtp_jax.config.lora import adaptable as adaptable
 from mtp_jax.config.loss import LossConfig as LossConfig
 from mtp_jax.config.mesh import MeshConfig as MeshConfig
 from mtp_jax.config.model import ModelConfig as ModelConfig

@@ -7,10 +7,12 @@ from mtp_jax.config.checks import require
 from mtp_jax.config.data import DataConfig
 from mtp_jax.config.decode import DecodeConfig
 from mtp_jax.config.heads import HeadsConfig
+from mtp_jax.config.lora import LoraConfig, adapted
 from mtp_jax.config.loss import LossConfig
 from mtp_jax.config.mesh import MeshConfig
 from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.optim import OptimConfig
+from mtp_jax.config.trainable import read_rules
 from mtp_jax.config.training import TrainConfig
 
 
@@ -27,6 +29,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
+    lora: LoraConfig = LoraConfig()
 
     @classmethod
     def around(cls, arch: Arch, tokenizer: str) -> "Config":
@@ -50,6 +53,7 @@ class Config:
         self._check_rows()
         self._check_drafts()
         self._check_training()
+        self._check_adapters()
         self._check_mesh(arch)
 
     def _check_rows(self) -> None:
@@ -156,6 +160,32 @@ class Config:
             f"optim.name='schedule_free' with model.param_dtype={model.param_dtype!r}: the average of many steps needs "
             "float32; use model.param_dtype='float32'",
         )
+
+    def _check_adapters(self) -> None:
+        """Checks that adapters have matrices, are trained, and that their matrices are not."""
+        lora = self.lora
+        train = self.train
+        asked = f"train.trainable={train.trainable!r}"
+        if not lora.rank:
+            named = any(rule.of_adapters for rule in read_rules(train.trainable))
+            require(not named, f"{asked}, but lora.rank=0 has no adapters; set lora.rank, for example to 8")
+            return
+        require(
+            not self.heads.lora_rank,
+            f"lora.rank={lora.rank} with heads.lora_rank={self.heads.lora_rank}: heads.lora_rank is for a model that "
+            "stands still; use one of them",
+        )
+        for path in adapted(lora, self.model, self.heads):
+            require(
+                not train.learns(path),
+                f"{asked} trains {path} itself, and lora.rank={lora.rank} gives it an adapter; use 'lora', which "
+                "trains the adapters alone, or lora.rank=0",
+            )
+            require(
+                train.learns(f"lora/{path}/b"),
+                f"{asked} does not train lora/{path}/b, so this adapter of lora.rank={lora.rank} would have no effect; "
+                "use 'lora', or ('lora', ...) with further patterns",
+            )
 
     def _check_mesh(self, arch: Arch) -> None:
         """Checks that sizes which are split over devices divide by the number of devices."""

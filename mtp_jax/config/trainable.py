@@ -5,6 +5,7 @@ used for this parameter. A parameter that no rule matches is frozen.
 
     ("heads", "final_norm=0.1")     heads at the learning rate, the final norm at a tenth of it, nothing else
     ("^blocks/", "all=0.5")         the blocks at the learning rate, everything else at half of it
+    ("lora", "heads=10")            the adapters of `lora` at the learning rate, the heads at ten times of it
 """
 
 import functools
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from mtp_jax.config.checks import require
 from mtp_jax.errors import UserError
 
-WORDS = {"all": "", "heads": "^heads/"}
+WORDS = {"all": "", "heads": "^heads/", "lora": "^lora/"}
 """The words that may stand for a pattern, and their patterns."""
 
 
@@ -27,6 +28,11 @@ class TrainRule(NamedTuple):
     pattern: re.Pattern[str]
     factor: float
     """Factor of the learning rate."""
+
+    @property
+    def of_adapters(self) -> bool:
+        """Whether it names adapters."""
+        return re.match(r"\^?lora/", self.pattern.pattern) is not None
 
     @property
     def of_heads(self) -> bool:
@@ -48,7 +54,8 @@ def read_rules(trainable: str | tuple[str, ...]) -> tuple[TrainRule, ...]:
       UserError: there is no rule, a pattern is empty or is not a regular expression, or a factor is not above 0.
     """
     texts = (trainable,) if isinstance(trainable, str) else trainable
-    require(bool(texts), "train.trainable=() trains nothing; use 'all', 'heads' or patterns over parameter paths")
+    known = ", ".join(map(repr, WORDS))
+    require(bool(texts), f"train.trainable=() trains nothing; use {known} or patterns over parameter paths")
     return tuple(_read_rule(text) for text in texts)
 
 

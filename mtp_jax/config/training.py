@@ -21,9 +21,9 @@ class TrainConfig:
     continues."""
     trainable: str | tuple[str, ...] = "all"
     """What is trained. Nothing else has a gradient or an optimizer state. Use `all`, or `heads` for the extra heads
-    alone (give the trained model with `init_from`), or one or several regular expressions over parameter paths such as
-    `blocks/attn/q`. `PATTERN=0.1` trains at a tenth of the learning rate. If several patterns match a parameter, the
-    first one counts. All layers of a stack have one path."""
+    alone (give the trained model with `init_from`), `lora` for the adapters of the `lora` section, or one or several
+    regular expressions over parameter paths such as `blocks/attn/q`. `PATTERN=0.1` trains at a tenth of the learning
+    rate. If several patterns match a parameter, the first one counts. All layers of a stack have one path."""
     init_from: str = ""
     """Workdir of a finished run. The new run starts with the parameters of its trunk, and with `init_heads='same'` also
     with those of its heads. Both runs need the same `model` section and the same tokenizer. Once the new run has a

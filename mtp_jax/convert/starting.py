@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from mtp_jax.config import Config, OptimConfig, TrainConfig, override
+from mtp_jax.config import Config, LoraConfig, OptimConfig, TrainConfig, override
 from mtp_jax.convert import fetch
 from mtp_jax.runs.progress import say
 from mtp_jax.training.start import config_of
@@ -43,7 +43,7 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
     }
     if start.heads.num_future == 1 and "heads" not in sections:
         settled["train"]["init_heads"] = "new"
-    fresh = dataclasses.replace(start, optim=OptimConfig(), train=TrainConfig())
+    fresh = dataclasses.replace(start, optim=OptimConfig(), train=TrainConfig(), lora=LoraConfig())
     changes = {name: settled.get(name, {}) | sections.get(name, {}) for name in (*settled, *sections)}
     flat = {f"{section}.{field}": value for section, fields in changes.items() for field, value in fields.items()}
     return override(fresh, flat)

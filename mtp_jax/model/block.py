@@ -136,9 +136,14 @@ def _placement() -> Placement | None:
 
 
 def variables(block: dict[str, Any]) -> dict[str, Any]:
-    """The variables to apply `Block` with, from a block's parameters and `constants`."""
-    params = dict(block)
-    return {"constants": {"attn": params.pop("constants")}, "params": params}
+    """The variables to apply `Block` with, from a block's parameters, `constants` and, with adapters, `lora`."""
+    return {"constants": {"attn": block["constants"]}, **without_constants(block)}
+
+
+def without_constants(block: dict[str, Any]) -> dict[str, Any]:
+    """The variables to apply a block without attention with: its parameters and, with adapters, `lora`."""
+    params = {name: tree for name, tree in block.items() if name not in ("constants", "lora")}
+    return {"params": params} | ({"lora": block["lora"]} if "lora" in block else {})
 
 
 class Block(nn.Module):
@@ -244,7 +249,7 @@ class Block(nn.Module):
 
 
 class BlockWithoutAttention(nn.Module):
-    """x + f(norm(x)), position by position."""
+    """x + f(norm(x)), position by position. It can be applied with a collection "lora", like `Block`."""
 
     config: ModelConfig
 

@@ -8,9 +8,20 @@ tree. They have a leading layer axis if the blocks have one:
 A `Block` that is applied with the factors as collection "lora" adds x A B to every x W, for all tokens from `lora_from`
 on. The result for earlier tokens is the same as without LoRA, bit for bit. `merged` adds the update to the weights, for
 all tokens.
+
+The adapters of a run (`config.lora`) are `params["lora"]`. The factors of a matrix have its path there:
+
+    params["lora"]["blocks"]["attn"]["q"]["a"]          params["lora"]["heads"]["blocks"]["mlp"]["up"]["b"]
+
+The model is used in one of two forms. `attached` gives every stack of blocks an entry `lora` with its factors. So scans
+over layers, cuts at taps and rematerialisation treat them like the other arrays of a block, and the input of an adapter
+can have dropout. Training uses this form. `merge` has the updates in the weights. Decoding and export use this form.
 """
 
+import functools
 import math
+import operator
+import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -18,20 +29,19 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.axes import LAYERS
+from mtp_jax.config import Arch, LoraConfig
+from mtp_jax.config.lora import MATRICES, adapted
 from mtp_jax.kernels.linear import linear
 
 Params = dict[str, Any]
 
-MATRICES = (("attn", ("q", "k", "v", "o")), ("mlp", ("gate", "up", "down")))
-"""The matrices that have an update: all of a block with a gated feed-forward layer."""
-
 
 def init(key: jax.Array, blocks: Params, rank: int) -> Params:
-    """Fresh factors for stacked blocks, boxed with their logical axis names.
+    """Fresh factors for all matrices of stacked blocks, boxed with their logical axis names.
 
     Args:
       key: a PRNG key.
-      blocks: the boxed blocks [L, ...]; only shapes and dtypes are used.
+      blocks: the boxed blocks [L, ...]; only shapes, dtypes and names are used.
       rank: R.
 
     Returns:
@@ -41,23 +51,28 @@ def init(key: jax.Array, blocks: Params, rank: int) -> Params:
     for number, (layer, names) in enumerate(MATRICES, start=1):
         factors[layer] = {}
         for i, name in enumerate(names):
-            weights = blocks[layer][name].value
-            L = weights.shape[0]
-            inner, outer = _sides(name, weights.shape[1:])
             here = jax.random.fold_in(jax.random.fold_in(key, number), i)
-            a_LIR = inner**-0.5 * jax.random.normal(here, (L, inner, rank), weights.dtype)
-            b_LRO = jnp.zeros((L, rank, outer), weights.dtype)
-            factors[layer][name] = {
-                "a": nn.LogicallyPartitioned(a_LIR, (LAYERS, None, None)),
-                "b": nn.LogicallyPartitioned(b_LRO, (LAYERS, None, None)),
-            }
+            box = blocks[layer][name]
+            factors[layer][name] = _pair(here, name, box, rank, box.value.dtype)
     return factors
 
 
-def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Input and output width of a matrix, from its stored shape: attn/o is [N, H, D], attn/q is [D, N, H]."""
-    inputs = 2 if name == "o" else 1
-    return math.prod(shape[:inputs]), math.prod(shape[inputs:])
+def _pair(key: jax.Array, name: str, box: Any, rank: int, dtype: Any) -> Params:
+    """Fresh A and B of a stack of matrices. They are split over devices like the sides of the matrix."""
+    L, *shape = box.value.shape
+    inputs = _inputs(name)
+    a_LIR = math.prod(shape[:inputs]) ** -0.5 * jax.random.normal(key, (L, math.prod(shape[:inputs]), rank), dtype)
+    b_LRO = jnp.zeros((L, rank, math.prod(shape[inputs:])), dtype)
+    _, *names = box.names
+    return {
+        "a": nn.LogicallyPartitioned(a_LIR, (LAYERS, names[0], None)),
+        "b": nn.LogicallyPartitioned(b_LRO, (LAYERS, None, names[inputs])),
+    }
+
+
+def _inputs(name: str) -> int:
+    """Number of input axes in the stored shape of a matrix: attn/o is [N, H, D], attn/q is [D, N, H]."""
+    return 2 if name == "o" else 1
 
 
 def collection(factors: Params | None, alpha: float) -> Params:
@@ -67,15 +82,22 @@ def collection(factors: Params | None, alpha: float) -> Params:
 
 def _scaled(factors: Params, alpha: float) -> Params:
     def scaled(pair: Params) -> Params:
-        return {"a": pair["a"], "b": alpha / pair["a"].shape[-1] * pair["b"]}
+        return pair | {"b": alpha / pair["a"].shape[-1] * pair["b"]}
 
     return {layer: {name: scaled(pair) for name, pair in pairs.items()} for layer, pairs in factors.items()}
 
 
 def add(y_BTO: jax.Array, x_BTI: jax.Array, pair: Params, first: int) -> jax.Array:
-    """y + (x A) B for the tokens from `first` on, and y for the tokens before."""
-    update_BTO = linear(linear(x_BTI[:, first:], pair["a"]), pair["b"])
+    """y + (x A) B for the tokens from `first` on, and y for the tokens before. With a `key`, x has dropout."""
+    x_BTI = _dropped(x_BTI[:, first:], pair["key"], pair["dropout"]) if "key" in pair else x_BTI[:, first:]
+    update_BTO = linear(linear(x_BTI, pair["a"]), pair["b"])
     return jnp.concatenate([y_BTO[:, :first], y_BTO[:, first:] + update_BTO], axis=1) if first else y_BTO + update_BTO
+
+
+def _dropped(x_BTI: jax.Array, key: jax.Array, share: jax.Array) -> jax.Array:
+    """x with this share of its numbers at zero, and the others divided by 1 - share."""
+    kept_BTI = jax.random.bernoulli(key, 1 - share, x_BTI.shape)
+    return jnp.where(kept_BTI, x_BTI / (1 - share).astype(x_BTI.dtype), 0)
 
 
 def merged(blocks: Params, factors: Params, alpha: float) -> Params:
@@ -83,13 +105,116 @@ def merged(blocks: Params, factors: Params, alpha: float) -> Params:
     result as the blocks with the factors."""
     result = dict(blocks)
     for layer, pairs in _scaled(factors, alpha).items():
-        updated = {name: blocks[layer][name] + _product(pair, blocks[layer][name]) for name, pair in pairs.items()}
+        updated = {name: _updated(blocks[layer][name], pair["a"], pair["b"]) for name, pair in pairs.items()}
         result[layer] = blocks[layer] | updated
     return result
 
 
-def _product(pair: Params, weights: jax.Array) -> jax.Array:
-    """A B in the shape and dtype of the weights, computed in float32."""
+def _updated(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The weights + A B, computed in float32, in the shape and dtype of the weights."""
     exact = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-    update = jnp.einsum("...IR,...RO->...IO", pair["a"], pair["b"], **exact)
-    return update.reshape(weights.shape).astype(weights.dtype)
+    update = jnp.einsum("...IR,...RO->...IO", a, b, **exact)
+    return (weights.astype(jnp.float32) + update.reshape(weights.shape)).astype(weights.dtype)
+
+
+# The adapters of a run.
+
+
+def init_adapters(arch: Arch, config: LoraConfig, key: jax.Array, params: Params) -> Params:
+    """Fresh factors of the adapted matrices, in float32, boxed with their logical axis names.
+
+    Args:
+      arch: the model and its heads.
+      config: rank and targets.
+      key: a PRNG key.
+      params: the boxed parameters; only shapes and names are used.
+    """
+    adapters: Params = {}
+    for path in adapted(config, arch.model, arch.heads):
+        *above, name = path.split("/")
+        box = functools.reduce(operator.getitem, (*above, name), params)
+        tree = adapters
+        for part in above:
+            tree = tree.setdefault(part, {})
+        tree[name] = _pair(_key_of(key, path), name, box, config.rank, jnp.float32)
+    return adapters
+
+
+def _key_of(key: jax.Array, path: str) -> jax.Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def attached(params: Params, config: LoraConfig, noise: jax.Array | None = None) -> Params:
+    """Parameters to apply the model with: every stack of blocks with adapters has their factors as an entry `lora`.
+
+    Args:
+      params: parameters; without adapters, they are returned unchanged.
+      config: the section of the run.
+      noise: a PRNG key for dropout; None is no dropout.
+    """
+    if "lora" not in params:
+        return params
+    whole = {name: tree for name, tree in params.items() if name != "lora"}
+    for stack, factors in _stacks(params["lora"]):
+        ready = _scaled(factors, config.alpha)
+        if noise is not None and config.dropout:
+            ready = _noisy(ready, _key_of(noise, stack), config.dropout)
+        whole = _with_blocks(whole, stack, _blocks(whole, stack) | {"lora": ready})
+    return whole
+
+
+def _noisy(factors: Params, noise: jax.Array, share: float) -> Params:
+    """Factors with a key [L] for each matrix, and the share of its inputs that are dropped, [L]."""
+
+    def noisy(path: str, pair: Params) -> Params:
+        L = pair["a"].shape[0]
+        return pair | {"key": jax.random.split(_key_of(noise, path), L), "dropout": jnp.full((L,), share, jnp.float32)}
+
+    return {
+        layer: {name: noisy(f"{layer}/{name}", pair) for name, pair in pairs.items()}
+        for layer, pairs in factors.items()
+    }
+
+
+def merge(params: Params, config: LoraConfig) -> Params:
+    """Parameters without adapters, which have the updates in their weights.
+
+    Only one matrix is in memory twice at a time: each array that changes is given up.
+
+    Args:
+      params: parameters; without adapters, they are returned unchanged.
+      config: the section of the run.
+    """
+    if "lora" not in params:
+        return params
+    whole = {name: tree for name, tree in params.items() if name != "lora"}
+    for stack, factors in _stacks(params["lora"]):
+        for layer, pairs in _scaled(factors, config.alpha).items():
+            for name, pair in pairs.items():
+                blocks = _blocks(whole, stack)
+                changed = blocks[layer] | {name: _update_in_place(blocks[layer][name], pair)}
+                whole = _with_blocks(whole, stack, blocks | {layer: changed})
+    return whole
+
+
+def _update_in_place(weights: jax.Array, pair: Params) -> jax.Array:
+    """`_updated`, on the devices of the weights, which are given up."""
+    run = jax.jit(_updated, donate_argnums=0, out_shardings=weights.sharding)
+    return run(weights, pair["a"], pair["b"])
+
+
+def _stacks(adapters: Params) -> list[tuple[str, Params]]:
+    """The factors of each stack of blocks, with its path."""
+    stacks = [("blocks", adapters["blocks"])] if "blocks" in adapters else []
+    return stacks + ([("heads/blocks", adapters["heads"]["blocks"])] if "heads" in adapters else [])
+
+
+def _blocks(params: Params, stack: str) -> Params:
+    """The stack of blocks at a path."""
+    return functools.reduce(operator.getitem, stack.split("/"), params)
+
+
+def _with_blocks(params: Params, stack: str, blocks: Params) -> Params:
+    """Parameters with another stack of blocks at a path."""
+    name, _, rest = stack.partition("/")
+    return params | {name: _with_blocks(params[name], rest, blocks) if rest else blocks}

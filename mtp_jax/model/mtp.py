@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Arch
+from mtp_jax.config import Arch, LoraConfig
 from mtp_jax.model import heads, lm, lora, trunk
 from mtp_jax.model.block import Block, variables
 from mtp_jax.model.cache import LayerCache
@@ -26,8 +26,8 @@ from mtp_jax.model.layers import Embed
 Params = dict[str, Any]
 OF_HEADS = ("heads", "draft_ids")
 """Top-level names of the parameters of extra heads."""
-OF_TRAINING = ("token_order",)
-"""Top-level names of the parameters that only training needs."""
+OF_TRAINING = ("token_order", "lora")
+"""Top-level names of the parameters that only training needs. `lora.merge` moves adapters into the model."""
 
 
 def trunk_params(params: Params) -> Params:
@@ -35,7 +35,17 @@ def trunk_params(params: Params) -> Params:
     return {name: tree for name, tree in params.items() if name not in (*OF_HEADS, *OF_TRAINING)}
 
 
-def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order: bool = False) -> Params:
+NO_LORA = LoraConfig()
+
+
+def init_boxed(
+    arch: Arch,
+    key: jax.Array,
+    given: Params | None = None,
+    *,
+    token_order: bool = False,
+    adapters: LoraConfig = NO_LORA,
+) -> Params:
     """Parameters boxed with their logical axis names. `sharding.py` evaluates this abstractly and reads the names.
 
     `draft_ids` [v] are the ids of the draft vocabulary, of `heads.draft_vocab` = v tokens. No training step changes
@@ -54,6 +64,9 @@ def init_boxed(arch: Arch, key: jax.Array, given: Params | None = None, *, token
         params["heads"] = _filled(fresh, given["heads"]) if "heads" in given else fresh
     if token_order:
         params["token_order"] = Embed(arch.model).init(order_key)["params"]
+    if adapters.rank:
+        fresh = lora.init_adapters(arch, adapters, jax.random.fold_in(key, 3), params)
+        params["lora"] = _filled(fresh, given["lora"]) if "lora" in given else fresh
     return params
 
 
@@ -61,7 +74,14 @@ def _filled(boxed: Params, values: Params) -> Params:
     return jax.tree.map(lambda box, value: box.replace(value=value), boxed, values, is_leaf=lm.is_box)
 
 
-def init(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order: bool = False) -> Params:
+def init(
+    arch: Arch,
+    key: jax.Array,
+    given: Params | None = None,
+    *,
+    token_order: bool = False,
+    adapters: LoraConfig = NO_LORA,
+) -> Params:
     """Fresh parameters, a tree of plain dicts.
 
     Args:
@@ -70,13 +90,14 @@ def init(arch: Arch, key: jax.Array, given: Params | None = None, *, token_order
       given: trees that replace the fresh ones, by top-level name. If heads start as a copy of a part of the model, they
         copy that part of the given tree.
       token_order: whether to add the unembedding of the token order objective (`losses/order.py`).
+      adapters: which matrices have adapters, in `params["lora"]`.
     """
-    return nn.meta.unbox(init_boxed(arch, key, given, token_order=token_order))
+    return nn.meta.unbox(init_boxed(arch, key, given, token_order=token_order, adapters=adapters))
 
 
-def abstract(arch: Arch, *, token_order: bool = False) -> Params:
+def abstract(arch: Arch, *, token_order: bool = False, adapters: LoraConfig = NO_LORA) -> Params:
     """Shapes and dtypes of the parameters, boxed with their logical axis names. Nothing is allocated."""
-    return jax.eval_shape(lambda: init_boxed(arch, jax.random.key(0), token_order=token_order))
+    return jax.eval_shape(lambda: init_boxed(arch, jax.random.key(0), token_order=token_order, adapters=adapters))
 
 
 def apply(
@@ -138,6 +159,8 @@ def trunk_states(
 
 def with_constants(arch: Arch, params: Params) -> Params:
     """Parameters with the constants of the trunk and of its heads."""
+    if "lora" in params:
+        raise ValueError("these parameters have adapters; use lora.attached or lora.merge first")
     params = trunk.with_constants(arch, params)
     return params | ({"heads": base.with_constants(arch, params["heads"])} if "heads" in params else {})
 

@@ -5,9 +5,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
+from mtp_jax import sharding
 from mtp_jax.config import Config, HeadsConfig, TrunkConfig, from_json
 from mtp_jax.errors import UserError
-from mtp_jax.model import mtp
+from mtp_jax.model import lora, mtp
 from mtp_jax.runs.checkpoint import restore_params
 
 FREE = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
@@ -80,9 +83,21 @@ def parameters_to_start_from(
         for name, tree in abstract_params.items()
         if name not in mtp.OF_TRAINING and (name not in mtp.OF_HEADS or settings.init_heads == "same")
     }
+    other = config_of(source)
+    if other.lora.rank:
+        wanted["lora"] = _adapters(other, wanted)
     params, step = restore_params(source, wanted, notify=notify)
+    params = lora.merge(params, other.lora)
     notify(f"starting from {source}, step {step}" + (", heads too" if "heads" in params else ""))
     return params
+
+
+def _adapters(other: Config, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Shapes of the adapters of a run, on the devices of the parameters that are wanted of it. If its heads are not
+    wanted, their adapters are left out."""
+    mesh = jax.tree.leaves(wanted)[0].sharding.mesh
+    boxed = mtp.abstract(other.arch, adapters=other.lora)["lora"]
+    return sharding.abstract_params(mesh, {name: tree for name, tree in boxed.items() if name in wanted})
 
 
 def _check_same(section: str, old: TrunkConfig | HeadsConfig, new: TrunkConfig | HeadsConfig, source: str) -> None:

@@ -88,8 +88,8 @@ def rate_factors(config: Config, params: Any) -> Any:
 
 
 def init_params(config: Config, key: jax.Array, given: Any = None) -> Any:
-    """New parameters of a run: those of `mtp.init`, and those that only its objectives need."""
-    return mtp.init(config.arch, key, given, token_order=config.has_token_order)
+    """New parameters of a run: those of `mtp.init`, its adapters, and those that only its objectives need."""
+    return mtp.init(config.arch, key, given, token_order=config.has_token_order, adapters=config.lora)
 
 
 def init_state(
@@ -109,7 +109,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
       ValueError: the shape of a leaf of the optimizer's state does not fit that of its parameter.
     """
     key = jax.random.key(0)
-    boxed = mtp.abstract(config.arch, token_order=config.has_token_order)
+    boxed = mtp.abstract(config.arch, token_order=config.has_token_order, adapters=config.lora)
     params = sharding.param_shardings(mesh, boxed)
     abstract = jax.eval_shape(lambda: init_state(config, optimizer, key))
     placed = sharding.place_abstract(abstract.params, params)

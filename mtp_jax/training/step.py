@@ -1,6 +1,7 @@
 """The optimizer step and the evaluation step, which are pure functions. `compile_steps` jits both."""
 
 import functools
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import HeadSums, head_scale
 from mtp_jax.losses.schedules import head_weights
 from mtp_jax.losses.xent import XentSpec
+from mtp_jax.model import lora
 from mtp_jax.training import meter
 from mtp_jax.training.objectives import (
     Batch,
@@ -44,6 +46,9 @@ RECORDED = (
     *meter.FIELDS,
 )
 """Names that the record of a step in the metrics has without any term. Those of an evaluation begin with `heldout_`."""
+
+NOISE = zlib.crc32(b"lora.dropout")
+"""Is folded into the seed for dropout noise, so that it is independent of other random choices."""
 
 
 class StepMetrics(NamedTuple):
@@ -100,29 +105,37 @@ def train_step(
     learned, rest = split_params(config, state.params)
     point = gradient_point(state.opt_state, learned)
 
-    def value_and_grad(micro: tuple) -> tuple[tuple[jax.Array, Parts], dict]:
+    def value_and_grad(micro: tuple, number: jax.Array) -> tuple[tuple[jax.Array, Parts], dict]:
         def loss(point: Any) -> Any:
-            return total_loss(config, spec, joined(point, rest), *micro, scale_M, terms)
+            noise = jax.random.fold_in(_noise(config, state.step), number)
+            params = lora.attached(joined(point, rest), config.lora, noise)
+            return total_loss(config, spec, params, *micro, scale_M, terms)
 
         return jax.value_and_grad(loss, has_aux=True)(point)
 
-    def accumulate(total: tuple, micro: tuple) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, value_and_grad(micro)), None
+    def accumulate(total: tuple, numbered: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(*numbered)), None
 
     whole = (batch, targets, weight_BT)
     if config.train.grad_accum == 1:
-        (loss, parts), grads = value_and_grad(whole)
+        (loss, parts), grads = value_and_grad(whole, jnp.zeros((), jnp.int32))
     else:
         micros = _split(whole, config.train.grad_accum)
-        shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], micros))
+        numbers_A = jnp.arange(config.train.grad_accum)
+        shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], micros), numbers_A[0])
         # The sums are always float32, so that a sum over many micro-batches loses no precision.
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-        ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, micros)
+        ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, (micros, numbers_A))
         grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, learned)
     updates, opt_state = optimizer.update(grads, state.opt_state, learned)
     params = joined(optax.apply_updates(learned, updates), rest)
     metrics = StepMetrics(loss, parts.sums, parts.extras, optax.tree.norm(grads), w_M)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _noise(config: Config, step: jax.Array) -> jax.Array:
+    """The key of the dropout noise of a step. It does not depend on when the run was stopped and continued."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), NOISE), step)
 
 
 def _shares(weights_BT: jax.Array) -> jax.Array:
@@ -149,6 +162,7 @@ def _split(whole: tuple, count: int) -> tuple:
 def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> HeadSums:
     """Sums over a held-out batch. Padding (segment 0) does not count."""
     targets = batch_targets(config, params, batch)
+    params = lora.attached(params, config.lora)
     scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
     return loss_sums(config, spec, params, batch, targets, scale_M)[1]
 

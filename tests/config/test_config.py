@@ -20,6 +20,7 @@ from mtp_jax.config import (
     DataConfig,
     DecodeConfig,
     HeadsConfig,
+    LoraConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -417,6 +418,41 @@ REFUSED = [
     (
         lambda: Config(mesh=MeshConfig(fsdp=4), model=ModelConfig(d_model=258)),
         "model.d_model=258 does not divide over mesh.fsdp * mesh.context = 4",
+    ),
+    (lambda: LoraConfig(rank=-1), "lora.rank=-1 is negative; 0 switches adapters off"),
+    (lambda: LoraConfig(rank=2, alpha=0.0), "lora.alpha=0.0; it must be above 0"),
+    (lambda: LoraConfig(rank=2, dropout=1.0), "lora.dropout=1.0; it must be at least 0 and below 1"),
+    (lambda: LoraConfig(rank=2, targets=()), "lora.targets=() names no matrix"),
+    (lambda: LoraConfig(rank=2, targets="("), "lora.targets='(' is not a regular expression"),
+    (lambda: LoraConfig(alpha=8.0), "lora.alpha=8.0 has no effect without lora.rank"),
+    (lambda: LoraConfig(dropout=0.1), "lora.dropout=0.1 has no effect without lora.rank"),
+    (lambda: LoraConfig(targets="attn"), "lora.targets='attn' has no effect without lora.rank"),
+    (lambda: Config(train=TrainConfig(trainable="lora")), "train.trainable='lora', but lora.rank=0 has no adapters"),
+    (lambda: Config(train=TrainConfig(trainable=("heads", "lora=2"))), "but lora.rank=0 has no adapters"),
+    (lambda: Config(lora=LoraConfig(rank=2)), "train.trainable='all' trains blocks/attn/q itself, and lora.rank=2"),
+    (
+        lambda: Config(lora=LoraConfig(rank=2), train=TrainConfig(trainable="^embed/")),
+        "train.trainable='^embed/' does not train lora/blocks/attn/q/b",
+    ),
+    (
+        lambda: Config(lora=LoraConfig(rank=2, targets=("attn/q", "atn")), train=TrainConfig(trainable="lora")),
+        "lora.targets='atn' matches no matrix; paths are blocks/attn/q, blocks/attn/k",
+    ),
+    (
+        lambda: Config(
+            lora=LoraConfig(rank=2),
+            train=TrainConfig(trainable="lora"),
+            model=ModelConfig(num_experts=4, experts_per_token=2),
+        ),
+        "lora.targets='^blocks/' with model.num_experts=4: adapters of experts are not implemented",
+    ),
+    (
+        lambda: Config(
+            lora=LoraConfig(rank=2),
+            train=TrainConfig(trainable="lora"),
+            heads=HeadsConfig(kind="masks", lora_rank=2),
+        ),
+        "lora.rank=2 with heads.lora_rank=2",
     ),
 ]
 

@@ -20,7 +20,7 @@ from mtp_jax.axes import EMBED, LAYERS, VOCAB
 from mtp_jax.config import Arch, ModelConfig
 from mtp_jax.model import lm
 from mtp_jax.model import trunk as trunks
-from mtp_jax.model.block import Block, BlockWithoutAttention, variables
+from mtp_jax.model.block import Block, BlockWithoutAttention, variables, without_constants
 from mtp_jax.model.cache import LayerCache, init_cache
 from mtp_jax.model.layers import Norm
 
@@ -208,7 +208,7 @@ def run_blocks(arch: Arch, blocks: Params, x_BTD: jax.Array, rows: Rows) -> jax.
 
 def without_attention(arch: Arch, block: Params, x_BTD: jax.Array) -> jax.Array:
     """One block of a head that has no attention."""
-    return BlockWithoutAttention(head_model(arch)).apply({"params": block}, x_BTD)
+    return BlockWithoutAttention(head_model(arch)).apply(without_constants(block), x_BTD)
 
 
 def end_norm(arch: Arch, params: Params, states: jax.Array, norm: Params | None) -> jax.Array:
