@@ -28,6 +28,7 @@ from mtp_jax.runs.progress import say
 if TYPE_CHECKING:
     from mtp_jax.cli.eval import Args
 
+WIDE = 400
 JUDGES = 4
 """Answers that are judged at once, if each is judged in a process."""
 
@@ -82,6 +83,12 @@ def _kinds(data: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def _console() -> Console:
+    """Standard output. In a file, tables have as much room as they need."""
+    width = None if sys.stdout.isatty() else WIDE
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, width=width)
+
+
 def print_compared(compared: Compared, without: tuple[str, ...] = ()) -> None:
     """Prints a table for every kind of text, the controls, and what a reader must see.
 
@@ -89,7 +96,7 @@ def print_compared(compared: Compared, without: tuple[str, ...] = ()) -> None:
       compared: the figures.
       without: beginnings of the names of figures that are left out.
     """
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+    console = _console()
     for kind in compared.measured[0]:
         table = Table(*columns(compared), box=None, padding=(0, 2), header_style="bold")
         for row in rows(compared, kind):
@@ -181,7 +188,7 @@ def _report(args: "Args", results: list[TaskResult], files: list[pathlib.Path]) 
     if args.json:
         print_json(whole)
         return
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+    console = _console()
     table = Table(
         "model", "accuracy (95 %)", "right", "answers", "cut off", "wrong, by reason", box=None, padding=(0, 2)
     )

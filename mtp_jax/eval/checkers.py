@@ -190,11 +190,11 @@ def tests_of(record: Mapping[str, Any]) -> str:
 
 def program_of(answer: str, record: Mapping[str, Any]) -> str:
     """The source that an answer stands for; see `code`."""
-    fenced = FENCE.search(answer)
-    source = fenced.group(1) if fenced else answer
     entry_point = record.get("entry_point")
     prompt = record.get("prompt")
-    if not entry_point or not isinstance(prompt, str):
+    continues = bool(entry_point) and isinstance(prompt, str)
+    source = _code_in(answer, continues)
+    if not continues:
         return source
     defines = re.search(rf"^(?:async )?def {re.escape(str(entry_point))}\b", source, re.MULTILINE)
     if not defines:
@@ -202,6 +202,15 @@ def program_of(answer: str, record: Mapping[str, Any]) -> str:
     # The prompt's imports and helpers stand before the function.
     begun = re.search(rf"^(?:async )?def {re.escape(str(entry_point))}\b", prompt, re.MULTILINE)
     return (prompt[: begun.start()] if begun else "") + source
+
+
+def _code_in(answer: str, continues: bool) -> str:
+    """The code of an answer, without the words around it."""
+    before = answer.split("```", 1)[0]
+    if continues and re.match(r"\s*\n*[ \t]+\S", before):
+        return before  # the body of a function; the fence behind it ends a block that the prompt was in
+    fenced = FENCE.search(answer)
+    return fenced.group(1) if fenced else answer
 
 
 def _indented(source: str, prompt: str) -> str:

@@ -62,6 +62,8 @@ def rows(compared: Compared, kind: str) -> list[Row]:
         "tf predicted gain": [own.tf_predicted_gain for own in measured],
     }
     for name, values in predicted.items():
+        if np.all(np.isnan(values)):
+            continue
         found.append((name, *(f"{value:.3f}" if not math.isnan(value) else "-" for value in values), *blank))
     return found
 

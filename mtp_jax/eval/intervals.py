@@ -8,6 +8,7 @@ Two models on the same documents are compared by the difference of their ratios 
 in a document is hard for both, so this interval is much narrower than the two alone.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -49,6 +50,21 @@ class Ratio(NamedTuple):
     def interval(self, seed: int = 0) -> Interval:
         """The figure and its interval. The same seed and documents give the same interval."""
         return _interval(self.value, _drawn((self,), seed)[0])
+
+
+def share(over: float, under: int) -> Interval:
+    """A share of independent trials with the Wilson score interval (Wilson 1927), which also has a width if all or none
+    of the trials succeed.
+
+    Args:
+      over: number of successes; with several answers to a trial, the sum of their mean success.
+      under: number of trials.
+    """
+    rate = over / under
+    z = 1.959964
+    middle = (rate + z * z / (2 * under)) / (1 + z * z / under)
+    half = z / (1 + z * z / under) * math.sqrt(rate * (1 - rate) / under + z * z / (4 * under * under))
+    return Interval(rate, max(middle - half, 0.0), min(middle + half, 1.0))
 
 
 def difference(one: Ratio, other: Ratio, seed: int = 0) -> Interval:

@@ -12,6 +12,7 @@ Position t of head m predicts token t+1+m. Two further targets serve as controls
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ from mtp_jax.training.objectives.targets import inputs, token_weights
 
 LOGITS_BYTES = 2**26
 """Bytes of logits in memory at once."""
+EVERY = 10
+"""Seconds between two lines about the progress."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,10 +117,14 @@ def score(
     run = jax.jit(functools.partial(_numbers, config))
     where = sharding.batch_sharding(lm.mesh)
     parts = []
+    said = time.monotonic()
     with jax.set_mesh(lm.mesh):
         for batch in heldout_batches(rows, config.train.batch_size // config.train.grad_accum, limit):
             placed = {name: jax.device_put(one_BT, where) for name, one_BT in batch.items()}
             parts.append(jax.device_get(run(lm.stacked_params(), placed)))
+            if time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                progress(f"rows: {min(sum(part['nll_MT'].shape[1] for part in parts), count)} of {count}")
     size = min(count * (rows.seq_len - 1), len(rows.tokens))
     flat = {name: _flat([part[name] for part in parts])[:, :size] for name in parts[0]}
     starts = rows.doc_starts[rows.doc_starts < size]

@@ -30,6 +30,8 @@ OFFSETS = 8
 """Positions inside a span that the profile has."""
 FREE = 64
 """Most spans that are generated for the free-running accuracy."""
+TOGETHER = 16
+"""Spans that are decoded together."""
 LONGEST_FREE = 16
 """Most tokens of such a span."""
 
@@ -233,8 +235,10 @@ def free_running(lm: LoadedModel, rows: PackedRows, scored: Scored, spans: Spans
     row_start = (chosen.start - 1) // stride * stride
     begin = np.maximum(rows.doc_starts[document], row_start)
     prompts = [rows.tokens[a:b].tolist() for a, b in zip(begin, chosen.start, strict=True)]
-    made = generate(lm, prompts, max_new_tokens=int(chosen.length.max()), draft="none", ignore_eos=True)
+    options = {"max_new_tokens": int(chosen.length.max()), "draft": "none", "ignore_eos": True}
+    parts = [prompts[start : start + TOGETHER] for start in range(0, len(prompts), TOGETHER)]
+    made = [tokens for part in parts for tokens in generate(lm, part, **options).tokens]
     wanted = [rows.tokens[a : a + n].tolist() for a, n in zip(chosen.start, chosen.length, strict=True)]
-    right = [made[: len(span)] == span for made, span in zip(made.tokens, wanted, strict=True)]
+    right = [made[: len(span)] == span for made, span in zip(made, wanted, strict=True)]
     sums = [np.bincount(document, weights=part, minlength=scored.documents) for part in (right, np.ones(len(right)))]
     return Ratio(*sums)

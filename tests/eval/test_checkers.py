@@ -61,6 +61,7 @@ HUMANEVAL = {"prompt": PROMPT, "entry_point": "f", "test": "def check(c):\n    a
         "    return 2 * g(x)\n",
         "return 2 * g(x)\n",
         "    return 2 * g(x)\n\nprint(f(\n",
+        "    return 2 * g(x)\n```\n\nThis doubles x.",
         "```python\ndef f(x):\n    return 2 * g(x)\n```\nIt doubles.",
         "Sure!\n```\n    return 2 * g(x)\n```",
         "def f(x):\n    return 2 * g(math.floor(x))\n",

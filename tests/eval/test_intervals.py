@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtp_jax.eval.intervals import Ratio, difference, quotient
+from mtp_jax.eval.intervals import Ratio, difference, quotient, share
 
 
 def drawn(rng, documents=40, mean=2.0):
@@ -44,6 +44,15 @@ def test_one_document_has_no_interval():
     """With one document there is nothing to draw from: the ends are nan, and nothing is above 0."""
     interval = Ratio(np.array([3.0]), np.array([2.0])).interval()
     assert interval.value == 1.5 and np.isnan(interval.low) and not interval.is_above_zero
+
+
+def test_wilson():
+    """The ends are the rates p with |k/n - p| = 1.96 sqrt(p (1-p) / n); 0 of 8 is not certain to be 0."""
+    for k, n in ((4, 5), (0, 8), (8, 8), (300, 900)):
+        one = share(k, n)
+        for end in {one.low, one.high} - {0.0, 1.0}:
+            assert abs(k / n - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / n))
+    assert share(0, 8).low == 0 and share(0, 8).high == pytest.approx(0.3244, abs=1e-4)
 
 
 def test_different_documents_cannot_be_paired():
