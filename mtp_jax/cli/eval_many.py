@@ -166,7 +166,7 @@ def _say_isolation() -> None:
 def _answers_file(args: "Args", name: str) -> pathlib.Path:
     """The file for the answers of a model."""
     own = pathlib.Path(name)
-    stem = pathlib.Path(args.task).stem
+    stem = f"{pathlib.Path(args.task).stem}-answers"
     if args.output:
         last = short_names(args.sources)[args.sources.index(name)].strip("/").replace("/", "--")
         return pathlib.Path(args.output) / (f"{stem}.jsonl" if len(args.sources) == 1 else f"{stem}-{last}.jsonl")

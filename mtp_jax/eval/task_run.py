@@ -24,6 +24,7 @@ from mtp_jax.eval.checkers import Checker, judged
 from mtp_jax.eval.intervals import Interval, Ratio, share
 from mtp_jax.eval.task_file import Question
 from mtp_jax.loading import LoadedModel
+from mtp_jax.runs.integrity import write_atomically
 from mtp_jax.runs.strict_json import strict
 
 
@@ -174,16 +175,13 @@ def _open(path: pathlib.Path, header: dict[str, Any]) -> dict[tuple[int, int], d
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            write_atomically(path, json.dumps(header) + "\n")
         except OSError as error:
             raise UserError(f"the answers cannot be written to {path}: {error.strerror}; give --output") from error
         return {}
-    text = path.read_text(encoding="utf-8")
-    whole, _, torn = text.rpartition("\n")
-    if torn:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-    first, *lines = whole.split("\n")
     try:
+        whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
+        first, *lines = whole.split("\n")
         same = json.loads(first) == header
         records = [json.loads(line) for line in lines]
         found = {(one["question"], one["sample"]): one for one in records}
@@ -193,6 +191,8 @@ def _open(path: pathlib.Path, header: dict[str, Any]) -> dict[tuple[int, int], d
         raise UserError(
             f"{path} has answers of another model, task or setting; give another --output, or delete the file"
         )
+    if torn:
+        write_atomically(path, whole + "\n")
     return found
 
 

@@ -1,5 +1,6 @@
 """Code that a model wrote passes only by giving right values, and never harms or ends what runs it."""
 
+import json
 import os
 import pathlib
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 from mtp_jax.errors import UserError
+from mtp_jax.eval.sandbox import outside
 from mtp_jax.eval.sandbox.outside import Limits, isolation, run_tests
 
 TEST = "assert f(2) == 4"
@@ -143,6 +145,12 @@ def test_directories_are_removed(tmp_path, monkeypatch):
     program = "import os\nfor _ in range(1200):\n    os.mkdir('d')\n    os.chdir('d')\ndef f(x): return 4"
     run_tests(program, TEST, "f")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_verdict_needs_the_word():
+    """A verdict without the word that only the process with the tests has read counts for nothing."""
+    made = json.dumps({"word": "guessed", "reason": "right", "detail": ""}).encode()
+    assert outside._read(made, 0, "secret")[0] == "exit" and outside._read(made, 0, "guessed")[0] == "right"
 
 
 def test_limits_are_positive():

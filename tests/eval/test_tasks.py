@@ -70,9 +70,10 @@ def test_answers_of_other_settings_are_not_continued(task, tmp_path):
     with pytest.raises(UserError, match="another model, task or setting"):
         solved(task, path, seed=1)
     assert path.read_text() == before
-    path.write_text("hello\n")
+    path.write_text("hello\nworld")
     with pytest.raises(UserError, match="is not a file of answers"):
         solved(task, path)
+    assert path.read_text() == "hello\nworld"
 
 
 def test_a_checker_that_raises_or_prints(task, tmp_path, capsys):

@@ -116,10 +116,9 @@ def compile_longest(program: str) -> Any:
 def lock(limits: dict[str, int], directory: str) -> None:
     """Sets the limits and takes away what the answer may not use. None of it can be undone."""
     set_limits(limits)
-    calls = kernel.refuse_calls
     readable = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc/localtime", "/etc/ld.so.cache"}
     files_kept = kernel.restrict_files(sorted(readable), directory)
-    calls_kept = calls()
+    calls_kept = kernel.refuse_calls()
     sys.addaudithook(_hook(os.path.realpath(directory), files_kept and calls_kept))
 
 
