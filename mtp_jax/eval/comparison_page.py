@@ -131,6 +131,7 @@ def _plot_loss(path: pathlib.Path, names: Sequence[str], measured: Sequence[Meas
     figure, axes = new_figure("Held-out loss by head", "head", "nats per token")
     for index, (name, own) in enumerate(zip(names, measured, strict=True)):
         _bars(axes, index, len(names), name, [one.interval() for one in own.heads["loss"]], 0)
+    axes.set_xticks(range(max(len(own.heads["loss"]) for own in measured)))
     axes.legend(frameon=False)
     save_figure(figure, path)
     return True
@@ -160,6 +161,7 @@ def _plot_accepted(path: pathlib.Path, names: Sequence[str], measured: Sequence[
         depth = np.arange(1, len(own.tf_accept_at) + 1)
         forced = [one.value for one in own.tf_accept_at]
         axes.plot(depth, forced, color=COLORS[index % len(COLORS)], marker="o", label=f"{name}, teacher-forced")
+    axes.set_xticks(range(1, 1 + max(len(own.tf_accept_at) for own in measured)))
     axes.set_ylim(0, 1.05)
     axes.legend(frameon=False)
     save_figure(figure, path)
@@ -174,6 +176,7 @@ def _plot_spans(path: pathlib.Path, names: Sequence[str], measured: Sequence[Mea
         color = COLORS[index % len(COLORS)]
         values = [one.value for one in own.spans.profile["nll"]]
         axes.plot(range(len(values)), values, color=color, marker="o", label=name)
+        axes.set_xticks(range(len(values)))
         axes.axhline(own.spans.outside["nll"].value, color=color, linestyle=":", linewidth=1)
     axes.legend(frameon=False)
     save_figure(figure, path)

@@ -3,7 +3,7 @@
 The prompts are the documents here: the bootstrap draws prompts.
 
 The gain is also predicted. A round takes c times as long as a plain step. c is measured on other runs than the gain, on
-one prompt:
+a few prompts:
 
     predicted gain      tokens_per_round / c       from decoding
     tf_predicted gain   tf_tokens_per_round / c    from the true text, before anything is decoded
@@ -17,6 +17,7 @@ import numpy as np
 
 from mtp_jax.data.loader import count_prompts, heldout_prompts
 from mtp_jax.data.pack import PackedRows
+from mtp_jax.decode.result import Generation
 from mtp_jax.eval.acceptance import OneByOne, pair
 from mtp_jax.eval.intervals import Interval, Ratio, of_sums
 from mtp_jax.loading import LoadedModel
@@ -24,6 +25,8 @@ from mtp_jax.runs.metrics import distinct_ratio
 
 PLAIN = "plain"
 DRAFTED = "drafted"
+FOR_COST = 3
+"""Prompts that are decoded once more for the cost of a round."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +90,7 @@ def decode_prompts(
     progress(f"decoding {count} prompts plainly and with drafts, {timed_runs} timed runs each")
     sides = {PLAIN: {"draft": "none"}, DRAFTED: {"draft": "heads", "num_draft": lm.config.num_draft}}
     decode = OneByOne(lm, sides, max_new_tokens=settings.max_new_tokens, timed_runs=timed_runs)
-    cost = pair(decode(pairs[0][0]), PLAIN, DRAFTED)
+    apart = [pair(decode(prompt), PLAIN, DRAFTED) for prompt, _ in pairs[:FOR_COST]]
     made = [pair(decode(prompt), PLAIN, DRAFTED) for prompt, _ in pairs]
     stats = [one.drafted.stats for one in made]
     depths = len(stats[0].histogram) - 1
@@ -99,15 +102,16 @@ def decode_prompts(
         tokens_per_round=Ratio(emitted, np.array([one.rounds for one in stats], float)),
         accept_at=[of_sums(sums, _accepted(depth, depths)) for depth in range(1, depths + 1)],
         gain=Ratio(*seconds),
-        pass_cost=_cost(cost.drafted_seconds, cost.drafted.stats.batch_rounds)
-        / _cost(cost.plain_seconds, cost.plain.stats.batch_rounds),
+        pass_cost=_cost([(one.drafted_seconds, one.drafted) for one in apart])
+        / _cost([(one.plain_seconds, one.plain) for one in apart]),
         distinct=distinct_ratio([tokens for one in made for tokens in one.drafted.tokens]),
         reference_distinct=distinct_ratio([reference for _, reference in pairs]),
     )
 
 
-def _cost(seconds: float, passes: int) -> float:
-    return seconds / max(passes, 1)
+def _cost(runs: list[tuple[float, Generation]]) -> float:
+    """Seconds of one pass."""
+    return sum(seconds for seconds, _ in runs) / max(sum(made.stats.batch_rounds for _, made in runs), 1)
 
 
 def _accepted(depth: int, depths: int) -> Callable[[np.ndarray], np.ndarray]:
