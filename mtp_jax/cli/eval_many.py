@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mtp_jax.cli.eval import Args
 
 WIDE = 400
+IN_PROCESSES = ("code", "regex")
 JUDGES = 4
 """Answers that are judged at once, if each is judged in a process."""
 
@@ -123,7 +124,7 @@ def solve(args: "Args") -> None:
     questions = read_task(
         args.task, args.checker, Fields(args.prompt_field, args.answer_field, args.template), args.limit
     )
-    in_processes = args.checker in ("code", "regex")
+    in_processes = args.checker in IN_PROCESSES
     if in_processes:
         _say_isolation()
     how = Answering(
@@ -180,7 +181,9 @@ def _report(args: "Args", results: list[TaskResult], files: list[pathlib.Path]) 
         {"name": name, "answers_file": str(file)} | result.as_json()
         for name, file, result in zip(args.sources, files, results, strict=True)
     ]
-    whole: dict[str, Any] = {"task": args.task, "checker": args.checker, "models": models, "isolation": isolation()}
+    whole: dict[str, Any] = {"task": args.task, "checker": args.checker, "models": models}
+    if args.checker in IN_PROCESSES:
+        whole["isolation"] = isolation()
     pairs = zip(args.sources[1:], apart, strict=True)
     whole["differences"] = [{"model": name, "baseline": args.sources[0]} | one.as_json() for name, one in pairs]
     if len(models) == 1:

@@ -140,10 +140,16 @@ def test_nothing_of_the_parent_is_visible(monkeypatch):
 
 
 def test_directories_are_removed(tmp_path, monkeypatch):
-    """Also one that is nested deeper than Python's recursion."""
+    """The directory of an answer is removed, also one that is nested deeper than Python's recursion."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    program = "import os\nfor _ in range(1200):\n    os.mkdir('d')\n    os.chdir('d')\ndef f(x): return 4"
-    run_tests(program, TEST, "f")
+    run_tests("import os\nos.mkdir('d')\ndef f(x): return 4", TEST, "f")
+    assert os.listdir(tmp_path) == []
+    deep = tmp_path / "a"
+    path = str(deep)
+    for _ in range(1100):
+        os.mkdir(path)
+        path += "/d"
+    outside._remove(str(deep))
     assert os.listdir(tmp_path) == []
 
 
