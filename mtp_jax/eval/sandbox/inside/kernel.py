@@ -10,6 +10,7 @@ import errno
 import os
 import platform
 import struct
+import sys
 from collections.abc import Sequence
 
 X86 = (
@@ -48,18 +49,20 @@ OTHER_TABLE = 0x40000000
 WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
 LAST_RIGHT = {1: 13, 2: 14, 3: 15, 4: 15}
 """Number of file rights by version of Landlock; later versions have 16."""
+LINUX = sys.platform == "linux"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def hide() -> None:
     """Keeps processes of the same user from reading the memory of this one."""
-    _libc.prctl(SET_DUMPABLE, 0, 0, 0, 0)
+    if LINUX:
+        _libc.prctl(SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def refuse_calls() -> bool:
     """Refuses the calls in `REFUSED` from now on, with EPERM. Returns whether the kernel does it."""
     arch, numbers = REFUSED.get(platform.machine(), (0, ()))
-    if not numbers or _libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0):
+    if not LINUX or not numbers or _libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
 
     def step(code: int, k: int, yes: int = 0, no: int = 0) -> bytes:
@@ -78,7 +81,7 @@ def refuse_calls() -> bool:
 
 def restrict_files(readable: Sequence[str], writable: str) -> bool:
     """Allows reading only below `readable`, and everything below `writable`. Returns whether the kernel does it."""
-    version = _libc.syscall(444, None, 0, 1)
+    version = _libc.syscall(444, None, 0, 1) if LINUX else 0
     if version < 1 or _libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
     everything = (1 << LAST_RIGHT.get(version, 16)) - 1
