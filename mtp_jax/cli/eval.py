@@ -9,6 +9,7 @@ from mtp_jax.cli.common import own_directory, parse, print_evaluation, print_jso
 from mtp_jax.data.loader import load_heldout
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
+from mtp_jax.eval.ceiling import ceilings, check_ceilings
 from mtp_jax.eval.page import make_directory, write_page
 from mtp_jax.eval.report import heldout_losses, with_decoding
 from mtp_jax.loading import LoadedModel, is_run, load
@@ -41,6 +42,11 @@ class Args:
     """File or directory with heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pattern of config fields and tensors of a Hugging Face checkpoint to ignore; may be given several times."""
+    marginalise: int = 0
+    """K: also compare the heads with the marginals of the model, summed over the K most probable tokens of each step.
+    A marginal is the model's own distribution of a later token: the ceiling for a head. 0 leaves it out."""
+    marginal_positions: int = 200
+    """Number of positions of the text for --marginalise; 0 takes all."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -50,6 +56,8 @@ def main(argv: list[str]) -> None:
     args = parse(Args, argv, "mtp eval", "Evaluate a trained model: loss by head, bits per byte, acceptance, speed.")
     keep_compiled(own_directory(args.source))
     lm = load(args.source, ignore=args.ignore, heads_from=args.heads_from or None)
+    if args.marginalise or args.marginal_positions != Args.marginal_positions:
+        check_ceilings(lm, args.marginalise, args.marginal_positions)
     settings = lm.config.decode
     changes = {name: getattr(args, name) for name in ("num_prompts", "max_new_tokens") if getattr(args, name)}
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, decode=dataclasses.replace(settings, **changes)))
@@ -71,6 +79,9 @@ def main(argv: list[str]) -> None:
         losses = heldout_losses(lm, rows, progress=say)
         lm = lm.give_up_params()  # from here on it only decodes, and is in memory once
         result = with_decoding(losses, lm, rows, progress=say)
+        if args.marginalise:
+            found = ceilings(lm, rows, args.marginalise, args.marginal_positions, progress=say)
+            result = dataclasses.replace(result, marginals=found)
         page = write_page(directory, f"{args.source} on {source}", result, [], {})
     if args.json:
         print_json(result.as_json() | {"report": str(page)})

@@ -11,8 +11,8 @@ copied from path to path. The nodes of depth 2, in order:
     visit        x1       y1       y2       x2       y1       y3
     slots 2 3 4  c x1 .   c x1 y1  c x1 y2  c x2 .   c x2 y1  c x2 y3      x1 and x2 are visited again on the way
 
-A lane is one row of the batch. A row of the caller has one lane, or several lanes that share its nodes, each with a copy
-of the cache of the row. The host plans the visits of a level from what the model said about the level before.
+A lane is one row of the batch. A row of the caller has one lane, or several lanes that share its nodes. Each of these
+has a copy of the cache of the row. The host plans the visits of a level from the distributions of the level before.
 """
 
 import dataclasses
