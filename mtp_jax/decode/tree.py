@@ -125,10 +125,10 @@ def _prefill(model: Model, plan: Plan, ids: list[list[int]], padded: int, slots:
 
 
 class Paths(NamedTuple):
-    """The nodes of one level of one row, in the order of their tokens. J counts them."""
+    """The nodes of one level of one row, in the order of their tokens."""
 
     tokens_JX: np.ndarray
-    """The tokens of each path, [nodes, depth]."""
+    """The tokens of the path to each node, [nodes, depth]."""
     mass_J: np.ndarray
     """The probability of each path, float64."""
 

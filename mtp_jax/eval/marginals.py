@@ -47,7 +47,7 @@ def marginals(
 
     Args:
       lm: a loaded model. Its extra heads, if any, are not used.
-      tokens_BT: token ids [B, T]; or a list of rows of any lengths.
+      tokens_BT: token ids [B, T]; or a list of rows of any lengths, each token ids or text.
       offset: 1 is the next token, 2 the token after it, and so on.
       top_k: K, number of tokens to sum over at each step, from 1 to V. With K = V nothing is left out.
       most_paths: the most continuations of one length that are followed: those with the largest probability. None
