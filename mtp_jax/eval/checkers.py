@@ -6,8 +6,8 @@ compares with. `checker(NAME)` gives one of these:
     exact    the answer is the text of `answer`; space around both does not count
     number   the last number in the answer equals the last number of `answer`, as in GSM8K (Cobbe et al. 2021)
     regex    the regular expression in `answer` is found in the answer
-    code     the answer's code passes the tests of the record, as in HumanEval (Chen et al. 2021) and MBPP (Austin et al.
-             2021); it runs in a sandbox
+    code     the answer's code passes the tests of the record, as in HumanEval (Chen et al. 2021) and MBPP (Austin et
+             al. 2021); it runs in a sandbox
     FILE.py:NAME    a function of yours
 
 No answer ends the run: a checker that raises counts as wrong, with that reason.
@@ -25,7 +25,11 @@ from typing import Any, NamedTuple
 from mtp_jax.errors import UserError
 from mtp_jax.eval.sandbox.outside import Limits, Outcome, run_tests
 
-NUMBER = re.compile(r"(?<![\w.])-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\w,])|(?<![\w.])-?\d+(?:\.\d+)?|\d+(?:\.\d+)?")
+NUMBER = re.compile(
+    r"(?<![\w.])-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?!\w|,[0-9])"  # 1,200.50
+    r"|(?<![\w.])-?[0-9]+(?:\.[0-9]+)?"
+    r"|[0-9]+(?:\.[0-9]+)?"  # behind a word or a point, where a minus is no sign
+)
 FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 RIGHT = "right"
 TESTS = ("test", "test_list", "tests")

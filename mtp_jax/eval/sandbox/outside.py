@@ -37,7 +37,7 @@ SHOWN = 500
 class Limits:
     """Limits of one answer."""
 
-    seconds: float = 5.0
+    seconds: float = 15.0
     """Time by the clock, for the answer and its tests together. Then all of its processes are killed."""
     cpu_seconds: int = 5
     """Time of the processor, of each of the two processes."""

@@ -117,6 +117,7 @@ class Remote:
         self._number = number
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Calls it in the answer's process."""
         return self._link.ask("call", self._number, list(arguments), keywords)
 
     def __getattr__(self, name: str) -> Any:

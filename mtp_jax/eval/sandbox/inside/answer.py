@@ -49,6 +49,7 @@ def serve(program: str, limits: dict[str, int], directory: str, inlet: int, outl
             wire.send(outlet, _raised(error))
 
     lock(limits, directory)
+    sys.stdout.reconfigure(line_buffering=True)  # the process may be ended at any time
     namespace: dict[str, Any] = {"__name__": "answer", "__builtins__": builtins}
 
     def start() -> list[Any]:
