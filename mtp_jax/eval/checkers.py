@@ -13,12 +13,10 @@ compares with. `checker(NAME)` gives one of these:
 No answer ends the run: a checker that raises counts as wrong, with that reason.
 """
 
-import contextlib
 import decimal
 import functools
 import re
 import runpy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,16 +84,13 @@ def _of_file(file: str, function: str) -> Checker:
 def judged(check: Checker, answer: str, record: Mapping[str, Any]) -> Verdict:
     """The verdict of a checker. A checker that raises, or returns something else, counts as wrong.
 
-    What a checker prints goes to standard error.
-
     Args:
       check: the checker.
       answer: the answer.
       record: the record of the task.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            verdict = check(answer, record)
+        verdict = check(answer, record)
     except (Exception, SystemExit) as error:
         return Verdict(False, f"the checker raised {type(error).__name__}", str(error)[:200])
     if isinstance(verdict, bool):

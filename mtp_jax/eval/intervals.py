@@ -8,6 +8,7 @@ Two models on the same documents are compared by the difference of their ratios 
 in a document is hard for both, so this interval is much narrower than the two alone.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,18 @@ def quotient(one: Ratio, other: Ratio, seed: int = 0) -> Interval:
     return _interval(float(_divided(one.value, other.value)), _divided(first, second))
 
 
+def of_sums(sums: np.ndarray, figure: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> Interval:
+    """The interval of a figure that is no ratio of two sums.
+
+    Args:
+      sums: numbers per document, [documents, numbers], which add up over documents.
+      figure: a function from total numbers [..., numbers] to the figure [...].
+      seed: seed of the resamples.
+    """
+    drawn = np.concatenate(list(_totals(sums, seed)) or [np.empty((0, sums.shape[1]))])
+    return _interval(float(figure(sums.sum(0))), figure(drawn) if len(drawn) else np.empty(0))
+
+
 def _interval(value: float, drawn: np.ndarray) -> Interval:
     if not len(drawn):
         return Interval(value, np.nan, np.nan)
@@ -78,20 +91,24 @@ def _interval(value: float, drawn: np.ndarray) -> Interval:
 
 def _drawn(ratios: tuple[Ratio, ...], seed: int) -> list[np.ndarray]:
     """The ratios in every resample. All of them see the same resamples."""
-    documents = len(ratios[0].over)
-    if documents < 2:
-        return [np.empty(0) for _ in ratios]
-    rng = np.random.default_rng(seed)
     sums = np.stack([one for ratio in ratios for one in ratio], axis=1)
-    parts = []
-    left = RESAMPLES
+    parts = list(_totals(sums, seed))
+    if not parts:
+        return [np.empty(0) for _ in ratios]
+    whole = np.concatenate(parts)
+    return [_divided(whole[:, 2 * i], whole[:, 2 * i + 1]) for i in range(len(ratios))]
+
+
+def _totals(sums: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+    """The sums over the documents of every resample, some resamples at once; nothing with fewer than two documents."""
+    documents = len(sums)
+    rng = np.random.default_rng(seed)
+    left = RESAMPLES if documents > 1 else 0
     while left:
         count = min(left, max(1, _AT_ONCE // documents))
         times = rng.multinomial(documents, np.full(documents, 1 / documents), size=count)
-        parts.append(times @ sums)
+        yield times @ sums
         left -= count
-    whole = np.concatenate(parts)
-    return [_divided(whole[:, 2 * i], whole[:, 2 * i + 1]) for i in range(len(ratios))]
 
 
 def _divided(over: Any, under: Any) -> Any:

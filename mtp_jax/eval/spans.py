@@ -22,6 +22,7 @@ Place = tuple[int, int]
 IDENTIFIERS = "identifiers"
 NUMBERS = "numbers"
 NAMED = (IDENTIFIERS, NUMBERS)
+FILE = ".jsonl"
 NUMBER = re.compile(r"(?<![\w.])[0-9]+(?:[.,][0-9]+)*(?!\w)")
 
 
@@ -39,15 +40,19 @@ class TokenSpan(NamedTuple):
 
 
 def finder(spans: str) -> Callable[[str], list[Place]]:
-    """A function from a text to its spans, for `identifiers`, `numbers` or a regular expression.
+    """A function from a text to its spans.
 
     Args:
-      spans: `identifiers` for the names in Python source, without keywords; `numbers`; or a regular expression. If the
-        expression has a group, the span is that of its first group.
+      spans: `identifiers` for the names in Python source, without keywords; `numbers`; the path of a `.jsonl`, see
+        `read_spans`, which gives the spans of its own texts; or a regular expression. If the expression has a group,
+        the span is that of its first group.
 
     Raises:
-      UserError: the expression is malformed.
+      UserError: the expression or the file is malformed.
     """
+    if spans.endswith(FILE):
+        table = dict(read_spans(spans))
+        return table.__getitem__
     if spans == IDENTIFIERS:
         return identifiers
     if spans == NUMBERS:
