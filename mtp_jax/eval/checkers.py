@@ -17,6 +17,7 @@ import decimal
 import functools
 import re
 import runpy
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,18 +82,32 @@ def _of_file(file: str, function: str) -> Checker:
     return names[function]
 
 
-def judged(check: Checker, answer: str, record: Mapping[str, Any]) -> Verdict:
-    """The verdict of a checker. A checker that raises, or returns something else, counts as wrong.
+def judged(check: Checker, answer: str, record: Mapping[str, Any], seconds: float = 60.0) -> Verdict:
+    """The verdict of a checker. A checker that raises, hangs, or returns something else, counts as wrong.
 
     Args:
       check: the checker.
       answer: the answer.
       record: the record of the task.
+      seconds: time after which a checker counts as hanging. Its thread is left to itself, because Python cannot end it.
     """
-    try:
-        verdict = check(answer, record)
-    except (Exception, SystemExit) as error:
-        return Verdict(False, f"the checker raised {type(error).__name__}", str(error)[:200])
+    made: list[Any] = []
+
+    def run() -> None:
+        try:
+            made.append(check(answer, record))
+        except (Exception, SystemExit) as error:
+            made.append(Verdict(False, f"the checker raised {type(error).__name__}", str(error)[:200]))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not made:
+        return Verdict(False, "the checker took too long", f"{seconds} seconds")
+    return _as_verdict(made[0])
+
+
+def _as_verdict(verdict: Any) -> Verdict:
     if isinstance(verdict, bool):
         return Verdict(verdict, RIGHT if verdict else "wrong")
     if isinstance(verdict, tuple) and len(verdict) in (2, 3) and isinstance(verdict[0], bool):

@@ -1,5 +1,7 @@
 """Checkers say right only for right answers, and no answer or function ends the run."""
 
+import threading
+
 import pytest
 
 from mtp_jax.errors import UserError
@@ -89,15 +91,21 @@ def test_code_with_tests_in_lines():
         ("print('noise'); return (False, 'short')", "short"),
     ],
 )
-def test_functions_of_the_user(tmp_path, capsys, made, reason):
-    """A function that raises, leaves or returns something else counts as wrong; what it prints stays off the standard
-    output, which may be one JSON object."""
+def test_functions_of_the_user(tmp_path, made, reason):
+    """A function that raises, leaves or returns something else counts as wrong."""
     path = tmp_path / "mine.py"
     path.write_text(f"def check(answer, record):\n    {made}\n")
     verdict = judged(checker(f"{path}:check"), "a", {})
     assert (verdict.correct, verdict.reason) == (False, reason)
-    assert capsys.readouterr().out == ""
     assert judged(lambda answer, record: True, "a", {}) == Verdict(True, "right")
+
+
+def test_a_function_that_hangs_is_wrong():
+    """The run goes on after the given time. Breaks if the checker is called in this thread."""
+    hangs = threading.Event()
+    verdict = judged(lambda answer, record: hangs.wait(), "a", {}, seconds=0.1)
+    hangs.set()
+    assert (verdict.correct, verdict.reason) == (False, "the checker took too long")
 
 
 @pytest.mark.parametrize(
