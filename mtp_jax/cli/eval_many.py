@@ -137,7 +137,9 @@ def solve(args: "Args") -> None:
         files.append(_answers_file(args, name))
         say(f"{name}: {len(questions)} questions of {args.task}, answers in {files[-1]}")
         keep_compiled(own_directory(name))
-        lm = load(name, ignore=args.ignore, heads_from=args.heads_from or None, decode_only=True)
+        others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
+        others["shipped_heads"] = args.draft not in ("lookup", "none")
+        lm = load(name, decode_only=True, **others)
         if lm.tokenizer is None:
             raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")
         made_from = {"source": name, "task": args.task, "checker": args.checker, "template": args.template}
