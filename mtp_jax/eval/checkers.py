@@ -164,7 +164,7 @@ def regex(answer: str, record: Mapping[str, Any], limits: Limits) -> Verdict:
 def code(answer: str, record: Mapping[str, Any], limits: Limits) -> Verdict:
     """Right if the answer's code passes the tests of the record, in the sandbox.
 
-    The code is the first block between ``` fences that is Python, or the whole answer. If the record has an
+    The code is the first block between fences of three backticks, or the whole answer. If the record has an
     `entry_point`, its `prompt` is the beginning of a function. Then the code may define the function again, or continue
     the prompt.
     """

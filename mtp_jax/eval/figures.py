@@ -1,7 +1,7 @@
 """Figures of the heads from one teacher-forced pass: loss, accuracy, calibration, acceptance, and negative controls.
 
 Expected calibration error (Guo et al. 2017): positions are put into bins by the head's largest probability. With n_b
-positions, mean confidence c_b and accuracy a_b in bin b, it is the sum over b of n_b / N |a_b - c_b|.
+positions, mean confidence c_b and accuracy a_b in bin b, it is the sum over b of n_b / N times abs(a_b - c_b).
 
 Teacher-forced acceptance: at position t of the true text, draft k is the most likely token of head k. It counts as
 accepted if it is the most likely token of head 0 at t+k, and so are all drafts before it:
