@@ -123,6 +123,28 @@ def heldout_losses(
     batches = heldout_batches(rows, config.train.batch_size // config.train.grad_accum, limit)
     with jax.set_mesh(mesh):
         sums = heldout_sums(run, lm.stacked_params(), batches, sharding.batch_sharding(mesh))
+    return losses_of(lm, rows, sums, limit=limit, progress=progress)
+
+
+def losses_of(
+    lm: LoadedModel,
+    rows: PackedRows,
+    sums: HeadSums,
+    *,
+    limit: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Losses:
+    """`heldout_losses` for sums that were made already, for example by `scoring.score`.
+
+    Args:
+      lm: the model, with its stacked parameters.
+      rows: the held-out rows.
+      sums: sums per head over the rows.
+      limit: the most rows that the sums are over; 0 if they are over all.
+      progress: is called with a line of text about what is being done.
+    """
+    config = lm.config
+    rows = dataclasses.replace(rows, prompt_tokens=config.data.prompt_tokens)
     answered = None
     if config.data.prompt_tokens:
         documents_BT = np.asarray(rows.tokens).reshape(len(rows.doc_starts), -1)[:MOST_ANSWERS]
