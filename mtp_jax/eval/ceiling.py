@@ -20,41 +20,34 @@ from mtp_jax.data.extras import WEIGHTS
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.decode.tree import LANES, Branching, Distributions, distributions
 from mtp_jax.errors import UserError
+from mtp_jax.eval.intervals import Interval, Ratio
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.strict_json import strict
 
 PLAIN_OFFSETS = 3
 """Largest offset for a model without extra heads."""
-RESAMPLES = 2000
 COLUMNS = ("offset", "head top-1", "marginal top-1", "share of the ceiling", "head top-5", "marginal top-5", "covered")
 
 
-class Estimate(NamedTuple):
-    """A mean, and the ends of its 95 % interval: by bootstrap over documents; nan for a single document."""
-
-    value: float
-    low: float
-    high: float
-
-    def text(self) -> str:
-        """The estimate in percent, as text; a dash if it is undefined."""
-        if math.isnan(self.value):
-            return "-"
-        interval = "" if math.isnan(self.low) else f" ({self.low:.1%}-{self.high:.1%})"
-        return f"{self.value:.1%}{interval}"
+def percent(figure: Interval) -> str:
+    """A share in percent, as text; a dash if it is undefined, such as a share of a marginal that is never right."""
+    if not math.isfinite(figure.value):
+        return "-"
+    ends = "" if math.isnan(figure.low) else f" ({figure.low:.1%}-{figure.high:.1%})"
+    return f"{figure.value:.1%}{ends}"
 
 
 class Accuracy(NamedTuple):
     """How well distributions predict the tokens that follow."""
 
-    top1: Estimate
-    top5: Estimate
-    loss: Estimate
+    top1: Interval
+    top5: Interval
+    loss: Interval
     """Cross-entropy in nats. For heads with a draft vocabulary, of the targets that are in it."""
 
     def as_json(self) -> dict[str, Any]:
-        """The estimates by name, each with its value, low and high."""
-        return {name: one._asdict() for name, one in self._asdict().items()}
+        """The figures by name, each with its value, low and high."""
+        return {name: one.as_json() for name, one in self._asdict().items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +63,7 @@ class Ceiling:
     """The loss is that of the renormalised marginal."""
     head: Accuracy | None
     """None if no head drafts at this offset."""
-    share: Estimate | None
+    share: Interval | None
     """Top-1 accuracy of the head divided by that of the marginal."""
     covered: float
     """Mean probability of the continuations that the marginal sums over."""
@@ -80,16 +73,16 @@ class Ceiling:
         fields = {name: getattr(self, name) for name in ("offset", "positions", "documents", "covered")}
         fields |= {"marginal": self.marginal.as_json(), "head": None, "share": None}
         if self.head is not None:
-            fields |= {"head": self.head.as_json(), "share": self.share._asdict()}
+            fields |= {"head": self.head.as_json(), "share": self.share.as_json()}
         return strict(fields)
 
     def cells(self) -> tuple[str, ...]:
         """The texts of a table row, in the order of `COLUMNS`."""
-        head = ("-", "-") if self.head is None else (self.head.top1.text(), self.head.top5.text())
-        share = "-" if self.share is None else self.share.text()
+        head = ("-", "-") if self.head is None else (percent(self.head.top1), percent(self.head.top5))
+        share = "-" if self.share is None else percent(self.share)
         marginal = self.marginal
         covered = f"{self.covered:.1%}"
-        return (f"t+{self.offset}", head[0], marginal.top1.text(), share, head[1], marginal.top5.text(), covered)
+        return (f"t+{self.offset}", head[0], percent(marginal.top1), share, head[1], percent(marginal.top5), covered)
 
 
 def check_ceilings(lm: LoadedModel, top_k: int, positions: int) -> None:
@@ -237,7 +230,7 @@ def _ceiling(scores: _Scores, documents_B: np.ndarray, m: int) -> Ceiling:
     if scores.head_rank_MB is not None:
         rank_B = scores.head_rank_MB[m - 1]
         head = _accuracy(rank_B, scores.head_prob_MB[m - 1], documents_B)
-        share = estimate(rank_B == 1, scores.rank_MB[m] == 1, documents_B)
+        share = per_document(rank_B == 1, scores.rank_MB[m] == 1, documents_B)
     count = len(documents_B)
     return Ceiling(m + 1, count, int(documents_B.max()) + 1, marginal, head, share, float(scores.covered_MB[m].mean()))
 
@@ -246,25 +239,15 @@ def _accuracy(rank_B: np.ndarray, prob_B: np.ndarray, documents_B: np.ndarray) -
     known_B = prob_B > 0  # outside a draft vocabulary the probability is 0
     loss_B = -np.log(np.where(known_B, prob_B, 1))
     one_B = np.ones(len(rank_B))
-    shares = [estimate(rank_B <= most, one_B, documents_B) for most in (1, 5)]
-    return Accuracy(*shares, estimate(loss_B, known_B, documents_B))
+    shares = [per_document(rank_B <= most, one_B, documents_B) for most in (1, 5)]
+    return Accuracy(*shares, per_document(loss_B, known_B, documents_B))
 
 
-def estimate(above_B: np.ndarray, below_B: np.ndarray, documents_B: np.ndarray) -> Estimate:
-    """sum(above) / sum(below), and its 95 % interval by bootstrap: whole documents are drawn with replacement.
+def per_document(over_B: np.ndarray, under_B: np.ndarray, documents_B: np.ndarray) -> Interval:
+    """sum(over) / sum(under), with an interval over documents.
 
     Args:
-      above_B, below_B: one number per position.
+      over_B, under_B: one number per position.
       documents_B: the document of each position, 0, 1, ...
     """
-    above = np.bincount(documents_B, above_B.astype(float))
-    below = np.bincount(documents_B, below_B.astype(float))
-    total = below.sum()
-    value = float(above.sum() / total) if total else math.nan
-    if len(above) < 2 or not total:
-        return Estimate(value, math.nan, math.nan)
-    drawn = np.random.default_rng(0).multinomial(len(above), np.full(len(above), 1 / len(above)), RESAMPLES)
-    sums = drawn @ below
-    ratios = (drawn @ above)[sums > 0] / sums[sums > 0]
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
+    return Ratio(*(np.bincount(documents_B, one_B.astype(float)) for one_B in (over_B, under_B))).interval()
