@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from mtp_jax.decode.options import Options as Options
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
+    from mtp_jax.eval.marginals import Marginals as Marginals
+    from mtp_jax.eval.marginals import marginals as marginals
     from mtp_jax.eval.page import write_page as write_page
     from mtp_jax.eval.report import evaluate as evaluate
     from mtp_jax.loading import LoadedModel as LoadedModel
@@ -75,6 +77,8 @@ _HOMES = {
     "Options": "decode.options",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
+    "marginals": "eval.marginals",
+    "Marginals": "eval.marginals",
     "write_page": "eval.page",
     "read_metrics": "runs.metrics",
     "train": "training.loop",

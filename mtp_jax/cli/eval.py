@@ -10,6 +10,7 @@ from mtp_jax.cli.common import own_directory, parse, print_evaluation, print_jso
 from mtp_jax.cli.eval_many import compare, print_compared, solve
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
+from mtp_jax.eval.ceiling import ceilings, check_ceilings
 from mtp_jax.eval.comparison import Compared
 from mtp_jax.eval.comparison_page import write_comparison
 from mtp_jax.eval.measured import measure, open_text
@@ -86,6 +87,11 @@ class Args:
     """File or directory with heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pattern of config fields and tensors of a Hugging Face checkpoint to ignore; may be given several times."""
+    marginalise: int = 0
+    """K: also compare the heads of one model with its marginals, summed over the K most probable tokens of each step.
+    A marginal is the model's own distribution of a later token: the ceiling for a head. 0 leaves it out."""
+    marginal_positions: int = 200
+    """Number of positions of the text for --marginalise; 0 takes all."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -104,7 +110,7 @@ def main(argv: list[str]) -> None:
 
 TASK_ONLY = ("checker", "prompt_field", "answer_field", "template", "chat", "limit", "samples", "temperature", "top_p")
 TASK_ONLY += ("seed", "batch_size", "stop", "draft", "time_limit")
-TEXT_ONLY = ("data", "spans", "num_prompts")
+TEXT_ONLY = ("data", "spans", "num_prompts", "marginalise", "marginal_positions")
 
 
 def _check(args: Args) -> None:
@@ -122,6 +128,8 @@ def _check(args: Args) -> None:
         raise UserError(f"--spans {args.spans} holds the text itself; leave out --data and --text-field")
     if not args.task and not args.data and not args.spans.endswith(".jsonl"):
         raise UserError("there is nothing to evaluate on; give --data TEXT, or --task FILE.jsonl with --checker NAME")
+    if args.marginalise and (len(args.sources) > 1 or len(args.data) > 1):
+        raise UserError(f"--marginalise {args.marginalise} is for one model on one text; evaluate each by itself")
     if args.task and not args.checker:
         raise UserError("--task needs --checker: exact, number, regex, code, or FILE.py:NAME")
 
@@ -131,6 +139,8 @@ def _one_model(args: Args) -> None:
     name = args.sources[0]
     keep_compiled(own_directory(name))
     lm = load(name, ignore=args.ignore, heads_from=args.heads_from or None)
+    if args.marginalise or args.marginal_positions != Args.marginal_positions:
+        check_ceilings(lm, args.marginalise, args.marginal_positions)
     settings = lm.config.decode
     changes = {name: getattr(args, name) for name in ("num_prompts", "max_new_tokens") if getattr(args, name)}
     lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, decode=dataclasses.replace(settings, **changes)))
@@ -150,6 +160,9 @@ def _one_model(args: Args) -> None:
         losses = losses_of(lm, rows, scored.sums(), progress=say)
         lm = lm.give_up_params()  # from here on it only decodes, and is in memory once
         result = with_decoding(losses, lm, rows, progress=say)
+        if args.marginalise:
+            found = ceilings(lm, rows, args.marginalise, args.marginal_positions, progress=say)
+            result = dataclasses.replace(result, marginals=found)
         compared = Compared((name,), ({source: measured},), (True,))
         title = f"{name} on {source}"
         more = write_comparison(directory, title, compared)

@@ -15,6 +15,7 @@ from mtp_jax.decode.detokenize import continuation
 from mtp_jax.decode.generate import generate
 from mtp_jax.eval.acceptance import Comparison, compare
 from mtp_jax.eval.answers import Answers, answers
+from mtp_jax.eval.ceiling import Ceiling
 from mtp_jax.loading import LoadedModel
 from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.runs.metrics import bits_per_byte, distinct_ratio
@@ -50,6 +51,8 @@ class Evaluation(Losses):
     """The same share in the text that really follows the prompts. An output with a far lower share repeats itself."""
     samples: tuple[tuple[str, str, str], ...]
     """(prompt, generated, reference) of a few prompts, as text."""
+    marginals: tuple[Ceiling, ...] = ()
+    """The heads next to the marginals of the model, by offset; empty if they were not asked for."""
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -71,6 +74,8 @@ class Evaluation(Losses):
         }
         if self.answers is not None:
             result["answers"] = self.answers._asdict()
+        if self.marginals:
+            result["marginals"] = [one.as_json() for one in self.marginals]
         if self.decoding is not None:
             stats = self.decoding.drafted.stats.as_json()
             rates = ("tokens_per_round", "accept_at", "accept_at_given_prev", "draft_accept_rate")

@@ -241,8 +241,12 @@ def test_eval_equals_quickstart(quickstart, text, tmp_path, capsys):
     held_out.mkdir()
     for name in json.loads((workdir / "data" / "meta.json").read_text())["heldout_documents"]:
         (held_out / pathlib.Path(name).name).write_bytes((text / name).read_bytes())
-    assert run(["eval", str(workdir), "--data", str(held_out), "--json", "--output", str(tmp_path / "out")]) == 0
+    marginals = ["--marginalise", "3", "--marginal-positions", "9"]
+    out = str(tmp_path / "out")
+    assert run(["eval", str(workdir), "--data", str(held_out), "--json", "--output", out, *marginals]) == 0
     result = only_json(capsys)
+    assert [(one["offset"], one["positions"]) for one in result["marginals"]] == [(2, 9)]
+    assert "## Heads and marginals" in (tmp_path / "out" / "report.md").read_text()
     assert result["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=0.02)
     assert {"loss", "top1", "top5"} == set(result["heads"][0])
     assert {"tokens_per_round", "accept_at", "distinct_ratio"} <= set(result)
@@ -324,6 +328,9 @@ BAD = {
     "too many drafts": (["generate", "RUN", "--prompt", "x", "--num-draft", 9], r"num_draft=9.* 1 extra heads"),
     "no tokens": (["generate", "RUN", "--prompt", "x", "--max-new-tokens", 0], r"max_new_tokens=0"),
     "no data": (["eval", "RUN", "--data", "/nowhere"], r"/nowhere"),
+    "K above V": (["eval", "RUN", "--data", "/nowhere", "--marginalise", 265], r"--marginalise 265.* 1 to 264"),
+    "positions of nothing": (["eval", "RUN", "--data", "x", "--marginal-positions", 5], r"--marginalise 0: give"),
+    "marginals of two": (["eval", "RUN", "RUN", "--data", "x", "--marginalise", 5], r"is for one model on one text"),
     "nothing to evaluate on": (["eval", "RUN"], r"give --data TEXT, or --task"),
     "no model": (["eval", "--data", "x"], r"mtp eval needs a model"),
     "a model twice": (["eval", "RUN", "RUN", "--data", "x"], r"a model is named twice"),
