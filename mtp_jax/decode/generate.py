@@ -9,10 +9,12 @@ from mtp_jax.decode.drafters import Drafter
 from mtp_jax.decode.options import Options, takes_options
 from mtp_jax.decode.prompts import Prompt
 from mtp_jax.decode.request import Model, NumDraft, Request
+from mtp_jax.decode.records import TokenRecords
 from mtp_jax.decode.result import Generation
 from mtp_jax.errors import UserError
 
 UNLIMITED = np.iinfo(np.int32).max
+Item = tuple[int, str] | tuple[int, str, TokenRecords] | Generation
 
 
 @takes_options
@@ -73,11 +75,15 @@ def stream(
     stop: Sequence[str] = (),
     options: Options | None = None,
     **keywords: Any,
-) -> Iterator[tuple[int, str] | Generation]:
-    """Like `generate`, but yields `(prompt index, text)` as soon as text is final, and the `Generation` at the end.
+) -> Iterator[Item]:
+    """Like `generate`, but yields `(row, text)` as soon as text is final, and the `Generation` at the end. The row is the
+    index of the prompt, or of the sample if there are several per prompt.
 
     A piece never ends inside a character, nor inside text that may become a stop string. The options are those of
     `generate`. The call itself processes the prompts and raises the errors of `generate`.
+
+    With `logprobs` the items are `(row, text, records)`. `records` are a `TokenRecords` of the row's tokens since its
+    last item. Their text may be in a later item, and the text of this item may be empty.
     """
     if lm.tokenizer is None:
         raise UserError("streaming needs a tokenizer, but this model has none; use generate with token ids")
@@ -85,13 +91,21 @@ def stream(
     return _pieces(Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos=False))
 
 
-def _pieces(request: "Request") -> Iterator[tuple[int, str] | Generation]:
+def _pieces(request: Request) -> Iterator[Item]:
     shown = [""] * len(request.settled_text())
+    told = [0] * len(shown)
     while True:
         for row, text in enumerate(request.settled_text()):
-            if piece := text[len(shown[row]) :]:
-                shown[row] = text
-                yield row, piece
+            piece = text[len(shown[row]) :]
+            shown[row] = text
+            if not request.keeps_records:
+                if piece:
+                    yield row, piece
+                continue
+            records = request.records(row, told[row])
+            told[row] += len(records.tokens)
+            if piece or records.tokens:
+                yield row, piece, records
         if request.done:
             break
         request.advance(1)
