@@ -15,8 +15,8 @@ from mtp_jax.decode.drafters import NONE, Drafter
 from mtp_jax.decode.held import Held, held_of
 from mtp_jax.decode.options import Options
 from mtp_jax.decode.prompts import Message, prompt_ids
-from mtp_jax.decode.request import Model, NumDraft, Request
 from mtp_jax.decode.records import TokenRecords
+from mtp_jax.decode.request import Model, NumDraft, Request
 from mtp_jax.decode.result import Generation
 from mtp_jax.errors import UserError
 
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     drafted: bool
     """Whether its tokens were drafts that the model accepted."""
     records: TokenRecords | None = None
-    """With `logprobs`: records of all tokens of a round, in the first piece of the round. The piece may have no text. None
+    """With `logprobs`: records of all tokens of a round, in the first piece of the round, which may have no text. None
     in other pieces."""
 
 

@@ -189,7 +189,7 @@ def decode_round(
     every_B = jnp.ones_like(state.done_B)
     seen = HookContext(input_BQ, start_B, every_B, None, _embed(plan, params))
     embedded = embed_hooks(plan.hooks, controls.hooks, state.hook_caches, seen)
-    ask = Ask(min(plan.drafter.masks, verified), None, plan.drafter.taps, embedded)
+    ask = Ask(min(plan.drafter.masks, width), None, plan.drafter.taps, embedded)
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
     own_BQV = _logits(plan, params, state_BQD, seen)

@@ -8,8 +8,8 @@ import numpy as np
 from mtp_jax.decode.drafters import Drafter
 from mtp_jax.decode.options import Options, takes_options
 from mtp_jax.decode.prompts import Prompt
-from mtp_jax.decode.request import Model, NumDraft, Request
 from mtp_jax.decode.records import TokenRecords
+from mtp_jax.decode.request import Model, NumDraft, Request
 from mtp_jax.decode.result import Generation
 from mtp_jax.errors import UserError
 
@@ -27,6 +27,7 @@ def generate(
     num_draft: NumDraft = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    n: int = 1,
     options: Options | None = None,
     **keywords: Any,
 ) -> Generation:
@@ -49,6 +50,8 @@ def generate(
         no drafts. With a rule other than `exact` the tokens depend on P, so `auto` may give other tokens in every call.
       stop: strings that end a row; they may contain names of special tokens. The text is cut before the first of them.
       ignore_eos: whether to continue after an end token, for measurements.
+      n: samples per prompt. Sample j of prompt i is row i * n + j of every list in the result. The rows are those of a
+        call with each prompt n times, but each prompt is run once. A list of seeds has one number per row.
       options: how tokens are chosen and accepted.
       keywords: fields of `Options`, which replace those in `options`: `temperature=0.8, seed=1`.
 
@@ -58,7 +61,7 @@ def generate(
         not allow to choose a token.
     """
     options = Options.of(options, keywords)
-    request = Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos)
+    request = Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos, n=n)
     while not request.done:
         request.advance(1 if request.stop else UNLIMITED)
     return request.result()
@@ -73,11 +76,13 @@ def stream(
     draft: str | Drafter = "auto",
     num_draft: NumDraft = None,
     stop: Sequence[str] = (),
+    n: int = 1,
     options: Options | None = None,
     **keywords: Any,
 ) -> Iterator[Item]:
-    """Like `generate`, but yields `(row, text)` as soon as text is final, and the `Generation` at the end. The row is the
-    index of the prompt, or of the sample if there are several per prompt.
+    """Like `generate`, but yields `(row, text)` as soon as text is final, and the `Generation` at the end.
+
+    The row is the index of the prompt. If there are n samples per prompt, sample j of prompt i is row i * n + j.
 
     A piece never ends inside a character, nor inside text that may become a stop string. The options are those of
     `generate`. The call itself processes the prompts and raises the errors of `generate`.
@@ -88,7 +93,7 @@ def stream(
     if lm.tokenizer is None:
         raise UserError("streaming needs a tokenizer, but this model has none; use generate with token ids")
     options = Options.of(options, keywords)
-    return _pieces(Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos=False))
+    return _pieces(Request(lm, prompts, max_new_tokens, draft, num_draft, options, stop, ignore_eos=False, n=n))
 
 
 def _pieces(request: Request) -> Iterator[Item]:

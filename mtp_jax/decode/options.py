@@ -22,8 +22,10 @@ from mtp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How tokens are chosen and accepted, and what is recorded of them. `generate`, `stream` and `Conversation` also take
-    the fields as keywords."""
+    """How tokens are chosen and accepted, and what is recorded of them.
+
+    `generate`, `stream` and `Conversation` also take the fields as keywords.
+    """
 
     temperature: float = 0.0
     """Divides the logits; 0 takes the most likely token."""
@@ -34,8 +36,8 @@ class Options:
     min_p: float | None = None
     """Draw only from tokens with at least this fraction of the probability of the most likely one."""
     seed: int | Sequence[int] = 0
-    """One number for all prompts, or one per prompt. With one for all, the seed of a row depends on its place in the
-    batch. With one per prompt, a row gets the same tokens at any place."""
+    """One number for all rows, or one per row. A row is a prompt, or a sample of it. With one for all, the seed of a
+    row depends on its place in the batch. With one per row, a row gets the same tokens at any place."""
     repetition_penalty: float = 1.0
     """For tokens that are in the prompt or the output, divides positive logits and multiplies negative ones."""
     logit_bias: Mapping[int, float] | None = None
@@ -162,7 +164,7 @@ class Options:
             return check(self.seed)
         if len(self.seed) != rows:
             raise UserError(
-                f"seed has {len(self.seed)} numbers for {rows} prompts; give one per prompt, or one for all"
+                f"seed has {len(self.seed)} numbers for {rows} rows; give one per prompt and sample, or one for all"
             )
         return [check(seed) for seed in self.seed]
 

@@ -1,8 +1,7 @@
 """Runs a batch of prompts through the engine: buckets, rounds, stop conditions and counts."""
 
 import dataclasses
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -20,9 +19,10 @@ from mtp_jax.decode.held import Held, slots_of_turn
 from mtp_jax.decode.hooks import Hooks, replace_embeddings
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
-from mtp_jax.decode.prompts import Prompt, prompt_ids, rows_of
+from mtp_jax.decode.prompts import Prompt, check_continues, listed, prompt_ids, rows_of
 from mtp_jax.decode.records import TokenRecords, of_row
 from mtp_jax.decode.result import Generation
+from mtp_jax.decode.samples import Rows, prefill_once
 from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, grow, slots_needed, slots_of
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.decode.stopping import StopSearch, StopStrings
@@ -56,18 +56,14 @@ class Request:
         stop: Sequence[str],
         ignore_eos: bool,
         held: Held | None = None,
+        n: int = 1,
     ) -> None:
-        if isinstance(lm, str | os.PathLike):
-            raise UserError(f"{str(lm)!r} is a path; load it first: generate(mtp_jax.load({str(lm)!r}), ...)")
-        if lm.answers_in_one_pass:
-            raise UserError(
-                "a model that was trained with loss.teacherless answers in one pass over dummies and cannot continue a "
-                "text; `mtp eval` counts its answers"
-            )
+        check_continues(lm, "generate")
         self.lm = lm
         special = _special_tokens(lm)
         self.stop = StopStrings(stop, special.values())
-        ids = _checked_prompts(lm, prompts)
+        n = _samples(n, options)
+        ids = [row for row in _checked_prompts(lm, prompts) for _ in range(n)]
         options.check_logprobs(lm.arch.model.vocab_size)
         rule = options.rule()
         hooks = tuple(map(static, options.hooks))
@@ -100,7 +96,7 @@ class Request:
         if lm.tokenizer is not None:
             shown = special if self.stop.spelling is not None else {}
             self.texts = [RowText(lm.tokenizer.decode, row, shown) for row in ids]
-        self._prefill(ids, rows, padded, _end_ids(lm, ignore_eos), kept)
+        self._prefill(ids, n, rows, padded, _end_ids(lm, ignore_eos), kept)
 
     def _count_all(self, rows: int, num_draft: int, auto: bool) -> None:
         """Sets all counters to 0."""
@@ -120,7 +116,9 @@ class Request:
         self.decode_seconds = 0.0
         self.compile_seconds = 0.0
 
-    def _prefill(self, ids: list[list[int]], rows: int, padded: int, end_ids: list[int], kept: Kept | None) -> None:
+    def _prefill(
+        self, ids: list[list[int]], n: int, rows: int, padded: int, end_ids: list[int], kept: Kept | None
+    ) -> None:
         """Runs the prompts. Padding rows have one token, and room for one more."""
         prompt_BT = np.zeros((rows, padded), np.int32)
         for row, tokens in zip(prompt_BT, ids, strict=False):
@@ -128,11 +126,17 @@ class Request:
         fill = (0, rows - len(ids))
         prompt_len_B = np.pad(self.prompt_len_B, fill, constant_values=1)
         limit_B = np.pad(self.limit_B, fill, constant_values=2)
-        # jnp.asarray would compile a program for every shape, and these are not among the bounded programs.
-        arrays = jax.device_put((prompt_len_B, limit_B, np.array(end_ids, np.int32)))
+        arrays = (prompt_len_B, limit_B, np.array(end_ids, np.int32))
         params = self.lm.decode_params  # before the clock starts, because the first use makes them
         clock = Clock()
-        self._take(engine.prefill(self.plan, self.slots, params, self.controls, prompt_BT, *arrays, kept))
+        given = (self.plan, self.slots, params, self.controls)
+        if n > 1:
+            index_B = np.pad(np.arange(len(ids)) // n, fill)
+            state = prefill_once(*given, Rows(prompt_BT, *arrays), index_B)
+        else:
+            # jnp.asarray would compile a program for every shape, and these are not among the bounded programs.
+            state = engine.prefill(*given, prompt_BT, *jax.device_put(arrays), kept)
+        self._take(state)
         self.prefill_seconds = clock.seconds()
         self.compile_seconds = clock.compiling()
 
@@ -364,12 +368,18 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks,
     return draft
 
 
+def _samples(n: int, options: Options) -> int:
+    """The number of samples per prompt, checked."""
+    n = whole("n", n, "1 or above", lambda count: count >= 1)
+    if n > 1 and options.temperature == 0:
+        raise UserError(f"n={n} samples at temperature 0 would all be the same; give a temperature above 0")
+    return n
+
+
 def _checked_prompts(lm: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
     if isinstance(prompts, Mapping):
         prompts = rows_of(prompts)
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise UserError(f"prompts={prompts!r} is not a list; put a single prompt into a list: [prompt]")
-    ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
+    ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(listed("prompts", prompts))]
     if not ids:
         raise UserError("no prompt was given; give at least one")
     return ids

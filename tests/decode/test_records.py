@@ -1,5 +1,5 @@
-"""Records: log-probabilities, entropies and most likely tokens are those of a whole forward over the row, whoever drafts
-and whatever is rejected, drawn, grown or cut. Each docstring names the line whose deletion breaks the test."""
+"""Records: log-probabilities, entropies and most likely tokens are those of a whole forward over the row, whoever
+drafts and whatever is rejected, drawn, grown or cut. Each docstring names the line whose deletion breaks the test."""
 
 import functools
 
@@ -75,8 +75,8 @@ def small_steps(monkeypatch):
 
 
 def test_after_rejections(small_steps):
-    """records = a whole forward, in prompts of several chunks, in caches that grow, and after rounds that accepted 0 to P
-    drafts. Breaks if `records.write` writes at `begin_B`, if `records_of` gets the tokens of another position, or if
+    """records = a whole forward, in prompts of several chunks, in caches that grow, and after rounds that accepted 0 to
+    P drafts. Breaks if `records.write` writes at `begin_B`, if `records_of` gets the tokens of another position, or if
     prefill keeps none."""
     rng = np.random.default_rng(0)
     accept_BR = np.stack([np.tile(rng.permutation(P + 1), NEW) for _ in PROMPTS])
@@ -193,8 +193,8 @@ def test_in_a_conversation():
     *pieces, out = conversation.stream("and?")
     assert conversation.reused_tokens > 20
     noted = [piece.records for piece in pieces if piece.records is not None]
-    assert sum((one.tokens for one in noted), []) == out.tokens[0]
-    assert sum((one.logprobs for one in noted), []) == out.logprobs[0]
+    assert [token for one in noted for token in one.tokens] == out.tokens[0]
+    assert [logprob for one in noted for logprob in one.logprobs] == out.logprobs[0]
     alone = mtp_jax.generate(lm, [history], **options)
     assert alone.tokens == out.tokens
     np.testing.assert_allclose(out.logprobs, alone.logprobs, rtol=1e-5, atol=1e-5)
