@@ -67,9 +67,8 @@ def score(
 
     Texts are read as lm-evaluation-harness does: blanks at the end of a prompt move to the beginning of its
     continuation. The prompt's tokens are those of the prompt alone. The continuation's tokens are those of both texts
-    together, without as many of the first as the prompt has. If the prompt is empty, the token that begins every
-    document comes before the continuation; the end token if there is no such token. So `score(lm, [""], [text])` scores
-    a whole text.
+    together, without as many of the first as the prompt has. If the prompt is empty, the tokenizer's first token (bos)
+    takes its place, or its end token if there is none. So `score(lm, [""], [text])` scores a whole text.
 
     Args:
       lm: a loaded model.
@@ -166,10 +165,8 @@ def pair_ids(lm: Any, prompt: Any, continuation: Any, row: int) -> tuple[list[in
 def _text_ids(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
     if not prompt:
         ids = tokenizer.encode(continuation)
-        begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        if begin is None or ids[:1] == [begin]:
-            return ids[:1], ids[1:]
-        return [begin], ids
+        begin = [] if tokenizer.start_id is None else [tokenizer.start_id]
+        return begin, ids[1:] if ids[:1] == begin else ids
     blanks = len(prompt) - len(prompt.rstrip())
     if blanks:
         continuation = prompt[-blanks:] + continuation
@@ -225,10 +222,10 @@ class _Wanted(NamedTuple):
         count_B = np.array([len(row) for row in by_row], np.int32)
         most = int(count_B.max())
         X = min(buckets.power(most, LEAST_SCORED), chunk) if most else 0
-        both_UBX = np.zeros((2, batch, X), np.int32)
+        both_2BX = np.zeros((2, batch, X), np.int32)
         for b, row in enumerate(by_row):
-            both_UBX[:, b, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
-        return cls(both_UBX[0], both_UBX[1], count_B)
+            both_2BX[:, b, : len(row)] = np.array(row, np.int32).reshape(-1, 2).T
+        return cls(both_2BX[0], both_2BX[1], count_B)
 
 
 @bounded(statics=(0, 1, 2))

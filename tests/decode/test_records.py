@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
+from reference import small_llama
 from reference.decoding import (
     CHAIN,
     CONFIG,
@@ -130,6 +133,24 @@ def test_every_token():
     assert noted.logprob_BS[0, 0] == -jnp.log(2.0)
     np.testing.assert_allclose(noted.entropy_BS[0, 0], np.log(2), rtol=1e-6)
     assert noted.top_id_BSW[0, 0].tolist() == [0, 2, 1]
+
+
+def test_those_of_transformers(tmp_path):
+    """Records of a checkpoint = log-softmax of the logits of transformers, the whole vocabulary in order. Breaks with
+    another base of the logarithm, or if `top_id_BSW` and `top_logprob_BSW` are of different places."""
+    small_llama.write(tmp_path)
+    prompt = [1, 2, 3]
+    options = {"max_new_tokens": 12, "draft": "lookup", "logprobs": 24}
+    out = mtp_jax.generate(mtp_jax.load(tmp_path, notify=str), [prompt], **options)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        logits_TV = theirs(torch.tensor([[*prompt, *out.tokens[0]]])).logits[0, len(prompt) - 1 : -1]
+    logprob_TV = torch.log_softmax(logits_TV, dim=-1).numpy()
+    np.testing.assert_allclose(out.logprobs[0], logprob_TV[np.arange(12), out.tokens[0]], rtol=1e-4, atol=1e-4)
+    for one, logprob_V in zip(out.top_logprobs[0], logprob_TV, strict=True):
+        np.testing.assert_allclose([logprob_V[token] for token, _ in one], [logprob for _, logprob in one], rtol=1e-4)
+        assert sorted(token for token, _ in one) == list(range(24))
+        assert [logprob for _, logprob in one] == sorted((logprob for _, logprob in one), reverse=True)
 
 
 ENDS = {

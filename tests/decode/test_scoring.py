@@ -103,8 +103,7 @@ def test_a_token_across_the_border():
     class Merging:
         """Reads `bc` as one token."""
 
-        bos_id = None
-        eos_id = 0
+        start_id = 0
 
         def encode_prompt(self, text):
             return [9 if piece == "#" else ord(piece) % 32 for piece in text.replace("bc", "#")]
