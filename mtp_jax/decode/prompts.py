@@ -3,7 +3,7 @@
 
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,21 +33,6 @@ def check_continues(lm: Any, function: str) -> None:
             "a model that was trained with loss.teacherless answers in one pass over dummies and cannot continue a "
             "text; `mtp eval` counts its answers"
         )
-
-
-def listed(name: str, prompts: Any) -> list[Any]:
-    """Prompts as a list.
-
-    Args:
-      name: name of the argument, for errors.
-      prompts: the argument.
-
-    Raises:
-      UserError: it is a single text, or nothing that has items.
-    """
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise UserError(f"{name}={prompts!r} is not a list; put a single prompt into a list: [prompt]")
-    return list(prompts)
 
 
 def check_vocabulary(lm: Any, ids: Sequence[int], what: str) -> None:

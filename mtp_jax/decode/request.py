@@ -1,7 +1,7 @@
 """Runs a batch of prompts through the engine: buckets, rounds, stop conditions and counts."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -19,7 +19,7 @@ from mtp_jax.decode.held import Held, slots_of_turn
 from mtp_jax.decode.hooks import Hooks, replace_embeddings
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
-from mtp_jax.decode.prompts import Prompt, check_continues, listed, prompt_ids, rows_of
+from mtp_jax.decode.prompts import Prompt, check_continues, prompt_ids, rows_of
 from mtp_jax.decode.records import TokenRecords, of_row
 from mtp_jax.decode.result import Generation
 from mtp_jax.decode.samples import Rows, prefill_once
@@ -379,7 +379,9 @@ def _samples(n: int, options: Options) -> int:
 def _checked_prompts(lm: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
     if isinstance(prompts, Mapping):
         prompts = rows_of(prompts)
-    ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(listed("prompts", prompts))]
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts={prompts!r} is not a list; put a single prompt into a list: [prompt]")
+    ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
     if not ids:
         raise UserError("no prompt was given; give at least one")
     return ids

@@ -57,7 +57,8 @@ def prefill_once(
     first = np.pad(first, (0, buckets.batch_rows(len(first)) - len(first)), mode="edge")
     arrays = jax.device_put((rows.prompt_len_B[first] - 1, rows.limit_B[first], rows.end_ids))
     forced = dataclasses.replace(plan, sampler=Sampler(logits_fn=_token_of_prompt), rule=EXACT, logprobs=None)
-    shared = engine.prefill(forced, slots, params, controls, rows.prompt_BT[first], *arrays)
+    own = controls._replace(key_B=controls.key_B[first])
+    shared = engine.prefill(forced, slots, params, own, rows.prompt_BT[first], *arrays)
     needed = bucket(int(rows.prompt_len_B.max()), plan.drafter.num_draft, slots)
     shared = grow(shared, needed) if needed > slots_of(shared) else shared
     space_BS = np.pad(rows.prompt_BT, ((0, 0), (0, slots - rows.prompt_BT.shape[1])))
@@ -89,7 +90,7 @@ def _first_tokens(
     held = (shared.caches, shared.drafter_cache, shared.hook_caches)
     caches, drafter_cache, hook_caches = _repeated(plan, held, index_B, slots_of(shared))
     state = fresh._replace(caches=caches, drafter_cache=drafter_cache, hook_caches=hook_caches)
-    drawing = dataclasses.replace(plan, hooks=tuple(map(_without_embed, plan.hooks)))
+    drawing = dataclasses.replace(plan, hooks=tuple(map(_of_prompt, plan.hooks)))
     state = engine.decode_round(drawing, plan.drafter.num_draft, params, controls, state, 0)
     # The first token does not count as a round, as after `engine.prefill`.
     counters = ("histogram_BQ", "untried_BP", "drafted_B")
@@ -107,10 +108,12 @@ def _repeated(plan: Plan, caches: tuple, index_B: jax.Array, slots: int) -> tupl
     return jax.tree.map(repeat, caches, one, two)
 
 
-def _same_logits(params: Any, cache: Any, logits_BXV: jax.Array, context: HookContext) -> tuple[jax.Array, Any]:
-    return logits_BXV, cache
+def _of_prompt(hook: Hook) -> Hook:
+    """A hook as a prefill calls it: the row's last token is one of the prompt, and its embedding is not replaced."""
 
+    def apply(params: Any, cache: Any, logits_B1V: jax.Array, context: HookContext) -> tuple[jax.Array, Any]:
+        if hook.apply is None:
+            return logits_B1V, cache
+        return hook.apply(params, cache, logits_B1V, context._replace(at_BX=jnp.zeros_like(context.tokens_BQ)))
 
-def _without_embed(hook: Hook) -> Hook:
-    """A hook that does not replace the embedding of a prompt's last token."""
-    return dataclasses.replace(hook, embed=None, apply=hook.apply or _same_logits)
+    return dataclasses.replace(hook, apply=apply, embed=None)

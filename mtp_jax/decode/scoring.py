@@ -22,7 +22,7 @@ import numpy as np
 from mtp_jax.config import Arch
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.options import whole
-from mtp_jax.decode.prompts import check_continues, check_vocabulary, listed
+from mtp_jax.decode.prompts import check_continues, check_vocabulary
 from mtp_jax.decode.sampling import greedy
 from mtp_jax.errors import UserError
 from mtp_jax.model import trunk
@@ -109,8 +109,9 @@ def batched(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
 
 def _rows(lm: Any, prompts: Any, continuations: Any, truncate: bool) -> list[_Pair]:
     """All pairs as token ids, checked."""
-    prompts = listed("prompts", prompts)
-    continuations = listed("continuations", continuations)
+    for name, items in (("prompts", prompts), ("continuations", continuations)):
+        if isinstance(items, str) or not isinstance(items, Sequence | np.ndarray):
+            raise UserError(f"{name}={items!r} is not a list; put a single one into a list")
     if len(prompts) != len(continuations):
         raise UserError(
             f"there are {len(prompts)} prompts and {len(continuations)} continuations; give one continuation per prompt"

@@ -3,6 +3,7 @@ docstring names the line whose deletion breaks the test."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,26 +82,26 @@ def test_drafts_of_samples(small_steps, kind):
         batch.advance(2)
 
 
-def total_init(arch, batch, slots):
-    return jnp.zeros((3, batch)), jnp.int32(0)
+def steps_init(arch, batch, slots):
+    return jnp.zeros((3, batch), jnp.int32), jnp.int32(0)
 
 
-def total_apply(params, cache, logits_BXV, context):
-    """Adds the number of input tokens so far to the first logit; the axis of rows is the second of its cache."""
-    (seen_UB, calls) = cache
-    seen_UB = seen_UB.at[1].set(context.start_B + context.wanted(jnp.ones((*context.tokens_BQ.shape, 1))).shape[1])
-    return logits_BXV.at[..., 0].add(seen_UB[1][:, None]), (seen_UB, calls + 1)
+def steps_apply(params, cache, logits_BXV, context):
+    """Counts the rounds since the prompt and favours the token of this number; its cache has rows second."""
+    steps_3B, calls = cache
+    steps_3B = steps_3B + 1 if context.at_BX is None else jnp.zeros_like(steps_3B)
+    return logits_BXV + 9 * jax.nn.one_hot(steps_3B[1], CONFIG.model.vocab_size)[:, None], (steps_3B, calls + 1)
 
 
-SEEN = mtp_jax.Hook("seen", total_init, total_apply)
+STEPS = mtp_jax.Hook("steps", steps_init, steps_apply)
 MIX = mtp_jax.Hook("mix", embed=lambda params, cache, embedded_B1D, context: 0.5 * embedded_B1D)
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("hook", [SEEN, MIX], ids=lambda hook: hook.name)
+@pytest.mark.parametrize("hook", [STEPS, MIX], ids=lambda hook: hook.name)
 def test_hooks(hook):
-    """Samples = rows with a hook that has rows on its second axis and a count of calls, and with one that changes the
-    input, which leaves prompts alone. Breaks without `axes`, or without `_without_embed`."""
+    """Samples = rows with a hook that has rows on its second axis and tells prompts from rounds, and with one that
+    changes the input, but not that of prompts. Breaks without `axes`, or without `_of_prompt`."""
     options = DRAW | {"draft": "none", "seed": SEEDS, "hooks": [hook]}
     out = mtp_jax.generate(model("random"), PROMPTS, n=N, **options)
     assert out.tokens == mtp_jax.generate(model("random"), repeated(), **options).tokens

@@ -116,7 +116,7 @@ def test_a_token_across_the_border():
 
 WRONG = {
     "lengths": (([[1]], [[1], [2]]), "there are 1 prompts and 2 continuations; give one continuation per prompt"),
-    "no list": (("ab", ["c"]), r"prompts='ab' is not a list; put a single prompt into a list: \[prompt\]"),
+    "no list": (("ab", ["c"]), "prompts='ab' is not a list; put a single one into a list"),
     "mixed": (([[1]], ["c"]), "pair 0 has a text and token ids; give prompt and continuation both as texts or as ids"),
     "no tokenizer": ((["a"], ["c"]), "pair 0 is text, but this model has no tokenizer; give lists of token ids"),
     "no prompt": (([[]], [[1]]), "prompt 0 has no token, so nothing predicts the first one; give at least one token"),
