@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mtp_jax.decode.hooks import Hook as Hook
     from mtp_jax.decode.hooks import HookContext as HookContext
     from mtp_jax.decode.options import Options as Options
+    from mtp_jax.decode.scoring import Score as Score
+    from mtp_jax.decode.scoring import score as score
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
     from mtp_jax.eval.marginals import Marginals as Marginals
@@ -75,6 +77,8 @@ _HOMES = {
     "Hook": "decode.hooks",
     "HookContext": "decode.hooks",
     "Options": "decode.options",
+    "Score": "decode.scoring",
+    "score": "decode.scoring",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
     "marginals": "eval.marginals",

@@ -437,6 +437,27 @@ OTHERS = (
         "decode/test_adaptive.py",
     ),
     Mutation(
+        "records are of the logits after the hooks",
+        "decode/engine.py",
+        "records.records_of(own_BQV, choices.tokens_BQ, plan.logprobs)",
+        "records.records_of(logits_BQV, choices.tokens_BQ, plan.logprobs)",
+        "decode/test_records.py",
+    ),
+    Mutation(
+        "the prefill of samples emits a token of its own",
+        "decode/samples.py",
+        "Sampler(logits_fn=_token_of_prompt)",
+        "Sampler()",
+        "decode/test_samples.py",
+    ),
+    Mutation(
+        "pairs that are too long lose their last tokens",
+        "decode/scoring.py",
+        "inputs[-longest:]",
+        "inputs[:longest]",
+        "decode/test_scoring.py",
+    ),
+    Mutation(
         "half a stop string is shown",
         "decode/stopping.py",
         "longest = min(self.longest - 1, len(text))",

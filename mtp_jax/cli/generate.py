@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -16,6 +16,7 @@ from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.progress import say
+from mtp_jax.runs.strict_json import strict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Args(Decoding):
     """A UTF-8 file; its whole text is one more prompt."""
     prompt_tokens: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Token ids to continue, written as 1,2,3; may be given several times. No token is added to them."""
+    n: int = 1
+    """Samples per prompt. Each prompt is run once, and its samples are printed one after the other. Needs a
+    --temperature above 0."""
+    logprobs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --json: adds to each completion the log-probability and entropy of every token, and this number of most
+    likely tokens with theirs; 0 adds the first two only. They are of the model's own logits, before temperature and
+    filters."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -37,14 +45,16 @@ class Args(Decoding):
 def main(argv: list[str]) -> None:
     """Generates text and prints it."""
     args = parse(Args, argv, "mtp generate", "Generate text with a trained model. Drafts make it faster.")
+    if args.logprobs is not None and not args.json:
+        raise UserError(f"--logprobs {args.logprobs} needs --json, which prints the log-probabilities; add --json")
     prompts = _prompts(args)
-    options = options_of(args)
+    options = options_of(args) | {"n": args.n, "logprobs": args.logprobs}
     lm = open_model(args)
     options = with_best_draft(args, lm, options)
     say("compiling for this prompt length and these options, unless that was done before ...")
     if args.json:
         result = generate(lm, prompts, **options)
-        print_json(_as_json(lm, prompts, result) | _loss(lm, prompts, options, result))
+        print_json(_as_json(_repeated(prompts, args.n), result) | _loss(lm, prompts, options, result))
         return
     if lm.tokenizer is None:
         result = generate(lm, prompts, **options)
@@ -103,8 +113,9 @@ def _prompts(args: Args) -> list[Prompt]:
 
 def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> Generation:
     """Prints the output of the first prompt while it is generated, and then the outputs of the others."""
-    later = [""] * len(prompts)
     items = stream(lm, prompts, **options)
+    prompts = _repeated(prompts, options["n"])
+    later = [""] * len(prompts)
     print(_shown(lm, prompts[0]), end="", flush=True)
     for item in items:
         if isinstance(item, Generation):
@@ -119,17 +130,26 @@ def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> 
     return result
 
 
+def _repeated(prompts: list[Prompt], n: int) -> list[Prompt]:
+    """The prompt of every row."""
+    return [prompt for prompt in prompts for _ in range(n)]
+
+
 def _shown(lm: LoadedModel, prompt: Prompt) -> str:
     if is_conversation(prompt):
         return f"{prompt[-1]['content']}\n"
     return prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
 
 
-def _as_json(lm: LoadedModel, prompts: list[Prompt], result: Generation) -> dict[str, Any]:
+def _as_json(prompts: list[Prompt], result: Generation) -> dict[str, Any]:
     texts = result.text or [None] * len(prompts)
     rows = zip(prompts, texts, result.tokens, result.finish_reason, strict=True)
     completions = [
         {"prompt": prompt, "text": text, "tokens": tokens, "finish_reason": reason}
         for prompt, text, tokens, reason in rows
     ]
+    for name in ("logprobs", "entropies", "top_logprobs"):
+        if (by_row := getattr(result, name)) is not None:
+            for completion, values in zip(completions, by_row, strict=True):
+                completion[name] = strict(values)
     return {"completions": completions, "stats": result.stats.as_json()}

@@ -67,6 +67,12 @@ class Reading(abc.ABC):
         return self.marks.first[0] if self.marks.first else None
 
     @property
+    def start_id(self) -> int | None:
+        """The token that stands before a text without context: the one that begins documents, or else the one that ends
+        them."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end a generated text; the end token of documents is one of them."""
         return self.marks.ends

@@ -217,6 +217,23 @@ def test_lossy_rules_say_so(quickstart, capsys):
 
 
 @pytest.mark.grid
+def test_generate_records_and_samples(quickstart, capsys):
+    """--n and --logprobs reach `generate`, and the completions have their numbers. Breaks without `_repeated`, or
+    without the loop over the three names."""
+    base = ["generate", str(quickstart[0]), "--prompt", "def ", "--max-new-tokens", "6", "--temperature", "1"]
+    assert run([*base, "--n", "2", "--logprobs", "2", "--json"]) == 0
+    found = only_json(capsys)["completions"]
+    options = {"max_new_tokens": 6, "temperature": 1.0, "n": 2, "logprobs": 2}
+    out = generate(load(quickstart[0]), ["def "], **options)
+    assert [one["prompt"] for one in found] == ["def "] * 2
+    assert [one["tokens"] for one in found] == out.tokens
+    assert [one["logprobs"] for one in found] == out.logprobs
+    assert [one["entropies"] for one in found] == out.entropies
+    assert [[list(map(tuple, top)) for top in one["top_logprobs"]] for one in found] == out.top_logprobs
+    assert run([*base, "--n", "2"]) == 0
+    assert capsys.readouterr().out == "def " + "\n---\ndef ".join(out.text) + "\n"
+
+
 def test_generate_streams_every_prompt(quickstart, tmp_path, capsys):
     """Text of --prompt, --prompt-file and --prompt-tokens on stdout, statistics on stderr."""
     file = tmp_path / "prompt.txt"
@@ -352,6 +369,9 @@ BAD = {
     ),
     "no filter": (["generate", "RUN", "--prompt", "x", "--top-p", 0], r"top_p=0.0; it must be above 0, at most 1"),
     "cold": (["generate", "RUN", "--prompt", "x", "--temperature", -1], r"temperature=-1.0; it must be 0 for greedy"),
+    "records as text": (["generate", "RUN", "--prompt", "x", "--logprobs", 1], r"--logprobs 1 needs --json"),
+    "too many": (["generate", "RUN", "--prompt", "x", "--logprobs", 265, "--json"], r"logprobs=265, but .* 264 tokens"),
+    "same samples": (["generate", "RUN", "--prompt", "x", "--n", 2], r"n=2 samples at temperature 0 would all be"),
     "drafts in words": (["generate", "RUN", "--prompt", "x", "--num-draft", "many"], r"--num-draft many is neither"),
     "nothing to compare": (["bench", "decode", "RUN", "--num-draft", 0], r"there are no drafts to measure"),
     "no benchmark": (["bench", "coffee"], r"what to measure is one of decode, loss, train"),
