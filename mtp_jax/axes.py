@@ -25,10 +25,8 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | R      | rank of a LoRA update                                                                  |
 | U      | several axes joined: M B T tokens of a loss, G T queries of a key/value head, 2 D of two states |
 | V      | vocabulary                                                                             |
-| W      | tokens of a soft target; positions of a window; the P mask tokens of an anchor as keys |
-| X      | chosen positions of a row or of Q, such as anchors (positions with mask tokens); steps of a tree |
 | W      | tokens of a soft target; most likely tokens; positions of a window; the P mask tokens of an anchor as keys |
-| X      | chosen positions of a row or of Q, such as anchors, which are the positions with mask tokens |
+| X      | chosen positions of a row or of Q, such as anchors (positions with mask tokens); steps of a tree |
 | Y      | mask tokens of a row; there are X P                                                    |
 | Z      | tokens and mask tokens of a decoding forward, Q + Y                                    |
 | e      | experts that a token uses, of E                                                        |
