@@ -360,6 +360,27 @@ OTHERS = (
         "training/test_step.py training/test_optimizers.py",
     ),
     Mutation(
+        "everything learns from the first step on",
+        "training/heads_first.py",
+        "rest_updates, rest_state = jax.lax.cond(state.step < first, wait, learn)",
+        "rest_updates, rest_state = learn()",
+        "training/test_heads_first.py",
+    ),
+    Mutation(
+        "a zero outside of heads loses its sign",
+        "training/heads_first.py",
+        "return of_heads(new) | rest",
+        "return new",
+        "training/test_heads_first.py",
+    ),
+    Mutation(
+        "the trunk's gradient clips that of heads which learn alone",
+        "training/step.py",
+        "jax.lax.cond(state.step < config.train.heads_first, of_heads, of_all)",
+        "of_all()",
+        "training/test_heads_first.py",
+    ),
+    Mutation(
         "lookup does not repeat what it runs out of",
         "decode/drafters.py",
         "source_P = at + 1 + jnp.arange(count) % period",

@@ -30,6 +30,10 @@ class TrainConfig:
     checkpoint, it does not read this workdir again."""
     init_heads: Literal["new", "same"] = "new"
     """new: the heads start as `heads.init` says. same: the heads start as those of `init_from`."""
+    heads_first: int = 0
+    """Number of steps at the beginning in which only heads learn (Mehra et al. 2025, head warm-up). Then everything
+    learns that `trainable` names. The other parameters have their own warm-up of the learning rate after these
+    steps."""
     keep_states: bool = False
     """If only heads are trained: run the trunk over the training text once, keep its states on disk (2 states of
     d_model numbers for every token, in `states` of the workdir), and train the heads on them. The trained heads are the
@@ -52,11 +56,21 @@ class TrainConfig:
         names = ("steps", "batch_size", "grad_accum", "log_every", "checkpoint_every", "keep_checkpoints")
         positive("train", self, *names)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed}; use a seed from 0 to {2**32 - 1}")
-        for name in ("eval_every", "eval_rows"):
+        for name in ("eval_every", "eval_rows", "heads_first"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative")
+        require(
+            self.heads_first < self.steps,
+            f"train.heads_first={self.heads_first} must be below train.steps={self.steps}: the other parameters learn "
+            "in the steps after it",
+        )
         only_with("train", self, "init_heads", bool(self.init_from), "train.init_from")
         read_rules(self.trainable)
+        require(
+            not (self.heads_first and self.heads_only),
+            f"train.heads_first={self.heads_first} has no effect with train.trainable={self.trainable!r}, which trains "
+            "only heads; use heads_first=0",
+        )
         only_with("train", self, "keep_states", self.heads_only, "train.trainable='heads'")
         require(
             self.batch_size % self.grad_accum == 0,
