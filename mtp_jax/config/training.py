@@ -46,6 +46,13 @@ class TrainConfig:
     """Number of steps between evaluations on held-out rows; 0 evaluates only at the end."""
     eval_rows: int = 0
     """Number of held-out rows of an evaluation during training; 0 uses all rows."""
+    patience: int = 0
+    """End the run when this many evaluations in a row are not better than the best one so far. The checkpoint of the
+    best one is kept, and is the one that is opened afterwards. 0 never ends early, and keeps only the newest
+    checkpoints."""
+    stop_on: Literal["objective", "next_token"] = "objective"
+    """What `patience` watches. objective: the held-out losses of all heads, with their weights in the loss (without
+    what changes during the run). next_token: the held-out loss of head 0."""
     checkpoint_every: int = 200
     """Number of steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
@@ -56,7 +63,7 @@ class TrainConfig:
         names = ("steps", "batch_size", "grad_accum", "log_every", "checkpoint_every", "keep_checkpoints")
         positive("train", self, *names)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed}; use a seed from 0 to {2**32 - 1}")
-        for name in ("eval_every", "eval_rows", "heads_first"):
+        for name in ("eval_every", "eval_rows", "heads_first", "patience"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} is negative")
         require(
@@ -64,6 +71,8 @@ class TrainConfig:
             f"train.heads_first={self.heads_first} must be below train.steps={self.steps}: the other parameters learn "
             "in the steps after it",
         )
+        only_with("train", self, "patience", self.eval_every > 0, "train.eval_every")
+        only_with("train", self, "stop_on", self.patience > 0, "train.patience")
         only_with("train", self, "init_heads", bool(self.init_from), "train.init_from")
         read_rules(self.trainable)
         require(

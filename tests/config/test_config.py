@@ -370,6 +370,12 @@ REFUSED = [
     (lambda: TrainConfig(seed=2**32), "train.seed=4294967296; use a seed from 0 to 4294967295"),
     (lambda: TrainConfig(eval_every=-1), "train.eval_every=-1 is negative"),
     (lambda: TrainConfig(eval_rows=-1), "train.eval_rows=-1 is negative"),
+    (lambda: TrainConfig(patience=-1), "train.patience=-1 is negative"),
+    (lambda: TrainConfig(patience=2), "train.patience=2 has no effect without train.eval_every"),
+    (
+        lambda: TrainConfig(stop_on="next_token", eval_every=5),
+        "train.stop_on='next_token' has no effect without train.patience",
+    ),
     (lambda: TrainConfig(heads_first=-1), "train.heads_first=-1 is negative"),
     (lambda: TrainConfig(heads_first=5, steps=5), "train.heads_first=5 must be below train.steps=5"),
     (
