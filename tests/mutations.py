@@ -409,6 +409,20 @@ OTHERS = (
         "training/test_patience.py",
     ),
     Mutation(
+        "losses of heads are not followed",
+        "training/step.py",
+        "params[HEAD_LOSS] = running_loss(params[HEAD_LOSS], parts.sums.ce_M, parts.sums.weight_M)",
+        "params[HEAD_LOSS] = parts.sums.ce_M / parts.sums.weight_M",
+        "training/test_balance.py",
+    ),
+    Mutation(
+        "a head that stands still is balanced",
+        "training/step.py",
+        "counts_M = jnp.arange(len(w_M)) >= config.train.heads_only",
+        "counts_M = jnp.ones(len(w_M), bool)",
+        "training/test_balance.py",
+    ),
+    Mutation(
         "lookup does not repeat what it runs out of",
         "decode/drafters.py",
         "source_P = at + 1 + jnp.arange(count) % period",

@@ -15,9 +15,10 @@ from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import HeadSums, head_scale
-from mtp_jax.losses.schedules import head_weights
+from mtp_jax.losses.schedules import balanced, head_weights, running_loss
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import lora
+from mtp_jax.model.mtp import HEAD_LOSS
 from mtp_jax.training import heads_first, meter
 from mtp_jax.training.objectives import (
     Batch,
@@ -101,6 +102,10 @@ def train_step(
     if "states" in batch:  # Head 0 is not trained.
         targets = targets._replace(weights_MBT=targets.weights_MBT.at[0].set(0.0))
     w_M = head_weights(head_schedule(config), state.step)
+    if config.loss.balance:
+        # A head 0 that is not trained does not contribute.
+        counts_M = jnp.arange(len(w_M)) >= config.train.heads_only
+        w_M = balanced(w_M, state.params[HEAD_LOSS], counts_M)
     scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
     weight_BT = _shares(targets.weights_MBT[0])
     learned, rest = split_params(config, state.params)
@@ -125,6 +130,8 @@ def train_step(
     if config.train.heads_first:
         changed = heads_first.only_heads_changed(config, state.step, learned, changed)
     params = joined(changed, rest)
+    if config.loss.balance:
+        params[HEAD_LOSS] = running_loss(params[HEAD_LOSS], parts.sums.ce_M, parts.sums.weight_M)
     metrics = StepMetrics(loss, parts.sums, parts.extras, optax.tree.norm(grads), w_M)
     return TrainState(state.step + 1, params, opt_state), metrics
 
