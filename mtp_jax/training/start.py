@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -61,23 +61,25 @@ def check_start(config: Config) -> Config:
     return other
 
 
-def remarks(config: Config, other: Config) -> list[str]:
-    """What is unusual about a start, in words.
+def remarks(config: Config, other: Config, paths: Iterable[str]) -> list[str]:
+    """What is unusual about the heads of a run that starts from another one, in words.
 
     Args:
       config: config of the new run.
       other: config of the run that it starts from.
+      paths: paths of the parameters of the new run.
     """
     train = config.train
-    extra = config.heads.num_future > 1
-    found = []
-    if train.init_heads == "same" and extra:
-        before = [(name, getattr(other.heads, name)) for name in FREE_OF_HEADS]
-        changed = [(name, old) for name, old in before if getattr(config.heads, name) != old]
-        found = [f"heads.{name}={getattr(config.heads, name)}, but they learned with {old}" for name, old in changed]
-    if train.init_heads == "new" and extra and not any(map(train.learns, ("heads/", "heads/blocks/"))):
-        found.append(f"train.trainable={train.trainable!r} leaves the heads as they start, and they are new")
-    return found
+    of_heads = [path for path in paths if path.startswith("heads/")]
+    if train.init_heads == "same" and of_heads:
+        return [
+            f"heads.{name}={getattr(config.heads, name)}, but the heads have learned with {getattr(other.heads, name)}"
+            for name in FREE_OF_HEADS
+            if getattr(config.heads, name) != getattr(other.heads, name)
+        ]
+    if of_heads and not any(map(train.learns, of_heads)):
+        return [f"train.trainable={train.trainable!r} trains no head, and the heads are new: they stay as they start"]
+    return []
 
 
 def parameters_to_start_from(
