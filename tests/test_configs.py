@@ -31,6 +31,13 @@ PARAMETERS = {
     "pretrain_1b": 1_100_048_384,
     "pretrain_7b": 6_738_415_616,
     "pretrain_13b": 13_015_864_320,
+    "caft_heads": 148_675_392,
+    "caft_lora": 148_675_392,
+    "caft_full": 148_675_392,
+    "next_token_lora": 134_515_008,
+    "next_token_full": 134_515_008,
+    "naive_multi_token": 148_675_392,
+    "joint_heads": 148_675_423,
 }
 
 
@@ -57,7 +64,10 @@ def test_config_builds(name, monkeypatch):
     monkeypatch.setattr(rows, "SHORT", 2**20)  # the formula counts attention in one piece
     config = read_config(str(CONFIGS / f"{name}.py"))
     program = programs.train_step(config, sharding.make_mesh(config.mesh))
-    count = sum(leaf.size for leaf in jax.tree.leaves(program.arguments["parameters"]))
+    parameters = program.arguments["parameters"].items()
+    count = sum(
+        leaf.size for leaf in jax.tree.leaves([tree for name, tree in parameters if name not in mtp.OF_TRAINING])
+    )
     assert count == mtp.count_params(config.arch) == PARAMETERS[name]
     assert "stablehlo.dot_general" in program.lowered.as_text()
     ratio = flops.count(program.traced.jaxpr).flops / step_flops(
@@ -65,6 +75,8 @@ def test_config_builds(name, monkeypatch):
     )
     if config.optim.name == "muon":
         assert ratio > 1  # orthogonalising momentum is products, too
+    elif config.lora.rank:
+        assert 1 <= ratio < 1.05  # products with adapters
     elif config.model.remat == "none":
         assert ratio == pytest.approx(1)
     elif config.model.remat == "dots":  # scores of attention alone
