@@ -34,6 +34,7 @@ config = Config(
         d_ff=1536,
         max_seq_len=8192,
         rope_theta=100_000.0,
+        norm_eps=1e-5,
     ),
     heads=HeadsConfig(num_future=5, init="copy_block", init_block=-2),
     loss=LossConfig(extra_weight=0.01, decay=0.8, schedule="rsine"),

@@ -35,6 +35,7 @@ config = Config(
         d_ff=1536,
         max_seq_len=8192,
         rope_theta=100_000.0,
+        norm_eps=1e-5,
     ),
     heads=HeadsConfig(num_future=5, tap_mix=True, init="copy_block", init_block=-2),
     loss=LossConfig(balance=True),

@@ -21,6 +21,7 @@ config = Config(
         d_ff=1536,
         max_seq_len=8192,
         rope_theta=100_000.0,
+        norm_eps=1e-5,
     ),
     heads=HeadsConfig(num_future=5, init="copy_block", init_block=-2),
     data=DataConfig(source="data/chat.jsonl", tokenizer="smollm2", seq_len=512),

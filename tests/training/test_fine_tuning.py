@@ -121,6 +121,23 @@ def test_phase_2_with_adapters(place, tmp_path):
 
 
 @pytest.mark.grid
+def test_heads_warm_up_before_adapters(place, tmp_path):
+    """Phase 2 with three of four steps for heads alone: adapters start at 0 and take one step of AdamW, which is the
+    learning rate at most. Breaks if the stage has adapters that learn."""
+    stage = {"train__trainable": ("heads", "lora"), "train__heads_first": 3}
+    result = run(from_heads(place, "caft_lora", optim__learning_rate=1e-2, **stage), tmp_path)
+    moved = [
+        np.abs(leaf).max()
+        for path, leaf in by_path(jax.device_get(result.state.params["lora"])).items()
+        if path.endswith("/b")
+    ]
+    assert len(moved) == 7
+    assert min(moved) > 0 and max(moved) <= 1.01e-2
+    heads = load(place / "heads").params["heads"]
+    assert bits(load(tmp_path).params["heads"])["blocks/attn/q"] != bits(heads)["blocks/attn/q"]
+
+
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["next_token_lora", "next_token_full", "naive_multi_token", "joint_heads"])
 def test_other_recipes(place, tmp_path, name):
     """They start from the model, learn, and leave a model that opens and evaluates."""
