@@ -11,10 +11,12 @@ from mtp_jax import sharding
 from mtp_jax.aot import flops, programs
 from mtp_jax.cli.common import read_config
 from mtp_jax.config import equal_parameter_layers
+from mtp_jax.convert.starting import with_run
 from mtp_jax.cost.flops import step_flops
 from mtp_jax.data import synthetic
 from mtp_jax.kernels import rows
 from mtp_jax.model import mtp
+from mtp_jax.training.start import check_start
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PARAMETERS = {
@@ -85,6 +87,22 @@ def test_config_builds(name, monkeypatch):
         assert 1 < ratio < 1.15
     else:
         assert 1.2 < ratio < 4 / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["caft_heads", "next_token_lora", "next_token_full", "naive_multi_token", "joint_heads"]
+)
+def test_fine_tuning_fits_smollm2(name):
+    """The model section is that of SmolLM2, from the cache or the package index. Breaks without `norm_eps`."""
+    check_start(with_run(read_config(str(CONFIGS / f"{name}.py")), print))
+
+
+def test_phases_of_caft_have_one_model_and_the_same_heads():
+    """Phase 2 goes on with model and heads of phase 1."""
+    first, *others = (read_config(str(CONFIGS / f"{name}.py")) for name in ("caft_heads", "caft_lora", "caft_full"))
+    assert [config.arch for config in others] == 2 * [first.arch]
+    assert [config.train.init_from for config in others] == 2 * ["runs/caft_heads"]
 
 
 def test_equal_parameter_rule():
