@@ -6,8 +6,8 @@
 The loss is L_0 + 0.01 r(s) sum of 0.8^m L_m. The factor r(s) falls from 1 to 0 over the run (`rsine`). The gradient of
 the later heads reaches the model through the heads, which stay as they are.
 
-One GPU with 24 GB; add `--model.dtype bfloat16` there. Expected: a held-out next-token loss near that of
-`configs/next_token_full.py`; compare both on your task.
+For one GPU with 24 GB, by estimate; add `--model.dtype bfloat16` there. Expected: a held-out next-token loss near that
+of `configs/next_token_full.py`; compare both on your task.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig

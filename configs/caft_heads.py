@@ -5,8 +5,8 @@
 docs/fine_tune.md says how to make the answers. Each head starts as a copy of the second last block. The loss is the sum
 of 0.8^m L_m over the heads m = 1 to 4. The run ends early when the held-out loss no longer improves.
 
-One GPU with 24 GB; add `--model.dtype bfloat16` there. On two CPU cores a step takes minutes. Expected: the held-out
-losses of heads 1 to 4 fall, and that of head 0 keeps its value.
+For one GPU with 24 GB, by estimate; add `--model.dtype bfloat16` there. On two CPU cores a step takes minutes.
+Expected: the held-out losses of heads 1 to 4 fall, and that of head 0 keeps its value.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig

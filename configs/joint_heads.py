@@ -8,8 +8,8 @@ The first line uses what the paper names: the model learns at a tenth of the rat
 learn alone for the first 300 steps, every head contributes alike to the loss (`loss.balance`), and the heads read a
 learned mix of the states of all layers (`heads.tap_mix`). The second line freezes the model.
 
-One GPU with 24 GB; add `--model.dtype bfloat16` there. Expected: lower held-out losses of heads 1 to 4 than with a
-frozen model, and another next-token output, which the frozen run does not have.
+For one GPU with 24 GB, by estimate; add `--model.dtype bfloat16` there. Expected, from the paper: lower held-out losses
+of heads 1 to 4 than with a frozen model, and another next-token output, which the frozen run does not have.
 """
 
 from mtp_jax import (

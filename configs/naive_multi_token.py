@@ -3,8 +3,9 @@
     mtp train configs/naive_multi_token.py --data.source task.jsonl
 
 This is the run that CAFT (arXiv:2506.07833) is made to do better than: the losses of new heads change the model before
-the heads know anything. Gloeckle et al. 2024 found no reliable gain with it either. One GPU with 24 GB; add
-`--model.dtype bfloat16` there. Expected: a higher held-out next-token loss than with `configs/next_token_full.py`.
+the heads know anything. Gloeckle et al. 2024 found no reliable gain with it either. For one GPU with 24 GB, by
+estimate; add `--model.dtype bfloat16` there. Expected, from the paper: a higher held-out next-token loss than with
+`configs/next_token_full.py`.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig, OptimConfig, TrainConfig

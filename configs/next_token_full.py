@@ -2,8 +2,8 @@
 
     mtp train configs/next_token_full.py --data.source task.jsonl
 
-The settings are those of `configs/caft_full.py`, without heads. One GPU with 24 GB; add `--model.dtype bfloat16` there.
-Expected: the held-out loss falls, and the run ends early when it rises again.
+The settings are those of `configs/caft_full.py`, without heads. For one GPU with 24 GB, by estimate; add `--model.dtype
+bfloat16` there. Expected: the held-out loss falls, and the run ends early when it rises again.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig, OptimConfig, TrainConfig

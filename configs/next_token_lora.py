@@ -2,8 +2,8 @@
 
     mtp train configs/next_token_lora.py --data.source task.jsonl
 
-The settings are those of `configs/caft_lora.py`, without heads. One GPU with 16 GB; add `--model.dtype bfloat16` there.
-Expected: the held-out loss falls, and the run ends early when it rises again.
+The settings are those of `configs/caft_lora.py`, without heads. For one GPU with 16 GB, by estimate; add `--model.dtype
+bfloat16` there. Expected: the held-out loss falls, and the run ends early when it rises again.
 """
 
 from mtp_jax import (
