@@ -1,4 +1,4 @@
-"""Heads and model trained together, against heads on a frozen model (Mehra et al. 2025, arXiv:2502.09419).
+r"""Heads and model trained together, against heads on a frozen model (Mehra et al. 2025, arXiv:2502.09419).
 
     mtp train configs/joint_heads.py --data.source answers.jsonl
     mtp train configs/joint_heads.py --workdir runs/frozen_heads --data.source answers.jsonl \
