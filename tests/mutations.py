@@ -146,9 +146,9 @@ NAMED = (
     Mutation(
         "head_scale of each micro-batch alone",
         "training/step.py",
-        "total_loss(config, spec, joined(point, rest), *micro, scale_M, terms)",
-        "total_loss(config, spec, joined(point, rest), *micro, "
-        "head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), w_M)"
+        "total_loss(config, spec, params, *micro, given.scale_M, terms)",
+        "total_loss(config, spec, params, *micro, "
+        "head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), config.head_weights)"
         " / config.train.grad_accum, terms)",
         "training/test_step.py",
     ),
@@ -407,6 +407,13 @@ OTHERS = (
         "return Patience(config, json.loads(bytes(list_from_first(list(text.encode())))))",
         "return Patience(config)",
         "training/test_patience.py",
+    ),
+    Mutation(
+        "heads of a source always become new ones",
+        "training/start.py",
+        'name not in mtp.OF_HEADS or settings.init_heads == "same"',
+        "name not in mtp.OF_HEADS",
+        "training/test_fine_tuning.py",
     ),
     Mutation(
         "losses of heads are not followed",

@@ -91,8 +91,9 @@ class Patience:
         train = self._config.train
         what = "next-token loss" if train.stop_on == "next_token" else "objective"
         return (
-            f"stopped early at step {self._step}: the held-out {what} was {self._best:.4f} at step {self.best_step}, "
-            f"and {self._waited} evaluations since then were not better (train.patience={train.patience})"
+            f"stopped early at step {self._step}: the held-out {what} was {self._best:.4f} at step {self.best_step}; "
+            f"evaluations since then without a better one: {self._waited} (train.patience={train.patience}). The "
+            f"checkpoint of step {self.best_step} is the one that opens"
         )
 
 
