@@ -188,9 +188,9 @@ NAMED = (
     Mutation(
         "head_scale of each micro-batch alone",
         "training/step.py",
-        "total_loss(config, spec, joined(point, rest), *micro, scale_M, terms)",
-        "total_loss(config, spec, joined(point, rest), *micro, "
-        "head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), w_M)"
+        "total_loss(config, spec, params, *micro, given.scale_M, terms)",
+        "total_loss(config, spec, params, *micro, "
+        "head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), config.head_weights)"
         " / config.train.grad_accum, terms)",
         "training/test_step.py",
     ),
@@ -400,6 +400,76 @@ OTHERS = (
         "return lambda step: joined(step + 1)",
         "return lambda step: joined(step)",
         "training/test_step.py training/test_optimizers.py",
+    ),
+    Mutation(
+        "everything learns from the first step on",
+        "training/heads_first.py",
+        "rest_updates, rest_state = jax.lax.cond(state.step < first, wait, learn)",
+        "rest_updates, rest_state = learn()",
+        "training/test_heads_first.py",
+    ),
+    Mutation(
+        "a zero outside of heads loses its sign",
+        "training/heads_first.py",
+        "return of_heads(new) | rest",
+        "return new",
+        "training/test_heads_first.py",
+    ),
+    Mutation(
+        "the trunk's gradient clips that of heads which learn alone",
+        "training/step.py",
+        "jax.lax.cond(state.step < config.train.heads_first, of_heads, of_all)",
+        "of_all()",
+        "training/test_heads_first.py",
+    ),
+    Mutation(
+        "the newest checkpoint is opened instead of the best",
+        "runs/checkpoint.py",
+        "tried = [one for one in steps if one != best] + last if step is None else [step]",
+        "tried = steps if step is None else [step]",
+        "training/test_patience.py",
+    ),
+    Mutation(
+        "the best checkpoint is deleted",
+        "runs/checkpoint.py",
+        "return [keep or one.step == self._best() for keep, one in zip(newest, checkpoints, strict=True)]",
+        "return newest",
+        "training/test_patience.py",
+    ),
+    Mutation(
+        "an equal held-out loss is better",
+        "training/patience.py",
+        "if value < self._best:",
+        "if value <= self._best:",
+        "training/test_patience.py",
+    ),
+    Mutation(
+        "a run that continues forgets its evaluations",
+        "training/patience.py",
+        "return Patience(config, json.loads(bytes(list_from_first(list(text.encode())))))",
+        "return Patience(config)",
+        "training/test_patience.py",
+    ),
+    Mutation(
+        "heads of a source always become new ones",
+        "training/start.py",
+        'name not in mtp.OF_HEADS or settings.init_heads == "same"',
+        "name not in mtp.OF_HEADS",
+        "training/test_fine_tuning.py",
+    ),
+    Mutation(
+        "losses of heads are not followed",
+        "training/step.py",
+        "params[HEAD_LOSS] = running_loss(params[HEAD_LOSS], parts.sums.ce_M, parts.sums.weight_M)",
+        "params[HEAD_LOSS] = parts.sums.ce_M / parts.sums.weight_M",
+        "training/test_balance.py",
+    ),
+    Mutation(
+        "a head that stands still is balanced",
+        "training/step.py",
+        "counts_M = jnp.arange(len(w_M)) >= config.train.heads_only",
+        "counts_M = jnp.ones(len(w_M), bool)",
+        "training/test_balance.py",
     ),
     Mutation(
         "lookup does not repeat what it runs out of",
