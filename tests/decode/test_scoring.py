@@ -2,13 +2,18 @@
 names the line whose deletion breaks the test."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
+import transformers
 from reference.decoding import CONFIG, NEW, PROMPTS, compilations, loaded, loud_params, model
 from reference.tiny import tiny_config
 
 import mtp_jax
+from mtp_jax.convert.tokenizer import hub_tokenizer
+from mtp_jax.data.marks import BOS as BOS_NAME
+from mtp_jax.data.marks import EOS as EOS_NAME
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.decode import engine, scoring
 from mtp_jax.decode.scoring import pair_ids
@@ -94,6 +99,18 @@ def test_texts_as_ids():
     assert pair_ids(spoken(first=()), "a", "b", 0) == ([*b"a"], [*b"b"])
     by_text = mtp_jax.score(lm, ["ab ", ""], ["c", "abc"])
     assert by_text == mtp_jax.score(lm, [[BOS, *b"ab"], [BOS]], [[*b" c"], [*b"abc"]])
+
+
+def test_a_declared_first_token():
+    """A tokenizer of transformers that declares a first token but puts it before no text: it takes the place of an
+    empty prompt, as in lm-evaluation-harness. Breaks without `start_id` of `HubTokenizer`."""
+    names = {"bos_token": BOS_NAME, "eos_token": EOS_NAME}
+    inner = transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_tokenizer().inner, **names)
+    tokenizer = hub_tokenizer(inner, pathlib.Path("a model"), [])
+    assert tokenizer.bos_id is None
+    lm = loaded(SMALL, None, tokenizer)
+    assert pair_ids(lm, "", "ab", 0) == ([BOS], [*b"ab"])
+    assert pair_ids(lm, "a", "b", 0) == ([*b"a"], [*b"b"])
 
 
 def test_a_token_across_the_border():
