@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from mtp_jax import sharding
 from mtp_jax.config import Arch, Config, HeadsConfig, MeshConfig, to_json
 from mtp_jax.convert import forms
+from mtp_jax.convert.adapter_reader import added, tokenizer_of
+from mtp_jax.convert.adapters import base_of, is_adapter, open_adapter
 from mtp_jax.convert.head_writer import choose_form
 from mtp_jax.convert.origin import Origin, keep_origin, origin_of
 from mtp_jax.convert.reader import Notify, open_checkpoint, read_params
@@ -44,6 +46,7 @@ def import_model(
     form: str | None = None,
     head_settings: Mapping[str, Any] | None = None,
     heads_from: str | pathlib.Path | None = None,
+    base: str | pathlib.Path | None = None,
     dtype: str | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
@@ -53,12 +56,14 @@ def import_model(
     """Makes a model directory of ours from a checkpoint; `load`, `mtp generate` and `train.init_from` read it.
 
     Args:
-      source: a Hugging Face directory or hub id, a directory in Meta's layout, a GGUF file, or `smollm2`.
+      source: a Hugging Face directory or hub id, a directory in Meta's layout, a GGUF file, a directory with an adapter
+        of PEFT, or `smollm2`.
       out: the directory to make; it must be empty or not exist.
       heads: new heads, instead of those of the checkpoint. The trunk keeps every bit.
       form: adds new heads with the settings of this form of `convert.forms`. Export then writes them in this form.
       head_settings: with `form`: more fields of `HeadsConfig`, such as `num_future`.
       heads_from: a file or directory of trained heads, in a form of `convert.forms`.
+      base: the checkpoint that an adapter is added to. None is the one that the adapter names.
       dtype: `float32` or `bfloat16`; None keeps the dtype of the files.
       ignore: patterns of config fields and tensor names to ignore. Export writes the ignored tensors again.
       seed: seed for new heads.
@@ -75,13 +80,21 @@ def import_model(
         raise UserError("heads, form and heads_from cannot be combined; give only one of them")
     if 1 in ((head_settings or {}).get("num_future"), heads and heads.num_future):
         raise UserError("num_future=1 is a model without extra heads; leave heads out, or use num_future=2 or more")
+    adapter = open_adapter(source) if is_adapter(source) else None
+    if base is not None and adapter is None:
+        raise UserError(f"base={str(base)!r} is for an adapter, but {source} is not a directory with one; leave it out")
     with whole_directory(out) as directory:
-        checkpoint = open_checkpoint(source, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
+        files = base_of(source, base) if adapter else source
+        checkpoint = open_checkpoint(files, dtype, ignore=ignore, heads_from=heads_from, notify=notify)
         tokenizer = checkpoint.tokenizer()
-        check_size(tokenizer, checkpoint.arch, checkpoint.directory, notify)
         arch = checkpoint.arch
         mesh = mesh or sharding.make_mesh(MeshConfig())
         params = read_params(checkpoint, mesh, notify)
+        if adapter:
+            arch, params = added(adapter, arch, params, origin_of(checkpoint), keep=False)
+            tokenizer = tokenizer_of(adapter, arch, checkpoint.arch, tokenizer)
+            notify(f"added the adapter in {source} to {files}")
+        check_size(tokenizer, arch, checkpoint.directory, notify)
         if form is not None:
             heads = forms.preset(form, arch.model, **(head_settings or {}))
         if heads is not None and heads.draft_vocab:
@@ -101,7 +114,7 @@ def import_model(
         (directory / CONFIG).write_text(to_json(config) + "\n")
         origin = dataclasses.replace(origin_of(checkpoint), wanted=form or "")
         keep_origin(origin, directory / ORIGIN)
-        note_start(directory, str(source), has_origin=True)
+        note_start(directory, str(source), has_origin=True, changed=adapter is not None)
         _warn_of_export(arch, origin, notify)
         with Checkpoints(directory, keep=1, notify=notify) as checkpoints:
             checkpoints.save(0, {"params": params}, _NoData())
