@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from reference.tiers import sampled
 
 import mtp_jax
 from mtp_jax.cli import run as mtp
@@ -41,7 +42,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module")
 def base(request, tmp_path_factory):
     """A tiny model of transformers with random parameters."""
     directory = tmp_path_factory.mktemp("base") / request.param.replace(" ", "-")
@@ -96,19 +97,27 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("trainable", "lora"),
-    [("lora", {}), (("lora", "^embed/", "^final_norm"), {"targets": ("attn/[qv]", "mlp/down")})],
-    ids=["all", "some, and tables"],
-)
-def test_leaves_for_peft_and_comes_back(base, tmp_path, trainable, lora):
+RUNS = {
+    "all": {},
+    "some, and tables": {"trainable": ("lora", "^embed/", "^final_norm"), "targets": ("attn/[qv]", "mlp/down")},
+}
+
+
+def on_every_base(cases, *default):
+    """Names of bases and cases, as parameters of a test."""
+    pairs = [(model, case) for model in MODELS for case in cases]
+    return pytest.mark.parametrize(("base", "name"), sampled(pairs, *default), indirect=["base"])
+
+
+@on_every_base(RUNS, ("tied qwen3", "some, and tables"), ("fused phi3", "all"))
+def test_leaves_for_peft_and_comes_back(base, name, tmp_path):
     """logits of PEFT on the base with the exported adapter = logits of the run = of the exported merged model = of the
     adapter when it is read again, directly, on a given base and by import.
 
     Breaks if A and B change places, without the rows of a fused tensor, without its ranks in the config, or without the
     tables that were trained.
     """
-    run = run_of(base, tmp_path / "run", trainable, **lora)
+    run = run_of(base, tmp_path / "run", **RUNS[name])
     expected = mtp_jax.load(run).logits(TOKENS)[0]
     bare = mtp_jax.load(base)
     assert np.abs(bare.logits(TOKENS)[0] - expected).max() > 0.1
@@ -137,8 +146,8 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize("name", THEIRS)
-def test_comes_from_peft(base, tmp_path, name):
+@on_every_base(THEIRS, ("llama", "ranks of their own"), ("tied qwen3", "with tables"), ("fused phi3", "all linear"))
+def test_comes_from_peft(base, name, tmp_path):
     """logits of an adapter that PEFT wrote, on a base that is given = logits of PEFT.
 
     Breaks with alpha / R for rslora, without the patterns, or if a tied unembedding follows the embedding.
@@ -156,6 +165,7 @@ def test_comes_from_peft(base, tmp_path, name):
     close(lm.logits(TOKENS)[0], by_torch(model))
 
 
+@pytest.mark.parametrize("base", sampled(MODELS, "tied qwen3"), indirect=True)
 def test_new_tokens_come_too(base, tmp_path):
     """An adapter of a model with more tokens than its base brings its tables. Breaks if the old rows are kept."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
