@@ -74,6 +74,10 @@ def added(adapter: Adapter, arch: Arch, params: Any, origin: Any, *, keep: bool)
     """
     _check_base(adapter, params)
     entry, _ = entry_of(arch, origin)
+    # Modules may have another name in transformers than their tensors have in files.
+    names = {other: name for name, other in entry.also.items()}
+    whole = {names.get(name, name): tensor for name, tensor in adapter.whole.items()}
+    adapter = dataclasses.replace(adapter, whole=whole)
     base = _Base(adapter, entry, arch, pieces_of(entry, arch, params))
     factors = _factors(base, params)
     arch, params = _replaced(base, params)

@@ -39,6 +39,9 @@ MODELS = {
     "llama": transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False),
     "tied qwen3": transformers.Qwen3Config(**SHAPE, head_dim=6, tie_word_embeddings=True),
     "fused phi3": transformers.Phi3Config(**SHAPE, tie_word_embeddings=False),
+    "interleaved gpt-neox": transformers.GPTNeoXConfig(
+        **{name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}, rotary_pct=0.5
+    ),
 }
 
 
@@ -103,9 +106,13 @@ RUNS = {
 }
 
 
+OF_ALL = (*RUNS, "all linear")
+"""Cases without names of modules that only some bases have."""
+
+
 def on_every_base(cases, *default):
     """Names of bases and cases, as parameters of a test."""
-    pairs = [(model, case) for model in MODELS for case in cases]
+    pairs = [(model, case) for model in MODELS for case in cases if model != "interleaved gpt-neox" or case in OF_ALL]
     return pytest.mark.parametrize(("base", "name"), sampled(pairs, *default), indirect=["base"])
 
 
@@ -163,6 +170,7 @@ def test_comes_from_peft(base, name, tmp_path):
     lm = mtp_jax.load(tmp_path, base=base)
     assert np.abs(mtp_jax.load(base).logits(TOKENS)[0] - lm.logits(TOKENS)[0]).max() > 1e-2
     close(lm.logits(TOKENS)[0], by_torch(model))
+    assert lm.arch.model.tie_embeddings == ("unembed" not in lm.params)
 
 
 @pytest.mark.parametrize("base", sampled(MODELS, "tied qwen3"), indirect=True)
@@ -170,7 +178,7 @@ def test_new_tokens_come_too(base, tmp_path):
     """An adapter of a model with more tokens than its base brings its tables. Breaks if the old rows are kept."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(37)
-    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"]))
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     model.save_pretrained(tmp_path, save_embedding_layers=True)
     lm = mtp_jax.load(tmp_path, base=base)
     assert lm.arch.model.vocab_size == 37
