@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mtp_jax.config import TrainConfig as TrainConfig
     from mtp_jax.config import equal_parameter_layers as equal_parameter_layers
     from mtp_jax.config import override as override
+    from mtp_jax.convert.adapter_reader import with_adapter as with_adapter
+    from mtp_jax.convert.adapter_writer import export_adapter as export_adapter
     from mtp_jax.convert.heads_file import with_heads as with_heads
     from mtp_jax.convert.heads_file import write_heads as write_heads
     from mtp_jax.convert.importer import import_model as import_model
@@ -93,6 +95,8 @@ _HOMES = {
     "with_heads": "convert.heads_file",
     "write_heads": "convert.heads_file",
     "export_model": "convert.writer",
+    "export_adapter": "convert.adapter_writer",
+    "with_adapter": "convert.adapter_reader",
 }
 __all__ = sorted(_HOMES)
 

@@ -13,21 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
-from mtp_jax.config import Arch, Config, LoraConfig, MeshConfig, from_json
+from mtp_jax.config import Arch, Config, MeshConfig, from_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import lora, mtp
 from mtp_jax.runs.ancestry import origin_folder
 from mtp_jax.runs.programs import bounded
 from mtp_jax.runs.progress import say
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapters:
-    """The adapters of a run, which `load` has added to the weights of the model."""
-
-    config: LoraConfig
-    factors: Any = dataclasses.field(repr=False)
-    """`params["lora"]` of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +37,6 @@ class LoadedModel:
     """The Hugging Face checkpoint that the model comes from, for export. None if there is none."""
     decode_view: Any = dataclasses.field(default=None, repr=False)
     """The parameters of a model that only decodes. It has them in place of `params`. None for any other model."""
-    adapters: Adapters | None = dataclasses.field(default=None, repr=False)
-    """The adapters of a run with `lora`. The weights of the model have them already. None if there are none."""
 
     @property
     def arch(self) -> Arch:
@@ -179,12 +168,14 @@ def load(
     heads_from: str | pathlib.Path | None = None,
     shipped_heads: bool = False,
     decode_only: bool = False,
+    base: str | pathlib.Path | None = None,
 ) -> LoadedModel:
-    """Loads a model from a workdir, a Hugging Face directory or a GGUF file.
+    """Loads a model from a workdir, a Hugging Face directory, a GGUF file or an adapter.
 
     Args:
       source: the workdir of `mtp train`, `mtp quickstart` or `mtp import`; a Hugging Face directory or hub id; a GGUF
-        file; or `smollm2`, which is SmolLM2-135M-Instruct and is fetched the first time.
+        file; a directory with an adapter of PEFT; or `smollm2`, which is SmolLM2-135M-Instruct and is fetched the first
+        time.
       dtype: `float32` or `bfloat16`, for parameters and activations. None keeps the dtypes of the config or the files.
       mesh: devices for the parameters, which are placed by the table in `sharding`. None is the default device.
       notify: function that receives a line for each broken checkpoint that is skipped, and for anything unusual in a
@@ -194,6 +185,7 @@ def load(
       shipped_heads: whether `smollm2` gets the heads that come with the package (`mtp_jax/shipped`).
       decode_only: whether the model is used only for decoding. Its parameters are then in memory once, in the form that
         decoding uses. It has no `logits` and cannot be evaluated or exported.
+      base: the model that an adapter is added to, as another source. None is the one that the adapter names.
 
     Raises:
       UserError: the model does not exist, has no complete checkpoint, or is refused by
@@ -202,6 +194,13 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}; use 'float32', 'bfloat16', or None for the config's own")
     mesh = mesh or sharding.make_mesh(MeshConfig())
+    own_base = _base(source, base)
+    if own_base is not None:
+        from mtp_jax.convert.adapter_reader import with_adapter
+
+        options = {"ignore": ignore, "heads_from": heads_from, "shipped_heads": shipped_heads}
+        lm = with_adapter(load(own_base, dtype, mesh, notify, **options), source, keep=False)
+        return lm.give_up_params() if decode_only else lm
     if is_run(pathlib.Path(source)):
         if ignore or heads_from is not None:
             raise UserError(
@@ -215,6 +214,17 @@ def load(
 
             lm = with_shipped(lm, source, notify)
     return lm.give_up_params() if decode_only else lm
+
+
+def _base(source: str | pathlib.Path, base: str | pathlib.Path | None) -> str | pathlib.Path | None:
+    """The base of a source that is an adapter; None for a source of another kind."""
+    from mtp_jax.convert.adapters import base_of, is_adapter
+
+    if is_adapter(source):
+        return base_of(source, base)
+    if base is not None:
+        raise UserError(f"base={str(base)!r} is for an adapter, but {source} is not a directory with one; leave it out")
+    return None
 
 
 def is_run(directory: pathlib.Path) -> bool:
@@ -255,7 +265,6 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     boxed = mtp.abstract(config.arch, token_order=config.has_token_order, adapters=config.lora)
     sharding.check_mesh(mesh, config.arch)
     params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
-    adapters = Adapters(config.lora, params["lora"]) if config.lora.rank else None
     params = lora.merge(params, config.lora)
     origin = _origin(workdir, config)
     data = workdir / "data"
@@ -264,7 +273,7 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
     if tokenizer is None and config.data.tokenizer != "none":
         raise UserError(f"{data / 'tokenizer.json'} is missing; `mtp train` on this run makes it again")
     check_size(tokenizer, config.arch, workdir, notify)
-    return LoadedModel(config, params, tokenizer, mesh, origin, adapters=adapters)
+    return LoadedModel(config, params, tokenizer, mesh, origin)
 
 
 def _read_config(workdir: pathlib.Path) -> Config:

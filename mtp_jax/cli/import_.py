@@ -21,7 +21,8 @@ class Args:
     """Arguments of `mtp import`."""
 
     source: tyro.conf.Positional[str]
-    """Hugging Face directory or hub id, a .gguf file, smollm2, or a directory in Meta's layout (params.json)."""
+    """Hugging Face directory or hub id, a .gguf file, smollm2, a directory in Meta's layout (params.json), or a
+    directory with a LoRA adapter of PEFT (adapter_config.json)."""
     out: tyro.conf.Positional[str]
     """Directory to write. `mtp generate`, `mtp eval`, `mtp export` and train.init_from take it as a model."""
     heads: Literal[("none", *FACTS)] = "none"
@@ -38,6 +39,9 @@ class Args:
     """Number of blocks below the state that new heads read; see heads.tap."""
     heads_from: str = ""
     """File or directory with trained heads for this model: Medusa, EAGLE, CAFT."""
+    base: str = ""
+    """The model of an adapter: a Hugging Face directory or hub id, or a .gguf file. By default it is the one that the
+    adapter names."""
     dtype: Literal["files", "float32", "bfloat16"] = "files"
     """Dtype of parameters and activations; files keeps the dtype of the files."""
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -65,6 +69,7 @@ def main(argv: list[str]) -> None:
         form=args.form if args.form != "none" else None,
         head_settings=settings if args.form != "none" else None,
         heads_from=args.heads_from or None,
+        base=args.base or None,
         dtype=None if args.dtype == "files" else args.dtype,
         ignore=args.ignore,
         seed=args.seed,

@@ -25,9 +25,10 @@ class TrainConfig:
     regular expressions over parameter paths such as `blocks/attn/q`. `PATTERN=0.1` trains at a tenth of the learning
     rate. If several patterns match a parameter, the first one counts. All layers of a stack have one path."""
     init_from: str = ""
-    """Workdir of a finished run, or `smollm2`. The new run starts with the parameters of its trunk, and with
-    `init_heads='same'` also with those of its heads. Both runs need the same `model` section and the same tokenizer.
-    Once the new run has a checkpoint, it does not read this workdir again."""
+    """Workdir of a finished run, or `smollm2`; for `mtp train` also a Hugging Face directory or a GGUF file. The new
+    run starts with the parameters of its trunk, and with `init_heads='same'` also with those of its heads. Adapters of
+    that run are in the trunk already. Both runs need the same `model` section and the same tokenizer. Once the new run
+    has a checkpoint, it does not read this workdir again."""
     init_heads: Literal["new", "same"] = "new"
     """new: the heads start as `heads.init` says. same: the heads start as those of `init_from`. Only `heads.tap` and
     `heads.tap_norm` may differ then."""

@@ -66,11 +66,11 @@ def weights_instead(directory: pathlib.Path) -> str:
 
 
 def refuse_adapter(directory: pathlib.Path) -> None:
-    """Refuses a directory with a LoRA adapter of PEFT."""
+    """Refuses a directory with a LoRA adapter of PEFT as a model of its own."""
     if (directory / "adapter_config.json").is_file():
         raise UserError(
-            f"{directory} holds a LoRA adapter; merge it into its model first (peft: merge_and_unload): "
-            f"AutoPeftModelForCausalLM.from_pretrained({str(directory)!r}).merge_and_unload().save_pretrained('OUT')"
+            f"{directory} holds a LoRA adapter next to a model; move adapter_config.json and the adapter's tensors "
+            "into a directory without a model, and give that one"
         )
 
 

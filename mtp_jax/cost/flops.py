@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mtp_jax.config import Config, ModelConfig
+from mtp_jax.config.lora import adapted
 
 
 class _Passes(NamedTuple):
@@ -54,6 +55,7 @@ def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool 
         trunk = c.num_layers * _block(c.block, tokens, seq_len, READ, computed)
     else:
         products = _projections(c.block, tokens, _of_trunk(config), computed)
+        products += _adapters(config, "blocks", tokens)
         trunk = c.num_layers * (products + LEARNED.mixed * _attention(c.block, tokens, seq_len))
     heads = _heads(config, batch_size, seq_len, computed) if config.heads.num_future > 1 else 0
     return float(trunk + heads + _logits(config, tokens, computed))
@@ -96,6 +98,20 @@ def _projections(c: ModelConfig, tokens: int, passes: Callable[[str], int], comp
     return 2 * tokens * sum(passes(name) * count for name, count in weights.items())
 
 
+def _adapters(config: Config, stack: str, tokens: int) -> int:
+    """The products with the adapters of one block."""
+    if not config.lora.rank:
+        return 0
+    c = config.model.block
+    inner = c.num_heads * c.head_dim
+    keys = c.num_kv_heads * c.head_dim
+    outer = {"attn/q": inner, "attn/k": keys, "attn/v": keys, "attn/o": inner}
+    outer |= {"mlp/gate": c.d_ff, "mlp/up": c.d_ff, "mlp/down": c.d_ff}
+    paths = adapted(config.lora, config.model, config.heads)
+    sides = sum(c.d_model + size for name, size in outer.items() if f"{stack}/{name}" in paths)
+    return LEARNED.linear * 2 * tokens * config.lora.rank * sides
+
+
 def _feed_forward(c: ModelConfig, computed: bool) -> dict[str, int]:
     """Number of weights of a feed-forward layer that are used for one token, by name."""
     layers = (c.num_experts if computed else c.experts_per_token) if c.num_experts else 1
@@ -127,6 +143,7 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
         blocks = config.heads.layers * (products + LEARNED.mixed * _attention(c, tokens, seq_len))
     else:
         blocks = config.heads.layers * LEARNED.linear * 2 * tokens * sum(_feed_forward(c, computed).values())
+    blocks += config.heads.layers * _adapters(config, "heads/blocks", tokens)
     joined = LEARNED.linear * 2 * tokens * 2 * D * D if facts.chains_tokens else 0
     return extra * (blocks + joined)
 
@@ -139,6 +156,7 @@ def _extra_tokens(config: Config, batch_size: int, seq_len: int, computed: bool)
     extra = batch_size * -(-seq_len // heads.mask_stride) * each
     passes = THROUGH if config.train.heads_only else LEARNED
     layer = _projections(c, extra, _of_trunk(config), computed)
+    layer += _adapters(config, "blocks", extra)
     layer += passes.mixed * _attention(c, extra, seq_len) + LEARNED.mixed * _attention(c, extra, each)
     if heads.lora_rank:
         D = c.d_model

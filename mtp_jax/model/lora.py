@@ -176,14 +176,14 @@ def _noisy(factors: Params, noise: jax.Array, share: float) -> Params:
     }
 
 
-def merge(params: Params, config: LoraConfig) -> Params:
+def merge(params: Params, config: LoraConfig, *, keep: bool = False) -> Params:
     """Parameters without adapters, which have the updates in their weights.
-
-    Only one matrix is in memory twice at a time: each array that changes is given up.
 
     Args:
       params: parameters; without adapters, they are returned unchanged.
       config: the section of the run.
+      keep: whether `params` stay usable. If not, each array that changes is given up, so that only one matrix is in
+        memory twice at a time.
     """
     if "lora" not in params:
         return params
@@ -192,14 +192,14 @@ def merge(params: Params, config: LoraConfig) -> Params:
         for layer, pairs in _scaled(factors, config.alpha).items():
             for name, pair in pairs.items():
                 blocks = _blocks(whole, stack)
-                changed = blocks[layer] | {name: _update_in_place(blocks[layer][name], pair)}
+                changed = blocks[layer] | {name: _update(blocks[layer][name], pair, keep)}
                 whole = _with_blocks(whole, stack, blocks | {layer: changed})
     return whole
 
 
-def _update_in_place(weights: jax.Array, pair: Params) -> jax.Array:
-    """`_updated`, on the devices of the weights, which are given up."""
-    run = jax.jit(_updated, donate_argnums=0, out_shardings=weights.sharding)
+def _update(weights: jax.Array, pair: Params, keep: bool) -> jax.Array:
+    """`_updated`, on the devices of the weights. They are given up unless `keep`."""
+    run = jax.jit(_updated, donate_argnums=() if keep else 0, out_shardings=weights.sharding)
     return run(weights, pair["a"], pair["b"])
 
 

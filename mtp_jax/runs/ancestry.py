@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+from typing import Any
 
 from mtp_jax.config import Config, from_json
 from mtp_jax.errors import UserError
@@ -19,15 +20,25 @@ ORIGIN = "hf"
 START = "start.json"
 
 
-def note_start(workdir: pathlib.Path, source: str, has_origin: bool) -> None:
+def note_start(workdir: pathlib.Path, source: str, has_origin: bool, *, changed: bool = False) -> None:
     """Writes start.json.
 
     Args:
       workdir: directory of an import, or of a run that started from another one.
       source: the directory or name that it started from.
       has_origin: whether it must have the folder `hf`.
+      changed: whether the weights are not those of a checkpoint, because an import has added an adapter to them.
     """
-    write_atomically(workdir / START, json.dumps({"from": source, "origin": has_origin}) + "\n")
+    said = {"from": source, "origin": has_origin} | ({"changed": True} if changed else {})
+    write_atomically(workdir / START, json.dumps(said) + "\n")
+
+
+def imported_from(workdir: pathlib.Path) -> str | None:
+    """The directory or name of the checkpoint that has the weights of an import; None if no checkpoint has them, or if
+    it is not recorded."""
+    path = workdir / START
+    said = _read_start(path) if path.is_file() else {"changed": True}
+    return None if said.get("changed") else said.get("from")
 
 
 def is_noted(workdir: pathlib.Path) -> bool:
@@ -61,9 +72,13 @@ def origin_folder(workdir: pathlib.Path, config: Config) -> pathlib.Path | None:
 
 
 def _said_origin(workdir: pathlib.Path) -> bool:
-    path = workdir / START
+    return bool(_read_start(workdir / START)["origin"])
+
+
+def _read_start(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["origin"])
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return dict(said) | {"origin": said["origin"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is damaged; if this run started from an import, write {{"origin": true}}') from error
 

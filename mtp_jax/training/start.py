@@ -35,7 +35,10 @@ def config_of(source: str | pathlib.Path, who: str = "train.init_from") -> Confi
         raise UserError(f"{who}={str(source)!r} has no config.json; give the workdir of `mtp train` or `mtp import`")
     text = path.read_text(encoding="utf-8")
     if '"model_type"' in text:
-        raise UserError(f"{who}={str(source)!r} is a Hugging Face checkpoint; convert it first with mtp import")
+        raise UserError(
+            f"{who}={str(source)!r} is a Hugging Face checkpoint; give it to mtp_jax.start_from, or "
+            "convert it first with mtp import"
+        )
     return from_json(text, str(path))
 
 

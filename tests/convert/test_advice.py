@@ -276,7 +276,11 @@ FOLDERS = {
         "it holds only",
         "other files too",
     ),
-    "an adapter": (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter", "AutoPeftModelForCausalLM"),
+    "an adapter": (
+        ["adapter_config.json", "adapter_model.safetensors"],
+        "does not name the model of its adapter",
+        "give that model",
+    ),
     "a config alone": (["config.json"], "holds no weights", "fetch them"),
 }
 

@@ -216,7 +216,7 @@ def test_directories_that_are_no_checkpoint(hub, tmp_path):
     mtp_jax.export_model(mtp_jax.load(copy), tmp_path / "out", notify=str)
     assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "tool"
     (copy / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a LoRA adapter; merge it into its model first"):
+    with pytest.raises(UserError, match="holds a LoRA adapter next to a model"):
         mtp_jax.load(copy)
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "model-q4.gguf").write_text("")

@@ -71,10 +71,11 @@ OTHERS = {
     "token order": {"loss": {"token_order": 0.5}},
     "heads with own ends, frozen": {"heads": {"unembed": "own"}, "train": {"trainable": "heads"}},
     "attention alone": {"heads": {"num_future": 1}, "train": {"trainable": ("^blocks/attn/", "final_norm")}},
+    "adapters": {"heads": {"num_future": 1}, "lora": {"rank": 2, "targets": "q|down"}, "train": {"trainable": "lora"}},
 }
 
 
-@pytest.mark.parametrize("name", sampled(OTHERS, "distil", "attention alone"))
+@pytest.mark.parametrize("name", sampled(OTHERS, "distil", "attention alone", "adapters"))
 def test_formula_counts_other_settings(name):
     """The same for what else changes the products. Breaks without the teacher's logits in `_logits`; for patterns, with
     LEARNED for the table there, or for matrices that stand still in `_of_trunk`."""

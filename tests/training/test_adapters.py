@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from reference.shared import shared_steps
 from reference.stepping import batch_of, run
 from reference.tiny import run_config, write_text
 
 from mtp_jax import sharding
-from mtp_jax.config import LoraConfig
+from mtp_jax.config import LoraConfig, MeshConfig
 from mtp_jax.config.lora import adaptable
 from mtp_jax.decode.generate import generate
 from mtp_jax.loading import load
 from mtp_jax.model import lora, mtp
 from mtp_jax.training.console import RunConsole
 from mtp_jax.training.loop import train
+from mtp_jax.training.step import compile_steps
 from mtp_jax.trees import by_path
 
 EVERYWHERE = {"rank": 2, "alpha": 6.0, "targets": ("^blocks/", "^heads/blocks/")}
@@ -73,9 +75,50 @@ def test_adapters_start_as_nothing_and_merge():
     expected = base["heads"]["blocks"]["attn"]["q"] + (3.0 * q["a"] @ q["b"]).reshape(1, 16, 4, 4)
     attached_MBTD = apply(lora.attached(params, config.lora))
     assert np.abs(attached_MBTD - apply(base)).max(axis=(1, 2, 3)).min() > 0.1
+    kept = lora.merge(params, config.lora, keep=True)
     merged = lora.merge(params, config.lora)
+    assert base["blocks"]["attn"]["q"].is_deleted()  # only one copy was in memory
+    chex.assert_trees_all_equal(kept, merged)
     np.testing.assert_allclose(merged["heads"]["blocks"]["attn"]["q"], expected, atol=1e-5)
     np.testing.assert_allclose(apply(merged), attached_MBTD, rtol=1e-4, atol=1e-5)
+
+
+HEADS = {
+    "masks": {"kind": "masks", "num_future": 2},
+    "without attention": {"kind": "sequential", "num_future": 2, "attention": False, "init": "random"},
+    "chained": {"kind": "causal", "num_future": 3, "layers": 2},
+}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("name", HEADS)
+def test_adapters_of_other_heads(name):
+    """attached = merged for heads that run through the trunk, have no attention, or have several blocks. Breaks if
+    `without_attention` or `masks.run` leaves the factors out."""
+    config = config_of(heads=HEADS[name], lora={"targets": "blocks/"})
+    params = random_factors(mtp.init(config.arch, jax.random.key(0), adapters=config.lora))
+    apply = jax.jit(lambda params: mtp.apply(config.arch, params, *rows_of(config)))
+    attached_MBTD = apply(lora.attached(params, config.lora))
+    np.testing.assert_allclose(apply(lora.merge(params, config.lora)), attached_MBTD, rtol=1e-4, atol=1e-4)
+
+
+def test_base_may_have_fewer_bits():
+    """With a base in bfloat16 the factors and their moments are float32. Breaks with the dtype of the matrix in
+    `init_adapters`."""
+    config = config_of(model={"param_dtype": "bfloat16"})
+    state = compile_steps(config, sharding.make_mesh(config.mesh)).abstract_state
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params["lora"])} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params["blocks"])} == {np.dtype("bfloat16")}
+
+
+def test_parameters_with_adapters_are_not_applied_by_mistake():
+    """The model refuses parameters of which it would leave out the adapters. Breaks without the check in
+    `with_constants`."""
+    config = config_of()
+    params = mtp.abstract(config.arch, adapters=config.lora)
+    with pytest.raises(ValueError, match=r"use lora.attached or lora.merge first"):
+        jax.eval_shape(lambda params: mtp.apply(config.arch, params, *rows_of(config)), params)
 
 
 def test_paths_of_adapters_are_those_of_matrices():
@@ -207,6 +250,9 @@ def test_continued_run_and_its_model(tmp_path):
     hidden_MBTD = hidden(rows_BT, np.tile(np.arange(6), (2, 1)), np.ones((2, 6), np.int32), everywhere=True)
     expected_MBTV = mtp.logits(config.arch, state.params, hidden_MBTD)
     np.testing.assert_allclose(lm.logits(rows_BT), expected_MBTV, rtol=1e-5, atol=1e-5)
+    split = load(tmp_path / "one", mesh=sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))).params
+    chex.assert_trees_all_close(jax.device_get(split), jax.device_get(lm.params), atol=1e-6)
+    assert split["blocks"]["attn"]["q"].sharding.spec == PartitionSpec(None, ("fsdp", "context"), "tensor", None)
     base = {name: tree for name, tree in state.params.items() if name != "lora"}
     fresh = mtp.logits(config.arch, base, mtp.apply(config.arch, base, *([rows_BT] * 3), everywhere=True))
     assert np.abs(fresh - expected_MBTV).max() > 1e-2

@@ -1,5 +1,7 @@
 """A run that starts from the model of another one. Each docstring names the line whose deletion breaks the test."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -124,5 +126,5 @@ def test_start_from_takes_over_what_is_there(text, source, tmp_path):
         start_from(source, train={"step": 3})
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="is a Hugging Face checkpoint; convert it first with mtp import"):
-        start_from(tmp_path / "hub")
+    given = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path / "hub")))
+    assert "is a Hugging Face checkpoint; give it to mtp_jax.start_from" in refused(given, tmp_path / "other")
