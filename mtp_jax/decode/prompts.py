@@ -2,7 +2,7 @@
 `apply_chat_template(...)`."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,22 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
 IDS = "input_ids"
 MASK = "attention_mask"
+
+
+def listed(prompts: Sequence[Prompt] | Mapping[str, Any]) -> list[Prompt]:
+    """The prompts of a request, one per row.
+
+    Raises:
+      UserError: they are not in a list, or there are none.
+    """
+    if isinstance(prompts, Mapping):
+        prompts = rows_of(prompts)
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts={prompts!r} is not a list; put a single prompt into a list: [prompt]")
+    rows = list(prompts)
+    if not rows:
+        raise UserError("no prompt was given; give at least one")
+    return rows
 
 
 def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:

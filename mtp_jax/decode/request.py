@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -17,10 +17,10 @@ from mtp_jax.decode.brought import arguments, static
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
-from mtp_jax.decode.hooks import Hooks, replace_embeddings
+from mtp_jax.decode.hooks import Asked, Hooks, make_hooks, reports, stop_drafts, without_drafts
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
-from mtp_jax.decode.prompts import Prompt, prompt_ids, rows_of
+from mtp_jax.decode.prompts import Prompt, listed, prompt_ids
 from mtp_jax.decode.result import Generation
 from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, grow, slots_needed, slots_of
 from mtp_jax.decode.stats import DecodeStats
@@ -48,6 +48,7 @@ class Counts(NamedTuple):
     histogram_BQ: np.ndarray
     untried_BP: np.ndarray
     drafted_B: np.ndarray
+    alone_B: np.ndarray
 
 
 class Request:
@@ -75,17 +76,21 @@ class Request:
         self.lm = lm
         special = _special_tokens(lm)
         self.stop = StopStrings(stop, special.values())
-        ids = _checked_prompts(lm, prompts)
+        prompts = listed(prompts)
+        ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
         rule = options.rule()
-        hooks = tuple(map(static, options.hooks))
-        drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer, but this model has none; leave stop out")
-        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks)
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.arch.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
+        rows = buckets.batch_rows(len(ids))
+        asked = Asked(lm, prompts, ids, self.limit_B.tolist(), rows)
+        brought = make_hooks(options.hooks, asked)
+        hooks = tuple(map(static, brought))
+        drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
+        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks)
         if held is None:
             padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
             new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))
@@ -95,11 +100,12 @@ class Request:
             kept = held.kept(self.plan, ids[0])
             padded = kept.length + buckets.padded(len(ids[0]) - kept.length, engine.CHUNK)
             self.slots = slots_of_turn(max(padded, int(self.limit_B[0])), drafter.num_draft, longest)
-        rows = buckets.batch_rows(len(ids))
         if rows > len(ids) and cache_bytes(self.plan, rows, self.slots) > free_bytes():
             rows = len(ids)
+            brought = make_hooks(options.hooks, asked._replace(rows=rows))
         check_cache_fits(self.plan, rows, self.slots)
         options.check_logits_fn(lm.arch.model.vocab_size, self.slots)
+        options = dataclasses.replace(options, hooks=brought)
         controls = options.controls(len(ids), lm.arch.model.vocab_size, rows)
         self.controls = controls._replace(drafter=arguments(f"drafter {drafter.name!r}", drafter.params))
         self.total_B = self.prompt_len_B
@@ -114,7 +120,8 @@ class Request:
         self.counts = _zero_counts(rows, num_draft)
         self.surplus = _zero_counts(rows, num_draft)
         self.chooser: Chooser | None = None
-        if auto and num_draft:
+        # Rounds without drafts because of a hook would count as rounds whose drafts were all wrong.
+        if auto and num_draft and not stop_drafts(self.plan.hooks):
             gated = rows == 1 and self.plan.drafter.passes
             gate = Gate(num_draft, {}, self.plan.drafter.spares_heads)
             self.chooser = gate if gated else WidthChooser(num_draft, rows, {})
@@ -202,7 +209,7 @@ class Request:
         self.state = state
         had_B = self.total_B - self.prompt_len_B
         before = self.counts
-        counters = Counts(state.histogram_BQ, state.untried_BP, state.drafted_B)
+        counters = Counts(state.histogram_BQ, state.untried_BP, state.drafted_B, state.alone_B)
         read = (state.tokens_BS, state.total_B, state.done_B, state.failed_B, counters)
         # Leaves out padding rows.
         read = jax.tree.map(lambda leaf: leaf[: len(self.cut_B)], jax.device_get(read))
@@ -312,10 +319,13 @@ class Request:
             drafted=int(counts.drafted_B.sum()),
             replaced=sum(int(replaced_BS[row, start : start + len(tokens[row])].sum()) for row, start in starts),
             untried=tuple(counts.untried_BP.sum(axis=0).tolist()),
+            alone=int(counts.alone_B.sum()),
             compile_seconds=self.compile_seconds,
         )
         text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
-        return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats)
+        spans = [(int(start), int(start) + len(new)) for start, new in zip(self.prompt_len_B, tokens, strict=True)]
+        hooks = reports(self.plan.hooks, self.state.hook_caches, spans)
+        return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats, hooks)
 
 
 class _Clock:
@@ -335,7 +345,7 @@ class _Clock:
 
 
 def _zero_counts(rows: int, num_draft: int) -> Counts:
-    shapes = ((rows, num_draft + 1), (rows, num_draft), (rows,))
+    shapes = ((rows, num_draft + 1), (rows, num_draft), (rows,), (rows,))
     return Counts(*(np.zeros(shape, np.int32) for shape in shapes))
 
 
@@ -365,11 +375,12 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks,
     """
     if isinstance(num_draft, str) and num_draft == "auto":
         num_draft = None
+        passes = passes and not stop_drafts(hooks)
     else:
         passes = False
     if num_draft is not None:
         num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
-    replacing = replace_embeddings(hooks)
+    replacing = without_drafts(hooks)
     if isinstance(draft, str) and draft == "auto":
         by_model = "heads" if lm.arch.heads.draft else "lookup"
         draft = "none" if replacing else by_model
@@ -378,21 +389,12 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks,
     elif num_draft not in (None, draft.num_draft):
         raise UserError(f"num_draft={num_draft}, but the drafter given drafts {draft.num_draft}; leave num_draft out")
     if replacing and draft.num_draft:
-        raise UserError(f"hook {replacing[0]!r} replaces embeddings, so nothing can be drafted; use draft='none'")
+        raise UserError(
+            f"hook {replacing[0]!r} replaces embeddings, so nothing can be drafted; use draft='none', or give it alone"
+        )
     layers = lm.arch.model.num_layers
     if max(draft.taps, default=0) > layers:
         raise UserError(
             f"drafter {draft.name!r} has taps={draft.taps}, but this model has {layers} blocks; use 0..{layers}"
         )
     return draft
-
-
-def _checked_prompts(lm: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
-    if isinstance(prompts, Mapping):
-        prompts = rows_of(prompts)
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise UserError(f"prompts={prompts!r} is not a list; put a single prompt into a list: [prompt]")
-    ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
-    if not ids:
-        raise UserError("no prompt was given; give at least one")
-    return ids
