@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from mtp_jax.decode.generate import stream as stream
     from mtp_jax.decode.hooks import Hook as Hook
     from mtp_jax.decode.hooks import HookContext as HookContext
+    from mtp_jax.decode.hooks import HookMaker as HookMaker
     from mtp_jax.decode.options import Options as Options
+    from mtp_jax.decode.proxy import ProxyTuning as ProxyTuning
+    from mtp_jax.decode.soft_thinking import SoftThinking as SoftThinking
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
     from mtp_jax.eval.page import write_page as write_page
@@ -72,6 +75,9 @@ _HOMES = {
     "Drafts": "decode.drafters",
     "Hook": "decode.hooks",
     "HookContext": "decode.hooks",
+    "HookMaker": "decode.hooks",
+    "ProxyTuning": "decode.proxy",
+    "SoftThinking": "decode.soft_thinking",
     "Options": "decode.options",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
