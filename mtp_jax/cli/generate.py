@@ -9,7 +9,8 @@ from typing import Any
 import tyro
 
 from mtp_jax.cli.common import parse, print_json
-from mtp_jax.cli.options import Decoding, open_model, options_of, statistics, with_best_draft
+from mtp_jax.cli.options import open_model, options_of, statistics, with_best_draft
+from mtp_jax.cli.steering import Steered, as_json, check_steering, steered, thinking_line, thoughts
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
 from mtp_jax.decode.prompts import is_conversation
 from mtp_jax.decode.verify import Rule
@@ -19,7 +20,7 @@ from mtp_jax.runs.progress import say
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(Decoding):
+class Args(Steered):
     """Arguments of `mtp generate`."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -37,14 +38,15 @@ class Args(Decoding):
 def main(argv: list[str]) -> None:
     """Generates text and prints it."""
     args = parse(Args, argv, "mtp generate", "Generate text with a trained model. Drafts make it faster.")
+    check_steering(args)
     prompts = _prompts(args)
     options = options_of(args)
     lm = open_model(args)
-    options = with_best_draft(args, lm, options)
+    options = steered(args, lm, with_best_draft(args, lm, options))
     say("compiling for this prompt length and these options, unless that was done before ...")
     if args.json:
         result = generate(lm, prompts, **options)
-        print_json(_as_json(lm, prompts, result) | _loss(lm, prompts, options, result))
+        print_json(_as_json(args, prompts, result) | _loss(lm, prompts, options, result))
         return
     if lm.tokenizer is None:
         result = generate(lm, prompts, **options)
@@ -54,6 +56,8 @@ def main(argv: list[str]) -> None:
         result = _stream(lm, prompts, options)
     sys.stdout.flush()
     say(statistics(result))
+    if line := thinking_line(args, result):
+        say(line)
     if loss := _loss(lm, prompts, options, result):
         first = loss["first_difference"]
         after = "" if first is None else f", the first at token {first}; the tokens after it have another context"
@@ -125,11 +129,13 @@ def _shown(lm: LoadedModel, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
 
 
-def _as_json(lm: LoadedModel, prompts: list[Prompt], result: Generation) -> dict[str, Any]:
+def _as_json(args: Args, prompts: list[Prompt], result: Generation) -> dict[str, Any]:
     texts = result.text or [None] * len(prompts)
     rows = zip(prompts, texts, result.tokens, result.finish_reason, strict=True)
     completions = [
         {"prompt": prompt, "text": text, "tokens": tokens, "finish_reason": reason}
         for prompt, text, tokens, reason in rows
     ]
+    for completion, thought in zip(completions, thoughts(args, result) or (), strict=False):
+        completion["thinking"] = as_json(thought)
     return {"completions": completions, "stats": result.stats.as_json()}
