@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
     keep_compiled(own_directory(args.source))
-    lm = mtp_jax.load(args.source)
+    lm = mtp_jax.load(args.source, shipped_heads=True)
     measured = sides(lm)
     seconds: dict[str, list[float]] = {side.name: [] for side in measured}
     per_round = {}

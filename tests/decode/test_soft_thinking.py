@@ -19,6 +19,8 @@ from reference.decoding import (
     from_embeddings,
     model,
     plain,
+    scripted,
+    with_script,
 )
 from reference.tiers import sampled
 
@@ -30,6 +32,7 @@ from mtp_jax.decode.soft_thinking import Mixer
 from mtp_jax.errors import UserError
 
 V = CONFIG.model.vocab_size
+P = 3
 SOFT = mtp_jax.SoftThinking(temperature=0.8, top_k=6, top_p=0.9, min_p=0.05, max_topk=3, cold_entropy=0.0, end=(V - 1,))
 
 
@@ -77,33 +80,38 @@ def slow(soft, prompt, count, thinking=NEW):
     return tokens, thought
 
 
-def ending_after(steps):
-    """The settings, with an end of thinking that every row meets after at most this number of tokens."""
-    return dataclasses.replace(SOFT, end=tuple(slow(SOFT, prompt, steps)[0][-1] for prompt in PROMPTS))
+def ending_after(*steps):
+    """The settings, with an end of thinking that each row meets after at most its number of tokens."""
+    pairs = zip(PROMPTS, steps, strict=True)
+    return dataclasses.replace(SOFT, end=tuple(slow(SOFT, prompt, step)[0][-1] for prompt, step in pairs))
 
 
-@pytest.mark.parametrize("draft", sampled(["none", "heads", "lookup", "heads+lookup"], "heads"))
+@pytest.mark.parametrize("draft", sampled(["none", "heads", "lookup", "heads+lookup", "right"], "right"))
 def test_mixtures_enter_while_a_row_thinks(draft, small_steps):
     """tokens = from scratch, with the mixtures of a reference in float64 while a row thinks and tokens after it,
-    whoever drafts; the report has those mixtures, and only rounds after thinking try drafts.
+    whoever drafts; the report has those mixtures. Drafts that are always right are tried by rows that do not think, and
+    by no others, also in rounds in which rows of both kinds take part.
 
     Breaks without `alone_B` in `_choose`, without `tried_B` of rows alone in `count_round`, without `live_B` in
     `_Apply`, with `position_B` off by one, or without `enlarged` of `Mixtures`.
     """
-    soft = ending_after(3)  # Not more: each mixture passes the roundings of all before it on.
-    expected = [slow(soft, prompt, NEW) for prompt in PROMPTS]
-    result = generate(draft, hooks=[soft])
-    assert result.tokens == [tokens for tokens, _ in expected]
+    soft = ending_after(1, 3, 2, 3)  # Not more: each mixture passes the roundings of all before it on.
+    expected = [slow(soft, prompt, NEW + P + 1) for prompt in PROMPTS]
+    rows = [[*prompt, *tokens] for prompt, (tokens, _) in zip(PROMPTS, expected, strict=True)]
+    lm = with_script(model("random"), rows, np.full((len(rows), 1), P).repeat(64, axis=1))
+    result = generate(scripted(P) if draft == "right" else draft, lm, hooks=[soft])
+    assert result.tokens == [tokens[:NEW] for tokens, _ in expected]
     thoughts = result.hooks[0]
     assert [len(thought.ids_TW) for thought in thoughts] == [count for _, count in expected]
     assert {thought.ended for thought in thoughts} == {"end"}
-    # The token of the prompt's end is not of a round. Every later thinking position is one.
-    thinking = sum(count for _, count in expected)
-    assert result.stats.alone == thinking > 4
-    if draft == "heads":
-        drafted = result.stats.rounds - result.stats.alone
-        assert 0 < result.stats.drafted <= 3 * drafted
-        assert result.stats.untried[0] >= result.stats.alone
+    # A round runs one mixture, or the tokens of a row that does not think.
+    assert result.stats.alone == sum(count for _, count in expected)
+    if draft == "right":
+        assert {count for _, count in expected} >= {0, 2}
+        assert result.stats.draft_accept_rate == 1
+        # A row that ended its thinking after n tokens has NEW - n - 1 more, P + 1 in every round.
+        rounds = sum(-(-(NEW - count - 1) // (P + 1)) for _, count in expected)
+        assert result.stats.rounds == result.stats.alone + rounds
     for thought, tokens in zip(thoughts, result.tokens, strict=True):
         assert thought.ids_TW[:, 0].tolist() == tokens[: len(thought.ids_TW)]
         np.testing.assert_allclose(thought.weight_TW.sum(axis=1), 1, rtol=1e-6)
@@ -130,7 +138,7 @@ def test_a_mixture_of_one_token_is_greedy(draft, accept):
 def test_rows_that_think_and_rows_that_do_not():
     """A row gets the tokens that it gets alone, while other rows of its batch think longer or draft already; with noise
     in the mixtures, too. Breaks if the noise of a mixture is not of the row's key and position."""
-    soft = dataclasses.replace(ending_after(2), gumbel=0.5, dirichlet=4.0)
+    soft = dataclasses.replace(ending_after(2, 2, 2, 2), gumbel=0.5, dirichlet=4.0)
     options = {"hooks": [soft], "seed": [3, 4, 5, 6], "temperature": 0.7}
     together = generate("heads", **options).tokens
     alone = [generate("heads", prompts=[PROMPTS[b]], **options | {"seed": [3 + b]}).tokens[0] for b in (0, 2)]
