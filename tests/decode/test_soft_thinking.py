@@ -143,6 +143,8 @@ def test_rows_that_think_and_rows_that_do_not():
     together = generate("heads", **options).tokens
     alone = [generate("heads", prompts=[PROMPTS[b]], **options | {"seed": [3 + b]}).tokens[0] for b in (0, 2)]
     assert alone == [together[0], together[2]]
+    same = generate(prompts=[PROMPTS[2]] * 4, new=3, **options | {"hooks": [dataclasses.replace(soft, end=(V - 1,))]})
+    assert len({thought.weight_TW[:1].tobytes() for thought in same.hooks[0]}) == 4
 
 
 def test_other_numbers_compile_nothing():
