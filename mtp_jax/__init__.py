@@ -38,9 +38,13 @@ if TYPE_CHECKING:
     from mtp_jax.decode.hooks import HookMaker as HookMaker
     from mtp_jax.decode.options import Options as Options
     from mtp_jax.decode.proxy import ProxyTuning as ProxyTuning
+    from mtp_jax.decode.scoring import Score as Score
+    from mtp_jax.decode.scoring import score as score
     from mtp_jax.decode.soft_thinking import SoftThinking as SoftThinking
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
+    from mtp_jax.eval.marginals import Marginals as Marginals
+    from mtp_jax.eval.marginals import marginals as marginals
     from mtp_jax.eval.page import write_page as write_page
     from mtp_jax.eval.report import evaluate as evaluate
     from mtp_jax.loading import LoadedModel as LoadedModel
@@ -79,8 +83,12 @@ _HOMES = {
     "ProxyTuning": "decode.proxy",
     "SoftThinking": "decode.soft_thinking",
     "Options": "decode.options",
+    "Score": "decode.scoring",
+    "score": "decode.scoring",
     "Rule": "decode.verify",
     "evaluate": "eval.report",
+    "marginals": "eval.marginals",
+    "Marginals": "eval.marginals",
     "write_page": "eval.page",
     "read_metrics": "runs.metrics",
     "train": "training.loop",

@@ -13,7 +13,7 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | G      | query heads per key/value head, N = K G                                                |
 | H      | width of one attention head                                                            |
 | I, O   | inputs and outputs of any matrix                                                       |
-| J      | positions before a round; the round computes their cache entries again                 |
+| J      | positions before a round; the round computes their cache entries again. Nodes of a tree |
 | K      | key/value heads                                                                        |
 | L      | layers of the trunk, where parameters are stacked                                      |
 | M      | prediction heads; head m predicts token t+1+m, so head 0 is the ordinary language model |
@@ -25,8 +25,8 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | R      | rank of a LoRA update                                                                  |
 | U      | several axes joined: M B T tokens of a loss, G T queries of a key/value head, 2 D of two states |
 | V      | vocabulary                                                                             |
-| W      | tokens of a soft target; positions of a window; the P mask tokens of an anchor as keys |
-| X      | chosen positions of a row or of Q, such as anchors, which are the positions with mask tokens |
+| W      | tokens of a soft target; most likely tokens; positions of a window; the P mask tokens of an anchor as keys |
+| X      | chosen positions of a row or of Q, such as anchors (positions with mask tokens); steps of a tree |
 | Y      | mask tokens of a row; there are X P                                                    |
 | Z      | tokens and mask tokens of a decoding forward, Q + Y                                    |
 | e      | experts that a token uses, of E                                                        |

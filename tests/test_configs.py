@@ -11,10 +11,12 @@ from mtp_jax import sharding
 from mtp_jax.aot import flops, programs
 from mtp_jax.cli.common import read_config
 from mtp_jax.config import equal_parameter_layers
+from mtp_jax.convert.starting import with_run
 from mtp_jax.cost.flops import step_flops
 from mtp_jax.data import synthetic
 from mtp_jax.kernels import rows
 from mtp_jax.model import mtp
+from mtp_jax.training.start import check_start
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PARAMETERS = {
@@ -31,6 +33,13 @@ PARAMETERS = {
     "pretrain_1b": 1_100_048_384,
     "pretrain_7b": 6_738_415_616,
     "pretrain_13b": 13_015_864_320,
+    "caft_heads": 148_675_392,
+    "caft_lora": 148_675_392,
+    "caft_full": 148_675_392,
+    "next_token_lora": 134_515_008,
+    "next_token_full": 134_515_008,
+    "naive_multi_token": 148_675_392,
+    "joint_heads": 148_675_423,
 }
 
 
@@ -57,7 +66,10 @@ def test_config_builds(name, monkeypatch):
     monkeypatch.setattr(rows, "SHORT", 2**20)  # the formula counts attention in one piece
     config = read_config(str(CONFIGS / f"{name}.py"))
     program = programs.train_step(config, sharding.make_mesh(config.mesh))
-    count = sum(leaf.size for leaf in jax.tree.leaves(program.arguments["parameters"]))
+    parameters = program.arguments["parameters"].items()
+    count = sum(
+        leaf.size for leaf in jax.tree.leaves([tree for name, tree in parameters if name not in mtp.OF_TRAINING])
+    )
     assert count == mtp.count_params(config.arch) == PARAMETERS[name]
     assert "stablehlo.dot_general" in program.lowered.as_text()
     ratio = flops.count(program.traced.jaxpr).flops / step_flops(
@@ -65,12 +77,32 @@ def test_config_builds(name, monkeypatch):
     )
     if config.optim.name == "muon":
         assert ratio > 1  # orthogonalising momentum is products, too
+    elif config.heads.num_future > 1 and not config.train.learns("heads/blocks/attn/q"):
+        assert 1 < ratio < 1.25  # gradients of frozen matrices are traced, and not compiled
+    elif config.lora.rank:
+        assert 1 < ratio < 1.5
     elif config.model.remat == "none":
         assert ratio == pytest.approx(1)
     elif config.model.remat == "dots":  # scores of attention alone
         assert 1 < ratio < 1.15
     else:
         assert 1.2 < ratio < 4 / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["caft_heads", "next_token_lora", "next_token_full", "naive_multi_token", "joint_heads"]
+)
+def test_fine_tuning_fits_smollm2(name):
+    """The model section is that of SmolLM2, from the cache or the package index. Breaks without `norm_eps`."""
+    check_start(with_run(read_config(str(CONFIGS / f"{name}.py")), print))
+
+
+def test_phases_of_caft_have_one_model_and_the_same_heads():
+    """Phase 2 goes on with model and heads of phase 1."""
+    first, *others = (read_config(str(CONFIGS / f"{name}.py")) for name in ("caft_heads", "caft_lora", "caft_full"))
+    assert [config.arch for config in others] == 2 * [first.arch]
+    assert [config.train.init_from for config in others] == 2 * ["runs/caft_heads"]
 
 
 def test_equal_parameter_rule():

@@ -8,9 +8,12 @@ import nbclient
 import nbformat
 import pytest
 from reference import gguf_files, hub
+from reference.chat_task import tiny, write_chats
 from reference.tiny import write_text
 
 import mtp_jax
+from mtp_jax.training.console import RunConsole
+from mtp_jax.training.loop import train
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 TINY = {
@@ -81,3 +84,21 @@ def test_make_a_checkpoint_faster(tmp_path):
     assert "identical: True" in text
     assert "finished: True" in text
     assert images == 3
+
+
+@pytest.mark.grid
+@pytest.mark.filterwarnings("default")
+def test_fine_tune_with_caft(tmp_path):
+    """Every cell runs on a tiny chat model, and the tokens with and without drafts are identical."""
+    task = write_chats(tmp_path / "task.jsonl", 30)
+    off = {"train__init_from": "", "train__patience": 0, "optim__learning_rate": 1e-2, "train__steps": 20}
+    with RunConsole(quiet=True) as console:
+        train(tiny("next_token_full", data__source=str(task), **off), tmp_path / "model", console)
+    steps = {"steps": 4, "batch_size": 4, "eval_every": 2, "patience": 2}
+    settings = {"SOURCE": str(tmp_path / "model"), "TASK": str(task), "WORKDIR": str(tmp_path / "run")}
+    settings |= {"ANSWER_TOKENS": 12, "HEADS": steps, "FINE_TUNE": steps, "DATA": {"seq_len": 48}}
+    settings |= {"LORA": {"rank": 2}}
+    parameters = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
+    text, _ = executed(NOTEBOOKS / "03_fine_tune_with_caft.ipynb", parameters)
+    assert "identical: True" in text
+    assert re.search(r"caft: held-out next-token loss \d", text)

@@ -15,7 +15,7 @@ from mtp_jax.decode.drafters import make_drafter
 from mtp_jax.decode.engine import decode_rounds
 from mtp_jax.decode.options import Options
 from mtp_jax.decode.state import Plan, empty_state, slots_needed
-from mtp_jax.model import mtp
+from mtp_jax.model import lora, mtp
 from mtp_jax.model.cache import LayerCache
 from mtp_jax.training.objectives import batch_targets, total_loss, xent_spec
 from mtp_jax.training.state import joined, split_params
@@ -78,7 +78,8 @@ def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
         scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
 
         def loss(learned: Any) -> Any:
-            return total_loss(config, spec, joined(learned, rest), batch, targets, targets.weights_MBT[0], scale_M)
+            params = lora.attached(joined(learned, rest), config.lora)
+            return total_loss(config, spec, params, batch, targets, targets.weights_MBT[0], scale_M)
 
         return jax.vjp(loss, learned, has_aux=True)[1]
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mtp_jax.config import Config, ModelConfig
 from mtp_jax.errors import UserError
+from mtp_jax.eval.ceiling import COLUMNS as CEILING_COLUMNS
 from mtp_jax.eval.page import HEAD_COLUMNS, head_rows, summary
 from mtp_jax.eval.report import Evaluation
 from mtp_jax.runs.strict_json import strict
@@ -145,7 +146,7 @@ def own_directory(source: str) -> pathlib.Path:
 
 
 def print_evaluation(evaluation: Evaluation, facts: dict[str, str]) -> None:
-    """Prints two tables on standard output: the figures, and one row per head."""
+    """Prints tables on standard output: the figures, one row per head, and one row per offset with marginals."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in (summary(evaluation) | facts).items():
@@ -156,3 +157,9 @@ def print_evaluation(evaluation: Evaluation, facts: dict[str, str]) -> None:
     console.print(table)
     console.print()
     console.print(heads)
+    if evaluation.marginals:
+        marginals = Table(*CEILING_COLUMNS, box=None, padding=(0, 2), header_style="bold")
+        for one in evaluation.marginals:
+            marginals.add_row(*one.cells())
+        console.print()
+        console.print(marginals)

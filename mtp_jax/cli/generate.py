@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,6 +17,7 @@ from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.progress import say
+from mtp_jax.runs.strict_json import strict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Args(Steered):
     """A UTF-8 file; its whole text is one more prompt."""
     prompt_tokens: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Token ids to continue, written as 1,2,3; may be given several times. No token is added to them."""
+    n: int = 1
+    """Samples per prompt. Each prompt is run once, and its samples are printed one after the other. Needs a
+    --temperature above 0."""
+    logprobs: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """With --json: adds to each completion the log-probability and entropy of every token, and this number of most
+    likely tokens with theirs; 0 adds the first two only. They are of the model's own logits, before temperature and
+    filters."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -39,14 +47,16 @@ def main(argv: list[str]) -> None:
     """Generates text and prints it."""
     args = parse(Args, argv, "mtp generate", "Generate text with a trained model. Drafts make it faster.")
     check_steering(args)
+    if args.logprobs is not None and not args.json:
+        raise UserError(f"--logprobs {args.logprobs} needs --json, which prints the log-probabilities; add --json")
     prompts = _prompts(args)
-    options = options_of(args)
+    options = options_of(args) | {"n": args.n, "logprobs": args.logprobs}
     lm = open_model(args)
     options = steered(args, lm, with_best_draft(args, lm, options))
     say("compiling for this prompt length and these options, unless that was done before ...")
     if args.json:
         result = generate(lm, prompts, **options)
-        print_json(_as_json(args, prompts, result) | _loss(lm, prompts, options, result))
+        print_json(_as_json(args, _repeated(prompts, args.n), result) | _loss(lm, prompts, options, result))
         return
     if lm.tokenizer is None:
         result = generate(lm, prompts, **options)
@@ -107,8 +117,9 @@ def _prompts(args: Args) -> list[Prompt]:
 
 def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> Generation:
     """Prints the output of the first prompt while it is generated, and then the outputs of the others."""
-    later = [""] * len(prompts)
     items = stream(lm, prompts, **options)
+    prompts = _repeated(prompts, options["n"])
+    later = [""] * len(prompts)
     print(_shown(lm, prompts[0]), end="", flush=True)
     for item in items:
         if isinstance(item, Generation):
@@ -121,6 +132,11 @@ def _stream(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any]) -> 
     for prompt, text in zip(prompts[1:], later[1:], strict=True):
         print(f"---\n{_shown(lm, prompt)}{text}")
     return result
+
+
+def _repeated(prompts: list[Prompt], n: int) -> list[Prompt]:
+    """The prompt of every row."""
+    return [prompt for prompt in prompts for _ in range(n)]
 
 
 def _shown(lm: LoadedModel, prompt: Prompt) -> str:
@@ -138,4 +154,8 @@ def _as_json(args: Args, prompts: list[Prompt], result: Generation) -> dict[str,
     ]
     for completion, thought in zip(completions, thoughts(args, result) or (), strict=False):
         completion["thinking"] = as_json(thought)
+    for name in ("logprobs", "entropies", "top_logprobs"):
+        if (by_row := getattr(result, name)) is not None:
+            for completion, values in zip(completions, by_row, strict=True):
+                completion[name] = strict(values)
     return {"completions": completions, "stats": result.stats.as_json()}

@@ -62,6 +62,8 @@ def _report(workdir: pathlib.Path, result: TrainResult, as_json: bool) -> None:
                 "workdir": str(workdir),
                 "step": result.step,
                 "finished": result.finished,
+                "stopped_early": result.stopped_early,
+                "best_step": result.best_step,
                 "last": records[-1] if records else None,
             }
         )

@@ -17,7 +17,8 @@ class DataConfig:
     """The field of a record that holds its text."""
     tokenizer: str = "bpe"
     """`bpe`: a byte-pair tokenizer with model.vocab_size tokens, trained on the text. `bytes`: one token per byte.
-    `none`: the source is a `.npy` of token ids and needs no tokenizer. Otherwise the path of a `tokenizer.json`."""
+    `none`: the source is a `.npy` of token ids and needs no tokenizer. `smollm2`: that of the model with this name.
+    Otherwise the path of a `tokenizer.json`."""
     special_tokens: Literal["auto", "read", "text"] = "auto"
     """How the name of a special token (`<|im_start|>`) in a document or prompt is read. read: as the special token,
     which chat text needs. text: as ordinary characters, so that a document cannot contain an end-of-text token. auto:

@@ -32,6 +32,9 @@ class LossConfig:
     """switch: share of the steps before the factor changes from 1 to `schedule_final`."""
     heads_per_step: int = 0
     """Number of extra heads that a step trains. They are drawn at random for each step. 0 trains all."""
+    balance: bool = False
+    """Divide the weight of every head by its loss, relative to the mean over heads, so that heads with large losses do
+    not contribute more than their weights say; see `losses/schedules.py`."""
     distil: Literal["none", "kl", "tv", "lk_alpha", "lk_lambda"] = "none"
     """Teach the extra heads the distribution of head 0, with this distance; see `losses/objectives.py`."""
     distil_mix: float = 1.0

@@ -120,6 +120,21 @@ class Config:
             f"train.trainable={train.trainable!r} with heads.kind={heads.kind!r}: these heads help only while the "
             "trunk is trained; use train.trainable='all'",
         )
+        require(
+            not train.heads_first or (heads.num_future > 1 and heads.facts.drafts),
+            f"train.heads_first={train.heads_first} with heads.kind={heads.kind!r} and heads.num_future="
+            f"{heads.num_future}: there is no head that can learn alone; use heads_first=0",
+        )
+        require(
+            not train.heads_first or self.optim.name != "schedule_free",
+            f"train.heads_first={train.heads_first} with optim.name='schedule_free', which averages all steps; use "
+            "another optimizer",
+        )
+        require(
+            not train.heads_first or not loss.token_order,
+            f"loss.token_order={loss.token_order} trains the trunk, but in the first train.heads_first="
+            f"{train.heads_first} steps only heads learn; use heads_first=0, or loss.token_order=0",
+        )
         extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
         require(
             not train.heads_only or extra,

@@ -50,10 +50,14 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
 
 
 def with_run(config: Config, notify: Notify) -> Config:
-    """The config with a directory as `train.init_from`, if that was the short name of a model."""
-    if not fetch.is_named(config.train.init_from):
-        return config
-    return override(config, {"train.init_from": str(run_of(config.train.init_from, notify))})
+    """The config with paths in the place of the short name of a model: the directory of its run in `train.init_from`,
+    and the file of its tokenizer in `data.tokenizer`."""
+    changes = {}
+    if fetch.is_named(config.train.init_from):
+        changes["train.init_from"] = str(run_of(config.train.init_from, notify))
+    if fetch.is_named(config.data.tokenizer):
+        changes["data.tokenizer"] = str(run_of(config.data.tokenizer, notify) / "data" / "tokenizer.json")
+    return override(config, changes) if changes else config
 
 
 def run_of(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:

@@ -38,6 +38,12 @@ class HubTokenizer(Reading):
         """Ids and names of the tokens that `decode` leaves out."""
         return {token: one.content for token, one in self.inner.added_tokens_decoder.items() if one.special}
 
+    @property
+    def start_id(self) -> int | None:
+        """See `Reading`. A declared first token counts, even if the tokenizer does not put it before texts."""
+        declared = self.inner.bos_token_id
+        return super().start_id if declared is None else declared
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids, without special tokens."""
         ids = [int(token) for token in ids]

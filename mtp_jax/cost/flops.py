@@ -11,7 +11,7 @@ They are counted as in PaLM (Chowdhery et al. 2022, appendix B):
 
 If only heads are trained, the backward pass counts only for products that lead to a gradient of a head. If others
 are frozen, the gradients of their matrices do not count. The gradients of activations count as if a parameter
-below were trained, and all heads count as trained.
+below were trained. Heads without blocks with attention count as trained.
 """
 
 from collections.abc import Callable
@@ -74,6 +74,15 @@ def _of_trunk(config: Config) -> Callable[[str], int]:
     return passes
 
 
+def _of_heads(config: Config) -> Callable[[str], int]:
+    """The same for the matrices of the blocks of heads."""
+
+    def passes(name: str) -> int:
+        return (LEARNED if config.train.learns(f"heads/blocks/{name}") else THROUGH).linear
+
+    return passes
+
+
 def _projections(c: ModelConfig, tokens: int, passes: Callable[[str], int], computed: bool) -> int:
     """The products with the block's matrices; `passes(name)` says how often each counts."""
     width = c.d_model * c.head_dim
@@ -114,7 +123,8 @@ def _heads(config: Config, batch_size: int, seq_len: int, computed: bool) -> int
         passes = THROUGH if facts.is_map and config.train.heads_only else LEARNED
         return passes.linear * extra * config.heads.layers * 2 * tokens * D * D
     if config.heads.attention:
-        blocks = config.heads.layers * _block(c, tokens, seq_len, LEARNED, computed)
+        products = _projections(c, tokens, _of_heads(config), computed)
+        blocks = config.heads.layers * (products + LEARNED.mixed * _attention(c, tokens, seq_len))
     else:
         blocks = config.heads.layers * LEARNED.linear * 2 * tokens * sum(_feed_forward(c, computed).values())
     joined = LEARNED.linear * 2 * tokens * 2 * D * D if facts.chains_tokens else 0

@@ -141,6 +141,22 @@ def load_heldout(
     return concatenate(flat, np.searchsorted(np.sort(chosen), chosen), seq_len, None)
 
 
+def heldout_documents(
+    source: str, text_field: str, tokenizer: Reading, split: tuple[int, float] | None = None
+) -> list[sources.Document]:
+    """The documents of `load_heldout` as text, in the order of its rows. The arguments are the same.
+
+    Raises:
+      UserError: as for `load_heldout`, or the source holds token ids.
+    """
+    scan = sources.scan_documents(source, text_field, tokenizer.chat)
+    chosen = _choose(scan.names, scan.sizes, split, source)
+    wanted = set(chosen.tolist())
+    documents = enumerate(sources.read_documents(source, text_field, tokenizer.chat))
+    found = {index: one for index, one in documents if index in wanted}
+    return [found[index] for index in chosen.tolist()]
+
+
 def train_batches(
     rows: PackedRows, batch_size: int, seed: int, mine: Sequence[int] | None = None
 ) -> grain.DatasetIterator:

@@ -67,6 +67,12 @@ class Reading(abc.ABC):
         return self.marks.first[0] if self.marks.first else None
 
     @property
+    def start_id(self) -> int | None:
+        """The token that stands before a text without context: the one that begins documents, or else the one that ends
+        them."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end a generated text; the end token of documents is one of them."""
         return self.marks.ends
@@ -126,6 +132,32 @@ class Reading(abc.ABC):
             ids = whole
             learn = [False] * front + learn + [True] * behind
         return Encoded(ids, learn, len(text.encode()) - bytes_of(text, places, learn))
+
+    def encode_placed(self, text: str, rendered: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_document` with the position of every token in the text.
+
+        Args:
+          text: the document.
+          rendered: whether a chat template wrote the text, so that no token is put around it.
+
+        Returns:
+          The ids, and for each its start and stop in the text. Tokens around the text have start = stop.
+
+        Raises:
+          UserError: the tokenizer does not know the positions of its tokens.
+        """
+        ids, places = self._placed(text, rendered)
+        if len(places) != len(ids):
+            raise UserError(
+                "the tokenizer has no tokenizer.json, which is needed to find the position of tokens in a text"
+            )
+        if rendered:
+            return ids, places
+        begun = self._begun(ids)
+        whole = self._ended(begun)
+        front = [(0, 0)] * (len(begun) - len(ids))
+        behind = [(len(text), len(text))] * (len(whole) - len(begun))
+        return whole, front + places + behind
 
     def with_chat(self, setting: str) -> "Reading":
         """This tokenizer with another chat template: a name in `chat.NAMED`, a file, or a directory with a template.

@@ -15,6 +15,7 @@ from mtp_jax.decode.drafters import NONE, Drafter
 from mtp_jax.decode.held import Held, held_of
 from mtp_jax.decode.options import Options
 from mtp_jax.decode.prompts import Message, prompt_ids
+from mtp_jax.decode.records import TokenRecords
 from mtp_jax.decode.request import Model, NumDraft, Request
 from mtp_jax.decode.result import Generation
 from mtp_jax.errors import UserError
@@ -26,6 +27,9 @@ class Piece(NamedTuple):
     text: str
     drafted: bool
     """Whether its tokens were drafts that the model accepted."""
+    records: TokenRecords | None = None
+    """With `logprobs`: records of all tokens of a round, in the first piece of the round, which may have no text. None
+    in other pieces."""
 
 
 class Conversation:
@@ -118,13 +122,19 @@ class Conversation:
     def _pieces(self, request: Request, history: list[Message], ids: list[int]) -> Iterator[Piece | Generation]:
         origins = _Origins(RowText(self._lm.tokenizer.decode, ids))
         shown = 0
+        told = 0
         accepted = 0
         whole = False
         try:
             while True:
                 origins.add(request.new_tokens(0), accepted)
                 text = request.settled_text()[0]
-                yield from origins.pieces(text, shown)
+                pieces = list(origins.pieces(text, shown))
+                if request.keeps_records:
+                    records = request.records(0, told)
+                    told += len(records.tokens)
+                    pieces = _with_records(pieces, records)
+                yield from pieces
                 shown = len(text)
                 if request.done:
                     break
@@ -145,6 +155,14 @@ class Conversation:
                 # num_draft="auto" found that drafts do not pay.
                 self._draft = NONE
                 self._num_draft = None
+
+
+def _with_records(pieces: list[Piece], records: TokenRecords) -> list[Piece]:
+    """The pieces of a round, with the records of its tokens in the first one."""
+    if not records.tokens:
+        return pieces
+    first, *others = pieces or [Piece("", False)]
+    return [first._replace(records=records), *others]
 
 
 class _Origins:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.decode import sampling, verify
+from mtp_jax.decode import records, sampling, verify
 from mtp_jax.decode.drafters import DraftContext, Drafts, checked
 from mtp_jax.decode.hooks import HookContext, alone_rows, apply_hooks, begin_hooks, embed_hooks, stop_drafts
 from mtp_jax.decode.sampling import Controls
@@ -108,10 +108,11 @@ def prefill_chunk(
     seen = HookContext(input_BQ, start_B, last_B >= 0, index_B[:, None], _embed(plan, params), controls.key_B)
     ask = Ask(plan.drafter.masks, index_B, plan.drafter.taps)
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
-    logits_B1V, hook_caches = _logits(plan, params, controls, state, state_BQD, seen)
+    own_B1V = _logits(plan, params, state_BQD, seen)
+    logits_B1V, hook_caches = apply_hooks(plan.hooks, controls.hooks, state.hook_caches, own_B1V, seen)
     choices = _choose(plan, controls, state, logits_B1V, Drafts(state.drafts.tokens_BP[:, :0]))
     waiting = state._replace(caches=caches, hook_caches=hook_caches, done_B=state.done_B | ~ends_B)
-    emitted, _ = _emit(waiting, choices)
+    emitted, _ = _emit(waiting, choices, records.records_of(own_B1V, choices.tokens_BQ, plan.logprobs))
     emitted = emitted._replace(done_B=jnp.where(ends_B, emitted.done_B, state.done_B))
     where = _Where(tap_BQD, taps, start_B, index_B, last_B >= 0)
     drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, where)
@@ -198,13 +199,14 @@ def decode_round(
     seen = HookContext(input_BQ, start_B, every_B, None, _embed(plan, params), controls.key_B)
     alone_B = alone_rows(plan.hooks, state.hook_caches)
     embedded = embed_hooks(plan.hooks, controls.hooks, state.hook_caches, seen)
-    ask = Ask(min(plan.drafter.masks, verified), None, plan.drafter.taps, embedded)
+    ask = Ask(min(plan.drafter.masks, width), None, plan.drafter.taps, embedded)
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
-    logits_BQV, hook_caches = _logits(plan, params, controls, state, state_BQD, seen)
+    own_BQV = _logits(plan, params, state_BQD, seen)
+    logits_BQV, hook_caches = apply_hooks(plan.hooks, controls.hooks, state.hook_caches, own_BQV, seen)
     state = state._replace(hook_caches=hook_caches)
     choices = _choose(plan, controls, state, logits_BQV, drafts, alone_B)
-    state, accepted = _emit(state, choices)
+    state, accepted = _emit(state, choices, records.records_of(own_BQV, choices.tokens_BQ, plan.logprobs))
     state = count_round(state, accepted, verified, alone_B)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
     where = _Where(tap_BQD, taps, start_B, index_B, every_B)
@@ -223,13 +225,9 @@ def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Arra
     return jax.vmap(write_row)(tokens_BS, new_BQ, at_B)
 
 
-def _logits(
-    plan: Plan, params: Any, controls: Controls, state: DecodeState, state_BQD: jax.Array, seen: HookContext
-) -> tuple[jax.Array, tuple]:
-    """The model's logits [B, Q, V] after the hooks, and the caches of the hooks."""
-    arch = plan.arch
-    logits_BQV = trunk.logits(arch, params, trunk.final_norm(arch, params, seen.wanted(state_BQD)))
-    return apply_hooks(plan.hooks, controls.hooks, state.hook_caches, logits_BQV, seen)
+def _logits(plan: Plan, params: Any, state_BQD: jax.Array, seen: HookContext) -> jax.Array:
+    """The model's own logits [B, Q, V], before the hooks."""
+    return trunk.logits(plan.arch, params, trunk.final_norm(plan.arch, params, seen.wanted(state_BQD)))
 
 
 class _Choices(NamedTuple):
@@ -280,8 +278,9 @@ def _choose(
     return _Choices(tokens_BQ, own_BQ, usable_BQ, drafts.tokens_BP)
 
 
-def _emit(state: DecodeState, choices: _Choices) -> tuple[DecodeState, verify.Accepted]:
-    """Accepts drafts, and appends the choices to every row. The next round overwrites those that were not emitted."""
+def _emit(state: DecodeState, choices: _Choices, noted: records.Records | None) -> tuple[DecodeState, verify.Accepted]:
+    """Accepts drafts, and appends the choices and their records to every row. The next round overwrites those that were
+    not emitted."""
     room_B = state.limit_B - state.total_B
     accepted = verify.accept(choices.tokens_BQ, choices.drafts_BP, room_B, state.done_B, state.end_ids)
     emitted_BQ = jnp.arange(choices.tokens_BQ.shape[1])[None, :] < accepted.count_B[:, None]
@@ -295,6 +294,7 @@ def _emit(state: DecodeState, choices: _Choices) -> tuple[DecodeState, verify.Ac
         done_B=accepted.done_B | failed_B,
         failed_B=state.failed_B | failed_B,
         replaced_BS=replaced_BS,
+        records=records.write(state.records, noted, state.total_B),
     )
     return state, accepted
 

@@ -22,7 +22,10 @@ from mtp_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How tokens are chosen and accepted. `generate`, `stream` and `Conversation` also take the fields as keywords."""
+    """How tokens are chosen and accepted, and what is recorded of them.
+
+    `generate`, `stream` and `Conversation` also take the fields as keywords.
+    """
 
     temperature: float = 0.0
     """Divides the logits; 0 takes the most likely token."""
@@ -33,8 +36,8 @@ class Options:
     min_p: float | None = None
     """Draw only from tokens with at least this fraction of the probability of the most likely one."""
     seed: int | Sequence[int] = 0
-    """One number for all prompts, or one per prompt. With one for all, the seed of a row depends on its place in the
-    batch. With one per prompt, a row gets the same tokens at any place."""
+    """One number for all rows, or one per row. A row is a prompt, or a sample of it. With one for all, the seed of a
+    row depends on its place in the batch. With one per row, a row gets the same tokens at any place."""
     repetition_penalty: float = 1.0
     """For tokens that are in the prompt or the output, divides positive logits and multiplies negative ones."""
     logit_bias: Mapping[int, float] | None = None
@@ -49,6 +52,10 @@ class Options:
     """`exact`; or `rejection`, which keeps the distribution but not the tokens; or the lossy rules `typical` and
     `confidence`, which may accept drafts that the model would not have chosen. A `mtp_jax.Rule` sets their thresholds.
     At temperature 0, `typical` uses the model's distribution at temperature 1."""
+    logprobs: int | None = None
+    """Keeps records of every new token: its log-probability, the entropy of the model's distribution, and this number
+    of most likely tokens; 0 keeps the first two only. All are of the model's own logits, before hooks and the settings
+    above. None keeps no records."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, "0 for greedy, or from 1e-6 to 1e6", _is_temperature)
@@ -70,6 +77,8 @@ class Options:
                 f"hooks={self.hooks!r}; it must be a list of mtp_jax.Hook, or of classes that make one, such as "
                 "ProxyTuning and SoftThinking"
             )
+        if self.logprobs is not None:
+            whole("logprobs", self.logprobs, "0 or above; 0 gives no other tokens than the chosen ones", _is_count)
 
     @classmethod
     def of(cls, options: "Options | None", keywords: Mapping[str, Any]) -> "Options":
@@ -98,6 +107,13 @@ class Options:
             biased=self.logit_bias is not None,
             logits_fn=self.logits_fn,
         )
+
+    def check_logprobs(self, vocab_size: int) -> None:
+        """Refuses more most likely tokens than there are."""
+        if self.logprobs is not None and self.logprobs > vocab_size:
+            raise UserError(
+                f"logprobs={self.logprobs}, but the vocabulary has {vocab_size} tokens; use 0..{vocab_size}"
+            )
 
     def check_logits_fn(self, vocab_size: int, length: int) -> None:
         """Refuses a `logits_fn` that does not return logits for the vocabulary. Nothing is compiled for this."""
@@ -151,7 +167,7 @@ class Options:
             return check(self.seed)
         if len(self.seed) != rows:
             raise UserError(
-                f"seed has {len(self.seed)} numbers for {rows} prompts; give one per prompt, or one for all"
+                f"seed has {len(self.seed)} numbers for {rows} rows; give one per prompt and sample, or one for all"
             )
         return [check(seed) for seed in self.seed]
 
@@ -185,6 +201,10 @@ def takes_options(function: Callable) -> Callable:
 
 def _is_temperature(value: float) -> bool:
     return value == 0 or 1e-6 <= value <= 1e6
+
+
+def _is_count(value: int) -> bool:
+    return value >= 0
 
 
 def _is_bias(value: float) -> bool:

@@ -2,6 +2,7 @@
 `apply_chat_template(...)`."""
 
 import operator
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,33 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int] | Mapping[str, Any]
 IDS = "input_ids"
 MASK = "attention_mask"
+
+
+def check_continues(lm: Any, function: str) -> None:
+    """Refuses what is no model that can continue a text.
+
+    Args:
+      lm: a loaded model.
+      function: name of the function that got it, for errors.
+
+    Raises:
+      UserError: it is a path, or a model that answers in one pass.
+    """
+    if isinstance(lm, str | os.PathLike):
+        raise UserError(f"{str(lm)!r} is a path; load it first: {function}(mtp_jax.load({str(lm)!r}), ...)")
+    if lm.answers_in_one_pass:
+        raise UserError(
+            "a model that was trained with loss.teacherless answers in one pass over dummies and cannot continue a "
+            "text; `mtp eval` counts its answers"
+        )
+
+
+def check_vocabulary(lm: Any, ids: Sequence[int], what: str) -> None:
+    """Refuses ids outside the vocabulary. `what` is the name of the ids, for the error."""
+    vocab = lm.arch.model.vocab_size
+    outside = [token for token in ids if not 0 <= token < vocab]
+    if outside:
+        raise UserError(f"{what} holds token id {outside[0]}; the vocabulary is 0..{vocab - 1}")
 
 
 def listed(prompts: Sequence[Prompt] | Mapping[str, Any]) -> list[Prompt]:
@@ -65,11 +93,8 @@ def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:
         empty = not ids
     if empty:
         raise UserError(f"prompt {row} is empty; give at least one token")
-    vocab = lm.arch.model.vocab_size
+    check_vocabulary(lm, ids, f"prompt {row}")
     longest = lm.arch.model.max_seq_len
-    outside = [token for token in ids if not 0 <= token < vocab]
-    if outside:
-        raise UserError(f"prompt {row} holds token id {outside[0]}; the vocabulary is 0..{vocab - 1}")
     if len(ids) >= longest:
         raise UserError(
             f"prompt {row} has {len(ids)} tokens; the limit, new tokens included, is model.max_seq_len={longest}"

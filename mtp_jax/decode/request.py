@@ -1,10 +1,8 @@
 """Runs a batch of prompts through the engine: buckets, rounds, stop conditions and counts."""
 
 import dataclasses
-import os
-import time
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +12,21 @@ from mtp_jax.config import Arch
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
 from mtp_jax.decode.brought import arguments, static
+from mtp_jax.decode.counts import Clock, Counts, zero_counts
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
 from mtp_jax.decode.hooks import Asked, Hooks, make_hooks, reports, stop_drafts, without_drafts
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
-from mtp_jax.decode.prompts import Prompt, listed, prompt_ids
+from mtp_jax.decode.prompts import Prompt, check_continues, listed, prompt_ids
+from mtp_jax.decode.records import TokenRecords, of_row
 from mtp_jax.decode.result import Generation
+from mtp_jax.decode.samples import Rows, prefill_once
 from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, grow, slots_needed, slots_of
 from mtp_jax.decode.stats import DecodeStats
 from mtp_jax.decode.stopping import StopSearch, StopStrings
 from mtp_jax.errors import UserError
-from mtp_jax.runs import programs
 
 NumDraft = int | Literal["auto"] | None
 LEAST_ENDS = 4
@@ -40,15 +40,6 @@ class Model(Protocol):
     tokenizer: Any
     decode_params: Any
     answers_in_one_pass: bool
-
-
-class Counts(NamedTuple):
-    """Counters of the rows, on the host; see `DecodeState`."""
-
-    histogram_BQ: np.ndarray
-    untried_BP: np.ndarray
-    drafted_B: np.ndarray
-    alone_B: np.ndarray
 
 
 class Request:
@@ -65,19 +56,18 @@ class Request:
         stop: Sequence[str],
         ignore_eos: bool,
         held: Held | None = None,
+        n: int = 1,
     ) -> None:
-        if isinstance(lm, str | os.PathLike):
-            raise UserError(f"{str(lm)!r} is a path; load it first: generate(mtp_jax.load({str(lm)!r}), ...)")
-        if lm.answers_in_one_pass:
-            raise UserError(
-                "a model that was trained with loss.teacherless answers in one pass over dummies and cannot continue a "
-                "text; `mtp eval` counts its answers"
-            )
+        check_continues(lm, "generate")
         self.lm = lm
         special = _special_tokens(lm)
         self.stop = StopStrings(stop, special.values())
+        n = _samples(n, options)
         prompts = listed(prompts)
         ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
+        prompts = [prompt for prompt in prompts for _ in range(n)]
+        ids = [row for row in ids for _ in range(n)]
+        options.check_logprobs(lm.arch.model.vocab_size)
         rule = options.rule()
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
@@ -90,7 +80,7 @@ class Request:
         brought = make_hooks(options.hooks, asked)
         hooks = tuple(map(static, brought))
         drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
-        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks)
+        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks, options.logprobs)
         if held is None:
             padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
             new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))
@@ -113,12 +103,12 @@ class Request:
         if lm.tokenizer is not None:
             shown = special if self.stop.spelling is not None else {}
             self.texts = [RowText(lm.tokenizer.decode, row, shown) for row in ids]
-        self._prefill(ids, rows, padded, _end_ids(lm, ignore_eos), kept)
+        self._prefill(ids, n, rows, padded, _end_ids(lm, ignore_eos), kept)
 
     def _count_all(self, rows: int, num_draft: int, auto: bool) -> None:
         """Sets all counters to 0."""
-        self.counts = _zero_counts(rows, num_draft)
-        self.surplus = _zero_counts(rows, num_draft)
+        self.counts = zero_counts(rows, num_draft)
+        self.surplus = zero_counts(rows, num_draft)
         self.chooser: Chooser | None = None
         # Rounds without drafts because of a hook would count as rounds whose drafts were all wrong.
         if auto and num_draft and not stop_drafts(self.plan.hooks):
@@ -134,7 +124,9 @@ class Request:
         self.decode_seconds = 0.0
         self.compile_seconds = 0.0
 
-    def _prefill(self, ids: list[list[int]], rows: int, padded: int, end_ids: list[int], kept: Kept | None) -> None:
+    def _prefill(
+        self, ids: list[list[int]], n: int, rows: int, padded: int, end_ids: list[int], kept: Kept | None
+    ) -> None:
         """Runs the prompts. Padding rows have one token, and room for one more."""
         prompt_BT = np.zeros((rows, padded), np.int32)
         for row, tokens in zip(prompt_BT, ids, strict=False):
@@ -142,17 +134,24 @@ class Request:
         fill = (0, rows - len(ids))
         prompt_len_B = np.pad(self.prompt_len_B, fill, constant_values=1)
         limit_B = np.pad(self.limit_B, fill, constant_values=2)
-        # jnp.asarray would compile a program for every shape, and these are not among the bounded programs.
-        arrays = jax.device_put((prompt_len_B, limit_B, np.array(end_ids, np.int32)))
+        arrays = (prompt_len_B, limit_B, np.array(end_ids, np.int32))
         params = self.lm.decode_params  # before the clock starts, because the first use makes them
-        clock = _Clock()
-        self._take(engine.prefill(self.plan, self.slots, params, self.controls, prompt_BT, *arrays, kept))
+        clock = Clock()
+        given = (self.plan, self.slots, params, self.controls)
+        # Hooks that prepare their caches do so for the rows of the batch.
+        if n > 1 and not any(hook.begin for hook in self.plan.hooks):
+            index_B = np.pad(np.arange(len(ids)) // n, fill)
+            state = prefill_once(*given, Rows(prompt_BT, *arrays), index_B)
+        else:
+            # jnp.asarray would compile a program for every shape, and these are not among the bounded programs.
+            state = engine.prefill(*given, prompt_BT, *jax.device_put(arrays), kept)
+        self._take(state)
         self.prefill_seconds = clock.seconds()
         self.compile_seconds = clock.compiling()
 
     def advance(self, max_rounds: int) -> None:
         """Runs at most `max_rounds` rounds, and at least one."""
-        clock = _Clock()
+        clock = Clock()
         if self.chooser is None:
             self._run(self.plan.drafter.num_draft, max_rounds)
         else:
@@ -177,11 +176,11 @@ class Request:
         width = self.chooser.choose(remaining_B)
         self._ask(self.chooser.least, self.chooser.asks_heads)
         before = self.counts
-        clock = _Clock()
+        clock = Clock()
         self._run(width, min(max_rounds, self.chooser.rounds))
         # The first block of a new program is not timed: even without compiling, it is several times slower.
         seconds = None if clock.compiling() else clock.seconds()
-        newest = _minus(self.counts, before)
+        newest = self.counts.minus(before)
         # If the drafter passes, the time of a round includes rounds that verify nothing. So its tokens must, too.
         untried_BP = 0 if self.plan.drafter.passes else newest.untried_BP
         self.chooser.record(width, newest.histogram_BQ, seconds, untried_BP)
@@ -207,6 +206,7 @@ class Request:
     def _take(self, state: DecodeState) -> None:
         """Keeps the state, copies a part of it to the host, and ends rows that have a stop string in their text."""
         self.state = state
+        self._noted = None
         had_B = self.total_B - self.prompt_len_B
         before = self.counts
         counters = Counts(state.histogram_BQ, state.untried_BP, state.drafted_B, state.alone_B)
@@ -221,7 +221,7 @@ class Request:
                 "or forbid every token; check the checkpoint's parameters, logit_bias, logits_fn and hooks"
             )
         if self.stop:
-            newest = _minus(self.counts, before)
+            newest = self.counts.minus(before)
             for row in range(len(self.cut_B)):
                 if self.cut_B[row] is None and self._find_stop(row):
                     self._leave_out(row, self.cut_B[row] - had_B[row], newest)
@@ -264,21 +264,25 @@ class Request:
             return
         accepted = int(newest.histogram_BQ[row].argmax())
         tried = int(newest.drafted_B[row])
-        self._add_surplus(row, 1, accepted, tried)
-        self._add_surplus(row, -1, min(accepted, kept), min(tried, kept))
-
-    def _add_surplus(self, row: int, sign: int, accepted: int, tried: int) -> None:
-        """Adds or subtracts a round, counted in the same way as in `engine`."""
-        self.surplus.histogram_BQ[row, accepted] += sign
-        self.surplus.drafted_B[row] += sign * tried
-        if tried <= accepted < self.surplus.untried_BP.shape[1]:
-            self.surplus.untried_BP[row, accepted] += sign
+        self.surplus.add(row, 1, accepted, tried)
+        self.surplus.add(row, -1, min(accepted, kept), min(tried, kept))
 
     def new_tokens(self, row: int) -> list[int]:
         """The new tokens of the row so far."""
         start = self.prompt_len_B[row]
         tokens = self.tokens_BS[row, start : self.total_B[row]].tolist()
         return tokens[: self.cut_B[row]]
+
+    @property
+    def keeps_records(self) -> bool:
+        """Whether the option `logprobs` is set."""
+        return self.plan.logprobs is not None
+
+    def records(self, row: int, first: int = 0) -> TokenRecords:
+        """The records of the row's new tokens so far, without the `first` of them."""
+        if self._noted is None:
+            self._noted = jax.device_get(self.state.records)
+        return of_row(self._noted, row, int(self.prompt_len_B[row]) + first, self.new_tokens(row)[first:])
 
     def _text(self, row: int) -> str:
         self._read(row)
@@ -306,7 +310,7 @@ class Request:
         rows = range(len(self.cut_B))
         tokens = [self.new_tokens(row) for row in rows]
         emitted = sum(map(len, tokens))
-        counts = _minus(self.counts, self.surplus)
+        counts = self.counts.minus(self.surplus)
         replaced_BS = np.asarray(self.state.replaced_BS)
         starts = enumerate(self.prompt_len_B)
         stats = DecodeStats(
@@ -325,32 +329,11 @@ class Request:
         text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
         spans = [(int(start), int(start) + len(new)) for start, new in zip(self.prompt_len_B, tokens, strict=True)]
         hooks = reports(self.plan.hooks, self.state.hook_caches, spans)
-        return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats, hooks)
-
-
-class _Clock:
-    """Measures the seconds since it was made, separately for compiling and for everything else."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._compiled = programs.compile_seconds()
-
-    def compiling(self) -> float:
-        """Seconds of compiling."""
-        return programs.compile_seconds() - self._compiled
-
-    def seconds(self) -> float:
-        """Seconds without compiling."""
-        return time.perf_counter() - self._began - self.compiling()
-
-
-def _zero_counts(rows: int, num_draft: int) -> Counts:
-    shapes = ((rows, num_draft + 1), (rows, num_draft), (rows,), (rows,))
-    return Counts(*(np.zeros(shape, np.int32) for shape in shapes))
-
-
-def _minus(counts: Counts, others: Counts) -> Counts:
-    return Counts(*(one - other for one, other in zip(counts, others, strict=True)))
+        result = Generation(tokens, text, [self._finish_reason(row) for row in rows], stats, hooks)
+        if not self.keeps_records:
+            return result
+        _, *lists = map(list, zip(*map(self.records, rows), strict=True))
+        return dataclasses.replace(result, **dict(zip(TokenRecords._fields[1:], lists, strict=True)))
 
 
 def _special_tokens(lm: Model) -> dict[int, str]:
@@ -398,3 +381,11 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks,
             f"drafter {draft.name!r} has taps={draft.taps}, but this model has {layers} blocks; use 0..{layers}"
         )
     return draft
+
+
+def _samples(n: int, options: Options) -> int:
+    """The number of samples per prompt, checked."""
+    n = whole("n", n, "1 or above", lambda count: count >= 1)
+    if n > 1 and options.temperature == 0:
+        raise UserError(f"n={n} samples at temperature 0 would all be the same; give a temperature above 0")
+    return n

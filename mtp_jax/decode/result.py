@@ -19,3 +19,10 @@ class Generation:
     stats: DecodeStats
     hooks: tuple[Any, ...] = ()
     """What each hook reports; None for a hook without `report`. `SoftThinking` reports its mixtures."""
+    logprobs: list[list[float]] | None = None
+    """Log-probability of every token in `tokens`, under the model's own distribution. This and the next two are None
+    without the option `logprobs`."""
+    entropies: list[list[float]] | None = None
+    """Entropy of that distribution in nats, per token in `tokens`."""
+    top_logprobs: list[list[list[tuple[int, float]]]] | None = None
+    """The most likely tokens at the place of every token in `tokens`, as (id, log-probability)."""

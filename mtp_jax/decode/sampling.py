@@ -93,7 +93,7 @@ def greedy(logits: jax.Array) -> jax.Array:
     """
 
     def top1(logits: jax.Array) -> jax.Array:
-        return _top_k(logits, 1)[1][..., 0].astype(jnp.int32)
+        return largest(logits, 1)[1][..., 0].astype(jnp.int32)
 
     def argmax(logits: jax.Array) -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -101,7 +101,7 @@ def greedy(logits: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(logits, cpu=top1, default=argmax)
 
 
-def _top_k(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def largest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """`lax.top_k` on two axes. With more than two, XLA's CPU backend sorts the whole vocabulary."""
     values, ids = jax.lax.top_k(logits.reshape(-1, logits.shape[-1]), count)
     shape = (*logits.shape[:-1], count)
@@ -270,7 +270,7 @@ def uniforms(controls: Controls, vocab_size: int, position_BQ: jax.Array) -> jax
 
 def _scaled(sampler: Sampler, controls: Controls, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits divided by temperature, the largest of them, and their ids."""
-    top, top_id = _top_k(logits, min(sampler.candidates, logits.shape[-1]))
+    top, top_id = largest(logits, min(sampler.candidates, logits.shape[-1]))
 
     # Relative to the largest logit, so that a small temperature does not overflow.
     def scale(values: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Arch
-from mtp_jax.decode import sampling, verify
+from mtp_jax.decode import records, sampling, verify
 from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.decode.hooks import Hooks, init_hooks
 from mtp_jax.decode.sampling import Sampler
@@ -29,6 +29,8 @@ class Plan:
     sampler: Sampler = sampling.GREEDY
     rule: Rule = verify.EXACT
     hooks: Hooks = ()
+    logprobs: int | None = None
+    """Number of most likely tokens in the records of every token. None if no records are kept."""
 
 
 class DecodeState(NamedTuple):
@@ -70,6 +72,9 @@ class DecodeState(NamedTuple):
     """Number of rounds of each row that verified no drafts because of a hook."""
     replaced_BS: jax.Array
     """True for tokens that a lossy rule took instead of the model's own; [B, 0] for other rules."""
+    records: records.Records | None
+    """Records of every token from the first new one to total - 1, at the positions of the tokens. None if none are
+    kept."""
 
 
 class Kept(NamedTuple):
@@ -160,6 +165,7 @@ def rows_state(
         drafted_B=jnp.zeros((B,), jnp.int32),
         alone_B=jnp.zeros((B,), jnp.int32),
         replaced_BS=jnp.zeros((B, length if plan.rule.facts.lossy else 0), bool),
+        records=records.empty(B, length, plan.logprobs),
     )
 
 

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from mtp_jax.errors import UserError
+from mtp_jax.eval.ceiling import COLUMNS as CEILING_COLUMNS
 from mtp_jax.eval.report import Evaluation
 from mtp_jax.eval.side_by_side import SideBySide, remark
 
@@ -43,6 +44,8 @@ def write_page(
     make_directory(directory)
     parts = [f"# {title}", "", *opening, *_table(summary(evaluation) | dict(facts)), ""]
     parts += ["## By head", "", *_head_table(evaluation), ""]
+    if evaluation.marginals:
+        parts += ["## Heads and marginals", "", *_ceiling_table(evaluation), "", ceiling_remark(evaluation), ""]
     steps = [record for record in metrics if "head_loss" in record]
     if steps:
         plot_losses(directory / "loss_by_head.png", steps)
@@ -162,6 +165,16 @@ def head_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
 HEAD_COLUMNS = ("head", "predicts", "loss (nats/token)", "top-1", "top-5")
 
 
+def ceiling_remark(evaluation: Evaluation) -> str:
+    """A sentence that says what the table of marginals compares."""
+    first = evaluation.marginals[0]
+    return (
+        f"Both sides predict from the same tokens, at {first.positions} positions of {first.documents} documents. The "
+        "marginal is the model's own distribution of the token at the offset, summed over its most probable "
+        "continuations; they have the probability in the last column. Intervals are 95 %, by documents."
+    )
+
+
 def speed_remark(evaluation: Evaluation) -> str:
     """A sentence that explains the ratio of the two speeds."""
     decoding = evaluation.decoding
@@ -184,6 +197,15 @@ def _table(rows: dict[str, str]) -> list[str]:
 def _head_table(evaluation: Evaluation) -> list[str]:
     rule = "|" + "---|" * len(HEAD_COLUMNS)
     return [f"| {' | '.join(HEAD_COLUMNS)} |", rule, *(f"| {' | '.join(row)} |" for row in head_rows(evaluation))]
+
+
+def _ceiling_table(evaluation: Evaluation) -> list[str]:
+    rows = [one.cells() for one in evaluation.marginals]
+    return [f"| {' | '.join(CEILING_COLUMNS)} |", "|" + "---|" * len(CEILING_COLUMNS), *_lines(rows)]
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _samples(evaluation: Evaluation) -> list[str]:

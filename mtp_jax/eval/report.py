@@ -15,6 +15,7 @@ from mtp_jax.decode.detokenize import continuation
 from mtp_jax.decode.generate import generate
 from mtp_jax.eval.acceptance import Comparison, compare
 from mtp_jax.eval.answers import Answers, answers
+from mtp_jax.eval.ceiling import Ceiling
 from mtp_jax.loading import LoadedModel
 from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.runs.metrics import bits_per_byte, distinct_ratio
@@ -50,6 +51,8 @@ class Evaluation(Losses):
     """The same share in the text that really follows the prompts. An output with a far lower share repeats itself."""
     samples: tuple[tuple[str, str, str], ...]
     """(prompt, generated, reference) of a few prompts, as text."""
+    marginals: tuple[Ceiling, ...] = ()
+    """The heads next to the marginals of the model, by offset; empty if they were not asked for."""
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -71,6 +74,8 @@ class Evaluation(Losses):
         }
         if self.answers is not None:
             result["answers"] = self.answers._asdict()
+        if self.marginals:
+            result["marginals"] = [one.as_json() for one in self.marginals]
         if self.decoding is not None:
             stats = self.decoding.drafted.stats.as_json()
             rates = ("tokens_per_round", "accept_at", "accept_at_given_prev", "draft_accept_rate")
@@ -118,6 +123,28 @@ def heldout_losses(
     batches = heldout_batches(rows, config.train.batch_size // config.train.grad_accum, limit)
     with jax.set_mesh(mesh):
         sums = heldout_sums(run, lm.stacked_params(), batches, sharding.batch_sharding(mesh))
+    return losses_of(lm, rows, sums, limit=limit, progress=progress)
+
+
+def losses_of(
+    lm: LoadedModel,
+    rows: PackedRows,
+    sums: HeadSums,
+    *,
+    limit: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Losses:
+    """`heldout_losses` for sums that were made already, for example by `scoring.score`.
+
+    Args:
+      lm: the model, with its stacked parameters.
+      rows: the held-out rows.
+      sums: sums per head over the rows.
+      limit: the most rows that the sums are over; 0 if they are over all.
+      progress: is called with a line of text about what is being done.
+    """
+    config = lm.config
+    rows = dataclasses.replace(rows, prompt_tokens=config.data.prompt_tokens)
     answered = None
     if config.data.prompt_tokens:
         documents_BT = np.asarray(rows.tokens).reshape(len(rows.doc_starts), -1)[:MOST_ANSWERS]

@@ -19,6 +19,14 @@ Known recipes, each with `M` heads in all:
     FastMTP                   decay 0.6
     Curriculum (2505.22757)   forward, reverse
 
+With balance (`balanced`), the weights are also multiplied by
+
+    mean loss of all heads / loss of head m
+
+so that head m contributes w_m times the mean loss, however large its own loss is: later heads have larger losses. The
+losses are running means over earlier steps. So the weights of a step do not depend on its batch, and are the same for
+any chunks and micro-batches. (Mehra et al. 2025 balance the losses of heads; they do not say how.)
+
 Head dropout (`keep`) trains a random subset of the extra heads in each step. Their weights are scaled up, so that the
 expected loss is that of all heads (Stern et al. 2018 train one head per step).
 """
@@ -29,6 +37,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+KEPT = 0.9
+"""Share of a running mean of losses that stays in each step."""
 Shape = Literal["constant", "linear", "switch", "sine", "rsine", "forward", "reverse"]
 
 
@@ -72,6 +82,35 @@ def head_weights(schedule: HeadSchedule, step: jax.Array) -> jax.Array:
     if 0 < schedule.keep < M - 1:
         factor_M *= _subset(schedule, step, M) * ((M - 1) / schedule.keep)
     return jnp.asarray(schedule.base, jnp.float32) * jnp.where(extra_M, factor_M, 1.0)
+
+
+def balanced(weight_M: jax.Array, loss_M: jax.Array, counts_M: jax.Array) -> jax.Array:
+    """The weights, multiplied by the mean loss over the loss of each head. A head that does not count, or has no loss
+    yet, keeps its weight.
+
+    Args:
+      weight_M: weight of every head.
+      loss_M: `running_loss` of every head.
+      counts_M: bool, the heads that are balanced.
+    """
+    known_M = counts_M & (loss_M > 0)
+    mean = jnp.sum(jnp.where(known_M, loss_M, 0)) / jnp.maximum(jnp.sum(known_M), 1)
+    return jnp.where(known_M, weight_M * mean / jnp.where(known_M, loss_M, 1), weight_M)
+
+
+def running_loss(loss_M: jax.Array, ce_M: jax.Array, tokens_M: jax.Array) -> jax.Array:
+    """The running mean loss of every head after a step. The first loss of a head is its first mean. A step without
+    targets for a head changes nothing.
+
+    Args:
+      loss_M: the running mean before the step; 0 for a head without any loss yet.
+      ce_M: sum of the weighted cross-entropies of the step.
+      tokens_M: sum of the weights.
+    """
+    found_M = tokens_M > 0
+    now_M = ce_M / jnp.where(found_M, tokens_M, 1)
+    mean_M = jnp.where(loss_M > 0, KEPT * loss_M + (1 - KEPT) * now_M, now_M)
+    return jnp.where(found_M, mean_M, loss_M)
 
 
 def _shape(schedule: HeadSchedule, share: jax.Array, head_M: jax.Array) -> jax.Array:

@@ -26,7 +26,9 @@ from mtp_jax.model.layers import Embed
 Params = dict[str, Any]
 OF_HEADS = ("heads", "draft_ids")
 """Top-level names of the parameters of extra heads."""
-OF_TRAINING = ("token_order", "lora")
+HEAD_LOSS = "head_loss"
+"""Top-level name of the running losses of heads, for `loss.balance`."""
+OF_TRAINING = ("token_order", "lora", HEAD_LOSS)
 """Top-level names of the parameters that only training needs. `lora.merge` moves adapters into the model."""
 
 

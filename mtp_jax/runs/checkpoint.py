@@ -5,6 +5,9 @@ Orbax makes a save atomic, by renaming a finished temporary directory, and resto
 notice damage: it restores a checkpoint with a flipped bit without an error. So every save also commits a manifest with
 the size and CRC-32 of its files, and a restore checks the files against the manifest first.
 
+With `train.patience` the checkpoint of the best evaluation stays, too, and `best.json` names it: `load` opens it. It
+changes only after the new one is complete.
+
 A run continues from the newest undamaged checkpoint. A broken one is reported and moved aside, but never deleted. If
 all checkpoints are broken, that is an error: the run does not silently start from scratch.
 """
@@ -15,7 +18,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +29,7 @@ import orbax.checkpoint as ocp
 from mtp_jax.errors import UserError
 from mtp_jax.runs.distributed import from_first
 from mtp_jax.runs.integrity import damage, short_reason, write_manifest
-from mtp_jax.runs.workdir import CHECKPOINTS, saved_steps
+from mtp_jax.runs.workdir import CHECKPOINTS, best_step, record_best, saved_steps
 from mtp_jax.trees import by_path
 
 VERSION = 1
@@ -57,12 +60,24 @@ class Restored(NamedTuple):
     """Newer checkpoints that are damaged, with the reason for each."""
 
 
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest checkpoints and that of the best step."""
+
+    def __init__(self, newest: int, best: Callable[[], int | None]) -> None:
+        self._newest = ocp.checkpoint_managers.LatestN(n=newest)
+        self._best = best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        newest = self._newest.should_preserve(checkpoints, context=context)
+        return [keep or one.step == self._best() for keep, one in zip(newest, checkpoints, strict=True)]
+
+
 class Checkpoints:
     """The checkpoints of one run, as a context manager.
 
     Args:
       workdir: the run's directory.
-      keep: number of newest checkpoints that stay on disk.
+      keep: number of newest checkpoints that stay on disk; that of the best step stays, too.
       notify: is called with one line for every broken checkpoint that was skipped.
     """
 
@@ -70,9 +85,10 @@ class Checkpoints:
         self._root = pathlib.Path(workdir).absolute() / CHECKPOINTS
         self._notify = notify
         self._saving: int | None = None
+        self._best = best_step(self._root.parent)
         logging.getLogger("absl").addFilter(_not_orbax)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(n=keep),
+            preservation_policy=_NewestAndBest(keep, lambda: self._best),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
             cleanup_tmp_directories=True,
             save_root_metadata=False,
@@ -120,6 +136,21 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
             raise self._save_failed(error) from error
+
+    def keep_best(self, step: int) -> bool:
+        """Keeps the checkpoint of a step, and records that it has the best held-out loss. First waits until it is
+        complete. The one that was the best before may then be deleted.
+
+        Returns:
+          False if there is no checkpoint of this step. Then nothing happens.
+        """
+        self.wait()
+        if step not in saved_steps(self._root):
+            return False
+        if step != self._best:
+            record_best(self._root.parent, step)
+        self._best = step
+        return True
 
     def wait(self) -> None:
         """Waits until nothing is being saved. Raises UserError if the save in the background failed."""
@@ -234,7 +265,8 @@ def restore_params(
       workdir: the run's directory.
       abstract_params: a tree of `jax.ShapeDtypeStruct` with the wanted shardings. Parameters that are not in it are not
         read. Its dtypes may differ from the saved ones.
-      step: the step to load; None loads the newest undamaged checkpoint.
+      step: the step to load. None loads the one with the best held-out loss, if the run keeps one, and otherwise the
+        newest undamaged checkpoint.
       notify: is called with one line for every broken checkpoint that was skipped.
 
     Returns:
@@ -249,7 +281,9 @@ def restore_params(
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         have = f"it has {', '.join(map(str, steps))}" if steps else "train first, or give another directory"
         raise UserError(f"{root} holds {wanted}; {have}")
-    tried = steps if step is None else [step]
+    best = best_step(root.parent)
+    last = [] if best is None else [best]
+    tried = [one for one in steps if one != best] + last if step is None else [step]
     params, used, broken = _newest_whole(root, tried, lambda path: _restore_params(path, abstract_params))
     for other, reason in broken.items():
         notify(f"checkpoint {root / str(other)} is broken ({reason}); using step {used}")

@@ -30,6 +30,8 @@ CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 CORPUS = "corpus.json"
 STATES = "states"
+BEST = "best.json"
+"""Says which checkpoint had the best held-out loss; see `train.patience`."""
 VISIBLE_WITHIN = 60
 """Seconds within which every process must see what process 0 wrote. Caches of network file systems expire earlier."""
 
@@ -45,6 +47,8 @@ RUN_FILES = (
         LOCK,
         CORPUS,
         STATES,
+        BEST,
+        f"{BEST}.tmp",
     ),
     *(ORIGIN, f"{ORIGIN}.new", START, f"{START}.tmp"),
 )
@@ -230,6 +234,26 @@ def _committed(root: pathlib.Path) -> list[int]:
     if not root.is_dir():
         return []
     return sorted(int(path.name) for path in root.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name))
+
+
+def best_step(workdir: pathlib.Path) -> int | None:
+    """The step of the checkpoint with the best held-out loss, if it is on disk; None for a run that keeps no best
+    one."""
+    return (list_from_first(on_first(lambda: _best(workdir)) or []) or [None])[0]
+
+
+def _best(workdir: pathlib.Path) -> list[int]:
+    path = workdir / BEST
+    try:
+        step = json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged; delete it to use the newest checkpoint") from error
+    return [step] if step in _committed(workdir / CHECKPOINTS) else []
+
+
+def record_best(workdir: pathlib.Path, step: int) -> None:
+    """Records the checkpoint with the best held-out loss, atomically. Every process must call this."""
+    on_first(lambda: write_atomically(workdir / BEST, json.dumps({"step": step})))
 
 
 def saved_steps(root: pathlib.Path) -> list[int]:

@@ -35,6 +35,7 @@ from mtp_jax.training.objectives import Term
 from mtp_jax.training.opening import Opening, read_run, write_run
 from mtp_jax.training.optim import schedule
 from mtp_jax.training.pace import Pace
+from mtp_jax.training.patience import Patience, patience_of
 from mtp_jax.training.state import TrainState
 from mtp_jax.training.states import check_keeps_states, with_states
 from mtp_jax.training.step import StepMetrics, Steps, compile_steps, heldout_sums
@@ -59,6 +60,10 @@ class TrainResult(NamedTuple):
     corpus: Corpus
     stopped_by: str = ""
     """Name of the signal that stopped the run; "" if none did."""
+    stopped_early: bool = False
+    """Whether `train.patience` ended the run."""
+    best_step: int | None = None
+    """With `train.patience`, the step of the best evaluation, which `mtp_jax.load` opens. `state` is the newest one."""
 
 
 class _Stopped(Exception):
@@ -125,18 +130,21 @@ def _train(
         if opening.restored is not None:
             batches.set_state(opening.restored.data)
         del opening  # This frees the parameters that the run started from.
+        patience = patience_of(config, workdir, first if continued else 0)
         if continued:
             going_on = f"continuing from step {first}" if first else "there is no whole checkpoint yet, starting over"
-            done = first == config.train.steps
+            done = first == config.train.steps or patience.over
             console.note(f"{workdir}: " + (f"trained already, {first} steps" if done else going_on))
         with MetricsWriter(workdir, resume_step=first if continued else None) as writer, StopRequest() as stop:
-            run = _Run(config, mesh, steps, corpus, checkpoints, writer, console, stop)
+            run = _Run(config, mesh, steps, corpus, checkpoints, writer, console, stop, patience)
             state, step = run.advance(state, first, batches)
     if stop.signal_name:
         saved = f"saved step {step} and stopped, {stop.how_long()}"
         console.note(f"{stop.signal_name}: {saved}; the same command continues from there")
-    finished = step == config.train.steps and run.whole
-    return TrainResult(state, step, first, finished, corpus, stop.signal_name)
+    if patience.over:
+        console.note(patience.words())
+    finished = (step == config.train.steps or patience.over) and run.whole
+    return TrainResult(state, step, first, finished, corpus, stop.signal_name, patience.over, patience.best_step)
 
 
 def _devices(mesh: Mesh, steps: Steps) -> str:
@@ -184,6 +192,7 @@ class _Run:
         writer: MetricsWriter,
         console: RunConsole,
         stop: StopRequest,
+        patience: Patience,
     ) -> None:
         self.config = config
         self.steps = steps
@@ -192,10 +201,13 @@ class _Run:
         self.writer = writer
         self.console = console
         self.stop = stop
+        self.patience = patience
         self.learning_rate = schedule(config.optim, config.train.steps)
         self.pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self.meter = Meter(config, mesh)
         self.pace = Pace()
+        self.best: int | None = None
+        """The step of the best evaluation, if its checkpoint was dealt with."""
         self.whole = True
         """False after a stop has interrupted an evaluation."""
 
@@ -206,9 +218,10 @@ class _Run:
         first = step + 1
         if self.lacks_evaluation(step):
             self.evaluate(state, step)
-        if step < settings.steps:
+        self.keep_best()
+        if step < settings.steps and not self.patience.over:
             self.console.note("compiling the training step ...")
-        while step < settings.steps and not self.stops():
+        while step < settings.steps and not self.patience.over and not self.stops():
             batch = place(self.meter.next(batches), self.steps, settings.batch_size)
             called = time.monotonic()
             state, metrics = self.steps.train(state, batch)
@@ -228,8 +241,9 @@ class _Run:
             # metrics, unless a stop interrupted it.
             if self.evaluates_at(step):
                 self.evaluate(state, step)
-            if step % settings.checkpoint_every == 0 or last:
+            if step % settings.checkpoint_every == 0 or last or self.patience.best_step == step:
                 saved = self.save(state, step, batches)
+            self.keep_best()
         if saved != step:
             self.save(state, step, batches)
         self.checkpoints.wait()
@@ -260,6 +274,13 @@ class _Run:
         with self.meter.paused():
             self.checkpoints.save(step, state, batches)
         return step
+
+    def keep_best(self) -> None:
+        """Keeps the checkpoint of the best evaluation, with `train.patience`."""
+        best = self.patience.best_step
+        if best is not None and best != self.best and not self.checkpoints.keep_best(best):
+            self.console.note(f"the checkpoint of step {best}, the best so far, does not exist any more")
+        self.best = best
 
     def drain(self, last_step: int | None) -> None:
         """Waits for all steps so far, and checks and writes their metrics. Shows those of `last_step`, if given."""
@@ -329,7 +350,7 @@ class _Run:
         means = {f"heldout_{name}": np.asarray(value).tolist() for name, value in sums.means().items()}
         if rows.predicted_bytes and not settings.eval_rows:
             means["heldout_bits_per_byte"] = bits_per_byte(float(sums.ce_M[0]), rows.predicted_bytes)
-        self.writer.write(step, means)
+        self.writer.write(step, means | self.patience.take(step, means["heldout_loss"]))
 
 
 def place(batch: dict[str, np.ndarray], steps: Steps, batch_size: int) -> dict[str, jax.Array]:

@@ -23,8 +23,9 @@ from mtp_jax.runs.distributed import from_first, on_first
 from mtp_jax.runs.integrity import short_reason
 from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.runs.workdir import record_corpus, record_run, trained_on
-from mtp_jax.training.start import check_start, parameters_to_start_from
+from mtp_jax.training.start import check_start, parameters_to_start_from, remarks
 from mtp_jax.training.step import Steps
+from mtp_jax.trees import by_path
 
 Notify = Callable[[str], None]
 
@@ -61,7 +62,10 @@ def read_run(config: Config, workdir: pathlib.Path, steps: Steps, notify: Notify
     start = None
     origin = None
     if begins_from:
-        origin = origin_folder(pathlib.Path(begins_from).expanduser(), check_start(config))
+        other = check_start(config)
+        origin = origin_folder(pathlib.Path(begins_from).expanduser(), other)
+        for remark in remarks(config, other, by_path(steps.abstract_state.params)):
+            notify(remark)
     try:
         corpus = _corpus(config, workdir, notify)
         if begins_from:

@@ -16,6 +16,7 @@ from optax.contrib import (
 
 from mtp_jax.config import OptimConfig
 from mtp_jax.errors import UserError
+from mtp_jax.training.heads_first import Part, staged
 
 
 def param_path(path: tuple) -> str:
@@ -71,6 +72,7 @@ def make_optimizer(
     params: Any,
     select: Callable[[Any], Any] = lambda tree: tree,
     factors: Any = None,
+    heads_first: int = 0,
 ) -> optax.GradientTransformation:
     """The optax transformation of a run.
 
@@ -80,13 +82,18 @@ def make_optimizer(
       params: all parameters, or their abstract shapes; only paths and ranks are read.
       select: takes a tree over all parameters and returns the subtree that is trained.
       factors: a factor on the learning rate for every trained parameter; None if all factors are 1.
+      heads_first: number of steps in which only heads learn, see `heads_first`.
 
     Returns:
       The transformation. Compute its gradients at `gradient_point`.
     """
     skip = select(match_paths(params, config.no_decay))
     decay = jax.tree.map(lambda no_decay: not no_decay, skip)
-    rule = RULES[config.name](config, steps, decay, lambda: select(_matrix_axes(params)))
+
+    def make(part: Part, length: int) -> optax.GradientTransformation:
+        return RULES[config.name](config, length, part(decay), lambda: part(select(_matrix_axes(params))))
+
+    rule = staged(make, steps, heads_first) if heads_first else make(lambda tree: tree, steps)
     if any(factor != 1 for factor in jax.tree.leaves(factors)):
         rule = optax.chain(rule, _times(factors))
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []

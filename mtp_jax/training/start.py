@@ -2,17 +2,20 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 from mtp_jax import sharding
 from mtp_jax.config import Config, HeadsConfig, TrunkConfig, from_json
+from mtp_jax.config.checks import require
 from mtp_jax.errors import UserError
 from mtp_jax.model import lora, mtp
 from mtp_jax.runs.checkpoint import restore_params
 
+FREE_OF_HEADS = ("tap", "tap_norm")
+"""Settings of heads that may differ: the state that they read. All their parameters stay as they are."""
 FREE = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
 """Settings of the model that may differ: how it is computed, and the largest length of a row."""
 
@@ -49,8 +52,34 @@ def check_start(config: Config) -> Config:
     other = config_of(source)
     _check_same("model", other.model, config.model, source)
     if config.train.init_heads == "same":
+        require(
+            other.heads.num_future > 1 or config.heads.num_future == 1,
+            f"train.init_heads='same', but the run of train.init_from={source!r} has no heads; train them first with "
+            "train.trainable='heads', or use init_heads='new'",
+        )
         _check_same("heads", other.heads, config.heads, source)
     return other
+
+
+def remarks(config: Config, other: Config, paths: Iterable[str]) -> list[str]:
+    """What is unusual about the heads of a run that starts from another one, in words.
+
+    Args:
+      config: config of the new run.
+      other: config of the run that it starts from.
+      paths: paths of the parameters of the new run.
+    """
+    train = config.train
+    of_heads = [path for path in paths if path.startswith("heads/")]
+    if train.init_heads == "same" and of_heads:
+        return [
+            f"heads.{name}={getattr(config.heads, name)}, but the heads have learned with {getattr(other.heads, name)}"
+            for name in FREE_OF_HEADS
+            if getattr(config.heads, name) != getattr(other.heads, name)
+        ]
+    if of_heads and not any(map(train.learns, of_heads)):
+        return [f"train.trainable={train.trainable!r} trains no head, and the heads are new: they stay as they start"]
+    return []
 
 
 def parameters_to_start_from(
@@ -106,7 +135,8 @@ def _check_same(section: str, old: TrunkConfig | HeadsConfig, new: TrunkConfig |
             f"{section} is a {type(new).__name__}, but the run of train.init_from={source!r} has a "
             f"{type(old).__name__}; start from a run of the same kind of model"
         )
-    names = [field.name for field in dataclasses.fields(old) if field.name not in FREE]
+    free = FREE_OF_HEADS if section == "heads" else FREE
+    names = [field.name for field in dataclasses.fields(old) if field.name not in free]
     changed = [
         (name, getattr(old, name), getattr(new, name)) for name in names if getattr(old, name) != getattr(new, name)
     ]

@@ -45,8 +45,9 @@ def split_params(config: Config, params: Any) -> tuple[Any, Any]:
 
 
 def _learns(config: Config, path: str) -> bool:
-    """Whether a step changes the parameter. The ids of a draft vocabulary never change."""
-    return path != "draft_ids" and config.train.learns(path)
+    """Whether a gradient changes the parameter. The ids of a draft vocabulary never change. The running losses of heads
+    are counted."""
+    return path not in ("draft_ids", mtp.HEAD_LOSS) and config.train.learns(path)
 
 
 def joined(learned: Any, rest: Any) -> Any:
@@ -89,7 +90,10 @@ def rate_factors(config: Config, params: Any) -> Any:
 
 def init_params(config: Config, key: jax.Array, given: Any = None) -> Any:
     """New parameters of a run: those of `mtp.init`, its adapters, and those that only its objectives need."""
-    return mtp.init(config.arch, key, given, token_order=config.has_token_order, adapters=config.lora)
+    params = mtp.init(config.arch, key, given, token_order=config.has_token_order, adapters=config.lora)
+    if config.loss.balance:
+        params[mtp.HEAD_LOSS] = jnp.zeros((config.heads.num_future,), jnp.float32)
+    return params
 
 
 def init_state(
@@ -111,10 +115,12 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
     key = jax.random.key(0)
     boxed = mtp.abstract(config.arch, token_order=config.has_token_order, adapters=config.lora)
     params = sharding.param_shardings(mesh, boxed)
+    everywhere = sharding.replicated(mesh)
+    if config.loss.balance:
+        params[mtp.HEAD_LOSS] = everywhere
     abstract = jax.eval_shape(lambda: init_state(config, optimizer, key))
     placed = sharding.place_abstract(abstract.params, params)
     param_at = dict(jax.tree_util.tree_leaves_with_path(placed))
-    everywhere = sharding.replicated(mesh)
 
     def of_leaf(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         """The sharding of a leaf.

@@ -15,13 +15,15 @@ from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
 from mtp_jax.losses.mtp import HeadSums, head_scale
-from mtp_jax.losses.schedules import head_weights
+from mtp_jax.losses.schedules import balanced, head_weights, running_loss
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import lora
-from mtp_jax.training import meter
+from mtp_jax.model.mtp import HEAD_LOSS
+from mtp_jax.training import heads_first, meter
 from mtp_jax.training.objectives import (
     Batch,
     Parts,
+    Targets,
     Term,
     batch_targets,
     head_schedule,
@@ -100,37 +102,83 @@ def train_step(
     if "states" in batch:  # Head 0 is not trained.
         targets = targets._replace(weights_MBT=targets.weights_MBT.at[0].set(0.0))
     w_M = head_weights(head_schedule(config), state.step)
+    if config.loss.balance:
+        # A head 0 that is not trained does not contribute.
+        counts_M = jnp.arange(len(w_M)) >= config.train.heads_only
+        w_M = balanced(w_M, state.params[HEAD_LOSS], counts_M)
     scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
     weight_BT = _shares(targets.weights_MBT[0])
     learned, rest = split_params(config, state.params)
     point = gradient_point(state.opt_state, learned)
+    given = _Given((batch, targets, weight_BT), scale_M, _noise(config, state.step))
+
+    def of_all() -> tuple[tuple[jax.Array, Parts], dict]:
+        return _value_and_grad(config, spec, terms, (point, rest), given)
+
+    def of_heads() -> tuple[tuple[jax.Array, Parts], dict]:
+        others = heads_first.of_rest(point)
+        parameters = heads_first.of_heads(point), joined(others, rest)
+        value, grads = _value_and_grad(heads_first.stage_of_heads(config), spec, terms, parameters, given)
+        return value, grads | jax.tree.map(jnp.zeros_like, others)
+
+    if config.train.heads_first:
+        (loss, parts), grads = jax.lax.cond(state.step < config.train.heads_first, of_heads, of_all)
+    else:
+        (loss, parts), grads = of_all()
+    updates, opt_state = optimizer.update(grads, state.opt_state, learned)
+    changed = optax.apply_updates(learned, updates)
+    if config.train.heads_first:
+        changed = heads_first.only_heads_changed(config, state.step, learned, changed)
+    params = joined(changed, rest)
+    if config.loss.balance:
+        params[HEAD_LOSS] = running_loss(params[HEAD_LOSS], parts.sums.ce_M, parts.sums.weight_M)
+    metrics = StepMetrics(loss, parts.sums, parts.extras, optax.tree.norm(grads), w_M)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+class _Given(NamedTuple):
+    """What the loss of a step is computed from, besides parameters."""
+
+    rows: tuple[Batch, Targets, jax.Array]
+    """The batch, its targets, and the weights of its next-token targets."""
+    scale_M: jax.Array
+    """Factor on the weights of every head."""
+    noise: jax.Array
+    """The key of the dropout noise."""
+
+
+def _value_and_grad(
+    config: Config, spec: XentSpec, terms: Mapping[str, Term], parameters: tuple[dict, dict], given: _Given
+) -> tuple[tuple[jax.Array, Parts], dict]:
+    """The loss and its parts over all micro-batches, and the gradient of the trained parameters.
+
+    Args:
+      config, spec, terms: static.
+      parameters: the trained ones, at the point of the gradient, and all others.
+      given: everything else.
+    """
+    point, rest = parameters
 
     def value_and_grad(micro: tuple, number: jax.Array) -> tuple[tuple[jax.Array, Parts], dict]:
         def loss(point: Any) -> Any:
-            noise = jax.random.fold_in(_noise(config, state.step), number)
+            noise = jax.random.fold_in(given.noise, number)
             params = lora.attached(joined(point, rest), config.lora, noise)
-            return total_loss(config, spec, params, *micro, scale_M, terms)
+            return total_loss(config, spec, params, *micro, given.scale_M, terms)
 
         return jax.value_and_grad(loss, has_aux=True)(point)
 
     def accumulate(total: tuple, numbered: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, value_and_grad(*numbered)), None
 
-    whole = (batch, targets, weight_BT)
     if config.train.grad_accum == 1:
-        (loss, parts), grads = value_and_grad(whole, jnp.zeros((), jnp.int32))
-    else:
-        micros = _split(whole, config.train.grad_accum)
-        numbers_A = jnp.arange(config.train.grad_accum)
-        shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], micros), numbers_A[0])
-        # The sums are always float32, so that a sum over many micro-batches loses no precision.
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-        ((loss, parts), grads), _ = jax.lax.scan(accumulate, zeros, (micros, numbers_A))
-        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, learned)
-    updates, opt_state = optimizer.update(grads, state.opt_state, learned)
-    params = joined(optax.apply_updates(learned, updates), rest)
-    metrics = StepMetrics(loss, parts.sums, parts.extras, optax.tree.norm(grads), w_M)
-    return TrainState(state.step + 1, params, opt_state), metrics
+        return value_and_grad(given.rows, jnp.zeros((), jnp.int32))
+    micros = _split(given.rows, config.train.grad_accum)
+    numbers_A = jnp.arange(config.train.grad_accum)
+    shapes = jax.eval_shape(value_and_grad, jax.tree.map(lambda x: x[0], micros), numbers_A[0])
+    # The sums are always float32, so that a sum over many micro-batches loses no precision.
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    (value, grads), _ = jax.lax.scan(accumulate, zeros, (micros, numbers_A))
+    return value, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, point)
 
 
 def _noise(config: Config, step: jax.Array) -> jax.Array:
@@ -243,7 +291,10 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
         return split_params(config, tree)[0]
 
     factors = rate_factors(config, abstract_params)
-    optimizer = make_optimizer(config.optim, config.train.steps, abstract_params, select, factors)
+    heads_first.check_has_heads(config, select(abstract_params))
+    optimizer = make_optimizer(
+        config.optim, config.train.steps, abstract_params, select, factors, config.train.heads_first
+    )
     spec = xent_spec(config, mesh)
     shardings = state_shardings(config, optimizer, mesh)
     rows = sharding.batch_sharding(mesh)

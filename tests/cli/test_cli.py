@@ -217,6 +217,23 @@ def test_lossy_rules_say_so(quickstart, capsys):
 
 
 @pytest.mark.grid
+def test_generate_records_and_samples(quickstart, capsys):
+    """--n and --logprobs reach `generate`, and the completions have their numbers. Breaks without `_repeated`, or
+    without the loop over the three names."""
+    base = ["generate", str(quickstart[0]), "--prompt", "def ", "--max-new-tokens", "6", "--temperature", "1"]
+    assert run([*base, "--n", "2", "--logprobs", "2", "--json"]) == 0
+    found = only_json(capsys)["completions"]
+    options = {"max_new_tokens": 6, "temperature": 1.0, "n": 2, "logprobs": 2}
+    out = generate(load(quickstart[0]), ["def "], **options)
+    assert [one["prompt"] for one in found] == ["def "] * 2
+    assert [one["tokens"] for one in found] == out.tokens
+    assert [one["logprobs"] for one in found] == out.logprobs
+    assert [one["entropies"] for one in found] == out.entropies
+    assert [[list(map(tuple, top)) for top in one["top_logprobs"]] for one in found] == out.top_logprobs
+    assert run([*base, "--n", "2"]) == 0
+    assert capsys.readouterr().out == "def " + "\n---\ndef ".join(out.text) + "\n"
+
+
 def test_generate_streams_every_prompt(quickstart, tmp_path, capsys):
     """Text of --prompt, --prompt-file and --prompt-tokens on stdout, statistics on stderr."""
     file = tmp_path / "prompt.txt"
@@ -241,12 +258,52 @@ def test_eval_equals_quickstart(quickstart, text, tmp_path, capsys):
     held_out.mkdir()
     for name in json.loads((workdir / "data" / "meta.json").read_text())["heldout_documents"]:
         (held_out / pathlib.Path(name).name).write_bytes((text / name).read_bytes())
-    assert run(["eval", str(workdir), "--data", str(held_out), "--json", "--output", str(tmp_path / "out")]) == 0
+    marginals = ["--marginalise", "3", "--marginal-positions", "9"]
+    out = str(tmp_path / "out")
+    assert run(["eval", str(workdir), "--data", str(held_out), "--json", "--output", out, *marginals]) == 0
     result = only_json(capsys)
+    assert [(one["offset"], one["positions"]) for one in result["marginals"]] == [(2, 9)]
+    assert "## Heads and marginals" in (tmp_path / "out" / "report.md").read_text()
     assert result["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=0.02)
     assert {"loss", "top1", "top5"} == set(result["heads"][0])
     assert {"tokens_per_round", "accept_at", "distinct_ratio"} <= set(result)
     assert (tmp_path / "out" / "report.md").exists()
+
+
+@pytest.mark.grid
+def test_eval_compares(quickstart, text, tmp_path, capsys):
+    """Two names of one run on two kinds of text: every paired difference but that of the clock is 0, and the heads are
+    those of a single evaluation."""
+    other = tmp_path / "other"
+    other.symlink_to(quickstart[0])
+    command = ["eval", str(quickstart[0]), str(other), "--data", f"all={text}", "--data", f"first={text / '00.txt'}"]
+    options = ["--spans", "re[a-z]+", "--num-prompts", "2", "--max-new-tokens", "6", "--output", str(tmp_path / "out")]
+    assert run([*command, *options, "--json"]) == 0
+    result = only_json(capsys)
+    assert [one["name"] for one in result["models"]] == [str(quickstart[0]), str(other)]
+    apart = result["differences"][0]["kinds"]
+    assert set(apart) == {"all", "first"}
+    assert {one["value"] for name, one in apart["all"].items() if name != "measured gain"} <= {0, None}
+    assert apart["all"]["loss, head 1"]["value"] == 0
+    assert "spans: bits per character" in apart["all"] and (tmp_path / "out" / "comparison.md").exists()
+    assert run(["eval", str(quickstart[0]), "--data", str(text), "--json", "--output", str(tmp_path / "one")]) == 0
+    single = only_json(capsys)
+    heads = result["models"][0]["kinds"]["all"]["heads"]
+    assert [one["loss"]["value"] for one in heads] == pytest.approx([one["loss"] for one in single["heads"]])
+    assert {"tf_accept_at", "controls", "controls_fail", "intervals"} <= set(single)
+
+
+@pytest.mark.grid
+def test_eval_answers_a_task(quickstart, tmp_path, capsys):
+    """One JSON object with the accuracy; a second call reads the answers of the first."""
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "def ", "answer": "[a-z]"}\n{"prompt": "for ", "answer": "[0-9]{99}"}\n')
+    command = ["eval", str(quickstart[0]), "--task", str(task), "--checker", "regex", "--max-new-tokens", "8"]
+    command += ["--output", str(tmp_path), "--json"]
+    assert run(command) == 0
+    result = only_json(capsys)
+    assert (result["accuracy"]["value"], result["questions"], result["wrong"]) == (0.5, 2, {"wrong": 1})
+    assert run(command) == 0 and only_json(capsys) == result
 
 
 @pytest.mark.grid
@@ -288,8 +345,33 @@ BAD = {
     "too many drafts": (["generate", "RUN", "--prompt", "x", "--num-draft", 9], r"num_draft=9.* 1 extra heads"),
     "no tokens": (["generate", "RUN", "--prompt", "x", "--max-new-tokens", 0], r"max_new_tokens=0"),
     "no data": (["eval", "RUN", "--data", "/nowhere"], r"/nowhere"),
+    "K above V": (["eval", "RUN", "--data", "/nowhere", "--marginalise", 265], r"--marginalise 265.* 1 to 264"),
+    "positions of nothing": (["eval", "RUN", "--data", "x", "--marginal-positions", 5], r"--marginalise 0: give"),
+    "marginals of two": (["eval", "RUN", "RUN", "--data", "x", "--marginalise", 5], r"is for one model on one text"),
+    "nothing to evaluate on": (["eval", "RUN"], r"give --data TEXT, or --task"),
+    "no model": (["eval", "--data", "x"], r"mtp eval needs a model"),
+    "a model twice": (["eval", "RUN", "RUN", "--data", "x"], r"a model is named twice"),
+    "no span": (["eval", "RUN", "--data", "TEXT", "--spans", "[0-9]{99}"], r"--spans: nothing in .* matches"),
+    "no expression": (["eval", "RUN", "--data", "TEXT", "--spans", "("], r"--spans '\(' is no regular expression"),
+    "no checker": (["eval", "RUN", "--task", "t.jsonl"], r"--task needs --checker"),
+    "unknown checker": (
+        ["eval", "RUN", "--task", "t", "--checker", "bleu"],
+        r"unknown checker 'bleu'; choose one of exact",
+    ),
+    "a broken task": (["eval", "RUN", "--task", "TASK", "--checker", "exact"], r"--task .*, line 2: it is not JSON"),
+    "an idle option": (
+        ["eval", "RUN", "--data", "x", "--samples", 2],
+        r"--samples needs --task FILE.jsonl; leave it out",
+    ),
+    "equal samples": (
+        ["eval", "RUN", "--task", "t", "--checker", "exact", "--samples", 2],
+        r"at temperature 0 gives equal",
+    ),
     "no filter": (["generate", "RUN", "--prompt", "x", "--top-p", 0], r"top_p=0.0; it must be above 0, at most 1"),
     "cold": (["generate", "RUN", "--prompt", "x", "--temperature", -1], r"temperature=-1.0; it must be 0 for greedy"),
+    "records as text": (["generate", "RUN", "--prompt", "x", "--logprobs", 1], r"--logprobs 1 needs --json"),
+    "too many": (["generate", "RUN", "--prompt", "x", "--logprobs", 265, "--json"], r"logprobs=265, but .* 264 tokens"),
+    "same samples": (["generate", "RUN", "--prompt", "x", "--n", 2], r"n=2 samples at temperature 0 would all be"),
     "drafts in words": (["generate", "RUN", "--prompt", "x", "--num-draft", "many"], r"--num-draft many is neither"),
     "nothing to compare": (["bench", "decode", "RUN", "--num-draft", 0], r"there are no drafts to measure"),
     "no benchmark": (["bench", "coffee"], r"what to measure is one of decode, loss, train"),
@@ -297,10 +379,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(case, quickstart, config_file, tmp_path, capsys):
+def test_bad_input_is_one_line(case, quickstart, config_file, text, tmp_path, capsys):
     """Bad input ends with status 2 and one line that names the thing and the value."""
     arguments, message = BAD[case]
-    names = {"CONFIG": str(config_file), "RUN": str(quickstart[0])}
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "a", "answer": "b"}\n{\n')
+    names = {"CONFIG": str(config_file), "RUN": str(quickstart[0]), "TEXT": str(text), "TASK": str(task)}
     arguments = [names.get(argument, argument) for argument in arguments]
     if arguments[0] == "train" and len(arguments) > 2:
         arguments += ["--workdir", str(tmp_path / "run")]

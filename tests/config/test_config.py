@@ -370,6 +370,30 @@ REFUSED = [
     (lambda: TrainConfig(seed=2**32), "train.seed=4294967296; use a seed from 0 to 4294967295"),
     (lambda: TrainConfig(eval_every=-1), "train.eval_every=-1 is negative"),
     (lambda: TrainConfig(eval_rows=-1), "train.eval_rows=-1 is negative"),
+    (lambda: TrainConfig(patience=-1), "train.patience=-1 is negative"),
+    (lambda: TrainConfig(patience=2), "train.patience=2 has no effect without train.eval_every"),
+    (
+        lambda: TrainConfig(stop_on="next_token", eval_every=5),
+        "train.stop_on='next_token' has no effect without train.patience",
+    ),
+    (lambda: TrainConfig(heads_first=-1), "train.heads_first=-1 is negative"),
+    (lambda: TrainConfig(heads_first=5, steps=5), "train.heads_first=5 must be below train.steps=5"),
+    (
+        lambda: TrainConfig(heads_first=5, trainable="heads"),
+        "train.heads_first=5 has no effect with train.trainable='heads', which trains only heads",
+    ),
+    (
+        lambda: Config(train=TrainConfig(heads_first=5), heads=HeadsConfig(num_future=1)),
+        "train.heads_first=5 with heads.kind='parallel' and heads.num_future=1: there is no head that can learn alone",
+    ),
+    (
+        lambda: Config(train=TrainConfig(heads_first=5), optim=OptimConfig(name="schedule_free", schedule="constant")),
+        "train.heads_first=5 with optim.name='schedule_free', which averages all steps",
+    ),
+    (
+        lambda: Config(train=TrainConfig(heads_first=5), loss=LossConfig(token_order=0.5)),
+        "loss.token_order=0.5 trains the trunk, but in the first train.heads_first=5 steps only heads learn",
+    ),
     (
         lambda: TrainConfig(batch_size=9, grad_accum=2),
         "train.batch_size=9 is not a multiple of train.grad_accum=2",

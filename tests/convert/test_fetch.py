@@ -195,6 +195,8 @@ def test_a_run_starts_from_a_name(packed, place, monkeypatch):
     assert with_run(named, quiet) == config
     assert (place / "run" / "config.json").stat().st_mtime_ns == made
     assert with_run(config, quiet) is config
+    tokenizer = dataclasses.replace(named, data=dataclasses.replace(named.data, tokenizer=NAME))
+    assert with_run(tokenizer, quiet) == config
 
 
 def test_what_is_pinned():

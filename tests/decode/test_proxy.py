@@ -263,3 +263,17 @@ def test_what_is_refused(name):
     with pytest.raises(UserError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.grid
+def test_samples_with_hooks():
+    """n samples of each prompt = every prompt n times, with prompts of the expert's own and with soft thinking. Breaks
+    if prompts are run once for all samples with `begin`."""
+    soft = mtp_jax.SoftThinking(end=(3, 5), gumbel=0.5, max_topk=3, cold_entropy=0.0)
+    for hook in (mtp_jax.ProxyTuning(EXPERT, ANTI, 0.8, told), mtp_jax.ProxyTuning(EXPERT, ANTI, 0.8), soft):
+        options = {"max_new_tokens": 6, "temperature": 0.9, "draft": "heads", "hooks": [hook]}
+        twice = [prompt for prompt in PROMPTS[:2] for _ in range(2)]
+        expected = mtp_jax.generate(BASE, twice, **options)
+        made = mtp_jax.generate(BASE, PROMPTS[:2], n=2, **options)
+        assert made.tokens == expected.tokens
+        assert made.stats.alone == expected.stats.alone

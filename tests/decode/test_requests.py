@@ -78,7 +78,7 @@ BAD = {
     "seeds for other prompts": (
         [[1], [2]],
         {"seed": [1, 2, 3]},
-        "seed has 3 numbers for 2 prompts; give one",
+        "seed has 3 numbers for 2 rows; give one",
     ),
     "bias beyond the vocabulary": (
         [[1]],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reference.quick import quick_jit
 
-from mtp_jax.losses.schedules import HeadSchedule, head_weights
+from mtp_jax.losses.schedules import HeadSchedule, balanced, head_weights, running_loss
 
 weights_of = functools.partial(quick_jit, static_argnums=0)(head_weights)
 ONES = (1.0, 1.0, 1.0, 1.0)
@@ -66,3 +66,23 @@ def test_one_head_has_nothing_to_schedule():
     """M = 1: the weight is 1 under every schedule. Breaks without `max(M - 1, 1)`."""
     for options, _ in TABLES.values():
         assert weights_of(HeadSchedule((1.0,), steps=10, **options), jnp.int32(9)).tolist() == [1.0]
+
+
+def test_balanced_contributions():
+    """w_m L_m / w'_m is the mean loss for every head that counts; others keep their weights. Breaks without the mean,
+    whose factor keeps the size of the whole."""
+    weight_M, loss_M = jnp.array([1.0, 0.5, 0.25, 2.0]), jnp.array([2.0, 4.0, 9.0, 0.0])
+    got_M = np.asarray(balanced(weight_M, loss_M, jnp.ones(4, bool)))
+    np.testing.assert_allclose(got_M[:3] * [2.0, 4.0, 9.0] / [1.0, 0.5, 0.25], 5.0, rtol=1e-6)
+    assert got_M[3] == 2.0
+    others_M = np.asarray(balanced(weight_M, loss_M, jnp.array([False, True, True, True])))
+    np.testing.assert_allclose(others_M, [1.0, 0.5 * 6.5 / 4, 0.25 * 6.5 / 9, 2.0], rtol=1e-6)
+    np.testing.assert_array_equal(balanced(weight_M, jnp.zeros(4), jnp.ones(4, bool)), weight_M)
+
+
+def test_running_losses():
+    """L <- 0.9 L + 0.1 now; the first value is the first mean; no targets, no change. Breaks without `found_M`."""
+    loss_M = running_loss(jnp.zeros(3), jnp.array([6.0, 8.0, 0.0]), jnp.array([2.0, 4.0, 0.0]))
+    np.testing.assert_allclose(loss_M, [3.0, 2.0, 0.0])
+    loss_M = running_loss(loss_M, jnp.array([2.0, 0.0, 5.0]), jnp.array([1.0, 0.0, 1.0]))
+    np.testing.assert_allclose(loss_M, [0.9 * 3 + 0.1 * 2, 2.0, 5.0], rtol=1e-6)

@@ -62,12 +62,13 @@ def model(name):
     steps = compile_steps(CONFIG, sharding.make_mesh(MeshConfig()))
     state, rng = steps.init(jax.random.key(0)), np.random.default_rng(0)
     for _ in range(CONFIG.train.steps):
-        state, _ = steps.train(state, _stream_batch(rng))
+        state, _ = steps.train(state, stream_batch(rng))
     # From the host, so that the programs compiled for the other model serve this one too.
     return loaded(CONFIG, jax.tree.map(jnp.asarray, jax.device_get(state.params)))
 
 
-def _stream_batch(rng):
+def stream_batch(rng):
+    """Rows in which a token and its predecessor fix the next one; `trained` has learned them."""
     B, T, V = CONFIG.train.batch_size, CONFIG.data.seq_len, CONFIG.model.vocab_size
     table_VJ = np.random.default_rng(1).integers(0, V, (V, 4))
     tokens_BT = rng.integers(0, V, (B, T)).astype(np.int32)

@@ -6,7 +6,7 @@ import functools
 from mtp_jax.config import Config
 from mtp_jax.training.step import compile_steps
 
-PROGRAMS = ("batch_size", "grad_accum", "trainable", "seed")
+PROGRAMS = ("batch_size", "grad_accum", "trainable", "heads_first", "seed")
 """Fields of `train` that a program is made from; `steps` is another where anything is scheduled."""
 
 

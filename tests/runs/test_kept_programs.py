@@ -11,7 +11,7 @@ import pytest
 from reference.decoding import compilations, loaded, loud_params, slow_greedy
 from reference.tiny import tiny_config
 
-from mtp_jax.decode import request
+from mtp_jax.decode import counts
 from mtp_jax.decode.buckets import batch_rows
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.stats import DecodeStats
@@ -190,8 +190,8 @@ def test_seconds_of_compiling_are_not_those_of_decoding(monkeypatch):
     """With a clock that only compiling moves, prefill and decoding take 0 seconds."""
     now = [0.0]
     monkeypatch.setattr(programs, "compile_seconds", lambda: now[0])
-    monkeypatch.setattr(request.time, "perf_counter", lambda: now[0])
-    clock = request._Clock()
+    monkeypatch.setattr(counts.time, "perf_counter", lambda: now[0])
+    clock = counts.Clock()
     now[0] += 5.0
     assert (clock.compiling(), clock.seconds()) == (5.0, 0.0)
 

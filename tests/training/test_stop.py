@@ -18,6 +18,7 @@ from mtp_jax.training.console import RunConsole
 from mtp_jax.training.loop import train
 from mtp_jax.training.meter import FIELDS
 from mtp_jax.training.pace import SECONDS_AHEAD, Pace
+from mtp_jax.training.patience import Patience
 from mtp_jax.training.step import StepMetrics
 
 HOST_SECONDS = 1e-4  # what the host needs for a batch
@@ -79,7 +80,7 @@ def stopped(monkeypatch):
         request = types.SimpleNamespace(asked=lambda: device.now >= signal_at)
         mesh = sharding.mesh_of(config)
         with RunConsole(quiet=True) as console:
-            parts = (config, mesh, steps, None, checkpoints, silent, console, request)
+            parts = (config, mesh, steps, None, checkpoints, silent, console, request, Patience(config))
             loop._Run(*parts).advance("state", 0, iter(range(10**6)))
         return device, saves[0]
 

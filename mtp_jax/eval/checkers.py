@@ -1,0 +1,227 @@
+"""Says whether an answer to a task is right.
+
+A checker is a function `(answer, record) -> Verdict`. The record is a line of the task's file: it has what the checker
+compares with. `checker(NAME)` gives one of these:
+
+    exact    the answer is the text of `answer`; space around both does not count
+    number   the last number in the answer equals the last number of `answer`, as in GSM8K (Cobbe et al. 2021)
+    regex    the regular expression in `answer` is found in the answer
+    code     the answer's code passes the tests of the record, as in HumanEval (Chen et al. 2021) and MBPP (Austin et
+             al. 2021); it runs in a sandbox
+    FILE.py:NAME    a function of yours
+
+No answer ends the run: a checker that raises counts as wrong, with that reason.
+"""
+
+import decimal
+import functools
+import re
+import runpy
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mtp_jax.errors import UserError
+from mtp_jax.eval.sandbox.outside import Limits, Outcome, run_tests
+
+NUMBER = re.compile(
+    r"(?<![\w.])-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?!\w|,[0-9])"  # 1,200.50
+    r"|(?<![\w.])-?[0-9]+(?:\.[0-9]+)?"
+    r"|[0-9]+(?:\.[0-9]+)?"  # behind a word or a point, where a minus is no sign
+)
+FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+RIGHT = "right"
+TESTS = ("test", "test_list", "tests")
+"""Fields that may hold tests: a text, or a list of lines."""
+
+
+class Verdict(NamedTuple):
+    """What a checker says about an answer."""
+
+    correct: bool
+    reason: str
+    """`right`, or why it is wrong, in a word or two."""
+    detail: str = ""
+
+
+Checker = Callable[[str, Mapping[str, Any]], Verdict]
+
+
+def checker(name: str, limits: Limits | None = None) -> Checker:
+    """The checker of a name.
+
+    Args:
+      name: `exact`, `number`, `regex`, `code`, or `FILE.py:NAME` for a function in a file.
+      limits: limits for `regex` and `code`. None is the default.
+
+    Raises:
+      UserError: there is no such checker.
+    """
+    limited = {"regex": regex, "code": code}
+    if name in limited:
+        return functools.partial(limited[name], limits=limits or Limits())
+    plain = {"exact": exact, "number": number}
+    if name in plain:
+        return plain[name]
+    file, _, function = name.rpartition(":")
+    if file.endswith(".py"):
+        return _of_file(file, function)
+    known = ", ".join((*plain, *limited))
+    raise UserError(f"unknown checker {name!r}; choose one of {known}, or give FILE.py:NAME for a function of yours")
+
+
+def _of_file(file: str, function: str) -> Checker:
+    try:
+        names = runpy.run_path(file)
+    except OSError as error:
+        raise UserError(f"checker file {file} cannot be read: {error.strerror}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"checker file {file} failed: {type(error).__name__}: {error}") from error
+    if not callable(names.get(function)):
+        raise UserError(f"{file} defines no function {function!r}; write def {function}(answer, record)")
+    return names[function]
+
+
+def judged(check: Checker, answer: str, record: Mapping[str, Any], seconds: float = 60.0) -> Verdict:
+    """The verdict of a checker. A checker that raises, hangs, or returns something else, counts as wrong.
+
+    Args:
+      check: the checker.
+      answer: the answer.
+      record: the record of the task.
+      seconds: time after which a checker counts as hanging. Its thread is left to itself, because Python cannot end it.
+    """
+    made: list[Any] = []
+
+    def run() -> None:
+        try:
+            made.append(check(answer, record))
+        except (Exception, SystemExit) as error:
+            made.append(Verdict(False, f"the checker raised {type(error).__name__}", str(error)[:200]))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not made:
+        return Verdict(False, "the checker took too long", f"{seconds} seconds")
+    return _as_verdict(made[0])
+
+
+def _as_verdict(verdict: Any) -> Verdict:
+    if isinstance(verdict, bool):
+        return Verdict(verdict, RIGHT if verdict else "wrong")
+    if isinstance(verdict, tuple) and len(verdict) in (2, 3) and isinstance(verdict[0], bool):
+        return Verdict(verdict[0], *map(str, verdict[1:]))
+    return Verdict(False, "the checker gave no verdict", f"it returned a {type(verdict).__name__}")
+
+
+def expected(record: Mapping[str, Any]) -> str:
+    """The text that an answer is compared with: field `answer`, a text or a number.
+
+    Raises:
+      UserError: the record has no such field.
+    """
+    value = record.get("answer")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"field 'answer' is {value!r}; it must be a text or a number")
+    return str(value)
+
+
+def exact(answer: str, record: Mapping[str, Any]) -> Verdict:
+    """Right if the answer is the expected text. Space around both does not count."""
+    same = answer.strip() == expected(record).strip()
+    return Verdict(same, RIGHT if same else "wrong")
+
+
+def number(answer: str, record: Mapping[str, Any]) -> Verdict:
+    """Right if the last number in the answer equals the last number in the expected text. 1,200.0 equals 1200."""
+    wanted = last_number(expected(record))
+    if wanted is None:
+        raise UserError(f"field 'answer' is {record['answer']!r}; it has no number")
+    found = last_number(answer)
+    if found is None:
+        return Verdict(False, "no number")
+    return Verdict(found == wanted, RIGHT if found == wanted else "wrong", str(found))
+
+
+def last_number(text: str) -> decimal.Decimal | None:
+    """The last number in a text; None if it has none. A minus sign counts if no word or digit stands before it."""
+    found = NUMBER.findall(text)
+    return decimal.Decimal(found[-1].replace(",", "")) if found else None
+
+
+def regex(answer: str, record: Mapping[str, Any], limits: Limits) -> Verdict:
+    """Right if the pattern in field `answer` is found in the answer. A search that takes too long is stopped."""
+    pattern = expected(record)
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"field 'answer' is no regular expression: {error}: {pattern!r}") from error
+    program = "import re\n\ndef found(pattern, text):\n    return re.search(pattern, text) is not None\n"
+    return _verdict(run_tests(program, f"assert found({pattern!r}, {answer!r})", limits=limits))
+
+
+def code(answer: str, record: Mapping[str, Any], limits: Limits) -> Verdict:
+    """Right if the answer's code passes the tests of the record, in the sandbox.
+
+    The code is the first block between fences of three backticks, or the whole answer. If the record has an
+    `entry_point`, its `prompt` is the beginning of a function. Then the code may define the function again, or continue
+    the prompt.
+    """
+    test = tests_of(record)
+    entry_point = str(record.get("entry_point", ""))
+    return _verdict(run_tests(program_of(answer, record), test, entry_point, limits))
+
+
+def tests_of(record: Mapping[str, Any]) -> str:
+    """The tests of a record, as one source.
+
+    Raises:
+      UserError: the record has no tests.
+    """
+    for field in TESTS:
+        value = record.get(field)
+        if isinstance(value, str) and value.strip():
+            return value
+        if isinstance(value, Sequence) and value and all(isinstance(line, str) for line in value):
+            return "\n".join(value)
+    raise UserError(f"the record has no tests; the checker code needs a text or a list of lines in {TESTS[0]!r}")
+
+
+def program_of(answer: str, record: Mapping[str, Any]) -> str:
+    """The source that an answer stands for; see `code`."""
+    entry_point = record.get("entry_point")
+    prompt = record.get("prompt")
+    continues = bool(entry_point) and isinstance(prompt, str)
+    source = _code_in(answer, continues)
+    if not continues:
+        return source
+    defines = re.search(rf"^(?:async )?def {re.escape(str(entry_point))}\b", source, re.MULTILINE)
+    if not defines:
+        return prompt + _indented(source, prompt)
+    # The prompt's imports and helpers stand before the function.
+    begun = re.search(rf"^(?:async )?def {re.escape(str(entry_point))}\b", prompt, re.MULTILINE)
+    return (prompt[: begun.start()] if begun else "") + source
+
+
+def _code_in(answer: str, continues: bool) -> str:
+    """The code of an answer, without the words around it."""
+    before = answer.split("```", 1)[0]
+    if continues and re.match(r"\s*\n*[ \t]+\S", before):
+        return before  # the body of a function; the fence behind it ends a block that the prompt was in
+    fenced = FENCE.search(answer)
+    return fenced.group(1) if fenced else answer
+
+
+def _indented(source: str, prompt: str) -> str:
+    """The continuation of a function. A body that a model wrote without indentation gets one."""
+    first = next((line for line in source.split("\n") if line.strip()), "")
+    if first[:1].isspace() or not prompt.endswith("\n") or not re.search(r"^def ", prompt, re.MULTILINE):
+        return source
+    return "\n".join("    " + line if line.strip() else line for line in source.split("\n"))
+
+
+def _verdict(outcome: Outcome) -> Verdict:
+    if outcome.reason == "test":
+        raise UserError(f"the test cannot run: {outcome.detail}")
+    return Verdict(outcome.passed, outcome.reason, outcome.detail)

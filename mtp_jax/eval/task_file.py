@@ -1,0 +1,130 @@
+"""Reads a task: a `.jsonl` of questions with what is needed to judge answers.
+
+A record has a prompt and an expected answer or tests. The fields may have the names of well-known sets:
+
+    prompt      `messages`, `prompt`, `question`, `problem` or `text`; a text, or a list of messages
+    answer      `answer`, `target` or `solution`           checkers exact, number, regex
+    tests       `test`, `test_list` or `tests`             checker code, with `entry_point` if there is one
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mtp_jax.data.chat import check_messages
+from mtp_jax.errors import UserError
+from mtp_jax.eval.checkers import expected, last_number, tests_of
+
+PROMPTS = ("messages", "prompt", "question", "problem", "text")
+ANSWERS = ("answer", "target", "solution")
+NEEDS_ANSWER = ("exact", "number", "regex")
+
+
+class Question(NamedTuple):
+    """One question of a task."""
+
+    number: int
+    """Its line in the file."""
+    prompt: Any
+    """A text, or messages."""
+    record: Mapping[str, Any]
+    """The record, with the expected answer as `answer`."""
+
+
+class Fields(NamedTuple):
+    """Names of fields; "" takes the first known name that a record has."""
+
+    prompt: str = ""
+    answer: str = ""
+    template: str = ""
+    """A text in which `{name}` stands for a field of the record, and `{prompt}` for the prompt; "" is the prompt."""
+
+
+def read_task(path: str, checker: str, fields: Fields, limit: int = 0) -> list[Question]:
+    """Reads and checks the questions of a task.
+
+    Args:
+      path: the file.
+      checker: name of the checker, which says what a record must have.
+      fields: names of the fields.
+      limit: most questions; 0 takes all.
+
+    Raises:
+      UserError: the file cannot be read or has no question, or a line is malformed. The error names the line.
+    """
+    try:
+        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--task {path} cannot be read: {error}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and (not limit or len(found) < limit):
+            try:
+                found.append(_question(number, line, checker, fields))
+            except UserError as error:
+                raise UserError(f"--task {path}, line {number}: {error}") from error
+    if not found:
+        raise UserError(f"--task {path} has no questions; give one JSON object per line")
+    return found
+
+
+def _question(number: int, line: str, checker: str, fields: Fields) -> Question:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"it is a {type(record).__name__}, not an object")
+    prompt = _prompt(record, fields.prompt)
+    if fields.template:
+        prompt = _filled(fields.template, record, prompt)
+    answer = fields.answer or next((name for name in ANSWERS if name in record), "")
+    if fields.answer and fields.answer not in record:
+        raise UserError(f"it has no field {fields.answer!r}; its fields are {_names(record)}")
+    if answer:
+        record = record | {"answer": record[answer]}
+    if checker in NEEDS_ANSWER:
+        if last_number(expected(record)) is None and checker == "number":
+            raise UserError(f"field 'answer' is {record['answer']!r}; the checker number needs a number in it")
+    elif checker == "code":
+        tests_of(record)
+    return Question(number, prompt, record)
+
+
+def _prompt(record: Mapping[str, Any], field: str) -> Any:
+    name = field or next((name for name in PROMPTS if name in record), "")
+    if name not in record:
+        wanted = repr(field) if field else f"one of {', '.join(map(repr, PROMPTS))}"
+        raise UserError(f"it has no prompt; a field {wanted} is needed, and its fields are {_names(record)}")
+    prompt = record[name]
+    if isinstance(prompt, list):
+        check_messages(prompt)
+        return prompt
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"field {name!r} is {str(prompt)[:60]!r}; it must be a text or a list of messages")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"field {name!r} is not Unicode text: {error}") from error
+    return prompt
+
+
+def _filled(template: str, record: Mapping[str, Any], prompt: Any) -> str:
+    """The template with the fields of a record. The lines of a list are put one below the other."""
+    if not isinstance(prompt, str):
+        raise UserError("--template writes a text around a prompt, but the prompt is a list of messages; leave it out")
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name != "prompt" and name not in record:
+            raise UserError(f"--template names a field {name!r}; the fields of the record are {_names(record)}")
+        found = prompt if name == "prompt" else record[name]
+        return "\n".join(map(str, found)) if isinstance(found, list) else str(found)
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, record)) or "none"

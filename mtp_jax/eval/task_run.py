@@ -1,0 +1,208 @@
+"""Answers the questions of a task with a model, and judges the answers.
+
+The answers are kept in a `.jsonl`, a line as soon as its batch is judged. A run that was killed goes on behind the last
+whole batch. The first line says what the answers were made from; with other settings the file is not continued.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.decode.generate import generate
+from mtp_jax.decode.memory import CacheTooLarge
+from mtp_jax.decode.prompts import prompt_ids
+from mtp_jax.errors import UserError
+from mtp_jax.eval.checkers import Checker, judged
+from mtp_jax.eval.intervals import Interval, Ratio, share
+from mtp_jax.eval.task_file import Question
+from mtp_jax.loading import LoadedModel
+from mtp_jax.runs.integrity import write_atomically
+from mtp_jax.runs.strict_json import strict
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """How questions are answered."""
+
+    max_new_tokens: int = 512
+    samples: int = 1
+    """Answers per question."""
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int = 0
+    batch_size: int = 16
+    """Answers that are generated together."""
+    draft: str = "auto"
+    stop: tuple[str, ...] = ()
+    judges: int = 1
+    """Answers that are judged at once."""
+    as_chat: bool = False
+    """Whether a text is the message of a user, for the chat template."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """The verdicts on all answers."""
+
+    correct: tuple[tuple[bool, ...], ...]
+    """For each question, whether each of its answers is right."""
+    reasons: dict[str, int]
+    """Number of wrong answers by reason."""
+    cut: int
+    """Answers that reached the limit of tokens."""
+
+    @property
+    def ratio(self) -> Ratio:
+        """Right answers and all answers, by question."""
+        return Ratio(*(np.array([count(one) for one in self.correct], float) for count in (sum, len)))
+
+    @property
+    def accuracy(self) -> Interval:
+        """Share of right answers. With one answer per question, the interval is Wilson's. With several it is by
+        bootstrap over questions, or Wilson's if all questions have the same share."""
+        drawn = self.ratio.interval()
+        several = max(map(len, self.correct)) > 1
+        return (
+            drawn if several and drawn.low < drawn.high else share(drawn.value * len(self.correct), len(self.correct))
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The accuracy and the counts."""
+        return strict(
+            {
+                "accuracy": self.accuracy.as_json(),
+                "questions": len(self.correct),
+                "answers": sum(map(len, self.correct)),
+                "right": sum(map(sum, self.correct)),
+                "wrong": self.reasons,
+                "cut": self.cut,
+            }
+        )
+
+
+def run_task(
+    lm: LoadedModel,
+    questions: Sequence[Question],
+    check: Checker,
+    how: Answering,
+    path: pathlib.Path,
+    *,
+    made_from: dict[str, Any],
+    progress: Callable[[str], None] = lambda _: None,
+) -> TaskResult:
+    """Answers and judges all questions that `path` does not have yet.
+
+    Args:
+      lm: the model; it may be one that only decodes.
+      questions: the questions.
+      check: the checker.
+      how: how they are answered.
+      path: the file for answers and verdicts.
+      made_from: what identifies the work besides `how`: model, task, checker.
+      progress: is called with a line of text about the progress.
+
+    Raises:
+      UserError: `path` has answers that were made from something else, or a prompt is refused.
+    """
+    prompts = [_prompt(question, how) for question in questions]
+    lengths = [len(_ids(lm, prompt, question)) for prompt, question in zip(prompts, questions, strict=True)]
+    # Prompts of similar length together, so that no row waits for a much longer one.
+    jobs = [(i, s) for i in sorted(range(len(questions)), key=lambda i: (lengths[i], i)) for s in range(how.samples)]
+    header = {"made_from": made_from | dataclasses.asdict(how) | {"questions": [one.number for one in questions]}}
+    done = _open(path, json.loads(json.dumps(header)))
+    left = [job for job in jobs if job not in done]
+    if done:
+        progress(f"{path} has {len(done)} of {len(jobs)} answers")
+    for start in range(0, len(left), how.batch_size):
+        batch = left[start : start + how.batch_size]
+        records = _answered(lm, [prompts[i] for i, _ in batch], batch, questions, how)
+        # The standard output may be one JSON object, so what a checker prints goes elsewhere.
+        with contextlib.redirect_stdout(sys.stderr), ThreadPoolExecutor(how.judges) as pool:
+            verdicts = pool.map(lambda one: judged(check, one["answer"], questions[one["question"]].record), records)
+            records = [one | verdict._asdict() for one, verdict in zip(records, verdicts, strict=True)]
+        _append(path, records)
+        done |= {(one["question"], one["sample"]): one for one in records}
+        right = sum(one["correct"] for one in done.values())
+        progress(f"{len(done)} of {len(jobs)} answers, {right} right")
+    return _result(done, len(questions), how.samples)
+
+
+def _prompt(question: Question, how: Answering) -> Any:
+    if how.as_chat and isinstance(question.prompt, str):
+        return [{"role": "user", "content": question.prompt}]
+    return question.prompt
+
+
+def _ids(lm: LoadedModel, prompt: Any, question: Question) -> list[int]:
+    try:
+        return prompt_ids(lm, prompt, 0)
+    except UserError as error:
+        raise UserError(f"line {question.number}: {error}") from error
+
+
+def _answered(
+    lm: LoadedModel, prompts: list[Any], batch: list[tuple[int, int]], questions: Sequence[Question], how: Answering
+) -> list[dict[str, Any]]:
+    """One record per answer. If the cache for all prompts does not fit into memory, they are answered in halves."""
+    # An answer depends on its question and number only, so that batches and restarts change nothing.
+    seeds = [how.seed * 1_000_003 + i * how.samples + s for i, s in batch]
+    options = {"temperature": how.temperature, "top_p": how.top_p, "stop": how.stop, "draft": how.draft}
+    try:
+        made = generate(lm, prompts, max_new_tokens=how.max_new_tokens, seed=seeds, **options)
+    except CacheTooLarge:
+        half = len(prompts) // 2
+        if not half:
+            raise
+        parts = (slice(half), slice(half, None))
+        return [one for part in parts for one in _answered(lm, prompts[part], batch[part], questions, how)]
+    rows = zip(batch, made.text, made.finish_reason, strict=True)
+    return [
+        {"question": i, "line": questions[i].number, "sample": s, "answer": text, "finish_reason": reason}
+        for (i, s), text, reason in rows
+    ]
+
+
+def _open(path: pathlib.Path, header: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
+    """The answers that a file has; a new file gets the header. A last line that was cut off is dropped."""
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(header) + "\n")
+        except OSError as error:
+            raise UserError(f"the answers cannot be written to {path}: {error.strerror}; give --output") from error
+        return {}
+    try:
+        whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
+        first, *lines = whole.split("\n")
+        same = json.loads(first) == header
+        records = [json.loads(line) for line in lines]
+        found = {(one["question"], one["sample"]): one for one in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a file of answers: {error}; give another --output, or delete it") from error
+    if not same:
+        raise UserError(
+            f"{path} has answers of another model, task or setting; give another --output, or delete the file"
+        )
+    if torn:
+        write_atomically(path, whole + "\n")
+    return found
+
+
+def _append(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(one) + "\n" for one in records))
+
+
+def _result(done: dict[tuple[int, int], dict[str, Any]], questions: int, samples: int) -> TaskResult:
+    correct = tuple(tuple(done[i, s]["correct"] for s in range(samples)) for i in range(questions))
+    reasons = collections.Counter(one["reason"] for one in done.values() if not one["correct"])
+    cut = sum(one["finish_reason"] == "length" for one in done.values())
+    return TaskResult(correct, dict(reasons.most_common()), cut)

@@ -1,0 +1,126 @@
+"""Checkers say right only for right answers, and no answer or function ends the run."""
+
+import threading
+
+import pytest
+
+from mtp_jax.errors import UserError
+from mtp_jax.eval.checkers import Verdict, checker, judged, last_number, program_of
+from mtp_jax.eval.sandbox.outside import Limits
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "expected", "verdict"),
+    [
+        ("exact", " blue\n", "blue", True),
+        ("exact", "blue.", "blue", False),
+        ("number", "So 3 + 4 = 7, the answer is 1,200.0 dollars.", "#### 1200", True),
+        ("number", "It is -7", 7, False),
+        ("number", "no idea", "7", False),
+        ("regex", "the sky is blue", r"\bblue\b", True),
+        ("regex", "the sky is bluer", r"\bblue\b", False),
+    ],
+)
+def test_verdicts(name, answer, expected, verdict):
+    """By hand. Breaks with the first number in place of the last, or with an anchored search."""
+    assert judged(checker(name), answer, {"answer": expected}).correct is verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1,200, and", "1200"),
+        ("a 3-4", "4"),
+        ("costs $-5.", "-5"),
+        ("x5", "5"),
+        ("10,20", "20"),
+        ("1.50%", "1.5"),
+        ("", None),
+    ],
+)
+def test_last_number(text, number):
+    """Separators of thousands, signs and decimals; a minus behind a digit is no sign."""
+    found = last_number(text)
+    assert found == (None if number is None else type(found)(number))
+
+
+def test_a_search_that_takes_too_long_is_wrong():
+    """A pattern of exponential time is stopped. Breaks if the search runs in this process."""
+    check = checker("regex", Limits(seconds=20, cpu_seconds=1))
+    verdict = judged(check, "a" * 50 + "b", {"answer": "(a+)+$"})
+    assert (verdict.correct, verdict.reason) == (False, "time")
+
+
+PROMPT = "import math\n\ndef g(x):\n    return x\n\ndef f(x):\n    '''Doubles.'''\n"
+HUMANEVAL = {"prompt": PROMPT, "entry_point": "f", "test": "def check(c):\n    assert c(2) == 4\n"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "    return 2 * g(x)\n",
+        "return 2 * g(x)\n",
+        "    return 2 * g(x)\n\nprint(f(\n",
+        "    return 2 * g(x)\n```\n\nThis doubles x.",
+        "```python\ndef f(x):\n    return 2 * g(x)\n```\nIt doubles.",
+        "Sure!\n```\n    return 2 * g(x)\n```",
+        "def f(x):\n    return 2 * g(math.floor(x))\n",
+    ],
+)
+def test_code_of_an_answer(answer):
+    """A body, a body without indentation, a body with a broken end, a whole function, with and without fences: each
+    stands for the function, with the prompt's imports and helpers."""
+    assert judged(checker("code"), answer, HUMANEVAL) == Verdict(True, "right")
+
+
+def test_code_with_tests_in_lines():
+    """MBPP: a list of assertions, and a prompt in words that is no code."""
+    record = {"prompt": "Write a function to add 1.", "test": ["assert add(1) == 2", "assert add(-1) == 0"]}
+    assert judged(checker("code"), "```python\ndef add(x):\n    return x + 1\n```", record).correct
+    wrong = judged(checker("code"), "def add(x):\n    return abs(x) + 1", record)
+    assert (wrong.correct, wrong.reason) == (False, "wrong")
+    assert program_of("x", record) == "x"
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        ("raise ValueError('no')", "the checker raised ValueError"),
+        ("raise SystemExit", "the checker raised SystemExit"),
+        ("return None", "the checker gave no verdict"),
+        ("return answer == 'x'", "wrong"),
+        ("print('noise'); return (False, 'short')", "short"),
+    ],
+)
+def test_functions_of_the_user(tmp_path, made, reason):
+    """A function that raises, leaves or returns something else counts as wrong."""
+    path = tmp_path / "mine.py"
+    path.write_text(f"def check(answer, record):\n    {made}\n")
+    verdict = judged(checker(f"{path}:check"), "a", {})
+    assert (verdict.correct, verdict.reason) == (False, reason)
+    assert judged(lambda answer, record: True, "a", {}) == Verdict(True, "right")
+
+
+def test_a_function_that_hangs_is_wrong():
+    """The run goes on after the given time. Breaks if the checker is called in this thread."""
+    hangs = threading.Event()
+    verdict = judged(lambda answer, record: hangs.wait(), "a", {}, seconds=0.1)
+    hangs.set()
+    assert (verdict.correct, verdict.reason) == (False, "the checker took too long")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bleu", "unknown checker 'bleu'; choose one of exact, number, regex, code"),
+        ("nowhere.py:check", "nowhere.py cannot be read"),
+        ("FILE:other", "defines no function 'other'"),
+        ("BROKEN:check", "failed: ZeroDivisionError"),
+    ],
+)
+def test_unknown_checkers_are_refused(tmp_path, name, message):
+    for word, text in (("FILE", "def check(a, r): pass"), ("BROKEN", "1 / 0")):
+        (tmp_path / f"{word}.py").write_text(text)
+        name = name.replace(word, str(tmp_path / f"{word}.py"))
+    with pytest.raises(UserError, match=message):
+        checker(name)

@@ -1,0 +1,162 @@
+"""Tasks: questions from a file, answers in a file that is continued, verdicts that add up."""
+
+import json
+
+import pytest
+from reference.decoding import CHAIN, chain_model
+
+from mtp_jax.errors import UserError
+from mtp_jax.eval.checkers import checker
+from mtp_jax.eval.task_file import Fields, read_task
+from mtp_jax.eval.task_run import Answering, run_task
+
+RECORDS = [
+    {"question": "ab", "answer": "é漢字😀cdefgh"},
+    {"question": "漢字😀cde", "answer": "fgh"},
+    {"question": "cd", "answer": "xyz"},
+    {"question": "é漢字😀cd", "answer": "efgh"},
+    {"question": "cdefg", "answer": "h"},
+]
+"""What the chain model goes on with, at temperature 1 too; the third answer is wrong."""
+
+
+@pytest.fixture
+def task(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
+    return path
+
+
+def solved(task, path, **changes):
+    how = Answering(**{"max_new_tokens": 32, "batch_size": 2, "temperature": 1.0} | changes)
+    questions = read_task(str(task), "exact", Fields())
+    said = []
+    result = run_task(
+        chain_model(), questions, checker("exact"), how, path, made_from={"source": "chain"}, progress=said.append
+    )
+    return result, said
+
+
+def test_accuracy(task, tmp_path):
+    """Four of five answers are right, with an interval over questions; the wrong one is counted by its reason."""
+    result, _ = solved(task, tmp_path / "a.jsonl")
+    assert result.correct == ((True,), (True,), (False,), (True,), (True,))
+    values = json.loads(json.dumps(result.as_json(), allow_nan=False))
+    assert (values["accuracy"]["value"], values["questions"], values["right"]) == (0.8, 5, 4)
+    assert values["wrong"] == {"wrong": 1} and values["cut"] == 0
+    assert values["accuracy"]["low"] < 0.8 < values["accuracy"]["high"]
+    assert CHAIN[-1] == ord("p")  # the model would go on behind its end token
+
+
+def test_a_killed_run_goes_on(task, tmp_path):
+    """Answers that are there are not made again, a last line that was cut off is; the result is that of one run. Breaks
+    if the answers of a batch depend on the batches before."""
+    whole, _ = solved(task, tmp_path / "whole.jsonl")
+    path = tmp_path / "part.jsonl"
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:20])
+    again, said = solved(task, path)
+    assert said[0] == f"{path} has 1 of 5 answers"
+    assert again == whole
+    one, other = (sorted(name.read_text().splitlines()[1:]) for name in (path, tmp_path / "whole.jsonl"))
+    assert one == other
+
+
+def test_answers_of_other_settings_are_not_continued(task, tmp_path):
+    """Another temperature, and a file that is something else, are refused; nothing is overwritten."""
+    path = tmp_path / "a.jsonl"
+    solved(task, path)
+    before = path.read_text()
+    with pytest.raises(UserError, match="another model, task or setting"):
+        solved(task, path, seed=1)
+    assert path.read_text() == before
+    path.write_text("hello\nworld")
+    with pytest.raises(UserError, match="is not a file of answers"):
+        solved(task, path)
+    assert path.read_text() == "hello\nworld"
+
+
+def test_a_checker_that_raises_or_prints(task, tmp_path, capsys):
+    """It counts as wrong, and the run ends."""
+
+    def check(answer, record):
+        print("noise")
+        raise ValueError(answer)
+
+    questions = read_task(str(task), "FILE.py:f", Fields())
+    result = run_task(
+        chain_model(),
+        questions,
+        check,
+        Answering(32, temperature=1.0, batch_size=2),
+        tmp_path / "a.jsonl",
+        made_from={},
+    )
+    assert result.as_json()["wrong"] == {"the checker raised ValueError": 5}
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "checking", "message"),
+    [
+        ("{", "exact", "line 2: it is not JSON"),
+        ("[1]", "exact", "line 2: it is a list, not an object"),
+        (
+            '{"answer": "1"}',
+            "exact",
+            r"line 2: it has no prompt; a field one of 'messages', .* its fields are 'answer'",
+        ),
+        ('{"prompt": " ", "answer": "1"}', "exact", "line 2: field 'prompt' is ' '"),
+        ('{"prompt": "a"}', "number", "line 2: field 'answer' is None"),
+        ('{"prompt": "a", "answer": "b"}', "number", "line 2: .* needs a number in it"),
+        ('{"prompt": "a", "answer": "b"}', "code", "line 2: the record has no tests"),
+        ('{"prompt": [{"role": 1}], "answer": "b"}', "exact", "line 2: "),
+        ('{"prompt": "\\ud800", "answer": "b"}', "exact", "line 2: field 'prompt' is not Unicode"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, checking, message):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt": "a", "answer": "1", "test": "assert 1"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        read_task(str(path), checking, Fields())
+    assert len(read_task(str(path), checking, Fields(), limit=1)) == 1
+
+
+def test_an_empty_task_is_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n")
+    with pytest.raises(UserError, match="has no questions"):
+        read_task(str(path), "exact", Fields())
+    with pytest.raises(UserError, match="cannot be read"):
+        read_task(str(tmp_path / "none.jsonl"), "exact", Fields())
+
+
+def test_templates_and_fields(tmp_path):
+    """`{prompt}` and fields are filled in, lists line by line; named fields come before the known ones."""
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"task": "add", "test": ["a", "b"], "prompt": "p", "gold": 7}) + "\n")
+    fields = Fields("task", "gold", "Q: {prompt}\n{test}\nA:")
+    (question,) = read_task(str(path), "number", fields)
+    assert question.prompt == "Q: add\na\nb\nA:" and question.record["answer"] == 7
+    with pytest.raises(UserError, match="names a field 'none'"):
+        read_task(str(path), "exact", fields._replace(template="{none}"))
+    with pytest.raises(UserError, match="has no field 'silver'"):
+        read_task(str(path), "exact", Fields(answer="silver"))
+
+
+def test_seeds_of_samples(task, tmp_path):
+    """Each answer has the seed of its question and number: of four samples of one question, as alone."""
+    questions = read_task(str(task), "exact", Fields(), limit=1)
+    seen = []
+
+    def fake(lm, prompts, *, seed, **options):
+        seen.extend(seed)
+        return type("Made", (), {"text": ["x"] * len(prompts), "finish_reason": ["eos"] * len(prompts)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtp_jax.eval.task_run.generate", fake)
+        how = Answering(samples=4, temperature=1.0, seed=2, batch_size=3)
+        result = run_task(
+            chain_model(), questions, lambda answer, record: (True, "right"), how, tmp_path / "a", made_from={}
+        )
+    assert seen == [2 * 1_000_003 + i for i in range(4)] and result.correct == ((True,) * 4,)
