@@ -37,9 +37,12 @@ if TYPE_CHECKING:
     from mtp_jax.decode.generate import stream as stream
     from mtp_jax.decode.hooks import Hook as Hook
     from mtp_jax.decode.hooks import HookContext as HookContext
+    from mtp_jax.decode.hooks import HookMaker as HookMaker
     from mtp_jax.decode.options import Options as Options
+    from mtp_jax.decode.proxy import ProxyTuning as ProxyTuning
     from mtp_jax.decode.scoring import Score as Score
     from mtp_jax.decode.scoring import score as score
+    from mtp_jax.decode.soft_thinking import SoftThinking as SoftThinking
     from mtp_jax.decode.verify import Rule as Rule
     from mtp_jax.errors import UserError as UserError
     from mtp_jax.eval.marginals import Marginals as Marginals
@@ -78,6 +81,9 @@ _HOMES = {
     "Drafts": "decode.drafters",
     "Hook": "decode.hooks",
     "HookContext": "decode.hooks",
+    "HookMaker": "decode.hooks",
+    "ProxyTuning": "decode.proxy",
+    "SoftThinking": "decode.soft_thinking",
     "Options": "decode.options",
     "Score": "decode.scoring",
     "score": "decode.scoring",

@@ -611,6 +611,42 @@ OTHERS = (
         "for name in names]",
         "data/test_sources.py",
     ),
+    Mutation(
+        "a row that thinks accepts drafts",
+        "decode/engine.py",
+        "jnp.where(alone_B[:, None], NO_TOKEN, drafts.tokens_BP)",
+        "drafts.tokens_BP",
+        "decode/test_soft_thinking.py",
+    ),
+    Mutation(
+        "weights of a mixture stay where a row takes no part",
+        "decode/soft_thinking.py",
+        "(after.thinks_B & context.live_B)[:, None]",
+        "after.thinks_B[:, None]",
+        "decode/test_soft_thinking.py",
+    ),
+    Mutation(
+        "the entropy of Cold Stop comes after the filters",
+        "decode/soft_thinking.py",
+        "top_BW, ids_BW = jax.lax.top_k(log_p_BV, self.top_k)",
+        "top_BW, ids_BW = jax.lax.top_k(log_p_BV, self.top_k)\n"
+        "        entropy_B = -jnp.sum(jnp.exp(top_BW) * top_BW, axis=-1)",
+        "decode/test_soft_thinking.py",
+    ),
+    Mutation(
+        "a second model has the positions of the first",
+        "decode/second_model.py",
+        'start_B = context.start_B + params["offset_B"]',
+        "start_B = context.start_B",
+        "decode/test_proxy.py",
+    ),
+    Mutation(
+        "the caches of longer prompts do not grow",
+        "decode/second_model.py",
+        "return Ahead(grow_caches(self.caches, slots + self.more), self.more)",
+        "return Ahead(grow_caches(self.caches, slots), self.more)",
+        "decode/test_proxy.py",
+    ),
 )
 """Lines that no such list had named before."""
 

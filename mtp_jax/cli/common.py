@@ -96,7 +96,8 @@ def check_least(args: Any, least: Mapping[str, int]) -> None:
 
 def _one_line(boxed: str) -> str:
     """tyro's message, which has a frame and several lines, as one line."""
-    text = re.sub(r"[\u2500-\u257f]", " ", boxed)
+    # The frame is of dashes where the encoding has no lines.
+    text = re.sub(r"[\u2500-\u257f]|-{8,}", " ", boxed)
     text = re.sub(r"For full helptext, (see|run):? .*", "", text)
     text = re.sub(r"Argument helptext:(.|\n)*", "", text)
     text = re.sub(r"Error parsing (?!-)\w+: ", "", text)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import tyro
 
 from mtp_jax.cli.common import parse, print_json
-from mtp_jax.cli.options import Decoding, open_model, options_of, statistics, with_best_draft
+from mtp_jax.cli.options import open_model, options_of, statistics, with_best_draft
+from mtp_jax.cli.steering import Steered, as_json, check_steering, steered, thinking_line, thoughts
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
 from mtp_jax.decode.prompts import is_conversation
 from mtp_jax.decode.verify import Rule
@@ -20,7 +21,7 @@ from mtp_jax.runs.strict_json import strict
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(Decoding):
+class Args(Steered):
     """Arguments of `mtp generate`."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -45,16 +46,17 @@ class Args(Decoding):
 def main(argv: list[str]) -> None:
     """Generates text and prints it."""
     args = parse(Args, argv, "mtp generate", "Generate text with a trained model. Drafts make it faster.")
+    check_steering(args)
     if args.logprobs is not None and not args.json:
         raise UserError(f"--logprobs {args.logprobs} needs --json, which prints the log-probabilities; add --json")
     prompts = _prompts(args)
     options = options_of(args) | {"n": args.n, "logprobs": args.logprobs}
     lm = open_model(args)
-    options = with_best_draft(args, lm, options)
+    options = steered(args, lm, with_best_draft(args, lm, options))
     say("compiling for this prompt length and these options, unless that was done before ...")
     if args.json:
         result = generate(lm, prompts, **options)
-        print_json(_as_json(_repeated(prompts, args.n), result) | _loss(lm, prompts, options, result))
+        print_json(_as_json(args, _repeated(prompts, args.n), result) | _loss(lm, prompts, options, result))
         return
     if lm.tokenizer is None:
         result = generate(lm, prompts, **options)
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> None:
         result = _stream(lm, prompts, options)
     sys.stdout.flush()
     say(statistics(result))
+    if line := thinking_line(args, result):
+        say(line)
     if loss := _loss(lm, prompts, options, result):
         first = loss["first_difference"]
         after = "" if first is None else f", the first at token {first}; the tokens after it have another context"
@@ -141,13 +145,15 @@ def _shown(lm: LoadedModel, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else lm.tokenizer.decode(prompt)
 
 
-def _as_json(prompts: list[Prompt], result: Generation) -> dict[str, Any]:
+def _as_json(args: Args, prompts: list[Prompt], result: Generation) -> dict[str, Any]:
     texts = result.text or [None] * len(prompts)
     rows = zip(prompts, texts, result.tokens, result.finish_reason, strict=True)
     completions = [
         {"prompt": prompt, "text": text, "tokens": tokens, "finish_reason": reason}
         for prompt, text, tokens, reason in rows
     ]
+    for completion, thought in zip(completions, thoughts(args, result) or (), strict=False):
+        completion["thinking"] = as_json(thought)
     for name in ("logprobs", "entropies", "top_logprobs"):
         if (by_row := getattr(result, name)) is not None:
             for completion, values in zip(completions, by_row, strict=True):

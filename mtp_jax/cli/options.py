@@ -63,7 +63,7 @@ def open_model(args: Decoding) -> LoadedModel:
     """Loads the model, for decoding only."""
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
-    others["shipped_heads"] = args.draft not in ("lookup", "none")
+    others["shipped_heads"] = args.draft not in ("lookup", "none", "expert")
     dtype = None if args.dtype == "config" else args.dtype
     lm = load(args.source, dtype=dtype, decode_only=True, **others)
     return lm.with_chat_template(args.chat_template) if args.chat_template else lm

@@ -107,17 +107,17 @@ class Conversation:
         new = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         history = [*self.messages, *new]
         ids = prompt_ids(self._lm, history, 0)
-        request = self._request(ids)
+        request = self._request(history)
         self.prompt_tokens = len(ids)
         self.reused_tokens = int(request.state.begin_B[0])
         return self._pieces(request, history, ids)
 
-    def _request(self, ids: list[int]) -> Request:
+    def _request(self, history: list[Message]) -> Request:
         # The request takes over the caches until it is finished.
         held = self._held
         self._held = Held([])
         options = self._options, self._stop, False
-        return Request(self._lm, [ids], self._max_new_tokens, self._draft, self._num_draft, *options, held=held)
+        return Request(self._lm, [history], self._max_new_tokens, self._draft, self._num_draft, *options, held=held)
 
     def _pieces(self, request: Request, history: list[Message], ids: list[int]) -> Iterator[Piece | Generation]:
         origins = _Origins(RowText(self._lm.tokenizer.decode, ids))

@@ -14,6 +14,7 @@ class Counts(NamedTuple):
     histogram_BQ: np.ndarray
     untried_BP: np.ndarray
     drafted_B: np.ndarray
+    alone_B: np.ndarray
 
     def minus(self, others: "Counts") -> "Counts":
         """The difference of every counter."""
@@ -29,7 +30,7 @@ class Counts(NamedTuple):
 
 def zero_counts(rows: int, num_draft: int) -> Counts:
     """Counters of `rows` rows and `num_draft` drafts per round, all 0."""
-    shapes = ((rows, num_draft + 1), (rows, num_draft), (rows,))
+    shapes = ((rows, num_draft + 1), (rows, num_draft), (rows,), (rows,))
     return Counts(*(np.zeros(shape, np.int32) for shape in shapes))
 
 

@@ -26,9 +26,9 @@ import numpy as np
 
 from mtp_jax.decode import records, sampling, verify
 from mtp_jax.decode.drafters import DraftContext, Drafts, checked
-from mtp_jax.decode.hooks import HookContext, apply_hooks, embed_hooks
+from mtp_jax.decode.hooks import HookContext, alone_rows, apply_hooks, begin_hooks, embed_hooks, stop_drafts
 from mtp_jax.decode.sampling import Controls
-from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, empty_state, grow, rows_state, slots_of
+from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, count_round, empty_state, grow, rows_state, slots_of
 from mtp_jax.decode.verify import Verified
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
@@ -38,6 +38,8 @@ from mtp_jax.runs.programs import bounded
 
 CHUNK = 512
 """Largest number of prompt tokens that go through the model at once."""
+NO_TOKEN = -1
+"""A draft that equals no choice."""
 
 
 def prefill(
@@ -77,6 +79,8 @@ def prefill(
     else:
         state = rows_state(plan, slots, *rows, jax.device_put(np.full(len(prompt_BT), begin, np.int32)))
         state = state._replace(caches=kept.caches, drafter_cache=kept.drafter_cache, hook_caches=kept.hook_caches)
+    if not begin:
+        state = state._replace(hook_caches=begin_hooks(plan.hooks, controls.hooks, state.hook_caches))
     for start in range(begin, T, chunk):
         needed = bucket(start + chunk, plan.drafter.num_draft, slots)
         state = grow(state, needed) if needed > slots_of(state) else state
@@ -101,7 +105,7 @@ def prefill_chunk(
     ends_B = (last_B >= 0) & (last_B < chunk)
     index_B = jnp.clip(last_B, 0, chunk - 1)
     input_BQ = jax.lax.dynamic_slice_in_dim(state.tokens_BS, start, chunk, axis=1)
-    seen = HookContext(input_BQ, start_B, last_B >= 0, index_B[:, None], _embed(plan, params))
+    seen = HookContext(input_BQ, start_B, last_B >= 0, index_B[:, None], _embed(plan, params), controls.key_B)
     ask = Ask(plan.drafter.masks, index_B, plan.drafter.taps)
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     own_B1V = _logits(plan, params, state_BQD, seen)
@@ -146,16 +150,21 @@ def decode_rounds(
 
     def worth(carry: _Carry) -> jax.Array:
         state = carry[1]
-        # While the costs of rounds are measured, `least` is negative (all verify) or infinite (none does).
-        worth_B = (state.drafts.worth_B | (state.least < 0)) & ~jnp.isinf(state.least)
-        return jnp.any(worth_B & ~state.done_B)
+        worth_B = ~state.done_B
+        if plan.drafter.passes:
+            # While the costs of rounds are measured, `least` is negative (all verify) or infinite (none does).
+            worth_B &= (state.drafts.worth_B | (state.least < 0)) & ~jnp.isinf(state.least)
+        alone_B = alone_rows(plan.hooks, state.hook_caches)
+        return jnp.any(worth_B if alone_B is None else worth_B & ~alone_B)
 
     def one_round(verified: int, carry: _Carry) -> _Carry:
         rounds, state = carry
         return rounds + 1, decode_round(plan, width, params, controls, state, verified)
 
     start = (jnp.int32(0), state)
-    if not plan.drafter.passes or not width:
+    # Mask tokens draft in the same pass that verifies. So it must have the full width.
+    narrows = plan.drafter.passes or (stop_drafts(plan.hooks) and not plan.drafter.masks)
+    if not narrows or not width:
         return jax.lax.while_loop(go_on, functools.partial(one_round, width), start)[1]
 
     # Two loops in turn, not one loop with a branch: a loop updates caches in place, but a branch copies them.
@@ -187,7 +196,8 @@ def decode_round(
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
     every_B = jnp.ones_like(state.done_B)
-    seen = HookContext(input_BQ, start_B, every_B, None, _embed(plan, params))
+    seen = HookContext(input_BQ, start_B, every_B, None, _embed(plan, params), controls.key_B)
+    alone_B = alone_rows(plan.hooks, state.hook_caches)
     embedded = embed_hooks(plan.hooks, controls.hooks, state.hook_caches, seen)
     ask = Ask(min(plan.drafter.masks, width), None, plan.drafter.taps, embedded)
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
@@ -195,9 +205,9 @@ def decode_round(
     own_BQV = _logits(plan, params, state_BQD, seen)
     logits_BQV, hook_caches = apply_hooks(plan.hooks, controls.hooks, state.hook_caches, own_BQV, seen)
     state = state._replace(hook_caches=hook_caches)
-    choices = _choose(plan, controls, state, logits_BQV, drafts)
+    choices = _choose(plan, controls, state, logits_BQV, drafts, alone_B)
     state, accepted = _emit(state, choices, records.records_of(own_BQV, choices.tokens_BQ, plan.logprobs))
-    state = _count(state, accepted, verified)
+    state = count_round(state, accepted, verified, alone_B)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
     where = _Where(tap_BQD, taps, start_B, index_B, every_B)
     return _draft(plan, width, params, controls, state, where)
@@ -206,21 +216,6 @@ def decode_round(
 def _embed(plan: Plan, params: Any) -> Callable[[jax.Array], jax.Array]:
     """Token ids to embeddings."""
     return functools.partial(trunk.embed, plan.arch, params)
-
-
-def _count(state: DecodeState, accepted: verify.Accepted, width: int) -> DecodeState:
-    """Adds a round to the counters of the rows that took part. `state` is the state after the round."""
-    counted_BQ = jnp.arange(state.histogram_BQ.shape[1])[None, :] == accepted.drafts_B[:, None]
-    counted_BQ &= (accepted.count_B > 0)[:, None]
-    # Drafts after the end of the row, or beyond its limit, could not be emitted. So they were not tried.
-    room_B = state.limit_B - state.total_B + accepted.count_B
-    tried_B = jnp.minimum(jnp.where(accepted.done_B, accepted.count_B, room_B), width)
-    all_right_B1 = (accepted.drafts_B >= tried_B)[:, None]
-    return state._replace(
-        histogram_BQ=state.histogram_BQ + counted_BQ,
-        untried_BP=state.untried_BP + (counted_BQ & all_right_B1)[:, :-1],
-        drafted_B=state.drafted_B + tried_B,
-    )
 
 
 def _write(tokens_BS: jax.Array, new_BQ: jax.Array, at_B: jax.Array) -> jax.Array:
@@ -245,8 +240,16 @@ class _Choices(NamedTuple):
     drafts_BP: jax.Array
 
 
-def _choose(plan: Plan, controls: Controls, state: DecodeState, logits_BQV: jax.Array, drafts: Drafts) -> _Choices:
-    """Chooses the tokens for positions total..total+Q-1 of every row, from the logits of the positions before them."""
+def _choose(
+    plan: Plan,
+    controls: Controls,
+    state: DecodeState,
+    logits_BQV: jax.Array,
+    drafts: Drafts,
+    alone_B: jax.Array | None = None,
+) -> _Choices:
+    """Chooses the tokens for positions total..total+Q-1 of every row, from the logits of the positions before them.
+    Rows in `alone_B` accept no drafts."""
     sampler = plan.sampler
     rule = plan.rule
     position_BQ = state.total_B[:, None] + jnp.arange(logits_BQV.shape[1])[None, :]
@@ -268,6 +271,9 @@ def _choose(plan: Plan, controls: Controls, state: DecodeState, logits_BQV: jax.
 
     verified = Verified(own_tokens, target_probs, plain_probs, uniforms, drafts.tokens_BP, drafts.probs_BPV)
     tokens_BQ = rule.choose(verified)
+    if alone_B is not None:
+        tokens_BQ = jnp.where(alone_B[:, None], own_tokens(), tokens_BQ)
+        drafts = drafts._replace(tokens_BP=jnp.where(alone_B[:, None], NO_TOKEN, drafts.tokens_BP))
     own_BQ = own_tokens() if rule.facts.lossy else tokens_BQ
     return _Choices(tokens_BQ, own_BQ, usable_BQ, drafts.tokens_BP)
 

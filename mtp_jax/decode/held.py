@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mtp_jax.decode import buckets, engine
-from mtp_jax.decode.hooks import by_position
+from mtp_jax.decode.hooks import Hooks, by_position
 from mtp_jax.decode.state import LEAST_SLOTS, DecodeState, Kept, Plan, fresh_caches, slots_needed
 from mtp_jax.runs.programs import bounded
 
@@ -25,6 +25,8 @@ class Held(NamedTuple):
     """None before the first turn."""
     drafter_cache: Any = None
     hook_caches: tuple = ()
+    hooks: Hooks = ()
+    """The hooks that these caches are of."""
 
     def kept(self, plan: Plan, ids: list[int]) -> Kept:
         """The caches for the next turn, and how many of their entries it can use.
@@ -33,6 +35,8 @@ class Held(NamedTuple):
           plan: static settings of the turn. The drafter is the same as in the turns before.
           ids: prompt of the turn.
         """
+        if self.hooks != plan.hooks:
+            return Held([], hooks=plan.hooks).kept(plan, ids)
         same = 0
         while same < min(len(self.ids), len(ids) - 1) and self.ids[same] == ids[same]:
             same += 1
@@ -54,7 +58,7 @@ def held_of(plan: Plan, state: DecodeState) -> Held:
         return Held([])
     tokens_1S, total_1 = jax.device_get((state.tokens_BS, state.total_B))
     ids = tokens_1S[0, : total_1[0] - 1].tolist()
-    return Held(ids, state.caches, state.drafter_cache, state.hook_caches)
+    return Held(ids, state.caches, state.drafter_cache, state.hook_caches, plan.hooks)
 
 
 def slots_of_turn(total: int, num_draft: int, longest: int) -> int:

@@ -15,12 +15,24 @@ A cache with one entry per position needs nothing else: write at the position, a
 cache must find out how many tokens of the last call were kept: the start of this call minus the start of the last one.
 
 An input hook (`embed`) replaces the embedding of the pending token. An example is soft thinking (Zhang et al. 2025),
-where the input is a mixture of embeddings. Then nothing is drafted, because a draft cannot represent a mixture. The
-embeddings of prompts are not changed.
+where the input is a mixture of embeddings. A draft cannot represent a mixture. So an input hook needs one function more
+if drafts are wanted:
+
+    alone(cache) -> bool [B]        rows that get another input after the next token; they verify no drafts
+
+The embeddings of prompts are not changed. Two more functions are optional, and run outside the compiled programs:
+
+    begin(params, cache) -> cache            runs once, before the prompt
+    report(cache, spans) -> anything         makes what `Generation.hooks` returns of the hook
+
+A `HookMaker` makes a hook for each request. It may read the prompts. `ProxyTuning` and `SoftThinking` are such makers.
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +41,7 @@ import jax.numpy as jnp
 from mtp_jax.config import Arch
 from mtp_jax.decode.brought import check_compiled
 from mtp_jax.errors import UserError
-from mtp_jax.model.cache import LayerCache
+from mtp_jax.model.cache import LayerCache, grows
 
 
 class HookContext(NamedTuple):
@@ -47,6 +59,8 @@ class HookContext(NamedTuple):
     no meaning."""
     embed: Callable[[jax.Array], jax.Array]
     """Token ids to the model's embeddings."""
+    key_B: jax.Array
+    """Every row's PRNG key. Fold in the position, so that the noise of a token does not depend on drafts."""
 
     @property
     def position_BQ(self) -> jax.Array:
@@ -77,18 +91,59 @@ class Hook:
     embed: Callable[[Any, Any, jax.Array, HookContext], jax.Array] | None = None
     """Changes the embedding of the pending token, [B, 1, D]."""
     params: Any = dataclasses.field(default=(), compare=False, repr=False)
-    """A pytree of arrays, the first argument of `apply` and `embed`."""
+    """A pytree of arrays, the first argument of `apply`, `embed` and `begin`."""
+    alone: Callable[[Any], jax.Array] | None = None
+    """Which rows [B] verify no drafts in the next round, from the cache. A row must be among them as long as the token
+    that this round emits will enter the model with another embedding than that of `HookContext.embed`. Without this
+    function nothing is drafted with an input hook."""
+    begin: Callable[[Any, Any], Any] | None = None
+    """Changes the empty cache before the prompt is processed. It must not change its structure and shapes."""
+    report: Callable[[Any, Sequence[tuple[int, int]]], Any] | None = None
+    """What `Generation.hooks` returns of this hook. It gets the last cache as numpy arrays, and for each prompt the
+    positions of its first new token and after its last one."""
 
     def __post_init__(self) -> None:
         if self.apply is None and self.embed is None:
             raise UserError(f"hook {self.name!r} has neither apply nor embed; give one of them")
-        for field in ("init", "apply", "embed"):
+        for field in ("init", "apply", "embed", "alone", "begin", "report"):
             function = getattr(self, field)
             if function is not None:
                 check_compiled(f"Hook.{field}", function)
 
 
 Hooks = tuple[Hook, ...]
+
+
+class Asked(NamedTuple):
+    """What a `HookMaker` may use of a request."""
+
+    lm: Any
+    """The loaded model."""
+    prompts: Sequence[Any]
+    """The prompts as the caller gave them."""
+    ids: list[list[int]]
+    """Their tokens."""
+    limits: list[int]
+    """The number of tokens at which each row stops."""
+    rows: int
+    """Rows of the batch, padding rows included. These have one token."""
+
+
+class HookMaker(abc.ABC):
+    """Makes a hook for each request. It can stand in the list `hooks` in the place of a hook."""
+
+    @abc.abstractmethod
+    def hook(self, asked: Asked) -> Hook:
+        """The hook for a request.
+
+        Its functions must be equal to those of the requests before, if their programs are to be used again. So use
+        frozen dataclasses with `__call__` and not closures.
+        """
+
+
+def make_hooks(hooks: Sequence[Hook | HookMaker], asked: Asked) -> Hooks:
+    """The hooks of a request."""
+    return tuple(one.hook(asked) if isinstance(one, HookMaker) else one for one in hooks)
 
 
 def init_hooks(hooks: Hooks, arch: Arch, batch: int, slots: int) -> tuple:
@@ -116,12 +171,14 @@ def embed_hooks(hooks: Hooks, params: tuple, caches: tuple, context: HookContext
     """The embeddings that the model gets instead of those of its tokens. None if no hook changes them."""
     if not replace_embeddings(hooks):
         return None
-    embedded_B1D = context.embed(context.tokens_BQ)
+    embedded_BQD = context.embed(context.tokens_BQ)
+    drafted = embedded_BQD.shape[1] > 1
+    embedded_B1D = embedded_BQD[:, :1] if drafted else embedded_BQD
     for i, hook in enumerate(hooks):
         if hook.embed is not None:
             made = hook.embed(params[i], caches[i], embedded_B1D, context)
             embedded_B1D = _like(f"hook {hook.name!r}: embed's embeddings", made, embedded_B1D)
-    return embedded_B1D
+    return jnp.concatenate([embedded_B1D, embedded_BQD[:, 1:]], axis=1) if drafted else embedded_B1D
 
 
 def replace_embeddings(hooks: Hooks) -> list[str]:
@@ -129,10 +186,38 @@ def replace_embeddings(hooks: Hooks) -> list[str]:
     return [hook.name for hook in hooks if hook.embed is not None]
 
 
+def without_drafts(hooks: Hooks) -> list[str]:
+    """Names of the hooks with which nothing can be drafted."""
+    return [hook.name for hook in hooks if hook.embed is not None and hook.alone is None]
+
+
+def stop_drafts(hooks: Hooks) -> bool:
+    """Whether a hook may keep rows from verifying drafts."""
+    return any(hook.alone is not None for hook in hooks)
+
+
+def alone_rows(hooks: Hooks, caches: tuple) -> jax.Array | None:
+    """Rows [B] that verify no drafts in the next round. None if there are never such rows."""
+    rows = [hook.alone(cache) for hook, cache in zip(hooks, caches, strict=True) if hook.alone is not None]
+    return functools.reduce(operator.or_, rows) if rows else None
+
+
+def begin_hooks(hooks: Hooks, params: tuple, caches: tuple) -> tuple:
+    """The caches of the hooks before the prompt."""
+    zipped = zip(hooks, params, caches, strict=True)
+    return tuple(cache if hook.begin is None else hook.begin(own, cache) for hook, own, cache in zipped)
+
+
+def reports(hooks: Hooks, caches: tuple, spans: Sequence[tuple[int, int]]) -> tuple:
+    """What every hook reports of a finished batch; None for hooks that report nothing."""
+    zipped = zip(hooks, caches, strict=True)
+    return tuple(None if hook.report is None else hook.report(jax.device_get(cache), spans) for hook, cache in zipped)
+
+
 def by_position(hooks: Hooks, caches: tuple) -> bool:
     """Whether another prompt with the same first tokens can use the caches for these tokens. This is so if all caches
     have one entry per position, and the entries depend only on the tokens."""
-    nodes = jax.tree.leaves(caches, is_leaf=lambda node: isinstance(node, LayerCache))
+    nodes = jax.tree.leaves(caches, is_leaf=grows)
     return not replace_embeddings(hooks) and all(isinstance(node, LayerCache) for node in nodes)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.decode.brought import arguments
-from mtp_jax.decode.hooks import Hook
+from mtp_jax.decode.hooks import Hook, HookMaker
 from mtp_jax.decode.sampling import Controls, LogitsFn, Sampler, row_keys
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
@@ -45,7 +45,7 @@ class Options:
     logits_fn: LogitsFn | None = None
     """`(logits_V, tokens_S, length) -> logits_V`, a jax function that changes the logits after the first `length`
     tokens of a row. Pass the same function object in every call: every new one is compiled."""
-    hooks: Sequence[Hook] = ()
+    hooks: Sequence[Hook | HookMaker] = ()
     """Functions with parameters and caches that change the model's logits or its input. They change the logits in this
     order, and before all settings above."""
     accept: str | Rule = "exact"
@@ -72,8 +72,11 @@ class Options:
             raise UserError(f"logits_fn={self.logits_fn!r}; it must be a function of (logits, tokens, length)")
         if not isinstance(self.logits_fn, Hashable):
             raise UserError(f"logits_fn={self.logits_fn!r} has no hash, but compiling needs one; give a plain function")
-        if not isinstance(self.hooks, Sequence) or not all(isinstance(hook, Hook) for hook in self.hooks):
-            raise UserError(f"hooks={self.hooks!r}; it must be a list of mtp_jax.Hook")
+        if not isinstance(self.hooks, Sequence) or not all(isinstance(hook, Hook | HookMaker) for hook in self.hooks):
+            raise UserError(
+                f"hooks={self.hooks!r}; it must be a list of mtp_jax.Hook, or of classes that make one, such as "
+                "ProxyTuning and SoftThinking"
+            )
         if self.logprobs is not None:
             whole("logprobs", self.logprobs, "0 or above; 0 gives no other tokens than the chosen ones", _is_count)
 

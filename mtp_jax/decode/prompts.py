@@ -3,7 +3,7 @@
 
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,22 @@ def check_vocabulary(lm: Any, ids: Sequence[int], what: str) -> None:
     outside = [token for token in ids if not 0 <= token < vocab]
     if outside:
         raise UserError(f"{what} holds token id {outside[0]}; the vocabulary is 0..{vocab - 1}")
+
+
+def listed(prompts: Sequence[Prompt] | Mapping[str, Any]) -> list[Prompt]:
+    """The prompts of a request, one per row.
+
+    Raises:
+      UserError: they are not in a list, or there are none.
+    """
+    if isinstance(prompts, Mapping):
+        prompts = rows_of(prompts)
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts={prompts!r} is not a list; put a single prompt into a list: [prompt]")
+    rows = list(prompts)
+    if not rows:
+        raise UserError("no prompt was given; give at least one")
+    return rows
 
 
 def prompt_ids(lm: Any, prompt: Prompt, row: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Runs a batch of prompts through the engine: buckets, rounds, stop conditions and counts."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -16,10 +16,10 @@ from mtp_jax.decode.counts import Clock, Counts, zero_counts
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
-from mtp_jax.decode.hooks import Hooks, replace_embeddings
+from mtp_jax.decode.hooks import Asked, Hooks, make_hooks, reports, stop_drafts, without_drafts
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
-from mtp_jax.decode.prompts import Prompt, check_continues, prompt_ids, rows_of
+from mtp_jax.decode.prompts import Prompt, check_continues, listed, prompt_ids
 from mtp_jax.decode.records import TokenRecords, of_row
 from mtp_jax.decode.result import Generation
 from mtp_jax.decode.samples import Rows, prefill_once
@@ -63,18 +63,24 @@ class Request:
         special = _special_tokens(lm)
         self.stop = StopStrings(stop, special.values())
         n = _samples(n, options)
-        ids = [row for row in _checked_prompts(lm, prompts) for _ in range(n)]
+        prompts = listed(prompts)
+        ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
+        prompts = [prompt for prompt in prompts for _ in range(n)]
+        ids = [row for row in ids for _ in range(n)]
         options.check_logprobs(lm.arch.model.vocab_size)
         rule = options.rule()
-        hooks = tuple(map(static, options.hooks))
-        drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer, but this model has none; leave stop out")
-        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks, options.logprobs)
         self.prompt_len_B = np.array([len(row) for row in ids], np.int32)
         longest = lm.arch.model.max_seq_len
         self.limit_B = np.minimum(self.prompt_len_B + min(max_new_tokens, longest), longest).astype(np.int32)
+        rows = buckets.batch_rows(len(ids))
+        asked = Asked(lm, prompts, ids, self.limit_B.tolist(), rows)
+        brought = make_hooks(options.hooks, asked)
+        hooks = tuple(map(static, brought))
+        drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
+        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks, options.logprobs)
         if held is None:
             padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
             new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))
@@ -84,11 +90,12 @@ class Request:
             kept = held.kept(self.plan, ids[0])
             padded = kept.length + buckets.padded(len(ids[0]) - kept.length, engine.CHUNK)
             self.slots = slots_of_turn(max(padded, int(self.limit_B[0])), drafter.num_draft, longest)
-        rows = buckets.batch_rows(len(ids))
         if rows > len(ids) and cache_bytes(self.plan, rows, self.slots) > free_bytes():
             rows = len(ids)
+            brought = make_hooks(options.hooks, asked._replace(rows=rows))
         check_cache_fits(self.plan, rows, self.slots)
         options.check_logits_fn(lm.arch.model.vocab_size, self.slots)
+        options = dataclasses.replace(options, hooks=brought)
         controls = options.controls(len(ids), lm.arch.model.vocab_size, rows)
         self.controls = controls._replace(drafter=arguments(f"drafter {drafter.name!r}", drafter.params))
         self.total_B = self.prompt_len_B
@@ -103,7 +110,8 @@ class Request:
         self.counts = zero_counts(rows, num_draft)
         self.surplus = zero_counts(rows, num_draft)
         self.chooser: Chooser | None = None
-        if auto and num_draft:
+        # Rounds without drafts because of a hook would count as rounds whose drafts were all wrong.
+        if auto and num_draft and not stop_drafts(self.plan.hooks):
             gated = rows == 1 and self.plan.drafter.passes
             gate = Gate(num_draft, {}, self.plan.drafter.spares_heads)
             self.chooser = gate if gated else WidthChooser(num_draft, rows, {})
@@ -130,7 +138,8 @@ class Request:
         params = self.lm.decode_params  # before the clock starts, because the first use makes them
         clock = Clock()
         given = (self.plan, self.slots, params, self.controls)
-        if n > 1:
+        # Hooks that prepare their caches do so for the rows of the batch.
+        if n > 1 and not any(hook.begin for hook in self.plan.hooks):
             index_B = np.pad(np.arange(len(ids)) // n, fill)
             state = prefill_once(*given, Rows(prompt_BT, *arrays), index_B)
         else:
@@ -200,7 +209,7 @@ class Request:
         self._noted = None
         had_B = self.total_B - self.prompt_len_B
         before = self.counts
-        counters = Counts(state.histogram_BQ, state.untried_BP, state.drafted_B)
+        counters = Counts(state.histogram_BQ, state.untried_BP, state.drafted_B, state.alone_B)
         read = (state.tokens_BS, state.total_B, state.done_B, state.failed_B, counters)
         # Leaves out padding rows.
         read = jax.tree.map(lambda leaf: leaf[: len(self.cut_B)], jax.device_get(read))
@@ -314,10 +323,13 @@ class Request:
             drafted=int(counts.drafted_B.sum()),
             replaced=sum(int(replaced_BS[row, start : start + len(tokens[row])].sum()) for row, start in starts),
             untried=tuple(counts.untried_BP.sum(axis=0).tolist()),
+            alone=int(counts.alone_B.sum()),
             compile_seconds=self.compile_seconds,
         )
         text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
-        result = Generation(tokens, text, [self._finish_reason(row) for row in rows], stats)
+        spans = [(int(start), int(start) + len(new)) for start, new in zip(self.prompt_len_B, tokens, strict=True)]
+        hooks = reports(self.plan.hooks, self.state.hook_caches, spans)
+        result = Generation(tokens, text, [self._finish_reason(row) for row in rows], stats, hooks)
         if not self.keeps_records:
             return result
         _, *lists = map(list, zip(*map(self.records, rows), strict=True))
@@ -346,11 +358,12 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks,
     """
     if isinstance(num_draft, str) and num_draft == "auto":
         num_draft = None
+        passes = passes and not stop_drafts(hooks)
     else:
         passes = False
     if num_draft is not None:
         num_draft = whole("num_draft", num_draft, "or 'auto'", lambda _: True)
-    replacing = replace_embeddings(hooks)
+    replacing = without_drafts(hooks)
     if isinstance(draft, str) and draft == "auto":
         by_model = "heads" if lm.arch.heads.draft else "lookup"
         draft = "none" if replacing else by_model
@@ -359,7 +372,9 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks,
     elif num_draft not in (None, draft.num_draft):
         raise UserError(f"num_draft={num_draft}, but the drafter given drafts {draft.num_draft}; leave num_draft out")
     if replacing and draft.num_draft:
-        raise UserError(f"hook {replacing[0]!r} replaces embeddings, so nothing can be drafted; use draft='none'")
+        raise UserError(
+            f"hook {replacing[0]!r} replaces embeddings, so nothing can be drafted; use draft='none', or give it alone"
+        )
     layers = lm.arch.model.num_layers
     if max(draft.taps, default=0) > layers:
         raise UserError(
@@ -374,14 +389,3 @@ def _samples(n: int, options: Options) -> int:
     if n > 1 and options.temperature == 0:
         raise UserError(f"n={n} samples at temperature 0 would all be the same; give a temperature above 0")
     return n
-
-
-def _checked_prompts(lm: Model, prompts: Sequence[Prompt]) -> list[list[int]]:
-    if isinstance(prompts, Mapping):
-        prompts = rows_of(prompts)
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise UserError(f"prompts={prompts!r} is not a list; put a single prompt into a list: [prompt]")
-    ids = [prompt_ids(lm, prompt, row) for row, prompt in enumerate(prompts)]
-    if not ids:
-        raise UserError("no prompt was given; give at least one")
-    return ids

@@ -1,6 +1,7 @@
 """The result of a generation."""
 
 import dataclasses
+from typing import Any
 
 from mtp_jax.decode.stats import DecodeStats
 
@@ -16,6 +17,8 @@ class Generation:
     finish_reason: list[str]
     """`eos`, `stop` (a stop string) or `length`, per prompt."""
     stats: DecodeStats
+    hooks: tuple[Any, ...] = ()
+    """What each hook reports; None for a hook without `report`. `SoftThinking` reports its mixtures."""
     logprobs: list[list[float]] | None = None
     """Log-probability of every token in `tokens`, under the model's own distribution. This and the next two are None
     without the option `logprobs`."""

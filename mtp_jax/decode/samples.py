@@ -93,7 +93,7 @@ def _first_tokens(
     drawing = dataclasses.replace(plan, hooks=tuple(map(_of_prompt, plan.hooks)))
     state = engine.decode_round(drawing, plan.drafter.num_draft, params, controls, state, 0)
     # The first token does not count as a round, as after `engine.prefill`.
-    counters = ("histogram_BQ", "untried_BP", "drafted_B")
+    counters = ("histogram_BQ", "untried_BP", "drafted_B", "alone_B")
     return state._replace(**{name: getattr(fresh, name) for name in counters})
 
 

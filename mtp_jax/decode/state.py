@@ -68,6 +68,8 @@ class DecodeState(NamedTuple):
     """Number of rounds with a accepted drafts, a = 0..P-1, that did not try draft a+1; see `DecodeStats`."""
     drafted_B: jax.Array
     """Number of drafts that rounds tried."""
+    alone_B: jax.Array
+    """Number of rounds of each row that verified no drafts because of a hook."""
     replaced_BS: jax.Array
     """True for tokens that a lossy rule took instead of the model's own; [B, 0] for other rules."""
     records: records.Records | None
@@ -161,6 +163,32 @@ def rows_state(
         histogram_BQ=jnp.zeros((B, P + 1), jnp.int32),
         untried_BP=jnp.zeros((B, P), jnp.int32),
         drafted_B=jnp.zeros((B,), jnp.int32),
+        alone_B=jnp.zeros((B,), jnp.int32),
         replaced_BS=jnp.zeros((B, length if plan.rule.facts.lossy else 0), bool),
         records=records.empty(B, length, plan.logprobs),
+    )
+
+
+def count_round(state: DecodeState, accepted: verify.Accepted, width: int, alone_B: jax.Array | None) -> DecodeState:
+    """Adds a round to the counters of the rows that took part.
+
+    Args:
+      state: the state after the round.
+      accepted: the result of the round.
+      width: number of drafts that the round verified.
+      alone_B: rows that verified none of them because of a hook; None if there are no such hooks.
+    """
+    counted_BQ = jnp.arange(state.histogram_BQ.shape[1])[None, :] == accepted.drafts_B[:, None]
+    counted_BQ &= (accepted.count_B > 0)[:, None]
+    # Drafts after the end of the row, or beyond its limit, could not be emitted. So they were not tried.
+    room_B = state.limit_B - state.total_B + accepted.count_B
+    tried_B = jnp.minimum(jnp.where(accepted.done_B, accepted.count_B, room_B), width)
+    if alone_B is not None:
+        tried_B = jnp.where(alone_B, 0, tried_B)
+        state = state._replace(alone_B=state.alone_B + (alone_B & (accepted.count_B > 0)))
+    all_right_B1 = (accepted.drafts_B >= tried_B)[:, None]
+    return state._replace(
+        histogram_BQ=state.histogram_BQ + counted_BQ,
+        untried_BP=state.untried_BP + (counted_BQ & all_right_B1)[:, :-1],
+        drafted_B=state.drafted_B + tried_B,
     )

@@ -45,6 +45,9 @@ class DecodeStats:
     """Number of returned tokens that a lossy rule took instead of the model's own choice."""
     untried: tuple[int, ...] = ()
     """u_0..u_{P-1}, over all rows; empty if all are 0."""
+    alone: int = 0
+    """Number of rounds in which a row verified no drafts because of a hook, summed over rows. With soft thinking these
+    are the rounds in which a row thinks."""
     compile_seconds: float = 0.0
     """Time for tracing and compiling, or reading programs from disk; 0 if earlier requests had all the same shapes."""
 
@@ -111,6 +114,7 @@ class DecodeStats:
             "untried": list(self.untried),
             "drafted": self.drafted,
             "replaced": self.replaced,
+            "alone": self.alone,
             "seconds": self.seconds,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,

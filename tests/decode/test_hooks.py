@@ -12,6 +12,7 @@ from reference.decoding import (
     NEW,
     PROMPTS,
     compilations,
+    from_embeddings,
     loaded,
     loud_params,
     model,
@@ -32,7 +33,7 @@ from mtp_jax.decode.drafters import NONE
 from mtp_jax.decode.hooks import HookContext, apply_hooks
 from mtp_jax.decode.state import Plan, empty_state
 from mtp_jax.errors import UserError
-from mtp_jax.model import lm, mtp, trunk
+from mtp_jax.model import mtp, trunk
 
 P = 3
 
@@ -155,15 +156,6 @@ def soft_embed(params, cache, embedded_B1D, context):
 SOFT = mtp_jax.Hook("soft", soft_init, soft_apply, soft_embed, params=jnp.float32(0.5))
 
 
-@quick_jit
-def from_embeddings(params, x_1TD):
-    """Logits after every position, from whole rows of embeddings."""
-    at_1T = jnp.arange(x_1TD.shape[1])[None, :]
-    blocks = mtp.with_constants(CONFIG.arch, params)["blocks"]
-    state_1TD = lm.run_blocks(CONFIG.model, blocks, x_1TD, at_1T, jnp.ones_like(at_1T))
-    return trunk.logits(CONFIG.arch, params, trunk.final_norm(CONFIG.arch, params, state_1TD))
-
-
 def slow_soft(prompt, count):
     """`count` new tokens: each enters as the mixture of all, as likely as they were."""
     params = model("random").params
@@ -251,7 +243,7 @@ RETURNS = {
 def test_what_apply_may_not_return(name):
     """It is refused with the hook's name and what is wanted."""
     made, message = RETURNS[name]
-    context = HookContext(jnp.zeros((1, 1), int), jnp.zeros(1, int), jnp.ones(1, bool), None, lambda ids: ids)
+    context = HookContext(jnp.zeros((1, 1), int), jnp.zeros(1, int), jnp.ones(1, bool), None, lambda ids: ids, None)
     with pytest.raises(UserError, match="hook 'own': " + message):
         apply_hooks((changed(made),), ((),), (jnp.zeros(2),), LOGITS, context)
 

@@ -10,6 +10,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from reference.models import draft_ids
+from reference.quick import quick_jit
 from reference.tiny import tiny_config
 
 from mtp_jax import sharding
@@ -18,7 +19,7 @@ from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.decode import sampling
 from mtp_jax.decode.drafters import Drafter, Drafts
 from mtp_jax.loading import LoadedModel
-from mtp_jax.model import mtp, trunk
+from mtp_jax.model import lm, mtp, trunk
 from mtp_jax.training.step import compile_steps
 
 CONFIG = tiny_config(
@@ -114,6 +115,15 @@ def _drawn(config, sampler, params, controls, tokens_1T, length):
     at_11 = jnp.full((1, 1), length)
     logits_11V = sampling.process(sampler, controls, logits_11V, tokens_1T, at_11)
     return sampling.choose(sampler, controls, logits_11V, at_11)[0, 0]
+
+
+@quick_jit
+def from_embeddings(params, x_1TD):
+    """Logits after every position, from whole rows of embeddings."""
+    at_1T = jnp.arange(x_1TD.shape[1])[None, :]
+    blocks = mtp.with_constants(CONFIG.arch, params)["blocks"]
+    state_1TD = lm.run_blocks(CONFIG.model, blocks, x_1TD, at_1T, jnp.ones_like(at_1T))
+    return trunk.logits(CONFIG.arch, params, trunk.final_norm(CONFIG.arch, params, state_1TD))
 
 
 @functools.cache
