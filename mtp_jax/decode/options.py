@@ -48,7 +48,8 @@ class Options:
     accept: str | Rule = "exact"
     """`exact`; or `rejection`, which keeps the distribution but not the tokens; or the lossy rules `typical` and
     `confidence`, which may accept drafts that the model would not have chosen. A `mtp_jax.Rule` sets their thresholds.
-    At temperature 0, `typical` uses the model's distribution at temperature 1."""
+    At temperature 0, `typical` uses the model's distribution at temperature 1. For standalone models also `all` and
+    `confadapt`, which emit predictions without verification."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, "0 for greedy, or from 1e-6 to 1e6", _is_temperature)

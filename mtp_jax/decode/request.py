@@ -15,7 +15,7 @@ from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
 from mtp_jax.decode.brought import arguments, static
 from mtp_jax.decode.detokenize import RowText
-from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
+from mtp_jax.decode.drafters import NONE, Drafter, check_rule, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
 from mtp_jax.decode.hooks import Hooks, replace_embeddings
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
@@ -79,6 +79,7 @@ class Request:
         rule = options.rule()
         hooks = tuple(map(static, options.hooks))
         drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
+        check_rule(rule, lm.arch, drafter, num_draft)
         max_new_tokens = whole("max_new_tokens", max_new_tokens, "at least 1", lambda count: count >= 1)
         if self.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer, but this model has none; leave stop out")
@@ -313,6 +314,7 @@ class Request:
             replaced=sum(int(replaced_BS[row, start : start + len(tokens[row])].sum()) for row, start in starts),
             untried=tuple(counts.untried_BP.sum(axis=0).tolist()),
             compile_seconds=self.compile_seconds,
+            lossy=self.plan.rule.facts.lossy,
         )
         text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
         return Generation(tokens, text, [self._finish_reason(row) for row in rows], stats)

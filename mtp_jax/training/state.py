@@ -45,8 +45,8 @@ def split_params(config: Config, params: Any) -> tuple[Any, Any]:
 
 
 def _learns(config: Config, path: str) -> bool:
-    """Whether a step changes the parameter. The ids of a draft vocabulary never change."""
-    return path != "draft_ids" and config.train.learns(path)
+    """Whether a step changes the parameter. The ids of a draft vocabulary and a teacher never change."""
+    return path != "draft_ids" and not path.startswith(f"{mtp.TEACHER}/") and config.train.learns(path)
 
 
 def joined(learned: Any, rest: Any) -> Any:
@@ -89,7 +89,12 @@ def rate_factors(config: Config, params: Any) -> Any:
 
 def init_params(config: Config, key: jax.Array, given: Any = None) -> Any:
     """New parameters of a run: those of `mtp.init`, its adapters, and those that only its objectives need."""
-    return mtp.init(config.arch, key, given, token_order=config.has_token_order, adapters=config.lora)
+    return mtp.init(config.arch, key, given, **_extra(config))
+
+
+def _extra(config: Config) -> dict[str, Any]:
+    """Which parameters a run has in addition to those of its model."""
+    return {"token_order": config.has_token_order, "adapters": config.lora, "teacher": config.has_teacher}
 
 
 def init_state(
@@ -109,7 +114,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
       ValueError: the shape of a leaf of the optimizer's state does not fit that of its parameter.
     """
     key = jax.random.key(0)
-    boxed = mtp.abstract(config.arch, token_order=config.has_token_order, adapters=config.lora)
+    boxed = mtp.abstract(config.arch, **_extra(config))
     params = sharding.param_shardings(mesh, boxed)
     abstract = jax.eval_shape(lambda: init_state(config, optimizer, key))
     placed = sharding.place_abstract(abstract.params, params)
