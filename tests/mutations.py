@@ -38,6 +38,34 @@ class Mutation:
 
 NAMED = (
     Mutation(
+        "the teacher of a standalone model reads the text, not the student's tokens",
+        "training/objectives/regions.py",
+        "teacher = _taught(config, spec, frozen, rows, written_PBX)",
+        "teacher = _taught(config, spec, frozen, rows, ids_MBX[:-1])",
+        "training/test_regions.py",
+    ),
+    Mutation(
+        "the regions of a standalone model do not depend on the step",
+        "training/objectives/targets.py",
+        "key = jax.random.fold_in(jax.random.key(config.train.seed), step)",
+        "key = jax.random.key(config.train.seed)",
+        "training/test_regions.py",
+    ),
+    Mutation(
+        "ConfAdapt ignores whether the model is sure of the pending token",
+        "decode/verify.py",
+        "first_B = jnp.sum(jnp.cumprod(sure_BQ > rule.tau, axis=1), axis=1)",
+        "first_B = 1 + jnp.sum(jnp.cumprod(sure_BQ[:, 1:] > rule.tau, axis=1), axis=1)",
+        "decode/test_standalone.py",
+    ),
+    Mutation(
+        "every token of a round has masks, also under a rule that knows the last one",
+        "decode/engine.py",
+        "ask = Ask(min(plan.drafter.masks, width), taken_B, plan.drafter.taps, embedded)",
+        "ask = Ask(min(plan.drafter.masks, width), None, plan.drafter.taps, embedded)",
+        "decode/test_standalone.py",
+    ),
+    Mutation(
         "queries of GGUF files stay in llama.cpp's order",
         "convert/gguf/tensors.py",
         "values = dequantize(raw if self.rows is None else raw[self.rows], kind)",
@@ -190,7 +218,7 @@ NAMED = (
         "training/step.py",
         "total_loss(config, spec, params, *micro, given.scale_M, terms)",
         "total_loss(config, spec, params, *micro, "
-        "head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), config.head_weights)"
+        "scales(config, jnp.sum(micro[1].weights_MBT, axis=(1, 2)), jnp.asarray(config.head_weights))"
         " / config.train.grad_accum, terms)",
         "training/test_step.py",
     ),
@@ -525,7 +553,7 @@ OTHERS = (
         "decode/scoring.py",
         "inputs[-longest:]",
         "inputs[:longest]",
-        "decode/test_scoring.py",
+        "decode/test_score.py",
     ),
     Mutation(
         "half a stop string is shown",
@@ -614,8 +642,8 @@ OTHERS = (
     Mutation(
         "a row that thinks accepts drafts",
         "decode/engine.py",
-        "jnp.where(alone_B[:, None], NO_TOKEN, drafts.tokens_BP)",
-        "drafts.tokens_BP",
+        "jnp.where(alone_B[:, None], NO_TOKEN, drafts_BP)",
+        "drafts_BP",
         "decode/test_soft_thinking.py",
     ),
     Mutation(
