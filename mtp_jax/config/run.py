@@ -53,7 +53,8 @@ class Config:
         arch = self.arch
         self._check_rows()
         self._check_drafts()
-        self._check_training()
+        self._check_objective()
+        self._check_heads_alone()
         self._check_adapters()
         check_standalone(self.heads, self.loss, self.data)
         self._check_mesh(arch)
@@ -101,18 +102,47 @@ class Config:
             f"{heads.num_future - 1} tokens",
         )
 
-    def _check_training(self) -> None:
-        """Checks that objectives and trained parameters fit together."""
+    def _check_objective(self) -> None:
+        """Checks that the objective fits the model, the data and the optimizer."""
         model = self.model
         heads = self.heads
         loss = self.loss
         data = self.data
-        train = self.train
         require(
             len(loss.head_weights) in (0, heads.num_future),
             f"loss.head_weights has {len(loss.head_weights)} values for heads.num_future={heads.num_future} heads; "
             "give one per head, or none",
         )
+        require(
+            self._learns_extra or self.head_weights[0] > 0,
+            f"loss.head_weights={loss.head_weights}, loss.extra_weight={loss.extra_weight} and loss.decay={loss.decay} "
+            "switch every head off; at least one must have a weight above 0",
+        )
+        require(
+            heads.num_future == 1 or loss.heads_per_step < heads.num_future,
+            f"loss.heads_per_step={loss.heads_per_step}, but heads.num_future={heads.num_future} has "
+            f"{heads.num_future - 1} extra heads; 0 trains all of them",
+        )
+        require(
+            loss.teacherless < model.vocab_size,
+            f"loss.teacherless={loss.teacherless} must be a token id below model.vocab_size={model.vocab_size}",
+        )
+        require(
+            loss.teacherless < 0 or data.prompt_tokens > 0,
+            f"loss.teacherless={loss.teacherless} replaces the tokens after the prompt; set data.prompt_tokens to the "
+            "length of the prompt",
+        )
+        require(
+            self.optim.name != "schedule_free" or model.param_dtype == "float32",
+            f"optim.name='schedule_free' with model.param_dtype={model.param_dtype!r}: the average of many steps needs "
+            "float32; use model.param_dtype='float32'",
+        )
+
+    def _check_heads_alone(self) -> None:
+        """Checks that heads can learn where nothing else does: in the whole run, or in its first steps."""
+        heads = self.heads
+        loss = self.loss
+        train = self.train
         require(
             not train.heads_only or heads.num_future > 1,
             f"train.trainable={train.trainable!r}, but heads.num_future=1 has no extra head; use num_future=2 or more",
@@ -121,6 +151,21 @@ class Config:
             not train.heads_only or heads.facts.drafts,
             f"train.trainable={train.trainable!r} with heads.kind={heads.kind!r}: these heads help only while the "
             "trunk is trained; use train.trainable='all'",
+        )
+        require(
+            not train.heads_only or self._learns_extra,
+            f"train.trainable={train.trainable!r}, but loss.head_weights={loss.head_weights}, loss.extra_weight="
+            f"{loss.extra_weight} and loss.decay={loss.decay} switch every extra head off",
+        )
+        require(
+            not train.heads_only or not loss.token_order,
+            f"loss.token_order={loss.token_order} trains the trunk, but train.trainable={train.trainable!r}; use "
+            "train.trainable='all', or loss.token_order=0",
+        )
+        moves = "heads.tap_mix=True" if heads.tap_mix else f"heads.kind={heads.kind!r}"
+        require(
+            not train.keep_states or not (heads.tap_mix or heads.facts.in_trunk),
+            f"train.keep_states=True, but with {moves} the states change while the heads learn; use keep_states=False",
         )
         require(
             not train.heads_first or (heads.num_future > 1 and heads.facts.drafts),
@@ -136,46 +181,6 @@ class Config:
             not train.heads_first or not loss.token_order,
             f"loss.token_order={loss.token_order} trains the trunk, but in the first train.heads_first="
             f"{train.heads_first} steps only heads learn; use heads_first=0, or loss.token_order=0",
-        )
-        extra = any(self.head_weights[1:]) and loss.extra_weight > 0 and loss.decay > 0
-        require(
-            not train.heads_only or extra,
-            f"train.trainable={train.trainable!r}, but loss.head_weights={loss.head_weights}, loss.extra_weight="
-            f"{loss.extra_weight} and loss.decay={loss.decay} switch every extra head off",
-        )
-        require(
-            extra or self.head_weights[0] > 0,
-            f"loss.head_weights={loss.head_weights}, loss.extra_weight={loss.extra_weight} and loss.decay={loss.decay} "
-            "switch every head off; at least one must have a weight above 0",
-        )
-        require(
-            heads.num_future == 1 or loss.heads_per_step < heads.num_future,
-            f"loss.heads_per_step={loss.heads_per_step}, but heads.num_future={heads.num_future} has "
-            f"{heads.num_future - 1} extra heads; 0 trains all of them",
-        )
-        require(
-            not train.heads_only or not loss.token_order,
-            f"loss.token_order={loss.token_order} trains the trunk, but train.trainable={train.trainable!r}; use "
-            "train.trainable='all', or loss.token_order=0",
-        )
-        moves = "heads.tap_mix=True" if heads.tap_mix else f"heads.kind={heads.kind!r}"
-        require(
-            not train.keep_states or not (heads.tap_mix or heads.facts.in_trunk),
-            f"train.keep_states=True, but with {moves} the states change while the heads learn; use keep_states=False",
-        )
-        require(
-            loss.teacherless < model.vocab_size,
-            f"loss.teacherless={loss.teacherless} must be a token id below model.vocab_size={model.vocab_size}",
-        )
-        require(
-            loss.teacherless < 0 or data.prompt_tokens > 0,
-            f"loss.teacherless={loss.teacherless} replaces the tokens after the prompt; set data.prompt_tokens to the "
-            "length of the prompt",
-        )
-        require(
-            self.optim.name != "schedule_free" or model.param_dtype == "float32",
-            f"optim.name='schedule_free' with model.param_dtype={model.param_dtype!r}: the average of many steps needs "
-            "float32; use model.param_dtype='float32'",
         )
 
     def _check_adapters(self) -> None:
@@ -256,3 +261,8 @@ class Config:
         if not self.heads.draft:
             return 0
         return self.heads.num_future - 1 if self.decode.num_draft < 0 else self.decode.num_draft
+
+    @property
+    def _learns_extra(self) -> bool:
+        """Whether an extra head has a weight in the loss."""
+        return any(self.head_weights[1:]) and self.loss.extra_weight > 0 and self.loss.decay > 0

@@ -12,8 +12,10 @@ from mtp_jax.convert.files import read_json
 from mtp_jax.data import chat
 from mtp_jax.data import marks as mark
 from mtp_jax.data.chat import ChatTemplate, Spans, quiet_transformers
+from mtp_jax.data.learned import Encoded
 from mtp_jax.data.marks import Marks
-from mtp_jax.data.tokenize import Encoded, Reading, load_tokenizer
+from mtp_jax.data.reading import Reading
+from mtp_jax.data.tokenize import load_tokenizer
 from mtp_jax.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

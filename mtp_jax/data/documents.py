@@ -11,9 +11,10 @@ import numpy as np
 
 from mtp_jax.data import sources
 from mtp_jax.data.conversations import Document
+from mtp_jax.data.learned import Encoded
 from mtp_jax.data.marks import Special, SpecialCounter
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments
-from mtp_jax.data.tokenize import Encoded, Reading
+from mtp_jax.data.reading import Reading
 from mtp_jax.errors import UserError
 
 _BATCH_BYTES = 4 * 2**20  # amount of text that is tokenised at once

@@ -16,8 +16,9 @@ from mtp_jax.config import Config, DataConfig
 from mtp_jax.data import sources, store, synthetic
 from mtp_jax.data.documents import read_flat, tokenise, with_bytes
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments, concatenate
+from mtp_jax.data.reading import Reading
 from mtp_jax.data.store import Corpus
-from mtp_jax.data.tokenize import Reading, Tokenizer, given_tokenizer, template_of, train_bpe
+from mtp_jax.data.tokenize import Tokenizer, given_tokenizer, template_of, train_bpe
 from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import short_reason
 
