@@ -179,6 +179,7 @@ def chats(tmp_path):
     return [loaded(SMALL, loud_params(SMALL, seed=seed), one) for seed, one in zip((6, 9, 12), tokenizers, strict=True)]
 
 
+@pytest.mark.grid
 def test_each_model_reads_messages_in_its_template(chats):
     """A prompt of messages = the tokens that each template makes of it; and a conversation gives what
     `generate` gives for its messages. Breaks if all read the base's tokens, or without `hooks` in `Held`."""

@@ -121,6 +121,7 @@ def test_prompts_are_run_once(monkeypatch):
     assert rows == [2]
 
 
+@pytest.mark.grid
 def test_more_samples_than_prompts_are_padded():
     """Nine rows are padded to ten, and text, records and reasons are of the nine. Breaks if padding is cut from the
     prompts, or if the padding rows are not done."""

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from reference.decoding import CHAIN, CHAIN_CONFIG, CONFIG, _stream_batch, chain_model, model
+from reference.decoding import CHAIN, CHAIN_CONFIG, CONFIG, chain_model, model, stream_batch
 
 from mtp_jax.data.pack import PackedRows
 from mtp_jax.eval.figures import BINS, calibration, controls, head_ratios, loud, tf_acceptance, tokens_per_round
@@ -116,7 +116,7 @@ def test_controls_fail_where_heads_are_right():
 def test_controls_fail_on_a_trained_model():
     """Heads of a model that was trained for 100 steps know their positions."""
     rng = np.random.default_rng(9)
-    tokens = np.concatenate([_stream_batch(rng)["tokens"] for _ in range(4)])
+    tokens = np.concatenate([stream_batch(rng)["tokens"] for _ in range(4)])
     starts = np.arange(len(tokens)) * tokens.shape[1]
     rows = PackedRows(tokens.reshape(-1), starts, CONFIG.data.seq_len, 0)
     found = controls(score(model("trained"), rows), 3)

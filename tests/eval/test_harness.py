@@ -87,6 +87,7 @@ def request(*args):
     return Instance("generate_until", {}, args, 0)
 
 
+@pytest.mark.grid
 def test_settings_of_generations(lm):
     """Requests with other settings are in other batches, in any order; the settings reach `generate`. Breaks if the
     order of requests is lost, or without `options`."""

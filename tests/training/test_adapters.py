@@ -156,7 +156,11 @@ def test_accumulated_equals_whole(whole):
 
 
 @pytest.mark.parametrize(
-    "sections", [{"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}, {"model": {"remat": "block"}}], ids=["mesh", "remat"]
+    "sections",
+    [
+        pytest.param({"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}, id="mesh"),
+        pytest.param({"model": {"remat": "block"}}, id="remat", marks=pytest.mark.grid),
+    ],
 )
 def test_mesh_and_remat_change_nothing(dropped, sections):
     """step_8(state, batch) = step_1(state, batch), and remat = no remat, dropout noise included; the factors are split
@@ -198,6 +202,7 @@ def stepped(config, params, batch, step=0):
     return float(compiled.train(state, batch)[1].loss)
 
 
+@pytest.mark.grid
 def test_noise_is_new_in_every_step_and_micro_batch():
     """Equal rows in two micro-batches, which have equal losses without dropout, have different ones with it; so do two
     steps. A step again has the same loss.
