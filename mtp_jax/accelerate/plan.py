@@ -73,6 +73,10 @@ class HeadTraining:
             facts.chains_tokens or not self.attention,
             f"attention=True has no effect on kind={self.kind!r}; only these kinds read it: {readers}",
         )
+        require(
+            not facts.stands_alone,
+            f"kind={self.kind!r} changes the whole model, not only heads; train it with mtp train",
+        )
         require(facts.drafts, f"kind={self.kind!r} heads cannot draft; choose another family")
 
 

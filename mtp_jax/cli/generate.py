@@ -13,7 +13,6 @@ from mtp_jax.cli.options import open_model, options_of, statistics, with_best_dr
 from mtp_jax.cli.steering import Steered, as_json, check_steering, steered, thinking_line, thoughts
 from mtp_jax.decode.generate import Generation, Prompt, generate, stream
 from mtp_jax.decode.prompts import is_conversation
-from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.progress import say
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 def _loss(lm: LoadedModel, prompts: list[Prompt], options: dict[str, Any], result: Generation) -> dict[str, Any]:
     """For a lossy rule: how many tokens differ from those of the exact rule, position by position."""
-    if not Rule(options["accept"]).facts.lossy:
+    if not result.stats.lossy:
         return {}
     say("decoding again with accept=exact, to count the tokens that differ ...")
     exact = generate(lm, prompts, **options | {"accept": "exact"})

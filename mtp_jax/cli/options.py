@@ -9,6 +9,7 @@ import tyro
 from mtp_jax.cli.common import own_directory
 from mtp_jax.convert.fetch import is_named
 from mtp_jax.decode.result import Generation
+from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
 from mtp_jax.runs.compiled import keep_compiled
@@ -43,9 +44,11 @@ class Decoding:
     num_draft: Annotated[str | None, tyro.conf.arg(metavar="INT|auto")] = None
     """Drafts per round. The default is all heads, or 4 for lookup. auto measures how many save time; under a rule other
     than exact, the tokens then differ from call to call."""
-    accept: Literal["exact", "rejection", "typical", "confidence"] = "exact"
-    """The rule that accepts drafts. typical and confidence are lossy: the command then counts and prints how many
-    tokens differ."""
+    accept: Literal["exact", "rejection", "typical", "confidence", "all", "confadapt"] = "exact"
+    """The rule that accepts drafts. All but exact and rejection are lossy: the command then counts and prints how many
+    tokens differ. all and confadapt are for standalone models: they emit predictions without verification."""
+    tau: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """confidence, confadapt: the probability above which a token is accepted; 0.9 by default."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A string that ends the output; may be given several times."""
     dtype: Literal["config", "float32", "bfloat16"] = "config"
@@ -86,15 +89,23 @@ def options_of(args: Decoding) -> dict[str, Any]:
     """The options as `generate`, `stream` and `Conversation` take them.
 
     Raises:
-      UserError: --num-draft is neither a number nor auto.
+      UserError: --num-draft is neither a number nor auto, or --tau does not fit.
     """
-    names = ("max_new_tokens", "draft", "accept", "stop")
-    names += ("temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty")
+    names = ("max_new_tokens", "draft", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty")
     options = {name: getattr(args, name) for name in names} | {"num_draft": _num_draft(args.num_draft)}
+    options["accept"] = _rule(args)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "min_p") if getattr(args, name) is not None]
     if idle and args.temperature == 0:
         say(f"note: {', '.join(idle)} has no effect at temperature 0, which is greedy; give --temperature")
     return options
+
+
+def _rule(args: Decoding) -> Rule:
+    if args.tau is None:
+        return Rule(args.accept)
+    if args.accept not in ("confidence", "confadapt"):
+        raise UserError(f"--tau {args.tau} has no effect with --accept {args.accept}; use --accept confadapt")
+    return Rule(args.accept, tau=args.tau)
 
 
 def _num_draft(text: str | None) -> int | str | None:

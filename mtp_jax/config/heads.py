@@ -26,6 +26,10 @@ class FamilyFacts:
     """Whether a head is one linear map."""
     drafts: bool = True
     """Whether it can draft. If not, it is for training only."""
+    stands_alone: bool = False
+    """Whether training makes the model itself emit several tokens at once, so that decoding may do without
+    verification. Such a family learns at regions that every step draws, from a frozen copy of the model at its start;
+    see `training/objectives/regions.py`."""
 
 
 TAP = ("tap", "tap_norm", "tap_mix", "init")
@@ -41,6 +45,7 @@ FACTS: dict[str, FamilyFacts] = {
     "recursive": FamilyFacts((*TAP, *CHAIN), has_blocks=True, chains_tokens=True, one_set=True),
     "masks": FamilyFacts(("mask_stride", "lora_rank"), in_trunk=True, needs_all=True),
     "registers": FamilyFacts(("lora_rank",), in_trunk=True, one_set=True, drafts=False),
+    "standalone": FamilyFacts(("lora_rank",), in_trunk=True, one_set=True, needs_all=True, stands_alone=True),
 }
 """The facts of every family; `model.heads.register` adds a family."""
 Family = Literal[tuple(FACTS)]
@@ -57,7 +62,8 @@ class HeadsConfig:
     """The extra prediction heads. `model/heads` says what each family computes."""
 
     kind: str = "parallel"
-    """Head family: parallel, causal, anticausal, linear, medusa, sequential, recursive, masks or registers."""
+    """Head family: parallel, causal, anticausal, linear, medusa, sequential, recursive, masks, registers or
+    standalone."""
     num_future: int = 4
     """M, number of heads, head 0 included. 1 is a plain language model: then the other settings of heads and of their
     losses have no effect."""
@@ -105,7 +111,8 @@ class HeadsConfig:
     mask_stride: int = 1
     """masks: in training, only every k-th position has mask tokens."""
     lora_rank: int = 0
-    """masks, registers: rank of the LoRA update of the trunk's matrices at the extra tokens; 0 is no update."""
+    """masks, registers, standalone: rank of the LoRA update of the trunk's matrices at the extra tokens; 0 is no
+    update."""
     lora_alpha: float = 32.0
     """The LoRA update is multiplied by lora_alpha / lora_rank."""
 
@@ -134,6 +141,11 @@ class HeadsConfig:
         require(
             self.attention or self.init != "copy_block",
             "heads.init='copy_block' with heads.attention=False; a copied block has attention, so use init='random'",
+        )
+        require(
+            not facts.stands_alone or (self.norm == "shared" and self.unembed == "shared" and not self.draft_vocab),
+            f"heads.kind={self.kind!r} predicts with the model's own norm and unembedding; use norm='shared', "
+            "unembed='shared' and draft_vocab=0",
         )
         only_with("heads", self, "input_norm", self.attention, "heads.attention: it is the norm before attention")
         own_norms = facts.has_blocks or self.norm == "own"

@@ -60,6 +60,13 @@ class LossConfig:
     at once from the prompt (Bachmann & Nagarajan 2024). Needs data.prompt_tokens. Read the answer of such a model from
     its logits over the prompt and the dummy tokens: `generate` feeds real tokens and does not fit. -1 switches it
     off."""
+    teacher: Literal["hard", "soft", "none"] = "hard"
+    """standalone: the targets of the predictions. The teacher is a frozen copy of the model at the start of the run,
+    which reads the tokens that the model itself predicted. hard: the teacher's most likely token; soft: its whole
+    distribution; none: there is no teacher, the targets are the tokens of the text."""
+    span: Literal["random", "full"] = "random"
+    """standalone: how many predictions of a region count. random: a number from 2 to heads.num_future, drawn for every
+    row in every step; full: all of them."""
     z_loss: float = 0.0
     """Coefficient of logsumexp(logits)^2. This term is weighted like the cross-entropy."""
     chunk_bytes: int = 0

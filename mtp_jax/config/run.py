@@ -12,6 +12,7 @@ from mtp_jax.config.loss import LossConfig
 from mtp_jax.config.mesh import MeshConfig
 from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.optim import OptimConfig
+from mtp_jax.config.standalone import check_standalone
 from mtp_jax.config.trainable import read_rules
 from mtp_jax.config.training import TrainConfig
 
@@ -54,6 +55,7 @@ class Config:
         self._check_drafts()
         self._check_training()
         self._check_adapters()
+        check_standalone(self.heads, self.loss, self.data)
         self._check_mesh(arch)
 
     def _check_rows(self) -> None:
@@ -230,6 +232,11 @@ class Config:
     def has_token_order(self) -> bool:
         """Whether there is an unembedding for the token order loss, a parameter that only training uses."""
         return self.loss.token_order > 0
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a frozen copy of the trunk, the teacher of a standalone model, which only training uses."""
+        return self.heads.facts.stands_alone and self.heads.num_future > 1 and self.loss.teacher != "none"
 
     @property
     def head_weights(self) -> tuple[float, ...]:

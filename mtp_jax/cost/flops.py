@@ -58,6 +58,9 @@ def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool 
         products += _adapters(config, "blocks", tokens)
         trunk = c.num_layers * (products + LEARNED.mixed * _attention(c.block, tokens, seq_len))
     heads = _heads(config, batch_size, seq_len, computed) if config.heads.num_future > 1 else 0
+    if config.heads.facts.stands_alone and config.heads.num_future > 1:
+        logits = _logits_at_regions(config, batch_size, seq_len, computed)
+        return float(trunk + heads + logits + _teacher(config, batch_size, seq_len, computed))
     return float(trunk + heads + _logits(config, tokens, computed))
 
 
@@ -152,8 +155,12 @@ def _extra_tokens(config: Config, batch_size: int, seq_len: int, computed: bool)
     """Masks or registers: the extra tokens go through the blocks of the model and attend to the ordinary tokens."""
     c = config.model.block
     heads = config.heads
-    each = 1 if heads.facts.one_set else heads.num_future - 1
-    extra = batch_size * -(-seq_len // heads.mask_stride) * each
+    if heads.facts.stands_alone:
+        each = heads.num_future - 1
+        extra = batch_size * _regions(config, seq_len) * each
+    else:
+        each = 1 if heads.facts.one_set else heads.num_future - 1
+        extra = batch_size * -(-seq_len // heads.mask_stride) * each
     passes = THROUGH if config.train.heads_only else LEARNED
     layer = _projections(c, extra, _of_trunk(config), computed)
     layer += _adapters(config, "blocks", extra)
@@ -165,6 +172,38 @@ def _extra_tokens(config: Config, batch_size: int, seq_len: int, computed: bool)
         sides = 2 * (D + inner) + 2 * (D + keys) + (3 if c.gated else 2) * (D + c.d_ff)
         layer += LEARNED.linear * 2 * extra * heads.lora_rank * sides
     return c.num_layers * layer
+
+
+def _regions(config: Config, seq_len: int) -> int:
+    """Number of regions of a row in which a standalone model learns."""
+    return seq_len // (2 * config.heads.num_future)
+
+
+def _teacher(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:
+    """The forward pass of a standalone model's teacher, over the text and the tokens that the student predicted."""
+    if not config.has_teacher:
+        return 0
+    c = config.model.block
+    each = config.heads.num_future - 1
+    extra = batch_size * _regions(config, seq_len) * each
+    layer = _block(c, batch_size * seq_len, seq_len, READ, computed)
+    layer += _block(c, extra, seq_len + each, READ, computed)
+    return c.num_layers * layer
+
+
+def _logits_at_regions(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:
+    """The unembeddings of the predictions of a standalone model, and of its teacher."""
+    M = config.heads.num_future
+    each = 2 * batch_size * _regions(config, seq_len) * config.model.d_model * config.model.vocab_size
+    learned = config.train.learns(config.model.unembedding_path)
+    student = M * (LEARNED.linear if learned else THROUGH.linear)
+    if not config.has_teacher:
+        return student * each
+    teacher = M
+    if computed:  # The student's tokens, and both the teacher's tokens and its distributions.
+        student += M - 1
+        teacher += M if config.loss.teacher == "soft" else 0
+    return (student + teacher) * each
 
 
 def _logits(config: Config, tokens: int, computed: bool) -> int:

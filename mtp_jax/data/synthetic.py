@@ -3,6 +3,7 @@
     star_graph     Bachmann & Nagarajan 2024 (arXiv:2403.06963): find the arm of a star that ends in the goal
     induction      Gloeckle et al. 2024 (arXiv:2404.19737), section 4.1: recall the second token of a two-token name
     polynomials    the same, section 4.2: arithmetic in F7[X]/(X^5)
+    sums           addition with worked steps, which can be written in four ways
 
 All documents of a task have the same length. A document is a prompt and an answer; all prompts have the same length,
 `data.prompt_tokens` (induction has no prompts). A row of `data.seq_len` = k n + 1 tokens holds k whole documents of n
@@ -152,7 +153,51 @@ def compose(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return value
 
 
-TASKS: dict[str, Callable[..., Task]] = {"star_graph": star_graph, "induction": induction, "polynomials": polynomials}
+ORDERS = ((0, 1, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0))
+"""The ways to write a step of `sums`: the order of upper digit, lower digit and carry."""
+SHARES = (0.4, 0.3, 0.2, 0.1)
+"""How often each of them is used."""
+
+
+def sums(digits: int = 4, documents: int = 100_000, seed: int = 0) -> Task:
+    """Addition with worked steps: `4 7 + 8 5 = A 7 5 0 2 D 1 8 4 3 : 1 3 2`.
+
+    There is a step for every place, from the last one. It begins with a letter, which says how it is written, and ends
+    with the digit of the sum. Between them are upper digit, lower digit and carry, in the order of the letter: A is
+    upper, lower, carry, and D is carry, lower, upper. Every step draws its letter at random, A most often. So the next
+    few tokens have several likely continuations that must not be mixed, but each of them leads to the same sum.
+    """
+    rng = np.random.default_rng(seed)
+    plus, equals, colon, first = range(10, 14)
+    upper_BN = rng.integers(0, 10, (documents, digits))
+    lower_BN = rng.integers(0, 10, (documents, digits))
+    carry_B = np.zeros(documents, int)
+    steps = []
+    totals = []
+    for place in reversed(range(digits)):
+        total_B = upper_BN[:, place] + lower_BN[:, place] + carry_B
+        way_B = rng.choice(len(ORDERS), documents, p=SHARES)
+        parts_B3 = np.stack([upper_BN[:, place], lower_BN[:, place], carry_B], axis=1)
+        written_B3 = np.take_along_axis(parts_B3, np.array(ORDERS)[way_B], axis=1)
+        steps += [first + way_B[:, None], written_B3, total_B[:, None] % 10]
+        totals.append(total_B % 10)
+        carry_B = total_B // 10
+    sum_BN = np.stack([*totals, carry_B], axis=1)[:, ::-1]
+
+    def column(token: int) -> np.ndarray:
+        return np.full((documents, 1), token)
+
+    parts = (upper_BN, column(plus), lower_BN, column(equals), *steps, column(colon), sum_BN)
+    vocab = (*map(str, range(10)), "+", "=", ":", "A", "B", "C", "D")
+    return Task(np.concatenate(parts, axis=1).astype(np.int32), 2 * digits + 2, vocab)
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "star_graph": star_graph,
+    "induction": induction,
+    "polynomials": polynomials,
+    "sums": sums,
+}
 
 
 def is_synthetic(source: str) -> bool:

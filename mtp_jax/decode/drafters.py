@@ -4,7 +4,7 @@
     draft(arch, params, cache, context) -> (Drafts, cache)    `params` are the model's, a `mtp.decode_view`
 
 `draft` runs after every verification, and after every chunk of the prompt. The drafts do not change the output, except
-under the rules `rejection`, `typical` and `confidence` of `verify.py`. They only change how many tokens a round emits.
+under rules of `verify.py` other than `exact`. They only change how many tokens a round emits.
 To write a drafter, make a `Drafter` of your two functions. It can also have parameters, read states of the model's
 layers (`taps`) and use another vocabulary (`DraftContext.propose`). The drafters with names are:
 
@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Arch
+from mtp_jax.config import Arch, families
 from mtp_jax.decode.brought import check_compiled
+from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
 from mtp_jax.model.heads import FAMILIES
@@ -42,6 +43,11 @@ class Drafts(NamedTuple):
     """The drafter's estimate of the probability that each draft is accepted if those before it are.
     `DraftContext.propose` gives the probability of the chosen token, except under the rule `rejection`: there, which
     drafts are verified must not depend on the drawn tokens."""
+    chosen_BP: jax.Array | None = None
+    """The drafter's probability of each token that it chose. `DraftContext.propose` gives it under a rule that decides
+    ahead."""
+    taken_B: jax.Array | None = None
+    """How many drafts the next round emits, under a rule that decides ahead. The engine sets it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,6 +137,34 @@ def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_
         )
     probs = None if probs is None else jnp.asarray(probs, jnp.float32)
     return Drafts(jnp.asarray(tokens, jnp.int32), probs, worth_B)
+
+
+def check_rule(rule: Rule, arch: Arch, drafter: Drafter, num_draft: int | str | None) -> None:
+    """Refuses a rule that emits drafts without verification, unless the model was trained for that and its own
+    predictions are the drafts.
+
+    Args:
+      rule: the accept rule.
+      arch: the model.
+      drafter: the drafter of the request.
+      num_draft: the number of drafts that the caller asked for.
+
+    Raises:
+      UserError: the rule does not fit.
+    """
+    if rule.facts.ahead is None:
+        return
+    asked = f"accept={rule.name!r}"
+    if not arch.heads.facts.stands_alone:
+        kinds = " or ".join(f"heads.kind={kind!r}" for kind in families("stands_alone"))
+        raise UserError(
+            f"{asked} emits tokens without verification, which needs a model trained with {kinds}, not "
+            f"{arch.heads.kind!r}; use accept='exact'"
+        )
+    if drafter.num_draft and drafter.name != "heads":
+        raise UserError(f"{asked} emits the model's own predictions, not those of draft={drafter.name!r}; use 'heads'")
+    if num_draft == "auto":
+        raise UserError(f"num_draft='auto' with {asked} would change the tokens from call to call; give a number")
 
 
 def _no_cache(arch: Arch, num_draft: int, batch: int, slots: int) -> tuple:

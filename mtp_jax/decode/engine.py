@@ -15,7 +15,6 @@ The caches grow with the rows, by powers of two. `decode_rounds` returns as soon
 caller then continues with a larger state (`grow`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,12 +26,11 @@ import numpy as np
 from mtp_jax.decode import records, sampling, verify
 from mtp_jax.decode.drafters import DraftContext, Drafts, checked
 from mtp_jax.decode.hooks import HookContext, alone_rows, apply_hooks, begin_hooks, embed_hooks, stop_drafts
+from mtp_jax.decode.propose import probability, propose
 from mtp_jax.decode.sampling import Controls
 from mtp_jax.decode.state import DecodeState, Kept, Plan, bucket, count_round, empty_state, grow, rows_state, slots_of
 from mtp_jax.decode.verify import Verified
-from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
-from mtp_jax.model.heads.base import draft_places
 from mtp_jax.model.mtp import Ask
 from mtp_jax.runs.programs import bounded
 
@@ -110,12 +108,13 @@ def prefill_chunk(
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     own_B1V = _logits(plan, params, state_BQD, seen)
     logits_B1V, hook_caches = apply_hooks(plan.hooks, controls.hooks, state.hook_caches, own_B1V, seen)
-    choices = _choose(plan, controls, state, logits_B1V, Drafts(state.drafts.tokens_BP[:, :0]))
+    nothing = Drafts(state.drafts.tokens_BP[:, :0], taken_B=jnp.zeros_like(prompt_len_B))
+    choices = _choose(plan, controls, state, logits_B1V, nothing)
     waiting = state._replace(caches=caches, hook_caches=hook_caches, done_B=state.done_B | ~ends_B)
     emitted, _ = _emit(waiting, choices, records.records_of(own_B1V, choices.tokens_BQ, plan.logprobs))
     emitted = emitted._replace(done_B=jnp.where(ends_B, emitted.done_B, state.done_B))
     where = _Where(tap_BQD, taps, start_B, index_B, last_B >= 0)
-    drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, where)
+    drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, where, choices.sure_B)
 
     def keep(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(ends_B.reshape(B, *[1] * (new.ndim - 1)), new, old)
@@ -192,25 +191,29 @@ def decode_round(
     """
     verified = width if verified is None else verified
     start_B = state.total_B - 1
-    drafts = jax.tree.map(lambda drafted: drafted[:, :verified], state.drafts._replace(worth_B=None))
+    taken_B = state.drafts.taken_B
+    drafts = jax.tree.map(lambda drafted: drafted[:, :verified], state.drafts._replace(worth_B=None, taken_B=None))
     pending_B1 = jnp.take_along_axis(state.tokens_BS, start_B[:, None], axis=1)
     input_BQ = jnp.concatenate([pending_B1, drafts.tokens_BP], axis=1)
     every_B = jnp.ones_like(state.done_B)
     seen = HookContext(input_BQ, start_B, every_B, None, _embed(plan, params), controls.key_B)
     alone_B = alone_rows(plan.hooks, state.hook_caches)
     embedded = embed_hooks(plan.hooks, controls.hooks, state.hook_caches, seen)
-    ask = Ask(min(plan.drafter.masks, width), None, plan.drafter.taps, embedded)
+    # A rule that decides ahead knows already which token will be the last one, so only that one has masks.
+    if taken_B is not None and alone_B is not None:
+        taken_B = jnp.where(alone_B, 0, taken_B)
+    ask = Ask(min(plan.drafter.masks, width), taken_B, plan.drafter.taps, embedded)
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)
     own_BQV = _logits(plan, params, state_BQD, seen)
     logits_BQV, hook_caches = apply_hooks(plan.hooks, controls.hooks, state.hook_caches, own_BQV, seen)
     state = state._replace(hook_caches=hook_caches)
-    choices = _choose(plan, controls, state, logits_BQV, drafts, alone_B)
+    choices = _choose(plan, controls, state, logits_BQV, drafts._replace(taken_B=taken_B), alone_B)
     state, accepted = _emit(state, choices, records.records_of(own_BQV, choices.tokens_BQ, plan.logprobs))
     state = count_round(state, accepted, verified, alone_B)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
     where = _Where(tap_BQD, taps, start_B, index_B, every_B)
-    return _draft(plan, width, params, controls, state, where)
+    return _draft(plan, width, params, controls, state, where, choices.sure_B)
 
 
 def _embed(plan: Plan, params: Any) -> Callable[[jax.Array], jax.Array]:
@@ -238,6 +241,8 @@ class _Choices(NamedTuple):
     """The model's own choice. It differs from `tokens_BQ` only under a lossy rule."""
     usable_BQ: jax.Array
     drafts_BP: jax.Array
+    sure_B: jax.Array | None
+    """Probability of the token that is emitted last. None unless the rule decides ahead."""
 
 
 def _choose(
@@ -269,13 +274,21 @@ def _choose(
     def uniforms() -> jax.Array:
         return sampling.uniforms(controls, plan.arch.model.vocab_size, position_BQ)
 
-    verified = Verified(own_tokens, target_probs, plain_probs, uniforms, drafts.tokens_BP, drafts.probs_BPV)
+    drafts_BP = drafts.tokens_BP
+    taken_B = drafts.taken_B
+    sure_B = None
+    if rule.facts.ahead is not None:
+        # A draft that is not taken ends the round also if the model would choose it.
+        drafts_BP = jnp.where(jnp.arange(drafts_BP.shape[1])[None, :] < taken_B[:, None], drafts_BP, NO_TOKEN)
+        sure_BQ = probability(logits_BQV, own_tokens())
+        sure_B = jnp.take_along_axis(sure_BQ, taken_B[:, None], axis=1)[:, 0]
+    verified = Verified(own_tokens, target_probs, plain_probs, uniforms, drafts_BP, drafts.probs_BPV, taken_B)
     tokens_BQ = rule.choose(verified)
     if alone_B is not None:
         tokens_BQ = jnp.where(alone_B[:, None], own_tokens(), tokens_BQ)
-        drafts = drafts._replace(tokens_BP=jnp.where(alone_B[:, None], NO_TOKEN, drafts.tokens_BP))
+        drafts_BP = jnp.where(alone_B[:, None], NO_TOKEN, drafts_BP)
     own_BQ = own_tokens() if rule.facts.lossy else tokens_BQ
-    return _Choices(tokens_BQ, own_BQ, usable_BQ, drafts.tokens_BP)
+    return _Choices(tokens_BQ, own_BQ, usable_BQ, drafts_BP, sure_B)
 
 
 def _emit(state: DecodeState, choices: _Choices, noted: records.Records | None) -> tuple[DecodeState, verify.Accepted]:
@@ -309,53 +322,24 @@ class _Where(NamedTuple):
     live_B: jax.Array
 
 
-def _propose(
+def _draft(
     plan: Plan,
+    count: int,
+    params: Any,
     controls: Controls,
     state: DecodeState,
-    logits_BPV: jax.Array,
-    first: int = 0,
-    ids_v: jax.Array | None = None,
-) -> Drafts:
-    """Drafts from a drafter's logits; see `DraftContext.propose`."""
-    facts = plan.rule.facts
-    known = plan.arch.model.vocab_size if ids_v is None else len(ids_v)
-    if logits_BPV.shape[-1] != known:
-        which = "the model has" if ids_v is None else "ids_v has"
-        raise UserError(
-            f"drafter {plan.drafter.name!r} proposes from logits over {logits_BPV.shape[-1]} tokens, but {which} "
-            f"{known}; give ids_v, with the model's id for each token of the drafter"
-        )
-    if ids_v is not None:
-        logits_BPV = mtp.over_vocabulary(logits_BPV, draft_places(plan.arch, ids_v))
-    position_BP = state.total_B[:, None] + first + jnp.arange(logits_BPV.shape[1])[None, :]
-    # Without the caller's logits function, which might read tokens that do not exist yet. Penalty and bias read only
-    # tokens that exist.
-    sampler = dataclasses.replace(plan.sampler, logits_fn=None)
-    known_BP = jnp.broadcast_to(state.total_B[:, None], position_BP.shape)
-    logits_BPV = sampling.process(sampler, controls, logits_BPV, state.tokens_BS, known_BP)
-    tokens_BP = sampling.choose(sampler, controls, logits_BPV, position_BP)
-    sure_BP = None
-    if not facts.blind:
-        chosen_BP = jnp.take_along_axis(logits_BPV, tokens_BP[..., None], axis=-1)[..., 0]
-        sure_BP = jnp.exp(chosen_BP - jax.nn.logsumexp(logits_BPV, axis=-1))
-    probs_BPV = None
-    if facts.needs_probs and not sampler.sampled:
-        probs_BPV = jax.nn.softmax(logits_BPV)
-    elif facts.reads_drafter:
-        probs_BPV = sampling.probabilities(sampler, controls, logits_BPV)
-    return Drafts(tokens_BP, probs_BPV, sure_BP=sure_BP)
-
-
-def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: DecodeState, where: _Where) -> DecodeState:
-    """Asks the drafter for the next round's drafts."""
+    where: _Where,
+    sure_B: jax.Array | None,
+) -> DecodeState:
+    """Asks the drafter for the next round's drafts. `sure_B` is the probability of the pending token, for a rule that
+    decides ahead how many of them to emit."""
     facts = plan.rule.facts
     context = DraftContext(
         **where._asdict(),
         tokens_BS=state.tokens_BS,
         total_B=state.total_B,
         count=count,
-        propose=functools.partial(_propose, plan, controls, state),
+        propose=functools.partial(propose, plan, controls, state),
         begin_B=state.begin_B,
         least=state.least,
         asks_heads=state.asks_heads,
@@ -363,6 +347,10 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
         own=controls.drafter,
     )
     drafts, cache = plan.drafter.draft(plan.arch, params, state.drafter_cache, context)
+    taken_B = None
+    if facts.ahead is not None:
+        sure_BQ = sure_B[:, None] if drafts.chosen_BP is None else jnp.column_stack([sure_B, drafts.chosen_BP])
+        taken_B = facts.ahead(plan.rule, sure_BQ)
     drafts = checked(plan.drafter, drafts, len(state.total_B), plan.arch.model.vocab_size, facts.needs_probs)
     V = plan.arch.model.vocab_size
     P = state.drafts.tokens_BP.shape[1]
@@ -381,4 +369,4 @@ def _draft(plan: Plan, count: int, params: Any, controls: Controls, state: Decod
     worth_B = None
     if plan.drafter.passes:
         worth_B = jnp.full_like(state.done_B, made > 0) if drafts.worth_B is None else drafts.worth_B
-    return state._replace(drafts=Drafts(tokens_BP, probs_BPV, worth_B), drafter_cache=cache)
+    return state._replace(drafts=Drafts(tokens_BP, probs_BPV, worth_B, taken_B=taken_B), drafter_cache=cache)

@@ -51,7 +51,8 @@ class Options:
     accept: str | Rule = "exact"
     """`exact`; or `rejection`, which keeps the distribution but not the tokens; or the lossy rules `typical` and
     `confidence`, which may accept drafts that the model would not have chosen. A `mtp_jax.Rule` sets their thresholds.
-    At temperature 0, `typical` uses the model's distribution at temperature 1."""
+    At temperature 0, `typical` uses the model's distribution at temperature 1. For standalone models also `all` and
+    `confadapt`, which emit predictions without verification."""
     logprobs: int | None = None
     """Keeps records of every new token: its log-probability, the entropy of the model's distribution, and this number
     of most likely tokens; 0 keeps the first two only. All are of the model's own logits, before hooks and the settings

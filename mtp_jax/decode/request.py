@@ -14,7 +14,7 @@ from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
 from mtp_jax.decode.brought import arguments, static
 from mtp_jax.decode.counts import Clock, Counts, zero_counts
 from mtp_jax.decode.detokenize import RowText
-from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
+from mtp_jax.decode.drafters import NONE, Drafter, check_rule, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
 from mtp_jax.decode.hooks import Asked, Hooks, make_hooks, reports, stop_drafts, without_drafts
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
@@ -80,6 +80,7 @@ class Request:
         brought = make_hooks(options.hooks, asked)
         hooks = tuple(map(static, brought))
         drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
+        check_rule(rule, lm.arch, drafter, num_draft)
         self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks, options.logprobs)
         if held is None:
             padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
@@ -325,6 +326,7 @@ class Request:
             untried=tuple(counts.untried_BP.sum(axis=0).tolist()),
             alone=int(counts.alone_B.sum()),
             compile_seconds=self.compile_seconds,
+            lossy=self.plan.rule.facts.lossy,
         )
         text = None if self.lm.tokenizer is None else [self._text(row) for row in rows]
         spans = [(int(start), int(start) + len(new)) for start, new in zip(self.prompt_len_B, tokens, strict=True)]

@@ -146,6 +146,7 @@ def rows_state(
     V = plan.arch.model.vocab_size
     probs_BPV = jnp.zeros((B, P, V)) if plan.rule.facts.reads_drafter else None
     worth_B = jnp.zeros((B,), bool) if plan.drafter.passes else None
+    taken_B = jnp.zeros((B,), jnp.int32) if plan.rule.facts.ahead is not None else None
     return DecodeState(
         tokens_BS=jnp.pad(prompt_BT, ((0, 0), (0, length - T))),
         total_B=prompt_len_B,
@@ -156,7 +157,7 @@ def rows_state(
         begin_B=begin_B,
         least=jnp.zeros((), jnp.float32),
         asks_heads=jnp.ones((), bool),
-        drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV, worth_B),
+        drafts=Drafts(jnp.zeros((B, P), jnp.int32), probs_BPV, worth_B, taken_B=taken_B),
         caches=(),
         drafter_cache=(),
         hook_caches=(),

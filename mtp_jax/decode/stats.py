@@ -51,6 +51,10 @@ class DecodeStats:
     compile_seconds: float = 0.0
     """Time for tracing and compiling, or reading programs from disk; 0 if earlier requests had all the same shapes."""
 
+    lossy: bool = False
+    """Whether the accept rule may emit tokens that the model, one token at a time, would not have chosen. `replaced`
+    counts them."""
+
     @property
     def rounds(self) -> int:
         """Number of rounds, summed over rows."""
@@ -113,6 +117,7 @@ class DecodeStats:
             "histogram": list(self.histogram),
             "untried": list(self.untried),
             "drafted": self.drafted,
+            "lossy": self.lossy,
             "replaced": self.replaced,
             "alone": self.alone,
             "seconds": self.seconds,

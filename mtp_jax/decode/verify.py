@@ -19,7 +19,20 @@ the choice. p is the model's distribution and q the drafter's, after the same to
                 drafter
     typical     the draft d if p(d) > min(epsilon, delta exp(-H(p))) (Medusa, Cai et al. 2024, section 2.3.1), else
                 the model's token. Lossy
-    confidence  the draft d if q(d) > tau (ConfAdapt), else the model's token. Lossy
+    confidence  the draft d if q(d) > tau, else the model's token. Lossy
+
+Two rules are for a model that was trained to emit several tokens without verification (heads.kind="standalone",
+Kirchenbauer et al. 2026, arXiv:2602.06019). They decide how many drafts the next round emits before that round runs,
+from the pass that made them. The pass predicts the pending token and P drafts:
+
+    all         all drafts: every round emits P+1 tokens. Lossy
+    confadapt   the longest beginning of pending token, d1, d2, ... whose tokens all have probability above tau
+                (ConfAdapt). The pending token is emitted in any case. Lossy
+
+The round then runs the pending token, the drafts that it emits, and P masks behind them:
+
+    input     pending  d1   d2  | d3 |  <M>  <M>  <M>      2 drafts are emitted; d3 is not, and no mask sees it
+    predicts                c3          d1'  d2'  d3'      c3 is emitted, too, and is the next pending token
 """
 
 import dataclasses
@@ -48,6 +61,8 @@ class Verified(NamedTuple):
     drafts_BP: jax.Array
     draft_probs_BPV: jax.Array | None
     """The distribution that each draft was drawn from. None if the drafter does not give it."""
+    taken_B: jax.Array | None = None
+    """Number of drafts that a rule which decides ahead emits."""
 
 
 class Facts(NamedTuple):
@@ -65,19 +80,22 @@ class Facts(NamedTuple):
     """Whether a drafter that gives no distributions is refused."""
     blind: bool = False
     """If true, the choice of which drafts to verify must not depend on the drawn drafts."""
+    ahead: Callable[["Rule", jax.Array], jax.Array] | None = None
+    """For a rule that decides ahead: `(rule, sure_BQ) -> taken_B`, the number of drafts that the next round emits. sure
+    has the probabilities of the pending token and of the P drafts, 1 + P = Q."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """An accept rule and its thresholds; static."""
 
-    name: Literal["exact", "rejection", "typical", "confidence"] = "exact"
+    name: Literal["exact", "rejection", "typical", "confidence", "all", "confadapt"] = "exact"
     epsilon: float = 0.09
     """For `typical`: a draft with a larger probability is accepted. 0.09 and 0.3 are the defaults of Medusa's code."""
     delta: float = 0.3
     """For `typical`: a draft is also accepted if its probability is larger than delta exp(-entropy)."""
     tau: float = 0.9
-    """For `confidence`: a draft is accepted if the drafter's probability for it is larger."""
+    """For `confidence` and `confadapt`: a draft is accepted if its probability is larger."""
 
     def __post_init__(self) -> None:
         if self.name not in tuple(RULES):
@@ -86,6 +104,8 @@ class Rule:
             value = getattr(self, field)
             if not isinstance(value, numbers.Real) or math.isnan(value):
                 raise UserError(f"Rule.{field}={value!r}; it must be a number")
+        if self.name == "confadapt" and not 0 <= self.tau <= 1:
+            raise UserError(f"Rule.tau={self.tau!r} with accept='confadapt'; it is a probability, from 0 to 1")
 
     @property
     def facts(self) -> Facts:
@@ -151,11 +171,29 @@ def _confidence(rule: Rule, verified: Verified) -> jax.Array:
     return confidence(rule, verified.own_tokens(), verified.drafts_BP, verified.draft_probs_BPV)
 
 
+def _taken(rule: Rule, verified: Verified) -> jax.Array:
+    depth_P = jnp.arange(verified.drafts_BP.shape[1])
+    return _replace(verified.own_tokens(), verified.drafts_BP, depth_P[None, :] < verified.taken_B[:, None])
+
+
+def take_all(rule: Rule, sure_BQ: jax.Array) -> jax.Array:
+    """All drafts [B]."""
+    return jnp.full(len(sure_BQ), sure_BQ.shape[1] - 1, jnp.int32)
+
+
+def take_sure(rule: Rule, sure_BQ: jax.Array) -> jax.Array:
+    """Number of drafts in the longest beginning of pending token and drafts with probabilities above tau, [B]."""
+    first_B = jnp.sum(jnp.cumprod(sure_BQ > rule.tau, axis=1), axis=1)
+    return jnp.maximum(first_B - 1, 0).astype(jnp.int32)
+
+
 RULES = {
     "exact": Facts(_exact),
     "rejection": Facts(_rejection, reads_drafter=True, certain=True, blind=True),
     "typical": Facts(_typical, lossy=True),
     "confidence": Facts(_confidence, lossy=True, reads_drafter=True, needs_probs=True),
+    "all": Facts(_taken, lossy=True, ahead=take_all),
+    "confadapt": Facts(_taken, lossy=True, ahead=take_sure),
 }
 """The facts of every rule."""
 EXACT = Rule()

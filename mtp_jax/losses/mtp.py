@@ -132,12 +132,17 @@ def mtp_loss(
     ce_MBT = join("ce_MBT")
     rank_MBT = join("rank_MBT")
 
+    return sum(part.loss for part in parts), head_sums(ce_MBT, rank_MBT, weights_MBT)
+
+
+def head_sums(ce_MBT: jax.Array, rank_MBT: jax.Array, weights_MBT: jax.Array) -> HeadSums:
+    """The sums of every head, from the cross-entropies and ranks of its targets."""
+
     def total(x_MBT: jax.Array) -> jax.Array:
         return jnp.sum(weights_MBT * x_MBT, axis=(1, 2))
 
     weight_M = jnp.sum(weights_MBT, (1, 2))
-    sums = HeadSums(total(ce_MBT), total(rank_MBT == 1), total(rank_MBT <= 5), weight_M, jnp.zeros_like(weight_M))
-    return sum(part.loss for part in parts), sums
+    return HeadSums(total(ce_MBT), total(rank_MBT == 1), total(rank_MBT <= 5), weight_M, jnp.zeros_like(weight_M))
 
 
 def _wanted(weights_MBT: jax.Array, learn_MBT: jax.Array | None) -> jax.Array:

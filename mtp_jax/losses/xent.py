@@ -18,6 +18,7 @@ and the dW of a chunk are in memory only for the time of a chunk. If the vocabul
 of a chunk are sent between devices.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ from mtp_jax.losses.logits import (
     chunk_size,
     from_chunks,
     gathered,
+    products,
     softmax,
     table_split,
     teach,
@@ -146,6 +148,34 @@ def token_entropy(hidden_MBTD: jax.Array, table_VD: jax.Array, spec: XentSpec) -
         chunks = to_chunks(hidden_MBTD, chunk_size(B * T, table_VD.shape[0], spec))
         return from_chunks(jax.lax.scan(step, None, chunks)[1], (M, B, T))
 
+    return _on_shards(local, hidden_MBTD, table_VD, spec)
+
+
+def token_argmax(hidden_MBTD: jax.Array, table_VD: jax.Array, spec: XentSpec) -> jax.Array:
+    """Every head's most likely token at every position, int32 [M, B, T], computed in chunks, without gradient. The
+    lowest id if several are equal."""
+    hidden_MBTD, table_VD = jax.lax.stop_gradient((hidden_MBTD, table_VD))
+
+    def local(hidden_MBTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+        here = table_VD.shape[0]
+        shard = jax.lax.axis_index(spec.vocab_axes) if spec.vocab_axes else 0
+
+        def step(_: None, h_CD: jax.Array) -> tuple[None, jax.Array]:
+            z_CV = products(h_CD, gathered(table_VD, spec))
+            largest_C = jnp.max(z_CV, axis=-1)
+            id_C = jnp.argmax(z_CV, axis=-1).astype(jnp.int32) + here * shard
+            is_largest_C = largest_C == across(jax.lax.pmax, largest_C, spec.vocab_axes)
+            return None, across(jax.lax.pmin, jnp.where(is_largest_C, id_C, jnp.iinfo(jnp.int32).max), spec.vocab_axes)
+
+        M, B, T, _ = hidden_MBTD.shape
+        chunks = to_chunks(hidden_MBTD, chunk_size(B * T, here, spec))
+        return from_chunks(jax.lax.scan(step, None, chunks)[1], (M, B, T))
+
+    return _on_shards(local, hidden_MBTD, table_VD, spec)
+
+
+def _on_shards(local: Callable, hidden_MBTD: jax.Array, table_VD: jax.Array, spec: XentSpec) -> jax.Array:
+    """Runs `local(hidden_MBTD, table_VD) -> [M, B, T]` on every shard."""
     if spec.sharded:
         rows = PartitionSpec(None, spec.batch_axes or None, spec.length_axes or None)
         in_specs = (PartitionSpec(*rows, None), table_split(spec))

@@ -28,7 +28,9 @@ OF_HEADS = ("heads", "draft_ids")
 """Top-level names of the parameters of extra heads."""
 HEAD_LOSS = "head_loss"
 """Top-level name of the running losses of heads, for `loss.balance`."""
-OF_TRAINING = ("token_order", "lora", HEAD_LOSS)
+TEACHER = "teacher"
+"""Top-level name of a frozen copy of the trunk."""
+OF_TRAINING = ("token_order", "lora", HEAD_LOSS, TEACHER)
 """Top-level names of the parameters that only training needs. `lora.merge` moves adapters into the model."""
 
 
@@ -47,6 +49,7 @@ def init_boxed(
     *,
     token_order: bool = False,
     adapters: LoraConfig = NO_LORA,
+    teacher: bool = False,
 ) -> Params:
     """Parameters boxed with their logical axis names. `sharding.py` evaluates this abstractly and reads the names.
 
@@ -69,7 +72,19 @@ def init_boxed(
     if adapters.rank:
         fresh = lora.init_adapters(arch, adapters, jax.random.fold_in(key, 3), params)
         params["lora"] = _filled(fresh, given["lora"]) if "lora" in given else fresh
+    if teacher:
+        params[TEACHER] = _frozen(arch, trunk_params(params))
     return params
+
+
+def _frozen(arch: Arch, boxed: Params) -> Params:
+    """A copy of the trunk that no step changes. Its matrices have the dtype of the computation, as in decoding."""
+
+    def copy(path: tuple, box: Any) -> Any:
+        kept = path[-1].key in ("scale", "bias")
+        return box.replace(value=box.value if kept else box.value.astype(arch.model.dtype))
+
+    return jax.tree_util.tree_map_with_path(copy, boxed, is_leaf=lm.is_box)
 
 
 def _filled(boxed: Params, values: Params) -> Params:
@@ -83,6 +98,7 @@ def init(
     *,
     token_order: bool = False,
     adapters: LoraConfig = NO_LORA,
+    teacher: bool = False,
 ) -> Params:
     """Fresh parameters, a tree of plain dicts.
 
@@ -93,13 +109,19 @@ def init(
         copy that part of the given tree.
       token_order: whether to add the unembedding of the token order objective (`losses/order.py`).
       adapters: which matrices have adapters, in `params["lora"]`.
+      teacher: whether to add a frozen copy of the trunk, the teacher of a standalone model.
     """
-    return nn.meta.unbox(init_boxed(arch, key, given, token_order=token_order, adapters=adapters))
+    return nn.meta.unbox(
+        init_boxed(arch, key, given, token_order=token_order, adapters=adapters, teacher=teacher)
+    )
 
 
-def abstract(arch: Arch, *, token_order: bool = False, adapters: LoraConfig = NO_LORA) -> Params:
+def abstract(
+    arch: Arch, *, token_order: bool = False, adapters: LoraConfig = NO_LORA, teacher: bool = False
+) -> Params:
     """Shapes and dtypes of the parameters, boxed with their logical axis names. Nothing is allocated."""
-    return jax.eval_shape(lambda: init_boxed(arch, jax.random.key(0), token_order=token_order, adapters=adapters))
+    extra = {"token_order": token_order, "adapters": adapters, "teacher": teacher}
+    return jax.eval_shape(lambda: init_boxed(arch, jax.random.key(0), **extra))
 
 
 def apply(

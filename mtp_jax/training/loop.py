@@ -24,6 +24,7 @@ from mtp_jax.data.loader import heldout_batches, train_batches
 from mtp_jax.data.sources import is_inside
 from mtp_jax.data.store import Corpus
 from mtp_jax.errors import UserError
+from mtp_jax.model import mtp
 from mtp_jax.runs.checkpoint import Checkpoints
 from mtp_jax.runs.compiled import kept_compiled
 from mtp_jax.runs.distributed import check_same, from_first
@@ -149,11 +150,15 @@ def _train(
 
 def _devices(mesh: Mesh, steps: Steps) -> str:
     """A line with the number of parameters, the devices and the mesh."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(steps.abstract_state.params))
+    params = dict(steps.abstract_state.params)
+    teacher = jax.tree.leaves(params.pop(mtp.TEACHER, {}))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in teacher)
+    copy = f" + a frozen copy, {size / 1e6:,.1f} MB" if teacher else ""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     split = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     idle = jax.device_count() - mesh.size
     aside = f"; {idle} of {jax.device_count()} devices are not used, --mesh.fsdp -1 uses all" if idle else ""
-    return f"{count / 1e6:,.2f}M parameters on {mesh.devices.flat[0].device_kind}, mesh: {split}{aside}"
+    return f"{count / 1e6:,.2f}M parameters{copy} on {mesh.devices.flat[0].device_kind}, mesh: {split}{aside}"
 
 
 def _first_state(config: Config, steps: Steps, opening: Opening, console: RunConsole) -> tuple[TrainState, int]:
@@ -167,6 +172,9 @@ def _first_state(config: Config, steps: Steps, opening: Opening, console: RunCon
     key = jax.random.key(config.train.seed)
     settings = config.train
     given = dict(opening.start or {})
+    if config.has_teacher and not settings.init_from:
+        asked = f"loss.teacher={config.loss.teacher!r} without train.init_from"
+        console.note(f"{asked}: the teacher is a model of random parameters")
     if config.heads.draft_vocab and "draft_ids" not in given:
         vocab = DraftVocab.of(opening.corpus.train, config.heads.draft_vocab, config.model.vocab_size)
         console.note(vocab.describe(opening.corpus.heldout))

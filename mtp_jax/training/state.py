@@ -45,9 +45,10 @@ def split_params(config: Config, params: Any) -> tuple[Any, Any]:
 
 
 def _learns(config: Config, path: str) -> bool:
-    """Whether a gradient changes the parameter. The ids of a draft vocabulary never change. The running losses of heads
-    are counted."""
-    return path not in ("draft_ids", mtp.HEAD_LOSS) and config.train.learns(path)
+    """Whether a gradient changes the parameter. The ids of a draft vocabulary and a teacher never change. The running
+    losses of heads are counted."""
+    still = path in ("draft_ids", mtp.HEAD_LOSS) or path.startswith(f"{mtp.TEACHER}/")
+    return not still and config.train.learns(path)
 
 
 def joined(learned: Any, rest: Any) -> Any:
@@ -90,10 +91,15 @@ def rate_factors(config: Config, params: Any) -> Any:
 
 def init_params(config: Config, key: jax.Array, given: Any = None) -> Any:
     """New parameters of a run: those of `mtp.init`, its adapters, and those that only its objectives need."""
-    params = mtp.init(config.arch, key, given, token_order=config.has_token_order, adapters=config.lora)
+    params = mtp.init(config.arch, key, given, **_extra(config))
     if config.loss.balance:
         params[mtp.HEAD_LOSS] = jnp.zeros((config.heads.num_future,), jnp.float32)
     return params
+
+
+def _extra(config: Config) -> dict[str, Any]:
+    """Which parameters a run has in addition to those of its model."""
+    return {"token_order": config.has_token_order, "adapters": config.lora, "teacher": config.has_teacher}
 
 
 def init_state(
@@ -113,7 +119,7 @@ def state_shardings(config: Config, optimizer: optax.GradientTransformation, mes
       ValueError: the shape of a leaf of the optimizer's state does not fit that of its parameter.
     """
     key = jax.random.key(0)
-    boxed = mtp.abstract(config.arch, token_order=config.has_token_order, adapters=config.lora)
+    boxed = mtp.abstract(config.arch, **_extra(config))
     params = sharding.param_shardings(mesh, boxed)
     everywhere = sharding.replicated(mesh)
     if config.loss.balance:

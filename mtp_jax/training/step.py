@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.errors import UserError
-from mtp_jax.losses.mtp import HeadSums, head_scale
+from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.losses.schedules import balanced, head_weights, running_loss
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import lora
@@ -26,8 +26,10 @@ from mtp_jax.training.objectives import (
     Targets,
     Term,
     batch_targets,
+    drawn,
     head_schedule,
     loss_sums,
+    scales,
     terms_of,
     total_loss,
     xent_spec,
@@ -98,6 +100,7 @@ def train_step(
     Returns:
       The next state, and the metrics at the point where the gradient was computed.
     """
+    batch = drawn(config, state.step, batch)
     targets = batch_targets(config, state.params, batch)
     if "states" in batch:  # Head 0 is not trained.
         targets = targets._replace(weights_MBT=targets.weights_MBT.at[0].set(0.0))
@@ -106,7 +109,7 @@ def train_step(
         # A head 0 that is not trained does not contribute.
         counts_M = jnp.arange(len(w_M)) >= config.train.heads_only
         w_M = balanced(w_M, state.params[HEAD_LOSS], counts_M)
-    scale_M = head_scale(jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
+    scale_M = scales(config, jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
     weight_BT = _shares(targets.weights_MBT[0])
     learned, rest = split_params(config, state.params)
     point = gradient_point(state.opt_state, learned)
@@ -263,6 +266,10 @@ def all_terms(config: Config, own: Mapping[str, Term]) -> dict[str, Term]:
     for name in own:
         if name in RECORDED or name in terms or name.startswith("heldout_"):
             raise UserError(f"terms has the name {name!r}, which the metrics of a run have already; take another name")
+    if own and config.heads.facts.stands_alone and config.heads.num_future > 1:
+        raise UserError(
+            f"terms={', '.join(own)} with heads.kind={config.heads.kind!r}: this objective has no terms; leave them out"
+        )
     if own and config.train.keep_states:
         raise UserError(
             f"terms={', '.join(own)} with train.keep_states=True: the step does not run the trunk there, and "

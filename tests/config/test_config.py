@@ -139,7 +139,26 @@ def test_whole_numbers_are_floats_in_json():
     )
 
 
+STANDALONE = HeadsConfig(kind="standalone")
 REFUSED = [
+    (
+        lambda: Config(loss=LossConfig(teacher="soft")),
+        "loss.teacher='soft' has no effect without heads.kind='standalone'",
+    ),
+    (lambda: Config(loss=LossConfig(span="full")), "loss.span='full' has no effect without heads.kind='standalone'"),
+    (
+        lambda: Config(heads=HeadsConfig(kind="standalone", num_future=9), data=DataConfig(seq_len=17)),
+        "heads.num_future=9 needs rows of at least 18 tokens with heads.kind='standalone', two for every prediction, "
+        "but data.seq_len=17; use longer rows, or num_future=8 or less",
+    ),
+    *[
+        (
+            functools.partial(lambda given: Config(heads=STANDALONE, loss=LossConfig(**given)), {name: value}),
+            f"loss.{name}={value!r} has no effect with heads.kind='standalone'",
+        )
+        for name, value in {"distil": "kl", "entropy": "soft", "token_order": 1.0}.items()
+    ],
+    (lambda: HeadsConfig(kind="standalone", norm="own"), "predicts with the model's own norm and unembedding"),
     (lambda: ModelConfig(num_heads=6, num_kv_heads=4), "model.num_heads=6 is not a multiple of model.num_kv_heads=4"),
     (lambda: ModelConfig(head_dim=7), "model.head_dim=7 with model.rope_fraction=1.0 rotates 7 dimensions"),
     *[

@@ -51,6 +51,34 @@ def test_every_arm_is_asked_for():
     assert np.all(np.bincount(second_B, minlength=8)[:8] > 300)
 
 
+def test_sums():
+    """Read as text, every step adds its two digits and the carry of the step before, in the order of its letter, and
+    the digits after the colon are the sum. Letters are as frequent as `SHARES`, within five standard errors.
+
+    Breaks if a carry is lost, if the order does not follow the letter, or if steps share their letter.
+    """
+    task = synthetic.sums(digits=3, documents=400)
+    letters = []
+    for row in task.tokens_BT:
+        text = "".join(words(task, row))
+        prompt, answer = text[: task.prompt_tokens], text[task.prompt_tokens :]
+        upper, lower = prompt.removesuffix("=").split("+")
+        steps, total = answer.split(":")
+        assert int(total) == int(upper) + int(lower) and len(total) == 4
+        carry = 0
+        for i in range(3):
+            letter, *parts, digit = steps[5 * i : 5 * i + 5]
+            a, b = int(upper[2 - i]), int(lower[2 - i])
+            assert [int(part) for part in parts] == [(a, b, carry)[k] for k in synthetic.ORDERS["ABCD".index(letter)]]
+            assert int(digit) == (a + b + carry) % 10
+            carry = (a + b + carry) // 10
+            letters.append(letter)
+    for letter, share in zip("ABCD", synthetic.SHARES, strict=True):
+        deviation = np.sqrt(share * (1 - share) / len(letters))
+        assert abs(letters.count(letter) / len(letters) - share) < 5 * deviation
+    assert any(len({*letters[at : at + 3]}) == 3 for at in range(0, len(letters), 3))
+
+
 def test_induction():
     """A name's first token is always followed by the same second token of its document. Breaks if names are drawn once
     for all documents, or if a second token may be overwritten by another name."""

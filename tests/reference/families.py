@@ -29,6 +29,8 @@ SETTINGS = {
     "masks": {},
     "masks, with LoRA and own ends": {"lora_rank": 2, "norm": "own", "unembed": "own", "num_future": 4},
     "masks, every third position": {"mask_stride": 3},
+    "standalone": {},
+    "standalone, with LoRA": {"lora_rank": 2, "num_future": 4},
     "registers": {},
     "registers, with LoRA": {"lora_rank": 3, "num_future": 4},
 }

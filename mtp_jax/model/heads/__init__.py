@@ -39,6 +39,7 @@ from mtp_jax.model.heads import (
     recursive,
     registers,
     sequential,
+    standalone,
 )
 from mtp_jax.model.heads.base import Params
 from mtp_jax.model.heads.base import Rows as Rows
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Any] = {
     "recursive": recursive,
     "masks": masks,
     "registers": registers,
+    "standalone": standalone,
 }
 
 

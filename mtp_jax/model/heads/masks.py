@@ -46,23 +46,29 @@ class Beside(NamedTuple):
     anchors: Anchors
 
 
-def _beside(embed_PD: jax.Array, position_BX: jax.Array, anchor_BX: jax.Array, visible_BXS: jax.Array) -> Beside:
+def _beside(embed_BXPD: jax.Array, position_BX: jax.Array, anchor_BX: jax.Array, visible_BXS: jax.Array) -> Beside:
     """All masks of the given anchors.
 
     Args:
-      embed_PD: embeddings of the masks.
+      embed_BXPD: embeddings of the masks.
       position_BX: positions of the anchors.
       anchor_BX: slots of the anchors.
       visible_BXS: which slots each anchor sees.
     """
-    P, _ = embed_PD.shape
-    B, X = anchor_BX.shape
+    B, X, P, D = embed_BXPD.shape
 
     def behind(first_BX: jax.Array) -> jax.Array:
         return first_BX[..., None] + 1 + jnp.arange(P)[None, None, :]
 
     where = Anchors(visible_BXS, behind(anchor_BX))
-    return Beside(jnp.tile(embed_PD[None], (B, X, 1)), behind(position_BX).reshape(B, X * P), where)
+    return Beside(embed_BXPD.reshape(B, X * P, D), behind(position_BX).reshape(B, X * P), where)
+
+
+def embeddings(params: Params, anchor_BX: jax.Array, count: int) -> jax.Array:
+    """The embeddings of `count` masks at every anchor, [B, X, P, D]. With one set of parameters all masks have the same
+    embedding."""
+    embed_PD = params["heads"]["mask_embed"][:count]
+    return jnp.broadcast_to(embed_PD, (*anchor_BX.shape, count, embed_PD.shape[1]))
 
 
 def run(
@@ -99,26 +105,65 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """States of the tokens [B, T, D], and of masks 1..M-1 [M-1, B, T, D] at all positions (`everywhere`) or at those of
     `trained`."""
-    B, T = tokens_BT.shape
-    P = arch.heads.num_future - 1
-    D = arch.model.d_model
     stride = 1 if everywhere else arch.heads.mask_stride
+    return at_stride(arch, params, stride, tokens_BT, embedded_BTD, positions_BT, segment_ids_BT)
+
+
+def at_stride(
+    arch: Arch,
+    params: Params,
+    stride: int,
+    tokens_BT: jax.Array,
+    embedded_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`forward` with masks at every `stride`-th position. The states of masks at other positions are zeros."""
     anchor_BX = anchors(stride, tokens_BT)
+    masks_BXPD = embeddings(params, anchor_BX, arch.heads.num_future - 1)
+    rows = (embedded_BTD, positions_BT, segment_ids_BT)
+    x_BTD, y_BXPD = at_anchors(arch, params, *rows, anchor_BX, masks_BXPD)
+    y_PBXD = jnp.moveaxis(y_BXPD, 2, 0)
+    if stride == 1:
+        return x_BTD, y_PBXD
+    row_B1 = jnp.arange(len(tokens_BT))[:, None]
+    shape = (len(y_PBXD), *x_BTD.shape)
+    return x_BTD, jnp.zeros(shape, y_PBXD.dtype).at[:, row_B1, anchor_BX].set(y_PBXD, mode="drop")
+
+
+def at_anchors(
+    arch: Arch,
+    params: Params,
+    embedded_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    anchor_BX: jax.Array,
+    extra_BXPD: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the tokens of rows, and P extra tokens at each of the given anchors.
+
+    Args:
+      arch: the model and its heads.
+      params: parameters with constants.
+      embedded_BTD: embeddings of the tokens.
+      positions_BT: position of each token inside its document.
+      segment_ids_BT: document of each token.
+      anchor_BX: slots of the anchors. What belongs to an anchor beyond the row has no meaning.
+      extra_BXPD: embeddings of the extra tokens.
+
+    Returns:
+      The states of the tokens [B, T, D], and of the extra tokens [B, X, P, D].
+    """
+    T = embedded_BTD.shape[1]
 
     def at_anchor(x_BT: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BT, jnp.minimum(anchor_BX, T - 1), axis=1)
 
     visible_BXS = jnp.arange(T)[None, None, :] <= anchor_BX[..., None]
     visible_BXS &= at_anchor(segment_ids_BT)[..., None] == segment_ids_BT[:, None, :]
-    X = anchor_BX.shape[1]
-    embed_PD = params["heads"]["mask_embed"].astype(embedded_BTD.dtype)
-    masks = _beside(embed_PD, at_anchor(positions_BT), anchor_BX, visible_BXS)
-    x_BTD, y_BYD = run(arch, params, embedded_BTD, positions_BT, segment_ids_BT, masks)
-    y_PBXD = jnp.moveaxis(y_BYD.reshape(B, X, P, D), 2, 0)
-    if stride == 1:
-        return x_BTD, y_PBXD
-    row_B1 = jnp.arange(B)[:, None]
-    return x_BTD, jnp.zeros((P, B, T, D), y_PBXD.dtype).at[:, row_B1, anchor_BX].set(y_PBXD, mode="drop")
+    beside = _beside(extra_BXPD.astype(embedded_BTD.dtype), at_anchor(positions_BT), anchor_BX, visible_BXS)
+    x_BTD, y_BYD = run(arch, params, embedded_BTD, positions_BT, segment_ids_BT, beside)
+    return x_BTD, y_BYD.reshape(extra_BXPD.shape)
 
 
 def anchors(stride: int, tokens_BT: jax.Array) -> jax.Array:
@@ -130,9 +175,14 @@ def anchors(stride: int, tokens_BT: jax.Array) -> jax.Array:
 
 def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Which heads have a state at which positions, [M, B, T]; head 0 has one everywhere."""
+    return trained_at(arch, arch.heads.mask_stride, tokens_BT)
+
+
+def trained_at(arch: Arch, stride: int, tokens_BT: jax.Array) -> jax.Array:
+    """`trained` with masks at every `stride`-th position."""
     B, T = tokens_BT.shape
     row_B1 = jnp.arange(B)[:, None]
-    anchor_BX = anchors(arch.heads.mask_stride, tokens_BT)
+    anchor_BX = anchors(stride, tokens_BT)
     beside_BT = jnp.zeros((B, T), bool).at[row_B1, anchor_BX].set(True, mode="drop")
     return jnp.stack([jnp.ones((B, T), bool), *[beside_BT] * (arch.heads.num_future - 1)])
 
@@ -143,7 +193,7 @@ def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.
 def decode_masks(params: Params, start_BX: jax.Array, count: int, slots: int) -> Beside:
     """`count` masks for each of the anchors start_BX."""
     visible_BXS = jnp.arange(slots)[None, None, :] <= start_BX[..., None]
-    return _beside(params["heads"]["mask_embed"][:count], start_BX, start_BX, visible_BXS)
+    return _beside(embeddings(params, start_BX, count), start_BX, start_BX, visible_BXS)
 
 
 def init_cache(arch: Arch, batch: int, slots: int, count: int) -> tuple:

@@ -5,16 +5,20 @@ The functions in `losses/` know only arrays. This package connects them with the
     spec      the options of the losses, and the weights of heads over the run
     targets   the targets of every head, with their weights
     heads     the losses of the heads
+    regions   the loss of a standalone model, in the place of those of heads
     terms     what is added to them: `Term`
     total     all of it
 """
 
 from mtp_jax.training.objectives.heads import loss_sums as loss_sums
+from mtp_jax.training.objectives.regions import region_loss as region_loss
+from mtp_jax.training.objectives.regions import scales as scales
 from mtp_jax.training.objectives.spec import head_schedule as head_schedule
 from mtp_jax.training.objectives.spec import xent_spec as xent_spec
 from mtp_jax.training.objectives.targets import Batch as Batch
 from mtp_jax.training.objectives.targets import Targets as Targets
 from mtp_jax.training.objectives.targets import batch_targets as batch_targets
+from mtp_jax.training.objectives.targets import drawn as drawn
 from mtp_jax.training.objectives.targets import inputs as inputs
 from mtp_jax.training.objectives.targets import token_weights as token_weights
 from mtp_jax.training.objectives.terms import Seen as Seen

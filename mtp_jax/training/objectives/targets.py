@@ -8,9 +8,13 @@ import jax.numpy as jnp
 from mtp_jax.config import Config
 from mtp_jax.losses.targets import draft_targets, make_targets
 from mtp_jax.model import mtp
+from mtp_jax.model.heads import standalone
 from mtp_jax.model.heads.base import draft_places
 
 Batch = dict[str, jax.Array]
+ANCHORS = "region_anchors"
+SPANS = "region_spans"
+"""Names of the arrays that `drawn` adds to a batch; see `standalone.Regions`."""
 
 
 class Targets(NamedTuple):
@@ -33,6 +37,8 @@ def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
     """
     rows = batch["tokens"], batch["segment_ids"]
     targets = Targets(*make_targets(*rows, config.heads.num_future, token_weights(batch)))
+    if ANCHORS in batch:
+        return at_regions(targets, batch)
     trained_MBT = mtp.trained(config.arch, inputs(config, batch), batch["segment_ids"])
     if trained_MBT is not None:
         targets = targets._replace(weights_MBT=targets.weights_MBT * trained_MBT)
@@ -41,6 +47,30 @@ def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
     place_V = draft_places(config, params["draft_ids"])
     ids_MBT, weights_MBT = draft_targets(*targets[:2], place_V, config.heads.draft_vocab)
     return Targets(ids_MBT, weights_MBT, targets.weights_MBT - weights_MBT)
+
+
+def drawn(config: Config, step: jax.Array, batch: Batch) -> Batch:
+    """The batch with what the objective draws for this step: the regions of a standalone model. The draws depend only
+    on the seed of the run and the step, so a run that continues draws the same."""
+    if not config.heads.facts.stands_alone or config.heads.num_future == 1:
+        return batch
+    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    random_span = config.loss.span == "random"
+    where = standalone.regions(config.arch, key, *batch["tokens"].shape, random_span=random_span)
+    return batch | {ANCHORS: where.anchor_BX, SPANS: where.span_BX}
+
+
+def at_regions(targets: Targets, batch: Batch) -> Targets:
+    """Targets and weights [M, B, X] of the predictions of every region, from those [M, B, T] of every position.
+
+    Predictions from number k on have weight 0, and so have those beyond the end of the document: the token that ends it
+    is the last target.
+    """
+    anchor_1BX = batch[ANCHORS][None]
+    ids_MBX = jnp.take_along_axis(targets.ids_MBT, anchor_1BX, axis=2)
+    weights_MBX = jnp.take_along_axis(targets.weights_MBT, anchor_1BX, axis=2)
+    counts_MBX = jnp.arange(len(ids_MBX))[:, None, None] < batch[SPANS][None]
+    return Targets(ids_MBX, weights_MBX * counts_MBX)
 
 
 def token_weights(batch: Batch) -> jax.Array | None:

@@ -9,7 +9,8 @@ from mtp_jax.config import Config
 from mtp_jax.losses.mtp import HeadSums
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.training.objectives.heads import heads_loss, hidden_states
-from mtp_jax.training.objectives.targets import Batch, Targets
+from mtp_jax.training.objectives.regions import region_loss
+from mtp_jax.training.objectives.targets import ANCHORS, Batch, Targets
 from mtp_jax.training.objectives.terms import Seen, Term, terms_of
 
 
@@ -42,6 +43,9 @@ def total_loss(
       scale_M: factor on the weights of every head.
       terms: terms in addition to the losses of the heads; None uses those of the config.
     """
+    if ANCHORS in batch:
+        loss, sums = region_loss(config, spec, params, batch, targets, scale_M)
+        return loss, Parts(sums, {})
     terms = terms_of(config) if terms is None else terms
     hidden_MBTD = hidden_states(config, spec, params, batch)
     loss, sums = heads_loss(config, spec, params, hidden_MBTD, targets, scale_M)
