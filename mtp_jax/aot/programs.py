@@ -17,7 +17,7 @@ from mtp_jax.decode.options import Options
 from mtp_jax.decode.state import Plan, empty_state, slots_needed
 from mtp_jax.model import lora, mtp
 from mtp_jax.model.cache import LayerCache
-from mtp_jax.training.objectives import batch_targets, total_loss, xent_spec
+from mtp_jax.training.objectives import batch_targets, drawn, total_loss, xent_spec
 from mtp_jax.training.state import joined, split_params
 from mtp_jax.training.step import compile_steps
 
@@ -74,6 +74,7 @@ def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
     spec = xent_spec(config, mesh)
 
     def residuals(learned: Any, rest: Any, batch: dict) -> Any:
+        batch = drawn(config, jnp.int32(0), batch)
         targets = batch_targets(config, joined(learned, rest), batch)
         scale_M = jnp.ones((config.heads.num_future,), jnp.float32)
 

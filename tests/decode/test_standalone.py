@@ -62,7 +62,8 @@ def test_tokens_are_those_of_the_row(tau):
 
 
 def test_confidence_decides():
-    """The reference of the test above meets every length, and tau 1 is one token per pass: plain decoding.
+    """The reference of the test above meets several lengths; tau 1 is one token per pass, as plain decoding. So is
+    `exact`, with which the model checks its own predictions.
 
     Guards the test above: with a random model nearly nothing could be accepted.
     """
@@ -73,6 +74,9 @@ def test_confidence_decides():
     assert never.tokens == plain.tokens
     assert never.stats.tokens_per_round == 1
     assert never.stats.replaced == 0
+    checked = generate(model(), PROMPTS, max_new_tokens=NEW)
+    assert checked.tokens == plain.tokens
+    assert not checked.stats.lossy
 
 
 def test_longest_sure_beginning():

@@ -14,7 +14,7 @@ from reference.xent_problems import problem, xent_and_grads
 
 from mtp_jax.config import MeshConfig
 from mtp_jax.errors import UserError
-from mtp_jax.losses.xent import XentSpec, fused_xent
+from mtp_jax.losses.xent import XentSpec, fused_xent, token_argmax
 from mtp_jax.sharding import loss_placement, make_mesh
 
 SHAPE = {"M": 2, "B": 8, "T": 17, "D": 8, "V": 40}
@@ -138,3 +138,21 @@ def test_axes_that_a_mesh_does_not_have_are_refused():
                 XentSpec(mesh=mesh, **{name: given})
     with pytest.raises(UserError, match=r"axes of the kinds AxisType\.Explicit, AxisType\.Explicit; make it with"):
         XentSpec(mesh=jax.make_mesh((4, 2), ("rows", "vocab")))
+
+
+@pytest.mark.parametrize("name", sampled([*MESHES], "cube"))
+def test_most_likely_tokens(name):
+    """token_argmax = arg-max of the logits, and the lowest id of equal ones, with any split of the vocabulary.
+
+    Breaks if a shard counts its ids from 0, or takes its own best token for the best of all.
+    """
+    mesh = make_mesh(MeshConfig(**MESHES[name]))
+    hidden_MBTD, table_VD, *_ = problem(**SHAPE | OF_CONTEXT.get(name, {}))
+    table_VD = np.array(table_VD)
+    table_VD[[3, 39]] = table_VD[[38, 11]]  # ties between shards
+    logits_MBTV = np.einsum("MBTD,VD->MBTV", hidden_MBTD, table_VD)
+    spec = XentSpec(4 * 40 * CHUNKS[name], **loss_placement(mesh))
+    found_MBT = jax.jit(token_argmax, static_argnums=2)(hidden_MBTD, table_VD, spec)
+    expected_MBT = logits_MBTV.argmax(-1)
+    np.testing.assert_array_equal(found_MBT, expected_MBT)
+    assert {3, 11} & set(expected_MBT.ravel().tolist())
