@@ -38,6 +38,34 @@ class Mutation:
 
 NAMED = (
     Mutation(
+        "the teacher of a standalone model reads the text, not the student's tokens",
+        "training/objectives/regions.py",
+        "teacher = _taught(config, spec, params[mtp.TEACHER], rows, written_PBX)",
+        "teacher = _taught(config, spec, params[mtp.TEACHER], rows, ids_MBX[:-1])",
+        "training/test_standalone.py",
+    ),
+    Mutation(
+        "the regions of a standalone model do not depend on the step",
+        "training/objectives/targets.py",
+        "key = jax.random.fold_in(jax.random.key(config.train.seed), step)",
+        "key = jax.random.key(config.train.seed)",
+        "training/test_standalone.py",
+    ),
+    Mutation(
+        "ConfAdapt ignores whether the model is sure of the pending token",
+        "decode/verify.py",
+        "first_B = jnp.sum(jnp.cumprod(sure_BQ > rule.tau, axis=1), axis=1)",
+        "first_B = 1 + jnp.sum(jnp.cumprod(sure_BQ[:, 1:] > rule.tau, axis=1), axis=1)",
+        "decode/test_standalone.py",
+    ),
+    Mutation(
+        "masks stand behind the last draft, also if it is not emitted",
+        "decode/engine.py",
+        "ask = Ask(min(plan.drafter.masks, verified), taken_B, plan.drafter.taps, embedded)",
+        "ask = Ask(min(plan.drafter.masks, verified), None, plan.drafter.taps, embedded)",
+        "decode/test_standalone.py",
+    ),
+    Mutation(
         "queries of GGUF files stay in llama.cpp's order",
         "convert/gguf/tensors.py",
         "values = dequantize(raw if self.rows is None else raw[self.rows], kind)",
