@@ -4,7 +4,7 @@
     mtp train configs/standalone.py --workdir runs/standalone
 
 The model of the first line adds numbers in worked steps. The second line trains it to predict up to eight tokens at
-once, from a frozen copy of itself. 1.05M parameters, and as many of the copy; four minutes on one slow core. See
+once, from a frozen copy of itself. 1.05M parameters, and as many of the copy; two minutes on one slow core. See
 `docs/standalone.md` for what to expect, and for a model of your own: `train.init_from` is its workdir.
 """
 
@@ -30,7 +30,7 @@ config = Config(
         prompt_tokens=10,
         eval_fraction=0.01,
     ),
-    optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, schedule="constant"),
-    train=TrainConfig(steps=300, batch_size=16, init_from="runs/sums", checkpoint_every=100, eval_rows=32),
+    optim=OptimConfig(name="muon", learning_rate=1e-3, muon_learning_rate=0.01, warmup_steps=20, schedule="linear"),
+    train=TrainConfig(steps=200, batch_size=16, init_from="runs/sums", checkpoint_every=100, eval_rows=32),
     decode=DecodeConfig(num_prompts=16, prompt_tokens=10, max_new_tokens=26),
 )

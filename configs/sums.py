@@ -2,7 +2,7 @@
 
     mtp train configs/sums.py --workdir runs/sums
 
-1.05M parameters, eight minutes on one slow core. `benchmarks/standalone.py` measures it.
+1.05M parameters, three minutes on one slow core. `benchmarks/standalone.py` measures it.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig, OptimConfig, TrainConfig
@@ -27,6 +27,6 @@ config = Config(
         eval_fraction=0.01,
     ),
     optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=50),
-    train=TrainConfig(steps=1200, batch_size=16, checkpoint_every=200, eval_rows=32),
+    train=TrainConfig(steps=600, batch_size=16, checkpoint_every=200, eval_rows=32),
     decode=DecodeConfig(num_prompts=16, prompt_tokens=10, max_new_tokens=26),
 )

@@ -31,7 +31,7 @@ PARAMETERS = {
     "induction": 1_082_752,
     "polynomials": 1_281_280,
     "sums": 1_051_904,
-    "standalone": 1_052_032 + 1_051_904,  # the teacher is an argument, too
+    "standalone": 1_052_032,
     "pretrain_1b": 1_100_048_384,
     "pretrain_7b": 6_738_415_616,
     "pretrain_13b": 13_015_864_320,
