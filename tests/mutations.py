@@ -40,8 +40,8 @@ NAMED = (
     Mutation(
         "the teacher of a standalone model reads the text, not the student's tokens",
         "training/objectives/regions.py",
-        "teacher = _taught(config, spec, params[mtp.TEACHER], rows, written_PBX)",
-        "teacher = _taught(config, spec, params[mtp.TEACHER], rows, ids_MBX[:-1])",
+        "teacher = _taught(config, spec, frozen, rows, written_PBX)",
+        "teacher = _taught(config, spec, frozen, rows, ids_MBX[:-1])",
         "training/test_standalone.py",
     ),
     Mutation(
@@ -216,9 +216,15 @@ NAMED = (
     Mutation(
         "head_scale of each micro-batch alone",
         "training/step.py",
+<<<<<<< HEAD
         "total_loss(config, spec, params, *micro, given.scale_M, terms)",
         "total_loss(config, spec, params, *micro, "
         "head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), config.head_weights)"
+=======
+        "total_loss(config, spec, params, *micro, scale_M, terms)",
+        "total_loss(config, spec, params, *micro, "
+        "scales(config, jnp.sum(micro[1].weights_MBT, axis=(1, 2)), w_M)"
+>>>>>>> c09c21e (A frozen trunk is its own teacher: no copy if only heads or adapters are trained)
         " / config.train.grad_accum, terms)",
         "training/test_step.py",
     ),

@@ -235,8 +235,15 @@ class Config:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether there is a frozen copy of the trunk, the teacher of a standalone model, which only training uses."""
+        """Whether a standalone model learns from a teacher: the trunk at the start of the run."""
         return self.heads.facts.stands_alone and self.heads.num_future > 1 and self.loss.teacher != "none"
+
+    @property
+    def copies_teacher(self) -> bool:
+        """Whether the teacher is a copy, which only training uses. If no rule trains the trunk, the trunk itself is the
+        teacher."""
+        rules = read_rules(self.train.trainable)
+        return self.has_teacher and not all(rule.of_heads or rule.of_adapters for rule in rules)
 
     @property
     def head_weights(self) -> tuple[float, ...]:

@@ -111,14 +111,10 @@ def init(
       adapters: which matrices have adapters, in `params["lora"]`.
       teacher: whether to add a frozen copy of the trunk, the teacher of a standalone model.
     """
-    return nn.meta.unbox(
-        init_boxed(arch, key, given, token_order=token_order, adapters=adapters, teacher=teacher)
-    )
+    return nn.meta.unbox(init_boxed(arch, key, given, token_order=token_order, adapters=adapters, teacher=teacher))
 
 
-def abstract(
-    arch: Arch, *, token_order: bool = False, adapters: LoraConfig = NO_LORA, teacher: bool = False
-) -> Params:
+def abstract(arch: Arch, *, token_order: bool = False, adapters: LoraConfig = NO_LORA, teacher: bool = False) -> Params:
     """Shapes and dtypes of the parameters, boxed with their logical axis names. Nothing is allocated."""
     extra = {"token_order": token_order, "adapters": adapters, "teacher": teacher}
     return jax.eval_shape(lambda: init_boxed(arch, jax.random.key(0), **extra))

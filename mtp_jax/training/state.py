@@ -99,7 +99,7 @@ def init_params(config: Config, key: jax.Array, given: Any = None) -> Any:
 
 def _extra(config: Config) -> dict[str, Any]:
     """Which parameters a run has in addition to those of its model."""
-    return {"token_order": config.has_token_order, "adapters": config.lora, "teacher": config.has_teacher}
+    return {"token_order": config.has_token_order, "adapters": config.lora, "teacher": config.copies_teacher}
 
 
 def init_state(

@@ -1,6 +1,8 @@
 """The objective of a standalone model = the same loss region by region with ordinary rows; its draws, its attention and
 its teacher. Each docstring names the line whose deletion breaks the test."""
 
+import dataclasses
+import functools
 import shutil
 
 import chex
@@ -15,14 +17,15 @@ from reference.stepping import batch_of, run
 from reference.tiers import sampled
 from reference.tiny import run_config, tiny_config, write_text
 
+from mtp_jax.config import LoraConfig
 from mtp_jax.errors import UserError
 from mtp_jax.losses.xent import XentSpec
-from mtp_jax.model import mtp
+from mtp_jax.model import lora, mtp
 from mtp_jax.model.heads import standalone
 from mtp_jax.training.console import RunConsole
 from mtp_jax.training.loop import train
 from mtp_jax.training.objectives import Term, batch_targets, drawn, region_loss, scales
-from mtp_jax.training.state import split_params
+from mtp_jax.training.state import init_params, split_params
 from mtp_jax.training.step import compile_steps
 
 
@@ -69,6 +72,37 @@ def test_loss_and_gradient(teacher):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), grads.pop(mtp.TEACHER, {}))
+
+
+FROZEN = {"heads": ({"lora_rank": 2}, 0, "heads"), "adapters": ({}, 2, ("lora", "heads"))}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_trunk_is_the_teacher(name):
+    """If nothing of the trunk is trained, the loss is that with a copy of the trunk as teacher, and there is no copy.
+
+    Breaks if the teacher has the adapters of the student.
+    """
+    heads, adapters, trainable = FROZEN[name]
+    copied = small(heads=heads)
+    train = dataclasses.replace(copied.train, trainable=trainable)
+    config = dataclasses.replace(copied, train=train, lora=LoraConfig(rank=adapters))
+    assert not config.copies_teacher
+    assert copied.copies_teacher
+    plain = random_params(copied)
+    fresh = init_params(config, jax.random.key(0))
+    given = plain | ({"lora": jax.tree.map(lambda leaf: leaf + 0.1, fresh["lora"])} if adapters else {})
+    batch = drawn(config, jnp.int32(0), batch_of(config))
+    targets = batch_targets(config, plain, batch)
+
+    def loss(config, params):
+        spec = XentSpec(chunk_bytes=4 * 24 * 5)
+        return region_loss(config, spec, params, batch, targets, jnp.ones(3))[0]
+
+    attached = lora.attached(given, config.lora)
+    with_copy = attached | {mtp.TEACHER: mtp.trunk_params(plain)}
+    one, other = (quick_jit(functools.partial(loss, *pair))() for pair in ((config, attached), (copied, with_copy)))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_regions_are_drawn_evenly():

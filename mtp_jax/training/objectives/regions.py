@@ -17,7 +17,8 @@ mean over all continuations.
 
 No gradient passes through y or the teacher. The teacher's parameters are in `params["teacher"]`: an argument of the
 step, which is saved and sharded like other parameters, and takes their memory once more in the dtype of the
-computation. The optimizer has no state for it.
+computation. The optimizer has no state for it. If only heads or adapters are trained, the trunk stands still, so it is
+the teacher itself and there is no copy.
 """
 
 import dataclasses
@@ -70,7 +71,8 @@ def region_loss(
     teacher = None
     if config.has_teacher:
         written_PBX = token_argmax(hidden_MBXD[:-1], table_VD, spec)
-        teacher = _taught(config, spec, params[mtp.TEACHER], rows, written_PBX)
+        frozen = params[mtp.TEACHER] if config.copies_teacher else _without_adapters(mtp.trunk_params(params))
+        teacher = _taught(config, spec, frozen, rows, written_PBX)
         ids_MBX = token_argmax(*teacher, spec)
     soft = config.loss.teacher == "soft"
     options = dataclasses.replace(spec, mix=1.0 if soft else 0.0)
@@ -81,6 +83,12 @@ def region_loss(
     given = (ids_MBX, scaled_MBX, options, teacher if soft else None, wanted_MBX)
     found = xent(hidden_MBXD, table_VD, *given)
     return found.loss, head_sums(found.ce_MBT, found.rank_MBT, weights_MBX)
+
+
+def _without_adapters(trunk_params: dict) -> dict:
+    """The trunk as it was before training, if only adapters and heads are trained."""
+    blocks = {name: tree for name, tree in trunk_params["blocks"].items() if name != "lora"}
+    return trunk_params | {"blocks": blocks}
 
 
 def _taught(config: Config, spec: XentSpec, params: dict, rows: tuple, written_PBX: jax.Array) -> Teacher:
