@@ -59,7 +59,7 @@ NAMED = (
         "decode/test_standalone.py",
     ),
     Mutation(
-        "masks stand behind the last draft, also if it is not emitted",
+        "every token of a round has masks, also under a rule that knows the last one",
         "decode/engine.py",
         "ask = Ask(min(plan.drafter.masks, verified), taken_B, plan.drafter.taps, embedded)",
         "ask = Ask(min(plan.drafter.masks, verified), None, plan.drafter.taps, embedded)",
