@@ -158,8 +158,8 @@ def check_rule(rule: Rule, arch: Arch, drafter: Drafter, num_draft: int | str | 
     if not arch.heads.facts.stands_alone:
         kinds = " or ".join(f"heads.kind={kind!r}" for kind in families("stands_alone"))
         raise UserError(
-            f"{asked} emits tokens without verification, which needs a model trained with {kinds}, not "
-            f"{arch.heads.kind!r}; use accept='exact'"
+            f"{asked} emits tokens without verification, for which this model was not trained; train it with {kinds}, "
+            "or use accept='exact'"
         )
     if drafter.num_draft and drafter.name != "heads":
         raise UserError(f"{asked} emits the model's own predictions, not those of draft={drafter.name!r}; use 'heads'")

@@ -155,7 +155,7 @@ class _Ends:
 
 
 REFUSED = {
-    "other family": (decoding.model, ("random",), {"accept": "all"}, "needs a model trained with"),
+    "other family": (decoding.model, ("random",), {"accept": "all"}, "for which this model was not trained"),
     "lookup": (model, (), {"accept": "confadapt", "draft": "lookup"}, "not those of draft='lookup'"),
     "auto": (model, (), {"accept": "all", "num_draft": "auto"}, "from call to call"),
 }
