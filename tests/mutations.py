@@ -216,15 +216,9 @@ NAMED = (
     Mutation(
         "head_scale of each micro-batch alone",
         "training/step.py",
-<<<<<<< HEAD
         "total_loss(config, spec, params, *micro, given.scale_M, terms)",
         "total_loss(config, spec, params, *micro, "
-        "head_scale(jnp.sum(micro[1].weights_MBT, axis=(1, 2)), config.head_weights)"
-=======
-        "total_loss(config, spec, params, *micro, scale_M, terms)",
-        "total_loss(config, spec, params, *micro, "
-        "scales(config, jnp.sum(micro[1].weights_MBT, axis=(1, 2)), w_M)"
->>>>>>> c09c21e (A frozen trunk is its own teacher: no copy if only heads or adapters are trained)
+        "scales(config, jnp.sum(micro[1].weights_MBT, axis=(1, 2)), config.head_weights)"
         " / config.train.grad_accum, terms)",
         "training/test_step.py",
     ),
