@@ -42,14 +42,14 @@ NAMED = (
         "training/objectives/regions.py",
         "teacher = _taught(config, spec, frozen, rows, written_PBX)",
         "teacher = _taught(config, spec, frozen, rows, ids_MBX[:-1])",
-        "training/test_standalone.py",
+        "training/test_regions.py",
     ),
     Mutation(
         "the regions of a standalone model do not depend on the step",
         "training/objectives/targets.py",
         "key = jax.random.fold_in(jax.random.key(config.train.seed), step)",
         "key = jax.random.key(config.train.seed)",
-        "training/test_standalone.py",
+        "training/test_regions.py",
     ),
     Mutation(
         "ConfAdapt ignores whether the model is sure of the pending token",
