@@ -61,8 +61,8 @@ NAMED = (
     Mutation(
         "every token of a round has masks, also under a rule that knows the last one",
         "decode/engine.py",
-        "ask = Ask(min(plan.drafter.masks, verified), taken_B, plan.drafter.taps, embedded)",
-        "ask = Ask(min(plan.drafter.masks, verified), None, plan.drafter.taps, embedded)",
+        "ask = Ask(min(plan.drafter.masks, width), taken_B, plan.drafter.taps, embedded)",
+        "ask = Ask(min(plan.drafter.masks, width), None, plan.drafter.taps, embedded)",
         "decode/test_standalone.py",
     ),
     Mutation(
@@ -642,8 +642,8 @@ OTHERS = (
     Mutation(
         "a row that thinks accepts drafts",
         "decode/engine.py",
-        "jnp.where(alone_B[:, None], NO_TOKEN, drafts.tokens_BP)",
-        "drafts.tokens_BP",
+        "jnp.where(alone_B[:, None], NO_TOKEN, drafts_BP)",
+        "drafts_BP",
         "decode/test_soft_thinking.py",
     ),
     Mutation(
