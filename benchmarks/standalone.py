@@ -58,8 +58,12 @@ class Args:
     """Number of held-out sums."""
     batches: tuple[int, ...] = (1, 32)
     """Batch sizes for the times."""
+    timed: tuple[str, ...] = ("k = 3", "k = 8", "tau = 0.9")
+    """Which settings are timed."""
     runs: int = 5
-    """Number of times that each setting is timed."""
+    """Number of times that each of them is timed."""
+    train: bool = True
+    """False: train nothing more, and publish the seeds that are measured already."""
     workdir: pathlib.Path = pathlib.Path("runs/standalone_bench")
     """Directory of all runs and measurements."""
     results: str = RESULTS
@@ -101,17 +105,17 @@ def main() -> None:
     base = read_config(args.config)
     most = base.heads.num_future
     every = settings(most, TAUS)
-    points = {
-        (arm, seed): _measured(args, base, arm, seed, teacher, sums, every)
-        for seed in range(args.seeds)
-        for arm in args.arms
-    }
+    points: dict[str, list[dict[str, Point]]] = {arm: [] for arm in args.arms}
+    for seed in range(args.seeds):
+        for arm in args.arms:
+            if args.train or _kept(args, arm, seed).exists():
+                points[arm].append(_measured(args, base, arm, seed, teacher, sums, every))
     plain = quality(teacher, teacher, sums.prompts, Setting("", {"draft": "none"}), sums.new, sums.is_right)
     lm = load(args.workdir / _name(args.arms[0], 0))
     gains = _gains(args, lm, sums, every)
     device = jax.devices()[0].device_kind
     steps = args.steps or base.train.steps
-    _ablation(args, points, plain, every, steps, len(sums.rows_BT)).publish(args.results, device)
+    _ablation(args, points, plain, steps, len(sums.rows_BT)).publish(args.results, device)
     _curve(args, points, gains, every, len(sums.rows_BT)).publish(args.results, device)
 
 
@@ -127,6 +131,11 @@ def _name(arm: str, seed: int) -> str:
     return f"{arm.replace(' ', '_')}_{seed}"
 
 
+def _kept(args: Args, arm: str, seed: int) -> pathlib.Path:
+    """The file with the measurements of an arm with one seed."""
+    return args.workdir / f"{_name(arm, seed)}.json"
+
+
 def _train(config: Config, workdir: pathlib.Path) -> None:
     with RunConsole(quiet=True) as console:
         result = train(config, workdir, console)
@@ -139,7 +148,7 @@ def _measured(
 ) -> dict[str, Point]:
     """The quality of an arm with one seed at every setting; kept on disk."""
     name = _name(arm, seed)
-    kept = args.workdir / f"{name}.json"
+    kept = _kept(args, arm, seed)
     if not kept.exists():
         loss = dataclasses.replace(base.loss, **ARMS[arm])
         changed = {"init_from": str(args.workdir / "start"), "seed": seed, "steps": args.steps or base.train.steps}
@@ -156,16 +165,16 @@ def _measured(
 
 def _gains(args: Args, lm: LoadedModel, sums: Sums, every: list[Setting]) -> dict[str, list[str]]:
     """Gain of every setting over one token per pass of the same model, by the clock, at every batch size."""
-    found: dict[str, list[str]] = {one.name: [] for one in every}
-    for batch in args.batches:
+    found: dict[str, list[str]] = {one.name: [""] * len(args.batches) for one in every}
+    plain = Setting("plain", {"draft": "none"})
+    for place, batch in enumerate(args.batches):
         prompts = sums.prompts[:batch]
-        plain = Setting("plain", {"draft": "none"})
-        for one in every:
+        for one in (setting for setting in every if setting.name in args.timed):
             ratios = []
             for _ in range(args.runs + 1):
                 ours, theirs = (_seconds(lm, prompts, sums.new, side) for side in (one, plain))
                 ratios.append(theirs / ours)
-            found[one.name].append(f"{statistics.median(ratios[1:]):.2f}x")
+            found[one.name][place] = f"{statistics.median(ratios[1:]):.2f}x"
     return found
 
 
@@ -187,23 +196,23 @@ def _line(points: list[dict[str, Point]], *names: str) -> str:
     )
 
 
-def _ablation(args: Args, points: dict, plain: Point, every: list[Setting], steps: int, documents: int) -> Report:
-    rows = [["start, one token per pass", _share([plain.right]), "", "", ""]]
+def _ablation(args: Args, points: dict, plain: Point, steps: int, documents: int) -> Report:
+    rows = [["start, one token per pass", _share([plain.right]), "", "", "", ""]]
     for arm in args.arms:
-        mine = [points[arm, seed] for seed in range(args.seeds)]
+        mine = points[arm]
         at_tau = statistics.mean(one["tau = 0.9"].tokens_per_pass for one in mine)
         rights = [_share([one[name].right for one in mine]) for name in ("k = 1", "k = 3", "tau = 0.9")]
-        rows.append([arm, *rights, f"{at_tau:.2f}"])
-    columns = ("targets", "k = 1", "k = 3", "tau = 0.9", "tokens per pass at tau = 0.9")
+        rows.append([arm, *rights, f"{at_tau:.2f}", str(len(mine))])
+    columns = ("targets", "k = 1", "k = 3", "tau = 0.9", "tokens per pass at tau = 0.9", "seeds")
     note = (
-        f"Right sums in percent, of {documents} held-out ones: mean over {args.seeds} seeds (lowest to highest). Each "
+        f"Right sums in percent, of {documents} held-out ones: mean over the seeds (lowest to highest). Each "
         f"arm: {steps} steps from the same start. Decoding without verification is lossy."
     )
     return Report("A standalone multi-token model: the targets", columns, rows, note)
 
 
 def _curve(args: Args, points: dict, gains: dict[str, list[str]], every: list[Setting], documents: int) -> Report:
-    mine = [points[args.arms[0], seed] for seed in range(args.seeds)]
+    mine = points[args.arms[0]]
 
     def mean(name: str, field: str) -> float:
         return statistics.mean(getattr(one[name], field) for one in mine)
