@@ -65,8 +65,8 @@ class Reading(abc.ABC):
         return self.encode_documents([text])[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_document` of each text, on all cores."""
-        return [self._ended(self._begun(ids)) for ids in self._ids(texts)]
+        """`encode_document` of each text, on all cores. No text is no error, also where a tokenizer would raise one."""
+        return [] if not texts else [self._ended(self._begun(ids)) for ids in self._ids(texts)]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation that the assistant will continue. They are the ids of the template's text, and no

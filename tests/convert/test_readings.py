@@ -109,6 +109,7 @@ def test_one_reading(name, made):
     for reader, tokenizer in found.items():
         assert tokenizer.marks == Marks(first, end, ends, odd.special), reader
         assert (tokenizer.eos_id, tokenizer.end_ids) == (end, ends)
+        assert tokenizer.encode_documents([]) == []  # transformers raises an IndexError for no text
     for text in TEXTS:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         prompt = ids if tuple(ids[: len(first)]) == first else [*first, *ids]
