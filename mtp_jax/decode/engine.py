@@ -200,6 +200,8 @@ def decode_round(
     alone_B = alone_rows(plan.hooks, state.hook_caches)
     embedded = embed_hooks(plan.hooks, controls.hooks, state.hook_caches, seen)
     # A rule that decides ahead knows already which token will be the last one, so only that one has masks.
+    if taken_B is not None and alone_B is not None:
+        taken_B = jnp.where(alone_B, 0, taken_B)
     ask = Ask(min(plan.drafter.masks, width), taken_B, plan.drafter.taps, embedded)
     state_BQD, tap_BQD, caches, taps = mtp.decode_forward(plan.arch, params, input_BQ, start_B, state.caches, ask)
     state = state._replace(tokens_BS=_write(state.tokens_BS, input_BQ, start_B), caches=caches)

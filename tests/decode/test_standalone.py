@@ -12,6 +12,7 @@ from reference.decoding import CONFIG, NEW, PROMPTS, compilations, loaded, loud_
 from reference.standalone import row_logits, slow_ahead
 
 from mtp_jax.decode.generate import generate
+from mtp_jax.decode.hooks import Hook
 from mtp_jax.decode.verify import Rule, take_sure
 from mtp_jax.errors import UserError
 from mtp_jax.model.heads import masks
@@ -117,6 +118,39 @@ def test_masks_at_one_token(monkeypatch):
         monkeypatch.setattr(masks, "decode_masks", counted)
         generate(model(), [PROMPTS[0]], max_new_tokens=5, num_draft=2, accept=accept)
     assert sizes == {"all": 2, "exact": 6}
+
+
+def _every_second():
+    """A hook that changes nothing, and lets rows emit no drafts in every second round, from the first on."""
+
+    def apply(params, rounds_B, logits_BXV, context):
+        return logits_BXV, rounds_B + 1
+
+    def embed(params, rounds_B, embedded_B1D, context):
+        return embedded_B1D
+
+    def alone(rounds_B):
+        return rounds_B % 2 == 1
+
+    def init(arch, batch, slots):
+        return jnp.zeros((batch,), jnp.int32)
+
+    return Hook("every second", init, apply, embed, alone=alone)
+
+
+def test_a_row_alone_has_its_masks_behind_its_token():
+    """If a hook lets a row emit no drafts, the next predictions are those behind the one token that it emits.
+
+    Breaks if masks stand behind the drafts that the row would have emitted.
+    """
+    tokens = list(PROMPTS[0])
+    passes = 0
+    while len(tokens) < len(PROMPTS[0]) + NEW:
+        logits_kV = row_logits(model().arch, model().params, tokens, K - 1)[len(tokens) - 1 :]
+        tokens += logits_kV.argmax(-1)[: K if passes % 2 else 1].tolist()
+        passes += 1
+    found = generate(model(), PROMPTS[:1], max_new_tokens=NEW, accept="all", hooks=[_every_second()])
+    assert found.tokens == [tokens[len(PROMPTS[0]) :][:NEW]]
 
 
 def test_second_call_compiles_nothing():
