@@ -111,11 +111,10 @@ def main() -> None:
             if args.train or _kept(args, arm, seed).exists():
                 points[arm].append(_measured(args, base, arm, seed, teacher, sums, every))
     plain = quality(teacher, teacher, sums.prompts, Setting("", {"draft": "none"}), sums.new, sums.is_right)
-    lm = load(args.workdir / _name(args.arms[0], 0))
-    gains = _gains(args, lm, sums, every)
     device = jax.devices()[0].device_kind
     steps = args.steps or base.train.steps
     _ablation(args, points, plain, steps, len(sums.rows_BT)).publish(args.results, device)
+    gains = _gains(args, load(args.workdir / _name(args.arms[0], 0)), sums, every)
     _curve(args, points, gains, every, len(sums.rows_BT)).publish(args.results, device)
 
 
