@@ -28,7 +28,17 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 SHOWN = [path for path in CONFIGS if path.stem in ("tiny", "pretrain_7b")]
 # A new file in configs/ adds its number here, worked out by hand:
 # V D (twice if untied) + (L + M - 1) (2 D H (N + K) + 3 D F + 2 D) + D.
+SMOLLM2 = 2 * 576 * 64 * 12 + 3 * 576 * 1536 + 2 * 576
+"""Parameters of a block of SmolLM2-135M, and of a head that is one."""
+WITH_HEADS = 49_152 * 576 + (30 + 4) * SMOLLM2 + 576
 COUNTS = {
+    "caft_heads": WITH_HEADS,
+    "caft_lora": WITH_HEADS,
+    "caft_full": WITH_HEADS,
+    "naive_multi_token": WITH_HEADS,
+    "joint_heads": WITH_HEADS + 31,
+    "next_token_lora": 49_152 * 576 + 30 * SMOLLM2 + 576,
+    "next_token_full": 49_152 * 576 + 30 * SMOLLM2 + 576,
     "bench_1b": 2 * 32_000 * 2048 + (19 + 3) * (2 * 2048 * 64 * 36 + 3 * 2048 * 5632 + 2 * 2048) + 2048,
     "bench_200m": 2 * 32_000 * 1024 + (9 + 3) * (2 * 1024 * 64 * 32 + 3 * 1024 * 2816 + 2 * 1024) + 1024,
     "bench_30m": 2 * 8192 * 512 + (5 + 3) * (2 * 512 * 64 * 16 + 3 * 512 * 1408 + 2 * 512) + 512,
@@ -63,7 +73,8 @@ def test_every_parameter_of_every_config_has_a_place(path):
     tree = boxed(config)
     shardings = sharding.param_shardings(sharding.make_mesh(MeshConfig(fsdp=8)), tree)
     split = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), nn.meta.unbox(tree), shardings)
-    assert 8 * sum(jax.tree.leaves(split)) == COUNTS[path.stem]
+    weights = 31 if config.heads.tap_mix else 0  # one for every place between layers, on every device
+    assert 8 * (sum(jax.tree.leaves(split)) - weights) + weights == COUNTS[path.stem]
 
 
 def test_specs_are_literal():

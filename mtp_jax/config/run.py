@@ -56,7 +56,7 @@ class Config:
         self._check_objective()
         self._check_heads_alone()
         self._check_adapters()
-        check_standalone(self.heads, self.loss, self.data)
+        check_standalone(self.heads, self.loss, self.data, self.mesh)
         self._check_mesh(arch)
 
     def _check_rows(self) -> None:

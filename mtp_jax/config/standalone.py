@@ -4,9 +4,10 @@ from mtp_jax.config.checks import only_with, require
 from mtp_jax.config.data import DataConfig
 from mtp_jax.config.heads import HeadsConfig, families
 from mtp_jax.config.loss import LossConfig
+from mtp_jax.config.mesh import MeshConfig
 
 
-def check_standalone(heads: HeadsConfig, loss: LossConfig, data: DataConfig) -> None:
+def check_standalone(heads: HeadsConfig, loss: LossConfig, data: DataConfig, mesh: MeshConfig) -> None:
     """Refuses settings of the objective with other families, and settings that this objective would ignore."""
     given = heads.facts.stands_alone
     for name in ("teacher", "span"):
@@ -23,3 +24,8 @@ def check_standalone(heads: HeadsConfig, loss: LossConfig, data: DataConfig) -> 
     for name, off in (("distil", "none"), ("entropy", "none"), ("token_order", 0.0), ("teacherless", -1)):
         value = getattr(loss, name)
         require(value == off, f"loss.{name}={value!r} has no effect with {kind}; use loss.{name}={off!r}")
+    require(
+        mesh.context <= 1,
+        f"mesh.context={mesh.context} with {kind}: its regions cannot be split over the devices of `context`; use "
+        "mesh.context=1, and mesh.fsdp or mesh.data for these devices",
+    )

@@ -158,6 +158,10 @@ REFUSED = [
         )
         for name, value in {"distil": "kl", "entropy": "soft", "token_order": 1.0}.items()
     ],
+    (
+        lambda: Config(heads=STANDALONE, mesh=MeshConfig(context=2)),
+        "mesh.context=2 with heads.kind='standalone': its regions cannot be split",
+    ),
     (lambda: HeadsConfig(kind="standalone", norm="own"), "predicts with the model's own norm and unembedding"),
     (lambda: ModelConfig(num_heads=6, num_kv_heads=4), "model.num_heads=6 is not a multiple of model.num_kv_heads=4"),
     (lambda: ModelConfig(head_dim=7), "model.head_dim=7 with model.rope_fraction=1.0 rotates 7 dimensions"),
