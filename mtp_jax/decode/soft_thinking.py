@@ -126,7 +126,7 @@ class SoftThinking(HookMaker):
             if len(ids) != 1:
                 raise UserError(
                     f"SoftThinking.end: {end!r} is {len(ids)} tokens of this model; give the id of one token, or a "
-                    "string that is one token"
+                    "string that is one token (--thinking.end of `mtp generate`)"
                 )
             return ids[0]
         if end >= V:
