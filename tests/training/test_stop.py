@@ -150,6 +150,20 @@ def test_a_signal_counts_from_its_coming(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_stop_request_in_another_thread():
+    """The block is entered and left there, and asks for nothing. Breaks if it calls `signal.signal` in any thread."""
+
+    def enter():
+        with stop.StopRequest() as request:
+            return request.asked()
+
+    before = signal.getsignal(signal.SIGINT)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() is False
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.grid
 def test_a_run_in_another_thread(tmp_path):
     """Outside the main thread, where Python refuses handlers of signals, a run trains and leaves the handlers alone.
 
