@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from mtp_jax.config import Config, LoraConfig, OptimConfig, TrainConfig, overrid
 from mtp_jax.convert import fetch
 from mtp_jax.convert.adapters import is_adapter
 from mtp_jax.convert.layouts import recognised
+from mtp_jax.errors import UserError
 from mtp_jax.runs.progress import say
 from mtp_jax.training.start import config_of
 
@@ -73,7 +75,7 @@ def with_run(config: Config, notify: Notify) -> Config:
 
 def run_of(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
     """The directory of a source as a run. A checkpoint, or a model with a short name, is imported into the cache the
-    first time."""
+    first time, and again if this version cannot read the config that another one wrote."""
     if fetch.is_named(source):
         name = str(source)
         file = fetch.model(name, notify)
@@ -84,12 +86,26 @@ def run_of(source: str | pathlib.Path, notify: Notify) -> pathlib.Path:
         return pathlib.Path(source)
     with fetch.locked(name, notify) as folder:
         run = folder / "run"
+        _remove_unreadable(run, str(source), notify)
         if not (run / "config.json").is_file():
             from mtp_jax.convert.importer import import_model
 
             notify(f"{source}: importing it into {run}, so that training can start from it")
             import_model(file, run, notify=notify)
     return run
+
+
+def _remove_unreadable(run: pathlib.Path, source: str, notify: Notify) -> None:
+    """Removes an import from the cache if this version cannot read its config."""
+    if not (run / "config.json").is_file():
+        return
+    try:
+        config_of(run, source)
+    except UserError as error:
+        notify(f"{source}: its import in the cache, by another version, cannot be read ({error}); it is made again")
+        # The directory goes in one step, so that a kill leaves no half of it.
+        with tempfile.TemporaryDirectory(dir=run.parent, prefix=fetch.SCRATCH) as scratch:
+            run.rename(pathlib.Path(scratch) / "run")
 
 
 def _is_checkpoint(source: str | pathlib.Path) -> bool:

@@ -8,7 +8,6 @@ drafts of any drafter leave the combined distribution as it is.
 """
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -24,10 +23,12 @@ from mtp_jax.decode.prompts import Prompt, is_conversation, prompt_ids
 from mtp_jax.decode.second_model import SecondModel, model_drafter, second_model
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
+from mtp_jax.runs.integrity import short_reason
 from mtp_jax.runs.programs import bounded
 
 ReadsAs = Callable[[Prompt], Prompt]
 SIDES = ("expert", "anti_expert")
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,8 +56,8 @@ class ProxyTuning(HookMaker):
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.alpha, numbers.Real) and not isinstance(self.alpha, bool)
-        if not is_number or not math.isfinite(self.alpha):
-            raise UserError(f"ProxyTuning.alpha={self.alpha!r}; it must be a finite number, such as 1.0")
+        if not is_number or not abs(self.alpha) <= LARGEST:
+            raise UserError(f"ProxyTuning.alpha={self.alpha!r}; it must be a finite number of float32, such as 1.0")
         for side in SIDES:
             lm = getattr(self, side)
             if not hasattr(lm, "decode_params"):
@@ -115,12 +116,10 @@ class ProxyTuning(HookMaker):
     def _ids(self, side: str, asked: Asked) -> list[list[int]]:
         """The prompts of the expert or the anti-expert, as tokens."""
         lm = getattr(self, side)
-        reads = getattr(self, f"{side}_reads")
         longest = lm.arch.model.max_seq_len
         own = []
         for row, (prompt, base_ids) in enumerate(zip(asked.prompts, asked.ids, strict=True)):
-            own_words = is_conversation(prompt) or reads is not None
-            read = base_ids if not own_words else prompt if reads is None else reads(prompt)
+            read = self._read(side, prompt, base_ids, row)
             try:
                 ids = prompt_ids(lm, read, row)
             except UserError as error:
@@ -133,6 +132,20 @@ class ProxyTuning(HookMaker):
                 )
             own.append(ids)
         return own
+
+    def _read(self, side: str, prompt: Prompt, base_ids: list[int], row: int) -> Prompt:
+        """What the expert or the anti-expert reads in the place of a prompt."""
+        reads = getattr(self, f"{side}_reads")
+        if reads is None:
+            return prompt if is_conversation(prompt) else base_ids
+        try:
+            return reads(prompt)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {short_reason(error)}"
+            raise UserError(
+                f"ProxyTuning.{side}_reads={reads!r} fails on prompt {row} ({reason}); it must be a function from "
+                "prompt to prompt"
+            ) from error
 
 
 def as_message(prompt: Prompt) -> Prompt:

@@ -12,6 +12,7 @@ continuation, and only for a piece of them at a time:
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -147,13 +148,13 @@ def pair_ids(lm: Any, prompt: Any, continuation: Any, row: int) -> tuple[list[in
     if isinstance(prompt, str) != isinstance(continuation, str):
         raise UserError(f"pair {row} has a text and token ids; give prompt and continuation both as texts or as ids")
     if not isinstance(prompt, str):
-        try:
-            before, after = [int(token) for token in prompt], [int(token) for token in continuation]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"pair {row} is neither two texts nor two lists of token ids: {error}") from error
+        before = _given_ids(prompt, row)
+        after = _given_ids(continuation, row)
     elif lm.tokenizer is None:
         raise UserError(f"pair {row} is text, but this model has no tokenizer; give lists of token ids")
     else:
+        _check_text("prompt", prompt, row)
+        _check_text("continuation", continuation, row)
         before, after = _text_ids(lm.tokenizer, prompt, continuation)
     if not before:
         raise UserError(f"prompt {row} has no token, so nothing predicts the first one; give at least one token")
@@ -161,6 +162,27 @@ def pair_ids(lm: Any, prompt: Any, continuation: Any, row: int) -> tuple[list[in
         raise UserError(f"continuation {row} has no token; give at least one")
     check_vocabulary(lm, [*before, *after], f"pair {row}")
     return before, after
+
+
+def _given_ids(given: Any, row: int) -> list[int]:
+    """Token ids that the caller gave, as ints."""
+    wanted = f"pair {row} is neither two texts nor two lists of token ids"
+    try:
+        tokens = list(given)
+        ids = [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise UserError(f"{wanted}: {error}; give ids as whole numbers") from error
+    for token in tokens:
+        if isinstance(token, bool):
+            raise UserError(f"{wanted}: {token} is no token id; give ids as whole numbers")
+    return ids
+
+
+def _check_text(name: str, text: str, row: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} {row} is not valid text: {error}; remove the character") from error
 
 
 def _text_ids(tokenizer: Any, prompt: str, continuation: str) -> tuple[list[int], list[int]]:

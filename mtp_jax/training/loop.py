@@ -81,6 +81,8 @@ def train(
 
         result = mtp_jax.train(config, "runs/mine")
 
+    In the main thread, SIGTERM and Ctrl-C save and stop the run. In another thread it sets no handlers of signals.
+
     Args:
       config: the run's config.
       workdir: the run's directory; made if it does not exist. `mtp_jax.load` reads it afterwards.

@@ -16,6 +16,9 @@ class StopRequest:
 
     With several processes, JAX listens for SIGTERM. It informs all processes and finds a step that none of them has
     passed, and all stop there. SIGINT is turned into SIGTERM in this case.
+
+    Python sets handlers of signals only in its main thread. In any other thread the block leaves the signals as they
+    are, and nothing asks to stop, except SIGTERM with several processes.
     """
 
     def __init__(self) -> None:
@@ -57,6 +60,9 @@ class StopRequest:
                 self._came()
 
     def __enter__(self) -> "StopRequest":
+        self._handles = threading.current_thread() is threading.main_thread()
+        if not self._handles:
+            return self
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
@@ -67,6 +73,8 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._handles:
+            return
         signal.set_wakeup_fd(self._woken)
         for number, handler in self._before.items():
             # A handler that Python did not set is None here, and cannot be put back.

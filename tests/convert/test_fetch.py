@@ -5,6 +5,7 @@ Each docstring names the line whose deletion breaks the test."""
 import base64
 import dataclasses
 import hashlib
+import json
 import pathlib
 import shutil
 import threading
@@ -20,7 +21,7 @@ from reference.small_llama import quiet
 
 import mtp_jax
 from mtp_jax.convert import fetch
-from mtp_jax.convert.starting import with_run
+from mtp_jax.convert.starting import run_of, with_run
 from mtp_jax.errors import UserError
 
 NAME = "small"
@@ -197,6 +198,28 @@ def test_a_run_starts_from_a_name(packed, place, monkeypatch):
     assert with_run(config, quiet) is config
     tokenizer = dataclasses.replace(named, data=dataclasses.replace(named.data, tokenizer=NAME))
     assert with_run(tokenizer, quiet) == config
+
+
+def test_the_run_of_another_version_is_made_again(packed, place, monkeypatch):
+    """A cached run with a config that this version cannot read is imported again, with a line that says so; the
+    fetched file and the other folders stay. Breaks without `_remove_unreadable`."""
+    monkeypatch.setattr(fetch, "_downloaded", from_disk(packed)[0])
+    run = run_of(NAME, quiet)
+    path = run / "config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"of_tomorrow": {}}))
+    (run / "left").touch()
+    (place / "other").mkdir()
+    fetched = (place / "model.gguf").stat()
+    lines = []
+    assert run_of(NAME, lines.append) == run
+    assert path.read_text() == whole and not (run / "left").exists()
+    assert (place / "model.gguf").stat() == fetched
+    assert {entry.name for entry in place.iterdir()} == {".lock", "model.gguf", "other", "run"}
+    said = [line for line in lines if "it is made again" in line]
+    assert len(said) == 1 and said[0].startswith(f"{NAME}: ") and "of_tomorrow" in said[0]
+    lines.clear()
+    assert run_of(NAME, lines.append) == run and not lines
 
 
 def test_what_is_pinned():

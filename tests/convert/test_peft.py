@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import peft
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 from reference.tiers import sampled
@@ -14,7 +15,7 @@ from reference.tiers import sampled
 import mtp_jax
 from mtp_jax.cli import run as mtp
 from mtp_jax.config import to_json
-from mtp_jax.convert.adapters import CONFIG_NAME, RECORD
+from mtp_jax.convert.adapters import CONFIG_NAME, PREFIX, RECORD, open_adapter
 from mtp_jax.errors import UserError
 from mtp_jax.model.mtp import init
 from mtp_jax.runs.ancestry import inherit, origin_folder
@@ -205,6 +206,16 @@ def adapter(tmp_path_factory):
         ("use_dora", True, "use_dora=True is not implemented"),
         ("trainable_token_indices", [3], r"trainable_token_indices=\[3\] is not implemented"),
         ("of_tomorrow", 1, "of_tomorrow=1 is not implemented"),
+        ("use_rslora", "false", "use_rslora is 'false'; of these we read False, True"),
+        ("lora_alpha", None, "lora_alpha=None; it must be a finite number; correct the file"),
+        ("lora_alpha", "16", "lora_alpha='16'; it must be a finite number"),
+        ("lora_alpha", float("nan"), "lora_alpha=nan; it must be a finite number"),
+        ("r", 0, "r=0; it must be a whole number, 1 or above; correct the file"),
+        ("alpha_pattern", {"q_proj": None}, r"alpha_pattern\['q_proj'\]=None; it must be a finite number"),
+        ("alpha_pattern", ["q_proj"], r"alpha_pattern=\['q_proj'\]; it must be an object from names of modules"),
+        ("alpha_pattern", {"q_(proj": 4}, r"alpha_pattern has 'q_\(proj', which is no regular expression: missing"),
+        ("rank_pattern", {"q_proj": None}, r"rank_pattern\['q_proj'\]=None; it must be a whole number"),
+        ("rank_pattern", [4], r"rank_pattern=\[4\]; it must be an object from names of modules"),
     ],
 )
 def test_configs_that_are_refused(adapter, tmp_path, field, value, message):
@@ -214,6 +225,27 @@ def test_configs_that_are_refused(adapter, tmp_path, field, value, message):
     (tmp_path / "adapter_model.safetensors").symlink_to(adapter / "adapter" / "adapter_model.safetensors")
     with pytest.raises(UserError, match=message) as caught:
         mtp_jax.load(tmp_path, base=adapter / "llama")
+    assert "\n" not in str(caught.value)
+
+
+Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
+TENSORS_REFUSED = {
+    "no rank": ({"A": np.zeros((0, 16), "f4"), "B": np.zeros((16, 0), "f4")}, "q_proj have rank 0; train the adapter"),
+    "integers": ({"A": np.ones((2, 16), "i1"), "B": np.ones((16, 2), "f4")}, "q_proj.lora_A.weight is int8, not of"),
+    "none": ({}, r"has no tensors of LoRA \(names that end with .lora_A.weight\); fetch the adapter again"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS_REFUSED)
+def test_tensors_that_are_refused(tmp_path, case):
+    """One line with the tensor, before a base is read. Breaks without the line of each in `open_adapter` or `_pair`."""
+    factors, message = TENSORS_REFUSED[case]
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    named = {f"{Q}.lora_{side}.weight": factor for side, factor in factors.items()}
+    norm = {f"{PREFIX}model.norm.weight": np.ones(16, "f4")}
+    safetensors.numpy.save_file(named | norm, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=message) as caught:
+        open_adapter(tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -236,11 +236,20 @@ def too_long():
     return generate(mtp_jax.ProxyTuning(lm, ANTI), prompts=[list(range(20))])
 
 
+def fails(prompt):
+    raise ValueError("two\nlines")
+
+
 WRONG = {
     "alpha": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI, float("inf")), "alpha=inf; it must be a finite number"),
+    "alpha of float64": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI, 1e39), r"alpha=1e\+39; it must be a finite number"),
     "alpha of text": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI, "1"), "alpha='1'; it must be a finite number"),
     "a path": (lambda: mtp_jax.ProxyTuning("runs/x", ANTI), "expert='runs/x' is no loaded model; give mtp_jax.load"),
     "reads": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI, 1.0, "chat"), "expert_reads='chat'; it must be a function"),
+    "reads that fail": (
+        lambda: generate(mtp_jax.ProxyTuning(EXPERT, ANTI, anti_expert_reads=fails)),
+        r"anti_expert_reads=<function fails .* fails on prompt 0 \(ValueError: two lines\); it must be a function",
+    ),
     "vocabulary": (other_vocabulary, "expert has another vocabulary: its token 0 is .*; use models of one vocabulary"),
     "size": (other_size, "anti_expert has 300 tokens, but the base has 40; use models of one vocabulary"),
     "length": (too_long, "expert: prompt 0 with its new tokens needs 36 positions, but model.max_seq_len=32"),

@@ -140,6 +140,9 @@ WRONG = {
     "nothing to score": (([[1], [2]], [[1], []]), "continuation 1 has no token; give at least one"),
     "outside": (([[1]], [[40]]), r"pair 0 holds token id 40; the vocabulary is 0\.\.39"),
     "no ids": (([[1]], [[None]]), "pair 0 is neither two texts nor two lists of token ids: "),
+    "fractions": (([[1.7]], [[1]]), "pair 0 is neither two texts nor two lists of token ids: 'float' .*; give ids as"),
+    "digits": (([[1]], [["1"]]), "pair 0 is neither two texts nor two lists of token ids: 'str' object"),
+    "truths": (([[True]], [[1]]), "pair 0 is neither two texts nor two lists of token ids: True is no token id"),
     "far too long": (([[1]], [[1] * 65]), "continuation 0 has 65 tokens, and model.max_seq_len=64; score it in parts"),
 }
 
@@ -152,6 +155,13 @@ def test_wrong_pairs(case):
         mtp_jax.score(model("random"), *pair)
     with pytest.raises(UserError, match="batch_size=0; it must be a whole number, 1 or above"):
         mtp_jax.score(model("random"), [[1]], [[1]], batch_size=0)
+
+
+def test_no_valid_text():
+    """Half of a surrogate pair is refused in one line. Breaks without `_check_text` for either text."""
+    for pair, name in (((["\ud800"], ["ab"]), "prompt"), ((["ab"], ["\ud800"]), "continuation")):
+        with pytest.raises(UserError, match=rf"^{name} 0 is not valid text: .*'\\ud800'.*; remove the character$"):
+            mtp_jax.score(spoken(), *pair)
 
 
 def test_a_path_is_no_model():

@@ -1,5 +1,6 @@
 """How long a stop takes, and what it cuts."""
 
+import concurrent.futures
 import functools
 import itertools
 import os
@@ -147,6 +148,34 @@ def test_a_signal_counts_from_its_coming(monkeypatch):
             stop.time.sleep(0.001)
         assert request._since is not None and request.how_long().endswith(" s after the signal")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stop_request_in_another_thread():
+    """The block is entered and left there, and asks for nothing. Breaks if it calls `signal.signal` in any thread."""
+
+    def enter():
+        with stop.StopRequest() as request:
+            return request.asked()
+
+    before = signal.getsignal(signal.SIGINT)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter).result() is False
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.grid
+def test_a_run_in_another_thread(tmp_path):
+    """Outside the main thread, where Python refuses handlers of signals, a run trains and leaves the handlers alone.
+
+    Breaks if `StopRequest` calls `signal.signal` in any thread.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    text = write_text(tmp_path / "text")
+    config = tiny_config(text, model={"num_layers": 1}, heads={"num_future": 1}, train={"steps": 2})
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        result = pool.submit(run, config, tmp_path / "run").result()
+    assert (result.step, result.finished, result.stopped_by) == (2, True, "")
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def run(config, workdir):
