@@ -64,7 +64,7 @@ def forward(config, view, tokens_BS, start_B, index_B, drafts_BP, caches, head_c
         count = states_BPD.shape[1]
         return Proposed(drafts_BP[:, first - 1 :][:, :count], mtp.draft_logits(config.arch, view, states_BPD, first))
 
-    ask = mtp.Ask(drafts_BP.shape[1] if config.heads.kind == "masks" else 0)
+    ask = mtp.Ask(drafts_BP.shape[1] if config.heads.facts.in_trunk else 0)
     state_BQD, tap_BQD, caches, _ = mtp.decode_forward(config.arch, view, fed_BQ, start_B, caches, ask)
     where, total_B = (tap_BQD, start_B, index_B, jnp.ones_like(start_B, bool)), start_B + index_B + 2
     embed = functools.partial(trunk.embed, config.arch, view)
@@ -79,9 +79,8 @@ def forward(config, view, tokens_BS, start_B, index_B, drafts_BP, caches, head_c
 def full(config, params, tokens_BT):
     """Logits of every head at every position, [M, B, T, V]."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-    return mtp.logits(
-        config.arch, params, mtp.apply(config.arch, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
-    )
+    rows = tokens_BT, positions_BT, jnp.ones_like(tokens_BT)
+    return mtp.logits(config.arch, params, mtp.apply(config.arch, params, *rows, everywhere=True))
 
 
 def empty_caches(config, batch, slots, count=None):

@@ -20,7 +20,9 @@ from mtp_jax.losses.targets import make_targets
 from mtp_jax.losses.xent import XentSpec
 from mtp_jax.model import heads, lm, mtp
 
-ELSEWHERE = [name for name in SETTINGS if not name.startswith(("masks", "registers")) and "mixed" not in name]
+ELSEWHERE = [
+    name for name in SETTINGS if not name.startswith(("masks", "registers", "standalone")) and "mixed" not in name
+]
 GRID = [*(name for name in ELSEWHERE if "," not in name), "medusa, as published", "recursive, as EAGLE"]
 
 
