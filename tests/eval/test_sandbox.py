@@ -135,7 +135,12 @@ def test_check_of_humaneval():
 MAD = "def check(candidate):\n    assert abs(candidate(2) - 4) < 1e-6"
 REPLACED = {
     "abs": ("def f(x): return 0\nabs = lambda x: 0.0", MAD, "f", "wrong"),
-    "range": ("def f(x): return 0\nrange = lambda *a: []", "for i in range(3):\n    assert f(i) == i + 1", "f", "wrong"),
+    "range": (
+        "def f(x): return 0\nrange = lambda *a: []",
+        "for i in range(3):\n    assert f(i) == i + 1",
+        "f",
+        "wrong",
+    ),
     "range alone": ("range = lambda *a: []", "for i in range(3):\n    assert f(i) == i + 1", "", "exception"),
     "abs, which is not tested": ("abs = lambda x: 0", "assert abs(sum([1, 2]) - 4) < 1", "", "wrong"),
     "the entry point": ("def sum(a, b): return a + b", "assert sum(1, 2) == 3", "sum", "right"),
@@ -162,9 +167,7 @@ def test_stop_iteration_is_no_end_of_a_loop():
     assert (outcome.reason, outcome.detail[:13]) == ("exception", "StopIteration"), outcome
 
 
-@pytest.mark.parametrize(
-    "put", ["os.mkfifo('.output')", "os.symlink('/etc/passwd', '.output')", "os.mkdir('.output')"]
-)
+@pytest.mark.parametrize("put", ["os.mkfifo('.output')", "os.symlink('/etc/passwd', '.output')", "os.mkdir('.output')"])
 def test_nothing_else_is_read_as_output(put):
     """What an answer puts in the place of its output is neither read nor waited for. Breaks if the name is opened
     after the answer has run."""
