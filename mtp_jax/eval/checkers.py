@@ -190,8 +190,7 @@ def code(answer: str, record: Mapping[str, Any], limits: Limits) -> Verdict:
 
 
 def tests_of(record: Mapping[str, Any]) -> str:
-    """The tests of a record, as one source. What must stand before them, `test_imports` and `test_setup_code` as in MBPP,
-    comes first.
+    """The tests of a record, as one source. MBPP's `test_imports` and `test_setup_code` come before them.
 
     Raises:
       UserError: the record has no tests.
