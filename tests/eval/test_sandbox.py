@@ -92,6 +92,10 @@ RIGHT = {
         "assert f(2) == [2, (1.5, None), {'a': {1, 2}}, b'\\xff', 1j, 10**2000, True, frozenset('a'), 'é']",
     ),
     "a list that it changes": ("def f(x): x.sort()", "a = [2, 1]\nassert f(a) is None\nassert a == [1, 2]"),
+    "a list that it changes, by keyword": (
+        "def f(y, x): x.sort()",
+        "a = [2, 1]\nassert f(x=a, y=1) is None\nassert a == [1, 2]",
+    ),
     "objects of its own": (
         "class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, o): return self.x == o.x\n"
         "def f(p): return p.x",

@@ -54,7 +54,9 @@ class Link:
         if reply[0] == "stop":
             raise StopIteration
         if verb == "call":
-            _copy_back(values[0], self._decode(reply[2]))
+            arguments, keywords = self._decode(reply[2])
+            _copy_back(values[0], arguments)
+            _copy_back([values[1][name] for name in keywords], list(keywords.values()))
         return self._decode(reply[1])
 
     def _reply(self) -> list[Any]:
