@@ -91,6 +91,14 @@ RIGHT = {
         "def f(x): return [x, (1.5, None), {'a': {1, 2}}, b'\\xff', 1j, 10**2000, True, frozenset('a'), 'é']",
         "assert f(2) == [2, (1.5, None), {'a': {1, 2}}, b'\\xff', 1j, 10**2000, True, frozenset('a'), 'é']",
     ),
+    "fractions and decimals": (
+        "import fractions, decimal\ndef f(x): return [fractions.Fraction(1, x), decimal.Decimal('1.5')]",
+        "import fractions\nassert f(2) == [0.5, 1.5] and f(3)[0] == fractions.Fraction(1, 3)",
+    ),
+    "a whole number of another library": (
+        "import numpy\ndef f(x): return [numpy.int64(4), numpy.float64(0.5)]",
+        "assert f(2) == [4, 0.5]",
+    ),
     "a list that it changes": ("def f(x): x.sort()", "a = [2, 1]\nassert f(a) is None\nassert a == [1, 2]"),
     "a list that it changes, by keyword": (
         "def f(y, x): x.sort()",

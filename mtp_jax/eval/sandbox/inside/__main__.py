@@ -83,7 +83,7 @@ class Link:
     def _decode(self, value: Any) -> Any:
         try:
             return wire.decode(value, lambda number: Remote(self, number))
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise Gone("exception", f"a value cannot be read: {error}") from None
 
     def _reference(self, value: Any) -> int:
