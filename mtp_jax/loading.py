@@ -194,7 +194,7 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}; use 'float32', 'bfloat16', or None for the config's own")
     mesh = mesh or sharding.make_mesh(MeshConfig())
-    own_base = _base(source, base)
+    own_base = base_of_adapter(source, base)
     if own_base is not None:
         from mtp_jax.convert.adapter_reader import with_adapter
 
@@ -216,7 +216,7 @@ def load(
     return lm.give_up_params() if decode_only else lm
 
 
-def _base(source: str | pathlib.Path, base: str | pathlib.Path | None) -> str | pathlib.Path | None:
+def base_of_adapter(source: str | pathlib.Path, base: str | pathlib.Path | None) -> str | pathlib.Path | None:
     """The base of a source that is an adapter; None for a source of another kind."""
     from mtp_jax.convert.adapters import base_of, is_adapter
 

@@ -14,6 +14,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import checker
 from mtp_jax.eval.comparison import Compared, Plan, compare_models
 from mtp_jax.eval.comparison_page import cell, columns, control_lines, rows, short_names, write_comparison
+from mtp_jax.eval.identity import checker_identity, model_identity
 from mtp_jax.eval.intervals import difference
 from mtp_jax.eval.page import make_directory
 from mtp_jax.eval.sandbox.outside import Limits, isolation
@@ -137,6 +138,7 @@ def solve(args: "Args") -> None:
         draft=args.draft,
         stop=args.stop,
         judges=JUDGES if in_processes else 1,
+        judge_seconds=max(args.time_limit, 30.0) + 30.0,
         as_chat=args.chat,
     )
     results = []
@@ -150,9 +152,17 @@ def solve(args: "Args") -> None:
         lm = load(name, decode_only=True, **others)
         if lm.tokenizer is None:
             raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")
-        made_from = {"source": name, "task": args.task, "checker": args.checker, "template": args.template}
+        made_from = _made_from(args, lm, name)
         results.append(run_task(lm, questions, check, how, files[-1], made_from=made_from, progress=say))
     _report(args, results, files)
+
+
+def _made_from(args: "Args", lm: LoadedModel, name: str) -> dict[str, Any]:
+    """What the answers of a model depend on, besides the questions and how they are answered."""
+    model = {"source": name, "ignore": args.ignore} | model_identity(lm, name)
+    fields = {"prompt_field": args.prompt_field, "answer_field": args.answer_field, "template": args.template}
+    limit = {"time_limit": args.time_limit}
+    return {"model": model, "task": args.task} | checker_identity(args.checker) | fields | limit
 
 
 def _say_isolation() -> None:

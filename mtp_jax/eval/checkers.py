@@ -15,24 +15,31 @@ No answer ends the run: a checker that raises counts as wrong, with that reason.
 
 import decimal
 import functools
+import math
 import re
 import runpy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mtp_jax.errors import UserError
 from mtp_jax.eval.sandbox.outside import Limits, Outcome, run_tests
 
 NUMBER = re.compile(
     r"(?<![\w.])-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?!\w|,[0-9])"  # 1,200.50
-    r"|(?<![\w.])-?[0-9]+(?:\.[0-9]+)?"
+    r"|(?<![\w.])-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4}(?!\w))?"  # 7, .5, 1e-3
     r"|[0-9]+(?:\.[0-9]+)?"  # behind a word or a point, where a minus is no sign
 )
+MINUS = "\u2212"
+"""The minus sign of typesetting."""
 FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 RIGHT = "right"
 TESTS = ("test", "test_list", "tests")
 """Fields that may hold tests: a text, or a list of lines."""
+BEFORE_TESTS = ("test_imports", "test_setup_code")
+"""Fields with source that stands before the tests."""
 
 
 class Verdict(NamedTuple):
@@ -95,23 +102,30 @@ def judged(check: Checker, answer: str, record: Mapping[str, Any], seconds: floa
 
     def run() -> None:
         try:
-            made.append(check(answer, record))
-        except (Exception, SystemExit) as error:
-            made.append(Verdict(False, f"the checker raised {type(error).__name__}", str(error)[:200]))
+            made.append(_as_verdict(check(answer, record)))
+        except BaseException as error:  # KeyboardInterrupt too: in this thread it comes from the checker
+            made.append(Verdict(False, f"the checker raised {type(error).__name__}", _text(error)))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     if not made:
         return Verdict(False, "the checker took too long", f"{seconds} seconds")
-    return _as_verdict(made[0])
+    return made[0]
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:200]
+    except BaseException:
+        return "its text cannot be read"
 
 
 def _as_verdict(verdict: Any) -> Verdict:
-    if isinstance(verdict, bool):
-        return Verdict(verdict, RIGHT if verdict else "wrong")
-    if isinstance(verdict, tuple) and len(verdict) in (2, 3) and isinstance(verdict[0], bool):
-        return Verdict(verdict[0], *map(str, verdict[1:]))
+    if isinstance(verdict, bool | np.bool_):
+        return Verdict(bool(verdict), RIGHT if verdict else "wrong")
+    if isinstance(verdict, tuple) and len(verdict) in (2, 3) and isinstance(verdict[0], bool | np.bool_):
+        return Verdict(bool(verdict[0]), *map(str, verdict[1:]))
     return Verdict(False, "the checker gave no verdict", f"it returned a {type(verdict).__name__}")
 
 
@@ -124,6 +138,8 @@ def expected(record: Mapping[str, Any]) -> str:
     value = record.get("answer")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"field 'answer' is {value!r}; it must be a text or a number")
+    if isinstance(value, float) and math.isfinite(value):
+        return format(decimal.Decimal(repr(value)), "f")  # 1e-07 as people write it
     return str(value)
 
 
@@ -146,7 +162,7 @@ def number(answer: str, record: Mapping[str, Any]) -> Verdict:
 
 def last_number(text: str) -> decimal.Decimal | None:
     """The last number in a text; None if it has none. A minus sign counts if no word or digit stands before it."""
-    found = NUMBER.findall(text)
+    found = NUMBER.findall(text.replace(MINUS, "-"))
     return decimal.Decimal(found[-1].replace(",", "")) if found else None
 
 
@@ -169,23 +185,31 @@ def code(answer: str, record: Mapping[str, Any], limits: Limits) -> Verdict:
     the prompt.
     """
     test = tests_of(record)
-    entry_point = str(record.get("entry_point", ""))
+    entry_point = str(record.get("entry_point") or "")
     return _verdict(run_tests(program_of(answer, record), test, entry_point, limits))
 
 
 def tests_of(record: Mapping[str, Any]) -> str:
-    """The tests of a record, as one source.
+    """The tests of a record, as one source. MBPP's `test_imports` and `test_setup_code` come before them.
 
     Raises:
       UserError: the record has no tests.
     """
+    before = [_source(record, field) for field in BEFORE_TESTS]
     for field in TESTS:
-        value = record.get(field)
-        if isinstance(value, str) and value.strip():
-            return value
-        if isinstance(value, Sequence) and value and all(isinstance(line, str) for line in value):
-            return "\n".join(value)
+        tests = _source(record, field)
+        if tests.strip():
+            return "\n".join(part for part in (*before, tests) if part.strip())
     raise UserError(f"the record has no tests; the checker code needs a text or a list of lines in {TESTS[0]!r}")
+
+
+def _source(record: Mapping[str, Any], field: str) -> str:
+    """A field that holds source: a text, or a list of lines. "" if it holds neither."""
+    value = record.get(field)
+    if isinstance(value, str):
+        return value
+    lines = isinstance(value, Sequence) and all(isinstance(line, str) for line in value)
+    return "\n".join(value) if lines else ""
 
 
 def program_of(answer: str, record: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ whole batch. The first line says what the answers were made from; with other set
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
@@ -27,6 +28,11 @@ from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.integrity import write_atomically
 from mtp_jax.runs.strict_json import strict
 
+NO_MATTER = ("batch_size", "draft", "judges")
+"""Settings that change the speed and not the answers."""
+FIELDS = {"question": int, "sample": int, "correct": bool, "reason": str, "finish_reason": str}
+"""What a line of a file of answers must have."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Answering:
@@ -44,6 +50,8 @@ class Answering:
     stop: tuple[str, ...] = ()
     judges: int = 1
     """Answers that are judged at once."""
+    judge_seconds: float = 60.0
+    """Time after which a checker counts as hanging."""
     as_chat: bool = False
     """Whether a text is the message of a user, for the chat template."""
 
@@ -106,7 +114,7 @@ def run_task(
       check: the checker.
       how: how they are answered.
       path: the file for answers and verdicts.
-      made_from: what identifies the work besides `how`: model, task, checker.
+      made_from: what identifies the work besides `how` and the questions: model, checker.
       progress: is called with a line of text about the progress.
 
     Raises:
@@ -116,7 +124,7 @@ def run_task(
     lengths = [len(_ids(lm, prompt, question)) for prompt, question in zip(prompts, questions, strict=True)]
     # Prompts of similar length together, so that no row waits for a much longer one.
     jobs = [(i, s) for i in sorted(range(len(questions)), key=lambda i: (lengths[i], i)) for s in range(how.samples)]
-    header = {"made_from": made_from | dataclasses.asdict(how) | {"questions": [one.number for one in questions]}}
+    header = {"made_from": made_from | _matters(how) | {"questions": _digest(questions)}}
     done = _open(path, json.loads(json.dumps(header)))
     left = [job for job in jobs if job not in done]
     if done:
@@ -126,13 +134,24 @@ def run_task(
         records = _answered(lm, [prompts[i] for i, _ in batch], batch, questions, how)
         # The standard output may be one JSON object, so what a checker prints goes elsewhere.
         with contextlib.redirect_stdout(sys.stderr), ThreadPoolExecutor(how.judges) as pool:
-            verdicts = pool.map(lambda one: judged(check, one["answer"], questions[one["question"]].record), records)
+            tried = [(one["answer"], questions[one["question"]].record) for one in records]
+            verdicts = pool.map(lambda one: judged(check, *one, seconds=how.judge_seconds), tried)
             records = [one | verdict._asdict() for one, verdict in zip(records, verdicts, strict=True)]
         _append(path, records)
         done |= {(one["question"], one["sample"]): one for one in records}
         right = sum(one["correct"] for one in done.values())
         progress(f"{len(done)} of {len(jobs)} answers, {right} right")
     return _result(done, len(questions), how.samples)
+
+
+def _matters(how: Answering) -> dict[str, Any]:
+    """The settings that answers and verdicts depend on."""
+    return {name: value for name, value in dataclasses.asdict(how).items() if name not in NO_MATTER}
+
+
+def _digest(questions: Sequence[Question]) -> str:
+    """A digest of the questions, with their records."""
+    return hashlib.sha256(json.dumps([list(one) for one in questions]).encode()).hexdigest()
 
 
 def _prompt(question: Question, how: Answering) -> Any:
@@ -185,8 +204,15 @@ def _open(path: pathlib.Path, header: dict[str, Any]) -> dict[tuple[int, int], d
         same = json.loads(first) == header
         records = [json.loads(line) for line in lines]
         found = {(one["question"], one["sample"]): one for one in records}
+        wrong = [name for one in records for name, kind in FIELDS.items() if not isinstance(one[name], kind)]
+        if wrong:
+            raise ValueError(f"field {wrong[0]!r} has no value of its kind")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; give another --output") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file of answers: {error}; give another --output, or delete it") from error
+        raise UserError(
+            f"{path} is not a file of answers: {type(error).__name__}: {error}; give another --output, or delete it"
+        ) from error
     if not same:
         raise UserError(
             f"{path} has answers of another model, task or setting; give another --output, or delete the file"

@@ -6,6 +6,7 @@ import pytest
 
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import Verdict, checker, judged, last_number, program_of
+from mtp_jax.eval.checkers import tests_of as source_of_tests
 from mtp_jax.eval.sandbox.outside import Limits
 
 
@@ -17,6 +18,11 @@ from mtp_jax.eval.sandbox.outside import Limits
         ("number", "So 3 + 4 = 7, the answer is 1,200.0 dollars.", "#### 1200", True),
         ("number", "It is -7", 7, False),
         ("number", "no idea", "7", False),
+        ("number", "It is 5", "0.5", False),
+        ("number", "It is .5", "5", False),
+        ("number", "It is .5", 0.5, True),
+        ("number", "It is 0.0000001", 1e-07, True),
+        ("number", "It is \u22127", -7, True),
         ("regex", "the sky is blue", r"\bblue\b", True),
         ("regex", "the sky is bluer", r"\bblue\b", False),
     ],
@@ -35,6 +41,15 @@ def test_verdicts(name, answer, expected, verdict):
         ("x5", "5"),
         ("10,20", "20"),
         ("1.50%", "1.5"),
+        (".5", "0.5"),
+        ("-.5 m", "-0.5"),
+        ("x.5", "5"),
+        ("the end.5", "5"),
+        ("1e3", "1000"),
+        ("2.5E-2,", "0.025"),
+        ("3em", "3"),
+        ("1.2.3", "3"),
+        ("\u22124", "-4"),
         ("", None),
     ],
 )
@@ -82,6 +97,25 @@ def test_code_with_tests_in_lines():
     assert program_of("x", record) == "x"
 
 
+def test_what_stands_before_the_tests():
+    """MBPP's `test_imports` and `test_setup_code` come before its tests."""
+    record = {"test_imports": ["import math"], "test_setup_code": "two = 2", "test_list": ["assert f(two) == math.pi"]}
+    assert source_of_tests(record) == "import math\ntwo = 2\nassert f(two) == math.pi"
+    assert judged(checker("code"), "import math\ndef f(x): return math.pi", record).correct
+
+
+@pytest.mark.parametrize("tests", [{"test": " "}, {"test_list": [""]}, {"test": [], "tests": ["\n"]}, {"test": 1}])
+def test_empty_tests_are_refused(tests):
+    """Tests without a line would pass every answer. Code before the tests is no test."""
+    with pytest.raises(UserError, match="the record has no tests"):
+        source_of_tests(tests | {"test_imports": ["import math"]})
+
+
+def test_an_entry_point_may_be_null():
+    record = {"prompt": "Add 1.", "entry_point": None, "test": "assert add(1) == 2"}
+    assert judged(checker("code"), "def add(x): return x + 1", record).correct
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
@@ -90,6 +124,10 @@ def test_code_with_tests_in_lines():
         ("return None", "the checker gave no verdict"),
         ("return answer == 'x'", "wrong"),
         ("print('noise'); return (False, 'short')", "short"),
+        ("raise KeyboardInterrupt", "the checker raised KeyboardInterrupt"),
+        ("return False, type('A', (), {'__str__': lambda self: 1 / 0})()", "the checker raised ZeroDivisionError"),
+        ("raise type('E', (Exception,), {'__str__': lambda self: 1 / 0})", "the checker raised E"),
+        ("import numpy; return numpy.bool_(False)", "wrong"),
     ],
 )
 def test_functions_of_the_user(tmp_path, made, reason):

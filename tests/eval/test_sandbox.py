@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -45,6 +47,8 @@ WRONG = {
     ),
     "claims to have passed": ('import os\ndef f(x):\n    os.write(1, b\'{"reason": "right"}\')\n    return 3', "wrong"),
     "kills the tests": ("import os\ndef f(x):\n    os.kill(os.getppid(), 9)\n    return 4", "exception"),
+    "leaves its group": ("import os\ndef f(x):\n    os.setsid()\n    return 4", "exception"),
+    "makes a group of its own": ("import os\ndef f(x):\n    os.setpgid(0, 0)\n    return 4", "exception"),
     "raises": ("def f(x): return x / 0", "exception"),
     "never returns from recursion": ("def f(x): return f(x)", "exception"),
     "is no Python": ("def f(x", "syntax"),
@@ -87,7 +91,19 @@ RIGHT = {
         "def f(x): return [x, (1.5, None), {'a': {1, 2}}, b'\\xff', 1j, 10**2000, True, frozenset('a'), 'é']",
         "assert f(2) == [2, (1.5, None), {'a': {1, 2}}, b'\\xff', 1j, 10**2000, True, frozenset('a'), 'é']",
     ),
+    "fractions and decimals": (
+        "import fractions, decimal\ndef f(x): return [fractions.Fraction(1, x), decimal.Decimal('1.5')]",
+        "import fractions\nassert f(2) == [0.5, 1.5] and f(3)[0] == fractions.Fraction(1, 3)",
+    ),
+    "a whole number of another library": (
+        "import numpy\ndef f(x): return [numpy.int64(4), numpy.float64(0.5)]",
+        "assert f(2) == [4, 0.5]",
+    ),
     "a list that it changes": ("def f(x): x.sort()", "a = [2, 1]\nassert f(a) is None\nassert a == [1, 2]"),
+    "a list that it changes, by keyword": (
+        "def f(y, x): x.sort()",
+        "a = [2, 1]\nassert f(x=a, y=1) is None\nassert a == [1, 2]",
+    ),
     "objects of its own": (
         "class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, o): return self.x == o.x\n"
         "def f(p): return p.x",
@@ -128,6 +144,74 @@ def test_check_of_humaneval():
     assert run_tests("def f(x): return 3\ndef check(c): pass", test, "f").reason == "wrong"
 
 
+MAD = "def check(candidate):\n    assert abs(candidate(2) - 4) < 1e-6"
+REPLACED = {
+    "abs": ("def f(x): return 0\nabs = lambda x: 0.0", MAD, "f", "wrong"),
+    "range": (
+        "def f(x): return 0\nrange = lambda *a: []",
+        "for i in range(3):\n    assert f(i) == i + 1",
+        "f",
+        "wrong",
+    ),
+    "range alone": ("range = lambda *a: []", "for i in range(3):\n    assert f(i) == i + 1", "", "exception"),
+    "abs, which is not tested": ("abs = lambda x: 0", "assert abs(sum([1, 2]) - 4) < 1", "", "wrong"),
+    "the entry point": ("def sum(a, b): return a + b", "assert sum(1, 2) == 3", "sum", "right"),
+    "the entry point, in check": (
+        "def sum(a): return 7",
+        "def check(candidate):\n    assert candidate([3]) == sum([3])",
+        "sum",
+        "wrong",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_builtins_of_the_test_stay(name):
+    """An answer replaces no builtin that the test uses; a function that is tested may have the name of one. Breaks if
+    the test sees every name that the answer defines."""
+    program, test, entry_point, reason = REPLACED[name]
+    assert run_tests(program, test, entry_point).reason == reason
+
+
+def test_stop_iteration_is_no_end_of_a_loop():
+    """A function that raises StopIteration fails `all(map(f, values))`. Breaks if it arrives as StopIteration."""
+    outcome = run_tests("def f(x): raise StopIteration", "assert all(map(f, [1, 2]))")
+    assert (outcome.reason, outcome.detail[:13]) == ("exception", "StopIteration"), outcome
+
+
+@pytest.mark.parametrize("put", ["os.mkfifo('.output')", "os.symlink('/etc/passwd', '.output')", "os.mkdir('.output')"])
+def test_nothing_else_is_read_as_output(put):
+    """What an answer puts in the place of its output is neither read nor waited for. Breaks if the name is opened
+    after the answer has run."""
+    start = time.monotonic()
+    outcome = run_tests(f"import os\nprint('a')\nos.remove('.output')\n{put}\ndef f(x): return 4", TEST, "f", QUICK)
+    assert outcome.output == "a\n" and time.monotonic() - start < QUICK.seconds + 10
+
+
+def test_the_answer_ends_with_the_tests():
+    """A process that called `end_with_parent` is killed when its parent ends, whatever its group."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux kills a process with its parent")
+    program = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import kernel
+ready, done = os.pipe()
+pid = os.fork()
+if not pid:
+    os.setsid()
+    kernel.end_with_parent()
+    os.write(done, b"x")
+    time.sleep(30)
+    os._exit(0)
+os.read(ready, 1)
+"""
+    start = time.monotonic()
+    # Both processes hold the pipe to here, so that this waits for both.
+    subprocess.run([sys.executable, "-c", program, str(outside.INSIDE)], stdout=subprocess.PIPE, check=True)
+    assert time.monotonic() - start < 20
+
+
 def test_a_test_that_cannot_run_is_no_fault_of_the_answer():
     assert run_tests("def f(x): return 4", "assert f(").reason == "test"
 
@@ -157,6 +241,12 @@ def test_a_verdict_needs_the_word():
     """A verdict without the word that only the process with the tests has read counts for nothing."""
     made = json.dumps({"word": "guessed", "reason": "right", "detail": ""}).encode()
     assert outside._read(made, 0, "secret")[0] == "exit" and outside._read(made, 0, "guessed")[0] == "right"
+
+
+@pytest.mark.parametrize("limit", [{"cpu_seconds": float("inf")}, {"seconds": float("inf")}, {"files": float("nan")}])
+def test_limits_are_finite(limit):
+    with pytest.raises(UserError, match=r"it must be a number above 0, and at most \d+"):
+        Limits(**limit)
 
 
 def test_limits_are_positive():

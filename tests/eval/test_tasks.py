@@ -1,12 +1,14 @@
 """Tasks: questions from a file, answers in a file that is continued, verdicts that add up."""
 
 import json
+import time
 
 import pytest
 from reference.decoding import CHAIN, chain_model
 
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import checker
+from mtp_jax.eval.identity import _files, checker_identity
 from mtp_jax.eval.task_file import Fields, read_task
 from mtp_jax.eval.task_run import Answering, run_task
 
@@ -74,6 +76,58 @@ def test_answers_of_other_settings_are_not_continued(task, tmp_path):
     with pytest.raises(UserError, match="is not a file of answers"):
         solved(task, path)
     assert path.read_text() == "hello\nworld"
+
+
+def test_the_contents_of_questions_count(task, tmp_path):
+    """Answers are not continued with a question that has changed, and are with another batch size, which changes no
+    answer. Breaks if only numbers of lines, or all settings, are compared."""
+    path = tmp_path / "a.jsonl"
+    solved(task, path)
+    _, said = solved(task, path, batch_size=5, judges=2, draft="none")
+    assert said == [f"{path} has 5 of 5 answers"]
+    task.write_text(task.read_text().replace("xyz", "zyx"))
+    with pytest.raises(UserError, match="another model, task or setting"):
+        solved(task, path)
+
+
+def test_models_and_checkers_are_told_apart(tmp_path):
+    """Files that differ in content have another identity, also large ones. Breaks if the name alone counts."""
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.parent.mkdir()
+    seen = set()
+    for values in (bytes(10**7), b"\1" * 10**7, bytes(10**7 + 1), b"a"):
+        weights.write_bytes(values)
+        (tmp_path / "mine.py").write_bytes(values[:100])
+        model = _files(weights.parent)
+        seen.add((model, checker_identity(f"{tmp_path}/mine.py:check")["checker_file"]))
+    assert len(seen) == 4 and len({model for model, _ in seen}) == 4 and len({one for _, one in seen}) == 3
+    assert checker_identity("exact") == {"checker": "exact"}
+
+
+def test_files_that_hold_no_answers(task, tmp_path):
+    """A directory, and lines without a verdict, are refused in one line."""
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        solved(task, tmp_path)
+    path = tmp_path / "a.jsonl"
+    solved(task, path)
+    path.write_text(path.read_text().replace('"correct"', '"right"'))
+    with pytest.raises(UserError, match="is not a file of answers: KeyError: 'correct'"):
+        solved(task, path)
+
+
+def test_time_of_a_checker(task, tmp_path):
+    """A checker has the time of `judge_seconds`. Breaks if the default of `judged` stays."""
+
+    def check(answer, record):
+        time.sleep(0.5)
+        return True
+
+    questions = read_task(str(task), "exact", Fields(), limit=1)
+    for seconds, right in ((0.01, 0), (60.0, 1)):
+        how = Answering(8, judge_seconds=seconds)
+        path = tmp_path / f"{right}.jsonl"
+        result = run_task(chain_model(), questions, check, how, path, made_from={})
+        assert result.as_json()["right"] == right
 
 
 def test_a_checker_that_raises_or_prints(task, tmp_path, capsys):

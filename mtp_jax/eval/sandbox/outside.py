@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -30,7 +31,11 @@ from mtp_jax.errors import UserError
 
 INSIDE = pathlib.Path(__file__).parent / "inside"
 SHOWN = 500
-"""Most characters of an answer's output that are kept."""
+"""Most bytes of an answer's output that are kept."""
+MOST = 2**62
+"""Largest limit that the kernel takes."""
+MOST_SECONDS = 10**6
+"""Longest time that the wait for a process takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +56,9 @@ class Limits:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"Limits.{field.name}={value!r}; it must be a number above 0")
+            most = MOST_SECONDS if field.name == "seconds" else MOST
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise UserError(f"Limits.{field.name}={value!r}; it must be a number above 0, and at most {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +98,14 @@ def run_tests(program: str, test: str, entry_point: str = "", limits: Limits | N
     settings = {"program": program, "limits": _whole(limits), "directory": directory}
     frames = _frame(settings) + _frame({"test": test, "entry_point": entry_point, "word": word})
     start = time.monotonic()
+    # It is open before the answer runs: whatever the answer puts in its place is not read.
+    output = os.open(os.path.join(directory, ".output"), os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         verdict, killed = _started(frames, directory, limits.seconds)
         reason, detail = _read(verdict, killed, word)
-        return Outcome(reason, detail, _output(directory), time.monotonic() - start)
+        return Outcome(reason, detail, os.pread(output, SHOWN, 0).decode(errors="replace"), time.monotonic() - start)
     finally:
+        os.close(output)
         _remove(directory)
 
 
@@ -148,15 +157,7 @@ def _frame(value: dict) -> bytes:
 
 
 def _whole(limits: Limits) -> dict[str, int]:
-    return {name: int(value) for name, value in dataclasses.asdict(limits).items() if name != "seconds"}
-
-
-def _output(directory: str) -> str:
-    try:
-        with open(os.path.join(directory, ".output"), "rb") as file:
-            return file.read(SHOWN).decode(errors="replace")
-    except OSError:
-        return ""
+    return {name: math.ceil(value) for name, value in dataclasses.asdict(limits).items() if name != "seconds"}
 
 
 def _remove(directory: str) -> None:

@@ -54,7 +54,9 @@ class Link:
         if reply[0] == "stop":
             raise StopIteration
         if verb == "call":
-            _copy_back(values[0], self._decode(reply[2]))
+            arguments, keywords = self._decode(reply[2])
+            _copy_back(values[0], arguments)
+            _copy_back([values[1][name] for name in keywords], list(keywords.values()))
         return self._decode(reply[1])
 
     def _reply(self) -> list[Any]:
@@ -81,7 +83,7 @@ class Link:
     def _decode(self, value: Any) -> Any:
         try:
             return wire.decode(value, lambda number: Remote(self, number))
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise Gone("exception", f"a value cannot be read: {error}") from None
 
     def _reference(self, value: Any) -> int:
@@ -91,7 +93,10 @@ class Link:
 
 
 def _marked(kind: type[Exception], name: str, text: str) -> Exception:
-    """An exception that the answer raised."""
+    """An exception that the answer raised. StopIteration becomes RuntimeError, because it would end a loop of the test
+    without an error, as in `all(map(f, values))`."""
+    if issubclass(kind, StopIteration):
+        kind = RuntimeError
     try:
         error = kind(text)
     except Exception:
@@ -151,7 +156,7 @@ def judge(link: Link, test: str, entry_point: str) -> tuple[str, str]:
         names = link.names()
         if entry_point and entry_point not in names:
             return "missing", f"it defines no {entry_point}"
-        namespace: dict[str, Any] = {"__name__": "test"} | _visible(names, test)
+        namespace: dict[str, Any] = {"__name__": "test"} | _visible(names, test, entry_point)
         exec(compile(test, "<test>", "exec"), namespace)
         if entry_point and callable(namespace.get("check")) and "check" in _defined(test):
             namespace["check"](names[entry_point])
@@ -169,13 +174,35 @@ def judge(link: Link, test: str, entry_point: str) -> tuple[str, str]:
         return "exception", f"{name or type(error).__name__}: {error}"[:200]
 
 
-def _visible(names: dict[str, Any], test: str) -> dict[str, Any]:
-    """The names of the answer that the test uses. A name of a builtin counts only if the test uses no other name of the
-    answer, so that an answer cannot replace `all` or `set` in the test."""
-    used = {node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)} & names.keys()
-    used -= _defined(test)
-    own = {name for name in used if not hasattr(builtins, name)}
-    return {name: names[name] for name in own or used}
+def _visible(names: dict[str, Any], test: str, entry_point: str) -> dict[str, Any]:
+    """The names of the answer that the test sees. An answer must not replace `abs` or `range` in the test, so of the
+    names of builtins the test sees only the function that it tests."""
+    nodes = list(ast.walk(ast.parse(test)))
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    used -= _bound(nodes)
+    seen = {name for name in used if not hasattr(builtins, name)}
+    if entry_point:
+        tested = set() if "check" in _defined(test) else {entry_point} & used
+    else:
+        tested = set() if seen else _tested(nodes)
+    return {name: names[name] for name in (seen | tested) & names.keys()}
+
+
+def _tested(nodes: list[ast.AST]) -> set[str]:
+    """The builtin that the assertions of a test call, if they call one alone. Then the test is for a function of that
+    name."""
+    asserted = [one for node in nodes if isinstance(node, ast.Assert) for one in ast.walk(node)]
+    called = {one.func.id for one in asserted if isinstance(one, ast.Call) and isinstance(one.func, ast.Name)}
+    return called if len(called) == 1 else set()
+
+
+def _bound(nodes: list[ast.AST]) -> set[str]:
+    """Names that a test gives a value itself."""
+    bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    bound |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    return bound | {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
 
 
 def _defined(test: str) -> set[str]:
@@ -193,6 +220,7 @@ def main() -> None:
     output = os.open(os.path.join(given["directory"], ".output"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     pid = os.fork()
     if not pid:
+        kernel.end_with_parent()
         for number in (1, 2):
             os.dup2(output, number)
         os.dup2(null, 0)

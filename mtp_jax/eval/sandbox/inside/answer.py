@@ -75,7 +75,7 @@ def _perform(request: list[Any], objects: list[Any], refer: Callable[[Any], int]
     if verb == "call":
         arguments, keywords = values
         made = target(*arguments, **keywords)
-        return ["value", wire.encode(made, refer), wire.encode(arguments, refer)]
+        return ["value", wire.encode(made, refer), wire.encode([arguments, keywords], refer)]
     if verb == "next":
         try:
             return ["value", wire.encode(next(target), refer), None]

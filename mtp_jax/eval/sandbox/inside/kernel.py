@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import platform
+import signal
 import struct
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ X86 = (
     *(56, 57, 58, 435, 59, 322),  # clone, fork, vfork, clone3, execve, execveat
     *(41, 53, 425, 426, 427),  # socket, socketpair, io_uring
     *(62, 200, 234, 129, 297, 424),  # kill, tkill, tgkill, queued signals, pidfd_send_signal
+    *(109, 112),  # setpgid, setsid: who leaves the group is not killed with it
     *(101, 310, 311, 440, 302, 160),  # ptrace, memory of other processes, prlimit64, setrlimit
     *(90, 91, 268, 452, 92, 93, 94, 260),  # modes and owners of files
     *(188, 189, 190, 197, 198, 199, 132, 235, 261, 280),  # attributes and times of files
@@ -29,6 +31,7 @@ ARM = (
     *(220, 435, 221, 281),
     *(198, 199, 425, 426, 427),
     *(129, 130, 131, 138, 240, 424),
+    *(154, 157),
     *(117, 270, 271, 440, 261, 164),
     *(52, 53, 54, 55, 452),
     *(5, 6, 7, 14, 15, 16, 88),
@@ -40,7 +43,7 @@ ARM = (
 REFUSED = {"x86_64": (0xC000003E, X86), "aarch64": (0xC00000B7, ARM)}
 """By machine: its number in the kernel (AUDIT_ARCH), and the refused system calls."""
 
-NO_NEW_PRIVS, SET_DUMPABLE, SET_SECCOMP = 38, 4, 22
+NO_NEW_PRIVS, SET_DEATH_SIGNAL, SET_DUMPABLE, SET_SECCOMP = 38, 1, 4, 22
 LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM
 OTHER_TABLE = 0x40000000
@@ -57,6 +60,12 @@ def hide() -> None:
     """Keeps processes of the same user from reading the memory of this one."""
     if LINUX:
         _libc.prctl(SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Lets the kernel kill this process when its parent ends."""
+    if LINUX:
+        _libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
 def refuse_calls() -> bool:

@@ -4,7 +4,11 @@ Only the content of a value crosses. A list with a method of its own arrives as 
 itself equal to everything arrives as a reference that is equal to nothing plain. Nothing is unpickled.
 """
 
+import decimal
+import fractions
 import json
+import numbers
+import operator
 import os
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +99,18 @@ def encode(value: Any, refer: Callable[[Any], int], depth: int = 0) -> Any:
     if isinstance(value, complex):
         plain = complex.__pos__(value)
         return ["c", plain.real, plain.imag]
+    if isinstance(value, decimal.Decimal):
+        return ["n", decimal.Decimal.__str__(value)]
+    if isinstance(value, numbers.Rational):
+        return encode_rational(value)
     return ["r", refer(value)]
+
+
+def encode_rational(value: numbers.Rational) -> Any:
+    """A whole number of another type, such as NumPy's, as a plain one; a fraction by its two parts."""
+    if isinstance(value, numbers.Integral):
+        return ["i", hex(operator.index(value))]
+    return ["q", hex(value.numerator), hex(value.denominator)]
 
 
 def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
@@ -106,7 +121,7 @@ def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
       resolve: the value of a reference.
 
     Raises:
-      ValueError, TypeError, RecursionError: it is none of the forms that `encode` makes.
+      ValueError, TypeError, ArithmeticError, RecursionError: it is none of the forms that `encode` makes.
     """
     if not isinstance(value, list):
         if value is not None and not isinstance(value, bool | int | float | str):
@@ -121,6 +136,10 @@ def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
         return bytes.fromhex(parts[0])
     if kind == "c":
         return complex(*parts)
+    if kind == "n":
+        return decimal.Decimal(parts[0])
+    if kind == "q":
+        return fractions.Fraction(*(int(part, 16) for part in parts))
     if kind == "d":
         return {decode(key, resolve): decode(one, resolve) for key, one in parts[0]}
     makers = {"l": list, "t": tuple, "s": set, "f": frozenset}
