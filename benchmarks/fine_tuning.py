@@ -89,9 +89,9 @@ class Sizes:
     base_molecules: int = 100_000
     base_steps: int = 1000
     """Steps of 2,016 tokens."""
-    samples: int = 10_000
+    samples: int = 8_000
     """Molecules that the base draws for phase 1."""
-    heads_steps: int = 400
+    heads_steps: int = 300
     pairs: int = 2048
     epochs: int = 2
     pool: int = 20_000
@@ -102,7 +102,7 @@ class Sizes:
     """Held-out prompts."""
     draws: int = 4
     """Answers per prompt at temperature 1."""
-    length: int = 44
+    length: int = 40
     """Largest number of tokens of a prompt with its answer."""
 
     @property
@@ -214,18 +214,17 @@ def train_base(out: pathlib.Path, sizes: Sizes, texts: list[str]) -> mtp_jax.Loa
     return run_once(config, out / "base")
 
 
-def train_heads(out: pathlib.Path, sizes: Sizes, base: mtp_jax.LoadedModel, texts: list[str]) -> mtp_jax.LoadedModel:
+def train_heads(out: pathlib.Path, sizes: Sizes, base: mtp_jax.LoadedModel) -> mtp_jax.LoadedModel:
     """Phase 1: heads on the frozen base, which begin as copies of its last block but one. They learn from molecules
-    that the base itself has drawn. Each of them begins with the first token of one of the texts."""
+    that the base itself has drawn."""
     source = out / "data" / "drawn.jsonl"
     if not source.exists():
-        begins = [base.tokenizer.encode(text)[:1] for text in texts[: sizes.samples]]
         drawn_texts = []
-        for start in range(0, len(begins), 250):
-            part = begins[start : start + 250]
-            options = {"temperature": 1.0, "seed": list(range(start, start + len(part))), "draft": "none"}
-            drawn = mtp_jax.generate(base, part, max_new_tokens=60, **options)
-            drawn_texts += [base.tokenizer.decode(first + rest) for first, rest in zip(part, drawn.tokens, strict=True)]
+        for start in range(0, sizes.samples, 250):
+            seeds = list(range(start, min(start + 250, sizes.samples)))
+            begins = [[base.tokenizer.bos_id]] * len(seeds)
+            options = {"temperature": 1.0, "seed": seeds, "draft": "none"}
+            drawn_texts += mtp_jax.generate(base, begins, max_new_tokens=60, **options).text
         write_texts(source, drawn_texts)
     config = mtp_jax.start_from(
         out / "base",
@@ -321,7 +320,7 @@ def prepare(args: Args, sizes: Sizes) -> Setup:
         out=args.out,
         sizes=sizes,
         base=base,
-        heads=train_heads(args.out, sizes, base, smiles),
+        heads=train_heads(args.out, sizes, base),
         test=pairs[: cuts[0]],
         valid=pairs[cuts[0] : cuts[1]],
         pool=pairs[cuts[1] : cuts[2]],

@@ -56,7 +56,7 @@ def score(
     asked = np.array([pair.prompt for pair in pairs])
     found = drawn(lm, pairs, length, draws)
     drafting = with_heads_of(lm, heads)
-    prompts = [lm.tokenizer.encode(pair.prompt) for pair in pairs]
+    prompts = [lm.tokenizer.encode_prompt(pair.prompt) for pair in pairs]
     parts = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
     greedy = [mtp_jax.generate(drafting, part, max_new_tokens=length, draft="heads") for part in parts]
     answers = [text for part in greedy for text in part.text]
@@ -75,7 +75,7 @@ def drawn(lm: mtp_jax.LoadedModel, pairs: Sequence[Pair], length: int, draws: in
 
     Every model gets the same noise for the same prompt and draw.
     """
-    prompts = [lm.tokenizer.encode(pair.prompt) for pair in pairs] * draws
+    prompts = [lm.tokenizer.encode_prompt(pair.prompt) for pair in pairs] * draws
     texts: list[str] = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]

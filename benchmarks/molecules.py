@@ -1,9 +1,9 @@
 """Molecules as text: what a molecule contains, pairs of such a description and a molecule, and units in its text.
 
-A molecule is a SMILES string. Its description counts rings and hetero atoms (N, O, S) and names the functional groups
-that it contains, each by a short SMILES string:
+A molecule is a SMILES string. Its description counts its rings and names the functional groups that it contains, each
+by a short SMILES string:
 
-    2.4.C(=O)N.COC>     2 rings, 4 hetero atoms, an amide and an ether, and none of the other groups
+    2.C(=O)N.COC>     2 rings, an amide and an ether, and none of the other groups
 
 A model completes the description with a molecule. The check is exact: the description of a right answer is the prompt.
 `rdkit` reads the molecules. The molecules are those of MOSES (Polykovskiy et al. 2020, package `molsets`, MIT).
@@ -34,7 +34,6 @@ GROUPS = {
     "csc": "s",
 }
 """The functional groups of a description: how they are written, and the SMARTS pattern that finds them."""
-HETERO = (7, 8, 16)
 UNITS = (
     *("C(=O)NC", "C(=O)N", "NC(=O)", "C(=O)OC", "C(=O)O", "S(=O)(=O)N", "NS(=O)(=O)", "S(=O)(=O)", "C#N", "C(F)(F)F"),
     *("OC(F)F", "c1ccccc1", "c1cccc(", "c1ccc(F)cc1", "c1ccc(Cl)cc1", "c1ccc(", "c1ccncc1", "c1cccnc1", "c1ccco1"),
@@ -53,7 +52,7 @@ class Pair(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Pairs as token ids, one per row: prompt, answer, end token, and end tokens as padding."""
+    """Pairs as token ids, one per row: first token, prompt, answer, end token, and end tokens as padding."""
 
     tokens_BT: np.ndarray
     answer_BT: np.ndarray
@@ -79,9 +78,8 @@ def describe(smiles: str) -> str | None:
     if molecule is None:
         return None
     rings = molecule.GetRingInfo().NumRings()
-    hetero = sum(atom.GetAtomicNum() in HETERO for atom in molecule.GetAtoms())
     groups = [name for name, pattern in patterns.items() if molecule.HasSubstructMatch(pattern)]
-    return ".".join([str(rings), str(hetero), *groups]) + ">"
+    return ".".join([str(rings), *groups]) + ">"
 
 
 def read_smiles(path: pathlib.Path) -> list[str]:
@@ -97,9 +95,8 @@ def read_smiles(path: pathlib.Path) -> list[str]:
 def pairs_of(smiles: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Pair]:
     """The molecules with their descriptions, without those that need more than `length` tokens."""
     pairs = [Pair(str(describe(one)), one) for one in smiles]
-    prompts = tokenizer.encode_documents([pair.prompt for pair in pairs])
-    answers = tokenizer.encode_documents([pair.answer for pair in pairs])
-    sizes = [len(prompt) - 1 + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    sides = (tokenizer.encode_documents(side) for side in zip(*pairs, strict=True))
+    sizes = [len(prompt) + len(answer) - 2 for prompt, answer in zip(*sides, strict=True)]  # both have begin and end
     return [pair for pair, size in zip(pairs, sizes, strict=True) if size <= length]
 
 
@@ -109,8 +106,8 @@ def rows_of(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> Rows:
     answer_BT = np.zeros((len(pairs), length), np.float32)
     starts = []
     for row, pair in enumerate(pairs):
-        prompt = tokenizer.encode(pair.prompt)
-        ids = [*prompt, *tokenizer.encode_document(pair.answer)]
+        prompt = tokenizer.encode_prompt(pair.prompt)
+        ids = [*prompt, *tokenizer.encode(pair.answer), tokenizer.eos_id]
         tokens_BT[row, : len(ids)] = ids
         answer_BT[row, len(prompt) : len(ids)] = 1
         starts.append(len(prompt))

@@ -26,17 +26,17 @@ def tokenizer():
 @pytest.mark.parametrize(
     ("smiles", "description"),
     [
-        ("CC(=O)Nc1ccc(F)cc1", "1.2.C(=O)N.CF>"),
-        ("COc1ccccc1C#N", "1.2.C#N.COC>"),
-        ("CC(=O)Oc1ccccc1", "1.2.C(=O)O>"),
-        ("NS(=O)(=O)c1cccs1", "1.5.S(=O)=O.csc>"),
-        ("CCO", "0.1>"),
+        ("CC(=O)Nc1ccc(F)cc1", "1.C(=O)N.CF>"),
+        ("COc1ccccc1C#N", "1.C#N.COC>"),
+        ("CC(=O)Oc1ccccc1", "1.C(=O)O>"),
+        ("NS(=O)(=O)c1cccs1", "1.S(=O)=O.csc>"),
+        ("CCO", "0>"),
         ("c1ccccc", None),
         ("", None),
     ],
 )
 def test_descriptions_of_molecules(smiles, description):
-    """describe(molecule) = rings, hetero atoms and groups. An ester has no ether's oxygen. Broken text is no molecule.
+    """describe(molecule) = rings and groups. An ester has no ether's oxygen. Broken text is no molecule.
 
     Breaks if a count or a pattern changes.
     """
@@ -59,11 +59,11 @@ def test_rows_learn_the_answer_and_its_end_only(tokenizer):
     """
     from molecules import Pair, rows_of
 
-    rows = rows_of([Pair("1.2>", "CCO"), Pair("0>", "CC(=O)NC")], tokenizer, 24)
-    for row, (prompt, answer) in enumerate([("1.2>", "CCO"), ("0>", "CC(=O)NC")]):
+    rows = rows_of([Pair("1.CF>", "CCO"), Pair("0>", "CC(=O)NC")], tokenizer, 24)
+    for row, (prompt, answer) in enumerate([("1.CF>", "CCO"), ("0>", "CC(=O)NC")]):
         learned = rows.answer_BT[row].astype(bool)
-        assert rows.tokens_BT[row, learned].tolist() == tokenizer.encode_document(answer)
-        assert rows.tokens_BT[row, : rows.starts_B[row]].tolist() == tokenizer.encode(prompt)
+        assert rows.tokens_BT[row, learned].tolist() == [*tokenizer.encode(answer), tokenizer.eos_id]
+        assert rows.tokens_BT[row, : rows.starts_B[row]].tolist() == tokenizer.encode_prompt(prompt)
         assert learned.argmax() == rows.starts_B[row]
         assert (rows.tokens_BT[row, rows.starts_B[row] + learned.sum() :] == tokenizer.eos_id).all()
 
