@@ -315,6 +315,7 @@ def prepare(args: Args, sizes: Sizes) -> Setup:
     base = train_base(args.out, sizes, smiles[:behind])
     spare = (sizes.pool + sizes.valid + sizes.prompts) * 11 // 10  # some pairs are too long
     pairs = pairs_of(smiles[behind : behind + spare], base.tokenizer, sizes.length)
+    write_texts(args.out / "data" / "heldout.jsonl", (pair.answer for pair in pairs[: sizes.prompts]))
     cuts = (sizes.prompts, sizes.prompts + sizes.valid, sizes.prompts + sizes.valid + sizes.pool)
     return Setup(
         out=args.out,

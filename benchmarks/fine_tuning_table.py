@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from molecule_scores import Interval, Ratio, Scores, ratio, ratio_interval
+from molecule_scores import Scores, Sums, is_gain, ratio, ratio_interval, shown
+
+from mtp_jax.eval.intervals import Interval
 
 
 class Measured(NamedTuple):
@@ -27,7 +29,7 @@ COLUMNS = (
 )
 
 
-def ratios(mine: Measured, top: str, bottom: str, seeds: Sequence[int]) -> Ratio:
+def ratios(mine: Measured, top: str, bottom: str, seeds: Sequence[int]) -> Sums:
     """Numerators and denominators of a score, each [seeds, prompts]; an empty name stands for ones."""
     values = [np.array([getattr(mine.scores[seed], top) for seed in seeds])]
     if not bottom:
@@ -60,11 +62,11 @@ def line(found: Mapping[str, Measured], name: str) -> list[str]:
         f"{mine.rate:g}" if mine.rate else "",
         share("match"),
         by_seed,
-        match.show(100) if match else "",
+        shown(match, 100) if match else "",
         share("greedy"),
         share("valid"),
         f"{ratio(ratios(mine, 'nats', 'tokens', seeds)):.4f}",
-        nats.show(1, 4) if nats else "",
+        shown(nats, 1, 4) if nats else "",
         share("units_right", "units"),
         f"{statistics.mean(mine.scores[seed].tokens_per_round for seed in seeds):.2f}",
         f"{statistics.mean(mine.seconds):.0f}" if mine.seconds else "",
@@ -84,5 +86,5 @@ def claims(found: Mapping[str, Measured]) -> str:
     for question, one, other in asked:
         interval = compared(found, one, other, "match")
         if interval is not None:
-            lines.append(f"{question} {interval.answer}: {interval.show(100)} points of match.")
+            lines.append(f"{question} {is_gain(interval)}: {shown(interval, 100)} points of match.")
     return " ".join(lines)

@@ -9,13 +9,14 @@ import numpy as np
 from molecules import Pair, describe, rows_of, units_of
 
 import mtp_jax
+from mtp_jax.eval.intervals import Interval
 
 BATCH = 256
 """Number of prompts that are decoded together."""
 RESAMPLES = 4000
 Counts = list[float]
 """One number per prompt."""
-Ratio = tuple[np.ndarray, np.ndarray]
+Sums = tuple[np.ndarray, np.ndarray]
 """Numerators and denominators, each [seeds, prompts]."""
 
 
@@ -108,7 +109,7 @@ def forced(lm: mtp_jax.LoadedModel, pairs: Sequence[Pair], length: int) -> dict[
         shift = rows.starts_B[row] - 1  # token i of the answer is the target at position shift + i
         spans = units_of(pair.answer, lm.tokenizer)
         units.append(float(len(spans)))
-        units_right.append(float(sum(right_BT[row, shift + first : shift + stop].all() for first, stop in spans)))
+        units_right.append(float(sum(right_BT[row, shift + one.start : shift + one.stop].all() for one in spans)))
     return {
         "nats": nats_BT.sum(-1).tolist(),
         "tokens": learned_BT.sum(-1).tolist(),
@@ -117,31 +118,24 @@ def forced(lm: mtp_jax.LoadedModel, pairs: Sequence[Pair], length: int) -> dict[
     }
 
 
-class Interval(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def show(self, scale: float = 1.0, digits: int = 1) -> str:
-        """The interval as text."""
-        low, mean, high = (f"{scale * value:+.{digits}f}" for value in (self.low, self.mean, self.high))
-        return f"{mean} [{low}, {high}]"
-
-    @property
-    def answer(self) -> str:
-        """Whether the quantity is above 0."""
-        if self.low > 0:
-            return "yes"
-        return "no" if self.high < 0 else "not at this size: the interval contains 0"
+def shown(interval: Interval, scale: float = 1.0, digits: int = 1) -> str:
+    """A difference with its interval, as text."""
+    value, low, high = (f"{scale * end:+.{digits}f}" for end in interval)
+    return f"{value} [{low}, {high}]"
 
 
-def ratio_interval(mine: Ratio, other: Ratio) -> Interval:
-    """Interval of the ratio of one model minus that of another, by a paired bootstrap.
+def is_gain(interval: Interval) -> str:
+    """Whether a difference is a gain: yes, no, or neither."""
+    if interval.is_above_zero:
+        return "yes"
+    return "no" if interval.high < 0 else "not at this size"
+
+
+def ratio_interval(mine: Sums, other: Sums) -> Interval:
+    """The ratio of one model minus that of another, with the 95 % interval of a paired bootstrap.
 
     Each resample draws seeds, and draws prompts, with replacement. Both models are taken with the same seeds and the
-    same prompts. With few seeds such an interval is somewhat too short.
+    same prompts (`eval/intervals.py` draws documents alone). With few seeds such an interval is somewhat too short.
 
     Args:
       mine: numerators and denominators, each [seeds, prompts]. The ratio is the sum of one over the sum of the other.
@@ -152,7 +146,7 @@ def ratio_interval(mine: Ratio, other: Ratio) -> Interval:
     seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES).astype(float)
     prompt_counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES).astype(float)
 
-    def ratios(values: Ratio) -> np.ndarray:
+    def ratios(values: Sums) -> np.ndarray:
         top, bottom = (((seed_counts @ each) * prompt_counts).sum(-1) for each in values)
         return top / bottom
 
@@ -160,6 +154,6 @@ def ratio_interval(mine: Ratio, other: Ratio) -> Interval:
     return Interval(ratio(mine) - ratio(other), float(low), float(high))
 
 
-def ratio(values: Ratio) -> float:
+def ratio(values: Sums) -> float:
     """Sum of the numerators over the sum of the denominators."""
     return float(values[0].sum() / values[1].sum())

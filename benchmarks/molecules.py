@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtp_jax.data.tokenize import Tokenizer
+from mtp_jax.eval.spans import TokenSpan, to_tokens
 
 GROUPS = {
     "C(=O)N": "[CX3](=O)[NX3]",
@@ -127,15 +128,8 @@ def write_texts(path: pathlib.Path, texts: Iterable[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def units_of(answer: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """The units of a molecule that have several tokens, as (first token, behind the last token) of the answer.
-
-    A token belongs to a unit if one of its characters does.
-    """
-    offsets = tokenizer.inner.encode(answer, add_special_tokens=False).offsets
-    found = []
-    for match in _UNIT.finditer(answer):
-        inside = [index for index, (start, stop) in enumerate(offsets) if start < match.end() and stop > match.start()]
-        if len(inside) > 1:
-            found.append((inside[0], inside[-1] + 1))
-    return found
+def units_of(answer: str, tokenizer: Tokenizer) -> list[TokenSpan]:
+    """The units of a molecule that have several tokens. Indices count the tokens of the answer alone."""
+    places = tokenizer.encode_placed(answer)[1][1:-1]  # without the first token and the end
+    found = to_tokens(answer, [match.span() for match in _UNIT.finditer(answer)], places)
+    return [unit for unit in found if unit.stop - unit.start > 1]

@@ -78,12 +78,12 @@ def test_units_are_the_tokens_with_a_character_of_the_unit(tokenizer):
     answer = "CC(=O)NCc1ccccc1"
     ids = tokenizer.encode(answer)
     spans = units_of(answer, tokenizer)
-    wholes = [tokenizer.decode(ids[first:stop]) for first, stop in spans]
     assert len(spans) == 2
-    for (first, stop), whole in zip(spans, wholes, strict=True):
+    for one in spans:
+        whole = tokenizer.decode(ids[one.start : one.stop])
         unit = max((unit for unit in UNITS if unit in whole), key=len)
-        assert unit not in tokenizer.decode(ids[first + 1 : stop])
-        assert unit not in tokenizer.decode(ids[first : stop - 1])
+        assert unit not in tokenizer.decode(ids[one.start + 1 : one.stop])
+        assert unit not in tokenizer.decode(ids[one.start : one.stop - 1])
 
 
 def test_interval_of_equal_models_is_zero_and_of_a_constant_gain_is_that_gain():
@@ -113,7 +113,7 @@ def test_interval_has_the_width_of_the_standard_error():
     ones = np.ones_like(values)
     found = ratio_interval((values, ones), (zeros, ones))
     half = 1.96 * gain.std() / 30
-    assert found.mean == pytest.approx(gain.mean())
+    assert found.value == pytest.approx(gain.mean())
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.08)
 
 
