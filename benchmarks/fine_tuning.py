@@ -32,7 +32,7 @@ import jax
 import numpy as np
 import tyro
 from fine_tuning_table import COLUMNS, UNTUNED, Measured, claims, line
-from molecule_scores import Scores, drawn, score
+from molecule_scores import TEMPERATURE, Scores, drawn, score
 from molecules import Pair, pairs_of, read_smiles, rows_of, write_rows, write_texts
 from reporting import RESULTS, Report
 
@@ -45,8 +45,8 @@ TRUNK = "^(?!heads/)"
 """Everything but the heads."""
 DONE = "done"
 """File of a run that is trained."""
-WIDE = (3e-4, 1e-3, 3e-3)
-NARROW = (1e-3, 3e-3, 1e-2)
+WIDE = (3e-3, 1e-2)
+NARROW = (1e-2, 3e-2)
 """Learning rates for adapters, which need larger ones."""
 
 
@@ -101,7 +101,7 @@ class Sizes:
     prompts: int = 400
     """Held-out prompts."""
     draws: int = 4
-    """Answers per prompt at temperature 1."""
+    """Answers per prompt."""
     length: int = 40
     """Largest number of tokens of a prompt with its answer."""
 
@@ -361,7 +361,7 @@ def main() -> None:
         f"seeds, {sizes.base_steps} steps of 2,016 tokens of plain molecules; {sizes.num_future - 1} heads, "
         f"{sizes.heads_steps} steps on molecules drawn by the base, {seconds_of(args.out / 'heads'):.0f} s. "
         f"{sizes.pairs} pairs, {sizes.epochs} epochs, {args.seeds} seeds, {sizes.prompts} held-out prompts, "
-        f"{sizes.draws} answers each at temperature 1. match: share of answers with all properties that the prompt "
+        f"{sizes.draws} answers each at temperature {TEMPERATURE}. match: share of answers with all properties that the prompt "
         "asks for. units: functional groups and rings of several tokens in the true answers, with every token right "
         "given the true tokens before it. Differences are to next-full, with 95 % intervals of a paired bootstrap over "
         f"seeds and prompts. tokens per round: greedy answers, drafts of the run's heads or of phase 1. {claims(found)}"

@@ -13,6 +13,8 @@ from mtp_jax.eval.intervals import Interval
 
 BATCH = 256
 """Number of prompts that are decoded together."""
+TEMPERATURE = 0.5
+"""Of drawn answers. At 1, a model of this size often leaves the valid molecules."""
 RESAMPLES = 4000
 Counts = list[float]
 """One number per prompt."""
@@ -52,7 +54,7 @@ def score(
       heads: a model with the same trunk shape. Its heads draft if the model has none.
       pairs: held-out pairs.
       length: largest number of tokens of a pair.
-      draws: answers that are drawn at temperature 1 for each prompt.
+      draws: answers that are drawn for each prompt.
     """
     asked = np.array([pair.prompt for pair in pairs])
     found = drawn(lm, pairs, length, draws)
@@ -72,7 +74,7 @@ def score(
 
 
 def drawn(lm: mtp_jax.LoadedModel, pairs: Sequence[Pair], length: int, draws: int) -> np.ndarray:
-    """Descriptions of answers at temperature 1, as text [draws, prompts]; "" if an answer is not a molecule.
+    """Descriptions of drawn answers, as text [draws, prompts]; "" if an answer is not a molecule.
 
     Every model gets the same noise for the same prompt and draw.
     """
@@ -81,7 +83,9 @@ def drawn(lm: mtp_jax.LoadedModel, pairs: Sequence[Pair], length: int, draws: in
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         seeds = list(range(start, start + len(part)))
-        texts += mtp_jax.generate(lm, part, max_new_tokens=length, temperature=1.0, seed=seeds, draft="none").text
+        texts += mtp_jax.generate(
+            lm, part, max_new_tokens=length, temperature=TEMPERATURE, seed=seeds, draft="none"
+        ).text
     return np.array([describe(text) or "" for text in texts]).reshape(draws, -1)
 
 
