@@ -45,8 +45,8 @@ TRUNK = "^(?!heads/)"
 """Everything but the heads."""
 DONE = "done"
 """File of a run that is trained."""
-WIDE = (3e-3, 1e-2)
-NARROW = (1e-2, 3e-2)
+WIDE = (1e-3, 3e-3, 1e-2)
+NARROW = (3e-3, 1e-2, 3e-2)
 """Learning rates for adapters, which need larger ones."""
 
 
@@ -361,9 +361,9 @@ def main() -> None:
         f"seeds, {sizes.base_steps} steps of 2,016 tokens of plain molecules; {sizes.num_future - 1} heads, "
         f"{sizes.heads_steps} steps on molecules drawn by the base, {seconds_of(args.out / 'heads'):.0f} s. "
         f"{sizes.pairs} pairs, {sizes.epochs} epochs, {args.seeds} seeds, {sizes.prompts} held-out prompts, "
-        f"{sizes.draws} answers each at temperature {TEMPERATURE}. match: share of answers with all properties that the prompt "
-        "asks for. units: functional groups and rings of several tokens in the true answers, with every token right "
-        "given the true tokens before it. Differences are to next-full, with 95 % intervals of a paired bootstrap over "
+        f"{sizes.draws} answers each at temperature {TEMPERATURE}. match: share of answers with all properties that "
+        "the prompt asks for. units: functional groups and rings of several tokens in the true answers, with every token "
+        "right given the true tokens before it. Differences are to next-full, with 95 % intervals of a paired bootstrap over "
         f"seeds and prompts. tokens per round: greedy answers, drafts of the run's heads or of phase 1. {claims(found)}"
     )
     rows = [line(found, name) for name in found]
