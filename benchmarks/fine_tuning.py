@@ -357,8 +357,8 @@ def explained(setup: Setup, args: Args) -> str:
         "answers with all properties that the prompt asks for. units right: functional groups and rings of several "
         "tokens in the true answers, with every token right given the true tokens before it. tokens per round: greedy "
         "answers, with drafts of the run's heads or of phase 1. seconds: steps times the time of a step where it was "
-        "shortest, because other processes shared the cores. Differences with 95 % intervals of a paired bootstrap "
-        "over seeds and prompts."
+        "shortest over all seeds, because other processes shared the cores. Differences with 95 % intervals of a "
+        "paired bootstrap over seeds and prompts."
     )
 
 

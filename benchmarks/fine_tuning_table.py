@@ -69,7 +69,7 @@ def line(found: Mapping[str, Measured], name: str) -> list[str]:
         shown(nats, 1, 4) if nats else "",
         share("units_right", "units"),
         f"{statistics.mean(mine.scores[seed].tokens_per_round for seed in seeds):.2f}",
-        f"{statistics.mean(mine.seconds):.0f}" if mine.seconds else "",
+        f"{min(mine.seconds):.0f}" if mine.seconds else "",
     ]
 
 
