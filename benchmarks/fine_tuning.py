@@ -17,8 +17,9 @@ has drawn (phase 1 of CAFT, arXiv 2506.07833). All arms start from this base:
     shuffled     caft-full on pairs in which every prompt has the answer of another one: a control that must fail
 
 A seed has its own training pairs, in its own order. All arms see the same pairs, in the same order, for the same steps.
-Seed 0 is trained with every learning rate of the arm's grid. The rate with the most matches on the validation prompts
-is then used for all seeds. The last two arms use the rate of caft-full. Runs that exist are not trained again.
+The learning rate is the one of a grid with the most matches on the validation prompts, for seed 0. It is chosen with
+next-token loss, for full tuning and for LoRA, and the other arms use it too. So no arm but the two next-token arms is
+tuned. With `--own-rates` every arm has its own choice. Runs that exist are not trained again.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ class Arm:
     loss: dict[str, Any] = dataclasses.field(default_factory=dict)
     rates: tuple[float, ...] = WIDE
     rate_of: str = ""
-    """The arm that chooses the learning rate; "" is the arm itself."""
+    """The arm that chooses the learning rate without `--own-rates`; "" is the arm itself."""
     shuffled: bool = False
     """Whether the answers belong to other prompts."""
 
@@ -68,11 +69,11 @@ class Arm:
 ARMS = {
     "next-full": Arm(),
     "next-lora": Arm(trainable="lora", rates=NARROW),
-    "caft-lora": Arm(heads="frozen", trainable="lora", loss=CAFT, rates=NARROW),
-    "caft-full": Arm(heads="frozen", trainable=TRUNK, loss=CAFT),
-    "naive-full": Arm(heads="new"),
-    "caft-heavy": Arm(heads="frozen", trainable=TRUNK, loss=CAFT | {"extra_weight": 1.0}, rate_of="caft-full"),
-    "shuffled": Arm(heads="frozen", trainable=TRUNK, loss=CAFT, rate_of="caft-full", shuffled=True),
+    "caft-lora": Arm(heads="frozen", trainable="lora", loss=CAFT, rates=NARROW, rate_of="next-lora"),
+    "caft-full": Arm(heads="frozen", trainable=TRUNK, loss=CAFT, rate_of="next-full"),
+    "naive-full": Arm(heads="new", rate_of="next-full"),
+    "caft-heavy": Arm(heads="frozen", trainable=TRUNK, loss=CAFT | {"extra_weight": 1.0}, rate_of="next-full"),
+    "shuffled": Arm(heads="frozen", trainable=TRUNK, loss=CAFT, rate_of="next-full", shuffled=True),
 }
 
 
@@ -126,6 +127,8 @@ class Args:
     seeds: int = 3
     arms: tuple[str, ...] = tuple(ARMS)
     """Which arms to run."""
+    own_rates: bool = False
+    """Whether every arm chooses its own learning rate, which takes more runs."""
     minutes: float = 0
     """No run begins after this time; 0 is no limit. The table then has what is done."""
     tiny: bool = False
@@ -148,6 +151,7 @@ class Setup:
     valid: list[Pair]
     test: list[Pair]
     deadline: float
+    own_rates: bool
 
     def config(self, arm: Arm, source: pathlib.Path, rate: float, seed: int) -> mtp_jax.Config:
         """The config of one run."""
@@ -268,7 +272,7 @@ def tuned(setup: Setup, name: str, seed: int, rate: float) -> mtp_jax.LoadedMode
 
 def best_rate(setup: Setup, name: str) -> float | None:
     """The learning rate with the most matches on the validation prompts, for seed 0; None if the time is over."""
-    name = ARMS[name].rate_of or name
+    name = name if setup.own_rates else ARMS[name].rate_of or name
     found = {}
     for rate in ARMS[name].rates:
         kept = run_of(setup, name, 0, rate) / "valid.json"
@@ -326,6 +330,7 @@ def prepare(args: Args, sizes: Sizes) -> Setup:
         valid=pairs[cuts[0] : cuts[1]],
         pool=pairs[cuts[1] : cuts[2]],
         deadline=time.monotonic() + 60 * args.minutes if args.minutes else float("inf"),
+        own_rates=args.own_rates,
     )
 
 
