@@ -34,7 +34,7 @@ import numpy as np
 import tyro
 from fine_tuning_table import COLUMNS, UNTUNED, Measured, claims, line
 from molecule_scores import TEMPERATURE, Scores, drawn, score
-from molecules import Pair, pairs_of, read_smiles, rows_of, write_rows, write_texts
+from molecules import Pair, describe, fitting, read_smiles, rows_of, write_rows, write_texts
 from reporting import RESULTS, Report
 
 import mtp_jax
@@ -250,6 +250,7 @@ def training_rows(setup: Setup, arm: Arm, seed: int) -> pathlib.Path:
         if arm.shuffled:
             answers = [pair.answer for pair in chosen]
             chosen = [Pair(pair.prompt, answer) for pair, answer in zip(chosen, answers[1:] + answers[:1], strict=True)]
+            chosen = fitting(chosen, setup.base.tokenizer, setup.sizes.length)
         write_rows(path, rows_of(chosen, setup.base.tokenizer, setup.sizes.length))
     return path
 
@@ -318,7 +319,8 @@ def prepare(args: Args, sizes: Sizes) -> Setup:
     behind = sizes.base_molecules
     base = train_base(args.out, sizes, smiles[:behind])
     spare = (sizes.pool + sizes.valid + sizes.prompts) * 11 // 10  # some pairs are too long
-    pairs = pairs_of(smiles[behind : behind + spare], base.tokenizer, sizes.length)
+    pairs = [Pair(str(describe(one)), one) for one in smiles[behind : behind + spare]]
+    pairs = fitting(pairs, base.tokenizer, sizes.length)
     write_texts(args.out / "data" / "heldout.jsonl", (pair.answer for pair in pairs[: sizes.prompts]))
     cuts = (sizes.prompts, sizes.prompts + sizes.valid, sizes.prompts + sizes.valid + sizes.pool)
     return Setup(

@@ -93,9 +93,8 @@ def read_smiles(path: pathlib.Path) -> list[str]:
     return [line.partition(",")[0] for line in lines[1:]]
 
 
-def pairs_of(smiles: Iterable[str], tokenizer: Tokenizer, length: int) -> list[Pair]:
-    """The molecules with their descriptions, without those that need more than `length` tokens."""
-    pairs = [Pair(str(describe(one)), one) for one in smiles]
+def fitting(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> list[Pair]:
+    """The pairs without those that need more than `length` tokens."""
     sides = (tokenizer.encode_documents(side) for side in zip(*pairs, strict=True))
     sizes = [len(prompt) + len(answer) - 2 for prompt, answer in zip(*sides, strict=True)]  # both have begin and end
     return [pair for pair, size in zip(pairs, sizes, strict=True) if size <= length]
