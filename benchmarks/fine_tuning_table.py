@@ -79,6 +79,7 @@ def claims(found: Mapping[str, Measured]) -> str:
         ("Does CAFT with LoRA beat full next-token tuning?", "caft-lora", "next-full"),
         ("Does CAFT beat next-token tuning, both with LoRA?", "caft-lora", "next-lora"),
         ("Does CAFT beat next-token tuning, both full?", "caft-full", "next-full"),
+        ("Does CAFT with the weight 1 beat next-token tuning, both full?", "caft-heavy", "next-full"),
         ("Does CAFT beat naive multi-token tuning, both full?", "caft-full", "naive-full"),
         ("Does the control with shuffled pairs fall behind caft-full?", "caft-full", "shuffled"),
     )
