@@ -140,8 +140,17 @@ def test_the_script_runs_and_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, "--arms", "next-full", "caft-lora"])
     fine_tuning.main()
     first = capsys.readouterr().out
-    monkeypatch.setattr(fine_tuning.mtp_jax, "train", None)
+    train = fine_tuning.mtp_jax.train
+    steps = []
+
+    def watched(*given):
+        result = train(*given)
+        steps.append(result.step - result.first_step)
+        return result
+
+    monkeypatch.setattr(fine_tuning.mtp_jax, "train", watched)
     fine_tuning.main()
+    assert steps == [0, 0]  # base and heads are opened; no run of an arm is
     table = [line for line in first.splitlines() if line.startswith("|")]
     assert len(table) == 5
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")] == table
