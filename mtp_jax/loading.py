@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import Arch, Config, MeshConfig, from_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import lora, mtp
+from mtp_jax.model.token_rows import token_rows
 from mtp_jax.runs.ancestry import origin_folder
 from mtp_jax.runs.programs import bounded
 from mtp_jax.runs.progress import say
@@ -59,20 +59,8 @@ class LoadedModel:
         Args:
           tokens_BT: token ids; every row is one document.
         """
-        try:
-            tokens_BT = np.asarray(tokens_BT)
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"logits needs token ids in rows of one length: {error}") from error
-        vocab = self.arch.model.vocab_size
-        if tokens_BT.ndim != 2 or not tokens_BT.size:
-            raise UserError(f"logits needs token ids of shape [batch, time], not {tokens_BT.shape}")
-        if not np.issubdtype(tokens_BT.dtype, np.integer):
-            raise UserError(f"logits needs whole numbers as token ids, not {tokens_BT.dtype}")
-        if tokens_BT.min() < 0 or tokens_BT.max() >= vocab:
-            raise UserError(
-                f"logits got token ids {tokens_BT.min()}..{tokens_BT.max()}; the vocabulary is 0..{vocab - 1}"
-            )
-        return _logits(self.arch, self.stacked_params(), jax.device_put(tokens_BT.astype(np.int32)))
+        rows_BT = token_rows("logits", tokens_BT, self.arch.model.vocab_size)
+        return _logits(self.arch, self.stacked_params(), jax.device_put(rows_BT))
 
     def stacked_params(self) -> Any:
         """`params`.

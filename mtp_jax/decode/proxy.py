@@ -23,6 +23,7 @@ from mtp_jax.decode.prompts import Prompt, is_conversation, prompt_ids
 from mtp_jax.decode.second_model import SecondModel, model_drafter, second_model
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
+from mtp_jax.model.token_rows import token_rows
 from mtp_jax.runs.integrity import short_reason
 from mtp_jax.runs.programs import bounded
 
@@ -109,9 +110,10 @@ class ProxyTuning(HookMaker):
         for side in SIDES:
             check_vocabulary(base, getattr(self, side), side)
         models = (base, self.expert, self.anti_expert)
-        tokens_BT = _rows(tokens_BT, min(lm.arch.model.vocab_size for lm in models))
+        shared = min(lm.arch.model.vocab_size for lm in models)
+        rows_BT = jax.device_put(token_rows("combined_logits", tokens_BT, shared))
         params = tuple(mtp.trunk_params(lm.stacked_params()) for lm in models)
-        return _combined_rows(tuple(lm.arch for lm in models), params, jnp.float32(self.alpha), tokens_BT)
+        return _combined_rows(tuple(lm.arch for lm in models), params, jnp.float32(self.alpha), rows_BT)
 
     def _ids(self, side: str, asked: Asked) -> list[list[int]]:
         """The prompts of the expert or the anti-expert, as tokens."""
@@ -232,17 +234,6 @@ class _Apply:
         expert_BXV, expert_cache = self.expert.logits(params["expert"], cache[0], context)
         anti_BXV, anti_cache = self.anti_expert.logits(params["anti_expert"], cache[1], context)
         return combine_logits(logits_BXV, expert_BXV, anti_BXV, params["alpha"]), (expert_cache, anti_cache)
-
-
-def _rows(tokens_BT: Any, vocab_size: int) -> jax.Array:
-    tokens_BT = np.asarray(tokens_BT)
-    if tokens_BT.ndim != 2 or not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
-        raise UserError(f"combined_logits needs token ids of shape [batch, time], not {tokens_BT.shape}")
-    if tokens_BT.min() < 0 or tokens_BT.max() >= vocab_size:
-        raise UserError(
-            f"combined_logits got token ids {tokens_BT.min()}..{tokens_BT.max()}; the vocabulary is 0..{vocab_size - 1}"
-        )
-    return jax.device_put(tokens_BT.astype(np.int32))
 
 
 @bounded(statics=(0,), weights=1)

@@ -258,6 +258,10 @@ WRONG = {
         f"expert: prompt 0 holds token id {V}; the vocabulary is",
     ),
     "rows": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).combined_logits(BASE, [1, 2]), "combined_logits needs token id"),
+    "ragged": (
+        lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).combined_logits(BASE, [[1, 2], [3]]),
+        "combined_logits needs token ids in rows of one length",
+    ),
     "ids": (
         lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).combined_logits(BASE, [[V]]),
         f"combined_logits got token ids {V}..{V}; the vocabulary",
