@@ -1,5 +1,9 @@
 """Rounds sizes up, so that a few compiled programs are enough for all requests."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 ALL_SIZES = 8
 """Batches of up to this many rows are not padded."""
 
@@ -30,3 +34,11 @@ def batch_rows(count: int) -> int:
         return count
     step = power(count, ALL_SIZES) // 8
     return -(-count // step) * step
+
+
+def padded_rows(ids: Sequence[Sequence[int]], rows: int, length: int) -> np.ndarray:
+    """Token ids as an int32 array [rows, length], with zeros after each row and below the last one."""
+    tokens_BT = np.zeros((rows, length), np.int32)
+    for row_T, tokens in zip(tokens_BT, ids, strict=False):
+        row_T[: len(tokens)] = tokens
+    return tokens_BT

@@ -129,9 +129,7 @@ class Request:
         self, ids: list[list[int]], n: int, rows: int, padded: int, end_ids: list[int], kept: Kept | None
     ) -> None:
         """Runs the prompts. Padding rows have one token, and room for one more."""
-        prompt_BT = np.zeros((rows, padded), np.int32)
-        for row, tokens in zip(prompt_BT, ids, strict=False):
-            row[: len(tokens)] = tokens
+        prompt_BT = buckets.padded_rows(ids, rows, padded)
         fill = (0, rows - len(ids))
         prompt_len_B = np.pad(self.prompt_len_B, fill, constant_values=1)
         limit_B = np.pad(self.limit_B, fill, constant_values=2)

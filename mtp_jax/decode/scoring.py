@@ -1,9 +1,8 @@
 """Scores of given texts: `score` gives the log-probability of a continuation after a prompt.
 
 Pairs are run in batches of rows with the same padded length, which is a power of two or a whole number of chunks. A row
-goes through the
-model in chunks, with caches, as a prompt does in decoding. Logits exist only at the positions that predict a token of a
-continuation, and only for a piece of them at a time:
+goes through the model in chunks, with caches, as a prompt does in decoding. Logits exist only at the positions that
+predict a token of a continuation, and only for a piece of them at a time:
 
     prompt  continuation            positions 0 1 2 3 4 5, and what they predict
     a b c   d e f g                 inputs    a b c d e f
@@ -202,9 +201,7 @@ def _scored(lm: Any, rows: Sequence[_Pair], padded: int) -> list[Score]:
     """The scores of one batch. `padded` is the length to which its inputs are padded."""
     B = buckets.batch_rows(len(rows))
     chunk = min(padded, engine.CHUNK)
-    tokens_BT = np.zeros((B, padded), np.int32)
-    for row, pair in zip(tokens_BT, rows, strict=False):
-        row[: len(pair.inputs)] = pair.inputs
+    tokens_BT = buckets.padded_rows([pair.inputs for pair in rows], B, padded)
     caches = _no_entries(lm.arch, B, whole_tiles(padded))
     found = []
     for start in range(0, padded, chunk):

@@ -98,9 +98,7 @@ def second_model(lm: Any, own: list[list[int]], ids: list[list[int]], rows: int)
     if own == ids:
         return SecondModel(lm.arch), {"view": view}
     more = buckets.padded(max(map(len, own)), engine.CHUNK)
-    prompt_BT = np.zeros((rows, more), np.int32)
-    for row_T, tokens in zip(prompt_BT, own, strict=False):
-        row_T[: len(tokens)] = tokens
+    prompt_BT = buckets.padded_rows(own, rows, more)
     fill = (0, rows - len(own))
     length_B = np.pad(np.array([len(row) for row in own], np.int32), fill, constant_values=1)
     base_B = np.pad(np.array([len(row) for row in ids], np.int32), fill, constant_values=1)

@@ -112,9 +112,7 @@ def _lane_bytes(arch: Arch, slots: int) -> int:
 def _prefill(model: Model, plan: Plan, ids: list[list[int]], padded: int, slots: int) -> DecodeState:
     """The state of the engine after the rows: the caches, and the drafts of the heads."""
     length_B = np.array([len(row) for row in ids], np.int32)
-    prompt_BT = np.zeros((len(ids), padded), np.int32)
-    for row_T, row in zip(prompt_BT, ids, strict=True):
-        row_T[: len(row)] = row
+    prompt_BT = buckets.padded_rows(ids, len(ids), padded)
     controls = Options().controls(len(ids), model.arch.model.vocab_size)
     arrays = jax.device_put((length_B, length_B + 1, np.zeros((0,), np.int32)))
     state = engine.prefill(plan, slots, model.decode_params, controls, prompt_BT, *arrays)
