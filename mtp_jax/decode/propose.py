@@ -16,8 +16,7 @@ from mtp_jax.model.heads.base import draft_places
 
 def probability(logits_BQV: jax.Array, tokens_BQ: jax.Array) -> jax.Array:
     """Probabilities [B, Q] of tokens, at temperature 1."""
-    chosen_BQ = jnp.take_along_axis(logits_BQV, tokens_BQ[..., None], axis=-1)[..., 0]
-    return jnp.exp(chosen_BQ - jax.nn.logsumexp(logits_BQV, axis=-1))
+    return jnp.exp(sampling.log_probability(logits_BQV, tokens_BQ))
 
 
 def propose(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.decode.sampling import largest
+from mtp_jax.decode.sampling import entropy, largest
 
 
 class Records(NamedTuple):
@@ -67,9 +67,7 @@ def records_of(logits_BQV: jax.Array, tokens_BQ: jax.Array, count: int | None) -
     if count is None:
         return None
     logprob_BQV = jax.nn.log_softmax(logits_BQV, axis=-1)
-    probs_BQV = jnp.exp(logprob_BQV)
-    # A forbidden token has the probability 0 and an infinite logarithm. Their product is 0.
-    entropy_BQ = -jnp.sum(jnp.where(probs_BQV > 0, probs_BQV * logprob_BQV, 0.0), axis=-1)
+    entropy_BQ = entropy(logprob_BQV)
     chosen_BQ = jnp.take_along_axis(logprob_BQV, tokens_BQ[..., None], axis=-1)[..., 0]
     if not count:
         none_BQW = jnp.zeros((*tokens_BQ.shape, 0))

@@ -259,6 +259,19 @@ def probabilities(sampler: Sampler, controls: Controls, logits: jax.Array) -> ja
     return jax.nn.softmax(jnp.where(z >= least, z, -jnp.inf), axis=-1)
 
 
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-probabilities of tokens [...] at temperature 1, from logits [..., V]."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def entropy(log_probs: jax.Array) -> jax.Array:
+    """Entropies [...] in nats of distributions that are given as logarithms [..., V]."""
+    probs = jnp.exp(log_probs)
+    # A token that is ruled out has the probability 0 and the logarithm -inf. Their product counts as 0.
+    return -jnp.sum(jnp.where(probs > 0, probs * log_probs, 0.0), axis=-1)
+
+
 def uniforms(controls: Controls, vocab_size: int, position_BQ: jax.Array) -> jax.Array:
     """Two uniform random numbers per position, [B, Q, 2], independent of the noise of `choose`."""
 

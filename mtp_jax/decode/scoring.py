@@ -23,7 +23,7 @@ from mtp_jax.config import Arch
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.options import whole
 from mtp_jax.decode.prompts import check_continues, check_vocabulary
-from mtp_jax.decode.sampling import greedy
+from mtp_jax.decode.sampling import greedy, log_probability
 from mtp_jax.errors import UserError
 from mtp_jax.model import trunk
 from mtp_jax.model.cache import whole_tiles
@@ -284,8 +284,7 @@ def _score_chunk(
     def one(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden_BXD, target_BX = given
         logits_BXV = trunk.logits(arch, params, hidden_BXD)
-        chosen_BX = jnp.take_along_axis(logits_BXV, target_BX[..., None], axis=-1)[..., 0]
-        return chosen_BX - jax.nn.logsumexp(logits_BXV, axis=-1), greedy(logits_BXV) == target_BX
+        return log_probability(logits_BXV, target_BX), greedy(logits_BXV) == target_BX
 
     scored = jax.lax.map(one, (pieces(hidden_BXD), pieces(target_BX)))
     logprob_BX, first_BX = (jnp.moveaxis(x, 0, 1).reshape(B, X) for x in scored)

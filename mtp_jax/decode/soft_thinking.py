@@ -30,6 +30,7 @@ import numpy as np
 
 from mtp_jax.config import Arch
 from mtp_jax.decode.hooks import Asked, Hook, HookContext, HookMaker
+from mtp_jax.decode.sampling import entropy
 from mtp_jax.errors import UserError
 
 NOTE = (
@@ -200,8 +201,7 @@ class Mixer:
           key_B: a key for the noise of each row.
         """
         log_p_BV = jax.nn.log_softmax(logits_BV / params["temperature"])
-        # A token that is ruled out has the logarithm -inf.
-        entropy_B = -jnp.sum(jnp.where(log_p_BV > -jnp.inf, jnp.exp(log_p_BV) * log_p_BV, 0.0), axis=-1)
+        entropy_B = entropy(log_p_BV)
         top_BW, ids_BW = jax.lax.top_k(log_p_BV, self.top_k)
         p_BW = _rescaled(jnp.exp(top_BW))
         p_BW = _rescaled(jnp.where(jnp.cumsum(p_BW, axis=-1) - p_BW < params["top_p"], p_BW, 0.0))
