@@ -159,6 +159,11 @@ class HeadsConfig:
         )
 
     @property
+    def region_tokens(self) -> int:
+        """Tokens of a row per region of a standalone model: the distance between the places where it learns."""
+        return 2 * self.num_future
+
+    @property
     def facts(self) -> FamilyFacts:
         """The facts of the family."""
         return FACTS[self.kind]

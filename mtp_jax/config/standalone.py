@@ -15,7 +15,7 @@ def check_standalone(heads: HeadsConfig, loss: LossConfig, data: DataConfig, mes
     if not given or heads.num_future == 1:
         return
     kind = f"heads.kind={heads.kind!r}"
-    least = 2 * heads.num_future
+    least = heads.region_tokens
     require(
         data.seq_len >= least,
         f"heads.num_future={heads.num_future} needs rows of at least {least} tokens with {kind}, two for every "

@@ -176,7 +176,7 @@ def _extra_tokens(config: Config, batch_size: int, seq_len: int, computed: bool)
 
 def _regions(config: Config, seq_len: int) -> int:
     """Number of regions of a row in which a standalone model learns."""
-    return seq_len // (2 * config.heads.num_future)
+    return seq_len // config.heads.region_tokens
 
 
 def _teacher(config: Config, batch_size: int, seq_len: int, computed: bool) -> int:

@@ -16,7 +16,7 @@ has T / (2 M) regions, as in the paper. Only the first k predictions of a region
 no later mask, so the other masks change nothing and have weight 0.
 
 Decoding can emit all predictions of a pass, or those that are sure enough: `accept="all"` and `"confadapt"` of
-`decode/ahead.py`. Both are lossy. With `accept="exact"` the masks are drafts like those of `masks`, and lossless.
+`decode/verify.py`. Both are lossy. With `accept="exact"` the masks are drafts like those of `masks`, and lossless.
 """
 
 from typing import NamedTuple
@@ -47,11 +47,6 @@ def init(arch: Arch, key: jax.Array, trunk: Params) -> Params:
     return {"mask_embed": embed} | ({"lora": lora.init(lora_key, trunk["blocks"], rank)} if rank else {})
 
 
-def width(arch: Arch) -> int:
-    """Distance between the anchors of two regions."""
-    return 2 * arch.heads.num_future
-
-
 class Regions(NamedTuple):
     """The regions of a batch of rows."""
 
@@ -68,11 +63,11 @@ def regions(arch: Arch, key: jax.Array, batch: int, length: int, *, random_span:
       arch: the model and its heads.
       key: a PRNG key.
       batch: number of rows.
-      length: T, number of tokens of a row, at least `width`.
+      length: T, number of tokens of a row, at least `region_tokens` of the heads.
       random_span: whether k is drawn from 2..M. If not, it is M.
     """
     offset_key, span_key = jax.random.split(key)
-    step = width(arch)
+    step = arch.heads.region_tokens
     X = length // step
     M = arch.heads.num_future
     first_B1 = jax.random.randint(offset_key, (batch, 1), 0, step)
@@ -133,10 +128,10 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """States of the tokens [B, T, D], and of masks 1..M-1 [M-1, B, T, D] at all positions (`everywhere`) or at those of
     `trained`."""
-    stride = 1 if everywhere else width(arch)
+    stride = 1 if everywhere else arch.heads.region_tokens
     return masks.at_stride(arch, params, stride, tokens_BT, embedded_BTD, positions_BT, segment_ids_BT)
 
 
 def trained(arch: Arch, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Which heads have a state at which positions in evaluation, [M, B, T]; head 0 has one everywhere."""
-    return masks.trained_at(arch, width(arch), tokens_BT)
+    return masks.trained_at(arch, arch.heads.region_tokens, tokens_BT)
