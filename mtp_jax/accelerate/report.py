@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.eval.by_kind import COLUMNS, PLAIN, Result, mean_gain
-from mtp_jax.eval.page import COLORS, make_directory, new_figure, plot_losses, save_figure
+from mtp_jax.eval.page import COLORS, make_directory, new_figure, plot_losses, save_figure, table_lines
 from mtp_jax.runs.metrics import read_metrics
 
 
@@ -49,11 +49,10 @@ def write_report(
       facts: further rows of the first table, name to text.
     """
     make_directory(directory)
-    rule = "|" + "---|" * len(COLUMNS)
-    rows = [f"| {' | '.join(one.cells())} |" for one in results]
+    table = table_lines(COLUMNS, [one.cells() for one in results])
     parts = [f"# {source}, accelerated", "", remark(results), "", f"    {use_line(heads, results)}", ""]
     parts += ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items()), ""]
-    parts += ["## Held-out prompts, by kind of text", "", f"| {' | '.join(COLUMNS)} |", rule, *rows, ""]
+    parts += ["## Held-out prompts, by kind of text", "", *table, ""]
     parts += [
         "One prompt at a time, greedy. The gain is the time of plain decoding divided by the time of the side.",
         "",

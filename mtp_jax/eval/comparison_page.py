@@ -9,7 +9,7 @@ import numpy as np
 from mtp_jax.eval.comparison import Compared
 from mtp_jax.eval.intervals import Interval
 from mtp_jax.eval.measured import Measured
-from mtp_jax.eval.page import COLORS, make_directory, new_figure, save_figure
+from mtp_jax.eval.page import COLORS, make_directory, new_figure, save_figure, table_lines
 
 Row = tuple[str, ...]
 SHORT = 40
@@ -88,13 +88,16 @@ def write_comparison(directory: pathlib.Path, title: str, compared: Compared) ->
     parts = [f"# {title}", ""]
     for line in compared.warnings():
         parts += [f"> **{line}**", ""]
-    parts += ["Figures in parentheses are 95 % intervals by bootstrap over documents, for decoding over prompts. A", ""]
-    parts[-2] += " difference with a star has an interval without 0."
+    parts += [
+        "Figures in parentheses are 95 % intervals by bootstrap over documents, for decoding over prompts. A "
+        "difference with a star has an interval without 0.",
+        "",
+    ]
     names = short_names(compared.names)
     for number, kind in enumerate(compared.measured[0]):
         measured = [kinds[kind] for kinds in compared.measured]
         parts += [f"## {kind}", "", f"{measured[0].documents} documents, {measured[0].tokens:,} tokens.", ""]
-        parts += [*_table(columns(compared), rows(compared, kind)), ""]
+        parts += [*table_lines(columns(compared), rows(compared, kind)), ""]
         for stem, alt, draw in (
             ("loss", "Loss by head", _plot_loss),
             ("reliability", "Reliability by head", _plot_reliability),
@@ -111,10 +114,6 @@ def write_comparison(directory: pathlib.Path, title: str, compared: Compared) ->
     page = directory / "comparison.md"
     page.write_text("\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
     return page
-
-
-def _table(head: Row, body: Sequence[Row]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in body)]
 
 
 def _bars(axes: object, index: int, count: int, name: str, intervals: Sequence[Interval], first: int) -> None:

@@ -3,7 +3,7 @@
 import math
 import pathlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -97,10 +97,8 @@ def real_rows(result: SideBySide) -> list[tuple[str, ...]]:
 
 def side_by_side_page(result: SideBySide) -> list[str]:
     """The part of the page about a real checkpoint: the table, the remark and the output."""
-    rule = "|" + "---|" * len(REAL_COLUMNS)
-    rows = [f"| {' | '.join(row)} |" for row in real_rows(result)]
-    lines = [f"## {result.model}, plainly and with drafts", "", f"| {' | '.join(REAL_COLUMNS)} |", rule, *rows, ""]
-    lines += [remark(result), ""]
+    table = table_lines(REAL_COLUMNS, real_rows(result))
+    lines = [f"## {result.model}, plainly and with drafts", "", *table, "", remark(result), ""]
     for one in result.pairs:
         for name, text in ((f"Prompt ({one.sample.kind})", one.sample.text), ("Model, on both sides", one.text)):
             lines += [f"**{name}**", "", *("    " + line for line in text.splitlines()), ""]
@@ -195,17 +193,16 @@ def _table(rows: dict[str, str]) -> list[str]:
 
 
 def _head_table(evaluation: Evaluation) -> list[str]:
-    rule = "|" + "---|" * len(HEAD_COLUMNS)
-    return [f"| {' | '.join(HEAD_COLUMNS)} |", rule, *(f"| {' | '.join(row)} |" for row in head_rows(evaluation))]
+    return table_lines(HEAD_COLUMNS, head_rows(evaluation))
 
 
 def _ceiling_table(evaluation: Evaluation) -> list[str]:
-    rows = [one.cells() for one in evaluation.marginals]
-    return [f"| {' | '.join(CEILING_COLUMNS)} |", "|" + "---|" * len(CEILING_COLUMNS), *_lines(rows)]
+    return table_lines(CEILING_COLUMNS, [one.cells() for one in evaluation.marginals])
 
 
-def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in rows]
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown, line by line."""
+    return [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _samples(evaluation: Evaluation) -> list[str]:
