@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mtp_jax.cli.common import own_directory, parse, print_evaluation, print_json
-from mtp_jax.cli.eval_many import compare, print_compared, solve
+from mtp_jax.cli.eval_many import compare, default_directory, print_compared, solve
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
 from mtp_jax.eval.ceiling import ceilings, check_ceilings
@@ -18,7 +18,7 @@ from mtp_jax.eval.page import make_directory, write_page
 from mtp_jax.eval.report import losses_of, with_decoding
 from mtp_jax.eval.scoring import score
 from mtp_jax.eval.spans import finder
-from mtp_jax.loading import LoadedModel, is_run, load
+from mtp_jax.loading import LoadedModel, load
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.integrity import new_directories
 from mtp_jax.runs.progress import say
@@ -149,8 +149,7 @@ def _one_model(args: Args) -> None:
     if is_synthetic(source):
         source = with_seed(source, 1)
         lm = _for_task(lm, source)
-    default = f"{name}/eval" if is_run(pathlib.Path(name)) else f"{pathlib.Path(name).name}-eval"
-    directory = pathlib.Path(args.output or default)
+    directory = pathlib.Path(args.output or default_directory(name))
     with new_directories(directory):
         make_directory(directory)  # before the work, so that a bad path fails at once
         text = open_text(source, source, args.text_field, lm, find is not None, say)

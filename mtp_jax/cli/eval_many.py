@@ -102,7 +102,7 @@ def print_compared(compared: Compared, without: tuple[str, ...] = ()) -> None:
     for kind in compared.measured[0]:
         table = Table(*columns(compared), box=None, padding=(0, 2), header_style="bold")
         for row in rows(compared, kind):
-            if not row[0].startswith(without or ("\0",)):
+            if not row[0].startswith(without):
                 table.add_row(*row)
         console.print()
         console.print(f"{kind}: {compared.measured[0][kind].documents} documents; 95 % intervals in parentheses")
@@ -174,14 +174,19 @@ def _say_isolation() -> None:
         )
 
 
+def default_directory(name: str) -> pathlib.Path:
+    """Where the evaluation of a model is written without --output."""
+    own = pathlib.Path(name)
+    return own / "eval" if is_run(own) else pathlib.Path(f"{own.name}-eval")
+
+
 def _answers_file(args: "Args", name: str) -> pathlib.Path:
     """The file for the answers of a model."""
-    own = pathlib.Path(name)
     stem = f"{pathlib.Path(args.task).stem}-answers"
     if args.output:
         last = short_names(args.sources)[args.sources.index(name)].strip("/").replace("/", "--")
         return pathlib.Path(args.output) / (f"{stem}.jsonl" if len(args.sources) == 1 else f"{stem}-{last}.jsonl")
-    return (own / "eval" if is_run(own) else pathlib.Path(f"{own.name}-eval")) / f"{stem}.jsonl"
+    return default_directory(name) / f"{stem}.jsonl"
 
 
 def _report(args: "Args", results: list[TaskResult], files: list[pathlib.Path]) -> None:

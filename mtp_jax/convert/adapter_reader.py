@@ -100,7 +100,8 @@ def _check_base(adapter: Adapter, params: Any) -> None:
         return
     said = read_json(path)
     try:
-        paths, digest = said["paths"], said["digest"]
+        paths = said["paths"]
+        digest = said["digest"]
     except KeyError as error:
         raise UserError(f"{path} is damaged: it has no {error}; export the adapter again") from error
     leaves = by_path(params)

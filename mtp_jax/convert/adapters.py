@@ -122,15 +122,15 @@ def open_adapter(directory: str | pathlib.Path) -> Adapter:
 
 def _check_config(directory: pathlib.Path, raw: dict[str, Any]) -> None:
     """Refuses what is not implemented."""
+    path = directory / CONFIG_NAME
     for name, values in ACCEPTED.items():
         value = raw.get(name, values[0])
         if value not in values:
             known = ", ".join(repr(one) for one in values if one is not None)
-            raise UserError(f"{directory / CONFIG_NAME}: {name} is {value!r}; of these we read {known}")
+            raise UserError(f"{path}: {name} is {value!r}; of these we read {known}")
     for name, value in raw.items():
         if name not in NEUTRAL and name not in ACCEPTED and value:
-            raise UserError(f"{directory / CONFIG_NAME}: {name}={value!r} is not implemented; merge it with PEFT")
-    path = directory / CONFIG_NAME
+            raise UserError(f"{path}: {name}={value!r} is not implemented; merge it with PEFT")
     _check_number(path, "lora_alpha", raw.get("lora_alpha", 8), _is_alpha, "a finite number")
     _check_number(path, "r", raw.get("r", 8), _is_rank, "a whole number, 1 or above")
     _check_pattern(path, "alpha_pattern", raw.get("alpha_pattern"), _is_alpha, "a finite number")

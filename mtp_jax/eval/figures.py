@@ -50,8 +50,8 @@ class Calibration:
 
 def head_ratios(scored: Scored) -> dict[str, list[Ratio]]:
     """`loss`, `top1` and `top5` of every head, as sums by document; see `HeadSums.means`."""
-    inside_MT = scored.weight_MT * np.isfinite(scored.nll_MT)
-    nll_MT = np.where(inside_MT > 0, scored.nll_MT, 0)
+    inside_MT = scored.inside_MT
+    nll_MT = scored.inside_nll_MT
     result: dict[str, list[Ratio]] = {"loss": [], "top1": [], "top5": []}
     for m in range(len(scored.nll_MT)):
         whole = scored.per_document(scored.weight_MT[m])
@@ -142,7 +142,8 @@ class Control:
     @property
     def line(self) -> str:
         """The control as a sentence."""
-        low, high = self.worse.low, self.worse.high
+        low = self.worse.low
+        high = self.worse.high
         text = f"{self.name}: {self.figure} {self.own:.3f} -> {self.changed:.3f} (worse by {low:.3f} to {high:.3f})"
         if self.fails:
             return f"{text}: fails, as it must"
@@ -188,8 +189,9 @@ def _on_loss(scored: Scored, name: str, heads: list[int], pairs: list[tuple[np.n
         own += scored.per_document(np.where(both_T, scored.nll_MT[m], 0))
         changed += scored.per_document(np.where(both_T, nll_T, 0))
         under += scored.per_document(both_T)
-    one, other = Ratio(own, under), Ratio(changed, under)
-    return Control(name, "loss", one.value, other.value, difference(other, one))
+    before = Ratio(own, under)
+    after = Ratio(changed, under)
+    return Control(name, "loss", before.value, after.value, difference(after, before))
 
 
 def loud(found: Sequence[Control]) -> list[str]:

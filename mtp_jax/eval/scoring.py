@@ -78,14 +78,24 @@ class Scored:
         """Weights of the `turned` targets."""
         return np.roll(self.weight_MT, 1, axis=0)
 
+    @property
+    def inside_MT(self) -> np.ndarray:
+        """Weights of the targets that the head can predict: those in its draft vocabulary."""
+        return self.weight_MT * np.isfinite(self.nll_MT)
+
+    @property
+    def inside_nll_MT(self) -> np.ndarray:
+        """-ln p of these targets, and 0 for others."""
+        return np.where(self.inside_MT > 0, self.nll_MT, 0)
+
     def per_document(self, values_T: np.ndarray) -> np.ndarray:
         """Sums of one number per position over every document, [documents]."""
         return np.bincount(self.document_T, weights=values_T, minlength=self.documents)
 
     def sums(self) -> HeadSums:
         """The sums of `training.step.eval_step` over the text, in float64."""
-        inside_MT = self.weight_MT * np.isfinite(self.nll_MT)
-        nll_MT = np.where(inside_MT > 0, self.nll_MT, 0).astype(np.float64)
+        inside_MT = self.inside_MT
+        nll_MT = self.inside_nll_MT.astype(np.float64)
         weight_M = inside_MT.sum(1, dtype=np.float64)
 
         def total(where_MT: np.ndarray) -> np.ndarray:
@@ -114,14 +124,13 @@ def score(
     rows = dataclasses.replace(rows, prompt_tokens=config.data.prompt_tokens)
     count = min(limit, len(rows)) if limit else len(rows)
     progress(f"all heads over {count} rows")
-    run = jax.jit(functools.partial(_numbers, config))
     where = sharding.batch_sharding(lm.mesh)
     parts = []
     said = time.monotonic()
     with jax.set_mesh(lm.mesh):
         for batch in heldout_batches(rows, config.train.batch_size // config.train.grad_accum, limit):
             placed = {name: jax.device_put(one_BT, where) for name, one_BT in batch.items()}
-            parts.append(jax.device_get(run(lm.stacked_params(), placed)))
+            parts.append(jax.device_get(_numbers(config, lm.stacked_params(), placed)))
             if time.monotonic() - said > EVERY:
                 said = time.monotonic()
                 progress(f"rows: {min(sum(part['nll_MT'].shape[1] for part in parts), count)} of {count}")
@@ -138,6 +147,7 @@ def _flat(parts: list[np.ndarray]) -> np.ndarray:
     return whole_MBT[:, :, :-1].reshape(len(whole_MBT), -1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _numbers(config: Config, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The numbers of `Scored` for a batch, [M, B, T] each."""
     arch = config.arch

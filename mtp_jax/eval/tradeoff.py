@@ -95,8 +95,7 @@ def under(teacher: LoadedModel, prompts: Sequence[Sequence[int]], outputs: Seque
         tokens_BT[b, : len(row)] = row
         weights_BT[b, len(prompt) - 1 : len(row) - 1] = 1
     targets_BT = np.roll(tokens_BT, -1, axis=1)
-    params = {name: tree for name, tree in teacher.params.items() if name not in mtp.OF_HEADS}
-    nll, agreed = _judged(teacher.arch, params, tokens_BT, targets_BT, weights_BT)
+    nll, agreed = _judged(teacher.arch, mtp.trunk_params(teacher.stacked_params()), tokens_BT, targets_BT, weights_BT)
     return float(agreed), float(nll)
 
 
