@@ -43,13 +43,24 @@ ARM = (
 REFUSED = {"x86_64": (0xC000003E, X86), "aarch64": (0xC00000B7, ARM)}
 """By machine: its number in the kernel (AUDIT_ARCH), and the refused system calls."""
 
-NO_NEW_PRIVS, SET_DEATH_SIGNAL, SET_DUMPABLE, SET_SECCOMP = 38, 1, 4, 22
-LOAD, EQUAL, AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM
+NO_NEW_PRIVS = 38
+SET_DEATH_SIGNAL = 1
+SET_DUMPABLE = 4
+SET_SECCOMP = 22
+LOAD = 0x20
+EQUAL = 0x15
+AT_LEAST = 0x35
+RETURN = 0x06
+ALLOW = 0x7FFF0000
+KILL = 0x80000000
+REFUSE = 0x00050000 | errno.EPERM
 OTHER_TABLE = 0x40000000
 """System calls from here on belong to the x32 table."""
 
-WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+TRUNCATE = 1 << 14
 LAST_RIGHT = {1: 13, 2: 14, 3: 15, 4: 15}
 """Number of file rights by version of Landlock; later versions have 16."""
 LINUX = sys.platform == "linux"
