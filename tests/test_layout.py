@@ -130,6 +130,15 @@ def test_git_ignores_no_file_of_the_package():
     assert ignored.stdout == ""
 
 
+def test_names_of_test_files_are_unique():
+    """No two files of tests have one name: pytest imports them by it, and refuses the second when both are collected.
+
+    Fails with a second `test_adapters.py`, which passes as long as each is run alone.
+    """
+    names = [path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_import_is_light():
     """import mtp_jax loads none of the slow packages; delete the lazy `__getattr__` and it does."""
     heavy = ["torch", "transformers", "grain", "orbax", "tokenizers", "matplotlib", "tyro", "optax"]
