@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.eval.acceptance import TIMED_RUNS, OneByOne, Timed, merge
+from mtp_jax.eval.intervals import Ratio
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.strict_json import strict
 
 PLAIN = "plain"
-RESAMPLES = 2000
 WITHOUT_HEADS: dict[str, dict[str, Any]] = {
     PLAIN: {"draft": "none"},
     "lookup": {"draft": "lookup"},
@@ -46,7 +46,7 @@ class Result:
     """Time of plain decoding divided by the time of this side."""
     low: float
     high: float
-    """`low` and `high` are the ends of the 95 % interval of the gain."""
+    """`low` and `high` are the ends of the 95 % interval of the gain over prompts; nan with one prompt."""
     verified: float = 1.0
     """Share of the possible drafts that were verified. It is below 1 if some rounds were plain steps."""
 
@@ -63,7 +63,8 @@ class Result:
     def cells(self) -> tuple[str, ...]:
         """The texts of a table row, in the order of `COLUMNS`."""
         accepted = ", ".join("-" if math.isnan(rate) else f"{rate:.0%}" for rate in self.accepted) or "-"
-        gain = f"{self.gain:.2f} ({self.low:.2f}-{self.high:.2f})"
+        interval = "" if math.isnan(self.low) else f" ({self.low:.2f}-{self.high:.2f})"
+        gain = f"{self.gain:.2f}{interval}"
         same = "yes" if self.identical else "NO"
         return (self.kind, self.side, same, f"{self.tokens_per_round:.2f}", f"{self.ms:.1f}", gain, accepted)
 
@@ -113,7 +114,7 @@ def _result(kind: str, side: str, timed: Sequence[Timed]) -> Result:
     seconds = {name: [statistics.median(one[name][1]) for one in timed] for name in (PLAIN, side)}
     whole = {name: merge([one[name][0] for one in timed]) for name in (PLAIN, side)}
     ms = {name: 1e3 * sum(seconds[name]) / whole[name].stats.batch_rounds for name in whole}
-    low, high = _interval(seconds[PLAIN], seconds[side])
+    gain = Ratio(np.array(seconds[PLAIN]), np.array(seconds[side])).interval()
     stats = whole[side].stats
     possible = stats.rounds * (len(stats.histogram) - 1)
     return Result(
@@ -124,21 +125,11 @@ def _result(kind: str, side: str, timed: Sequence[Timed]) -> Result:
         accepted=tuple(float(rate) for rate in whole[side].stats.accept_at),
         plain_ms=ms[PLAIN],
         ms=ms[side],
-        gain=sum(seconds[PLAIN]) / sum(seconds[side]),
-        low=low,
-        high=high,
+        gain=gain.value,
+        low=gain.low,
+        high=gain.high,
         verified=stats.drafted / possible if possible else 1.0,
     )
-
-
-def _interval(plain: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval of the ratio of the summed times, by bootstrap: prompts are resampled with replacement."""
-    rng = np.random.default_rng(0)
-    one = np.asarray(plain)
-    two = np.asarray(other)
-    drawn = rng.integers(0, len(one), (RESAMPLES, len(one)))
-    low, high = np.percentile(one[drawn].sum(1) / two[drawn].sum(1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def mean_gain(results: Sequence[Result], side: str) -> float:
