@@ -11,7 +11,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,11 +21,11 @@ from mtp_jax.decode.generate import generate
 from mtp_jax.decode.memory import CacheTooLarge
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.errors import UserError
-from mtp_jax.eval.checkers import Checker, judged
+from mtp_jax.eval.checkers import Checker, Verdict, judged
 from mtp_jax.eval.intervals import Interval, Ratio, share
+from mtp_jax.eval.kept import append, open_kept
 from mtp_jax.eval.task_file import Question
 from mtp_jax.loading import LoadedModel
-from mtp_jax.runs.integrity import write_atomically
 from mtp_jax.runs.strict_json import strict
 
 NO_MATTER = ("batch_size", "draft", "judges")
@@ -120,47 +120,60 @@ def run_task(
     Raises:
       UserError: `path` has answers that were made from something else, or a prompt is refused.
     """
-    prompts = [_prompt(question, how) for question in questions]
-    lengths = [len(_ids(lm, prompt, question)) for prompt, question in zip(prompts, questions, strict=True)]
+    prompts = [prompt_of(question, how) for question in questions]
+    lengths = [len(ids_of(lm, prompt, question)) for prompt, question in zip(prompts, questions, strict=True)]
     # Prompts of similar length together, so that no row waits for a much longer one.
     jobs = [(i, s) for i in sorted(range(len(questions)), key=lambda i: (lengths[i], i)) for s in range(how.samples)]
-    header = {"made_from": made_from | _matters(how) | {"questions": _digest(questions)}}
-    done = _open(path, json.loads(json.dumps(header)))
+    header = {"made_from": made_from | matters(how) | {"questions": digest(questions)}}
+    done = open_kept(path, json.loads(json.dumps(header)), FIELDS, ("question", "sample"))
     left = [job for job in jobs if job not in done]
     if done:
         progress(f"{path} has {len(done)} of {len(jobs)} answers")
     for start in range(0, len(left), how.batch_size):
         batch = left[start : start + how.batch_size]
         records = _answered(lm, [prompts[i] for i, _ in batch], batch, questions, how)
-        # The standard output may be one JSON object, so what a checker prints goes elsewhere.
-        with contextlib.redirect_stdout(sys.stderr), ThreadPoolExecutor(how.judges) as pool:
-            tried = [(one["answer"], questions[one["question"]].record) for one in records]
-            verdicts = pool.map(lambda one: judged(check, *one, seconds=how.judge_seconds), tried)
-            records = [one | verdict._asdict() for one, verdict in zip(records, verdicts, strict=True)]
-        _append(path, records)
+        tried = [(one["answer"], questions[one["question"]].record) for one in records]
+        found = verdicts(check, tried, how)
+        records = [one | verdict._asdict() for one, verdict in zip(records, found, strict=True)]
+        append(path, records)
         done |= {(one["question"], one["sample"]): one for one in records}
         right = sum(one["correct"] for one in done.values())
         progress(f"{len(done)} of {len(jobs)} answers, {right} right")
     return _result(done, len(questions), how.samples)
 
 
-def _matters(how: Answering) -> dict[str, Any]:
+def verdicts(check: Checker, tried: Sequence[tuple[str, Mapping[str, Any]]], how: Answering) -> list[Verdict]:
+    """The verdicts on answers, some of them judged at once.
+
+    Args:
+      check: the checker.
+      tried: pairs of an answer and the record of its question.
+      how: says how many are judged at once, and for how long.
+    """
+    # The standard output may be one JSON object, so what a checker prints goes elsewhere.
+    with contextlib.redirect_stdout(sys.stderr), ThreadPoolExecutor(how.judges) as pool:
+        return list(pool.map(lambda one: judged(check, *one, seconds=how.judge_seconds), tried))
+
+
+def matters(how: Answering) -> dict[str, Any]:
     """The settings that answers and verdicts depend on."""
     return {name: value for name, value in dataclasses.asdict(how).items() if name not in NO_MATTER}
 
 
-def _digest(questions: Sequence[Question]) -> str:
+def digest(questions: Sequence[Question]) -> str:
     """A digest of the questions, with their records."""
     return hashlib.sha256(json.dumps([list(one) for one in questions]).encode()).hexdigest()
 
 
-def _prompt(question: Question, how: Answering) -> Any:
+def prompt_of(question: Question, how: Answering) -> Any:
+    """The prompt of a question: with `as_chat`, a text is the message of a user."""
     if how.as_chat and isinstance(question.prompt, str):
         return [{"role": "user", "content": question.prompt}]
     return question.prompt
 
 
-def _ids(lm: LoadedModel, prompt: Any, question: Question) -> list[int]:
+def ids_of(lm: LoadedModel, prompt: Any, question: Question) -> list[int]:
+    """The tokens of a prompt. Errors name the line of the question."""
     try:
         return prompt_ids(lm, prompt, 0)
     except UserError as error:
@@ -187,44 +200,6 @@ def _answered(
         {"question": i, "line": questions[i].number, "sample": s, "answer": text, "finish_reason": reason}
         for (i, s), text, reason in rows
     ]
-
-
-def _open(path: pathlib.Path, header: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
-    """The answers that a file has; a new file gets the header. A last line that was cut off is dropped."""
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(header) + "\n")
-        except OSError as error:
-            raise UserError(f"the answers cannot be written to {path}: {error.strerror}; give --output") from error
-        return {}
-    try:
-        whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
-        first, *lines = whole.split("\n")
-        same = json.loads(first) == header
-        records = [json.loads(line) for line in lines]
-        found = {(one["question"], one["sample"]): one for one in records}
-        wrong = [name for one in records for name, kind in FIELDS.items() if not isinstance(one[name], kind)]
-        if wrong:
-            raise ValueError(f"field {wrong[0]!r} has no value of its kind")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give another --output") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a file of answers: {type(error).__name__}: {error}; give another --output, or delete it"
-        ) from error
-    if not same:
-        raise UserError(
-            f"{path} has answers of another model, task or setting; give another --output, or delete the file"
-        )
-    if torn:
-        write_atomically(path, whole + "\n")
-    return found
-
-
-def _append(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(one) + "\n" for one in records))
 
 
 def _result(done: dict[tuple[int, int], dict[str, Any]], questions: int, samples: int) -> TaskResult:
