@@ -15,7 +15,7 @@ from mtp_jax.eval.checkers import checker
 from mtp_jax.eval.comparison_page import short_names
 from mtp_jax.eval.inference import page
 from mtp_jax.eval.inference.extraction import extractor
-from mtp_jax.eval.inference.plan import DEFAULT, Plan
+from mtp_jax.eval.inference.plan import DEFAULT, TRUNCATED, Plan
 from mtp_jax.eval.inference.rows import Figures, figures
 from mtp_jax.eval.inference.run import collect
 from mtp_jax.eval.page import make_directory
@@ -141,6 +141,10 @@ def _check(args: Args) -> None:
         raise UserError("mtp compare needs questions; give --task FILE.jsonl")
     if not args.checker:
         raise UserError("--task needs --checker: exact, number, regex, code, or FILE.py:NAME")
+    if TRUNCATED not in args.methods:
+        for name in ("end_think", "answer_tokens"):
+            if getattr(args, name) != getattr(Args, name):
+                raise UserError(f"--{name.replace('_', '-')} has no effect without --methods {TRUNCATED}; leave it out")
     check_least(args, {"samples": 1, "limit": 0, "batch_size": 1, "max_new_tokens": 1, "answer_tokens": 1})
 
 

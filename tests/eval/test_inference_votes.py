@@ -136,5 +136,5 @@ def test_extractors_by_name():
     assert extractor("", "exact") is extractor("", "regex") is EXTRACTORS["exact"]
     with pytest.raises(UserError, match="unknown extractor 'word'; choose one of number, boxed"):
         extractor("word", "number")
-    with pytest.raises(UserError, match="--checker mine.py:f does not say where the answer is; give --extract"):
+    with pytest.raises(UserError, match=r"--checker mine\.py:f does not say where the answer is; give --extract"):
         extractor("", "mine.py:f")
