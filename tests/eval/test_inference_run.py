@@ -63,6 +63,7 @@ def test_a_ledger_by_hand(tmp_path):
     judge = 1 + len(PLAN.judge("What is 3?", "yes 3")) + len("9") + 1
     assert row["best-judge@1"].spent[0] == Spent(prompt, answer, seconds=1.0)
     assert row["best-judge@2"].spent[0] == Spent(prompt, 2 * answer, judge=2 * judge, seconds=4.0)
+    assert row["best-judge@2"].spent[0].tokens == prompt + 2 * answer + 2 * judge
     revision = prompt + len("yes 3") + len(f"\n\n{REVISE}\n\n") + len("so 4") + 1
     assert row["revise@2"].spent[0] == Spent(prompt, answer, revision=revision, seconds=2.0)
     assert row["revise@2"].spent[0].tokens == prompt + answer + revision
@@ -102,6 +103,7 @@ def test_a_killed_comparison_goes_on(tmp_path):
         found, calls, said, again = compared(path)
         assert again == done and found == expected
         assert sum(rows for _, rows in calls) == len(lines) - kept
+        assert compared(path)[1] == []
         assert kept == 1 or said[0] == f"sample: {path} has {min(kept - 1, 8)} of 8 responses"
     assert compared(whole)[1] == []
 
@@ -151,7 +153,8 @@ def test_thinking_is_truncated(tmp_path):
     found, calls, _, done = compared(tmp_path / "a.jsonl", plan, thinks)
     row = rows(found)
     assert row["truncate@4"].right == (1.0, 0.0) and row["truncate@8"].right == (0.0, 0.0)
-    assert done["truncate 4", 0, 0]["answer"] == "abcd</t>3"
+    cut = done["truncate 4", 0, 0]
+    assert (cut["answer"], cut["prompt_tokens"]) == ("abcd</t>3", 1 + len("What is 3?"))
     kept = len("abcd</t>3") + 1
     assert row["truncate@4"].spent[0] == Spent(1 + len("What is 3?"), kept, seconds=1 + 4 / 14)
     assert row["truncate@8"].spent[0] == Spent(1 + len("What is 3?"), 14, seconds=1.0)
