@@ -9,15 +9,14 @@ from rich.table import Table
 
 from mtp_jax.cli.common import check_least, own_directory, parse, print_json
 from mtp_jax.cli.eval_many import IN_PROCESSES, JUDGES, made_from, say_isolation, wide_console
-from mtp_jax.convert.fetch import is_named
 from mtp_jax.errors import UserError
-from mtp_jax.eval.checkers import checker
+from mtp_jax.eval.checkers import Checker, checker
 from mtp_jax.eval.comparison_page import short_names
 from mtp_jax.eval.inference import page
 from mtp_jax.eval.inference.extraction import extractor
 from mtp_jax.eval.inference.plan import DEFAULT, TRUNCATED, Plan
 from mtp_jax.eval.inference.rows import Figures, figures
-from mtp_jax.eval.inference.run import collect
+from mtp_jax.eval.inference.run import Task, collect
 from mtp_jax.eval.page import make_directory
 from mtp_jax.eval.sandbox.outside import Limits, isolation
 from mtp_jax.eval.task_file import Fields, Question, read_task
@@ -175,15 +174,15 @@ def _plan(args: Args) -> Plan:
 
 
 def _figures(
-    args: Args, name: str, questions: list[Question], plan: Plan, check: object, file: pathlib.Path
+    args: Args, name: str, questions: list[Question], plan: Plan, check: Checker, file: pathlib.Path
 ) -> Figures:
     """The figures of one model."""
     keep_compiled(own_directory(name))
-    shipped = args.draft not in ("lookup", "none") and is_named(name)
-    lm = load(name, decode_only=True, ignore=args.ignore, shipped_heads=shipped)
+    lm = load(name, decode_only=True, ignore=args.ignore, shipped_heads=args.draft not in ("lookup", "none"))
     if lm.tokenizer is None:
         raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")
-    done = collect(lm, questions, check, plan, file, made_from=made_from(args, lm, name), progress=say)
+    task = Task(questions, check, made_from(args, lm, name))
+    done = collect(lm, task, plan, file, progress=say)
     return figures(done, len(questions), plan)
 
 

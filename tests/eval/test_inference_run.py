@@ -14,7 +14,7 @@ from mtp_jax.eval.inference.page import write_report
 from mtp_jax.eval.inference.plan import METHODS, Plan
 from mtp_jax.eval.inference.revision import REVISE
 from mtp_jax.eval.inference.rows import figures
-from mtp_jax.eval.inference.run import collect
+from mtp_jax.eval.inference.run import Task, collect
 from mtp_jax.eval.task_file import Question
 from mtp_jax.eval.task_run import Answering
 
@@ -35,13 +35,14 @@ def write(prompt, seed):
     return "1" if seed % 2 else "yes 3"
 
 
-def compared(path, plan=PLAN, written=write, questions=QUESTIONS, monkeypatch=None, lm=MODEL):
+def compared(path, plan=PLAN, written=write, questions=QUESTIONS):
     """The figures, what was called, and the lines of progress."""
     sampler = Sampler(written)
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtp_jax.eval.inference.responses.generate", sampler)
-        done = collect(lm, questions, checker("number"), plan, path, made_from={"source": "s"}, progress=said.append)
+        task = Task(questions, checker("number"), {"source": "s"})
+        done = collect(MODEL, task, plan, path, progress=said.append)
     return figures(done, len(questions), plan), sampler.calls, said, done
 
 

@@ -61,12 +61,20 @@ class Job(NamedTuple):
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
+class Task(NamedTuple):
+    """Questions, and who judges the answers."""
+
+    questions: Sequence[Question]
+    check: Checker
+    made_from: Record
+    """What identifies the model and the checker. Responses of others are not continued."""
+
+
 class _Work(NamedTuple):
     """What all stages share."""
 
     lm: LoadedModel
-    questions: Sequence[Question]
-    check: Checker
+    task: Task
     plan: Plan
     path: pathlib.Path
     progress: Callable[[str], None]
@@ -74,35 +82,31 @@ class _Work(NamedTuple):
 
 def collect(
     lm: LoadedModel,
-    questions: Sequence[Question],
-    check: Checker,
+    task: Task,
     plan: Plan,
     path: pathlib.Path,
-    *,
-    made_from: Record,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Done:
     """All responses that the plan needs. Those that the file has are not made again.
 
     Args:
       lm: the model; it may be one that only decodes.
-      questions: the questions.
-      check: the checker.
+      task: the questions, and who judges the answers.
       plan: what is compared.
       path: the file of responses.
-      made_from: what identifies the work besides the plan and the questions: model, checker.
       progress: is called with a line of text about the progress.
 
     Raises:
       UserError: the file has responses that were made from something else, a prompt is refused, or the model has no
         room for what the judge or a revision reads.
     """
-    work = _Work(lm, questions, check, plan, path, progress)
+    work = _Work(lm, task, plan, path, progress)
     how = plan.how
+    questions = task.questions
     prompts = [prompt_of(question, how) for question in questions]
     ids = [tuple(ids_of(lm, prompt, question)) for prompt, question in zip(prompts, questions, strict=True)]
     _check_room(work, prompts)
-    header = {"made_from": made_from | _matters(plan) | {"questions": digest(questions)}}
+    header = {"made_from": task.made_from | _matters(plan) | {"questions": digest(questions)}}
     done = open_kept(path, json.loads(json.dumps(header)), FIELDS, KEY)
     drawing = Drawing(how.max_new_tokens, how.temperature, how.top_p, how.stop, how.draft)
     every = [(i, s) for i in range(len(questions)) for s in range(how.samples)]
@@ -139,14 +143,15 @@ def _check_room(work: _Work, prompts: Sequence[Any]) -> None:
         if method in plan.methods and plan.how.samples > 1:
             needed, number = max((len(_ids(work, asked(one), i)) + more, i) for i, one in enumerate(prompts))
             if needed > longest:
+                line = work.task.questions[number].number
                 raise UserError(
-                    f"line {work.questions[number].number}: {method} needs up to {needed} tokens, and the model has "
+                    f"line {line}: {method} needs up to {needed} tokens, and the model has "
                     f"max_seq_len={longest}; give a smaller --max-new-tokens, or leave {method} out"
                 )
 
 
 def _ids(work: _Work, prompt: Any, question: int) -> tuple[int, ...]:
-    return tuple(ids_of(work.lm, prompt, work.questions[question]))
+    return tuple(ids_of(work.lm, prompt, work.task.questions[question]))
 
 
 def _cut_jobs(
@@ -188,8 +193,8 @@ def _write(work: _Work, jobs: Sequence[Job], drawing: Drawing, done: Done) -> Do
         responses = [response for row in rows for response in row]
         records = [_record(work, job, response) for job, response in zip(flat, responses, strict=True)]
         if jobs[0].stage != "judge":
-            tried = [(one["answer"], work.questions[one["question"]].record) for one in records]
-            found = verdicts(work.check, tried, how)
+            tried = [(one["answer"], work.task.questions[one["question"]].record) for one in records]
+            found = verdicts(work.task.check, tried, how)
             records = [one | verdict._asdict() for one, verdict in zip(records, found, strict=True)]
         append(work.path, records)
         done = done | {tuple(one[name] for name in KEY): one for one in records}
@@ -224,7 +229,7 @@ def _record(work: _Work, job: Job, response: Response) -> Record:
     return {
         "stage": job.stage,
         "question": job.question,
-        "line": work.questions[job.question].number,
+        "line": work.task.questions[job.question].number,
         "index": job.index,
         "answer": begun + response.text,
         "tokens": [*job.begun, *response.tokens],
