@@ -108,11 +108,12 @@ def plot_pareto(path: pathlib.Path, models: Mapping[str, Figures]) -> None:
             style = {"color": COLORS[methods.index(method) % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
             points += _plot_method(axes, rows, label, style)
     front = [points[at] for at in pareto_front(points)]
+    front.append((max(tokens for tokens, _ in points), front[-1][1]))
     axes.step(*zip(*front, strict=True), where="post", color="0.4", linestyle=":", label="Pareto front")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 
@@ -124,5 +125,5 @@ def _plot_method(axes: object, rows: Sequence[Row], label: str, style: Mapping[s
     values = [row.accuracy for row in rows]
     below = [one.value - one.low for one in values]
     above = [one.high - one.value for one in values]
-    axes.errorbar(tokens, [one.value for one in values], (below, above), label=label, linewidth=1.5, capsize=2, **style)
+    axes.errorbar(tokens, [one.value for one in values], (below, above), label=label, elinewidth=0.8, **style)
     return [(spent, one.value) for spent, one in zip(tokens, values, strict=True)]

@@ -23,7 +23,7 @@ METHODS = {
     "best-logprob": "the response with the highest mean log-probability of a token",
     "best-sum": "the response with the highest log-probability",
     "best-short": "the shortest response",
-    REVISED: "the last response of a chain, in which each revises the one before",
+    REVISED: "the last response of a chain that begins with the first sample; each revises the one before",
     TRUNCATED: "thinking cut after a budget of tokens",
 }
 """Names of the methods, and what they answer with."""
