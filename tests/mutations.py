@@ -38,6 +38,27 @@ class Mutation:
 
 NAMED = (
     Mutation(
+        "a response that the limit cut counts by its last number",
+        "eval/inference/run.py",
+        'right=record["correct"] and not cut,',
+        'right=record["correct"],',
+        "eval/test_inference_run.py",
+    ),
+    Mutation(
+        "the tokens of the judge are not counted",
+        "eval/inference/ledger.py",
+        "return self.prompt + self.answer + self.judge + self.revision",
+        "return self.prompt + self.answer + self.revision",
+        "eval/test_inference_run.py",
+    ),
+    Mutation(
+        "pass@k draws with replacement",
+        "eval/inference/estimates.py",
+        "return 1 - math.comb(n - correct, k) / math.comb(n, k)",
+        "return 1 - (1 - correct / n) ** k",
+        "eval/test_inference_estimates.py",
+    ),
+    Mutation(
         "the teacher of a standalone model reads the text, not the student's tokens",
         "training/objectives/regions.py",
         "teacher = _taught(config, spec, frozen, rows, written_PBX)",

@@ -85,7 +85,7 @@ def _kinds(data: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Standard output. In a file, tables have as much room as they need."""
     width = None if sys.stdout.isatty() else WIDE
     return Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, width=width)
@@ -98,7 +98,7 @@ def print_compared(compared: Compared, without: tuple[str, ...] = ()) -> None:
       compared: the figures.
       without: beginnings of the names of figures that are left out.
     """
-    console = _console()
+    console = wide_console()
     for kind in compared.measured[0]:
         table = Table(*columns(compared), box=None, padding=(0, 2), header_style="bold")
         for row in rows(compared, kind):
@@ -127,7 +127,7 @@ def solve(args: "Args") -> None:
     )
     in_processes = args.checker in IN_PROCESSES
     if in_processes:
-        _say_isolation()
+        say_isolation()
     how = Answering(
         max_new_tokens=args.max_new_tokens or 512,
         samples=args.samples,
@@ -152,12 +152,12 @@ def solve(args: "Args") -> None:
         lm = load(name, decode_only=True, **others)
         if lm.tokenizer is None:
             raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")
-        made_from = _made_from(args, lm, name)
-        results.append(run_task(lm, questions, check, how, files[-1], made_from=made_from, progress=say))
+        origin = made_from(args, lm, name)
+        results.append(run_task(lm, questions, check, how, files[-1], made_from=origin, progress=say))
     _report(args, results, files)
 
 
-def _made_from(args: "Args", lm: LoadedModel, name: str) -> dict[str, Any]:
+def made_from(args: Any, lm: LoadedModel, name: str) -> dict[str, Any]:
     """What the answers of a model depend on, besides the questions and how they are answered."""
     model = {"source": name, "ignore": args.ignore} | model_identity(lm, name)
     fields = {"prompt_field": args.prompt_field, "answer_field": args.answer_field, "template": args.template}
@@ -165,7 +165,8 @@ def _made_from(args: "Args", lm: LoadedModel, name: str) -> dict[str, Any]:
     return {"model": model, "task": args.task} | checker_identity(args.checker) | fields | limit
 
 
-def _say_isolation() -> None:
+def say_isolation() -> None:
+    """Prints a note if the kernel does not keep the code of answers from everything."""
     weak = [name for name, by in isolation().items() if by != "kernel"]
     if weak:
         say(
@@ -206,7 +207,7 @@ def _report(args: "Args", results: list[TaskResult], files: list[pathlib.Path]) 
     if args.json:
         print_json(whole)
         return
-    console = _console()
+    console = wide_console()
     table = Table(
         "model", "accuracy (95 %)", "right", "answers", "cut off", "wrong, by reason", box=None, padding=(0, 2)
     )
