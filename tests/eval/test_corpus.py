@@ -18,6 +18,7 @@ def test_passages_of_a_text():
     passages = cut(text, 3)
     assert passages == ["one two\n\nthree", "four five six", "seven eight nine", "ten", "eleven"]
     assert " ".join(passages).split() == text.split()
+    assert cut("a\n\nb\n\nc\n\nd", 2) == ["a\n\nb", "c\n\nd"]
 
 
 def test_files_of_a_directory(tmp_path):

@@ -57,14 +57,9 @@ def test_the_gradient_of_the_logistic_fit_is_zero(seed):
     assert abs((errors * inputs).sum() + w) < 1e-9 and abs(errors.sum()) < 1e-9
 
 
-def test_steps_that_are_too_long():
-    """With one label among many, the first Newton step overshoots; the fit still ends at gradient 0. Breaks without the
-    halving of steps."""
-    scores = np.array([0.0] * 400 + [1000.0])
-    labels = np.array([False] * 400 + [True])
-    gate = fit_logistic(scores, labels, "s")
-    errors = 1 / (1 + np.exp(-gate.margin(scores))) - labels
-    assert abs(errors.sum()) < 1e-9
+def test_of_equal_gates_the_first_counts():
+    """Every threshold but the smallest is right on both questions; the smallest of these is taken."""
+    assert fit_threshold([0, 1], [False, True]) == ThresholdGate("", 1 / 99, "ge")
 
 
 @pytest.mark.parametrize("gate", KINDS, ids=lambda gate: gate.kind)

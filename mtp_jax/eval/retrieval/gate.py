@@ -154,8 +154,7 @@ def fit_threshold(
 def fit_logistic(scores: Sequence[float], labels: Sequence[bool], name: str = "") -> LogisticGate:
     """The logistic regression of the labels on the standardised score, with the prior `weight ~ N(0, 1)`.
 
-    Newton steps on `sum log(1 + exp(-y z)) + weight^2 / 2`, with `y` = 1 or -1, until the gradient is 0. A step that
-    does not lower it is halved.
+    Newton steps on `sum log(1 + exp(-y z)) + weight^2 / 2`, with `y` = 1 or -1, until the gradient is 0.
 
     Args:
       scores: one per question.
@@ -171,19 +170,15 @@ def fit_logistic(scores: Sequence[float], labels: Sequence[bool], name: str = ""
     inputs = np.stack([(values - mean) / spread, np.ones(len(values))], axis=1)
     prior = np.array([1.0, 0.0])
     weights = np.zeros(2)
-
-    def loss(at: np.ndarray) -> float:
-        return float(np.logaddexp(0, np.where(retrieve, -1, 1) * (inputs @ at)).sum() + (prior * at * at).sum() / 2)
-
     for _ in range(NEWTON_STEPS):
         odds = 1 / (1 + np.exp(-inputs @ weights))
         gradient = inputs.T @ (odds - retrieve) + prior * weights
-        if np.abs(gradient).max() < 1e-10:
+        if np.abs(gradient).max() < 1e-12 * len(values):
             break
-        step = np.linalg.solve((inputs.T * (odds * (1 - odds))) @ inputs + np.diag(prior), gradient)
-        while loss(weights - step) > loss(weights) and np.abs(step).max() > 1e-12:
-            step = step / 2
-        weights = weights - step
+        hessian = (inputs.T * (odds * (1 - odds))) @ inputs + np.diag(prior)
+        weights = weights - np.linalg.solve(hessian, gradient)
+    else:
+        raise UserError(f"the logistic gate on {name or 'the scores'} did not settle; use a threshold gate")
     slope = weights[0] / spread
     return LogisticGate(name, float(slope), float(weights[1] - slope * mean))
 
