@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": "hold a conversation in the terminal",
     "eval": "measure loss by head, bits per byte, and acceptance by depth",
     "compare": "compare methods that spend more compute at inference: votes, choices, revisions, by tokens",
+    "retrieve": "answer questions with and without passages, and measure when to look them up",
     "import": "make a model directory from a Hugging Face checkpoint, with new heads if you want some",
     "export": "write a model as a Hugging Face directory",
     "compile": "say whether a config fits on devices that you do not have: memory, operations, traffic",

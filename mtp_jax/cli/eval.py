@@ -51,8 +51,8 @@ class Args:
     task: str = ""
     """A .jsonl of questions: answers are generated and judged, and --data is not needed."""
     checker: str = ""
-    """Who judges the answers of a task: exact, number (the last number), regex, code (runs it with tests, in a
-    sandbox), or FILE.py:NAME for a function of yours, (answer, record) -> (correct, reason)."""
+    """Who judges the answers of a task: exact, contains, number (the last number), regex, code (runs it with tests, in
+    a sandbox), or FILE.py:NAME for a function of yours, (answer, record) -> (correct, reason)."""
     prompt_field: str = ""
     """Field of a task's record that holds the prompt; the default is the first of messages, prompt, question, problem,
     text."""
@@ -131,7 +131,7 @@ def _check(args: Args) -> None:
     if args.marginalise and (len(args.sources) > 1 or len(args.data) > 1):
         raise UserError(f"--marginalise {args.marginalise} is for one model on one text; evaluate each by itself")
     if args.task and not args.checker:
-        raise UserError("--task needs --checker: exact, number, regex, code, or FILE.py:NAME")
+        raise UserError("--task needs --checker: exact, contains, number, regex, code, or FILE.py:NAME")
 
 
 def _one_model(args: Args) -> None:

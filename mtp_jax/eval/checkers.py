@@ -4,6 +4,7 @@ A checker is a function `(answer, record) -> Verdict`. The record is a line of t
 compares with. `checker(NAME)` gives one of these:
 
     exact    the answer is the text of `answer`; space around both does not count
+    contains the words of `answer`, or of one text in that list, are in the answer, one after the other
     number   the last number in the answer equals the last number of `answer`, as in GSM8K (Cobbe et al. 2021)
     regex    the regular expression in `answer` is found in the answer
     code     the answer's code passes the tests of the record, as in HumanEval (Chen et al. 2021) and MBPP (Austin et
@@ -32,6 +33,7 @@ NUMBER = re.compile(
     r"|(?<![\w.])-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4}(?!\w))?"  # 7, .5, 1e-3
     r"|[0-9]+(?:\.[0-9]+)?"  # behind a word or a point, where a minus is no sign
 )
+ARTICLES = ("a", "an", "the")
 MINUS = "\u2212"
 """The minus sign of typesetting."""
 FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
@@ -58,7 +60,7 @@ def checker(name: str, limits: Limits | None = None) -> Checker:
     """The checker of a name.
 
     Args:
-      name: `exact`, `number`, `regex`, `code`, or `FILE.py:NAME` for a function in a file.
+      name: `exact`, `contains`, `number`, `regex`, `code`, or `FILE.py:NAME` for a function in a file.
       limits: limits for `regex` and `code`. None is the default.
 
     Raises:
@@ -67,7 +69,7 @@ def checker(name: str, limits: Limits | None = None) -> Checker:
     limited = {"regex": regex, "code": code}
     if name in limited:
         return functools.partial(limited[name], limits=limits or Limits())
-    plain = {"exact": exact, "number": number}
+    plain = {"exact": exact, "contains": contains, "number": number}
     if name in plain:
         return plain[name]
     file, _, function = name.rpartition(":")
@@ -147,6 +149,32 @@ def exact(answer: str, record: Mapping[str, Any]) -> Verdict:
     """Right if the answer is the expected text. Space around both does not count."""
     same = answer.strip() == expected(record).strip()
     return Verdict(same, RIGHT if same else "wrong")
+
+
+def contains(answer: str, record: Mapping[str, Any]) -> Verdict:
+    """Right if the answer has the words of an expected text, one after the other. Case, punctuation and the articles a,
+    an and the do not count. (Rajpurkar et al. 2016 compare answers so; here whole words must agree.)"""
+    said = f" {' '.join(_words(answer))} "
+    found = any(f" {' '.join(words)} " in said for words in wanted_words(record))
+    return Verdict(found, RIGHT if found else "wrong")
+
+
+def wanted_words(record: Mapping[str, Any]) -> list[list[str]]:
+    """The words of every expected text: field `answer`, a text, a number, or a list of them.
+
+    Raises:
+      UserError: the record has no such field, or one of the texts has no word.
+    """
+    value = record.get("answer")
+    texts = [expected({"answer": one}) for one in value] if isinstance(value, list) and value else [expected(record)]
+    words = [_words(text) for text in texts]
+    if not all(words):
+        raise UserError(f"field 'answer' is {value!r}; the checker contains needs a word in every text")
+    return words
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"\w+", text.casefold()) if word not in ARTICLES]
 
 
 def number(answer: str, record: Mapping[str, Any]) -> Verdict:

@@ -3,7 +3,7 @@
 A record has a prompt and an expected answer or tests. The fields may have the names of well-known sets:
 
     prompt      `messages`, `prompt`, `question`, `problem` or `text`; a text, or a list of messages
-    answer      `answer`, `target` or `solution`           checkers exact, number, regex
+    answer      `answer`, `target` or `solution`           checkers exact, contains, number, regex
     tests       `test`, `test_list` or `tests`             checker code, with `entry_point` if there is one
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mtp_jax.data.chat import check_messages
 from mtp_jax.errors import UserError
-from mtp_jax.eval.checkers import expected, last_number, tests_of
+from mtp_jax.eval.checkers import expected, last_number, tests_of, wanted_words
 
 PROMPTS = ("messages", "prompt", "question", "problem", "text")
 ANSWERS = ("answer", "target", "solution")
@@ -88,6 +88,8 @@ def _question(number: int, line: str, checker: str, fields: Fields) -> Question:
     if checker in NEEDS_ANSWER:
         if last_number(expected(record)) is None and checker == "number":
             raise UserError(f"field 'answer' is {record['answer']!r}; the checker number needs a number in it")
+    elif checker == "contains":
+        wanted_words(record)
     elif checker == "code":
         tests_of(record)
     return Question(number, prompt, record)

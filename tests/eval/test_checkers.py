@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from mtp_jax.errors import UserError
-from mtp_jax.eval.checkers import Verdict, checker, judged, last_number, program_of
+from mtp_jax.eval.checkers import Verdict, checker, judged, last_number, program_of, wanted_words
 from mtp_jax.eval.checkers import tests_of as source_of_tests
 from mtp_jax.eval.sandbox.outside import Limits
 
@@ -15,6 +15,11 @@ from mtp_jax.eval.sandbox.outside import Limits
     [
         ("exact", " blue\n", "blue", True),
         ("exact", "blue.", "blue", False),
+        ("contains", "It is The `os.path` module.", "os.path", True),
+        ("contains", "It is close to macos", "os", False),
+        ("contains", "In 1,815, a Jane Austen wrote.", ["Charlotte", "the Jane Austen"], True),
+        ("contains", "Austen Jane", "Jane Austen", False),
+        ("contains", "7", 7, True),
         ("number", "So 3 + 4 = 7, the answer is 1,200.0 dollars.", "#### 1200", True),
         ("number", "It is -7", 7, False),
         ("number", "no idea", "7", False),
@@ -28,7 +33,7 @@ from mtp_jax.eval.sandbox.outside import Limits
     ],
 )
 def test_verdicts(name, answer, expected, verdict):
-    """By hand. Breaks with the first number in place of the last, or with an anchored search."""
+    """By hand. Breaks with the first number in place of the last, an anchored search, or `contains` within words."""
     assert judged(checker(name), answer, {"answer": expected}).correct is verdict
 
 
@@ -139,6 +144,13 @@ def test_functions_of_the_user(tmp_path, made, reason):
     assert judged(lambda answer, record: True, "a", {}) == Verdict(True, "right")
 
 
+@pytest.mark.parametrize("answer", ["?", [], ["a word", ""], None, [["a"]]])
+def test_an_answer_without_words_is_refused(answer):
+    """`contains` needs a word in every expected text: an empty one would be in every answer."""
+    with pytest.raises(UserError, match="field 'answer' is"):
+        wanted_words({"answer": answer})
+
+
 def test_a_function_that_hangs_is_wrong():
     """The run goes on after the given time. Breaks if the checker is called in this thread."""
     hangs = threading.Event()
@@ -150,7 +162,7 @@ def test_a_function_that_hangs_is_wrong():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bleu", "unknown checker 'bleu'; choose one of exact, number, regex, code"),
+        ("bleu", "unknown checker 'bleu'; choose one of exact, contains, number, regex, code"),
         ("nowhere.py:check", "nowhere.py cannot be read"),
         ("FILE:other", "defines no function 'other'"),
         ("BROKEN:check", "failed: ZeroDivisionError"),
