@@ -48,9 +48,9 @@ def whole(ids, keep_BT, objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda one: f"{one.part}-{one.mean}")
 def test_every_single_deletion_is_the_shortened_text(objective):
-    """J(S without i) = that of the shortened ids, scored from the beginning, to 1e-5: for every i of the whole chain, and
-    again after deletions at the beginning, in the middle and at the end, which move the base. Breaks with `same` in place
-    of `same - 1`, without `old.logprob[:same]`, or if `start_B` is one number for all rows."""
+    """J(S without i) = that of the shortened ids, scored from the beginning, to 1e-5: for every i of the whole chain,
+    and again after deletions at the beginning, in the middle and at the end, which move the base. Breaks with `same` in
+    place of `same - 1`, without `old.logprob[:same]`, or if `start_B` is one number for all rows."""
     ids = drawn(5, 11, 3)
     scorer = ChainScorer(model("random"), ids, objective)
     keep_T = np.ones(11, bool)
@@ -107,8 +107,8 @@ def test_surprisal():
 
 
 def test_number_of_programs():
-    """Chains of other lengths compile nothing, as long as the caches have the same number of slots. Breaks if the number
-    of rows or of tokens of a call depends on the chain."""
+    """Chains of other lengths compile nothing, as long as the caches have the same number of slots. Breaks if the
+    number of rows or of tokens of a call depends on the chain."""
     for part in ("all", "answer"):
         greedy_prune(ChainScorer(model("random"), drawn(3, 12, 3), Objective(part)), np.zeros(12, bool), 0)
     with compilations() as compiled:
@@ -169,5 +169,5 @@ def test_the_longest_text():
 
 def test_an_objective_that_is_none():
     """Breaks without the check of `Objective`."""
-    with pytest.raises(UserError, match="Objective.part='chain'; it must be 'answer' or 'all'"):
+    with pytest.raises(UserError, match=r"Objective\.part='chain'; it must be 'answer' or 'all'"):
         Objective("chain")
