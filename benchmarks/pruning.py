@@ -1,6 +1,6 @@
 """Which tokens of a chain of reasoning does a model miss least, and what does greedy pruning cost?
 
-    python benchmarks/pruning.py DATA [--source smollm2] [--chains 12] [--workdir runs/pruning]
+    python benchmarks/pruning.py DATA [--source smollm2] [--chains 12] [--settings 5] [--workdir runs/pruning]
 
 DATA is `gsm8k_test.jsonl`, with `question` and the number as `answer`. It has no solutions, so the chains below were
 written for this script, one for each of twelve short questions. Every chain is pruned to nothing by each setting, so
@@ -52,8 +52,8 @@ SOLUTIONS = {
 SETTINGS = {
     "answer": Pruning(keep=0.0, objective=Objective("answer")),
     "all, sum": Pruning(keep=0.0, objective=Objective("all")),
-    "all, mean": Pruning(keep=0.0, objective=Objective("all", mean=True)),
     "answer, 4 tokens a step": Pruning(keep=0.0, objective=Objective("answer"), block=4),
+    "all, mean": Pruning(keep=0.0, objective=Objective("all", mean=True)),
     "answer, 6 tokens scored": Pruning(keep=0.0, objective=Objective("answer"), screen=6),
 }
 """The first one is what the others are compared with."""
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--chains", type=int, default=len(SOLUTIONS))
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first of the settings")
     parser.add_argument("--timed", type=int, default=2, help="chains of the second table")
     parser.add_argument("--workdir", default="runs/pruning")
     parser.add_argument("--results", default=RESULTS)
@@ -141,14 +142,15 @@ def main() -> None:
     keep_compiled(own_directory(args.source))
     lm = mtp_jax.load(args.source, decode_only=True)
     chains = tokenise(lm, read(args.data)[: args.chains], Form())
-    done: dict[str, list[tuple[Pruned, float]]] = {name: [] for name in SETTINGS}
+    settings = dict(list(SETTINGS.items())[: args.settings])
+    done: dict[str, list[tuple[Pruned, float]]] = {name: [] for name in settings}
     for number, chain in enumerate(chains):
-        for name, how in SETTINGS.items():
+        for name, how in settings.items():
             path = pathlib.Path(args.workdir) / f"{number}-{name.replace(', ', '-').replace(' ', '_')}.jsonl"
             done[name] += prune_chains(lm, [chain], how, path, made_from={"source": args.source}, progress=say)
     device = jax.devices()[0].device_kind
-    base = [seconds for _, seconds in done[next(iter(SETTINGS))]]
-    rows = [row(name, chains, done[name], base) for name in SETTINGS]
+    base = [seconds for _, seconds in done[next(iter(settings))]]
+    rows = [row(name, chains, done[name], base) for name in settings]
     columns = ("objective", "J whole", "J at half", *(f"rank of {kind}s" for kind in KINDS), "symbols - words")
     columns = (*columns, "seconds a chain", "time over the first")
     lengths = sorted(len(chain.pieces) for chain in chains)
