@@ -17,6 +17,7 @@ import math
 import pathlib
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,18 +36,18 @@ from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.progress import say
 
 SOLUTIONS = {
-    "Ali had $21.": "Leila gave Ali 100 / 2 = 50. So he has 21 + 50 = 71.",
-    "John arm wrestles 20 people.": "He beats 20 * 0.8 = 16 people. He lost to 20 - 16 = 4.",
-    "An eraser costs $2": "The erasers cost 6 * 2 = 12, and the pencils 8 * 3 = 24. Together, 36.",
-    "Geb is 10 less": "Half the age of Haley is 26 / 2 = 13. So Geb is 13 - 10 = 3.",
-    "The price of a laptop": "The discount is 1000 * 0.2 = 200. You pay 1000 - 200 = 800.",
-    "If Ann is 9 years old": "Her brother is 9 * 2 = 18. In 3 years, he will be 18 + 3 = 21.",
-    "Given a 7-day week": "First, 2 weeks have 2 * 7 = 14 days. She charges 14 * 12 = 168.",
-    "Jimmy has $2 more": "Twice the money of Ethel is 2 * 8 = 16. So Jimmy has 16 + 2 = 18.",
-    "Ryan plants 2 flowers": "He plants 2 * 15 = 30 flowers. But 5 did not grow, so 30 - 5 = 25.",
-    "Jen got 3 fish.": "The fish need 3 * 1 = 3 a day. May has 31 days, so 3 * 31 = 93.",
-    "Patricia has 30 roses.": "After her gift, she had 30 - 24 = 6. Then she had 6 + 15 = 21.",
-    "A loaf of bread": "The bread costs 3 * 2 = 6. The bagels cost 2 * 1 = 2. That is 6 - 2 = 4 more.",
+    "Charmaine will be": "She is 4 now, so 4 + 4 = 8.",
+    "A loaf of bread at the bakery costs $2.": "The bread is 6, so 6 - 2 = 4.",
+    "If Ann is 9 years old": "He is 2 * 9 = 18, then 21.",
+    "Patricia has 30 roses.": "She had 6 left, and 6 + 15 = 21.",
+    "Ryan plants 2 flowers": "He plants 30, but 30 - 5 = 25.",
+    "Jerry is twice": "He is 10 now, and 10 + 3 = 13.",
+    "Jen got 3 fish.": "She pays 3 a day, so 31 * 3 = 93.",
+    "John arm wrestles 20 people.": "He beats 16 people, so 20 - 16 = 4.",
+    "A bag has a 5%": "The discount is 7, so 140 - 7 = 133.",
+    "Jimmy has $2 more": "Twice 8 is 16, and 16 + 2 = 18.",
+    "Geb is 10 less": "Half of 26 is 13, and 13 - 10 = 3.",
+    "Ali had $21.": "Half of 100 is 50, so 21 + 50 = 71.",
 }
 """Solutions by the beginning of their question."""
 SETTINGS = {
@@ -59,15 +60,25 @@ SETTINGS = {
 """The first one is what the others are compared with."""
 
 
-def read(path: str) -> list[Record]:
-    """The questions that have a solution here.
+LONG = {
+    "Patricia has 30 roses.": (
+        "After her gift to her mother, she had 30 - 24 = 6 roses left. Then she bought 15 more roses at the shop, so she "
+        "had 6 + 15 = 21 roses. She did not give any of these roses away, and she did not lose any of them. So the "
+        "number of roses that she has now is 21."
+    )
+}
+"""A longer solution, for the second table."""
+
+
+def read(path: str, solutions: Mapping[str, str]) -> list[Record]:
+    """The questions that have a solution.
 
     Raises:
       UserError: one of them is not in the file.
     """
     lines = [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     found = []
-    for begins, solution in SOLUTIONS.items():
+    for begins, solution in solutions.items():
         number = next((n for n, one in enumerate(lines, start=1) if one["question"].startswith(begins)), None)
         if number is None:
             raise mtp_jax.UserError(f"{path} has no question that begins with {begins!r}; give gsm8k_test.jsonl")
@@ -135,13 +146,12 @@ def main() -> None:
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--chains", type=int, default=len(SOLUTIONS))
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first of the settings")
-    parser.add_argument("--timed", type=int, default=2, help="chains of the second table")
     parser.add_argument("--workdir", default="runs/pruning")
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
     keep_compiled(own_directory(args.source))
     lm = mtp_jax.load(args.source, decode_only=True)
-    chains = tokenise(lm, read(args.data)[: args.chains], Form())
+    chains = tokenise(lm, read(args.data, SOLUTIONS)[: args.chains], Form())
     settings = dict(list(SETTINGS.items())[: args.settings])
     done: dict[str, list[tuple[Pruned, float]]] = {name: [] for name in settings}
     for number, chain in enumerate(chains):
@@ -161,12 +171,13 @@ def main() -> None:
     )
     Report("Greedy pruning: which tokens stay longest", columns, rows, note).publish(args.results, device)
     times = []
-    for part in ("answer", "all"):
-        pairs = [timed(lm, chain, Objective(part)) for chain in chains[: args.timed]]
-        shared, whole = (sum(one) / len(pairs) for one in zip(*pairs, strict=True))
-        times.append([part, f"{whole:.1f}", f"{shared:.1f}", f"{whole / shared:.2f}"])
-    columns = ("objective", "whole texts, s", "shared row, s", "ratio")
-    note = f"All single deletions of {args.timed} chains, mean; in turns, on shared cores."
+    for chain in (chains[0], *tokenise(lm, read(args.data, LONG), Form())):
+        for part in ("answer", "all"):
+            shared, whole = timed(lm, chain, Objective(part))
+            size = f"{len(chain.pieces)} of {sum(map(len, chain.ids))}"
+            times.append([size, part, f"{whole:.1f}", f"{shared:.1f}", f"{whole / shared:.2f}"])
+    columns = ("tokens of chain, of text", "objective", "whole texts, s", "shared row, s", "ratio")
+    note = "All single deletions of a chain, the faster of two turns each, in turns, on shared cores."
     Report("Greedy pruning: what the caches of a shared row save", columns, times, note).publish(args.results, device)
 
 
