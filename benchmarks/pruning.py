@@ -62,8 +62,8 @@ SETTINGS = {
 
 LONG = {
     "Patricia has 30 roses.": (
-        "After her gift to her mother, she had 30 - 24 = 6 roses left. Then she bought 15 more roses at the shop, so she "
-        "had 6 + 15 = 21 roses. She did not give any of these roses away, and she did not lose any of them. So the "
+        "After her gift to her mother, she had 30 - 24 = 6 roses left. Then she bought 15 more roses at the shop, so "
+        "she had 6 + 15 = 21 roses. She did not give any of these roses away, and she did not lose any of them. So the "
         "number of roses that she has now is 21."
     )
 }
