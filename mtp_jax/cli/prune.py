@@ -41,8 +41,8 @@ class Args:
     source: tyro.conf.Positional[str]
     """The model: a run, a Hugging Face directory or hub id, a .gguf file, or smollm2."""
     data: str
-    """A .jsonl with `question`, `chain` and `answer` in each line; or, as GSM8K, `question` and an `answer` in which
-    #### stands between the chain and the answer."""
+    """A .jsonl with `question`, `chain` and `answer` in each line; or, as GSM8K, with `question` and an `answer` that
+    has #### between the chain and the number."""
     output: str
     """Directory for all files."""
     keep: float = 0.5
