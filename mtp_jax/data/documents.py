@@ -11,6 +11,7 @@ import numpy as np
 
 from mtp_jax.data import sources
 from mtp_jax.data.conversations import Document
+from mtp_jax.data.extras import DOCUMENTS
 from mtp_jax.data.learned import Encoded
 from mtp_jax.data.marks import Special, SpecialCounter
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments
@@ -154,7 +155,7 @@ def read_flat(path: str, tokenizer: Reading | None, limit: int | None, what: str
 
     Args:
       path: the file.
-      tokenizer: its end token separates documents in a flat array of ids.
+      tokenizer: its end token separates documents in a flat array of ids that has no extra array `documents`.
       limit: all ids must be below this number.
       what: name of the limit in error messages.
     """
@@ -162,21 +163,35 @@ def read_flat(path: str, tokenizer: Reading | None, limit: int | None, what: str
     largest = int(tokens.max())
     if limit is not None and largest >= limit:
         raise UserError(f"{path!r} holds the token id {largest}, but {what} is {limit}; it must be above {largest}")
+    extras = sources.read_extras(path, tokens.shape)
+    document = extras.pop(DOCUMENTS, None)
     if tokens.ndim == 2:
+        if document is not None:
+            raise UserError(f"{path!r} has one document per row, and the extra array 'documents', too; delete it")
         offsets = np.arange(len(tokens) + 1, dtype=np.int64) * tokens.shape[1]
         names = [f"row {row}" for row in range(len(tokens))]
+    else:
+        offsets = _offsets(tokens, document, tokenizer, path)
+        names = [f"document {document}" for document in range(len(offsets) - 1)]
+    flat = {name: array.reshape(-1) for name, array in extras.items()}
+    sizes = np.zeros(len(names), np.int64)
+    return TokenisedDocuments(tokens.reshape(-1), offsets, names, sizes, extras=flat)
+
+
+def _offsets(tokens: np.ndarray, document: np.ndarray | None, tokenizer: Reading | None, path: str) -> np.ndarray:
+    """Where the documents of a flat array begin, and its length."""
+    if document is not None:
+        if document.dtype.kind not in "iu":
+            raise UserError(f"the extra array 'documents' of {path!r} holds {document.dtype}; save whole numbers")
+        ends = np.flatnonzero(np.diff(document)) + 1
     elif tokenizer is None:
         raise UserError(
             f"token file {path!r} is one flat array, and without a tokenizer its end-of-text id is unknown; set "
-            "data.tokenizer to a tokenizer.json, or save one document per row"
+            "data.tokenizer to a tokenizer.json, save one document per row, or save the documents of tokens next to it"
         )
     else:
         ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
-        offsets = np.unique(np.concatenate([[0], ends, [len(tokens)]]))
-        names = [f"document {document}" for document in range(len(offsets) - 1)]
-    extras = {name: array.reshape(-1) for name, array in sources.read_extras(path, tokens.shape).items()}
-    sizes = np.zeros(len(names), np.int64)
-    return TokenisedDocuments(tokens.reshape(-1), offsets, names, sizes, extras=extras)
+    return np.unique(np.concatenate([[0], ends, [len(tokens)]]).astype(np.int64))
 
 
 def with_bytes(rows: PackedRows, tokenizer: Reading | None) -> PackedRows:

@@ -2,12 +2,16 @@
 
     ids.npy             token ids, the source
     ids.weights.npy     the weight of each token as a target
+    ids.documents.npy   the number of the document that each token belongs to, for flat ids
     ids.surprise.npy    any other number per token; terms of the loss read it as `batch["surprise"]`
 
 An extra array has the shape of the ids. It is packed, shuffled and split like them, so a row of a batch holds the
-numbers of its tokens. Nothing is shifted. Only `weights` has a meaning of its own: the loss of each head is
+numbers of its tokens. Nothing is shifted. Two names have a meaning. With `weights` the loss of each head is
 
     sum of w * cross-entropy / sum of w        w is the weight of the token that the head predicts
+
+`documents` says where documents begin: where the number changes. Without it, a flat file is cut behind every end token.
+A batch does not have it.
 
 A file is an extra array if its name is that of the ids with one more part. The name may not contain another dot.
 """
@@ -22,6 +26,8 @@ from mtp_jax.errors import UserError
 
 WEIGHTS = "weights"
 """The extra array with the weight of each token as a target."""
+DOCUMENTS = "documents"
+"""The extra array with the document of each token."""
 RESERVED = frozenset({"tokens", "segment_ids", "positions", "learn", "states"})
 """Names of other arrays of a batch."""
 

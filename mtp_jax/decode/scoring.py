@@ -202,12 +202,12 @@ def _scored(lm: Any, rows: Sequence[_Pair], padded: int) -> list[Score]:
     B = buckets.batch_rows(len(rows))
     chunk = min(padded, engine.CHUNK)
     tokens_BT = buckets.padded_rows([pair.inputs for pair in rows], B, padded)
-    caches = _no_entries(lm.arch, B, whole_tiles(padded))
+    caches = no_entries(lm.arch, B, whole_tiles(padded))
     found = []
     for start in range(0, padded, chunk):
         wanted = _Wanted.of(rows, B, start, chunk)
         arrays = jax.device_put((tokens_BT[:, start : start + chunk], np.int32(start), wanted.at_BX, wanted.target_BX))
-        caches, logprob_BX, first_BX = _score_chunk(lm.arch, lm.decode_params, caches, *arrays)
+        caches, logprob_BX, first_BX = score_chunk(lm.arch, lm.decode_params, caches, *arrays)
         found.append((wanted.count_B, logprob_BX, first_BX))
     return _summed(jax.device_get(found), len(rows))
 
@@ -249,12 +249,13 @@ class _Wanted(NamedTuple):
 
 
 @bounded(statics=(0, 1, 2))
-def _no_entries(arch: Arch, batch: int, slots: int) -> Any:
+def no_entries(arch: Arch, batch: int, slots: int) -> Any:
+    """Empty caches of the trunk for `batch` rows."""
     return trunk.init_caches(arch, batch, slots)
 
 
 @bounded(statics=(0,), donate=(2,), weights=1)
-def _score_chunk(
+def score_chunk(
     arch: Arch,
     params: Any,
     caches: Any,
@@ -265,11 +266,20 @@ def _score_chunk(
 ) -> tuple[Any, jax.Array, jax.Array]:
     """Runs a chunk of every row, and scores the wanted positions.
 
+    Args:
+      arch: the model and its heads.
+      params: a decoding view.
+      caches: caches of the trunk, which hold the tokens before the chunk. They are donated.
+      tokens_BQ: the chunk.
+      start: position of its first token, one number for all rows or one per row [B].
+      at_BX: index in the chunk of every wanted position.
+      target_BX: the token that follows there.
+
     Returns:
       The caches; the log-probability of every target; and whether it is the most likely token.
     """
     B, X = at_BX.shape
-    start_B = jnp.full((B,), start)
+    start_B = jnp.broadcast_to(start, (B,))
     state_BQD, _, caches = trunk.decode(arch, params, trunk.embed(arch, params, tokens_BQ), start_B, caches)
     if not X:
         return caches, jnp.zeros((B, 0)), jnp.zeros((B, 0), bool)

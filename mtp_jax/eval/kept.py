@@ -19,6 +19,7 @@ def open_kept(
     header: Record,
     fields: Mapping[str, type | tuple[type, ...]],
     key: Sequence[str],
+    name: str = "answers",
 ) -> dict[tuple[Any, ...], Record]:
     """The answers that a file has. A new file gets the header. A last line that was cut off is dropped.
 
@@ -27,6 +28,7 @@ def open_kept(
       header: the first line, as JSON gives it back.
       fields: the fields that every line must have, with their types.
       key: the fields that name an answer.
+      name: what the lines are, in errors.
 
     Raises:
       UserError: the file cannot be read or written, is no file of answers, or has another header.
@@ -36,26 +38,26 @@ def open_kept(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(header) + "\n")
         except OSError as error:
-            raise UserError(f"the answers cannot be written to {path}: {error.strerror}; give --output") from error
+            raise UserError(f"the {name} cannot be written to {path}: {error.strerror}; give --output") from error
         return {}
     try:
         whole, _, torn = path.read_text(encoding="utf-8").rpartition("\n")
         first, *lines = whole.split("\n")
         same = json.loads(first) == header
         records = [json.loads(line) for line in lines]
-        found = {tuple(one[name] for name in key): one for one in records}
-        wrong = [name for one in records for name, kind in fields.items() if not isinstance(one[name], kind)]
+        found = {tuple(one[part] for part in key): one for one in records}
+        wrong = [field for one in records for field, kind in fields.items() if not isinstance(one[field], kind)]
         if wrong:
             raise ValueError(f"field {wrong[0]!r} has no value of its kind")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give another --output") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not a file of answers: {type(error).__name__}: {error}; give another --output, or delete it"
+            f"{path} is not a file of {name}: {type(error).__name__}: {error}; give another --output, or delete it"
         ) from error
     if not same:
         raise UserError(
-            f"{path} has answers of another model, task or setting; give another --output, or delete the file"
+            f"{path} has {name} of another model, task or setting; give another --output, or delete the file"
         )
     if torn:
         write_atomically(path, whole + "\n")

@@ -65,6 +65,35 @@ def test_each_number_stays_with_its_token(source, tmp_path):
     assert whole.extras["copy"].tolist() == whole.tokens.tolist() == np.load(source).tolist()
 
 
+def test_documents_of_tokens(source, tmp_path):
+    """Documents begin where `ids.documents.npy` changes, and not behind end tokens; no tokenizer is needed, and batches
+    do not have the array. Breaks without `document` in `_offsets`, without `pop`, or if end tokens cut, too."""
+    lengths = np.arange(1, 9).repeat(2)
+    ids = np.load(source)[: lengths.sum()]
+    lengths[-1] += len(ids) - lengths.sum()
+    ends = np.cumsum(lengths)
+    number = np.array([3, 0])[np.arange(16) % 2].repeat(lengths)
+    for name, values in (("ids.npy", ids), ("ids.copy.npy", ids), ("ids.weights.npy", ids / 4)):
+        np.save(tmp_path / name, values)
+    np.save(tmp_path / "ids.documents.npy", number)
+    for tokenizer in ("bytes", "none"):
+        made = loader.prepare(config(source, tokenizer=tokenizer), tmp_path / f"data_{tokenizer}")
+        assert set(made.train.extras) == {"copy", "weights"}
+        found = []
+        for rows in (made.train, made.heldout):
+            found += [tuple(part) for part in np.split(rows.tokens, rows.doc_starts[1:])]
+            for batch in loader.heldout_batches(rows, 2):
+                assert_aligned(batch)
+        assert sorted(found) == sorted(tuple(part) for part in np.split(ids, ends[:-1]))
+    np.save(tmp_path / "ids.documents.npy", number / 2)
+    with pytest.raises(UserError, match=r"^the extra array 'documents' of .* holds float64; save whole numbers$"):
+        loader.prepare(config(source), None)
+    for name in ("ids", "ids.copy", "ids.weights", "ids.documents"):
+        np.save(tmp_path / f"{name}.npy", np.ones((3, 2), np.int64))
+    with pytest.raises(UserError, match=r"has one document per row, and the extra array 'documents', too; delete it$"):
+        loader.prepare(config(source, tokenizer="none"), None)
+
+
 def test_extra_arrays_belong_to_the_corpus(source, tmp_path):
     """A changed extra array of the source makes the corpus anew, and a damaged one in the corpus, too; the digest
     depends on its numbers. Breaks without `read_files` in `fingerprint`, or without extras in `_data_files`."""

@@ -394,6 +394,6 @@ def test_token_file_errors(tmp_path):
         loader.load_heldout(path, "text", bytes_tokenizer(), 4, vocab_size=258)
     with raises(
         f"token file {path!r} is one flat array, and without a tokenizer its end-of-text id is unknown; set "
-        "data.tokenizer to a tokenizer.json, or save one document per row"
+        "data.tokenizer to a tokenizer.json, save one document per row, or save the documents of tokens next to it"
     ):
         loader.prepare(config(path, vocab_size=301, tokenizer="none"), None)
