@@ -138,6 +138,11 @@ def lines(setup: Setup, task: str, settings: list[Setting]) -> list[tuple[str, .
     return rows
 
 
+def closed(base: float, steered: float, tuned: float) -> float:
+    """The share of the distance from the base to the tuned model that steering closes (arXiv:2401.08565, section 4)."""
+    return (steered - base) / (tuned - base)
+
+
 def soft_settings(model: Literal["base", "expert"]) -> list[Setting]:
     """Tokens and mixtures, with and without chance."""
     soft = mtp_jax.SoftThinking(end=ENDS)
@@ -190,6 +195,15 @@ def soft_table(setup: Setup) -> Report:
     return Report("Soft thinking against tokens", COLUMNS, rows, note)
 
 
+def closed_by(setup: Setup, settings: list[Setting]) -> str:
+    """The shares of the distance that each alpha closes on made problems; empty if the expert is not better."""
+    base, *steered, tuned = (setup.answered("made", setting).result.accuracy.value for setting in settings)
+    if tuned <= base:
+        return ""
+    found = zip(ALPHAS, steered, strict=True)
+    return ", ".join(f"{100 * closed(base, one, tuned):.0f} % (alpha {alpha})" for alpha, one in found)
+
+
 def proxy_table(setup: Setup) -> Report:
     """Proxy-tuning with a LoRA expert."""
     args = setup.args
@@ -205,6 +219,8 @@ def proxy_table(setup: Setup) -> Report:
         f"{args.max_new_tokens} new tokens. Alpha 1 is the expert itself, up to rounding. Intervals of 95 %, over "
         "questions."
     )
+    shares = closed_by(setup, settings)
+    note += f" Share of the distance from base to expert that is closed on made problems: {shares}." if shares else ""
     return Report("Proxy-tuning with an expert of the same size", COLUMNS, rows, note)
 
 
