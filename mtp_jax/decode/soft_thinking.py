@@ -129,7 +129,10 @@ class SoftThinking(HookMaker):
         if isinstance(end, str):
             if lm.tokenizer is None:
                 raise UserError(f"SoftThinking.end: {end!r} is text, but this model has no tokenizer; give a token id")
-            ids = lm.tokenizer.encode_rendered(end)
+            try:
+                ids = lm.tokenizer.encode_rendered(end)
+            except TypeError as error:
+                raise UserError(f"SoftThinking.end: {end!r} is not valid text; remove the character") from error
             if len(ids) != 1:
                 raise UserError(
                     f"SoftThinking.end: {end!r} is {len(ids)} tokens of this model; give the id of one token, or a "

@@ -269,6 +269,11 @@ WRONG = {
     "drafts": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).drafter(0), "num_draft=0 of drafter 'expert'"),
     "a flag": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).drafter(True), "num_draft=True of drafter 'expert'"),
     "no model": (lambda: mtp_jax.ProxyTuning(EXPERT, None), "anti_expert=None is no loaded model"),
+    "a list": (lambda: mtp_jax.ProxyTuning([EXPERT], ANTI), r"expert=\[.{1,40}\] is no loaded model"),
+    "a base that is a path": (
+        lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).combined_logits("runs/x", [[1]]),
+        "combined_logits: base='runs/x' is no loaded model; give mtp_jax.load",
+    ),
 }
 
 

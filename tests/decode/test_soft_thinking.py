@@ -314,6 +314,8 @@ def test_wrong_ends():
     """An end that is no single token of the model is refused by name."""
     with pytest.raises(UserError, match=r"SoftThinking.end: '</think>' is 8 tokens of this model"):
         generate(lm=chain_model(), prompts=["abc"], hooks=[mtp_jax.SoftThinking()])
+    with pytest.raises(UserError, match=r"SoftThinking.end: '\\ud800' is not valid text; remove the character"):
+        generate(lm=chain_model(), prompts=["abc"], hooks=[mtp_jax.SoftThinking(end=("\ud800",))])
     with pytest.raises(UserError, match="'</think>' is text, but this model has no tokenizer"):
         generate(hooks=[mtp_jax.SoftThinking()])
     with pytest.raises(UserError, match=f"SoftThinking.end holds token id {V}; the vocabulary is"):
