@@ -50,18 +50,18 @@ class Args:
     """Directory for the expert and the answers."""
     tables: tuple[Literal["soft", "proxy"], ...] = ("soft", "proxy")
     """Which tables to make."""
-    questions: int = 40
+    questions: int = 30
     """Questions of GSM8K."""
     problems: int = 60
     """Held-out made problems."""
     pairs: int = 1200
     """Made problems that the expert is trained on."""
-    steps: int = 100
-    """Training steps of the expert, of 4 rows of 208 tokens."""
-    max_new_tokens: int = 200
+    steps: int = 40
+    """Training steps of the expert, of 2 rows of 208 tokens."""
+    max_new_tokens: int = 160
     samples: int = 2
     """Answers to a question where they are drawn."""
-    batch_size: int = 20
+    batch_size: int = 15
     results: str = RESULTS
 
 

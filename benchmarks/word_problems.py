@@ -107,7 +107,7 @@ def expert_config(source: pathlib.Path, steps: int) -> mtp_jax.Config:
             "final_fraction": 0.0,
             "weight_decay": 0.0,
         },
-        train={"steps": steps, "batch_size": 4, "log_every": 5, "eval_rows": 8, "checkpoint_every": 20},
+        train={"steps": steps, "batch_size": 2, "log_every": 5, "eval_rows": 8, "checkpoint_every": 10},
     )
 
 
