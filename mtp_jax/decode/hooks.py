@@ -31,15 +31,17 @@ A `HookMaker` makes a hook for each request. It may read the prompts. `ProxyTuni
 import abc
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Arch
 from mtp_jax.decode.brought import check_compiled
+from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.model.cache import LayerCache, grows
 
@@ -132,6 +134,14 @@ class Asked(NamedTuple):
 class HookMaker(abc.ABC):
     """Makes a hook for each request. It can stand in the list `hooks` in the place of a hook."""
 
+    settles: ClassVar[bool] = False
+    """Whether the hook leaves only one token to choose. Later hooks would change nothing, so there may be none."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether samples of a prompt differ at temperature 0."""
+        return False
+
     @abc.abstractmethod
     def hook(self, asked: Asked) -> Hook:
         """The hook for a request.
@@ -142,8 +152,46 @@ class HookMaker(abc.ABC):
 
 
 def make_hooks(hooks: Sequence[Hook | HookMaker], asked: Asked) -> Hooks:
-    """The hooks of a request."""
+    """The hooks of a request.
+
+    Raises:
+      UserError: a hook follows one that settles the token.
+    """
+    for one, after in itertools.pairwise(hooks):
+        if isinstance(one, HookMaker) and one.settles:
+            raise UserError(
+                f"hooks: {type(one).__name__} settles the token, so {_name(after)} after it would change nothing; put "
+                f"{type(one).__name__} at the end of the list, once"
+            )
     return tuple(one.hook(asked) if isinstance(one, HookMaker) else one for one in hooks)
+
+
+def _name(hook: Hook | HookMaker) -> str:
+    return f"hook {hook.name!r}" if isinstance(hook, Hook) else type(hook).__name__
+
+
+def may_draw(hooks: Sequence[Hook | HookMaker]) -> bool:
+    """Whether samples of a prompt may differ at temperature 0. A caller's own hook may have noise."""
+    return any(hook.draws if isinstance(hook, HookMaker) else True for hook in hooks)
+
+
+def check_heard(hooks: Hooks, rule: Rule, num_draft: int) -> None:
+    """Refuses a hook that changes logits, if drafts are emitted that no logits are compared with.
+
+    Args:
+      hooks: hooks of the request.
+      rule: the accept rule.
+      num_draft: P, drafts per round.
+
+    Raises:
+      UserError: there is such a hook.
+    """
+    unheard = [hook.name for hook in hooks if hook.embed is None]
+    if rule.facts.ahead is not None and num_draft and unheard:
+        raise UserError(
+            f"accept={rule.name!r} emits tokens without verification, so hook {unheard[0]!r} could not change them; "
+            "use accept='exact', or draft='none'"
+        )
 
 
 def init_hooks(hooks: Hooks, arch: Arch, batch: int, slots: int) -> tuple:

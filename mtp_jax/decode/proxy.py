@@ -9,6 +9,7 @@ drafts of any drafter leave the combined distribution as it is.
 
 import dataclasses
 import numbers
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -61,8 +62,7 @@ class ProxyTuning(HookMaker):
             raise UserError(f"ProxyTuning.alpha={self.alpha!r}; it must be a finite number of float32, such as 1.0")
         for side in SIDES:
             lm = getattr(self, side)
-            if not hasattr(lm, "decode_params"):
-                raise UserError(f"ProxyTuning.{side}={lm!r} is no loaded model; give mtp_jax.load(SOURCE)")
+            _check_loaded(f"ProxyTuning.{side}", lm)
             if lm.answers_in_one_pass:
                 raise UserError(
                     f"ProxyTuning.{side} was trained with loss.teacherless and answers in one pass; use a model that "
@@ -105,8 +105,9 @@ class ProxyTuning(HookMaker):
           tokens_BT: token ids; every row is one document.
 
         Raises:
-          UserError: the vocabularies differ, the tokens are not in rows, or a model only decodes.
+          UserError: the base is no model, the vocabularies differ, the tokens are not in rows, or a model only decodes.
         """
+        _check_loaded("combined_logits: base", base)
         for side in SIDES:
             check_vocabulary(base, getattr(self, side), side)
         models = (base, self.expert, self.anti_expert)
@@ -148,6 +149,12 @@ class ProxyTuning(HookMaker):
                 f"ProxyTuning.{side}_reads={reads!r} fails on prompt {row} ({reason}); it must be a function from "
                 "prompt to prompt"
             ) from error
+
+
+def _check_loaded(name: str, lm: Any) -> None:
+    """Refuses what `load` has not returned."""
+    if not hasattr(lm, "decode_params"):
+        raise UserError(f"{name}={reprlib.repr(lm)} is no loaded model; give mtp_jax.load(SOURCE)")
 
 
 def as_message(prompt: Prompt) -> Prompt:

@@ -16,7 +16,7 @@ from mtp_jax.decode.counts import Clock, Counts, zero_counts
 from mtp_jax.decode.detokenize import RowText
 from mtp_jax.decode.drafters import NONE, Drafter, check_rule, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
-from mtp_jax.decode.hooks import Asked, Hooks, make_hooks, reports, stop_drafts, without_drafts
+from mtp_jax.decode.hooks import Asked, Hooks, check_heard, make_hooks, may_draw, reports, stop_drafts, without_drafts
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes
 from mtp_jax.decode.options import Options, whole
 from mtp_jax.decode.prompts import Prompt, check_continues, listed, prompt_ids
@@ -81,6 +81,7 @@ class Request:
         hooks = tuple(map(static, brought))
         drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
         check_rule(rule, lm.arch, drafter, num_draft)
+        check_heard(hooks, rule, drafter.num_draft)
         self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks, options.logprobs)
         if held is None:
             padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
@@ -386,6 +387,6 @@ def _drafter(lm: Model, draft: str | Drafter, num_draft: NumDraft, hooks: Hooks,
 def _samples(n: int, options: Options) -> int:
     """The number of samples per prompt, checked."""
     n = whole("n", n, "1 or above", lambda count: count >= 1)
-    if n > 1 and options.temperature == 0:
+    if n > 1 and options.temperature == 0 and not may_draw(options.hooks):
         raise UserError(f"n={n} samples at temperature 0 would all be the same; give a temperature above 0")
     return n

@@ -182,7 +182,7 @@ def model_drafter(name: str, lm: Any, num_draft: int) -> Drafter:
     Raises:
       UserError: num_draft is below 1.
     """
-    if not isinstance(num_draft, int) or num_draft < 1:
+    if not isinstance(num_draft, int) or isinstance(num_draft, bool) or num_draft < 1:
         raise UserError(f"num_draft={num_draft!r} of drafter {name!r}; it must be a whole number, at least 1")
     view = mtp.trunk_params(lm.decode_params)
     return Drafter(name, num_draft, _DraftInit(lm.arch), _Draft(lm.arch), params=view)

@@ -22,7 +22,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ _NOISE = 3
 class SoftThinking(HookMaker):
     """Settings of soft thinking: `generate(..., hooks=[SoftThinking()])`. The defaults are those of the authors."""
 
+    settles: ClassVar[bool] = True
     temperature: float = 0.6
     """Divides the logits while a row thinks. That of the request is used after it."""
     top_k: int = 30
@@ -57,7 +58,7 @@ class SoftThinking(HookMaker):
     min_p: float = 0.001
     """Of these, mix only tokens with at least this fraction of the probability of the most likely one."""
     max_topk: int = 10
-    """Largest number of tokens in a mixture. 1 is greedy decoding."""
+    """Largest number of tokens in a mixture. 1 is greedy decoding, unless `dirichlet` draws that token."""
     gumbel: float | None = None
     """Temperature tau of the Gumbel variant; without it, there is no such noise. 0.5 was best in arXiv:2508.03440."""
     dirichlet: float | None = None
@@ -85,6 +86,11 @@ class SoftThinking(HookMaker):
         kinds = entries and all(isinstance(one, str) or _whole(one) >= 0 for one in self.end)
         self._check("end", "a list of token ids and strings, with at least one entry", kinds)
         object.__setattr__(self, "end", tuple(self.end))
+
+    @property
+    def draws(self) -> bool:
+        """Whether mixtures have noise."""
+        return self.gumbel is not None or self.dirichlet is not None
 
     def _check(self, name: str, wanted: str, fits: bool) -> None:
         if not fits:
@@ -123,7 +129,10 @@ class SoftThinking(HookMaker):
         if isinstance(end, str):
             if lm.tokenizer is None:
                 raise UserError(f"SoftThinking.end: {end!r} is text, but this model has no tokenizer; give a token id")
-            ids = lm.tokenizer.encode_rendered(end)
+            try:
+                ids = lm.tokenizer.encode_rendered(end)
+            except TypeError as error:
+                raise UserError(f"SoftThinking.end: {end!r} is not valid text; remove the character") from error
             if len(ids) != 1:
                 raise UserError(
                     f"SoftThinking.end: {end!r} is {len(ids)} tokens of this model; give the id of one token, or a "

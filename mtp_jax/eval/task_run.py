@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.decode.generate import generate
+from mtp_jax.decode.hooks import Hook, HookMaker
 from mtp_jax.decode.memory import CacheTooLarge
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.errors import UserError
@@ -28,8 +29,8 @@ from mtp_jax.eval.task_file import Question
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.strict_json import strict
 
-NO_MATTER = ("batch_size", "draft", "judges")
-"""Settings that change the speed and not the answers."""
+NO_MATTER = ("batch_size", "draft", "judges", "hooks")
+"""Settings that change the speed and not the answers, and hooks, which `made_from` must describe."""
 FIELDS = {"question": int, "sample": int, "correct": bool, "reason": str, "finish_reason": str}
 """What a line of a file of answers must have."""
 
@@ -54,6 +55,8 @@ class Answering:
     """Time after which a checker counts as hanging."""
     as_chat: bool = False
     """Whether a text is the message of a user, for the chat template."""
+    hooks: tuple[Hook | HookMaker, ...] = ()
+    """Hooks of `generate`. They change the answers, so `made_from` must say what they do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,7 @@ def run_task(
       check: the checker.
       how: how they are answered.
       path: the file for answers and verdicts.
-      made_from: what identifies the work besides `how` and the questions: model, checker.
+      made_from: what identifies the work besides `how` and the questions: model, checker, hooks.
       progress: is called with a line of text about the progress.
 
     Raises:
@@ -157,7 +160,7 @@ def verdicts(check: Checker, tried: Sequence[tuple[str, Mapping[str, Any]]], how
 
 def matters(how: Answering) -> dict[str, Any]:
     """The settings that answers and verdicts depend on."""
-    return {name: value for name, value in dataclasses.asdict(how).items() if name not in NO_MATTER}
+    return {one.name: getattr(how, one.name) for one in dataclasses.fields(how) if one.name not in NO_MATTER}
 
 
 def digest(questions: Sequence[Question]) -> str:
@@ -186,7 +189,7 @@ def _answered(
     """One record per answer. If the cache for all prompts does not fit into memory, they are answered in halves."""
     # An answer depends on its question and number only, so that batches and restarts change nothing.
     seeds = [how.seed * 1_000_003 + i * how.samples + s for i, s in batch]
-    options = {"temperature": how.temperature, "top_p": how.top_p, "stop": how.stop, "draft": how.draft}
+    options = {name: getattr(how, name) for name in ("temperature", "top_p", "stop", "draft", "hooks")}
     try:
         made = generate(lm, prompts, max_new_tokens=how.max_new_tokens, seed=seeds, **options)
     except CacheTooLarge:
@@ -195,10 +198,17 @@ def _answered(
             raise
         parts = (slice(half), slice(half, None))
         return [one for part in parts for one in _answered(lm, prompts[part], batch[part], questions, how)]
-    rows = zip(batch, made.text, made.finish_reason, strict=True)
+    rows = zip(batch, made.text, made.tokens, made.finish_reason, strict=True)
     return [
-        {"question": i, "line": questions[i].number, "sample": s, "answer": text, "finish_reason": reason}
-        for (i, s), text, reason in rows
+        {
+            "question": i,
+            "line": questions[i].number,
+            "sample": s,
+            "answer": text,
+            "tokens": len(tokens),
+            "finish_reason": reason,
+        }
+        for (i, s), text, tokens, reason in rows
     ]
 
 

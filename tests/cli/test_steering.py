@@ -75,6 +75,9 @@ REFUSED = {
     ),
     "idle settings": (["--thinking.top-k", "20"], "options --thinking.* have no effect without --soft-thinking"),
     "a threshold": (["--soft-thinking", "--thinking.top-p", "2"], "SoftThinking.top_p=2.0; it must be above 0"),
+    "samples without noise": (["--soft-thinking", "--thinking.end", "z", "--n", "2"], "n=2 samples at temperature 0"),
+    "too many tokens": (["--json", "--logprobs", "259"], "logprobs=259, but the vocabulary has 258 tokens; use 0..258"),
+    "negative": (["--json", "--logprobs", "-2"], "logprobs=-2; it must be a whole number, 0 or above"),
     "several tokens": (["--soft-thinking"], "SoftThinking.end: '</think>' is 8 tokens of this model"),
 }
 

@@ -248,6 +248,9 @@ def test_what_apply_may_not_return(name):
         apply_hooks((changed(made),), ((),), (jnp.zeros(2),), LOGITS, context)
 
 
+THINKING = mtp_jax.SoftThinking(end=(3,))
+
+
 def decode_with(**settings):
     return mtp_jax.generate(model("random"), [[1]], max_new_tokens=2, **settings)
 
@@ -260,6 +263,12 @@ WRONG = {
         lambda: mtp_jax.Hook("odd", apply=3),
         "Hook.apply=3 must be a function with a hash; it is compiled in",
     ),
+    "a hook behind thinking": (
+        lambda: decode_with(hooks=[THINKING, SAME_LOGITS]),
+        "hooks: SoftThinking settles the token, so hook 'same logits' after it would change nothing; put",
+    ),
+    "thinking twice": (lambda: decode_with(hooks=[THINKING] * 2), "so SoftThinking after it would change nothing"),
+    "samples": (lambda: decode_with(hooks=[THINKING], n=2), "n=2 samples at temperature 0 would all be the same"),
     "drafts": (lambda: decode_with(hooks=[SOFT], draft="heads"), "hook 'soft' replaces embeddings, so nothing can be"),
     "parameters": (
         lambda: decode_with(hooks=[dataclasses.replace(SAME_LOGITS, params="x")]),
@@ -270,7 +279,8 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_hooks(name):
-    """Each is refused before anything is compiled, with a remedy."""
+    """Each is refused before anything is compiled, in one line with a remedy. Breaks without the matching check."""
     make, message = WRONG[name]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         make()
+    assert "\n" not in str(error.value)

@@ -113,7 +113,7 @@ def reference(lm, settings):
 SAMPLED = {"temperature": 0.9, "top_p": 0.9, "seed": 5}
 
 
-@pytest.mark.parametrize("settings", sampled([{}, SAMPLED], SAMPLED), ids=["greedy", "sampled"][::-1])
+@pytest.mark.parametrize("settings", sampled([{}, SAMPLED], SAMPLED), ids=["greedy", "sampled"])
 @pytest.mark.parametrize("draft", sampled(["none", "heads", "lookup", "heads+lookup", "expert"], "expert"))
 def test_identities(draft, settings):
     """alpha = 0 gives the base; an expert that is the anti-expert gives the base, with any alpha; a base that is the
@@ -267,6 +267,13 @@ WRONG = {
         f"combined_logits got token ids {V}..{V}; the vocabulary",
     ),
     "drafts": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).drafter(0), "num_draft=0 of drafter 'expert'"),
+    "a flag": (lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).drafter(True), "num_draft=True of drafter 'expert'"),
+    "no model": (lambda: mtp_jax.ProxyTuning(EXPERT, None), "anti_expert=None is no loaded model"),
+    "a list": (lambda: mtp_jax.ProxyTuning([EXPERT], ANTI), r"expert=\[.{1,40}\] is no loaded model"),
+    "a base that is a path": (
+        lambda: mtp_jax.ProxyTuning(EXPERT, ANTI).combined_logits("runs/x", [[1]]),
+        "combined_logits: base='runs/x' is no loaded model; give mtp_jax.load",
+    ),
 }
 
 

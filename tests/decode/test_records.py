@@ -1,8 +1,6 @@
 """Records: log-probabilities, entropies and most likely tokens are those of a whole forward over the row, whoever
 drafts and whatever is rejected, drawn, grown or cut. Each docstring names the line whose deletion breaks the test."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from reference.decoding import (
     EOS_ID,
     NEW,
     PROMPTS,
+    calm,
     chain_model,
     loaded,
     loud_params,
@@ -58,16 +57,6 @@ def check(lm, prompts, out, count=TOP):
         assert [[token for token, _ in one] for one in out.top_logprobs[b]] == best_TW.tolist()
         found_TW = [[logprob for _, logprob in one] for one in out.top_logprobs[b]]
         np.testing.assert_allclose(found_TW, np.take_along_axis(logprob_TV, best_TW, -1), rtol=1e-5, atol=1e-5)
-
-
-@functools.cache
-def calm():
-    """The random model with matrices of gain 1: those of gain 3 make ten times as much of a rounding in two steps."""
-
-    def third(path, leaf):
-        return leaf if "norm" in jax.tree_util.keystr(path) else leaf / 3
-
-    return loaded(CONFIG, jax.tree_util.tree_map_with_path(third, model("random").params))
 
 
 @pytest.fixture

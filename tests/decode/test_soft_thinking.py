@@ -61,8 +61,9 @@ def mixture(soft, logits_V):
     return order[: len(kept)], kept / kept.sum(), -np.sum(p_V * np.log(p_V))
 
 
-def slow(soft, prompt, count, thinking=NEW):
-    """`count` new tokens, and for how many of them the row thinks. It stops to think at an end token."""
+def slow(soft, prompt, count, cold=NEW):
+    """`count` new tokens, and for how many of them the row thinks. It stops to think at an end token, and at the token
+    of number `cold`, which is the first end."""
     params = model("random").params
     table_VD = np.asarray(params["embed"]["table"])
     x_1TD = np.zeros((1, 40, table_VD.shape[1]), np.float32)
@@ -73,7 +74,8 @@ def slow(soft, prompt, count, thinking=NEW):
     for at in range(len(prompt), len(prompt) + count):
         logits_V = np.asarray(from_embeddings(params, x_1TD))[0, at - 1]
         ids, weights, _ = mixture(soft, logits_V)
-        tokens.append(int(ids[0]) if thinks else int(logits_V.argmax()))
+        visible = soft.end[0] if len(tokens) + 1 == cold else int(ids[0])
+        tokens.append(visible if thinks else int(logits_V.argmax()))
         thinks = thinks and tokens[-1] not in soft.end
         thought += thinks
         x_1TD[0, at] = weights @ table_VD[ids] if thinks else table_VD[tokens[-1]]
@@ -267,6 +269,18 @@ def test_every_end_ends_thinking():
     assert (len(thought.ids_TW), thought.ended) == (1, "end")
 
 
+@pytest.mark.parametrize("draft", sampled(["none", "heads", "lookup"], "heads"))
+def test_cold_stop_in_a_generation(draft, small_steps):
+    """Cold Stop in `generate` = from scratch: two mixtures, then the first end as itself, then tokens. Every step has
+    an entropy below the threshold. Breaks if the forced end enters as a mixture, or without `cold_B` in the report."""
+    end = 33
+    soft = dataclasses.replace(SOFT, cold_entropy=100.0, cold_length=3, end=(end, V - 1))
+    result = generate(draft, new=7, hooks=[soft])
+    for prompt, tokens, thought in zip(PROMPTS, result.tokens, result.hooks[0], strict=True):
+        assert tokens == slow(soft, prompt, 7, cold=3)[0]
+        assert (tokens[2], len(thought.ids_TW), thought.ended) == (end, 2, "cold")
+
+
 def test_text_ends_thinking():
     """A string that is one token is that token; its id gives the same. Breaks without `encode_rendered`."""
     lm = chain_model()
@@ -300,6 +314,8 @@ def test_wrong_ends():
     """An end that is no single token of the model is refused by name."""
     with pytest.raises(UserError, match=r"SoftThinking.end: '</think>' is 8 tokens of this model"):
         generate(lm=chain_model(), prompts=["abc"], hooks=[mtp_jax.SoftThinking()])
+    with pytest.raises(UserError, match=r"SoftThinking.end: '\\ud800' is not valid text; remove the character"):
+        generate(lm=chain_model(), prompts=["abc"], hooks=[mtp_jax.SoftThinking(end=("\ud800",))])
     with pytest.raises(UserError, match="'</think>' is text, but this model has no tokenizer"):
         generate(hooks=[mtp_jax.SoftThinking()])
     with pytest.raises(UserError, match=f"SoftThinking.end holds token id {V}; the vocabulary is"):

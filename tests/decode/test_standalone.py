@@ -192,12 +192,21 @@ REFUSED = {
     "other family": (decoding.model, ("random",), {"accept": "all"}, "for which this model was not trained"),
     "lookup": (model, (), {"accept": "confadapt", "draft": "lookup"}, "not those of draft='lookup'"),
     "auto": (model, (), {"accept": "all", "num_draft": "auto"}, "from call to call"),
+    "a hook": (
+        model,
+        (),
+        {
+            "accept": "all",
+            "hooks": [Hook("mine", apply=lambda params, cache, logits_BXV, context: (logits_BXV, cache))],
+        },
+        "accept='all' emits tokens without verification, so hook 'mine' could not change them",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
-    """One line that names the setting. Breaks without `check_rule`."""
+    """One line that names the setting. Breaks without `check_rule` or `check_heard`."""
     make, given, settings, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as caught:
         generate(make(*given), [[1, 2]], max_new_tokens=4, **settings)

@@ -3,9 +3,11 @@
 import json
 import time
 
+import jax.numpy as jnp
 import pytest
-from reference.decoding import CHAIN, chain_model
+from reference.decoding import CHAIN, EOS_ID, chain_model
 
+from mtp_jax.decode.hooks import Hook
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import checker
 from mtp_jax.eval.identity import _files, checker_identity
@@ -205,7 +207,8 @@ def test_seeds_of_samples(task, tmp_path):
 
     def fake(lm, prompts, *, seed, **options):
         seen.extend(seed)
-        return type("Made", (), {"text": ["x"] * len(prompts), "finish_reason": ["eos"] * len(prompts)})
+        made = {"text": ["x"], "tokens": [[1]], "finish_reason": ["eos"]}
+        return type("Made", (), {name: one * len(prompts) for name, one in made.items()})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mtp_jax.eval.task_run.generate", fake)
@@ -214,3 +217,20 @@ def test_seeds_of_samples(task, tmp_path):
             chain_model(), questions, lambda answer, record: (True, "right"), how, tmp_path / "a", made_from={}
         )
     assert seen == [2 * 1_000_003 + i for i in range(4)] and result.correct == ((True,) * 4,)
+
+
+def ends_at_once(params, cache, logits_BXV, context):
+    """Only the end token may be chosen."""
+    return jnp.where(jnp.arange(logits_BXV.shape[-1]) == EOS_ID, logits_BXV, -jnp.inf), cache
+
+
+def test_hooks_reach_the_answers(task, tmp_path):
+    """A hook of `Answering` changes the answers, and each line says how many tokens an answer has. Breaks without
+    `hooks` in the options of `generate`, or with `hooks` in the header, which is JSON."""
+    result, _ = solved(task, tmp_path / "a.jsonl", hooks=(Hook("end", apply=ends_at_once),))
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:]]
+    assert not any(map(any, result.correct))
+    assert [one["tokens"] for one in lines] == [1] * len(RECORDS)
+    solved(task, tmp_path / "b.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()[1:]]
+    assert {one["question"]: one["tokens"] for one in lines}[3] == len("efgh") + 1
