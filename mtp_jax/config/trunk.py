@@ -7,6 +7,7 @@ have this field.
 
 from typing import Any, Protocol
 
+from mtp_jax.config.blt import BltConfig
 from mtp_jax.config.checks import require
 from mtp_jax.config.model import ModelConfig
 
@@ -37,11 +38,16 @@ class TrunkConfig(Protocol):
     is_stack: bool
     """Whether the trunk is a stack of such blocks, in `params["blocks"]`. Masks and registers run through them, and
     `heads.init="copy_block"` copies one."""
+    stacks: dict[str, ModelConfig]
+    """The stacks of decoder blocks whose matrices can have adapters, by their path, with the shape of a block."""
     split_fields: tuple[str, ...]
     """Fields that must be divisible by `mesh.tensor`, because a parameter is split along them."""
     unembedding_path: str
     """Path of the parameter from which the unembedding is made, such as `embed/table`. If `train.trainable` does not
     train it, the loss computes no gradient for the unembedding."""
+    frozen_models: dict[str, ModelConfig]
+    """Decoder LMs inside the model that no training step changes, by the top-level name of their parameters. A run gets
+    them trained, from `train.entropy_from`."""
     kind: str
     """The name of the trunk, as the default of a dataclass field. `ModelConfig` has no such field."""
 
@@ -55,7 +61,7 @@ class TrunkConfig(Protocol):
         ...
 
 
-SECTIONS: dict[str, type] = {}
+SECTIONS: dict[str, type] = {"blt": BltConfig}
 """Sections of trunks other than the decoder LM, by `kind`. `model.trunk.register` adds one."""
 
 
