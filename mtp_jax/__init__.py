@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mtp_jax.accelerate.plan import HeadTraining as HeadTraining
     from mtp_jax.accelerate.whole import train_heads as train_heads
     from mtp_jax.config import Arch as Arch
+    from mtp_jax.config import BltConfig as BltConfig
     from mtp_jax.config import Config as Config
     from mtp_jax.config import DataConfig as DataConfig
     from mtp_jax.config import DecodeConfig as DecodeConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mtp_jax.config import MeshConfig as MeshConfig
     from mtp_jax.config import ModelConfig as ModelConfig
     from mtp_jax.config import OptimConfig as OptimConfig
+    from mtp_jax.config import PatchRule as PatchRule
     from mtp_jax.config import TrainConfig as TrainConfig
     from mtp_jax.config import equal_parameter_layers as equal_parameter_layers
     from mtp_jax.config import override as override
@@ -60,6 +62,8 @@ _HOMES = {
     "Arch": "config",
     "Config": "config",
     "ModelConfig": "config",
+    "BltConfig": "config",
+    "PatchRule": "config",
     "HeadsConfig": "config",
     "LossConfig": "config",
     "LoraConfig": "config",

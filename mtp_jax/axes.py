@@ -26,13 +26,14 @@ An array of rank two or more ends in its shape: `x_BTD` is [batch, time, width].
 | U      | several axes joined: M B T tokens of a loss, G T queries of a key/value head, 2 D of two states |
 | V      | vocabulary                                                                             |
 | W      | tokens of a soft target; most likely tokens; positions of a window; the P mask tokens of an anchor as keys |
-| X      | chosen positions of a row or of Q, such as anchors (positions with mask tokens); steps of a tree |
+| X      | chosen positions of a row or of Q, such as anchors (positions with mask tokens); steps of a tree; patches |
 | Y      | mask tokens of a row; there are X P                                                    |
 | Z      | tokens and mask tokens of a decoding forward, Q + Y                                    |
 | e      | experts that a token uses, of E                                                        |
 | s, t   | s: the first slots of S; t: a block of the T queries                                   |
 | n      | blocks of queries                                                                      |
 | v      | tokens of a draft vocabulary, of V                                                     |
+| k      | states of width D that make up a patch of bytes; joined to one of width U              |
 | h      | dimension pairs of an attention head that are rotated, H/2 or fewer                    |
 """
 

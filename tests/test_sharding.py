@@ -31,6 +31,15 @@ SHOWN = [path for path in CONFIGS if path.stem in ("tiny", "pretrain_7b")]
 SMOLLM2 = 2 * 576 * 64 * 12 + 3 * 576 * 1536 + 2 * 576
 """Parameters of a block of SmolLM2-135M, and of a head that is one."""
 WITH_HEADS = 49_152 * 576 + (30 + 4) * SMOLLM2 + 576
+D, U = 32, 64
+BYTE_BLOCK = 2 * D * 8 * 8 + 3 * D * 64 + 2 * D
+CROSS = 2 * D * 8 * 8 + 2 * D
+BLT_TINY = (
+    *(2 * 264 * D, 6 * 512 * D, D, (1 + 2 + 3) * BYTE_BLOCK, (1 + 2) * CROSS, D * 2 * D, U * 2 * D),
+    2 * (2 * U * 16 * 8 + 3 * U * 128 + 2 * U),
+)
+"""Tables and the last norm, blocks over bytes with those of heads, cross-attention, two matrices between; then the
+blocks over patches."""
 COUNTS = {
     "caft_heads": WITH_HEADS,
     "caft_lora": WITH_HEADS,
@@ -53,6 +62,7 @@ COUNTS = {
     "star_graph_2_5": 16 * 96 + (5 + 3) * (4 * 96 * 24 * 4 + 3 * 96 * 256 + 2 * 96) + 96,
     "sums": 17 * 128 + 4 * (2 * 128 * 32 * 8 + 3 * 128 * 512 + 2 * 128) + 128,
     "standalone": 17 * 128 + 4 * (2 * 128 * 32 * 8 + 3 * 128 * 512 + 2 * 128) + 128 + 128,
+    "blt_tiny": sum(BLT_TINY),
     "tiny": 512 * 32 + (2 + 3) * (2 * 32 * 8 * 6 + 3 * 32 * 64 + 2 * 32) + 32,
 }
 

@@ -12,6 +12,7 @@ path (`--model.d_model 512`).
 from mtp_jax.config.arch import Arch as Arch
 from mtp_jax.config.arch import check_divisible as check_divisible
 from mtp_jax.config.arch import equal_parameter_layers as equal_parameter_layers
+from mtp_jax.config.blt import BltConfig as BltConfig
 from mtp_jax.config.data import DataConfig as DataConfig
 from mtp_jax.config.decode import DecodeConfig as DecodeConfig
 from mtp_jax.config.heads import FACTS as FACTS
@@ -25,6 +26,7 @@ from mtp_jax.config.loss import LossConfig as LossConfig
 from mtp_jax.config.mesh import MeshConfig as MeshConfig
 from mtp_jax.config.model import ModelConfig as ModelConfig
 from mtp_jax.config.optim import OptimConfig as OptimConfig
+from mtp_jax.config.patching import PatchRule as PatchRule
 from mtp_jax.config.run import Config as Config
 from mtp_jax.config.text import differences as differences
 from mtp_jax.config.text import flatten as flatten

@@ -232,6 +232,11 @@ class ModelConfig:
         return "embed/table" if self.tie_embeddings else "unembed/table"
 
     @property
+    def frozen_models(self) -> "dict[str, ModelConfig]":
+        """There are none: every parameter can be trained."""
+        return {}
+
+    @property
     def split_fields(self) -> tuple[str, ...]:
         """Fields that divide over `mesh.tensor` devices."""
         return ("vocab_size", "num_heads", "num_kv_heads", "d_ff")

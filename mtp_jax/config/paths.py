@@ -11,6 +11,7 @@ WORDS = {
     "data.tokenizer": ("bpe", "bytes", "none"),
     "data.chat_template": ("", "plain"),
     "train.init_from": ("",),
+    "train.entropy_from": ("",),
 }
 """The fields that may be paths. Each has a list of words that are not paths, also when a colon and more text follow."""
 

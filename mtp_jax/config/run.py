@@ -54,6 +54,7 @@ class Config:
         self._check_rows()
         self._check_drafts()
         self._check_objective()
+        self._check_frozen()
         self._check_heads_alone()
         self._check_adapters()
         check_standalone(self.heads, self.loss, self.data, self.mesh)
@@ -136,6 +137,14 @@ class Config:
             self.optim.name != "schedule_free" or model.param_dtype == "float32",
             f"optim.name='schedule_free' with model.param_dtype={model.param_dtype!r}: the average of many steps needs "
             "float32; use model.param_dtype='float32'",
+        )
+
+    def _check_frozen(self) -> None:
+        """Checks that a frozen model that is given has a place."""
+        given = self.train.entropy_from
+        require(
+            not given or bool(self.model.frozen_models),
+            f"train.entropy_from={given!r} has no effect: this model has no entropy model; leave it out",
         )
 
     def _check_heads_alone(self) -> None:

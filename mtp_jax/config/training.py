@@ -29,6 +29,10 @@ class TrainConfig:
     run starts with the parameters of its trunk, and with `init_heads='same'` also with those of its heads. Adapters of
     that run are in the trunk already. Both runs need the same `model` section and the same tokenizer. Once the new run
     has a checkpoint, it does not read this workdir again."""
+    entropy_from: str = ""
+    """Workdir of a finished run of a byte language model, a decoder LM with data.tokenizer='bytes'. It becomes the
+    entropy model of a Byte Latent Transformer, and does not change. `model.entropy` must have the shape of that run's
+    model."""
     init_heads: Literal["new", "same"] = "new"
     """new: the heads start as `heads.init` says. same: the heads start as those of `init_from`. Only `heads.tap` and
     `heads.tap_norm` may differ then."""
@@ -76,6 +80,11 @@ class TrainConfig:
         only_with("train", self, "patience", self.eval_every > 0, "train.eval_every")
         only_with("train", self, "stop_on", self.patience > 0, "train.patience")
         only_with("train", self, "init_heads", bool(self.init_from), "train.init_from")
+        require(
+            not (self.entropy_from and self.init_from),
+            f"train.entropy_from={self.entropy_from!r} with train.init_from={self.init_from!r}: the model of init_from "
+            "has its entropy model already; give one of them",
+        )
         read_rules(self.trainable)
         require(
             not (self.heads_first and self.heads_only),

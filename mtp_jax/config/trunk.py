@@ -7,6 +7,7 @@ have this field.
 
 from typing import Any, Protocol
 
+from mtp_jax.config.blt import BltConfig
 from mtp_jax.config.checks import require
 from mtp_jax.config.model import ModelConfig
 
@@ -42,6 +43,9 @@ class TrunkConfig(Protocol):
     unembedding_path: str
     """Path of the parameter from which the unembedding is made, such as `embed/table`. If `train.trainable` does not
     train it, the loss computes no gradient for the unembedding."""
+    frozen_models: dict[str, ModelConfig]
+    """Decoder LMs inside the model that no training step changes, by the top-level name of their parameters. A run gets
+    them trained, from `train.entropy_from`."""
     kind: str
     """The name of the trunk, as the default of a dataclass field. `ModelConfig` has no such field."""
 
@@ -55,7 +59,7 @@ class TrunkConfig(Protocol):
         ...
 
 
-SECTIONS: dict[str, type] = {}
+SECTIONS: dict[str, type] = {"blt": BltConfig}
 """Sections of trunks other than the decoder LM, by `kind`. `model.trunk.register` adds one."""
 
 

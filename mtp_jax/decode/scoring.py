@@ -27,6 +27,7 @@ from mtp_jax.decode.sampling import greedy, log_probability
 from mtp_jax.errors import UserError
 from mtp_jax.model import trunk
 from mtp_jax.model.cache import whole_tiles
+from mtp_jax.model.given import NewTokens
 from mtp_jax.runs.programs import bounded
 
 BATCH_TOKENS = 8192
@@ -270,7 +271,8 @@ def _score_chunk(
     """
     B, X = at_BX.shape
     start_B = jnp.full((B,), start)
-    state_BQD, _, caches = trunk.decode(arch, params, trunk.embed(arch, params, tokens_BQ), start_B, caches)
+    new = NewTokens(trunk.embed(arch, params, tokens_BQ), tokens_BQ, start_B)
+    state_BQD, _, caches = trunk.decode(arch, params, new, caches)
     if not X:
         return caches, jnp.zeros((B, 0)), jnp.zeros((B, 0), bool)
     state_BXD = jnp.take_along_axis(state_BQD, at_BX[..., None], axis=1)

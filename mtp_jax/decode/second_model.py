@@ -24,6 +24,7 @@ from mtp_jax.decode.hooks import HookContext
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
 from mtp_jax.model.cache import fewest_slots, grow_caches
+from mtp_jax.model.given import NewTokens
 from mtp_jax.runs.programs import bounded
 
 
@@ -110,7 +111,8 @@ def _decode(arch: Arch, view: Any, tokens_BQ: jax.Array, start_B: jax.Array, cac
     """The last states [B, Q, D] over new tokens, and the caches."""
     # The decoded model may have more tokens. Those are never chosen, but they may be drafted.
     known_BQ = jnp.minimum(tokens_BQ, arch.model.vocab_size - 1)
-    state_BQD, _, caches = trunk.decode(arch, view, trunk.embed(arch, view, known_BQ), start_B, caches)
+    new = NewTokens(trunk.embed(arch, view, known_BQ), known_BQ, start_B)
+    state_BQD, _, caches = trunk.decode(arch, view, new, caches)
     return state_BQD, caches
 
 

@@ -28,6 +28,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.linear import LINEAR
 from mtp_jax.model.block import NO_WINDOW, Block, variables
 from mtp_jax.model.cache import LayerCache, init_cache
+from mtp_jax.model.given import NewTokens, TokenRows
 from mtp_jax.model.layers import Embed, Norm, unit_rms
 from mtp_jax.model.rope import attention_factor, frequencies
 
@@ -162,15 +163,11 @@ def run_blocks(
 
 
 def run(
-    config: ModelConfig,
-    params: Params,
-    x_BTD: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    taps: Sequence[int],
+    config: ModelConfig, params: Params, rows: TokenRows, taps: Sequence[int]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """All blocks over whole rows: the last state, and the states at the taps."""
-    cuts = _cuts(config, taps)
+    x_BTD, _, positions_BT, segment_ids_BT = rows
+    cuts = cuts_at(config.num_layers, taps)
     parts = [jax.tree.map(operator.itemgetter(slice(*ends)), params["blocks"]) for ends in itertools.pairwise(cuts)]
     states: dict[int, jax.Array] = {}
     for part, end in zip(parts, cuts[1:], strict=True):
@@ -179,21 +176,15 @@ def run(
     return x_BTD, tuple(states[tap] for tap in taps)
 
 
-def _cuts(config: ModelConfig, taps: Sequence[int]) -> tuple[int, ...]:
-    """Layers at which the stack is cut, so that the state at each tap is the output of one of the pieces."""
-    return (0, *sorted(set(taps)), config.num_layers)
+def cuts_at(layers: int, taps: Sequence[int]) -> tuple[int, ...]:
+    """Layers at which a stack is cut, so that the state at each tap is the output of one of the pieces."""
+    return (0, *sorted(set(taps)), layers)
 
 
-def run_mixed(
-    config: ModelConfig,
-    params: Params,
-    x_BTD: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    weight_L: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def run_mixed(config: ModelConfig, params: Params, rows: TokenRows, weight_L: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Runs all blocks over whole rows. Returns the last state, and the weighted sum of the L + 1 normed states: of the
     embedding (weight_L[0]) and after every block. Only one state is in memory at a time."""
+    x_BTD, _, positions_BT, segment_ids_BT = rows
     run = run_block(config)
 
     def step(carry: tuple[jax.Array, jax.Array], layer: tuple) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -261,17 +252,13 @@ def init_caches(config: ModelConfig, batch: int, slots: int) -> tuple[LayerCache
 
 
 def decode(
-    config: ModelConfig,
-    params: Params,
-    x_BQD: jax.Array,
-    start_B: jax.Array,
-    caches: tuple[LayerCache, ...],
-    taps: Sequence[int],
+    config: ModelConfig, params: Params, new: NewTokens, caches: tuple[LayerCache, ...], taps: Sequence[int]
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[LayerCache, ...]]:
     """All blocks over Q new positions per row: the last state, the states at the taps, and the caches."""
+    x_BQD, _, start_B = new
     states: dict[int, jax.Array] = {}
     written: tuple[LayerCache, ...] = ()
-    for begin, end in itertools.pairwise(_cuts(config, taps)):
+    for begin, end in itertools.pairwise(cuts_at(config.num_layers, taps)):
         x_BQD, part = decode_blocks(config, params["blocks"][begin:end], x_BQD, start_B, caches[begin:end])
         states.setdefault(end, x_BQD)
         written += part

@@ -19,6 +19,7 @@ from mtp_jax.config import Arch, LoraConfig
 from mtp_jax.model import heads, lm, lora, trunk
 from mtp_jax.model.block import Block, variables
 from mtp_jax.model.cache import LayerCache
+from mtp_jax.model.given import NewTokens, TokenRows
 from mtp_jax.model.heads import FAMILIES, base, masks
 from mtp_jax.model.heads.base import Rows
 from mtp_jax.model.layers import Embed
@@ -150,13 +151,14 @@ def apply(
     rows = (embedded_BTD, positions_BT, segment_ids_BT)
     # Without heads the stack of blocks is cut at the same places as with them, so that rounding is also the same.
     if not arch.heads.facts.in_trunk:
-        known = _trunk(arch, params, *rows) if states_BTU is None else jnp.split(states_BTU, 2, axis=-1)
+        given = TokenRows(embedded_BTD, tokens_BT, positions_BT, segment_ids_BT)
+        known = _trunk(arch, params, given) if states_BTU is None else jnp.split(states_BTU, 2, axis=-1)
         state_BTD, tap_BTD = known
         states_MBTD = family.train(arch, params, Rows(tap_BTD, *rows)) if "heads" in params else None
     elif "heads" in params:
         state_BTD, states_MBTD = family.forward(arch, params, tokens_BT, *rows, everywhere=everywhere)
     else:
-        state_BTD, _ = trunk.run(arch, params, *rows)
+        state_BTD, _ = trunk.run(arch, params, TokenRows(embedded_BTD, tokens_BT, positions_BT, segment_ids_BT))
         states_MBTD = None
     hidden_1BTD = trunk.final_norm(arch, params, state_BTD)[None]
     if states_MBTD is None:
@@ -174,7 +176,8 @@ def trunk_states(
     """
     params = with_constants(arch, params)
     embedded_BTD = trunk.embed(arch, params, tokens_BT)
-    return jnp.concatenate(_trunk(arch, params, embedded_BTD, positions_BT, segment_ids_BT), axis=-1)
+    rows = TokenRows(embedded_BTD, tokens_BT, positions_BT, segment_ids_BT)
+    return jnp.concatenate(_trunk(arch, params, rows), axis=-1)
 
 
 def with_constants(arch: Arch, params: Params) -> Params:
@@ -185,15 +188,12 @@ def with_constants(arch: Arch, params: Params) -> Params:
     return params | ({"heads": base.with_constants(arch, params["heads"])} if "heads" in params else {})
 
 
-def _trunk(
-    arch: Arch, params: Params, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _trunk(arch: Arch, params: Params, rows: TokenRows) -> tuple[jax.Array, jax.Array]:
     """The trunk's last state, and the state that the heads read."""
-    rows = (x_BTD, positions_BT, segment_ids_BT)
     if arch.heads.tap_mix and "heads" in params:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))
-        return trunk.run_mixed(arch, params, *rows, weight_L)
-    state_BTD, (tap_BTD,) = trunk.run(arch, params, *rows, (arch.tap,))
+        return trunk.run_mixed(arch, params, rows, weight_L)
+    state_BTD, (tap_BTD,) = trunk.run(arch, params, rows, (arch.tap,))
     return state_BTD, trunk.final_norm(arch, params, tap_BTD) if arch.heads.tap_norm else tap_BTD
 
 
@@ -307,9 +307,10 @@ def decode_forward(
     x_BQD = trunk.embed(arch, params, tokens_BQ) if ask.embedded_BQD is None else ask.embedded_BQD
     if ask.count:
         return _decode_beside(arch, params, x_BQD, start_B, caches, ask)
+    new = NewTokens(x_BQD, tokens_BQ, start_B)
     mixed = arch.heads.tap_mix and "heads" in params
     read = trunk.everywhere(arch) if mixed else (arch.tap,)
-    state_BQD, states, caches = trunk.decode(arch, params, x_BQD, start_B, caches, (*read, *ask.taps))
+    state_BQD, states, caches = trunk.decode(arch, params, new, caches, (*read, *ask.taps))
     taps = states[len(read) :]
     if mixed:
         weight_L = jax.nn.softmax(params["heads"]["tap_mix"].astype(jnp.float32))

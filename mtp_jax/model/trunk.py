@@ -1,25 +1,30 @@
 """The trunk: the next-token model to which extra heads are added.
 
 A trunk is a set of pure functions. `TRUNKS` has them by the type of the `model` section, `arch.model`. `lm`, the
-decoder LM, is one trunk. `register` adds another one from outside the package. Heads, losses, training and decoding
-call the functions of this file. These call the functions of the trunk with the `model` section:
+decoder LM, is one trunk, and `blt`, the Byte Latent Transformer, is another. `register` adds one from outside the
+package. Heads, losses, training and decoding call the functions of this file. These call the functions of the trunk
+with the `model` section:
 
     init(model, key) -> params                              boxed with logical axis names; arrays stacked over layers
                                                             are under "blocks", with layers as the first axis
     with_constants(model, params) -> params                 adds the arrays that no training step changes, if any
     embed(model, params, tokens [B, T]) -> states [B, T, D]
-    run(model, params, states, positions, segment_ids, taps) -> (state [B, T, D], states at the taps)
+    run(model, params, rows, taps) -> (state [B, T, D], states at the taps)
     final_norm(model, params, states) -> states             of any rank
     unembedding(model, params) -> table [V, D]              of stored parameters and of a decoding view
     decode_view(model, params, replace) -> view             parameters in the form that `decode` needs
                                                             `replace(change, leaf)` is change(leaf), and may free leaf
     init_caches(model, batch, slots) -> caches              for `slots` positions of every row
-    decode(model, view, states [B, Q, D], start [B], caches, taps) -> (state [B, Q, D], states at the taps, caches)
+    decode(model, view, new, caches, taps) -> (state [B, Q, D], states at the taps, caches)
+
+`rows` is a `TokenRows` and `new` a `NewTokens`: the embeddings, the token ids, and where the tokens stand. `embed` is
+also used for tokens that heads predict, which have no place in a row. So what depends on the tokens before a token,
+such as a hash of the last bytes, belongs into `run` and `decode`.
 
 A tap is a place between layers: 0 is the embedding, L the state after the last layer. States at taps are a tuple in
 the order of `taps`. A trunk may also have
 
-    run_mixed(model, params, states, positions, segment_ids, weight [L + 1]) -> (state, mix)
+    run_mixed(model, params, rows, weight [L + 1]) -> (state, mix)
 
 if it can sum a mix of all states without keeping them. Otherwise the mix is computed from the states at all taps.
 
@@ -27,7 +32,7 @@ The functions must have these properties:
 
 - Position t sees positions up to t with the same segment id, and no others. `decode` continues from the caches: its
   states are those of `run` over the whole row.
-- Row b of `decode` has its Q tokens at positions start_B[b]..start_B[b]+Q-1. `decode` replaces the cache entries at
+- Row b of `new` has its Q tokens at positions start_B[b]..start_B[b]+Q-1. `decode` replaces the cache entries at
   these positions. Entries from start_B[b] on are leftovers of rejected drafts and must not be used. So a cache that
   keeps a running sum over a row must keep the sum for every position.
 - A cache with room for a number of positions is a `NamedTuple` of arrays with `slots` and `enlarged(slots)`, like
@@ -46,14 +51,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import SECTIONS, Arch, ModelConfig
+from mtp_jax.config import SECTIONS, Arch, BltConfig, ModelConfig
 from mtp_jax.errors import UserError
 from mtp_jax.kernels.attention import soft_cap
-from mtp_jax.model import lm
+from mtp_jax.model import blt, lm
+from mtp_jax.model.given import NewTokens, TokenRows
 from mtp_jax.model.layers import unit_rms
 from mtp_jax.model.lm import Params, Replace
 
-TRUNKS: dict[type, Any] = {ModelConfig: lm}
+TRUNKS: dict[type, Any] = {ModelConfig: lm, BltConfig: blt}
 """Modules or objects with the functions of a trunk, by the type of the `model` section."""
 FUNCTIONS = (
     *("init", "with_constants", "embed", "run", "final_norm", "unembedding"),
@@ -113,43 +119,28 @@ def embed(arch: Arch, params: Params, tokens_BT: jax.Array) -> jax.Array:
 
 
 def run(
-    arch: Arch,
-    params: Params,
-    x_BTD: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    taps: Sequence[int] = (),
+    arch: Arch, params: Params, rows: TokenRows, taps: Sequence[int] = ()
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Runs all layers over whole rows, as in training.
 
     Args:
       arch: the model and its heads.
       params: parameters with constants.
-      x_BTD: output of `embed`.
-      positions_BT: position of each token inside its document.
-      segment_ids_BT: document of each token.
+      rows: the rows, with the output of `embed`.
       taps: numbers of blocks, 0..L.
 
     Returns:
       The last state [B, T, D] before the final norm, and the states at the taps, [B, T, D] each.
     """
-    return trunk_of(arch).run(arch.model, params, x_BTD, positions_BT, segment_ids_BT, taps)
+    return trunk_of(arch).run(arch.model, params, rows, taps)
 
 
-def run_mixed(
-    arch: Arch,
-    params: Params,
-    x_BTD: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    weight_L: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def run_mixed(arch: Arch, params: Params, rows: TokenRows, weight_L: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`run` which returns, instead of the states at taps, the weighted sum of the normed states at all L + 1 taps."""
     trunk = trunk_of(arch)
-    rows = (params, x_BTD, positions_BT, segment_ids_BT)
     if hasattr(trunk, "run_mixed"):
-        return trunk.run_mixed(arch.model, *rows, weight_L)
-    state_BTD, states = trunk.run(arch.model, *rows, everywhere(arch))
+        return trunk.run_mixed(arch.model, params, rows, weight_L)
+    state_BTD, states = trunk.run(arch.model, params, rows, everywhere(arch))
     return state_BTD, mix(arch, states, weight_L)
 
 
@@ -202,15 +193,14 @@ def init_caches(arch: Arch, batch: int, slots: int) -> Any:
 
 
 def decode(
-    arch: Arch, params: Params, x_BQD: jax.Array, start_B: jax.Array, caches: Any, taps: Sequence[int] = ()
+    arch: Arch, params: Params, new: NewTokens, caches: Any, taps: Sequence[int] = ()
 ) -> tuple[jax.Array, tuple[jax.Array, ...], Any]:
     """Runs all layers over Q new positions per row, which follow the positions in the caches.
 
     Args:
       arch: the model and its heads.
       params: a `decode_view`.
-      x_BQD: output of `embed` for the new tokens.
-      start_B: number of tokens of each row that are in the caches. This is also the position of the first new token.
+      new: the new tokens, with the output of `embed`.
       caches: from `init_caches` or an earlier call of this function.
       taps: numbers of blocks, 0..L.
 
@@ -218,7 +208,7 @@ def decode(
       The last state [B, Q, D] before the final norm; the states at the taps, [B, Q, D] each; and the caches with the
       new positions.
     """
-    return trunk_of(arch).decode(arch.model, params, x_BQD, start_B, caches, taps)
+    return trunk_of(arch).decode(arch.model, params, new, caches, taps)
 
 
 def everywhere(arch: Arch) -> tuple[int, ...]:

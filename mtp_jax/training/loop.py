@@ -177,6 +177,8 @@ def _first_state(config: Config, steps: Steps, opening: Opening, console: RunCon
     if config.has_teacher and not settings.init_from:
         asked = f"loss.teacher={config.loss.teacher!r} without train.init_from"
         console.note(f"{asked}: the teacher is a model of random parameters")
+    if config.model.frozen_models and not given:
+        console.note("without train.entropy_from: a model of random parameters decides where patches begin")
     if config.heads.draft_vocab and "draft_ids" not in given:
         vocab = DraftVocab.of(opening.corpus.train, config.heads.draft_vocab, config.model.vocab_size)
         console.note(vocab.describe(opening.corpus.heldout))

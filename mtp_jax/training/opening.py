@@ -23,7 +23,7 @@ from mtp_jax.runs.distributed import from_first, on_first
 from mtp_jax.runs.integrity import short_reason
 from mtp_jax.runs.metrics import read_metrics
 from mtp_jax.runs.workdir import record_corpus, record_run, trained_on
-from mtp_jax.training.start import check_start, parameters_to_start_from, remarks
+from mtp_jax.training.start import check_start, frozen_models, parameters_to_start_from, remarks
 from mtp_jax.training.step import Steps
 from mtp_jax.trees import by_path
 
@@ -37,7 +37,8 @@ class Opening(NamedTuple):
     restored: Restored | None
     """The checkpoint that it continues from; None for a run that begins."""
     start: dict[str, Any] | None
-    """Parameters of `train.init_from` that it begins with; None if all are random or restored."""
+    """Parameters of `train.init_from` or `train.entropy_from` that it begins with; None if all are random or
+    restored."""
     origin: pathlib.Path | None
     """Directory with the files that were kept of a Hugging Face checkpoint, if `start` comes from one."""
 
@@ -71,6 +72,8 @@ def read_run(config: Config, workdir: pathlib.Path, steps: Steps, notify: Notify
         if begins_from:
             folder = _corpus_folder(workdir)
             start = parameters_to_start_from(config, folder, steps.abstract_state.params, notify)
+        elif config.train.entropy_from and restored is None:
+            start = frozen_models(config, steps.abstract_state.params, notify)
     except BaseException:
         if jax.process_index() == 0:
             shutil.rmtree(new_files(workdir / "data"), ignore_errors=True)
@@ -129,7 +132,7 @@ def _write(config: Config, workdir: pathlib.Path, run: Opening) -> None:
 
 def _take_over(config: Config, workdir: pathlib.Path, run: Opening) -> None:
     source = pathlib.Path(config.train.init_from).expanduser().absolute()
-    if run.start is not None:
+    if run.start is not None and config.train.init_from:
         inherit(workdir, str(source), run.origin)
     elif run.restored is None:
         disinherit(workdir)

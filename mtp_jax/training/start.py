@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from mtp_jax import sharding
-from mtp_jax.config import Config, HeadsConfig, TrunkConfig, from_json
+from mtp_jax.config import Config, HeadsConfig, ModelConfig, TrunkConfig, from_json
 from mtp_jax.config.checks import require
 from mtp_jax.errors import UserError
 from mtp_jax.model import lora, mtp
@@ -122,6 +122,42 @@ def parameters_to_start_from(
     params = lora.merge(params, other.lora)
     notify(f"starting from {source}, step {step}" + (", heads too" if "heads" in params else ""))
     return params
+
+
+def frozen_models(config: Config, abstract_params: dict[str, Any], notify: Callable[[str], None]) -> dict[str, Any]:
+    """Parameters of the frozen models of a trunk, by top-level name: those of the run in `train.entropy_from`.
+
+    Args:
+      config: config of the new run.
+      abstract_params: shapes, dtypes and shardings of its parameters.
+      notify: is called with a line of text about what is loaded.
+
+    Raises:
+      UserError: the directory holds no run, a run of another model or tokenizer, or no whole checkpoint.
+    """
+    source = config.train.entropy_from
+    other = config_of(source, "train.entropy_from")
+    read = {}
+    for name, model in config.model.frozen_models.items():
+        theirs = other.model
+        require(
+            isinstance(theirs, ModelConfig) and not other.lora.rank,
+            f"train.entropy_from={source!r} is a run of another kind; give a decoder LM that was trained without lora",
+        )
+        names = [field.name for field in dataclasses.fields(model) if field.name not in FREE]
+        changed = [one for one in names if getattr(theirs, one) != getattr(model, one)]
+        if changed:
+            ours = ", ".join(f"model.{name}.{one}={getattr(model, one)!r}" for one in changed)
+            has = ", ".join(f"{one}={getattr(theirs, one)!r}" for one in changed)
+            raise UserError(f"{ours}, but the run of train.entropy_from={source!r} has {has}; use the same values")
+        require(
+            other.data.tokenizer == config.data.tokenizer,
+            f"data.tokenizer={config.data.tokenizer!r}, but the run of train.entropy_from={source!r} has "
+            f"{other.data.tokenizer!r}; the entropy model reads the same bytes, so use one tokenizer",
+        )
+        read[name], step = restore_params(pathlib.Path(source).expanduser(), abstract_params[name], notify=notify)
+        notify(f"entropy model from {source}, step {step}")
+    return read
 
 
 def _adapters(other: Config, wanted: dict[str, Any]) -> dict[str, Any]:

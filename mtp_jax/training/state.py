@@ -45,9 +45,10 @@ def split_params(config: Config, params: Any) -> tuple[Any, Any]:
 
 
 def _learns(config: Config, path: str) -> bool:
-    """Whether a gradient changes the parameter. The ids of a draft vocabulary and a teacher never change. The running
-    losses of heads are counted."""
-    fixed = path in ("draft_ids", mtp.HEAD_LOSS) or path.startswith(f"{mtp.TEACHER}/")
+    """Whether a gradient changes the parameter. The ids of a draft vocabulary, a teacher and the frozen models of a
+    trunk never change. The running losses of heads are counted."""
+    top = path.partition("/")[0]
+    fixed = path in ("draft_ids", mtp.HEAD_LOSS) or top == mtp.TEACHER or top in config.model.frozen_models
     return not fixed and config.train.learns(path)
 
 

@@ -25,6 +25,7 @@ from mtp_jax.decode.state import slots_of
 from mtp_jax.errors import UserError
 from mtp_jax.model import lm, mtp, trunk
 from mtp_jax.model.cache import fewest_slots, grow_caches, init_cache
+from mtp_jax.model.given import NewTokens, TokenRows
 from mtp_jax.model.trunk import TRUNKS
 from mtp_jax.training.start import _check_same
 from mtp_jax.training.step import compile_steps, random_batch
@@ -48,6 +49,7 @@ class RunningMean:
     is_stack = False
     split_fields = ("vocab_size",)
     unembedding_path = "words"
+    frozen_models = types.MappingProxyType({})
 
     @property
     def block(self):
@@ -89,7 +91,8 @@ def embed(model, params, tokens_BT):
     return params["words"][tokens_BT]
 
 
-def run(model, params, x_BTD, positions_BT, segment_ids_BT, taps):
+def run(model, params, given, taps):
+    x_BTD, _, positions_BT, segment_ids_BT = given
     seen_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     seen_BTS &= jnp.tril(jnp.ones(seen_BTS.shape[1:], bool))[None]
     mean_BTS = seen_BTS / (positions_BT[..., None] + 1)
@@ -116,7 +119,8 @@ def init_caches(model, batch, slots):
     return [Sums(jnp.zeros((batch, slots, model.d_model))) for _ in range(model.num_layers)]
 
 
-def decode(model, view, x_BQD, start_B, caches, taps):
+def decode(model, view, new, caches, taps):
+    x_BQD, _, start_B = new
     states, written = [x_BQD], []
     write = jax.vmap(lambda old_SD, new_QD, start: jax.lax.dynamic_update_slice(old_SD, new_QD, (start, 0)))
     count_BQ1 = start_B[:, None, None] + 1 + jnp.arange(x_BQD.shape[1])[None, :, None]
@@ -242,7 +246,7 @@ def test_what_is_refused(section):
 @pytest.mark.parametrize("taps", [(2, 0, 1), ()])
 def test_states_at_several_taps(taps):
     """The decoder LM's states at taps, in their order: those of `run` over a row = those of `decode` in two pieces; the
-    last is that of the whole stack. Breaks without `sorted` in `_cuts`, or if `decode` cuts the caches elsewhere."""
+    last is that of the whole stack. Breaks without `sorted` in `cuts_at`, or if `decode` cuts the caches elsewhere."""
     config = small_config()
     params = random_params(config)
     tokens_BT, positions_BT, segment_ids_BT = rows(range(1, T + 1), length=T)
@@ -252,11 +256,12 @@ def test_states_at_several_taps(taps):
         arch = config.arch
         ready = mtp.with_constants(arch, params)
         x_BTD = trunk.embed(arch, ready, tokens_BT)
-        whole = trunk.run(arch, ready, x_BTD, positions_BT, segment_ids_BT, taps)
+        whole = trunk.run(arch, ready, TokenRows(x_BTD, tokens_BT, positions_BT, segment_ids_BT), taps)
         stack_BTD = lm.run_blocks(arch.model, ready["blocks"], x_BTD, positions_BT, segment_ids_BT)
         view, caches, pieces = mtp.decode_view(arch, params), trunk.init_caches(arch, 1, T), []
         for begin, end in ((0, 5), (5, T)):
-            *piece, caches = trunk.decode(arch, view, x_BTD[:, begin:end], jnp.array([begin]), caches, taps)
+            new = NewTokens(x_BTD[:, begin:end], tokens_BT[:, begin:end], jnp.array([begin]))
+            *piece, caches = trunk.decode(arch, view, new, caches, taps)
             pieces.append(piece)
         return whole, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *pieces), x_BTD, stack_BTD
 
@@ -281,9 +286,11 @@ def test_a_mix_of_states_needs_no_function(monkeypatch):
     def mixes():
         ready, view = mtp.with_constants(arch, params), mtp.decode_view(arch, params)
         x_BTD, weight_L = trunk.embed(arch, ready, tokens_BT), jnp.array([0.5, 0.2, 0.3])
-        _, whole_BTD = trunk.run_mixed(arch, ready, x_BTD, positions_BT, segment_ids_BT, weight_L)
+        given = TokenRows(x_BTD, tokens_BT, positions_BT, segment_ids_BT)
+        _, whole_BTD = trunk.run_mixed(arch, ready, given, weight_L)
         caches = trunk.init_caches(arch, 1, T)
-        states = trunk.decode(arch, view, x_BTD, jnp.array([0]), caches, trunk.everywhere(arch))[1]
+        new = NewTokens(x_BTD, tokens_BT, jnp.array([0]))
+        states = trunk.decode(arch, view, new, caches, trunk.everywhere(arch))[1]
         return whole_BTD, trunk.mix(arch, states, weight_L)
 
     summed = jax.jit(mixes)()

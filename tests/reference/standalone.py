@@ -8,6 +8,7 @@ import numpy as np
 
 from mtp_jax.losses.targets import make_targets
 from mtp_jax.model import mtp, trunk
+from mtp_jax.model.given import TokenRows
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -15,7 +16,8 @@ def _row_logits(arch, params, embedded_TD):
     """Logits [T, V] of a row of embeddings, under the causal mask of the plain model."""
     positions_1T = jnp.arange(len(embedded_TD))[None]
     full = trunk.with_constants(arch, params)
-    state_1TD, _ = trunk.run(arch, full, embedded_TD[None], positions_1T, jnp.ones_like(positions_1T))
+    ones_1T = jnp.ones_like(positions_1T)
+    state_1TD, _ = trunk.run(arch, full, TokenRows(embedded_TD[None], ones_1T, positions_1T, ones_1T))
     return trunk.logits(arch, full, trunk.final_norm(arch, full, state_1TD))[0]
 
 
