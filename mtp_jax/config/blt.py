@@ -15,8 +15,11 @@ SHARED = ("vocab_size", "max_seq_len", "dtype", "param_dtype", "remat", "attenti
 OF_LANGUAGE_MODELS = ("embed_scale", "logit_scale", "logit_softcap", "tie_embeddings")
 """Fields of a language model that a stack of blocks alone does not have."""
 MOST_TOKENS = 2**12
+"""Largest number of token ids, if bytes are hashed."""
 MOST_ROWS = 2**24
+"""Largest number of embeddings of a hash."""
 LONGEST_HASH = 16
+"""Largest number of bytes of a hash. The sum of 16 products of 12 bits (a token) and 16 bits still has 32 bits."""
 
 
 SPACES = PatchRule("space")
@@ -173,6 +176,11 @@ class BltConfig:
     def is_stack(self) -> bool:
         """The trunk is no stack of equal blocks."""
         return False
+
+    @property
+    def stacks(self) -> dict[str, ModelConfig]:
+        """The three stacks that are trained."""
+        return {f"{name}/blocks": self.part(name) for name in ("encoder", "latent", "decoder")}
 
     @property
     def split_fields(self) -> tuple[str, ...]:

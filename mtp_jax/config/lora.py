@@ -9,6 +9,7 @@ import re
 
 from mtp_jax.config.checks import check_fields, only_with, require
 from mtp_jax.config.heads import HeadsConfig
+from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.trunk import TrunkConfig
 from mtp_jax.errors import UserError
 
@@ -61,17 +62,23 @@ class LoraConfig:
 
 def adaptable(model: TrunkConfig, heads: HeadsConfig) -> tuple[str, ...]:
     """Paths of the matrices that can have an adapter: those of the model's blocks and of the blocks of heads."""
-    block = model.block
-    stacks = ("blocks",) if model.is_stack else ()
-    stacks += ("heads/blocks",) if heads.num_future > 1 and heads.facts.has_blocks else ()
-    paths = [f"{stack}/{layer}/{name}" for stack in stacks for layer, names in MATRICES for name in names]
-    if not block.gated:
-        paths = [path for path in paths if not path.endswith("/gate")]
-    if block.num_experts:
-        paths = [path for path in paths if "/mlp/" not in path]
+    paths: list[str] = []
+    for stack, block in _stacks(model, heads).items():
+        here = [f"{stack}/{layer}/{name}" for layer, names in MATRICES for name in names]
+        if not block.gated:
+            here = [path for path in here if not path.endswith("/gate")]
+        if block.num_experts:
+            here = [path for path in here if "/mlp/" not in path]
+        paths += here
     if not heads.attention:
         paths = [path for path in paths if not path.startswith("heads/blocks/attn/")]
     return tuple(paths)
+
+
+def _stacks(model: TrunkConfig, heads: HeadsConfig) -> dict[str, ModelConfig]:
+    """The stacks of blocks of the model and of its heads, by path."""
+    has_blocks = heads.num_future > 1 and heads.facts.has_blocks
+    return model.stacks | ({"heads/blocks": model.block} if has_blocks else {})
 
 
 def adapted(lora: LoraConfig, model: TrunkConfig, heads: HeadsConfig) -> tuple[str, ...]:
@@ -81,13 +88,14 @@ def adapted(lora: LoraConfig, model: TrunkConfig, heads: HeadsConfig) -> tuple[s
       UserError: a pattern of `lora.targets` matches no matrix, or experts.
     """
     paths = adaptable(model, heads)
-    experts = [f"{stack}/mlp/{name}" for stack in ("blocks", "heads/blocks") for name in ("gate", "up", "down")]
     for pattern in lora.patterns:
-        require(
-            not model.block.num_experts or not any(re.search(pattern, path) for path in experts),
-            f"lora.targets={pattern!r} with model.num_experts={model.block.num_experts}: adapters of experts are not "
-            "implemented; use '^blocks/attn/'",
-        )
+        for stack, block in _stacks(model, heads).items():
+            experts = [f"{stack}/mlp/{name}" for name in ("gate", "up", "down")]
+            require(
+                not block.num_experts or not any(re.search(pattern, path) for path in experts),
+                f"lora.targets={pattern!r} with model.num_experts={block.num_experts}: adapters of experts are not "
+                "implemented; use '^blocks/attn/'",
+            )
         shown = f"paths are {', '.join(paths)}" if paths else "this model has no matrix that can have an adapter"
         require(any(re.search(pattern, path) for path in paths), f"lora.targets={pattern!r} matches no matrix; {shown}")
     return tuple(filter(lora.adapts, paths))

@@ -227,6 +227,11 @@ class ModelConfig:
         return True
 
     @property
+    def stacks(self) -> "dict[str, ModelConfig]":
+        """The one stack of blocks."""
+        return {"blocks": self}
+
+    @property
     def unembedding_path(self) -> str:
         """Path of the parameter that the unembedding is made of."""
         return "embed/table" if self.tie_embeddings else "unembed/table"

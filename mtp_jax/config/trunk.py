@@ -38,6 +38,8 @@ class TrunkConfig(Protocol):
     is_stack: bool
     """Whether the trunk is a stack of such blocks, in `params["blocks"]`. Masks and registers run through them, and
     `heads.init="copy_block"` copies one."""
+    stacks: dict[str, ModelConfig]
+    """The stacks of decoder blocks whose matrices can have adapters, by their path, with the shape of a block."""
     split_fields: tuple[str, ...]
     """Fields that must be divisible by `mesh.tensor`, because a parameter is split along them."""
     unembedding_path: str

@@ -6,6 +6,7 @@ expert. If a tensor holds several parameters, like a fused query-key-value matri
 
 from typing import Any
 
+from mtp_jax.convert.blt import BLT
 from mtp_jax.convert.layout import (
     BUFFERS,
     STACKED_GATE,
@@ -297,6 +298,9 @@ ARCHITECTURES = {
 }
 
 
+ENTRIES = ARCHITECTURES | {BLT.model_type: BLT}
+"""The decoders, and the models that are no decoder LM."""
+
 MOST_LAYERS = 10_000
 """Largest number of layers. A config file with more is damaged, and handling it would take hours."""
 
@@ -320,15 +324,15 @@ def architecture(raw: dict[str, Any], origin: str) -> Architecture:
       UserError: the architecture, or one of its settings, is not implemented. The error names it.
     """
     name = raw.get("model_type")
-    if name not in tuple(ARCHITECTURES):  # a tuple takes any value, also one without a hash
-        need = f": it needs {REFUSED[name]}" if name in tuple(REFUSED) else f"; implemented: {', '.join(ARCHITECTURES)}"
+    if name not in tuple(ENTRIES):  # a tuple takes any value, also one without a hash
+        need = f": it needs {REFUSED[name]}" if name in tuple(REFUSED) else f"; implemented: {', '.join(ENTRIES)}"
         raise UserError(f"{origin}: model_type={name!r} is not implemented{need}")
     if isinstance(layers := raw.get("num_hidden_layers"), int) and layers > MOST_LAYERS:
         raise UserError(f"{origin}: num_hidden_layers={layers} is above {MOST_LAYERS}")
     _refuse_quantised(raw, origin)
-    if beyond := ARCHITECTURES[name].refuse(raw):
+    if beyond := ENTRIES[name].refuse(raw):
         raise UserError(f"{origin}: {beyond} is not implemented")
-    return ARCHITECTURES[name]
+    return ENTRIES[name]
 
 
 QUANTISED = {"quantization_config": "", "quantization": "mlx", "compression_config": "compressed-tensors"}

@@ -6,9 +6,9 @@ import json
 import pathlib
 from typing import Any
 
-from mtp_jax.config import Arch, ModelConfig
+from mtp_jax.config import Arch, ModelConfig, TrunkConfig
 from mtp_jax.convert import files, forms, spellings
-from mtp_jax.convert.architectures import ARCHITECTURES
+from mtp_jax.convert.architectures import ENTRIES
 from mtp_jax.convert.layout import Architecture, differing
 from mtp_jax.convert.leaving import Came, Leaving
 from mtp_jax.convert.settings import UNTOLD, shortest_pattern
@@ -54,7 +54,7 @@ def _told(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 def architecture(raw: dict[str, Any]) -> Architecture:
     """See `leaving.Writing`."""
-    return ARCHITECTURES[raw["model_type"]]
+    return ENTRIES[raw["model_type"]]
 
 
 def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any]]:
@@ -63,14 +63,18 @@ def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any
     The architecture is the first one for which writing and reading again gives the same model. So an architecture that
     does not fit, or that writes a wrong field, is not chosen.
     """
-    model = dataclasses.replace(arch.model, layer_pattern=shortest_pattern(arch.model.layers))
+    model = arch.model
+    if isinstance(model, ModelConfig):
+        model = dataclasses.replace(model, layer_pattern=shortest_pattern(model.layers))
     if came is not None:
         raw = dict(came.raw)
         before = _read_back(came.architecture, raw)
         if before is not None and (changed := differing(before, model)) in ([], ["tie_embeddings"]):
             return came.architecture, raw | ({"tie_word_embeddings": model.tie_embeddings} if changed else {})
     nearest: tuple[list[str], str] | None = None
-    for entry in ARCHITECTURES.values():
+    for entry in ENTRIES.values():
+        if not isinstance(model, entry.section):
+            continue
         try:
             names = {"architectures": [entry.class_name], "model_type": entry.model_type}
             raw = names | NO_TOKENS | entry.write(model)
@@ -86,7 +90,7 @@ def describe(arch: Arch, came: Came | None) -> tuple[Architecture, dict[str, Any
     raise UserError(f"no known Hugging Face architecture can hold this model{reason}")
 
 
-def _read_back(entry: Architecture, raw: dict[str, Any]) -> ModelConfig | None:
+def _read_back(entry: Architecture, raw: dict[str, Any]) -> TrunkConfig | None:
     try:
         return entry.read(*normalised(raw, CONFIG_NAME), CONFIG_NAME, ("*",))
     except UserError:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtp_jax.config import ModelConfig
+from mtp_jax.config import ModelConfig, TrunkConfig
 from mtp_jax.convert.settings import Given, Setting
 from mtp_jax.errors import UserError
 
@@ -50,6 +50,8 @@ class Architecture:
     """Names of fields in transformers 4 that differ from those of most architectures."""
     refuse: Callable[[dict[str, Any]], str | None] = lambda raw: None
     """Returns the feature of a config file that is not implemented, in words; None if there is none."""
+    section: type = ModelConfig
+    """The type of the `model` section."""
 
     def slots(self) -> tuple[Slot, ...]:
         """The slots of the whole model."""
@@ -98,15 +100,15 @@ class Architecture:
         return {name: value for setting in self.settings for name, value in setting.write(model).items()}
 
 
-NOT_COMPUTED = ("dtype", "param_dtype", "remat", "attention", "max_seq_len")
+NOT_COMPUTED = ("dtype", "param_dtype", "remat", "attention", "max_seq_len", "slots_per_byte")
 """Settings of the model that a config file does not have, or that may be increased."""
 
 
-def differing(one: ModelConfig, other: ModelConfig) -> list[str]:
+def differing(one: TrunkConfig, other: TrunkConfig) -> list[str]:
     """Names of the fields that make two models compute different results."""
     return [
         field.name
-        for field in dataclasses.fields(ModelConfig)
+        for field in dataclasses.fields(one)
         if field.name not in NOT_COMPUTED and getattr(one, field.name) != getattr(other, field.name)
     ]
 

@@ -81,7 +81,7 @@ def expand(
             continue
         shape = shapes[path]
         picked = None if rows is None else rows(model)
-        stacked = path.startswith(("blocks/", "heads/"))
+        stacked = path.startswith(("blocks/", "heads/")) or "{i}" in name
         expert = "{e}" in name
         for i in range(shape[0] if stacked else 1):
             for e in range(shape[1] if expert else 1):

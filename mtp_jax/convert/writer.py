@@ -11,6 +11,7 @@ import numpy as np
 
 from mtp_jax.config import Arch, HeadsConfig, ModelConfig
 from mtp_jax.convert import forms, head_writer, hugging_face, mapping, record
+from mtp_jax.convert.architectures import ENTRIES
 from mtp_jax.convert.files import DTYPES, SHARD_BYTES, Entry
 from mtp_jax.convert.layout import Architecture
 from mtp_jax.convert.layouts import LAYOUTS
@@ -70,7 +71,7 @@ def export_model(
         raise UserError(f"{str(lm)!r} is a path; load it first: export_model(mtp_jax.load({str(lm)!r}), ...)")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes={shard_bytes}; it must be at least 1")
-    arch = _decoder(lm.arch)
+    arch = _checked(lm.arch, form)
     params = lm.stacked_params()
     origin = lm.origin
     form = head_writer.choose_form(arch, origin, form)
@@ -113,11 +114,17 @@ def _writing(form: str, origin: Origin | None) -> Writing:
 # The trunk.
 
 
-def _decoder(arch: Arch) -> Arch:
-    """The model and its heads, if the trunk is a decoder LM."""
-    if not isinstance(arch.model, ModelConfig):
+def _checked(arch: Arch, form: str | None) -> Arch:
+    """The model and its heads, if the trunk is of a kind that files can hold."""
+    if not any(isinstance(arch.model, entry.section) for entry in ENTRIES.values()):
         raise UserError(
-            f"model.kind={arch.model.kind!r} cannot be exported: the known layouts of files hold decoder LMs only"
+            f"model.kind={arch.model.kind!r} cannot be exported: the known layouts of files hold decoder LMs, and Byte "
+            "Latent Transformers"
+        )
+    if not isinstance(arch.model, ModelConfig) and arch.heads.num_future > 1 and form != "none":
+        raise UserError(
+            f"heads of model.kind={arch.model.kind!r} have no form that other projects read; use form='none' to leave "
+            "them out"
         )
     return arch
 

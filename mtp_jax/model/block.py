@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mtp_jax.axes import BATCH, EMBED, HEAD_DIM, HEADS, KV_HEADS, LENGTH
 from mtp_jax.config import ModelConfig
-from mtp_jax.kernels.attention import Anchors, AttnSpec, attention_beside, cached_attention
+from mtp_jax.kernels.attention import Anchors, AttnSpec, attention, attention_beside, cached_attention
 from mtp_jax.kernels.rows import Placement, row_attention
 from mtp_jax.model.cache import LayerCache, write_cache
 from mtp_jax.model.layers import Experts, FeedForward, Matrix, Norm, fan_in_init, make_matrix, residual_init, times
@@ -71,6 +71,19 @@ class Attention(nn.Module):
     def mix(self, q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, query_slots_BT: jax.Array) -> jax.Array:
         """Attended values [B, T, N, H]."""
         return cached_attention(q_BTNH, k_BKSH, v_BKSH, query_slots_BT, self._attn_spec())
+
+    def mix_from(
+        self,
+        q_BTNH: jax.Array,
+        slots: tuple[jax.Array, jax.Array],
+        query_slots_BT: jax.Array,
+        first_BT: jax.Array,
+    ) -> jax.Array:
+        """Attended values [B, T, N, H] of keys and values by slot, where no query sees a slot before its `first_BT`."""
+        spec = self._attn_spec()
+        seen_BT1 = (query_slots_BT - first_BT + 1)[..., None]
+        window_BT1 = seen_BT1 if spec.window is None else jnp.minimum(seen_BT1, spec.window)
+        return attention(q_BTNH, *slots, query_slots_BT, None, spec._replace(window=window_BT1))
 
     def attend_row(
         self,
@@ -240,6 +253,16 @@ class Block(nn.Module):
         slots_BQ = _slots(start_B, x_BQD.shape[1])
         cache = self._write(h_BQD, slots_BQ, start_B, cache)
         return self._read(x_BQD, h_BQD, slots_BQ, cache), cache
+
+    def write_read_from(
+        self, x_BQD: jax.Array, start_B: jax.Array, cache: LayerCache, first_BQ: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """`write_read`, where no position sees a slot before its `first_BQ`."""
+        h_BQD = self._normed(x_BQD)
+        slots_BQ = _slots(start_B, x_BQD.shape[1])
+        cache = self._write(h_BQD, slots_BQ, start_B, cache)
+        mixed_BQNH = self.attn.mix_from(self.attn.queries(h_BQD, slots_BQ), cache, slots_BQ, first_BQ)
+        return self._finished(x_BQD, self.attn.output(mixed_BQNH)), cache
 
     def _write(self, h_BQD: jax.Array, slots_BQ: jax.Array, start_B: jax.Array, cache: LayerCache) -> LayerCache:
         return write_cache(cache, *self.attn.keys_values(h_BQD, slots_BQ), start_B)

@@ -205,8 +205,9 @@ def _update(weights: jax.Array, pair: Params, keep: bool) -> jax.Array:
 
 def _stacks(adapters: Params) -> list[tuple[str, Params]]:
     """The factors of each stack of blocks, with its path."""
+    parts = {name: tree for name, tree in adapters.items() if name != "blocks"}
     stacks = [("blocks", adapters["blocks"])] if "blocks" in adapters else []
-    return stacks + ([("heads/blocks", adapters["heads"]["blocks"])] if "heads" in adapters else [])
+    return stacks + [(f"{name}/blocks", tree["blocks"]) for name, tree in parts.items()]
 
 
 def _blocks(params: Params, stack: str) -> Params:

@@ -12,9 +12,9 @@ from reference.models import rows
 from mtp_jax.config import PatchRule
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
-from mtp_jax.model.blt.model import patches_of
+from mtp_jax.model.blt.model import entropies, patches_of
 from mtp_jax.model.blt.slots import in_slots
-from mtp_jax.model.given import NewTokens
+from mtp_jax.model.given import NewTokens, TokenRows
 
 T = 24
 Q = 3
@@ -71,7 +71,7 @@ def test_every_byte_sees_the_patches_before_it():
 
 def test_documents_of_a_packed_row_do_not_see_each_other():
     """state(packed) = state(each document alone), at every byte. Breaks without the segment ids in the entropy model,
-    the encoder or the latent transformer, with hashes across documents, or with patch positions that go on."""
+    the encoder or the latent transformer, or with hashes across documents."""
     a, b = TOKENS[:11].tolist(), TOKENS[11:20].tolist()
     packed, *alone = (rows(*documents, length=T) for documents in ((a, b), (a,), (b,)))
     hidden_BTD, patches = whole(*(np.concatenate(arrays) for arrays in zip(packed, *alone, strict=True)))
@@ -112,6 +112,38 @@ def test_cached_states_are_those_of_the_whole_row():
             np.testing.assert_allclose(got_QD, hidden_BTD[b, start_B[b] : end], rtol=1e-4, atol=1e-4)
         start_B = np.minimum(start_B + np.array(kept_B), T)
     assert (start_B == T).all()
+
+
+def test_an_entropy_model_that_starts_anew_at_newlines():
+    """state(cached) = state(whole) with `reset_at_newline`, in two pieces; and entropies after a newline do not depend
+    on the line before. Breaks if a query of the cache sees the bytes before its line, or without `entropy_segments`."""
+    rule = PatchRule("relative", threshold=0.03, max_length=5, reset_at_newline=True)
+    config = blt_config(model={"patches": rule})
+    tokens_BT = np.stack([TOKENS, TOKENS])
+    tokens_BT[:, [4, 13]] = 10
+    tokens_BT[1, :4] = (TOKENS[:4] + 9) % 256
+
+    @jax.jit
+    def both(params):
+        ready = mtp.with_constants(config.arch, params)
+        view = mtp.decode_view(config.arch, params)
+        positions_BT = jnp.tile(jnp.arange(T)[None], (2, 1))
+        x_BTD = trunk.embed(config.arch, ready, tokens_BT)
+        given = TokenRows(x_BTD, tokens_BT, positions_BT, jnp.ones_like(positions_BT))
+        caches = trunk.init_caches(config.arch, 2, T)
+        pieces = []
+        for begin in (0, T // 2):
+            where = slice(begin, begin + T // 2)
+            new = NewTokens(x_BTD[:, where], tokens_BT[:, where], jnp.full((2,), begin))
+            *piece, caches = trunk.decode(config.arch, view, new, caches)
+            pieces.append(piece[0])
+        entropy_BT = entropies(config.model, ready, jnp.asarray(tokens_BT), given.segment_ids_BT)
+        return trunk.run(config.arch, ready, given)[0], jnp.concatenate(pieces, axis=1), entropy_BT
+
+    whole_BTD, cached_BTD, entropy_BT = both(PARAMS)
+    np.testing.assert_allclose(cached_BTD, whole_BTD, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(entropy_BT[0, 4:], entropy_BT[1, 4:], rtol=1e-5)
+    assert np.abs(entropy_BT[0, :4] - entropy_BT[1, :4]).max() > 1e-3
 
 
 def test_patches_of_a_written_table():

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.model.blt.hashing import LONGEST, MOST_ROWS, MOST_TOKENS, PRIMES, all_hash_ids, hash_ids
+from mtp_jax.config.blt import LONGEST_HASH, MOST_ROWS, MOST_TOKENS
+from mtp_jax.model.blt.hashing import PRIMES, all_hash_ids, hash_ids
 
 T = 50
 
@@ -24,7 +25,7 @@ def numpy_ids(tokens_T, size, rows, function=0):
         (8, 500_002, 260, 0),
         (8, 30_000, 260, 6),
         (5, 997, 260, 13),
-        (LONGEST, MOST_ROWS - 3, MOST_TOKENS, 1),
+        (LONGEST_HASH, MOST_ROWS - 3, MOST_TOKENS, 1),
     ],
 )
 def test_ids_are_those_of_int64(size, rows, most, function):

@@ -50,6 +50,7 @@ class RunningMean:
     split_fields = ("vocab_size",)
     unembedding_path = "words"
     frozen_models = types.MappingProxyType({})
+    stacks = types.MappingProxyType({})
 
     @property
     def block(self):

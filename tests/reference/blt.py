@@ -27,8 +27,10 @@ MODEL = BltConfig(
 
 def blt_config(heads=None, model=None, **sections):
     """`tiny_config` with a Byte Latent Transformer; `model` overrides its fields."""
+    ours = {name: sections.pop(name, {}) for name in ("train", "lora")}
     whole = tiny_config(heads=heads or {"num_future": 1}, **sections)
-    return dataclasses.replace(whole, model=dataclasses.replace(MODEL, **(model or {})))
+    ours = {name: dataclasses.replace(getattr(whole, name), **fields) for name, fields in ours.items()}
+    return dataclasses.replace(whole, model=dataclasses.replace(MODEL, **(model or {})), **ours)
 
 
 def blt_params(config, seed=0):

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config.blt import BltConfig
+from mtp_jax.config.blt import LONGEST_HASH, BltConfig
 from mtp_jax.model import lm
 from mtp_jax.model.block import Block, variables
 from mtp_jax.model.blt.cross import over_patch, over_slots
-from mtp_jax.model.blt.hashing import LONGEST
 from mtp_jax.model.blt.model import (
     decoder_cross,
     encoder_cross,
@@ -36,7 +35,7 @@ from mtp_jax.model.blt.model import (
     patch_outputs,
     patch_queries,
 )
-from mtp_jax.model.blt.patching import patch_ends
+from mtp_jax.model.blt.patching import entropy_segments, first_bytes, patch_ends
 from mtp_jax.model.blt.slots import running_max
 from mtp_jax.model.cache import LayerCache, init_cache, write_cache
 from mtp_jax.model.given import NewTokens
@@ -177,7 +176,7 @@ def decode(
     of_bytes = of_bytes._replace(tokens_BS=_write(of_bytes.tokens_BS, new.tokens_BQ, start_B))
     of_entropy = caches.entropy
     if model.reads_entropy:
-        entropy_BQ, of_entropy = _entropies(model, view, new, caches.entropy)
+        entropy_BQ, of_entropy = _entropies(model, view, new, of_bytes.tokens_BS, caches.entropy)
         of_bytes = of_bytes._replace(entropy_BS=_write(of_bytes.entropy_BS, entropy_BQ, start_B))
     x_BQD = new.states_BQD + _hashed(model, view, of_bytes.tokens_BS, new)
     encoder = model.part("encoder")
@@ -202,19 +201,32 @@ def _write(old_BS: jax.Array, new_BQ: jax.Array, start_B: jax.Array) -> jax.Arra
 
 
 def _entropies(
-    model: BltConfig, view: Params, new: NewTokens, caches: tuple[LayerCache, ...]
+    model: BltConfig, view: Params, new: NewTokens, tokens_BS: jax.Array, caches: tuple[LayerCache, ...]
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """The entropies [B, Q] after the new bytes, and the caches of the entropy model."""
     part = model.part("entropy")
     own = view["entropy"]
-    state_BQD, _, caches = lm.decode(part, own, new._replace(states_BQD=lm.embed(part, own, new.tokens_BQ)), caches, ())
-    return entropy_of(model, own, state_BQD), caches
+    x_BQD = lm.embed(part, own, new.tokens_BQ)
+    if not model.patches.reset_at_newline:
+        state_BQD, _, caches = lm.decode(part, own, new._replace(states_BQD=x_BQD), caches, ())
+        return entropy_of(model, own, state_BQD), caches
+    segments_BS = entropy_segments(model.patches, tokens_BS)
+    begins_BS = first_bytes(segments_BS, segments_BS.shape)
+    begin_BS = jax.lax.cummax(jnp.where(begins_BS, jnp.arange(tokens_BS.shape[1])[None], 0), axis=1)
+    slots_BQ = new.start_B[:, None] + jnp.arange(new.tokens_BQ.shape[1])[None]
+    first_BQ = jnp.take_along_axis(begin_BS, slots_BQ, axis=1)
+    written = []
+    for layer, cache in zip(own["blocks"], caches, strict=True):
+        given = (x_BQD, new.start_B, cache, first_BQ)
+        x_BQD, cache = Block(part).apply(variables(layer), *given, method="write_read_from")
+        written.append(cache)
+    return entropy_of(model, own, x_BQD), tuple(written)
 
 
 def _hashed(model: BltConfig, view: Params, tokens_BS: jax.Array, new: NewTokens) -> jax.Array | float:
     """The embeddings of the hashes of the new bytes, whose first windows begin before them."""
     Q = new.tokens_BQ.shape[1]
-    before = LONGEST - 1
+    before = LONGEST_HASH - 1
     padded_BS = jnp.pad(tokens_BS, ((0, 0), (before, 0)))
 
     def window(row_S: jax.Array, start: jax.Array) -> jax.Array:

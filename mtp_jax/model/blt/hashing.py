@@ -18,22 +18,16 @@ PRIMES = (
 """The base p of each hash function of the released models."""
 LIMBS = 4
 LIMB_BITS = 16
-MOST_TOKENS = 2**12
-"""Largest number of token ids."""
-MOST_ROWS = 2**24
-"""Largest number of rows of a table."""
-LONGEST = 16
-"""Largest number of tokens of a hash. The sum of 16 products of 12 and 16 bits still has 32 bits."""
 
 
 def hash_ids(tokens_BT: jax.Array, positions_BT: jax.Array, size: int, rows: int, function: int = 0) -> jax.Array:
     """The row that belongs to the last `size` tokens at every position, int32 [B, T].
 
     Args:
-      tokens_BT: token ids, below `MOST_TOKENS`.
+      tokens_BT: token ids, below `config.blt.MOST_TOKENS`.
       positions_BT: position of each token in its document.
-      size: n, number of tokens of a hash, at most `LONGEST`.
-      rows: number of rows of the table, at most `MOST_ROWS`.
+      size: n, number of tokens of a hash, at most `config.blt.LONGEST_HASH`.
+      rows: number of rows of the table, at most `config.blt.MOST_ROWS`.
       function: number of the hash function, which has its own prime. After the last prime, the first follows.
     """
     prime = PRIMES[function % len(PRIMES)]
