@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "generate text from a trained model",
     "chat": "hold a conversation in the terminal",
     "eval": "measure loss by head, bits per byte, and acceptance by depth",
+    "patches": "cut text into patches by the entropies of a byte model, and show them",
     "import": "make a model directory from a Hugging Face checkpoint, with new heads if you want some",
     "export": "write a model as a Hugging Face directory",
     "compile": "say whether a config fits on devices that you do not have: memory, operations, traffic",
