@@ -31,6 +31,10 @@ PARAMETERS = {
     "induction": 1_082_752,
     "polynomials": 1_281_280,
     "sums": 1_051_904,
+    "bytes_1": 1_305_888,
+    "bytes_4": 1_307_616,
+    "bytes_8": 1_306_464,
+    "byte_entropy": 1_021_920,
     "standalone": 1_052_032,
     "pretrain_1b": 1_100_048_384,
     "pretrain_7b": 6_738_415_616,
@@ -113,6 +117,16 @@ def test_equal_parameter_rule():
     assert equal_parameter_layers(32, 1) == 32
     with pytest.raises(ValueError, match="2 layers are too few to give one to each of 2 extra heads"):
         equal_parameter_layers(2, 3)
+
+
+def test_byte_models_have_equal_parameters():
+    """1, 4 and 8 heads on bytes: parameters and blocks are equal, to a fifth of a percent. Breaks if a trunk is deeper
+    or a feed-forward layer wider."""
+    configs = [read_config(str(CONFIGS / f"bytes_{heads}.py")) for heads in (1, 4, 8)]
+    sizes = [mtp.count_params(config.arch) for config in configs]
+    assert max(sizes) < 1.002 * min(sizes)
+    assert [config.model.num_layers for config in configs] == [equal_parameter_layers(12, heads) for heads in (1, 4, 8)]
+    assert [config.heads.unembed for config in configs] == ["shared", "own", "own"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "compare methods that spend more compute at inference: votes, choices, revisions, by tokens",
     "retrieve": "answer questions with and without passages, and measure when to look them up",
     "prune": "shorten chains of reasoning by the tokens that a model misses least",
+    "patches": "cut text into patches by the entropies of a byte model, and show them",
     "import": "make a model directory from a Hugging Face checkpoint, with new heads if you want some",
     "export": "write a model as a Hugging Face directory",
     "compile": "say whether a config fits on devices that you do not have: memory, operations, traffic",

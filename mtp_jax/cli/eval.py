@@ -8,8 +8,10 @@ import tyro
 
 from mtp_jax.cli.common import own_directory, parse, print_evaluation, print_json
 from mtp_jax.cli.eval_many import compare, default_directory, print_compared, solve
+from mtp_jax.config.noise import read_noise
 from mtp_jax.data.synthetic import is_synthetic, sizes, with_seed
 from mtp_jax.errors import UserError
+from mtp_jax.eval import noisy
 from mtp_jax.eval.ceiling import ceilings, check_ceilings
 from mtp_jax.eval.comparison import Compared
 from mtp_jax.eval.comparison_page import write_comparison
@@ -87,6 +89,9 @@ class Args:
     """File or directory with heads for a Hugging Face checkpoint: Medusa, EAGLE, CAFT."""
     ignore: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Pattern of config fields and tensors of a Hugging Face checkpoint to ignore; may be given several times."""
+    noise: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Also measure one model on the text with errors, as KIND:RATE with case, drop, repeat or swap, or several with
+    commas (see data.noise of `mtp train`). May be given several times, for several noisy texts."""
     marginalise: int = 0
     """K: also compare the heads of one model with its marginals, summed over the K most probable tokens of each step.
     A marginal is the model's own distribution of a later token: the ceiling for a head. 0 leaves it out."""
@@ -110,7 +115,7 @@ def main(argv: list[str]) -> None:
 
 TASK_ONLY = ("checker", "prompt_field", "answer_field", "template", "chat", "limit", "samples", "temperature", "top_p")
 TASK_ONLY += ("seed", "batch_size", "stop", "draft", "time_limit")
-TEXT_ONLY = ("data", "spans", "num_prompts", "marginalise", "marginal_positions")
+TEXT_ONLY = ("data", "spans", "num_prompts", "noise", "marginalise", "marginal_positions")
 
 
 def _check(args: Args) -> None:
@@ -130,6 +135,11 @@ def _check(args: Args) -> None:
         raise UserError("there is nothing to evaluate on; give --data TEXT, or --task FILE.jsonl with --checker NAME")
     if args.marginalise and (len(args.sources) > 1 or len(args.data) > 1):
         raise UserError(f"--marginalise {args.marginalise} is for one model on one text; evaluate each by itself")
+    for one in args.noise:
+        if not read_noise(one, "--noise"):
+            raise UserError("--noise '' is no noise; give KIND:RATE, as in drop:0.1, or leave it out")
+    if args.noise and (len(args.sources) > 1 or len(args.data) > 1):
+        raise UserError(f"--noise {args.noise[0]} is for one model on one text; evaluate each by itself")
     if args.task and not args.checker:
         raise UserError("--task needs --checker: exact, contains, number, regex, code, or FILE.py:NAME")
 
@@ -152,30 +162,35 @@ def _one_model(args: Args) -> None:
     directory = pathlib.Path(args.output or default_directory(name))
     with new_directories(directory):
         make_directory(directory)  # before the work, so that a bad path fails at once
-        text = open_text(source, source, args.text_field, lm, find is not None, say)
+        text = open_text(source, source, args.text_field, lm, find is not None or bool(args.noise), say)
         rows = text.rows
         scored = score(lm, rows, progress=say)
         measured = measure(lm, text, scored, find)
+        changed = noisy.measure_noisy(lm, text, args.noise, say)
         losses = losses_of(lm, rows, scored.sums(), progress=say)
         lm = lm.give_up_params()  # from here on it only decodes, and is in memory once
         result = with_decoding(losses, lm, rows, progress=say)
         if args.marginalise:
             found = ceilings(lm, rows, args.marginalise, args.marginal_positions, progress=say)
             result = dataclasses.replace(result, marginals=found)
-        compared = Compared((name,), ({source: measured},), (True,))
+        kinds = {source: measured} | {f"{source}, {noise}": one for noise, one in changed.items()}
+        compared = Compared((name,), (kinds,), (True,))
         title = f"{name} on {source}"
         more = write_comparison(directory, title, compared)
         opening = [*(f"> **{line}**\n" for line in compared.warnings()), f"[Intervals and controls]({more.name})", ""]
-        page = write_page(directory, title, result, [], {}, opening)
+        of_noise = noisy.facts(measured, changed)
+        page = write_page(directory, title, result, [], of_noise, opening)
     facts = {"report": str(page), "comparison": str(more)}
     if args.json:
         extra = measured.as_json()
         kept = {key: extra[key] for key in ("tf_accept_at", "tf_tokens_per_round", "controls", "spans")}
         kept["intervals"] = {"bits_per_byte": extra["bits_per_byte"], "heads": extra["heads"]}
+        if changed:
+            kept["noise"] = noisy.as_json(measured, changed)
         kept["controls_fail"] = all(control.fails for control in measured.controls)
         print_json(result.as_json() | strict(kept) | {"warnings": compared.warnings()} | facts)
     else:
-        print_evaluation(result, facts)
+        print_evaluation(result, of_noise | facts)
         print_compared(compared, without=("loss", "top-1", "top-5"))
 
 

@@ -8,7 +8,7 @@ from mtp_jax.config import Config, flatten, override
 
 WORDS = {
     "data.source": ("", "stdlib", "synthetic"),
-    "data.tokenizer": ("bpe", "bytes", "none"),
+    "data.tokenizer": ("bpe", "bytes", "blt_bytes", "none"),
     "data.chat_template": ("", "plain"),
     "train.init_from": ("",),
     "train.entropy_from": ("",),

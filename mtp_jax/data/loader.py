@@ -5,16 +5,19 @@ valid, and makes them again if not.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from mtp_jax.config import Config, DataConfig
+from mtp_jax.config.noise import read_noise
 from mtp_jax.data import sources, store, synthetic
 from mtp_jax.data.documents import read_flat, tokenise, with_bytes
+from mtp_jax.data.noise import noised
 from mtp_jax.data.pack import PackedRows, TokenisedDocuments, concatenate
 from mtp_jax.data.reading import Reading
 from mtp_jax.data.store import Corpus
@@ -33,7 +36,7 @@ def prepare(config: Config, directory: pathlib.Path | None, digest: str = "", in
 
     A `.npy` source may have extra arrays next to it, see `data.extras`. It needs a tokenizer only to separate the
     documents in a flat array and to decode ids to text. `data.tokenizer` is then the path of a `tokenizer.json`,
-    `bytes`, or `none`. `none` needs an array [documents, tokens].
+    `bytes`, `blt_bytes`, or `none`. `none` needs an array [documents, tokens].
 
     Args:
       config: `data` and `model.vocab_size` are used.
@@ -156,6 +159,24 @@ def heldout_documents(
     documents = enumerate(sources.read_documents(source, text_field, tokenizer.chat))
     found = {index: one for index, one in documents if index in wanted}
     return [found[index] for index in chosen.tolist()]
+
+
+def pack_documents(
+    documents: Iterable[sources.Document], tokenizer: Reading, seq_len: int, vocab_size: int
+) -> PackedRows:
+    """Rows in memory of documents that are given as text, in their order.
+
+    Args:
+      documents: the documents.
+      tokenizer: the tokenizer of the model.
+      seq_len: T.
+      vocab_size: every id must be below it.
+
+    Raises:
+      UserError: an id is not below `vocab_size`, or a document has no token that is learned.
+    """
+    flat, _ = tokenise(documents, tokenizer, None, vocab_size)
+    return concatenate(flat, np.arange(len(flat.names)), seq_len, None)
 
 
 def train_batches(
@@ -302,15 +323,31 @@ def _from_text(config: Config, directory: pathlib.Path | None) -> tuple[Tokenize
         tokenizer = given_tokenizer(data)
     tokenizer = tokenizer.reading(data.special_tokens)
     _check_vocab(tokenizer, config)
-    documents = sources.read_documents(*records)
+    noises = read_noise(data.noise, "data.noise")
+    documents = _as_scanned(sources.read_documents(*records), scan, data.source)
+    documents = noised(documents, noises, data.seed, set(split[0].tolist()))
     flat, spelled = tokenise(documents, tokenizer, directory, config.model.vocab_size)
-    if flat.names != scan.names or not np.array_equal(flat.sizes, scan.sizes):
-        raise UserError(f"data source {data.source!r} changed while it was read; start again when it no longer changes")
-    return tokenizer, flat, split, "".join(f"; {part}" for part in (scan.summary, spelled) if part)
+    changed = f"noise in the training text: {data.noise}" if noises else ""
+    return tokenizer, flat, split, "".join(f"; {part}" for part in (scan.summary, spelled, changed) if part)
+
+
+def _as_scanned(documents: Iterator[sources.Document], scan: sources.Scan, source: str) -> Iterator[sources.Document]:
+    """The documents, after a check that they are those of the scan."""
+    found = ((one, (one.name, len(one.text.encode()))) for one in documents)
+    expected = zip(scan.names, scan.sizes.tolist(), strict=True)
+    for pair, size in itertools.zip_longest(found, expected):
+        if pair is None or pair[1] != size:
+            raise UserError(f"data source {source!r} changed while it was read; start again when it no longer changes")
+        yield pair[0]
 
 
 def _from_token_file(config: Config) -> tuple[Tokenizer | None, TokenisedDocuments, _Split]:
     data = config.data
+    if data.noise:
+        raise UserError(
+            f"data.noise={data.noise!r} changes characters, but data.source={data.source!r} holds token ids; leave it "
+            "empty, or give text"
+        )
     if data.tokenizer == "bpe":
         raise UserError(
             f"data.tokenizer='bpe' trains on text, but data.source={data.source!r} holds token ids; give the path of "

@@ -53,7 +53,17 @@ class Reading(abc.ABC):
         return self.marks.ends
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone."""
+        """Ids of the text alone.
+
+        Raises:
+          UserError: the text cannot be written in UTF-8, so that it has no bytes.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text holds half a surrogate pair at character {error.start}; it is no text in UTF-8, so fix it"
+            ) from error
         return self._ids([text])[0]
 
     def encode_prompt(self, text: str) -> list[int]:

@@ -72,6 +72,8 @@ def fingerprint(config: Config) -> dict[str, object]:
     del data["seq_len"], data["prompt_tokens"], data["chat_template"]
     if data["special_tokens"] == "auto":
         del data["special_tokens"]
+    if not data["noise"]:
+        del data["noise"]
     if data["source"] == sources.STDLIB:
         content = f"Python {sys.version}"
     elif synthetic.is_synthetic(data["source"]):

@@ -1,7 +1,8 @@
 """Tokenizers: byte-level BPE trained on the corpus, plain bytes, or any Hugging Face `tokenizer.json`.
 
-All three are one frozen class around `tokenizers.Tokenizer`. `reading` has what they share with the tokenizers of
-`convert`.
+There are two numberings of bytes: `bytes`, where the byte is the id, and `blt_bytes`, that of the Byte Latent
+Transformer. All are one frozen class around `tokenizers.Tokenizer`. `reading` has what they share with the tokenizers
+of `convert`.
 
 A text may contain a special token, for example `<|eos|>` inside a document. Our tokenizers read it as ordinary
 characters. So no document can contain its own end, and decoding gives back every text. A tokenizer that came with a
@@ -28,6 +29,10 @@ from mtp_jax.errors import UserError
 from mtp_jax.runs.integrity import check_name
 
 MIN_VOCAB = 256 + 2
+BLT_SPECIAL = ("<|boe|>", BOS, EOS, "<|delimiter|>")
+"""The special tokens of the Byte Latent Transformer (Pagnoni et al. 2024, arXiv:2412.09871, official code). Their ids
+are 0 to 3: beginning of an example, beginning and end of a text, and a mark between BPE tokens. Nothing here writes the
+first and the last."""
 
 # BPE merges only inside pieces. The pieces are, in order: a word with one mark or blank before it (`.join`, `_id`,
 # ` self`); up to three digits; punctuation with all white space after it (`):\n        `); other white space. On source
@@ -135,10 +140,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def bytes_tokenizer() -> Tokenizer:
     """One token per byte, with the value of the byte as its id; then bos (256) and eos (257)."""
     inner = tokenizers.Tokenizer(models.BPE(vocab={_byte_symbol(byte): byte for byte in range(256)}, merges=[]))
-    # Lines as pieces keep the pieces short. Without merges this changes no token.
-    _byte_level(inner, [pre_tokenizers.Split("\n", "isolated")])
     inner.add_special_tokens([BOS, EOS])
-    return _wrap(inner, "the bytes tokenizer")
+    return _of_bytes(inner)
+
+
+def blt_bytes_tokenizer() -> Tokenizer:
+    """One token per byte as the Byte Latent Transformer numbers them: the byte plus 4, behind `BLT_SPECIAL`."""
+    special = {name: token for token, name in enumerate(BLT_SPECIAL)}
+    symbols = {_byte_symbol(byte): byte + len(special) for byte in range(256)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=special | symbols, merges=[]))
+    inner.add_special_tokens(list(special))
+    return _of_bytes(inner)
+
+
+NAMED = {"bytes": bytes_tokenizer, "blt_bytes": blt_bytes_tokenizer}
+"""The tokenizers that need neither a text nor a file, by their name in `data.tokenizer`."""
+
+
+def is_of_bytes(tokenizer: Reading) -> bool:
+    """Whether every ordinary token is one byte, and their ids are in the order of the bytes."""
+    text = "".join(map(chr, range(0x800)))  # all bytes that texts of two-byte characters have
+    ids = tokenizer.encode(text)
+    ordered = ids == [ids[0] + byte for byte in text.encode()]
+    return ordered and tokenizer.vocab_size - len(tokenizer.special_tokens) == 256
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
@@ -151,7 +175,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     file = pathlib.Path(path).expanduser()
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
-        raise UserError(f"tokenizer {str(path)!r} does not exist; use bpe, bytes, or the path of a tokenizer.json")
+        names = ", ".join(("bpe", *NAMED))
+        raise UserError(f"tokenizer {str(path)!r} does not exist; use {names}, or the path of a tokenizer.json")
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
@@ -178,7 +203,7 @@ def given_tokenizer(data: DataConfig) -> Tokenizer:
     Raises:
       UserError: the tokenizer or the template cannot be read.
     """
-    tokenizer = bytes_tokenizer() if data.tokenizer == "bytes" else load_tokenizer(data.tokenizer)
+    tokenizer = NAMED[data.tokenizer]() if data.tokenizer in NAMED else load_tokenizer(data.tokenizer)
     return tokenizer.with_chat(data.chat_template) if data.chat_template else tokenizer
 
 
@@ -193,6 +218,12 @@ def _short_pieces(text: str) -> Iterator[str]:
         yield text[start : run.end()]
         start = run.end()
     yield text[start:]
+
+
+def _of_bytes(inner: tokenizers.Tokenizer) -> Tokenizer:
+    # Lines as pieces keep the pieces short. Without merges this changes no token.
+    _byte_level(inner, [pre_tokenizers.Split("\n", "isolated")])
+    return _wrap(inner, "the bytes tokenizer")
 
 
 def _byte_level(inner: tokenizers.Tokenizer, split: list[pre_tokenizers.PreTokenizer]) -> None:

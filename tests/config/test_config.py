@@ -142,6 +142,14 @@ def test_whole_numbers_are_floats_in_json():
 STANDALONE = HeadsConfig(kind="standalone")
 REFUSED = [
     (
+        lambda: DataConfig(noise="typo:0.1"),
+        "data.noise='typo:0.1' has the kind of noise 'typo'; use one of case, drop,",
+    ),
+    (
+        lambda: DataConfig(noise="drop:0.1", tokenizer="none"),
+        "data.noise='drop:0.1' changes characters, but data.tokenizer='none' reads token ids; leave it empty",
+    ),
+    (
         lambda: Config(loss=LossConfig(teacher="soft")),
         "loss.teacher='soft' has no effect without heads.kind='standalone'",
     ),

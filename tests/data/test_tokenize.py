@@ -14,6 +14,7 @@ from mtp_jax.errors import UserError
 
 CORPUS = ["def f(x):\n    return x + 1\n\n\nclass A:\n    def g(self):\n        return self.f(10)\n"] * 4
 TOKENIZERS = {"bpe": tokenize.train_bpe(CORPUS, 290), "bytes": tokenize.bytes_tokenizer()}
+TOKENIZERS["blt_bytes"] = tokenize.blt_bytes_tokenizer()
 both = pytest.mark.parametrize("name", TOKENIZERS)
 
 
@@ -126,7 +127,9 @@ def test_load_switches_truncation_and_padding_off_and_counts_holes(tmp_path):
 
 def test_load_errors(tmp_path):
     """Breaks without the matching check in load_tokenizer and _wrap."""
-    with pytest.raises(UserError, match=r"^tokenizer 'bbpe' does not exist; use bpe, bytes, or the path of a "):
+    with pytest.raises(
+        UserError, match=r"^tokenizer 'bbpe' does not exist; use bpe, bytes, blt_bytes, or the path of a "
+    ):
         tokenize.load_tokenizer("bbpe")
     path = tmp_path / "tokenizer.json"
     path.write_text('{"version": "1.0", \n')
