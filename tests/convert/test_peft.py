@@ -117,7 +117,7 @@ def on_every_base(cases, *default):
     return pytest.mark.parametrize(("base", "name"), sampled(pairs, *default), indirect=["base"])
 
 
-@on_every_base(RUNS, ("tied qwen3", "some, and tables"), ("fused phi3", "all"))
+@on_every_base(RUNS, ("tied qwen3", "some, and tables"))
 def test_leaves_for_peft_and_comes_back(base, name, tmp_path):
     """logits of PEFT on the base with the exported adapter = logits of the run = of the exported merged model = of the
     adapter when it is read again, directly, on a given base and by import.
