@@ -1,21 +1,23 @@
 """Does what changes nothing change no token, on a real model? And are the log-probabilities those of other programs?
 
-    python benchmarks/identities.py DATA [--reference EXPORT] [--new-tokens 48]
+    python benchmarks/identities.py DATA [--reference EXPORT] [--new-tokens 48] [--out runs/identities]
 
 DATA is a folder with `gsm8k_test.jsonl`, `humaneval.jsonl`, `mbpp_test.jsonl` and `mtbench_prompts.jsonl`: two prompts
 of each are read. All prompts are decoded in one batch, in float32, with SmolLM2-135M-Instruct and the heads of this
 package. EXPORT is the same model as a directory of transformers (`mtp export smollm2 EXPORT`): with it, the
 log-probabilities are compared with those of torch, and `mtp_jax.score` with lm-evaluation-harness (extra `eval`).
 
-The expert of the proxy-tuning lines is the same model with noise of 2 % on its matrices. So it speaks otherwise.
+The expert of the proxy-tuning lines is the same model with noise of 2 % on its matrices. So it speaks otherwise. Lines
+of the table are kept in `--out`; a run that was cut off makes the others.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +29,7 @@ import mtp_jax
 from mtp_jax.cli.common import own_directory
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.decode.result import Generation
+from mtp_jax.eval.kept import append, open_kept
 from mtp_jax.loading import LoadedModel
 from mtp_jax.runs.compiled import keep_compiled
 
@@ -37,6 +40,7 @@ EACH = 2
 NOISE = 0.02
 SAME_LOGITS = mtp_jax.Hook("same logits", apply=lambda params, cache, logits_BXV, context: (logits_BXV, cache))
 DRAWN = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
+Row = tuple[str, ...]
 COLUMNS = ("identity", "prompts", "tokens", "identical", "largest difference of log-probabilities")
 
 
@@ -46,7 +50,7 @@ class Case(NamedTuple):
     name: str
     options: dict[str, Any]
     like: str
-    """The entry of `truths` that it must equal."""
+    """The attribute of the setup that it must equal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,21 @@ class Setup:
     expert: LoadedModel
     prompts: list[list[int]]
     new_tokens: int
+
+    @functools.cached_property
+    def greedy(self) -> Generation:
+        """Plain decoding."""
+        return self.run(draft="none")
+
+    @functools.cached_property
+    def drawn(self) -> Generation:
+        """Plain decoding with chance."""
+        return self.run(draft="none", **DRAWN)
+
+    @functools.cached_property
+    def spoken(self) -> Generation:
+        """Plain decoding of the expert."""
+        return self.run(self.expert, draft="none")
 
     def run(self, lm: LoadedModel | None = None, **options: Any) -> Generation:
         """Tokens and records of all prompts."""
@@ -108,7 +127,7 @@ def cases(setup: Setup) -> list[Case]:
             ("a hook that does nothing", SAME_LOGITS, "greedy"),
             ("alpha 0", alone, "greedy"),
             ("expert = anti-expert, alpha 1.7", same, "greedy"),
-            ("base = anti-expert, alpha 1", whole, "expert"),
+            ("base = anti-expert, alpha 1", whole, "spoken"),
             ("soft thinking, max_topk=1", one, "greedy"),
         )
         for draft in ("none", "heads+lookup")
@@ -146,48 +165,41 @@ def are_best(logprob_TV: list[np.ndarray], made: Generation) -> bool:
     return all(own_TV.argmax(-1).tolist() == list(tokens) for own_TV, tokens in pairs)
 
 
-def token_rows(setup: Setup) -> tuple[list[tuple[str, ...]], dict[str, Generation]]:
-    """Lines of identities of tokens, and the plain generations."""
-    truths = {
-        "greedy": setup.run(draft="none"),
-        "drawn": setup.run(draft="none", **DRAWN),
-        "expert": setup.run(setup.expert, draft="none"),
-    }
-    rows = []
-    for case in cases(setup):
-        made = setup.run(**case.options)
-        truth = truths[case.like]
-        # The records of a steered model are the base's own, so they can only be compared where the base speaks.
-        own = case.like != "expert" and made.tokens == truth.tokens
-        apart = f"{largest(made.logprobs, truth.logprobs):.1e}" if own else "-"
-        rows.append(line(case.name, made, made.tokens == truth.tokens, apart))
-        print(" | ".join(rows[-1]), flush=True)
-    return rows, truths
+def token_rows(setup: Setup, case: Case) -> list[Row]:
+    """The line of an identity of tokens."""
+    made = setup.run(**case.options)
+    truth = getattr(setup, case.like)
+    # The records of a steered model are the base's own, so they can only be compared where the base speaks.
+    own = case.like != "spoken" and made.tokens == truth.tokens
+    apart = f"{largest(made.logprobs, truth.logprobs):.1e}" if own else "-"
+    return [line(case.name, made, made.tokens == truth.tokens, apart)]
 
 
-def line(name: str, made: Generation, same: bool, apart: str) -> tuple[str, ...]:
+def line(name: str, made: Generation, same: bool, apart: str) -> Row:
     """A line of the table."""
     return (name, str(len(made.tokens)), str(sum(map(len, made.tokens))), "yes" if same else "NO", apart)
 
 
-def logit_rows(setup: Setup, truths: dict[str, Generation]) -> list[tuple[str, ...]]:
-    """Records against `lm.logits`, and the combination b + (e - b) against the expert's logits."""
-    greedy = truths["greedy"]
-    whole = of_rows(setup.lm, setup.prompts, greedy)
-    apart = largest(greedy.logprobs, chosen(whole, greedy))
-    rows = [line("logprobs = log-softmax of lm.logits", greedy, are_best(whole, greedy), f"{apart:.1e}")]
+def logit_rows(setup: Setup) -> list[Row]:
+    """Records against `lm.logits`."""
+    whole = of_rows(setup.lm, setup.prompts, setup.greedy)
+    apart = largest(setup.greedy.logprobs, chosen(whole, setup.greedy))
+    return [line("logprobs = log-softmax of lm.logits", setup.greedy, are_best(whole, setup.greedy), f"{apart:.1e}")]
+
+
+def rounding_rows(setup: Setup) -> list[Row]:
+    """The combination b + (e - b) against the expert, over the whole vocabulary."""
     proxy = mtp_jax.ProxyTuning(setup.expert, setup.lm, 1.0)
-    spoken = truths["expert"]
-    own = of_rows(setup.expert, setup.prompts, spoken)
-    steered = of_rows(setup.lm, setup.prompts, spoken, proxy)
+    own = of_rows(setup.expert, setup.prompts, setup.spoken)
+    steered = of_rows(setup.lm, setup.prompts, setup.spoken, proxy)
     same = all(np.array_equal(one.argmax(-1), other.argmax(-1)) for one, other in zip(own, steered, strict=True))
     margin = min(float(np.min(np.diff(np.sort(one, axis=-1)[:, -2:]))) for one in own)
     name = f"base + 1 (expert - base) = expert at every token; smallest margin of the first token {margin:.1e}"
-    rows.append(line(name, spoken, same, f"{max(np.abs(a - b).max() for a, b in zip(own, steered, strict=True)):.1e}"))
-    return rows
+    apart = max(float(np.abs(one - other).max()) for one, other in zip(own, steered, strict=True))
+    return [line(name, setup.spoken, same, f"{apart:.1e}")]
 
 
-def torch_rows(setup: Setup, reference: str) -> list[tuple[str, ...]]:
+def torch_rows(setup: Setup, reference: str) -> list[Row]:
     """Records against transformers on torch, drafted or not, over the whole vocabulary."""
     import torch
     import transformers
@@ -206,23 +218,50 @@ def torch_rows(setup: Setup, reference: str) -> list[tuple[str, ...]]:
     return rows
 
 
+def steps(setup: Setup, args: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
+    """What makes the lines, by name."""
+    found = {case.name: functools.partial(token_rows, setup, case) for case in cases(setup)}
+    found |= {"logits": functools.partial(logit_rows, setup), "rounding": functools.partial(rounding_rows, setup)}
+    if args.reference:
+        found["torch"] = functools.partial(torch_rows, setup, args.reference)
+        found["harness"] = functools.partial(score_rows, setup, args)
+    return found
+
+
+def score_rows(setup: Setup, args: argparse.Namespace) -> list[Row]:
+    """`mtp_jax.score` against lm-evaluation-harness."""
+    with tempfile.TemporaryDirectory() as folder:
+        return harness_rows(setup.lm, args.reference, args.data, pathlib.Path(folder))
+
+
+def made_rows(setup: Setup, args: argparse.Namespace) -> list[Row]:
+    """All lines, made now or read from the file."""
+    path = args.out / "lines.jsonl"
+    header = {"prompts": setup.prompts, "new_tokens": setup.new_tokens, "reference": args.reference}
+    done = open_kept(path, header, {"step": str, "rows": list}, ("step",))
+    rows = []
+    for name, make in steps(setup, args).items():
+        if (name,) not in done:
+            done[(name,)] = {"step": name, "rows": make()}
+            append(path, [done[(name,)]])
+        rows += done[(name,)]["rows"]
+        print(f"{name} is done", flush=True)
+    return rows
+
+
 def main() -> None:
     """Decodes, compares and publishes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("--reference", default="", help="the model as a directory of transformers")
     parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/identities"))
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
     keep_compiled(own_directory(SOURCE))
     lm = mtp_jax.load(SOURCE, dtype="float32", shipped_heads=True)
     setup = Setup(lm, noisy(lm), read_prompts(args.data, lm), args.new_tokens)
-    rows, truths = token_rows(setup)
-    rows += logit_rows(setup, truths)
-    if args.reference:
-        rows += torch_rows(setup, args.reference)
-        with tempfile.TemporaryDirectory() as folder:
-            rows += harness_rows(lm, args.reference, args.data, pathlib.Path(folder))
+    rows = made_rows(setup, args)
     note = (
         f"`{SOURCE}` in float32, {len(setup.prompts)} prompts of {len(FILES)} kinds in one batch, {args.new_tokens} "
         "new tokens each. identical: all tokens are those of the other side (for scores: all choices)."
