@@ -7,8 +7,8 @@ written for this script, one for each of twelve short questions. Every chain is 
 that every token has a rank: step / (steps + 1), near 0 for the token that went first. Intervals are 95 %, by bootstrap
 over chains. What is done is kept in the workdir, so the same command continues.
 
-The second table scores all single deletions of a chain, once with the caches of the shared row, and once as whole texts
-with `mtp_jax.score`, in turns.
+The second table scores all single deletions of a chain, with the caches of the shared row and as whole texts with
+`mtp_jax.score`.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from reporting import RESULTS, Report
 
 import mtp_jax
 from mtp_jax.cli.common import own_directory
+from mtp_jax.decode import buckets, engine
 from mtp_jax.eval.intervals import Interval, Ratio, difference
 from mtp_jax.eval.pruning.chains import Chain, Form, Record, tokenise
 from mtp_jax.eval.pruning.greedy import Pruned, without
@@ -121,44 +122,14 @@ def row(name: str, chains: list[Chain], done: list[tuple[Pruned, float]], base: 
     return [name, *cells, f"{statistics.median(seconds):.0f}", f"{sum(seconds) / sum(base):.2f}"]
 
 
-def timed(lm: Any, chain: Chain, objective: Objective) -> tuple[float, float]:
-    """Seconds to score all single deletions with the shared row, and as whole texts. The faster of two turns each."""
-    keep_BT = without(np.ones(len(chain.pieces), bool), np.arange(len(chain.pieces)))
-    kept = [[token for token, is_kept in zip(chain.ids.chain, keep_T, strict=True) if is_kept] for keep_T in keep_BT]
-    is_answer = objective.part == "answer"
-    prompts = [[*chain.ids.prompt, *(one if is_answer else [])] for one in kept]
-    behind = [[*([] if is_answer else one), *chain.ids.answer] for one in kept]
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(3):  # The first turn compiles.
-        began = time.perf_counter()
-        ChainScorer(lm, chain.ids, objective)(keep_BT)
-        middle = time.perf_counter()
-        mtp_jax.score(lm, prompts, behind)
-        seconds[0].append(middle - began)
-        seconds[1].append(time.perf_counter() - middle)
-    return min(seconds[0][1:]), min(seconds[1][1:])
-
-
-def main() -> None:
-    """Prunes, measures and publishes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
-    parser.add_argument("--source", default="smollm2")
-    parser.add_argument("--chains", type=int, default=len(SOLUTIONS))
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first of the settings")
-    parser.add_argument("--workdir", default="runs/pruning")
-    parser.add_argument("--results", default=RESULTS)
-    args = parser.parse_args()
-    keep_compiled(own_directory(args.source))
-    lm = mtp_jax.load(args.source, decode_only=True)
-    chains = tokenise(lm, read(args.data, SOLUTIONS)[: args.chains], Form())
+def rank_table(lm: Any, chains: list[Chain], args: argparse.Namespace) -> Report:
+    """Prunes what is not done yet, and makes the first table."""
     settings = dict(list(SETTINGS.items())[: args.settings])
     done: dict[str, list[tuple[Pruned, float]]] = {name: [] for name in settings}
     for number, chain in enumerate(chains):
         for name, how in settings.items():
             path = pathlib.Path(args.workdir) / f"{number}-{name.replace(', ', '-').replace(' ', '_')}.jsonl"
             done[name] += prune_chains(lm, [chain], how, path, made_from={"source": args.source}, progress=say)
-    device = jax.devices()[0].device_kind
     base = [seconds for _, seconds in done[next(iter(settings))]]
     rows = [row(name, chains, done[name], base) for name in settings]
     columns = ("objective", "J whole", "J at half", *(f"rank of {kind}s" for kind in KINDS), "symbols - words")
@@ -169,16 +140,62 @@ def main() -> None:
         "to nothing. J is in nats, per part and token for the mean. A rank is step / (steps + 1); a higher one stays "
         "longer. A symbol has a digit or an operator. 95 % intervals over chains. Other processes shared the cores."
     )
-    Report("Greedy pruning: which tokens stay longest", columns, rows, note).publish(args.results, device)
-    times = []
-    for chain in (chains[0], *tokenise(lm, read(args.data, LONG), Form())):
-        for part in ("answer", "all"):
-            shared, whole = timed(lm, chain, Objective(part))
-            size = f"{len(chain.pieces)} of {sum(map(len, chain.ids))}"
-            times.append([size, part, f"{whole:.1f}", f"{shared:.1f}", f"{whole / shared:.2f}"])
-    columns = ("tokens of chain, of text", "objective", "whole texts, s", "shared row, s", "ratio")
-    note = "All single deletions of a chain, the faster of two turns each, in turns, on shared cores."
-    Report("Greedy pruning: what the caches of a shared row save", columns, times, note).publish(args.results, device)
+    return Report("Greedy pruning: which tokens stay longest", columns, rows, note)
+
+
+def sharing(lm: Any, chain: Chain, objective: Objective) -> list[str]:
+    """All single deletions with the shared row, and as whole texts: tokens that run, padding included, and seconds, the
+    faster of two turns each. The first turn compiles, and runs the question."""
+    keep_BT = without(np.ones(len(chain.pieces), bool), np.arange(len(chain.pieces)))
+    kept = [[token for token, is_kept in zip(chain.ids.chain, keep_T, strict=True) if is_kept] for keep_T in keep_BT]
+    is_answer = objective.part == "answer"
+    prompts = [[*chain.ids.prompt, *(one if is_answer else [])] for one in kept]
+    behind = [[*([] if is_answer else one), *chain.ids.answer] for one in kept]
+    scorer = ChainScorer(lm, chain.ids, objective)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(3):
+        before = scorer.tokens
+        began = time.perf_counter()
+        scorer(keep_BT)
+        middle = time.perf_counter()
+        mtp_jax.score(lm, prompts, behind)
+        seconds[0].append(middle - began)
+        seconds[1].append(time.perf_counter() - middle)
+    padded = sum(
+        buckets.padded(len(one) + len(other) - 1, engine.CHUNK) for one, other in zip(prompts, behind, strict=True)
+    )
+    shared, whole = (min(one[1:]) for one in seconds)
+    tokens = scorer.tokens - before
+    size = f"{len(chain.pieces)} of {sum(map(len, chain.ids))}"
+    counts = [f"{padded:,}", f"{tokens:,}", f"{padded / tokens:.2f}"]
+    return [size, objective.part, *counts, f"{whole:.1f}", f"{shared:.1f}", f"{whole / shared:.2f}"]
+
+
+def main() -> None:
+    """Prunes, measures and publishes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--source", default="smollm2")
+    parser.add_argument("--chains", type=int, default=len(SOLUTIONS))
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first of the settings")
+    parser.add_argument("--tables", nargs="+", default=["ranks", "sharing"], choices=["ranks", "sharing"])
+    parser.add_argument("--workdir", default="runs/pruning")
+    parser.add_argument("--results", default=RESULTS)
+    args = parser.parse_args()
+    keep_compiled(own_directory(args.source))
+    lm = mtp_jax.load(args.source, decode_only=True)
+    chains = tokenise(lm, read(args.data, SOLUTIONS)[: args.chains], Form())
+    device = jax.devices()[0].device_kind
+    if "ranks" in args.tables:
+        rank_table(lm, chains, args).publish(args.results, device)
+    if "sharing" in args.tables:
+        long = tokenise(lm, read(args.data, LONG), Form())
+        rows = [sharing(lm, chain, Objective(part)) for chain in (chains[0], *long) for part in ("answer", "all")]
+        columns = ("tokens of chain, of text", "objective", "tokens run, whole texts", "shared row", "ratio")
+        columns = (*columns, "seconds, whole texts", "shared row", "ratio")
+        note = "All single deletions of a chain, by `mtp_jax.score` and with the shared row, in turns, on shared cores."
+        report = Report("Greedy pruning: what the caches of a shared row save", columns, rows, note)
+        report.publish(args.results, device)
 
 
 if __name__ == "__main__":
