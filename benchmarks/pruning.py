@@ -137,7 +137,7 @@ def rank_table(lm: Any, chains: list[Chain], args: argparse.Namespace) -> Report
             done[name] += prune_chains(lm, [chain], how, path, made_from={"source": args.source}, progress=say)
     base = [seconds for _, seconds in done[next(iter(settings))]]
     rows = [row(name, chains, done[name], base) for name in settings]
-    columns = ("objective", "J whole", "J at half", *(f"rank of {kind}s" for kind in KINDS), "symbols - words")
+    columns = ("objective", "J whole", "J at half", *(f"rank: {kind}" for kind in KINDS), "symbols - words")
     columns = (*columns, "seconds a chain", "time over the first")
     lengths = sorted(len(chain.pieces) for chain in chains)
     note = (
