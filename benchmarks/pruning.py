@@ -7,8 +7,8 @@ written for this script, one for each of twelve short questions. Every chain is 
 that every token has a rank: step / (steps + 1), near 0 for the token that went first. Intervals are 95 %, by bootstrap
 over chains. What is done is kept in the workdir, so the same command continues.
 
-The second table scores all single deletions of a chain, once with the caches of the shared row, and once as whole texts
-with `mtp_jax.score`, in turns.
+The table `tokens` counts the tokens that run when a chain is pruned to nothing, with the caches of the shared row. The
+counts depend on lengths only, so a small random model makes it. The table `seconds` times the first step of SOURCE.
 """
 
 import argparse
@@ -25,13 +25,16 @@ import numpy as np
 from reporting import RESULTS, Report
 
 import mtp_jax
+from mtp_jax import sharding
 from mtp_jax.cli.common import own_directory
+from mtp_jax.decode import buckets, engine
 from mtp_jax.eval.intervals import Interval, Ratio, difference
 from mtp_jax.eval.pruning.chains import Chain, Form, Record, tokenise
-from mtp_jax.eval.pruning.greedy import Pruned, without
+from mtp_jax.eval.pruning.greedy import Pruned, greedy_prune, without
 from mtp_jax.eval.pruning.kinds import KINDS, survival
 from mtp_jax.eval.pruning.run import Pruning, prune_chains
-from mtp_jax.eval.pruning.scorer import ChainScorer, Objective
+from mtp_jax.eval.pruning.scorer import ChainScorer, Ids, Objective
+from mtp_jax.model import mtp
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.progress import say
 
@@ -58,6 +61,7 @@ SETTINGS = {
     "answer, 6 tokens scored": Pruning(keep=0.0, objective=Objective("answer"), screen=6),
 }
 """The first one is what the others are compared with."""
+TABLES = ("ranks", "tokens", "seconds")
 
 
 LONG = {
@@ -67,7 +71,9 @@ LONG = {
         "number of roses that she has now is 21."
     )
 }
-"""A longer solution, for the second table."""
+"""A longer solution, for the times."""
+LENGTHS = ((24, 16, 6), (60, 40, 6), (100, 80, 7), (30, 80, 7))
+"""Tokens of question, chain and answer, for the counts."""
 
 
 def read(path: str, solutions: Mapping[str, str]) -> list[Record]:
@@ -121,22 +127,71 @@ def row(name: str, chains: list[Chain], done: list[tuple[Pruned, float]], base: 
     return [name, *cells, f"{statistics.median(seconds):.0f}", f"{sum(seconds) / sum(base):.2f}"]
 
 
-def timed(lm: Any, chain: Chain, objective: Objective) -> tuple[float, float]:
-    """Seconds to score all single deletions with the shared row, and as whole texts. The faster of two turns each."""
+def rank_table(lm: Any, chains: list[Chain], args: argparse.Namespace) -> Report:
+    """Prunes what is not done yet, and makes the first table."""
+    settings = dict(list(SETTINGS.items())[: args.settings])
+    done: dict[str, list[tuple[Pruned, float]]] = {name: [] for name in settings}
+    for number, chain in enumerate(chains):
+        for name, how in settings.items():
+            path = pathlib.Path(args.workdir) / f"{number}-{name.replace(', ', '-').replace(' ', '_')}.jsonl"
+            done[name] += prune_chains(lm, [chain], how, path, made_from={"source": args.source}, progress=say)
+    base = [seconds for _, seconds in done[next(iter(settings))]]
+    rows = [row(name, chains, done[name], base) for name in settings]
+    columns = ("objective", "J whole", "J at half", *(f"rank: {kind}" for kind in KINDS), "symbols - words")
+    columns = (*columns, "seconds a chain", "time over the first")
+    lengths = sorted(len(chain.pieces) for chain in chains)
+    note = (
+        f"`{args.source}`, {len(chains)} chains of {lengths[0]} to {lengths[-1]} tokens, pruned "
+        "to nothing. J is in nats, per part and token for the mean. A rank is step / (steps + 1); a higher one stays "
+        "longer. A symbol has a digit or an operator. 95 % intervals over chains. Other processes shared the cores."
+    )
+    return Report("Greedy pruning: which tokens stay longest", columns, rows, note)
+
+
+def token_table() -> Report:
+    """Counts the tokens that run when chains of some lengths are pruned to nothing, padding included."""
+    shape = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "d_ff": 32}
+    model = mtp_jax.ModelConfig(vocab_size=64, max_seq_len=512, **shape)
+    config = mtp_jax.Config(model=model, heads=mtp_jax.HeadsConfig(num_future=1))
+    mesh = sharding.make_mesh(config.mesh)
+    lm = mtp_jax.LoadedModel(config, mtp.init(config.arch, jax.random.key(0)), None, mesh)
+    rng = np.random.default_rng(0)
+    rows = []
+    for question, chain, answer in LENGTHS:
+        ids = Ids(*(rng.integers(0, 64, count).tolist() for count in (question, chain, answer)))
+        scorer = ChainScorer(lm, ids, Objective())
+        greedy_prune(scorer, np.zeros(chain, bool), 0)
+        inputs = [question + left + answer - 2 for left in range(1, chain + 1) for _ in range(left)]
+        padded = sum(buckets.padded(count, engine.CHUNK) for count in inputs)
+        counts = (sum(inputs), padded, scorer.tokens)
+        ratios = [f"{count / scorer.tokens:.2f}" for count in counts[:2]]
+        rows.append([f"{question}, {chain}, {answer}", *(f"{count:,}" for count in counts), *ratios])
+    columns = ("tokens of question, chain, answer", "whole texts", "padded, as `mtp_jax.score`", "shared row")
+    columns = (*columns, "whole over shared", "padded over shared")
+    note = "Tokens that run for all steps, until the chain is empty. The shared row counts its padding, too."
+    return Report("Greedy pruning: tokens that the caches of a shared row save", columns, rows, note)
+
+
+def sharing(lm: Any, chain: Chain, objective: Objective) -> list[str]:
+    """All single deletions with the shared row, and as whole texts, in seconds, the faster of two turns each. The first
+    turn compiles, and runs the question."""
     keep_BT = without(np.ones(len(chain.pieces), bool), np.arange(len(chain.pieces)))
     kept = [[token for token, is_kept in zip(chain.ids.chain, keep_T, strict=True) if is_kept] for keep_T in keep_BT]
     is_answer = objective.part == "answer"
     prompts = [[*chain.ids.prompt, *(one if is_answer else [])] for one in kept]
     behind = [[*([] if is_answer else one), *chain.ids.answer] for one in kept]
+    scorer = ChainScorer(lm, chain.ids, objective)
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(3):  # The first turn compiles.
+    for _ in range(3):
         began = time.perf_counter()
-        ChainScorer(lm, chain.ids, objective)(keep_BT)
+        scorer(keep_BT)
         middle = time.perf_counter()
         mtp_jax.score(lm, prompts, behind)
         seconds[0].append(middle - began)
         seconds[1].append(time.perf_counter() - middle)
-    return min(seconds[0][1:]), min(seconds[1][1:])
+    shared, whole = (min(one[1:]) for one in seconds)
+    size = f"{len(chain.pieces)} of {sum(map(len, chain.ids))}"
+    return [size, objective.part, f"{whole:.1f}", f"{shared:.1f}", f"{whole / shared:.2f}"]
 
 
 def main() -> None:
@@ -146,39 +201,27 @@ def main() -> None:
     parser.add_argument("--source", default="smollm2")
     parser.add_argument("--chains", type=int, default=len(SOLUTIONS))
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first of the settings")
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--workdir", default="runs/pruning")
     parser.add_argument("--results", default=RESULTS)
     args = parser.parse_args()
+    device = jax.devices()[0].device_kind
+    if "tokens" in args.tables:
+        token_table().publish(args.results, device)
+    if args.tables == ["tokens"]:
+        return
     keep_compiled(own_directory(args.source))
     lm = mtp_jax.load(args.source, decode_only=True)
     chains = tokenise(lm, read(args.data, SOLUTIONS)[: args.chains], Form())
-    settings = dict(list(SETTINGS.items())[: args.settings])
-    done: dict[str, list[tuple[Pruned, float]]] = {name: [] for name in settings}
-    for number, chain in enumerate(chains):
-        for name, how in settings.items():
-            path = pathlib.Path(args.workdir) / f"{number}-{name.replace(', ', '-').replace(' ', '_')}.jsonl"
-            done[name] += prune_chains(lm, [chain], how, path, made_from={"source": args.source}, progress=say)
-    device = jax.devices()[0].device_kind
-    base = [seconds for _, seconds in done[next(iter(settings))]]
-    rows = [row(name, chains, done[name], base) for name in settings]
-    columns = ("objective", "J whole", "J at half", *(f"rank of {kind}s" for kind in KINDS), "symbols - words")
-    columns = (*columns, "seconds a chain", "time over the first")
-    lengths = sorted(len(chain.pieces) for chain in chains)
-    note = (
-        f"`{args.source}`, {len(chains)} chains of {lengths[0]} to {lengths[-1]} tokens, pruned "
-        "to nothing. J is in nats, per part and token for the mean. A rank is step / (steps + 1); a higher one stays "
-        "longer. A symbol has a digit or an operator. 95 % intervals over chains. Other processes shared the cores."
-    )
-    Report("Greedy pruning: which tokens stay longest", columns, rows, note).publish(args.results, device)
-    times = []
-    for chain in (chains[0], *tokenise(lm, read(args.data, LONG), Form())):
-        for part in ("answer", "all"):
-            shared, whole = timed(lm, chain, Objective(part))
-            size = f"{len(chain.pieces)} of {sum(map(len, chain.ids))}"
-            times.append([size, part, f"{whole:.1f}", f"{shared:.1f}", f"{whole / shared:.2f}"])
-    columns = ("tokens of chain, of text", "objective", "whole texts, s", "shared row, s", "ratio")
-    note = "All single deletions of a chain, the faster of two turns each, in turns, on shared cores."
-    Report("Greedy pruning: what the caches of a shared row save", columns, times, note).publish(args.results, device)
+    if "ranks" in args.tables:
+        rank_table(lm, chains, args).publish(args.results, device)
+    if "seconds" in args.tables:
+        long = tokenise(lm, read(args.data, LONG), Form())
+        rows = [sharing(lm, chain, Objective(part)) for chain in (chains[0], *long) for part in ("answer", "all")]
+        columns = ("tokens of chain, of text", "objective", "seconds, whole texts", "shared row", "ratio")
+        note = "All single deletions of a chain, by `mtp_jax.score` and with the shared row, in turns, on shared cores."
+        report = Report("Greedy pruning: the time of a step", columns, rows, note)
+        report.publish(args.results, device)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ def test_the_prompt_runs_once(monkeypatch):
     ids = Ids(list(range(20)), list(range(20, 30)), [1, 2])
     scorer = ChainScorer(model("random"), ids, Objective("all"))
     scorer(np.ones((1, 10), bool))
+    # In chunks of 4: 19 tokens before the last one of the prompt, and that one with all but the last of the rest.
+    assert scorer.tokens == 20 + 12
     starts = []
     inner = ChainScorer._run
 

@@ -104,6 +104,8 @@ class ChainScorer:
         row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._no_entries(abstract=True)))
         self._sizes = [size for size in ROWS if size == 1 or size * row_bytes <= CACHE_BYTES]
         self._base: _Base | None = None
+        self.tokens = 0
+        """Tokens that have run so far, padding included."""
 
     def __call__(self, keep_BT: np.ndarray) -> np.ndarray:
         """J of each mask of kept tokens, [B]."""
@@ -172,6 +174,7 @@ class ChainScorer:
         inputs = [row[start:-1] for row, start in zip(rows, starts, strict=True)]
         chunks = -(-max(map(len, inputs)) // CHUNK)
         tokens_BT = buckets.padded_rows(inputs, len(rows), chunks * CHUNK)
+        self.tokens += tokens_BT.size
         found: list[list[Any]] = [[] for _ in rows]
         for chunk in range(chunks):
             begin = chunk * CHUNK
