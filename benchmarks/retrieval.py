@@ -119,8 +119,8 @@ def main() -> None:
     files = len(list(corpus.iterdir()))
     note = (
         f"`{args.source}`, {args.questions} beginnings of sentences that end with the module of a name, as plain text: "
-        f"{measured.train} for fitting, {measured.test} for the table. {args.passages} passage per question, of {files} "
-        "files. Right: the answer has the name of the module. Costs are per question. Intervals are by bootstrap over "
+        f"{measured.train} for fitting, {measured.test} for the table. {args.passages} passage per question, of {files}"
+        " files. Right: the answer has the name of the module. Costs are per question. Intervals are by bootstrap over "
         "questions; a star marks a difference whose interval does not hold 0."
     )
     Report("When to retrieve", COLUMNS, rows, note).publish(args.results, jax.devices()[0].device_kind)
