@@ -1,12 +1,13 @@
-"""Does an uncertainty gate save retrievals? Questions about Python's standard library, on a small chat model.
+"""Does an uncertainty gate save retrievals? Questions about Python's standard library, on a small model.
 
-    python benchmarks/retrieval.py [--source smollm2] [--questions 240] [--samples 5] [--workdir runs/retrieval]
+    python benchmarks/retrieval.py [--source smollm2] [--questions 200] [--samples 4] [--workdir runs/retrieval]
 
 The corpus and the questions come from the docstrings of the standard library that runs the script. The corpus has a
 text file per module: a paragraph with the first lines of the documentation of every public function and class. A
-question asks for the module of one of them. Only names that a single module has, and that are not the name of a module,
-are asked for. An answer is right if it has the name of the module. `mtp retrieve` answers and measures; its answers are
-kept, so a run that was stopped goes on.
+question is the beginning of a sentence that ends with the module of one of them: a model of this size goes on with a
+sentence better than it follows an instruction. Only names that a single module has, and that are not the name of a
+module, are asked for. An answer is right if it has the name of the module. `mtp retrieve` answers and measures; its
+answers are kept, so a run that was stopped goes on.
 """
 
 import argparse
@@ -24,17 +25,14 @@ from reporting import RESULTS, Report
 from mtp_jax.cli.retrieve import COLUMNS, Args, cells, measure
 
 MODULES = (
-    "argparse ast asyncio base64 bisect calendar cmath codecs collections colorsys configparser contextlib copy csv "
-    "ctypes dataclasses datetime decimal difflib dis email.utils enum fileinput fnmatch fractions ftplib functools gc "
-    "getopt getpass gettext glob graphlib gzip hashlib heapq hmac html html.parser http.client http.cookies imaplib "
-    "importlib inspect io ipaddress itertools json keyword linecache locale logging lzma mailbox math mimetypes "
-    "multiprocessing numbers operator os os.path pdb pickle pkgutil platform plistlib pprint queue random re sched "
-    "secrets select selectors shelve shlex shutil signal smtplib socket socketserver sqlite3 ssl stat statistics "
-    "string struct subprocess sys tarfile tempfile textwrap threading time timeit tokenize traceback tracemalloc "
-    "types typing unicodedata unittest unittest.mock urllib.parse urllib.request uuid venv warnings wave weakref "
-    "xml.etree.ElementTree zipfile zlib zoneinfo "
+    "argparse asyncio base64 bisect calendar collections contextlib copy csv ctypes dataclasses datetime decimal "
+    "difflib email.utils enum fractions functools glob gzip hashlib heapq html http.client importlib inspect io "
+    "itertools json logging math mimetypes multiprocessing operator os os.path pathlib pickle platform pprint queue "
+    "random re secrets select shlex shutil signal socket sqlite3 ssl statistics string struct subprocess sys tarfile "
+    "tempfile textwrap threading time timeit traceback types typing unicodedata unittest unittest.mock urllib.parse "
+    "urllib.request uuid warnings weakref xml.etree.ElementTree zipfile zlib "
 )
-PER_MODULE = 4
+PER_MODULE = 6
 """Most questions with one module as their answer."""
 DOC_WORDS = 40
 """Most words of the documentation of a name."""
@@ -83,7 +81,7 @@ def build(directory: pathlib.Path, count: int, seed: int) -> tuple[pathlib.Path,
     with task.open("w", encoding="utf-8") as file:
         for [(kind, path)] in map(homes.get, drawn[:count]):
             module, _, name = path.rpartition(".")
-            text = f"Which module of the Python standard library has the {kind} `{name}`?"
+            text = f"In Python, the {kind} `{name}` is in the module"
             file.write(json.dumps({"question": text, "answer": module}) + "\n")
     return corpus, task
 
@@ -92,10 +90,10 @@ def main() -> None:
     """Builds, measures and publishes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="smollm2")
-    parser.add_argument("--questions", type=int, default=240)
-    parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--passages", type=int, default=2)
-    parser.add_argument("--max-new-tokens", type=int, default=20)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--passages", type=int, default=1)
+    parser.add_argument("--max-new-tokens", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/retrieval"))
     parser.add_argument("--results", default=RESULTS)
@@ -109,7 +107,10 @@ def main() -> None:
         passage_words=60,
         samples=args.samples,
         max_new_tokens=args.max_new_tokens,
-        chat=True,
+        closed="{question}",
+        opened="{passages}\n\n{question}",
+        verdict="Sentence: {question}{answer}\nIs the sentence True or False?\nAnswer:",
+        stop=("\n",),
         seed=args.seed,
         output=str(args.workdir),
     )
@@ -117,10 +118,10 @@ def main() -> None:
     rows = [cells(measured, row) for row in measured.rows]
     files = len(list(corpus.iterdir()))
     note = (
-        f"`{args.source}`, {args.questions} questions for the module of a name; {measured.train} of them are for "
-        f"fitting, {measured.test} for the table. {args.passages} passages per question, of {files} files. Right: the "
-        "answer has the name of the module. Costs are per question. Intervals are by bootstrap over questions; a star "
-        "marks a difference whose interval does not hold 0."
+        f"`{args.source}`, {args.questions} beginnings of sentences that end with the module of a name, as plain text: "
+        f"{measured.train} for fitting, {measured.test} for the table. {args.passages} passage per question, of {files}"
+        " files. Right: the answer has the name of the module. Costs are per question. Intervals are by bootstrap over "
+        "questions; a star marks a difference whose interval does not hold 0."
     )
     Report("When to retrieve", COLUMNS, rows, note).publish(args.results, jax.devices()[0].device_kind)
 
