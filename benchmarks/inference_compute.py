@@ -3,9 +3,9 @@
     python benchmarks/inference_compute.py smollm2 DATA [--samples 4] [--tasks sums] [--methods vote revise]
 
 DATA is a directory with `gsm8k_test.jsonl` and `mbpp_test.jsonl`. The task `sums` has sums of two numbers below 100.
-The script writes them, because a small model solves hardly anything of the other two. It runs `mtp compare` on the first
-questions of each, and publishes one table per task. A killed run goes on with the same command. With more `--samples`
-it goes on from fewer.
+The script writes them, because a small model solves hardly anything of the other two. It runs `mtp compare` on the
+first questions of each, and publishes one table per task. A killed run goes on with the same command. With more
+`--samples` it goes on from fewer.
 """
 
 import argparse
