@@ -27,7 +27,10 @@ from mtp_jax.runs.integrity import write_atomically
 METHODS = ("vote", "best-judge", "best-logprob", "best-short", "revise")
 SUMS = 16
 TASKS = {
-    "sums": ["--checker", "number", "--chat", "--max-new-tokens", "24"],
+    "sums": [
+        *("--checker", "number", "--max-new-tokens", "8", "--stop", "\n"),
+        *("--template", "12 + 5 = 17\n30 + 49 = 79\n{prompt} ="),
+    ],
     "gsm8k_test": ["--checker", "number", "--chat", "--limit", "20", "--max-new-tokens", "160"],
     "mbpp_test": [
         *("--checker", "code", "--chat", "--limit", "12", "--max-new-tokens", "128"),
@@ -41,7 +44,7 @@ def write_sums(path: pathlib.Path) -> None:
     """Questions about sums, the same in every run."""
     rng = random.Random(0)
     pairs = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(SUMS)]
-    lines = [json.dumps({"question": f"What is {a} + {b}?", "answer": a + b}) + "\n" for a, b in pairs]
+    lines = [json.dumps({"question": f"{a} + {b}", "answer": a + b}) + "\n" for a, b in pairs]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(lines))
 
