@@ -122,7 +122,7 @@ def test_samples_and_methods_are_added(tmp_path):
         with pytest.raises(UserError, match="another model, task or setting"):
             compared(path, other)
     with pytest.raises(UserError, match="another model, task or setting"):
-        compared(path, dataclasses.replace(PLAN, end_think="."))
+        compared(path, dataclasses.replace(PLAN, judge=lambda prompt, answer: f"{answer}\nNumber:"))
     path.write_text(path.read_text().replace('"logprob"', '"log"'))
     with pytest.raises(UserError, match="is not a file of answers: KeyError: 'logprob'"):
         compared(path)
@@ -154,11 +154,14 @@ def test_thinking_is_truncated(tmp_path):
     found, calls, _, done = compared(tmp_path / "a.jsonl", plan, thinks)
     row = rows(found)
     assert row["truncate@4"].right == (1.0, 0.0) and row["truncate@8"].right == (0.0, 0.0)
-    cut = done["truncate 4", 0, 0]
+    cut = done["truncate 4 2 '</t>'", 0, 0]
     assert (cut["answer"], cut["prompt_tokens"]) == ("abcd</t>3", 1 + len("What is 3?"))
     kept = len("abcd</t>3") + 1
     assert row["truncate@4"].spent[0] == Spent(1 + len("What is 3?"), kept, seconds=1 + 4 / 14)
     assert row["truncate@8"].spent[0] == Spent(1 + len("What is 3?"), 14, seconds=1.0)
+    assert sum(rows for _, rows in calls) == 4
+    # Another end needs other responses for this method alone.
+    _, calls, _, _ = compared(tmp_path / "a.jsonl", dataclasses.replace(plan, end_think="!"), thinks)
     assert sum(rows for _, rows in calls) == 4
 
 
@@ -182,6 +185,7 @@ def test_every_method_is_compared(tmp_path):
         ({"methods": ("vote", "guess")}, "unknown method 'guess'; choose of vote, vote-logprob"),
         ({"methods": ()}, "there is no method to compare"),
         ({"ties": "last"}, "ties='last'"),
+        ({"how": dataclasses.replace(HOW, hooks=(object(),))}, "hooks have no effect on a comparison"),
         ({"methods": ("truncate",)}, "the method truncate needs a budget"),
         ({"budgets": (5,)}, "a budget of 5 tokens has no effect without the method truncate"),
         ({"methods": ("truncate",), "budgets": (0,)}, "a budget of 0 tokens; it must be at least 1 and below"),

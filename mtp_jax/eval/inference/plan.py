@@ -59,6 +59,8 @@ class Plan:
             raise UserError(f"unknown method {unknown[0]!r}; choose of {', '.join(METHODS)}")
         if not self.methods:
             raise UserError(f"there is no method to compare; choose of {', '.join(METHODS)}")
+        if self.how.hooks:
+            raise UserError("hooks have no effect on a comparison of methods; leave how.hooks empty")
         if self.ties not in TIES:
             raise UserError(f"ties={self.ties!r}; choose one of {', '.join(TIES)}")
         wants_budget = TRUNCATED in self.methods

@@ -200,7 +200,7 @@ def _truncated(done: Done, samples: Sequence[Sequence[Response]], plan: Plan, bu
     right = []
     spent = []
     for i, own in enumerate(samples):
-        keys = [(cut_stage(budget), i, s) for s in range(len(own))]
+        keys = [(cut_stage(plan, budget), i, s) for s in range(len(own))]
         short = [response_of(done[key], plan) if key in done else one for key, one in zip(keys, own, strict=True)]
         right.append(_mean([float(one.right) for one in short]))
         seconds = [_seconds(now, before, budget) for now, before in zip(short, own, strict=True)]

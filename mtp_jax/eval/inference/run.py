@@ -127,7 +127,7 @@ def _matters(plan: Plan) -> Record:
     """The settings that responses depend on. More samples, methods and budgets can be added to a file."""
     settings = {name: value for name, value in matters(plan.how).items() if name != "samples"}
     probes = {"judge": plan.judge("question", "answer"), "revise": plan.revise("question", ["answer"])}
-    return settings | probes | {"end_think": plan.end_think, "answer_tokens": plan.answer_tokens}
+    return settings | probes
 
 
 def _check_room(work: _Work, prompts: Sequence[Any]) -> None:
@@ -163,12 +163,12 @@ def _cut_jobs(
     for i, s in every:
         begun = truncate_reasoning(done["sample", i, s]["tokens"], budget, end_ids, tokenizer.decode)
         if begun is not None:
-            yield Job(cut_stage(budget), i, s, (*ids[i], *begun), tuple(begun))
+            yield Job(cut_stage(work.plan, budget), i, s, (*ids[i], *begun), tuple(begun))
 
 
-def cut_stage(budget: int) -> str:
-    """Name of the stage of a budget."""
-    return f"{TRUNCATED} {budget}"
+def cut_stage(plan: Plan, budget: int) -> str:
+    """Name of the stage of a budget. What the responses of this stage alone depend on is in it."""
+    return f"{TRUNCATED} {budget} {plan.answer_tokens} {plan.end_think!r}"
 
 
 def _revisions(work: _Work, prompts: Sequence[Any], number: int, done: Done) -> Iterator[Job]:
