@@ -8,7 +8,7 @@ import tyro
 from rich.table import Table
 
 from mtp_jax.cli.common import check_least, own_directory, parse, print_json
-from mtp_jax.cli.eval_many import IN_PROCESSES, JUDGES, made_from, say_isolation, wide_console
+from mtp_jax.cli.eval_many import IN_PROCESSES, answering, made_from, say_isolation, wide_console
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import Checker, checker
 from mtp_jax.eval.comparison_page import short_names
@@ -20,7 +20,6 @@ from mtp_jax.eval.inference.run import Task, collect
 from mtp_jax.eval.page import make_directory
 from mtp_jax.eval.sandbox.outside import Limits, isolation
 from mtp_jax.eval.task_file import Fields, Question, read_task
-from mtp_jax.eval.task_run import Answering
 from mtp_jax.loading import load
 from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.integrity import new_directories
@@ -148,22 +147,8 @@ def _check(args: Args) -> None:
 
 
 def _plan(args: Args) -> Plan:
-    in_processes = args.checker in IN_PROCESSES
-    how = Answering(
-        max_new_tokens=args.max_new_tokens,
-        samples=args.samples,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        draft=args.draft,
-        stop=args.stop,
-        judges=JUDGES if in_processes else 1,
-        judge_seconds=max(args.time_limit, 30.0) + 30.0,
-        as_chat=args.chat,
-    )
     return Plan(
-        how=how,
+        how=answering(args),
         methods=args.methods,
         budgets=args.budget,
         end_think=args.end_think,

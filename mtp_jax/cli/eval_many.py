@@ -125,22 +125,9 @@ def solve(args: "Args") -> None:
     questions = read_task(
         args.task, args.checker, Fields(args.prompt_field, args.answer_field, args.template), args.limit
     )
-    in_processes = args.checker in IN_PROCESSES
-    if in_processes:
+    if args.checker in IN_PROCESSES:
         say_isolation()
-    how = Answering(
-        max_new_tokens=args.max_new_tokens or 512,
-        samples=args.samples,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        draft=args.draft,
-        stop=args.stop,
-        judges=JUDGES if in_processes else 1,
-        judge_seconds=max(args.time_limit, 30.0) + 30.0,
-        as_chat=args.chat,
-    )
+    how = answering(args)
     results = []
     files = []
     for name in args.sources:
@@ -155,6 +142,23 @@ def solve(args: "Args") -> None:
         origin = made_from(args, lm, name)
         results.append(run_task(lm, questions, check, how, files[-1], made_from=origin, progress=say))
     _report(args, results, files)
+
+
+def answering(args: Any) -> Answering:
+    """How a command's arguments ask for answers. Those that `mtp eval` and `mtp compare` share have the same names."""
+    return Answering(
+        max_new_tokens=args.max_new_tokens or 512,
+        samples=args.samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        draft=args.draft,
+        stop=args.stop,
+        judges=JUDGES if args.checker in IN_PROCESSES else 1,
+        judge_seconds=max(args.time_limit, 30.0) + 30.0,
+        as_chat=args.chat,
+    )
 
 
 def made_from(args: Any, lm: LoadedModel, name: str) -> dict[str, Any]:

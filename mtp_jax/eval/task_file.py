@@ -7,8 +7,6 @@ A record has a prompt and an expected answer or tests. The fields may have the n
     tests       `test`, `test_list` or `tests`             checker code, with `entry_point` if there is one
 """
 
-import json
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 from mtp_jax.data.chat import check_messages
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import expected, last_number, tests_of, wanted_words
+from mtp_jax.eval.json_lines import read_objects
 
 PROMPTS = ("messages", "prompt", "question", "problem", "text")
 ANSWERS = ("answer", "target", "solution")
@@ -54,29 +53,12 @@ def read_task(path: str, checker: str, fields: Fields, limit: int = 0) -> list[Q
     Raises:
       UserError: the file cannot be read or has no question, or a line is malformed. The error names the line.
     """
-    try:
-        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--task {path} cannot be read: {error}") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and (not limit or len(found) < limit):
-            try:
-                found.append(_question(number, line, checker, fields))
-            except UserError as error:
-                raise UserError(f"--task {path}, line {number}: {error}") from error
-    if not found:
-        raise UserError(f"--task {path} has no questions; give one JSON object per line")
-    return found
+    return read_objects(
+        path, "--task", "questions", lambda line, record: _question(line, record, checker, fields), limit=limit
+    )
 
 
-def _question(number: int, line: str, checker: str, fields: Fields) -> Question:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"it is a {type(record).__name__}, not an object")
+def _question(number: int, record: dict[str, Any], checker: str, fields: Fields) -> Question:
     prompt = _prompt(record, fields.prompt)
     if fields.template:
         prompt = _filled(fields.template, record, prompt)

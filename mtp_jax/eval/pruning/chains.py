@@ -12,8 +12,6 @@ them. Only tokens that lie in the chain alone are deleted. So the words in front
 
 import dataclasses
 import itertools
-import json
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ import numpy as np
 from mtp_jax.data.chat import check_messages
 from mtp_jax.data.reading import INCOMPLETE
 from mtp_jax.errors import UserError
+from mtp_jax.eval.json_lines import read_objects
 from mtp_jax.eval.pruning.scorer import Ids, check_ids
 from mtp_jax.eval.task_file import PROMPTS
 from mtp_jax.loading import LoadedModel
@@ -95,29 +94,10 @@ def read_records(path: str, limit: int = 0) -> list[Record]:
     Raises:
       UserError: the file cannot be read or has no record, or a line is malformed. The error names the line.
     """
-    try:
-        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--data {path} cannot be read: {error}") from error
-    found: list[Record] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and (not limit or len(found) < limit):
-            try:
-                found.append(_record(number, line))
-            except UserError as error:
-                raise UserError(f"--data {path}, line {number}: {error}") from error
-    if not found:
-        raise UserError(f"--data {path} has no records; give one JSON object per line")
-    return found
+    return read_objects(path, "--data", "records", _record, limit=limit)
 
 
-def _record(line: int, text: str) -> Record:
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"it is a {type(fields).__name__}, not an object")
+def _record(line: int, fields: dict[str, Any]) -> Record:
     names = ", ".join(map(repr, fields)) or "none"
     name = next((name for name in PROMPTS if name in fields), None)
     if name is None:
