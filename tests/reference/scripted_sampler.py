@@ -29,6 +29,7 @@ class Sampler:
 
     def __call__(self, lm, prompts, *, max_new_tokens, n, seed, logprobs, **options):
         """A row takes a second. The log-probability of every token is minus its place, from 1."""
+        assert n == 1 or options["temperature"] > 0, "generate refuses several samples at temperature 0"
         self.calls.append((len(prompts), len(seed)))
         texts = [TOKENIZER.decode(prompt) for prompt in prompts for _ in range(n)]
         rows = [[*self.write(text, one).encode(), EOS] for text, one in zip(texts, seed, strict=True)]

@@ -186,7 +186,7 @@ def _write(work: _Work, jobs: Sequence[Job], drawing: Drawing, done: Done) -> Do
     written = len(jobs) - len(left)
     if written:
         work.progress(f"{jobs[0].stage}: {work.path} has {written} of {len(jobs)} responses")
-    for batch in _batches(left, how.batch_size):
+    for batch in _batches(left, how.batch_size, shared=drawing.temperature > 0):
         flat = [job for group in batch for job in group]
         seeds = [job.seed(how.seed) for job in flat]
         rows = sample_n(work.lm, [list(group[0].ids) for group in batch], len(batch[0]), drawing, seeds)
@@ -203,14 +203,15 @@ def _write(work: _Work, jobs: Sequence[Job], drawing: Drawing, done: Done) -> Do
     return done
 
 
-def _batches(jobs: Sequence[Job], rows: int) -> Iterator[list[list[Job]]]:
-    """Batches of groups of one size. A group has one prompt, so it needs one prefill.
+def _batches(jobs: Sequence[Job], rows: int, shared: bool) -> Iterator[list[list[Job]]]:
+    """Batches of groups of one size. If prompts are shared, a group has one prompt and needs one prefill. Otherwise a
+    group is one response: at temperature 0, a judge may read the same text twice, and samples of a prompt are refused.
 
     Prompts of similar length are together, so that no row waits for a much longer one.
     """
-    by_prompt: dict[tuple[int, ...], list[Job]] = {}
+    by_prompt: dict[Any, list[Job]] = {}
     for job in jobs:
-        by_prompt.setdefault(job.ids, []).append(job)
+        by_prompt.setdefault(job.ids if shared else job.key, []).append(job)
     groups = [same[at : at + rows] for same in by_prompt.values() for at in range(0, len(same), rows)]
     groups.sort(key=lambda group: (-len(group), len(group[0].ids), group[0].key))
     batch: list[list[Job]] = []
