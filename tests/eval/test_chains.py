@@ -241,7 +241,7 @@ def of_batches(rows):
         yield tuple(ids[start:stop]), weights[start:stop]
 
 
-def test_the_page_shows_every_token(results, tmp_path):
+def test_the_page_shows_every_token(lm, results, tmp_path):
     """The page has every token once, escaped, in the order of the text, with its step. Breaks without `html.escape`."""
     files = write_results(tmp_path, results, EOS, "a <title>")
     page = pathlib.Path(files["page"]).read_text(encoding="utf-8")
@@ -250,3 +250,6 @@ def test_the_page_shows_every_token(results, tmp_path):
     for piece, step in (("a", 1), (",", 3), (".", 4)):
         assert f'title="step {step}, {kind_of(piece)}">{piece}</span>' in page
     assert page.index(">2</span>") < page.index(">+</span>") < page.index(">1</span>")
+    chain = tokenise(lm, [RECORDS[0]._replace(chain="1<2")], FORM)[0]
+    files = write_results(tmp_path, [(chain, pruned(chain, [0, 1, 0]))], EOS, "")
+    assert ">&lt;</span>" in pathlib.Path(files["page"]).read_text(encoding="utf-8")
