@@ -25,7 +25,7 @@ from mtp_jax.eval.intervals import Interval
 from mtp_jax.runs.integrity import write_atomically
 
 METHODS = ("vote", "best-judge", "best-logprob", "best-short", "revise")
-SUMS = 16
+SUMS = 64
 TASKS = {
     "sums": [
         *("--checker", "number", "--max-new-tokens", "8", "--stop", "\n"),
