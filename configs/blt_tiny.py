@@ -2,7 +2,7 @@
 
     mtp train configs/blt_tiny.py --workdir /tmp/blt_tiny
 
-On two CPU cores it takes a few minutes. See `docs/bytes.md` for patches by entropy.
+On two CPU cores it takes a few minutes. See `docs/blt.md` for patches by entropy.
 """
 
 from mtp_jax import (

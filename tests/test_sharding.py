@@ -40,6 +40,12 @@ BLT_TINY = (
 )
 """Tables and the last norm, blocks over bytes with those of heads, cross-attention, two matrices between; then the
 blocks over patches."""
+BLOCK_96 = 4 * 96 * 96 + 3 * 96 * 256 + 2 * 96
+BLT_ENTROPY = (
+    *(2 * 258 * 96, 6 * 4096 * 96, 96, (1 + 3 + 3) * BLOCK_96, (1 + 3) * (4 * 96 * 96 + 2 * 96)),
+    *(2 * 96 * 192, 4 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 192), 258 * 96 + 9 * BLOCK_96 + 96),
+)
+"""As above, and the entropy model."""
 COUNTS = {
     "caft_heads": WITH_HEADS,
     "caft_lora": WITH_HEADS,
@@ -67,6 +73,7 @@ COUNTS = {
     "sums": 17 * 128 + 4 * (2 * 128 * 32 * 8 + 3 * 128 * 512 + 2 * 128) + 128,
     "standalone": 17 * 128 + 4 * (2 * 128 * 32 * 8 + 3 * 128 * 512 + 2 * 128) + 128 + 128,
     "blt_tiny": sum(BLT_TINY),
+    "blt_entropy": sum(BLT_ENTROPY),
     "tiny": 512 * 32 + (2 + 3) * (2 * 32 * 8 * 6 + 3 * 32 * 64 + 2 * 32) + 32,
 }
 

@@ -129,3 +129,9 @@ def check_divisible(arch: Arch, width: int, tensor: int) -> None:
         model.d_model % width == 0,
         f"model.d_model={model.d_model} does not divide over mesh.fsdp * mesh.context = {width} devices",
     )
+    for path, block in (model.stacks | model.frozen_models).items():
+        require(
+            block.d_model % width == 0,
+            f"model.{path.removesuffix('/blocks')}.d_model={block.d_model} does not divide over mesh.fsdp * "
+            f"mesh.context = {width} devices",
+        )

@@ -199,10 +199,10 @@ class BltConfig:
         return {"entropy": self.part("entropy")} if self.reads_entropy else {}
 
     def forward_flops(self, tokens: int, seq_len: int) -> int:
-        """Operations of the matrix products of a forward pass, without logits.
+        """Operations of the matrix products of a forward pass, without logits and without the entropy model.
 
         The latent transformer counts once per patch: every `stride` bytes for patches of kind `static`, else for every
-        slot. Cross-attention counts its projections. The entropy model counts, although it gets no gradient.
+        slot. Cross-attention counts its projections.
 
         Args:
           tokens: number of bytes of the batch.
@@ -220,11 +220,7 @@ class BltConfig:
         latent += 2 * patches * k * D * wide * (1 if wide == k * D else 2)
         decoder = self.decoder.num_layers * _block_flops(self.decoder, tokens, seq_len)
         decoder += self.decoder.num_layers * _cross_flops(self.decoder, tokens, patches * k)
-        total = encoder + latent + decoder
-        if self.reads_entropy:
-            total += self.entropy.num_layers * _block_flops(self.entropy, tokens, seq_len)
-            total += 2 * tokens * self.entropy.d_model * self.vocab_size
-        return total
+        return encoder + latent + decoder
 
 
 def _block_flops(c: ModelConfig, positions: int, sees: int) -> int:

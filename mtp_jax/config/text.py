@@ -59,15 +59,20 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
 
     Args:
       config: the config to change.
-      changes: dotted paths and new values, for example `{"train.steps": 100, "optim.name": "muon"}`.
+      changes: dotted paths and new values, for example `{"train.steps": 100, "optim.name": "muon"}`. A path may lead
+        into a part of a section, such as `model.latent.num_layers`.
 
     Raises:
       UserError: an unknown path (with the nearest known one), or a value that the schema refuses.
     """
     tree = json.loads(to_json(config))
     for path, value in changes.items():
-        section, _, field = path.partition(".")
-        tree.setdefault(section, {})[field] = list(value) if isinstance(value, tuple) else value
+        section, _, rest = path.partition(".")
+        node = tree.setdefault(section, {})
+        names = rest.split(".")
+        while len(names) > 1 and isinstance(node.get(names[0]), dict):
+            node = node[names.pop(0)]
+        node[".".join(names)] = list(value) if isinstance(value, tuple) else value
     return _build(Config, tree, "config")
 
 

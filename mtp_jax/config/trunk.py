@@ -52,7 +52,8 @@ class TrunkConfig(Protocol):
     """The name of the trunk, as the default of a dataclass field. `ModelConfig` has no such field."""
 
     def forward_flops(self, tokens: int, seq_len: int) -> int:
-        """Number of operations of a forward pass in matrix products, without logits. Not used for a stack of blocks.
+        """Number of operations of a forward pass in matrix products, without logits and without `frozen_models`. Not
+        used for a stack of blocks.
 
         Args:
           tokens: number of positions of the batch.

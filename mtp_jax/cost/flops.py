@@ -57,6 +57,9 @@ def step_flops(config: Config, batch_size: int, seq_len: int, *, computed: bool 
         products = _projections(c.block, tokens, _of_trunk(config), computed)
         products += _adapters(config, "blocks", tokens)
         trunk = c.num_layers * (products + LEARNED.mixed * _attention(c.block, tokens, seq_len))
+    for frozen in c.frozen_models.values():
+        trunk += frozen.num_layers * _block(frozen, tokens, seq_len, READ, computed)
+        trunk += READ.linear * 2 * tokens * frozen.d_model * frozen.vocab_size
     heads = _heads(config, batch_size, seq_len, computed) if config.heads.num_future > 1 else 0
     if config.heads.facts.stands_alone and config.heads.num_future > 1:
         logits = _logits_at_regions(config, batch_size, seq_len, computed)

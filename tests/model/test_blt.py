@@ -9,7 +9,8 @@ import pytest
 from reference.blt import MODEL, blt_config, blt_params
 from reference.models import rows
 
-from mtp_jax.config import PatchRule
+from mtp_jax.cli.common import parse_over
+from mtp_jax.config import Config, PatchRule, from_json, override, to_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
 from mtp_jax.model.blt.model import entropies, patches_of
@@ -174,6 +175,20 @@ def test_too_few_slots_change_no_earlier_byte():
     np.testing.assert_allclose(few_BTD[0, :first], exact_BTD[0, :first], rtol=1e-5, atol=1e-5)
     assert np.isfinite(few_BTD).all()
     assert np.abs(few_BTD[0, first + 1 :] - exact_BTD[0, first + 1 :]).max() > 1e-3
+
+
+def test_config_of_parts():
+    """JSON, an override and a flag of a command reach into the parts and keep their types; an unknown field of a part
+    has one line. Breaks if `override` knows two names of a path only."""
+    assert from_json(to_json(CONFIG)) == CONFIG
+    changed = override(CONFIG, {"model.latent.num_layers": 3, "model.patches.threshold": 1.5})
+    assert (changed.model.latent.num_layers, changed.model.patches.threshold) == (3, 1.5)
+    flags = ["--model.latent.num-layers", "3"]
+    assert parse_over(CONFIG, Config, flags, "x", "x")[1].model.latent.num_layers == 3
+    with pytest.raises(UserError, match=r"config.model.latent: unknown key 'num_layer'; did you mean 'num_layers'"):
+        override(CONFIG, {"model.latent.num_layer": 3})
+    with pytest.raises(UserError, match=r"config.model: unknown key 'vocab_size.x'"):
+        override(CONFIG, {"model.vocab_size.x": 3})
 
 
 def test_what_is_refused():

@@ -53,7 +53,7 @@ def test_a_step_over_eight_devices_is_the_step_of_one():
 
 def test_operations_are_counted_by_patch():
     """flops(stride 2) - flops(stride 4) = the latent transformer at the quarter of positions that fall away, and what
-    stands around it. Breaks if patches count as bytes."""
+    stands around it; the entropy model counts once, and the rest three times. Breaks if patches count as bytes."""
     given = {"patches": PatchRule("static", stride=2), "entropy": ModelConfig()}
     two = dataclasses.replace(MODEL, **given)
     four = dataclasses.replace(two, patches=PatchRule("static", stride=4))
@@ -71,6 +71,12 @@ def test_operations_are_counted_by_patch():
     config = dataclasses.replace(CONFIG, model=two, heads=dataclasses.replace(CONFIG.heads, num_future=1))
     logits = 2 * rows * T * 16 * 264
     assert step_flops(config, rows, T) == 3 * (two.forward_flops(rows * T, T) + logits)
+    by_entropy = dataclasses.replace(config, model=MODEL)
+    spaces = dataclasses.replace(config, model=dataclasses.replace(two, patches=PatchRule("space")))
+    block = 2 * rows * T * (2 * 16 * (16 + 8) + 3 * 16 * 24) + 4 * rows * T * T * 16
+    assert step_flops(by_entropy, rows, T) - step_flops(spaces, rows, T) == block + logits
+    with pytest.raises(UserError, match=r"model.latent.d_model=24 does not divide over mesh.fsdp \* mesh.context = 16"):
+        blt_config(train={"batch_size": 16}, mesh={"fsdp": 16})
 
 
 def test_a_run_takes_its_entropy_model_from_another_run(tmp_path):

@@ -6,6 +6,8 @@ query, and sees the k states of one patch. There are no positions. Queries and k
 The released models return 2 x + attention instead of x + attention (`BltConfig.double_residual`).
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -98,7 +100,7 @@ def _of_patches(x: jax.Array, ids_BT: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, ids_T: x[ids_T])(x, ids_BT)
 
 
-def _by_patch(combine: object, x: jax.Array, ids_BT: jax.Array, patches: int) -> jax.Array:
+def _by_patch(combine: Callable[..., jax.Array], x: jax.Array, ids_BT: jax.Array, patches: int) -> jax.Array:
     """`combine`, a function such as `jax.ops.segment_sum`, over the bytes of each patch: [B, T, ...] to [B, X, ...]."""
     return jax.vmap(lambda x, ids_T: combine(x, ids_T, patches, indices_are_sorted=True))(x, ids_BT)
 
