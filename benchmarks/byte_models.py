@@ -9,9 +9,9 @@ from mtp_jax.cost.flops import step_flops
 from mtp_jax.data.store import open_prepared
 from mtp_jax.eval.patches import entropies_of_rows
 
-WIDTH = 32
+WIDTH = 64
 HEAD = 32
-ROWS = 2
+ROWS = 4
 """Rows of a training step at scale 1."""
 BPE_TOKENS = 1024
 PLAIN = ("BPE, 4 heads", "bytes, 1 head", "bytes, 8 heads")
@@ -73,7 +73,7 @@ def patched_config(rule: PatchRule, length: float, scale: int, entropy: pathlib.
     Args:
       rule: where patches begin.
       length: mean bytes of a patch.
-      scale: the width of bytes, in units of 32.
+      scale: the width of bytes, in units of 64.
       entropy: workdir of the model that measures entropies; None if the rule needs none.
     """
     config = narrowed("bytes_8", scale)

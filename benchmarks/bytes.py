@@ -16,8 +16,8 @@ training of the others, but its passes do.
 
 The first table has bits per byte of held-out files, clean and with noise, and training FLOPs per byte. The second has
 speed with and without drafts. The third says where the time of a round goes. Stop it at any time; the same command
-continues. With --scale S the width is 32 S, and training takes S^4 times as many operations, so that the tokens per
-parameter stay the same. On a GPU, begin with --scale 8.
+continues. With --scale S the width is 64 S, and training takes S^4 times as many operations, so that the tokens per
+parameter stay the same. On a GPU, begin with --scale 4.
 """
 
 import dataclasses
@@ -68,8 +68,8 @@ class Args:
     """Arguments of the benchmark."""
 
     scale: int = 1
-    """Width of all models, in units of 32."""
-    flops: float = 4e11
+    """Width of all models, in units of 64."""
+    flops: float = 4e12
     """Training operations of a model at scale 1."""
     models: tuple[str, ...] = MODELS
     """Which models."""

@@ -32,10 +32,10 @@ def test_models_have_equal_blocks(script, scale):
     configs = {name: script.plain_config(name, scale) for name in PLAIN}
     for config in configs.values():
         assert config.model.num_layers + config.heads.num_future - 1 == 12
-        assert (config.model.d_model, config.model.num_heads) == (32 * scale, scale)
+        assert (config.model.d_model, config.model.num_heads) == (64 * scale, 2 * scale)
     costs = {name: script.per_step(config) for name, config in configs.items()}
-    assert max(costs.values()) < 1.4 * min(costs.values())
-    assert configs["bytes, 8 heads"].model.d_ff == 64 * scale
+    assert max(costs.values()) < 1.2 * min(costs.values())
+    assert configs["bytes, 8 heads"].model.d_ff == 128 * scale
 
 
 def test_patched_models(script):
@@ -46,7 +46,7 @@ def test_patched_models(script):
     from byte_models import entropy_config
 
     static = script.patched_config(script.PatchRule("static", stride=4), 4.0, 1, None)
-    assert (static.model.latent.d_model, static.model.d_model, static.model.slots_per_byte) == (64, 32, 1.5 / 4)
+    assert (static.model.latent.d_model, static.model.d_model, static.model.slots_per_byte) == (128, 64, 1.5 / 4)
     by_entropy = script.patched_config(script.PatchRule(threshold=1.0), 6.0, 1, pathlib.Path("runs/entropy"))
     assert by_entropy.train.entropy_from == "runs/entropy"
     assert by_entropy.model.part("entropy").num_layers == entropy_config(1).model.num_layers == 3
