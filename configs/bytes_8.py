@@ -1,4 +1,4 @@
-"""A byte model that predicts eight bytes at once (Gloeckle et al. 2024, section 3.3), each with an unembedding of its own.
+"""A byte model that predicts eight bytes at once, each with an unembedding of its own (Gloeckle et al. 2024).
 
     mtp train configs/bytes_8.py --workdir runs/bytes_8
     mtp bench decode runs/bytes_8 --prompt-tokens 128 --max-new-tokens 192
