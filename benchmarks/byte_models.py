@@ -11,6 +11,8 @@ from mtp_jax.eval.patches import entropies_of_rows
 
 WIDTH = 64
 HEAD = 32
+ROWS = 4
+"""Rows of a training step at scale 1."""
 BPE_TOKENS = 1024
 PLAIN = ("BPE, 4 heads", "bytes, 1 head", "bytes, 8 heads")
 PATCHED = {"BLT, entropy 4.5": ("global", 4.5), "BLT, entropy 6": ("global", 6.0), "BLT, static 4": ("static", 4.0)}
@@ -42,6 +44,8 @@ def narrowed(name: str, scale: int) -> Config:
             "model.d_ff": base.model.d_ff * width // base.model.d_model,
             "train.checkpoint_every": 100,
             "train.eval_rows": 16,
+            "train.batch_size": ROWS * scale,
+            "optim.warmup_steps": 20,
             "data.eval_fraction": EVAL_FRACTION,
         },
     )

@@ -45,11 +45,10 @@ from byte_models import (
 from reporting import RESULTS, Report
 
 from mtp_jax import Config, LoadedModel, PatchRule, load
-from mtp_jax.bench.decode import measure as measure_round
 from mtp_jax.config import override
 from mtp_jax.data.loader import heldout_prompts
-from mtp_jax.decode.drafters import make_drafter
-from mtp_jax.eval.acceptance import compare
+from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts
+from mtp_jax.eval.acceptance import pair, time_sides
 from mtp_jax.eval.measured import HeldText, measure, open_text
 from mtp_jax.eval.noisy import noisy
 from mtp_jax.eval.scoring import score
@@ -70,7 +69,7 @@ class Args:
 
     scale: int = 1
     """Width of all models, in units of 64."""
-    flops: float = 1e12
+    flops: float = 4e12
     """Training operations of a model at scale 1."""
     models: tuple[str, ...] = MODELS
     """Which models."""
@@ -163,26 +162,36 @@ def _decoded(args: Args, lm: LoadedModel, text: HeldText, size: float) -> dict[s
     new = max(round(args.new_bytes / size), 8)
     pairs = heldout_prompts(text.rows, args.prompts, max(round(PROMPT_BYTES / size), 8), new)
     prompts = [prompt for prompt, _ in pairs]
+    sides = {"plain": {"draft": "none"}}
+    if lm.config.num_draft:
+        sides |= {"drafted": {"draft": "heads"}, "verified": {"draft": silent(lm.config.num_draft)}}
+    timed = time_sides(lm, prompts, sides, max_new_tokens=new, timed_runs=args.runs)
+    ms = {side: 1e3 * statistics.median(seconds) / made.stats.rounds for side, (made, seconds) in timed.items()}
+    written = _size_of(lm, timed["plain"][0].tokens)
+    both = pair(timed, "plain", "drafted" if lm.config.num_draft else "plain")
+    found = {"plain": both.plain_tokens_per_second * written, "step_ms": ms["plain"]}
     if not lm.config.num_draft:
-        drafter = make_drafter("lookup", lm.arch, 1)  # only to time plain decoding in the same way
-        times = measure_round(lm, prompts[:1], drafter, max_new_tokens=new, runs=args.runs)
-        return {"plain": times["plain"]["tokens_per_second"] * size, "step_ms": times["plain"]["ms_per_step"]}
-    both = compare(lm, prompts, max_new_tokens=new, timed_runs=args.runs)
+        return found
     stats = both.drafted.stats
-    drafter = make_drafter("heads", lm.arch, lm.config.num_draft)
-    times = measure_round(lm, prompts[:1], drafter, max_new_tokens=new, runs=args.runs)
-    written = _size_of(lm, both.plain.tokens)
-    return {
-        "plain": both.plain_tokens_per_second * written,
+    return found | {
         "drafted": both.drafted_tokens_per_second * written,
         "identical": both.identical,
         "bytes_per_round": stats.tokens_per_round * written,
         "accept_at": list(stats.accept_at),
-        "step_ms": times["plain"]["ms_per_step"],
-        "verify_ms": times["draft"]["verify_ms"],
-        "round_ms": times["draft"]["ms_per_round"],
+        "verify_ms": ms["verified"],
+        "round_ms": ms["drafted"],
         "choice_ms": choice_ms(lm, args.runs),
     }
+
+
+@functools.cache
+def silent(num_draft: int) -> Drafter:
+    """A drafter that drafts only zeros: a round with it costs as much as verification alone."""
+
+    def draft(arch: Any, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
+        return Drafts(jnp.zeros((context.total_B.shape[0], num_draft), jnp.int32)), cache
+
+    return Drafter("zeros", num_draft, lambda *_: (), draft)
 
 
 def _size_of(lm: LoadedModel, rows: list[list[int]]) -> float:

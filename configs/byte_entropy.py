@@ -1,4 +1,13 @@
-"""A small byte model. Its entropies cut text into patches."""
+"""A small byte model. Its entropies cut text into patches.
+
+    mtp train configs/byte_entropy.py --workdir runs/byte_entropy
+    mtp patches runs/byte_entropy --data stdlib --rows 128
+
+1.02M parameters, a window of 128 bytes (512 in the Byte Latent Transformer, arXiv:2412.09871). It reads 0.4 MB, which
+took ten minutes on two cores that a dozen other programs used. The held-out loss is then 1.65 nats a byte, 2.37 bits.
+On 128 rows the threshold for patches of 4.5 bytes is 2.73 nats. Most patches begin with a word, or at a rare letter in
+one. More steps make a better model.
+"""
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig, OptimConfig, TrainConfig
 

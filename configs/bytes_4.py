@@ -1,4 +1,9 @@
-"""A byte model that predicts one byte: the baseline of `bytes_4.py` and `bytes_8.py`, with as many parameters."""
+"""A byte model that predicts four bytes at once, each with an unembedding of its own.
+
+    mtp train configs/bytes_4.py --workdir runs/bytes_4
+
+1.31M parameters, as many as `bytes_1.py` and `bytes_8.py`.
+"""
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig, OptimConfig, TrainConfig
 

@@ -1,7 +1,7 @@
 """A model on held-out text with errors: bits per byte of the noisy text, next to those of the text itself.
 
 Bits per byte of a noisy text are the loss on it, divided by its own bytes. Noise is new information, so that they rise
-for every model. Models are compared by how much they rise. The noise of a document depends only on its name and text,
+for every model. Compare models by this rise. The noise of a document depends only on its name and text,
 so that all models see the same noise.
 """
 
@@ -62,7 +62,7 @@ def measure_noisy(
 
 
 def worse(clean: Measured, changed: Measured) -> Interval:
-    """By what the bits per byte rise with the noise, with the interval of the paired difference."""
+    """The rise of the bits per byte with the noise, with the interval of the paired difference."""
     return difference(changed.bits_per_byte, clean.bits_per_byte)
 
 

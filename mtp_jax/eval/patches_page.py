@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.text import Text
 
+from mtp_jax.data.reading import INCOMPLETE
 from mtp_jax.data.sources import replacing
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import COLORS
@@ -53,8 +54,13 @@ def for_terminal(shown: Sequence[Shown]) -> Text:
         if one.starts and place:
             text.append(BORDER, style="bold red")
         red, green, blue = background(one.entropy, top)
-        text.append(one.text, style=f"black on rgb({red},{green},{blue})")
+        text.append(_printable(one.text), style=f"black on rgb({red},{green},{blue})")
     return text
+
+
+def _printable(text: str) -> str:
+    """The text without characters that control a terminal."""
+    return "".join(code if code.isprintable() or code in "\n\t" else INCOMPLETE for code in text)
 
 
 def write_patches(

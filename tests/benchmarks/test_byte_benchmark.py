@@ -38,6 +38,21 @@ def test_models_have_equal_blocks(script, scale):
     assert configs["bytes, 8 heads"].model.d_ff == 128 * scale
 
 
+def test_patched_models(script):
+    """A Byte Latent Transformer has room for 1.5 times the mean number of patches, and a wide latent transformer.
+
+    Its entropy model has the shape of the run that it comes from. Breaks if the sections of the config are lost.
+    """
+    from byte_models import entropy_config
+
+    static = script.patched_config(script.PatchRule("static", stride=4), 4.0, 1, None)
+    assert (static.model.latent.d_model, static.model.d_model, static.model.slots_per_byte) == (128, 64, 1.5 / 4)
+    by_entropy = script.patched_config(script.PatchRule(threshold=1.0), 6.0, 1, pathlib.Path("runs/entropy"))
+    assert by_entropy.train.entropy_from == "runs/entropy"
+    assert by_entropy.model.part("entropy").num_layers == entropy_config(1).model.num_layers == 3
+    assert by_entropy.data == script.plain_config("bytes, 8 heads", 1).data
+
+
 def test_tables(script):
     """Means and ranges over seeds, and dashes for what a model without drafts has not. Breaks if a column is lost."""
     args = script.Args(noise=("drop:0.1",), seeds=2)

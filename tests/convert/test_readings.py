@@ -18,7 +18,7 @@ from mtp_jax.convert.layouts import layout_of
 from mtp_jax.convert.tokenizer import check_size, load_hub_tokenizer, load_run_tokenizer, save_for_transformers
 from mtp_jax.data import loader, marks, store
 from mtp_jax.data.marks import Marks
-from mtp_jax.data.tokenize import bytes_tokenizer, load_tokenizer, train_bpe
+from mtp_jax.data.tokenize import blt_bytes_tokenizer, bytes_tokenizer, load_tokenizer, train_bpe
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.errors import UserError
 
@@ -164,7 +164,8 @@ def test_export_of_a_tokenizer_of_ours(tmp_path):
     declared = load_tokenizer(ODD["an end of another name"].save(tmp_path / "declared"))
     silent = load_tokenizer(ODD["bos by template"].save(tmp_path / "silent"))
     silent = dataclasses.replace(silent, marks=dataclasses.replace(silent.marks, first=()))
-    for i, tokenizer in enumerate([bytes_tokenizer(), bytes_tokenizer().reading("read"), declared, silent]):
+    given = [bytes_tokenizer(), blt_bytes_tokenizer(), bytes_tokenizer().reading("read"), declared, silent]
+    for i, tokenizer in enumerate(given):
         (tmp_path / f"{i}").mkdir()
         save_for_transformers(tokenizer, tmp_path / f"{i}")
         found = load_hub_tokenizer(tmp_path / f"{i}")

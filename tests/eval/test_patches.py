@@ -79,11 +79,14 @@ def test_characters_have_the_largest_entropy_of_their_bytes():
 
 
 def test_colours_go_from_white_to_the_largest_entropy():
-    """background(0) is white, background(top) is full, an unknown entropy is white; borders are in the plain text."""
+    """background(0) is white, background(top) is full, an unknown entropy is white; borders are in the plain text.
+
+    A character that controls a terminal is replaced. Breaks without `_printable`.
+    """
     assert background(0.0, 2.0) == background(float("nan"), 2.0) == (255, 255, 255)
     assert background(2.0, 2.0) == (224, 138, 30)
-    shown = [patches.Shown(text, 0.1, starts) for text, starts in zip("abc", (True, False, True), strict=True)]
-    assert for_terminal(shown).plain == "ab|c"
+    shown = [patches.Shown(text, 0.1, starts) for text, starts in zip("ab\x1b", (True, False, True), strict=True)]
+    assert for_terminal(shown).plain == "ab|\ufffd"
 
 
 def test_command_on_a_text(tmp_path, capsys):
