@@ -1,4 +1,10 @@
-"""A byte model that predicts one byte: the baseline of `bytes_4.py` and `bytes_8.py`, with as many parameters."""
+"""A byte model that predicts one byte: the baseline of `bytes_4.py` and `bytes_8.py`, with as many parameters.
+
+    mtp train configs/bytes_1.py --workdir runs/bytes_1
+
+1.31M parameters. It reads 0.4 MB, which took ten minutes on two cores that a dozen other programs used. The held-out
+loss is then 1.68 nats a byte, 2.43 bits.
+"""
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig, OptimConfig, TrainConfig
 
