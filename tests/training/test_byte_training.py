@@ -76,7 +76,7 @@ def test_operations_are_counted_by_patch():
     block = 2 * rows * T * (2 * 16 * (16 + 8) + 3 * 16 * 24) + 4 * rows * T * T * 16
     assert step_flops(by_entropy, rows, T) - step_flops(spaces, rows, T) == block + logits
     with pytest.raises(UserError, match=r"model.latent.d_model=24 does not divide over mesh.fsdp \* mesh.context = 16"):
-        blt_config(train={"batch_size": 16}, mesh={"fsdp": 16})
+        blt_config(mesh={"context": 16})
 
 
 def test_a_run_takes_its_entropy_model_from_another_run(tmp_path):
