@@ -1,5 +1,6 @@
 """A Byte Latent Transformer decodes by the engine: its bytes are those of plain decoding, whatever drafts them."""
 
+import pytest
 from reference.blt import blt_config, blt_params
 from reference.decoding import loaded, scripted, slow_greedy, slow_sampled, with_script
 
@@ -29,6 +30,7 @@ def test_greedy_bytes_are_those_of_the_whole_forward():
     assert mtp_jax.generate(right, PROMPTS, max_new_tokens=NEW, draft=scripted(2)).tokens == expected
 
 
+@pytest.mark.grid
 def test_sampled_bytes_are_those_of_plain_sampling():
     """bytes(heads draft, sampled) = bytes(plain, sampled) = one whole forward per byte with the same noise. Breaks as
     the greedy ones do."""

@@ -109,9 +109,10 @@ def from_logits(lm, prompt, tokens):
     return np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(len(tokens)), tokens]
 
 
-@pytest.mark.parametrize("draws", sampled([False, True], True), ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch", sampled([1, 3], 3))
-@pytest.mark.parametrize(("draft", "num_draft"), sampled(DRAFTS, ("heads", 3)))
+@pytest.mark.grid
+@pytest.mark.parametrize("draws", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("draft", "num_draft"), DRAFTS)
 def test_records_with_drafts(draft, num_draft, batch, draws):
     """Records with drafts = those of plain decoding = log-softmax of `lm.logits`, and tokens do not depend on records;
     `score` gives their sum. Breaks if `records_of` gets the tokens of another position, or if `score` leaves out the
