@@ -133,8 +133,9 @@ def _check(args: Args) -> None:
     """Refuses what cannot be compared, before a model is loaded."""
     if not args.sources:
         raise UserError("mtp compare needs a model: mtp compare SOURCE --task FILE.jsonl --checker NAME")
-    if len(set(args.sources)) < len(args.sources):
-        raise UserError("a model is named twice; name each once")
+    for at, name in enumerate(args.sources):
+        if name.rstrip("/") in [one.rstrip("/") for one in args.sources[:at]]:
+            raise UserError(f"{name} is named twice; name each model once")
     if not args.task:
         raise UserError("mtp compare needs questions; give --task FILE.jsonl")
     if not args.checker:

@@ -47,3 +47,8 @@ class PatchRule:
             positive(name, self, "stride")
         require(self.max_length >= 0, f"{name}.max_length is {self.max_length}; use 0 for no limit, or 1 and more")
         require(self.byte_offset >= 0, f"{name}.byte_offset is {self.byte_offset}; it must not be negative")
+
+    @property
+    def reads_bytes(self) -> bool:
+        """Whether the rule looks at the bytes themselves, and not at entropies or places alone."""
+        return self.kind == "space" or self.reset_at_newline

@@ -3,6 +3,7 @@
 import dataclasses
 
 from mtp_jax.config.arch import Arch, check_divisible
+from mtp_jax.config.blt import BltConfig
 from mtp_jax.config.checks import require
 from mtp_jax.config.data import DataConfig
 from mtp_jax.config.decode import DecodeConfig
@@ -15,6 +16,9 @@ from mtp_jax.config.optim import OptimConfig
 from mtp_jax.config.standalone import check_standalone
 from mtp_jax.config.trainable import read_rules
 from mtp_jax.config.training import TrainConfig
+
+BYTE_OFFSETS = {"bytes": 0, "blt_bytes": 4}
+"""The token id of byte 0, by tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Config:
     def __post_init__(self) -> None:
         arch = self.arch
         self._check_rows()
+        self._check_patches()
         self._check_drafts()
         self._check_objective()
         self._check_frozen()
@@ -87,6 +92,18 @@ class Config:
         require(
             longest <= model.max_seq_len,
             f"decode.prompt_tokens + decode.max_new_tokens = {longest} is above model.max_seq_len={model.max_seq_len}",
+        )
+
+    def _check_patches(self) -> None:
+        """Checks that a rule that looks at bytes finds them where the tokenizer puts them."""
+        if not isinstance(self.model, BltConfig) or self.data.tokenizer not in BYTE_OFFSETS:
+            return
+        rule = self.model.patches
+        first = BYTE_OFFSETS[self.data.tokenizer]
+        require(
+            rule.byte_offset == first or not rule.reads_bytes,
+            f"model.patches.byte_offset={rule.byte_offset}, but byte 0 is id {first} of data.tokenizer="
+            f"{self.data.tokenizer!r}; set byte_offset={first}",
         )
 
     def _check_drafts(self) -> None:

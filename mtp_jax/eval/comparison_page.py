@@ -17,8 +17,8 @@ SHORT = 40
 
 def short_names(names: Sequence[str]) -> list[str]:
     """The end of each path, or the whole path if ends are equal."""
-    ends = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
-    return [end[-SHORT:] for end in ends] if len(set(ends)) == len(ends) else list(names)
+    ends = [name.rstrip("/").rsplit("/", 1)[-1][-SHORT:] for name in names]
+    return ends if len(set(ends)) == len(ends) else list(names)
 
 
 def cell(interval: Interval, signed: bool = False) -> str:

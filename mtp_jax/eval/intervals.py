@@ -64,7 +64,21 @@ def share(over: float, under: int) -> Interval:
     z = 1.959964
     middle = (rate + z * z / (2 * under)) / (1 + z * z / under)
     half = z / (1 + z * z / under) * math.sqrt(rate * (1 - rate) / under + z * z / (4 * under * under))
-    return Interval(rate, max(middle - half, 0.0), min(middle + half, 1.0))
+    # The interval holds the rate; rounding may not put it outside.
+    return Interval(rate, min(max(middle - half, 0.0), rate), max(min(middle + half, 1.0), rate))
+
+
+def mean_share(ratio: Ratio, several: bool) -> Interval:
+    """The share of successes, with an interval over documents: by bootstrap, or Wilson's if that could have no width.
+
+    Args:
+      ratio: successes and trials, by document.
+      several: whether a document can have another share than 0 and 1. Without, the interval is Wilson's.
+    """
+    # Equal shares differ by rounding in a resample, so the width of its interval is no test.
+    if several and np.ptp(ratio.over / ratio.under) > 1e-9:
+        return ratio.interval()
+    return share(ratio.value * len(ratio.over), len(ratio.over))
 
 
 def difference(one: Ratio, other: Ratio, seed: int = 0) -> Interval:

@@ -21,7 +21,8 @@ def open_kept(
     key: Sequence[str],
     name: str = "answers",
 ) -> dict[tuple[Any, ...], Record]:
-    """The answers that a file has. A new file gets the header. A last line that was cut off is dropped.
+    """The answers that a file has. A new file, and one without answers, gets the header. A last line that
+    was cut off is dropped.
 
     Args:
       path: the file.
@@ -55,6 +56,10 @@ def open_kept(
         raise UserError(
             f"{path} is not a file of {name}: {type(error).__name__}: {error}; give another --output, or delete it"
         ) from error
+    if not same and not records:
+        # A command that was refused behind its header, as for a bad temperature, leaves nothing to keep.
+        write_atomically(path, json.dumps(header) + "\n")
+        return {}
     if not same:
         raise UserError(
             f"{path} has {name} of another model, task or setting; give another --output, or delete the file"

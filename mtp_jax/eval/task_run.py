@@ -23,7 +23,7 @@ from mtp_jax.decode.memory import CacheTooLarge
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import Checker, Verdict, judged
-from mtp_jax.eval.intervals import Interval, Ratio, share
+from mtp_jax.eval.intervals import Interval, Ratio, mean_share
 from mtp_jax.eval.kept import append, open_kept
 from mtp_jax.eval.task_file import Question
 from mtp_jax.loading import LoadedModel
@@ -79,11 +79,7 @@ class TaskResult:
     def accuracy(self) -> Interval:
         """Share of right answers. With one answer per question, the interval is Wilson's. With several it is by
         bootstrap over questions, or Wilson's if all questions have the same share."""
-        drawn = self.ratio.interval()
-        several = max(map(len, self.correct)) > 1
-        return (
-            drawn if several and drawn.low < drawn.high else share(drawn.value * len(self.correct), len(self.correct))
-        )
+        return mean_share(self.ratio, max(map(len, self.correct)) > 1)
 
     def as_json(self) -> dict[str, Any]:
         """The accuracy and the counts."""

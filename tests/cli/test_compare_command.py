@@ -65,12 +65,18 @@ def test_one_json_object_and_files(task, tmp_path, sampler, capsys):
 
 BAD = {
     "no model": (["--task", "TASK", "--checker", "number"], "mtp compare needs a model"),
-    "a model twice": (["m", "m", "--task", "TASK", "--checker", "number"], "a model is named twice"),
+    "a model twice": (["m", "m", "--task", "TASK", "--checker", "number"], "m is named twice; name each model once"),
     "no task": (["m"], "mtp compare needs questions; give --task FILE.jsonl"),
     "no checker": (["m", "--task", "TASK"], "--task needs --checker"),
     "unknown checker": (["m", "--task", "TASK", "--checker", "bleu", "--extract", "exact"], "unknown checker 'bleu'"),
     "checker of a file": (["m", "--task", "TASK", "--checker", "a.py:f"], "give --extract number"),
     "unknown method": (["m", "TASKS", "--methods", "vote", "guess"], "unknown method 'guess'; choose of vote, vote-"),
+    "a method twice": (["m", "TASKS", "--methods", "vote", "vote"], "the method vote is given twice; give it once"),
+    "a budget twice": (
+        ["m", "TASKS", "--methods", "truncate", "--budget", "5", "--budget", "5"],
+        "the budget 5 is given twice",
+    ),
+    "a model in two spellings": (["m", "m/", "TASKS"], "m/ is named twice"),
     "no samples": (["m", "TASKS", "--samples", "0"], "--samples is 0; it must be at least 1"),
     "equal samples": (["m", "TASKS", "--temperature", "0"], "8 samples at temperature 0 are equal"),
     "no budget": (["m", "TASKS", "--methods", "truncate"], "the method truncate needs a budget of tokens"),

@@ -11,6 +11,7 @@ from reference.toy_retrieval import HOW, KNOWN, LOST, PASSAGES, QUESTIONS, UNKNO
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import checker
+from mtp_jax.eval.intervals import share
 from mtp_jax.eval.retrieval import SCORES, Asking, Counts, Score, ThresholdGate, adaptive_answer
 from mtp_jax.eval.retrieval.asking import ask_verdicts, prompt_of
 from mtp_jax.eval.retrieval.both import Means, answer_both
@@ -98,6 +99,8 @@ def test_never_and_always_and_the_oracle_bound_the_gates(both):
         assert row.accuracy.low <= row.accuracy.value <= row.accuracy.high
         assert (row.right <= oracle.right).all()
     assert oracle.retrieved.tolist() == [False] * 3 + [True] * 5
+    nothing = dataclasses.replace(never, right=np.zeros(8, bool))
+    assert nothing.accuracy == share(0, 8)  # 0 of 8 is not certain to be 0
     assert gate.auc == 1.0 and np.isnan(never.auc)
     assert (never.counts.model_calls, always.counts.model_calls, oracle.counts.model_calls) == (8, 8, 13)
     assert (never.counts.retriever_calls, always.counts.retriever_calls) == (0, 8)
@@ -172,6 +175,14 @@ def test_a_killed_run_goes_on(tmp_path):
     assert again == whole and asked == [one.prompt for one in QUESTIONS[9:]]
     with pytest.raises(UserError, match="another model, task or setting"):
         answered(path, how=dataclasses.replace(HOW, seed=1))
+
+
+def test_room_for_the_verdict(tmp_path):
+    """An answer of the limit must fit into the question whether it is true; this is checked before any work, and names
+    the line. Breaks without `_check_verdict`."""
+    with pytest.raises(UserError, match=r"^line 1: the score p_true needs up to \d+ tokens, .* max_seq_len="):
+        answered(tmp_path / "a.jsonl", how=dataclasses.replace(HOW, max_new_tokens=10_000))
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_split():

@@ -53,6 +53,8 @@ def test_a_text_in_three_parts(lm):
     assert not chain.protected.any()
     assert accented.protected.tolist() == [False, True, True]
     assert "".join(accented.pieces) == "né"
+    marked = tokenise(lm, [RECORDS[1]._replace(chain="n\ufffd")], FORM)[0]
+    assert marked.protected.tolist() == [False, True, True, True]
 
 
 def test_what_is_protected(lm):

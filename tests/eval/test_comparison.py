@@ -13,7 +13,7 @@ from reference.decoding import CHAIN_CONFIG, TEXT, chain_model
 from mtp_jax.data.tokenize import train_bpe
 from mtp_jax.errors import UserError
 from mtp_jax.eval.comparison import Plan, compare_models
-from mtp_jax.eval.comparison_page import columns, rows, write_comparison
+from mtp_jax.eval.comparison_page import columns, rows, short_names, write_comparison
 from mtp_jax.eval.spans import finder
 
 DOCUMENTS = (TEXT, TEXT[1:], TEXT[2:] + "ijk", TEXT + "jihg")
@@ -136,3 +136,11 @@ def test_spans_need_text(tmp_path):
     np.save(path, np.arange(60).reshape(3, 20))
     with pytest.raises(UserError, match="--spans needs text"):
         compare_models(("right",), _undecoded, Plan({"a": str(path)}, find=finder("a")))
+
+
+def test_different_models_have_different_names():
+    """Two names that end in the same 40 characters stand whole, as two with the same end do. Breaks if the ends are
+    compared before they are cut."""
+    long = [f"runs/{letter}{'x' * 40}" for letter in "ab"]
+    assert short_names(long) == long and short_names(["a/run", "b/run/"]) == ["a/run", "b/run/"]
+    assert short_names(["runs/a", "runs/b"]) == ["a", "b"]

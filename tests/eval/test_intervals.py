@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mtp_jax.eval.intervals import Ratio, difference, quotient, share
+from mtp_jax.eval.intervals import Ratio, difference, mean_share, quotient, share
 
 
 def drawn(rng, documents=40, mean=2.0):
@@ -53,6 +53,16 @@ def test_wilson():
         for end in {one.low, one.high} - {0.0, 1.0}:
             assert abs(k / n - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / n))
     assert share(0, 8).low == 0 and share(0, 8).high == pytest.approx(0.3244, abs=1e-4)
+
+
+def test_a_share_is_in_its_interval():
+    """low <= k/n <= high also where rounding puts an end on the other side: 0 of 3, 4 of 4. Equal shares of several
+    answers have Wilson's interval, not one as wide as a rounding error."""
+    for n in range(1, 60):
+        assert share(0, n).low == 0 and share(n, n).high == 1
+    for k in (1, 2):
+        equal = mean_share(Ratio(np.full(7, float(k)), np.full(7, 3.0)), several=True)
+        assert equal == pytest.approx(share(7 * k / 3, 7)) and equal.high - equal.low > 0.4
 
 
 def test_different_documents_cannot_be_paired():

@@ -74,6 +74,8 @@ def test_answers_of_other_settings_are_not_continued(task, tmp_path):
     with pytest.raises(UserError, match="another model, task or setting"):
         solved(task, path, seed=1)
     assert path.read_text() == before
+    path.write_text(before.split("\n")[0] + "\n")
+    assert len(solved(task, path, seed=1)[0].correct) == 5  # a file without answers blocks nothing
     path.write_text("hello\nworld")
     with pytest.raises(UserError, match="is not a file of answers"):
         solved(task, path)

@@ -202,6 +202,10 @@ def test_what_is_refused():
         ({"vocab_size": 5000}, "model.vocab_size=5000 is above 4096, which hashes of tokens do not allow"),
         ({"kind": "other"}, "model.kind is 'other'; a BltConfig has 'blt'"),
         ({"patches": PatchRule("space")}, "model.entropy is set, but patches of kind 'space' need no entropies"),
+        (
+            {"patches": PatchRule("global", reset_at_newline=True, byte_offset=4)},
+            "model.patches.byte_offset=4, but byte 0 is id 0 of data.tokenizer='bytes'; set byte_offset=0",
+        ),
     ):
         with pytest.raises(UserError) as error:
             blt_config(model=fields)

@@ -13,8 +13,14 @@ from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import last_number, program_of
 
 Extractor = Callable[[str], str | None]
-LETTER = re.compile(r"(?:answer(?:\s+is)?|option|choice)\s*:?\s*\(?\**([A-J])\b(?![a-z'])", re.IGNORECASE)
+LETTER = re.compile(
+    r"(?i:answer(?:\s+is)?|option|choice)\s*:?\s*\(?\**"
+    r"([A-J]\b(?!')|[a-j](?=[).:,*]|\s*$))",  # a small letter before a word is the word "a"
+    re.MULTILINE,
+)
 ALONE = re.compile(r"(?<![\w'])\(?([A-J])[).:]?(?![\w'])")
+NUMERAL = re.compile(r"[-\u2212+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?", re.ASCII)
+"""A whole number. A list such as 3,5 is none."""
 BOX = r"\boxed{"
 
 
@@ -47,7 +53,7 @@ def _plain(text: str) -> str | None:
     short = exact(text.replace("$", "").replace(r"\!", ""))
     if short is None:
         return None
-    return number(short) if re.fullmatch(r"[-\u2212+]?[\d,.]+", short) else short
+    return (number(short) if NUMERAL.fullmatch(short) else None) or short
 
 
 def letter(text: str) -> str | None:

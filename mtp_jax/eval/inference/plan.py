@@ -59,6 +59,10 @@ class Plan:
             raise UserError(f"unknown method {unknown[0]!r}; choose of {', '.join(METHODS)}")
         if not self.methods:
             raise UserError(f"there is no method to compare; choose of {', '.join(METHODS)}")
+        for what, given in (("method", self.methods), ("budget", self.budgets)):
+            twice = [one for at, one in enumerate(given) if one in given[:at]]
+            if twice:
+                raise UserError(f"the {what} {twice[0]} is given twice; give it once")
         if self.how.hooks:
             raise UserError("hooks have no effect on a comparison of methods; leave how.hooks empty")
         if self.ties not in TIES:

@@ -19,7 +19,7 @@ from mtp_jax.eval.inference.responses import Response
 from mtp_jax.eval.inference.run import Done, cut_stage, response_of
 from mtp_jax.eval.inference.scorers import judge_score, mean_logprob, shortness, sum_logprob
 from mtp_jax.eval.inference.votes import Vote, majority_vote
-from mtp_jax.eval.intervals import Interval, Ratio, share
+from mtp_jax.eval.intervals import Interval, Ratio, mean_share
 from mtp_jax.runs.strict_json import strict
 
 SCORERS = {"best-logprob": mean_logprob, "best-sum": sum_logprob, "best-short": shortness}
@@ -45,10 +45,8 @@ class Row(NamedTuple):
     def accuracy(self) -> Interval:
         """Mean over questions. The interval is Wilson's if each question is right or wrong, or if all have the same
         share; otherwise by bootstrap over questions."""
-        drawn = Ratio(np.array(self.right), np.ones(len(self.right))).interval()
-        whole = all(one in (0.0, 1.0) for one in self.right)
-        by_wilson = whole or not drawn.low < drawn.high
-        return share(math.fsum(self.right), len(self.right)) if by_wilson else drawn
+        ratio = Ratio(np.array(self.right), np.ones(len(self.right)))
+        return mean_share(ratio, any(0 < one < 1 for one in self.right))
 
     @property
     def cost(self) -> Spent:

@@ -173,12 +173,18 @@ def _tokenised(lm: LoadedModel, record: Record, form: Form) -> Chain:
     check_ids(lm, split)
     spans = _spans(places[max(first - 1, 0) : last], len(before))
     pieces = tuple(record.chain[start:end] for start, end in spans)
-    partial = [INCOMPLETE in lm.tokenizer.decode([token]) and INCOMPLETE not in record.chain for token in split.chain]
+    partial = [_is_partial(lm.tokenizer, token) for token in split.chain]
     protected = np.array(partial) | _matched(form.protect, record.chain, spans)
     if protected.all():
         raise UserError("all tokens of the chain are protected, so there is nothing to prune; protect fewer")
     around = (before + record.chain[: spans[0][0]], record.chain[spans[-1][1] :] + answer)
     return Chain(record, split, pieces, protected, *around, question if rendered else None)
+
+
+def _is_partial(tokenizer: Any, token: int) -> bool:
+    """Whether a token holds only a part of a character. A whole U+FFFD is a token of its own in few vocabularies."""
+    text = tokenizer.decode([token])
+    return INCOMPLETE in text and tokenizer.encode(text) != [token]
 
 
 def _spans(places: Sequence[tuple[int, int]], begin: int) -> list[tuple[int, int]]:

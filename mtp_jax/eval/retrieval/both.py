@@ -96,6 +96,7 @@ def answer_both(
         with _on_line(one):
             check_question(lm, one.prompt)
             prompt_ids(lm, prompt_of(how, how.closed, question=one.prompt), 0)
+            _check_verdict(lm, one.prompt, how)
     settings = {name: value for name, value in dataclasses.asdict(how).items() if name not in NO_MATTER}
     header = {"made_from": means.made_from | settings | {"questions": digest(questions)}}
     kept = open_kept(path, json.loads(json.dumps(header)), FIELDS, ("question",))
@@ -121,6 +122,18 @@ def both_of(record: dict[str, Any]) -> Both:
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in record["evidence"].items()}
     costs = {part: Counts(**counts) for part, counts in record["costs"].items()}
     return Both(record["closed"]["correct"], record["opened"]["correct"], Evidence(**known), costs)
+
+
+def _check_verdict(lm: LoadedModel, question: str, how: Asking) -> None:
+    """Refuses a limit of tokens with which the question whether the answer is true may not fit, before the work."""
+    asked = prompt_ids(lm, prompt_of(how, how.verdict, question=question, answer=""), 0)
+    needed = len(asked) + how.max_new_tokens + 1
+    longest = lm.arch.model.max_seq_len
+    if needed > longest:
+        raise UserError(
+            f"the score p_true needs up to {needed} tokens, and the model has max_seq_len={longest}; give a smaller "
+            "--max-new-tokens"
+        )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtp_jax.errors import UserError
-from mtp_jax.eval.intervals import Interval, Ratio, difference
+from mtp_jax.eval.intervals import Interval, Ratio, difference, mean_share
 from mtp_jax.eval.retrieval.asking import Counts
 from mtp_jax.eval.retrieval.both import Both
 from mtp_jax.eval.retrieval.gate import FITS, Gate, roc_auc
@@ -48,8 +48,8 @@ class Row:
 
     @property
     def accuracy(self) -> Interval:
-        """Share of right answers, with a bootstrap interval over questions."""
-        return self.ratio.interval()
+        """Share of right answers, with Wilson's interval."""
+        return mean_share(self.ratio, several=False)
 
     def per_question(self) -> dict[str, float]:
         """The cost per question."""
