@@ -1,6 +1,7 @@
 """`mtp prune SOURCE --data FILE.jsonl --output DIR`: which tokens of a chain of reasoning a model needs."""
 
 import dataclasses
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -116,8 +117,9 @@ def _print(figures: dict[str, Any], files: dict[str, str]) -> None:
     table = Table("category", "mean rank, 1 stays longest", box=None, padding=(0, 2), header_style="bold")
     for kind, found in figures["rank_by_category"].items():
         one = Interval(**found)
-        table.add_row(kind, f"{one.value:.2f} ({one.low:.2f} to {one.high:.2f})")
-    console.print(f"{figures['chains']} chains, {figures['kept']} of {figures['tokens']} tokens kept")
+        ends = "" if math.isnan(one.low) else f" ({one.low:.2f} to {one.high:.2f})"
+        table.add_row(kind, f"{one.value:.2f}{ends}")
+    console.print(f"chains: {figures['chains']}; {figures['kept']} of {figures['tokens']} tokens kept")
     console.print(f"objective, mean over chains: {figures['before']:.2f} before, {figures['after']:.2f} after")
     console.print(table)
     for name, path in files.items():

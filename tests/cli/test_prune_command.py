@@ -108,7 +108,7 @@ def test_cheaper_modes_and_tables(capsys, data, tmp_path):
     assert steps(tmp_path / "screen") != steps(tmp_path / "exact")
     assert run(["prune", "base", "--data", data, "--output", str(tmp_path / "exact"), "--keep", "0.1"]) == 0
     out = capsys.readouterr().out
-    assert "3 chains, 3 of 16 tokens kept" in out and "mean rank, 1 stays longest" in out and "train.jsonl" in out
+    assert "chains: 3; 3 of 16 tokens kept" in out and "mean rank, 1 stays longest" in out and "train.jsonl" in out
 
 
 REFUSED = {

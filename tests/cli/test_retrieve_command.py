@@ -69,7 +69,6 @@ REFUSED = {
     "no passages": (["--passages", "0"], "--passages is 0; it must be at least 1"),
     "an answer without words": (["--task", "MUTE"], "line 1: field 'answer' is '?'; the checker contains needs a word"),
     "messages": (["--task", "MESSAGES"], "line 1: the question is"),
-    "one kind of answers": (["--limit", "4"], "training answers without passages are right"),
 }
 
 

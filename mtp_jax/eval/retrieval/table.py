@@ -66,7 +66,8 @@ class Measured(NamedTuple):
     test: int
     """Number of questions on which all rows are measured."""
     not_fitted: dict[str, str]
-    """Gates that could not be fitted, with the reason."""
+    """Gates that could not be fitted, with the reason. `all gates`: the training answers without passages are all
+    right, or all wrong."""
 
     def row(self, name: str) -> Row:
         """The row of a name."""
@@ -133,7 +134,7 @@ def measure_gates(
       kinds: forms of gates, names in `FITS`.
 
     Raises:
-      UserError: the training answers without passages are all right or all wrong, or a score is not a finite number.
+      UserError: a score is not a finite number.
     """
     fitted = [answered[number] for number in train]
     tested = [answered[number] for number in test]
@@ -145,10 +146,11 @@ def measure_gates(
     ]
     labels = np.array([not one.closed_right for one in fitted])
     if labels.all() or not labels.any():
-        raise UserError(
+        reason = (
             f"all {len(labels)} training answers without passages are {'wrong' if labels.all() else 'right'}; a gate "
             "needs both kinds, so give more questions or others"
         )
+        return Measured(tuple(rows), len(fitted), len(tested), {"all gates": reason})
     not_fitted = {}
     for name, score in (possible_scores(answered) if scores is None else scores).items():
         values = [[score.compute(one.evidence) for one in part] for part in (fitted, tested)]
