@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from reference.decoding import CONFIG, NEW, PROMPTS, calm, loaded, loud_params, model, slow_greedy, slow_sampled
-from reference.tiers import sampled
 from reference.tiny import tiny_config
 
 import mtp_jax
@@ -75,9 +74,10 @@ def generate(batch, lm=BASE, **options):
     return mtp_jax.generate(lm, PROMPTS[:batch], max_new_tokens=NEW, **options)
 
 
-@pytest.mark.parametrize("draws", sampled([False, True], True), ids=["greedy", "sampled"])
-@pytest.mark.parametrize("batch", sampled([1, 3], 3))
-@pytest.mark.parametrize(("draft", "num_draft"), sampled(DRAFTS, ("heads", 2)))
+@pytest.mark.grid
+@pytest.mark.parametrize("draws", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("draft", "num_draft"), DRAFTS)
 def test_what_changes_nothing(draft, num_draft, batch, draws):
     """generate(with a hook that is the identity) = the model alone, token for token, drawn or not, whoever drafts.
 

@@ -65,7 +65,8 @@ def with_heads(kind):
     return loaded(config, model("random").params | {"heads": loud_params(config, seed=6)["heads"]})
 
 
-@pytest.mark.parametrize("kind", sampled(["parallel", "sequential", "masks", "medusa"], "sequential"))
+@pytest.mark.grid
+@pytest.mark.parametrize("kind", ["parallel", "sequential", "masks", "medusa"])
 def test_drafts_of_samples(small_steps, kind):
     """Drafts of samples and counts of rounds are those of the batch, after the prompt and two rounds later. Breaks
     without `drafter_cache` in `_first_tokens`, without `_token_of_prompt`, with `verified` masks in place of `width`,

@@ -35,6 +35,7 @@ def scripted(monkeypatch):
     return put
 
 
+@pytest.mark.grid
 def test_drafts_change_no_sample():
     """samples(draft) = samples(no draft): text, tokens and end, with log-probabilities up to rounding; and samples of a
     prompt differ. Breaks under a rule that takes drafts, or if the seeds are not handed on."""

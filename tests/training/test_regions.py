@@ -198,7 +198,7 @@ def test_teacher_is_the_start():
 MESHES = {"accumulated": {}, "all": {"data": 2, "tensor": 2}}
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", sampled(MESHES, "all"))
 def test_split_equals_whole(name):
     """Micro-batches, or rows and vocabulary on several devices = one device, for metrics and parameters.
 
@@ -213,6 +213,7 @@ def test_split_equals_whole(name):
     chex.assert_trees_all_close(jax.device_get(split[0].params), jax.device_get(whole[0].params), atol=2e-5)
 
 
+@pytest.mark.grid
 def test_resumes_bitwise(tmp_path):
     """A run that starts from another, stops and goes on = the run that did not stop: regions, teacher and parameters.
 
