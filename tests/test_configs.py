@@ -35,6 +35,8 @@ PARAMETERS = {
     "bytes_4": 1_307_616,
     "bytes_8": 1_306_464,
     "byte_entropy": 1_021_920,
+    "blt_tiny": 277_856,
+    "blt_entropy": 6_180_864,
     "standalone": 1_052_032,
     "pretrain_1b": 1_100_048_384,
     "pretrain_7b": 6_738_415_616,

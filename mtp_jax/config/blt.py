@@ -202,7 +202,7 @@ class BltConfig:
         """Operations of the matrix products of a forward pass, without logits and without the entropy model.
 
         The latent transformer counts once per patch: every `stride` bytes for patches of kind `static`, else for every
-        slot. Cross-attention counts its projections.
+        slot. The mean over a patch's bytes, in the encoder's cross-attention, is no matrix product and does not count.
 
         Args:
           tokens: number of bytes of the batch.
@@ -216,10 +216,12 @@ class BltConfig:
         wide = self.latent.d_model
         encoder = self.encoder.num_layers * _block_flops(self.encoder, tokens, seq_len)
         encoder += 2 * patches * D * k * D + _cross_flops(self.encoder, patches * k, tokens)
+        encoder += 2 * tokens * k * self.encoder.num_heads * self.encoder.head_dim
         latent = self.latent.num_layers * _block_flops(self.latent, patches, per_row)
         latent += 2 * patches * k * D * wide * (1 if wide == k * D else 2)
         decoder = self.decoder.num_layers * _block_flops(self.decoder, tokens, seq_len)
-        decoder += self.decoder.num_layers * _cross_flops(self.decoder, tokens, patches * k)
+        attended = 4 * tokens * k * self.decoder.num_heads * self.decoder.head_dim
+        decoder += self.decoder.num_layers * (_cross_flops(self.decoder, tokens, patches * k) + attended)
         return encoder + latent + decoder
 
 
@@ -232,5 +234,5 @@ def _block_flops(c: ModelConfig, positions: int, sees: int) -> int:
 
 
 def _cross_flops(c: ModelConfig, queries: int, keys: int) -> int:
-    """The projections of cross-attention. Each query sees few keys, so the scores do not count."""
+    """The projections of cross-attention."""
     return 4 * c.d_model * c.head_dim * (queries * c.num_heads + keys * c.num_kv_heads)
