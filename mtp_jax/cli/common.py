@@ -8,7 +8,7 @@ import pathlib
 import re
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -145,21 +145,23 @@ def own_directory(source: str) -> pathlib.Path:
     return fetch.cache() / source.strip("/.").replace("/", "--")
 
 
+def figure_table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without lines, with bold headings."""
+    table = Table(*columns, box=None, padding=(0, 2), header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def print_evaluation(evaluation: Evaluation, facts: dict[str, str]) -> None:
     """Prints tables on standard output: the figures, one row per head, and one row per offset with marginals."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in (summary(evaluation) | facts).items():
         table.add_row(name, value)
-    heads = Table(*HEAD_COLUMNS, box=None, padding=(0, 2), header_style="bold")
-    for row in head_rows(evaluation):
-        heads.add_row(*row)
     console.print(table)
     console.print()
-    console.print(heads)
+    console.print(figure_table(HEAD_COLUMNS, head_rows(evaluation)))
     if evaluation.marginals:
-        marginals = Table(*CEILING_COLUMNS, box=None, padding=(0, 2), header_style="bold")
-        for one in evaluation.marginals:
-            marginals.add_row(*one.cells())
         console.print()
-        console.print(marginals)
+        console.print(figure_table(CEILING_COLUMNS, (one.cells() for one in evaluation.marginals)))

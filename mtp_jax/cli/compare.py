@@ -5,10 +5,9 @@ import pathlib
 from typing import Annotated, Literal
 
 import tyro
-from rich.table import Table
 
-from mtp_jax.cli.common import check_least, own_directory, parse, print_json
-from mtp_jax.cli.eval_many import IN_PROCESSES, answering, made_from, say_isolation, wide_console
+from mtp_jax.cli.common import check_least, figure_table, parse, print_json
+from mtp_jax.cli.eval_many import IN_PROCESSES, answering, made_from, opened, say_isolation, wide_console
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import Checker, checker
 from mtp_jax.eval.comparison_page import short_names
@@ -20,8 +19,6 @@ from mtp_jax.eval.inference.run import Task, collect
 from mtp_jax.eval.page import make_directory
 from mtp_jax.eval.sandbox.outside import Limits, isolation
 from mtp_jax.eval.task_file import Fields, Question, read_task
-from mtp_jax.loading import load
-from mtp_jax.runs.compiled import keep_compiled
 from mtp_jax.runs.integrity import new_directories
 from mtp_jax.runs.progress import say
 
@@ -163,10 +160,7 @@ def _figures(
     args: Args, name: str, questions: list[Question], plan: Plan, check: Checker, file: pathlib.Path
 ) -> Figures:
     """The figures of one model."""
-    keep_compiled(own_directory(name))
-    lm = load(name, decode_only=True, ignore=args.ignore, shipped_heads=args.draft not in ("lookup", "none"))
-    if lm.tokenizer is None:
-        raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")
+    lm = opened(args, name)
     task = Task(questions, check, made_from(args, lm, name))
     done = collect(lm, task, plan, file, progress=say)
     return figures(done, len(questions), plan)
@@ -174,15 +168,9 @@ def _figures(
 
 def _print(name: str, questions: int, found: Figures) -> None:
     out = wide_console()
-    table = Table(*page.COLUMNS, box=None, padding=(0, 2), header_style="bold")
-    for row in page.method_rows(found):
-        table.add_row(*row)
-    bounds = Table(*page.BOUND_COLUMNS, box=None, padding=(0, 2), header_style="bold")
-    for row in page.bound_rows(found):
-        bounds.add_row(*row)
     out.print(f"{name}: {questions} questions")
-    out.print(table)
+    out.print(figure_table(page.COLUMNS, page.method_rows(found)))
     out.print()
-    out.print(bounds)
+    out.print(figure_table(page.BOUND_COLUMNS, page.bound_rows(found)))
     out.print(page.count_line(found))
     out.print()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from mtp_jax.cli.common import check_least, own_directory, print_json
+from mtp_jax.cli.common import check_least, figure_table, own_directory, print_json
 from mtp_jax.data.synthetic import is_synthetic, with_seed
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import checker
@@ -100,13 +100,10 @@ def print_compared(compared: Compared, without: tuple[str, ...] = ()) -> None:
     """
     console = wide_console()
     for kind in compared.measured[0]:
-        table = Table(*columns(compared), box=None, padding=(0, 2), header_style="bold")
-        for row in rows(compared, kind):
-            if not row[0].startswith(without):
-                table.add_row(*row)
+        kept = (row for row in rows(compared, kind) if not row[0].startswith(without))
         console.print()
         console.print(f"{kind}: {compared.measured[0][kind].documents} documents; 95 % intervals in parentheses")
-        console.print(table)
+        console.print(figure_table(columns(compared), kept))
         console.print("Negative controls, which must fail:")
         for name, kinds in zip(short_names(compared.names), compared.measured, strict=True):
             for line in control_lines(kinds[kind]):
@@ -133,15 +130,24 @@ def solve(args: "Args") -> None:
     for name in args.sources:
         files.append(_answers_file(args, name))
         say(f"{name}: {len(questions)} questions of {args.task}, answers in {files[-1]}")
-        keep_compiled(own_directory(name))
-        others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
-        others["shipped_heads"] = args.draft not in ("lookup", "none")
-        lm = load(name, decode_only=True, **others)
-        if lm.tokenizer is None:
-            raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")
+        lm = opened(args, name, heads_from=args.heads_from or None)
         origin = made_from(args, lm, name)
         results.append(run_task(lm, questions, check, how, files[-1], made_from=origin, progress=say))
     _report(args, results, files)
+
+
+def opened(args: Any, name: str, **others: Any) -> LoadedModel:
+    """The model that answers questions: one that only decodes, with the heads that `--draft` needs.
+
+    Raises:
+      UserError: the model cannot be loaded, or it has no tokenizer.
+    """
+    keep_compiled(own_directory(name))
+    shipped = args.draft not in ("lookup", "none")
+    lm = load(name, decode_only=True, ignore=args.ignore, shipped_heads=shipped, **others)
+    if lm.tokenizer is None:
+        raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")
+    return lm
 
 
 def answering(args: Any) -> Answering:

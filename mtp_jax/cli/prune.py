@@ -10,9 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from mtp_jax.cli.common import check_least, own_directory, parse, print_json
+from mtp_jax.cli.common import check_least, figure_table, own_directory, parse, print_json
 from mtp_jax.errors import UserError
 from mtp_jax.eval.identity import model_identity
 from mtp_jax.eval.intervals import Interval
@@ -114,13 +113,13 @@ def _figures(chains: Sequence[Chain], pruned: Sequence[Pruned]) -> dict[str, Any
 
 def _print(figures: dict[str, Any], files: dict[str, str]) -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    table = Table("category", "mean rank, 1 stays longest", box=None, padding=(0, 2), header_style="bold")
+    ranks = []
     for kind, found in figures["rank_by_category"].items():
         one = Interval(**found)
         ends = "" if math.isnan(one.low) else f" ({one.low:.2f} to {one.high:.2f})"
-        table.add_row(kind, f"{one.value:.2f}{ends}")
+        ranks.append((kind, f"{one.value:.2f}{ends}"))
     console.print(f"chains: {figures['chains']}; {figures['kept']} of {figures['tokens']} tokens kept")
     console.print(f"objective, mean over chains: {figures['before']:.2f} before, {figures['after']:.2f} after")
-    console.print(table)
+    console.print(figure_table(("category", "mean rank, 1 stays longest"), ranks))
     for name, path in files.items():
         print(f"{name}: {path}")

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mtp_jax.cli.common import own_directory, parse_over, print_evaluation, print_json
+from mtp_jax.cli.common import figure_table, own_directory, parse_over, print_evaluation, print_json
 from mtp_jax.config import (
     Config,
     DataConfig,
@@ -204,11 +204,8 @@ def _print(
 ) -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     if real is not None:
-        table = Table(*REAL_COLUMNS, box=None, padding=(0, 2), header_style="bold")
-        for row in real_rows(real):
-            table.add_row(*row)
         console.print(f"[bold]{real.model}[/bold]")
-        console.print(table)
+        console.print(figure_table(REAL_COLUMNS, real_rows(real)))
         console.print(f"\n{remark(real)}\n")
     console.print("[bold]a small model from scratch[/bold]")
     print_evaluation(evaluation, facts)

@@ -6,15 +6,12 @@ import json
 import math
 import pathlib
 import re
-import sys
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from mtp_jax.cli.common import check_least, own_directory, parse, print_json
-from mtp_jax.cli.eval_many import WIDE, default_directory
+from mtp_jax.cli.common import check_least, figure_table, own_directory, parse, print_json
+from mtp_jax.cli.eval_many import default_directory, wide_console
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import checker
 from mtp_jax.eval.comparison_page import cell
@@ -182,12 +179,8 @@ def cells(measured: Measured, row: Row) -> tuple[str, ...]:
 
 
 def _print(measured: Measured) -> None:
-    width = None if sys.stdout.isatty() else WIDE
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, width=width)
-    table = Table(*COLUMNS, box=None, padding=(0, 2), header_style="bold")
-    for row in measured.rows:
-        table.add_row(*cells(measured, row))
+    console = wide_console()
     console.print(f"{measured.train} questions for fitting, {measured.test} for the table; costs are per question")
-    console.print(table)
+    console.print(figure_table(COLUMNS, (cells(measured, row) for row in measured.rows)))
     for name, reason in measured.not_fitted.items():
         console.print(f"not fitted: {name}: {reason}")

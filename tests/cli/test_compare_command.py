@@ -28,9 +28,9 @@ def sampler(monkeypatch):
     """A scripted model in the place of a loaded one."""
     made = Sampler(write)
     monkeypatch.setattr("mtp_jax.eval.inference.responses.generate", made)
-    monkeypatch.setattr("mtp_jax.cli.compare.load", lambda name, **options: MODEL)
+    monkeypatch.setattr("mtp_jax.cli.eval_many.load", lambda name, **options: MODEL)
     monkeypatch.setattr("mtp_jax.cli.eval_many.model_identity", lambda lm, name: {"files": name})
-    monkeypatch.setattr("mtp_jax.cli.compare.keep_compiled", lambda directory: None)
+    monkeypatch.setattr("mtp_jax.cli.eval_many.keep_compiled", lambda directory: None)
     return made
 
 
