@@ -66,7 +66,7 @@ class Args:
     """A string that ends a response; may be given several times."""
     batch_size: int = 16
     """Responses that are generated together."""
-    draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "none"
+    draft: Literal["heads", "lookup", "heads+lookup", "local", "none", "auto"] = "none"
     """Who drafts. It changes the time, not the responses."""
     chat: bool = False
     """Put each prompt into the chat template, as the message of a user."""

@@ -78,7 +78,7 @@ class Args:
     """Answers of a task that are generated together."""
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A string that ends an answer; may be given several times."""
-    draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "none"
+    draft: Literal["heads", "lookup", "heads+lookup", "local", "none", "auto"] = "none"
     """Who drafts the answers of a task. It changes the speed, not the answers."""
     time_limit: float = 15.0
     """Seconds for the code of an answer with its tests, or for the search of a regular expression."""

@@ -37,13 +37,13 @@ class Decoding:
     """Seed of the random numbers; each prompt gets a seed derived from it. The drafter does not change the tokens."""
     repetition_penalty: float = 1.0
     """Makes tokens of the prompt and the output less likely; 1 changes nothing."""
-    draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "auto"
+    draft: Literal["heads", "lookup", "heads+lookup", "local", "none", "auto"] = "auto"
     """Who drafts. heads: the extra heads; lookup: a search for the last words in the text so far; heads+lookup: both;
-    none: nobody; auto: heads, or lookup if the model has none. For smollm2, auto is heads+lookup with --num-draft
-    auto."""
+    local: the local decoder of a model of patches; none: nobody; auto: heads, or lookup if the model has none. For
+    smollm2, auto is heads+lookup with --num-draft auto."""
     num_draft: Annotated[str | None, tyro.conf.arg(metavar="INT|auto")] = None
-    """Drafts per round. The default is all heads, or 4 for lookup. auto measures how many save time; under a rule other
-    than exact, the tokens then differ from call to call."""
+    """Drafts per round. The default is all heads, 4 for lookup or 8 for local. auto measures how many save time; under
+    a rule other than exact, the tokens then differ from call to call."""
     accept: Literal["exact", "rejection", "typical", "confidence", "all", "confadapt"] = "exact"
     """The rule that accepts drafts. All but exact and rejection are lossy: the command then counts and prints how many
     tokens differ. all and confadapt are for standalone models: they emit predictions without verification."""
@@ -66,7 +66,7 @@ def open_model(args: Decoding) -> LoadedModel:
     """Loads the model, for decoding only."""
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
-    others["shipped_heads"] = args.draft not in ("lookup", "none", "expert")
+    others["shipped_heads"] = args.draft not in ("lookup", "local", "none", "expert")
     dtype = None if args.dtype == "config" else args.dtype
     lm = load(args.source, dtype=dtype, decode_only=True, **others)
     return lm.with_chat_template(args.chat_template) if args.chat_template else lm

@@ -89,7 +89,7 @@ class Args:
     """Seed of the split into training and test questions, and of the samples."""
     batch_size: int = 16
     """Questions that are answered together."""
-    draft: Literal["heads", "lookup", "heads+lookup", "none", "auto"] = "none"
+    draft: Literal["heads", "lookup", "heads+lookup", "local", "none", "auto"] = "none"
     """Who drafts. It changes the speed, not the answers."""
     output: str = ""
     """Directory for the answers and the gates. The default is SOURCE/eval for a run, and NAME-eval in the current
@@ -130,7 +130,12 @@ def measure(args: Args) -> tuple[Measured, pathlib.Path]:
     with new_directories(path.parent):
         make_directory(path.parent)  # before the work, so that a bad path fails at once
         keep_compiled(own_directory(args.source))
-        lm = load(args.source, decode_only=True, ignore=args.ignore, shipped_heads=args.draft not in ("lookup", "none"))
+        lm = load(
+            args.source,
+            decode_only=True,
+            ignore=args.ignore,
+            shipped_heads=args.draft not in ("lookup", "local", "none"),
+        )
         corpus = hashlib.sha256(json.dumps(passages).encode()).hexdigest()
         made_from = {"model": {"source": args.source, "ignore": args.ignore} | model_identity(lm, args.source)}
         made_from |= {"corpus": corpus, "passages": args.passages} | checker_identity(args.checker)

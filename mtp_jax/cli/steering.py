@@ -16,10 +16,10 @@ from mtp_jax.runs.progress import say
 class Steered(Decoding):
     """The options of generation, with those of steering."""
 
-    draft: Literal["heads", "lookup", "heads+lookup", "expert", "none", "auto"] = "auto"
+    draft: Literal["heads", "lookup", "heads+lookup", "local", "expert", "none", "auto"] = "auto"
     """Who drafts. heads: the extra heads; lookup: a search for the last words in the text so far; heads+lookup: both;
-    expert: the model of --expert; none: nobody; auto: heads, or lookup if the model has none. For smollm2, auto is
-    heads+lookup with --num-draft auto."""
+    local: the local decoder of a model of patches; expert: the model of --expert; none: nobody; auto: heads, or lookup
+    if the model has none. For smollm2, auto is heads+lookup with --num-draft auto."""
     expert: str = ""
     """A tuned model, like SOURCE. Its logits minus those of --anti-expert are added to those of the model
     (proxy-tuning, arXiv:2401.08565)."""

@@ -11,6 +11,7 @@ layers (`taps`) and use another vocabulary (`DraftContext.propose`). The drafter
     heads         the model's extra heads
     lookup        finds the last few tokens earlier in the row and proposes what followed them (n-gram match); no heads
     heads+lookup  the one of the two that expects more accepted drafts
+    local         a small part of the trunk, if it has one that can draft (`trunk.can_draft`)
     none          no drafts: plain decoding by the same engine, the reference in every comparison
 """
 
@@ -22,11 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import Arch, families
+from mtp_jax.config import Arch
 from mtp_jax.decode.brought import check_compiled
-from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
+from mtp_jax.model.given import NewTokens
 from mtp_jax.model.heads import FAMILIES
 from mtp_jax.model.heads.base import Processed, Round, run_if
 
@@ -48,6 +49,9 @@ class Drafts(NamedTuple):
     ahead."""
     taken_B: jax.Array | None = None
     """How many drafts the next round emits, under a rule that decides ahead. The engine sets it."""
+    caches: Any = None
+    """The model's caches, if the drafter has changed them. It may change entries from position total - 1 on only: the
+    next round replaces these."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +73,8 @@ class DraftContext(Processed):
     """States [B, Q, D] at `Drafter.taps`, in the same order, for the same positions as `tap_BQD`."""
     own: Any = ()
     """`Drafter.params`."""
+    caches: Any = ()
+    """The model's caches (`trunk.init_caches`). Entries from position total - 1 on are leftovers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,69 +108,6 @@ class Drafter:
             raise UserError(f"Drafter.num_draft={self.num_draft!r}; it must be an int, 0 or above")
         for field in ("init", "draft"):
             check_compiled(f"Drafter.{field}", getattr(self, field))
-
-
-def checked(drafter: Drafter, drafts: Drafts, rows: int, vocab_size: int, wants_probs: bool) -> Drafts:
-    """Checks what a drafter returns, while it is traced. Converts tokens to int32 and probabilities to float32."""
-    V = vocab_size
-    most = drafter.num_draft
-    is_drafts = isinstance(drafts, Drafts)
-    tokens = drafts.tokens_BP if is_drafts else drafts
-    probs = drafts.probs_BPV if is_drafts else None
-    shape = jnp.shape(tokens) if hasattr(tokens, "dtype") else ()
-    integers = hasattr(tokens, "dtype") and jnp.issubdtype(tokens.dtype, jnp.integer)
-    if not is_drafts or not integers or len(shape) != 2 or shape[0] != rows or shape[1] > most:
-        got = f"{tokens.dtype} of shape {list(shape)}" if hasattr(tokens, "dtype") else repr(tokens)
-        raise UserError(
-            f"drafter {drafter.name!r} returns {got}; it must return Drafts(tokens) with whole numbers of shape "
-            f"[{rows}, {most}], or fewer columns"
-        )
-    if probs is not None and jnp.shape(probs) != (*shape, V):
-        raise UserError(
-            f"drafter {drafter.name!r} returns probabilities of shape {list(jnp.shape(probs))} for drafts of "
-            f"shape {list(shape)}; they must be {[*shape, V]}"
-        )
-    if probs is None and shape[1] and wants_probs:
-        raise UserError(
-            f"accept='confidence' needs the drafter's probabilities, but {drafter.name!r} returns none; return them as "
-            "Drafts.probs_BPV, or use another accept rule"
-        )
-    worth_B = drafts.worth_B
-    if worth_B is not None and (jnp.shape(worth_B) != (rows,) or worth_B.dtype != bool):
-        raise UserError(
-            f"drafter {drafter.name!r} returns worth_B as {worth_B.dtype} of shape {list(jnp.shape(worth_B))}; it must "
-            f"be bool of shape [{rows}]"
-        )
-    probs = None if probs is None else jnp.asarray(probs, jnp.float32)
-    return Drafts(jnp.asarray(tokens, jnp.int32), probs, worth_B)
-
-
-def check_rule(rule: Rule, arch: Arch, drafter: Drafter, num_draft: int | str | None) -> None:
-    """Refuses a rule that emits drafts without verification, unless the model was trained for that and its own
-    predictions are the drafts.
-
-    Args:
-      rule: the accept rule.
-      arch: the model.
-      drafter: the drafter of the request.
-      num_draft: the number of drafts that the caller asked for.
-
-    Raises:
-      UserError: the rule does not fit.
-    """
-    if rule.facts.ahead is None:
-        return
-    asked = f"accept={rule.name!r}"
-    if not arch.heads.facts.stands_alone:
-        kinds = " or ".join(f"heads.kind={kind!r}" for kind in families("stands_alone"))
-        raise UserError(
-            f"{asked} emits tokens without verification, for which this model was not trained; train it with {kinds}, "
-            "or use accept='exact'"
-        )
-    if drafter.num_draft and drafter.name != "heads":
-        raise UserError(f"{asked} emits the model's own predictions, not those of draft={drafter.name!r}; use 'heads'")
-    if num_draft == "auto":
-        raise UserError(f"num_draft='auto' with {asked} would change the tokens from call to call; give a number")
 
 
 def _no_cache(arch: Arch, num_draft: int, batch: int, slots: int) -> tuple:
@@ -344,22 +287,41 @@ def better(
     return Drafts(tokens_BP, probs_BPV, worth_B, sure_BP)
 
 
+def _local_draft(arch: Arch, params: Any, cache: tuple, context: DraftContext) -> tuple[Drafts, tuple]:
+    """Drafts of a small part of the trunk, from the newest token on."""
+    if not context.count:
+        return _no_drafts(arch, params, cache, context)
+    start_B = context.total_B - 1
+    newest_B1 = jnp.take_along_axis(context.tokens_BS, start_B[:, None], axis=1)
+    new = NewTokens(trunk.embed(arch, params, newest_B1), newest_B1, start_B)
+
+    def propose(states_BPD: jax.Array, first: jax.Array) -> Drafts:
+        return context.propose(trunk.logits(arch, params, trunk.final_norm(arch, params, states_BPD)), first)
+
+    drafts, caches = trunk.draft(arch, params, new, context.caches, context.count, propose)
+    return drafts._replace(caches=caches), cache
+
+
 NONE = Drafter("none", 0, _no_cache, _no_drafts)
 """Plain decoding by the same engine, the reference in every comparison."""
 
 LOOKUP_DRAFTS = 4
 """The default of P for `lookup`."""
+LOCAL_DRAFTS = 8
+"""The default of P for `local`."""
 MOST_DRAFTS = 64
-NAMES = ("heads", "lookup", "heads+lookup", "none")
+NAMES = ("heads", "lookup", "heads+lookup", "local", "none")
+FREE = {"lookup": LOOKUP_DRAFTS, "local": LOCAL_DRAFTS}
+"""Drafters that may draft any number, with their defaults."""
 
 
 def make_drafter(name: str, arch: Arch, num_draft: int | None = None, passes: bool = False) -> Drafter:
     """A drafter by name.
 
     Args:
-      name: `heads`, `lookup`, `heads+lookup` or `none`.
+      name: `heads`, `lookup`, `heads+lookup`, `local` or `none`.
       arch: the model.
-      num_draft: P. None means all extra heads, or `LOOKUP_DRAFTS` without heads.
+      num_draft: P. None means all extra heads, or `LOOKUP_DRAFTS` for lookup alone, or `LOCAL_DRAFTS` for local.
       passes: whether heads shall say which of their drafts are worth verifying. Lookup always does. Masks never do,
         because they run together with verification.
 
@@ -371,13 +333,20 @@ def make_drafter(name: str, arch: Arch, num_draft: int | None = None, passes: bo
         raise UserError(f"draft={name!r} is not a drafter; choose {names} or {NAMES[-1]!r}")
     if name == "none" and num_draft:
         raise UserError(f"num_draft={num_draft} with draft='none'; use draft='heads', or leave num_draft out")
+    if name == "local" and not trunk.can_draft(arch):
+        raise UserError(
+            "draft='local', but this model has no local decoder, as a Byte Latent Transformer has; use 'heads', "
+            "'lookup' or 'none'"
+        )
     if name == "none" or num_draft == 0:
         return NONE
-    if name == "lookup":
-        num_draft = LOOKUP_DRAFTS if num_draft is None else num_draft
+    if name in FREE:
+        num_draft = FREE[name] if num_draft is None else num_draft
         if not 1 <= num_draft <= MOST_DRAFTS:
-            raise UserError(f"num_draft={num_draft} with draft='lookup'; use 0..{MOST_DRAFTS}")
-        return Drafter(name, num_draft, _no_cache, _lookup_draft, passes=True)
+            raise UserError(f"num_draft={num_draft} with draft={name!r}; use 0..{MOST_DRAFTS}")
+        if name == "lookup":
+            return Drafter(name, num_draft, _no_cache, _lookup_draft, passes=True)
+        return Drafter(name, num_draft, _no_cache, _local_draft)
     extra = arch.heads.num_future - 1
     if not arch.heads.facts.drafts:
         raise UserError(

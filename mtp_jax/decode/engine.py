@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.decode import records, sampling, verify
-from mtp_jax.decode.drafters import DraftContext, Drafts, checked
+from mtp_jax.decode.checks import checked, checked_caches
+from mtp_jax.decode.drafters import DraftContext, Drafts
 from mtp_jax.decode.hooks import HookContext, alone_rows, apply_hooks, begin_hooks, embed_hooks, stop_drafts
 from mtp_jax.decode.propose import probability, propose
 from mtp_jax.decode.sampling import Controls
@@ -345,12 +346,14 @@ def _draft(
         asks_heads=state.asks_heads,
         passes=plan.drafter.passes and not facts.blind,
         own=controls.drafter,
+        caches=state.caches,
     )
     drafts, cache = plan.drafter.draft(plan.arch, params, state.drafter_cache, context)
     taken_B = None
     if facts.ahead is not None:
         sure_BQ = sure_B[:, None] if drafts.chosen_BP is None else jnp.column_stack([sure_B, drafts.chosen_BP])
         taken_B = facts.ahead(plan.rule, sure_BQ)
+    caches = checked_caches(plan.drafter, drafts, state.caches)
     drafts = checked(plan.drafter, drafts, len(state.total_B), plan.arch.model.vocab_size, facts.needs_probs)
     V = plan.arch.model.vocab_size
     P = state.drafts.tokens_BP.shape[1]
@@ -369,4 +372,5 @@ def _draft(
     worth_B = None
     if plan.drafter.passes:
         worth_B = jnp.full_like(state.done_B, made > 0) if drafts.worth_B is None else drafts.worth_B
-    return state._replace(drafts=Drafts(tokens_BP, probs_BPV, worth_B, taken_B=taken_B), drafter_cache=cache)
+    drafts = Drafts(tokens_BP, probs_BPV, worth_B, taken_B=taken_B)
+    return state._replace(drafts=drafts, caches=caches, drafter_cache=cache)

@@ -44,10 +44,11 @@ def generate(
         lists of token ids, to which no token is added; or what a tokenizer returns: a dict with `input_ids`.
       max_new_tokens: largest number of new tokens per prompt. There are fewer if the row reaches the model's
         max_seq_len.
-      draft: `heads`, `lookup`, `heads+lookup`, `none`, or your own `Drafter`. `auto` means heads, or lookup if the
-        model has no extra heads.
-      num_draft: P, drafts per round. None drafts with every head. `auto` measures which number is fastest, and may use
-        no drafts. With a rule other than `exact` the tokens depend on P, so `auto` may give other tokens in every call.
+      draft: `heads`, `lookup`, `heads+lookup`, `local`, `none`, or your own `Drafter`. `auto` means heads, or lookup if
+        the model has no extra heads.
+      num_draft: P, drafts per round. None drafts with every head, 4 with lookup and 8 with local. `auto` measures which
+        number is fastest, and may use no drafts. With a rule other than `exact` the tokens depend on P, so `auto` may
+        give other tokens in every call.
       stop: strings that end a row; they may contain names of special tokens. The text is cut before the first of them.
       ignore_eos: whether to continue after an end token, for measurements.
       n: samples per prompt. Sample j of prompt i is row i * n + j of every list in the result. The rows are those of a

@@ -12,9 +12,10 @@ from mtp_jax.config import Arch
 from mtp_jax.decode import buckets, engine
 from mtp_jax.decode.adaptive import BLOCK, COSTS, Chooser, Gate, WidthChooser
 from mtp_jax.decode.brought import arguments, static
+from mtp_jax.decode.checks import check_rule
 from mtp_jax.decode.counts import Clock, Counts, zero_counts
 from mtp_jax.decode.detokenize import RowText
-from mtp_jax.decode.drafters import NONE, Drafter, check_rule, make_drafter
+from mtp_jax.decode.drafters import NONE, Drafter, make_drafter
 from mtp_jax.decode.held import Held, slots_of_turn
 from mtp_jax.decode.hooks import Asked, Hooks, check_heard, make_hooks, may_draw, reports, stop_drafts, without_drafts
 from mtp_jax.decode.memory import cache_bytes, check_cache_fits, free_bytes

@@ -26,7 +26,15 @@ the order of `taps`. A trunk may also have
 
     run_mixed(model, params, rows, weight [L + 1]) -> (state, mix)
 
-if it can sum a mix of all states without keeping them. Otherwise the mix is computed from the states at all taps.
+if it can sum a mix of all states without keeping them. Otherwise the mix is computed from the states at all taps. And
+
+    draft(model, view, new, caches, count, propose) -> (drafts, caches)
+
+if a small part of it can guess the next `count` tokens. `new` has the newest token of every row, which is not in the
+caches. `propose(states [B, n, D], first)` chooses tokens first..first+n-1 of the drafts, `.tokens_BP`, from states
+before the final norm; `first` may be traced. It returns a tree of arrays [B, n, ...], and `drafts` is that tree for all
+`count` tokens, [B, count, ...]. The caches may differ at the positions from start_B[b] on only. The drafter `local`
+calls this function.
 
 The functions must have these properties:
 
@@ -45,7 +53,7 @@ The functions must have these properties:
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -209,6 +217,30 @@ def decode(
       new positions.
     """
     return trunk_of(arch).decode(arch.model, params, new, caches, taps)
+
+
+def can_draft(arch: Arch) -> bool:
+    """Whether a small part of the trunk can guess next tokens."""
+    return hasattr(trunk_of(arch), "draft")
+
+
+def draft(
+    arch: Arch, params: Params, new: NewTokens, caches: Any, count: int, propose: Callable[[jax.Array, Any], Any]
+) -> tuple[Any, Any]:
+    """Guesses the next tokens of every row with a small part of the trunk; for trunks that `can_draft`.
+
+    Args:
+      arch: the model and its heads.
+      params: a `decode_view`.
+      new: the newest token of every row, with the output of `embed`. It is not in the caches.
+      caches: from `decode`.
+      count: number of tokens to guess.
+      propose: chooses tokens from states; see the top of this file.
+
+    Returns:
+      What `propose` returned, for all tokens; and the caches, with other entries from the newest token on.
+    """
+    return trunk_of(arch).draft(arch.model, params, new, caches, count, propose)
 
 
 def everywhere(arch: Arch) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class Args:
     """Number of tokens of each prompt. With random weights they are random ids."""
     max_new_tokens: int = 128
     """Number of tokens to decode per prompt."""
-    draft: Literal["heads", "lookup", "heads+lookup", "auto"] = "auto"
+    draft: Literal["heads", "lookup", "heads+lookup", "local", "auto"] = "auto"
     """The drafter. auto means heads, or lookup if the model has no extra heads."""
     num_draft: int = -1
     """Drafts per round. -1 drafts with every head, or with the default of lookup. num_draft=auto is also measured."""

@@ -139,10 +139,15 @@ class _Places(NamedTuple):
     """The slots with the bytes of each new patch."""
 
 
+def ended(model: BltConfig, of_bytes: ByteCache) -> jax.Array:
+    """Which bytes of the cache end their patch, bool [B, S]."""
+    entropy_BS = of_bytes.entropy_BS if model.reads_entropy else None
+    return patch_ends(entropy_BS, model.patches, None, of_bytes.tokens_BS)
+
+
 def _places(model: BltConfig, of_bytes: ByteCache, start_B: jax.Array, count: int) -> _Places:
     """Where patches of `count` new bytes are. The bytes and their entropies are in the cache."""
-    entropy_BS = of_bytes.entropy_BS if model.reads_entropy else None
-    ends_BS = patch_ends(entropy_BS, model.patches, None, of_bytes.tokens_BS)
+    ends_BS = ended(model, of_bytes)
     closed_BS = jnp.cumsum(ends_BS, axis=1)
     slot_S = jnp.arange(of_bytes.slots)
     starts_BS = jnp.pad(ends_BS, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
@@ -173,25 +178,27 @@ def decode(
     """The whole model over Q new bytes per row: the last state of the decoder, its states at the taps, the caches."""
     start_B = new.start_B
     of_bytes = caches.of_bytes
-    of_bytes = of_bytes._replace(tokens_BS=_write(of_bytes.tokens_BS, new.tokens_BQ, start_B))
+    of_bytes = of_bytes._replace(tokens_BS=write(of_bytes.tokens_BS, new.tokens_BQ, start_B))
     of_entropy = caches.entropy
     if model.reads_entropy:
         entropy_BQ, of_entropy = _entropies(model, view, new, of_bytes.tokens_BS, caches.entropy)
-        of_bytes = of_bytes._replace(entropy_BS=_write(of_bytes.entropy_BS, entropy_BQ, start_B))
-    x_BQD = new.states_BQD + _hashed(model, view, of_bytes.tokens_BS, new)
+        of_bytes = of_bytes._replace(entropy_BS=write(of_bytes.entropy_BS, entropy_BQ, start_B))
+    x_BQD = new.states_BQD + new_hashes(model, view, of_bytes.tokens_BS, new)
     encoder = model.part("encoder")
     h_BQD, of_encoder = lm.decode_blocks(encoder, view["encoder"]["blocks"], x_BQD, start_B, caches.encoder)
     cross = write_cache(caches.cross, *encoder_cross(model, view, h_BQD, method="keys_values"), start_B)
     places = _places(model, of_bytes, start_B, new.tokens_BQ.shape[1])
     pool_BQD = _pooled(of_bytes.pool_BSD, h_BQD, places.starts_BQ, start_B)
-    of_bytes = of_bytes._replace(pool_BSD=_write(of_bytes.pool_BSD, pool_BQD, start_B))
+    of_bytes = of_bytes._replace(pool_BSD=write(of_bytes.pool_BSD, pool_BQD, start_B))
     latent, of_patches = _think(model, view, pool_BQD, cross, places, caches)
     read_BQkD = jnp.take_along_axis(of_patches.states_BSkD, places.reads_BQ[..., None, None], axis=1)
-    x_BQD, states, decoder = _decoded(model, view, h_BQD, (start_B, read_BQkD), caches.decoder, taps)
-    return x_BQD, states, BltCaches(of_bytes, of_entropy, of_encoder, cross, latent, of_patches, decoder)
+    memory = decoder_memory(model, view, read_BQkD)
+    states, decoder = decode_layers(model, view, h_BQD, start_B, memory, caches.decoder)
+    states_of_taps = tuple(states[tap] for tap in taps)
+    return states[-1], states_of_taps, BltCaches(of_bytes, of_entropy, of_encoder, cross, latent, of_patches, decoder)
 
 
-def _write(old_BS: jax.Array, new_BQ: jax.Array, start_B: jax.Array) -> jax.Array:
+def write(old_BS: jax.Array, new_BQ: jax.Array, start_B: jax.Array) -> jax.Array:
     """Entries [B, S, ...] with Q new ones, row b's at slots start_B[b]..start_B[b]+Q-1."""
 
     def write_row(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
@@ -223,7 +230,7 @@ def _entropies(
     return entropy_of(model, own, x_BQD), tuple(written)
 
 
-def _hashed(model: BltConfig, view: Params, tokens_BS: jax.Array, new: NewTokens) -> jax.Array | float:
+def new_hashes(model: BltConfig, view: Params, tokens_BS: jax.Array, new: NewTokens) -> jax.Array | float:
     """The embeddings of the hashes of the new bytes, whose first windows begin before them."""
     Q = new.tokens_BQ.shape[1]
     before = LONGEST_HASH - 1
@@ -258,7 +265,7 @@ def _think(
         mixed_BQkNH = over_slots(queries.q_BXkNH, *cross, places.own_BQS)
         x_BQU = latent_inputs(model, view, queries, mixed_BQkNH)
         x_BQU, latent = lm.decode_blocks(model.part("latent"), view["latent"]["blocks"], x_BQU, places.closed_B, latent)
-        states_BSkD = _write(of_patches.states_BSkD, patch_outputs(model, view, x_BQU), places.closed_B)
+        states_BSkD = write(of_patches.states_BSkD, patch_outputs(model, view, x_BQU), places.closed_B)
         return jnp.zeros((), bool), latent, PatchCache(states_BSkD)
 
     # A loop of one step or none, not a branch: a loop updates caches in place, but a branch copies them.
@@ -267,29 +274,42 @@ def _think(
     return latent, of_patches
 
 
-def _decoded(
+Memory = tuple[tuple[jax.Array, jax.Array], ...]
+"""Keys and values [B, Q, k, K, H] of the patch that each byte reads, by layer of the decoder."""
+
+
+def decoder_memory(model: BltConfig, view: Params, read_BQkD: jax.Array) -> Memory:
+    """The keys and values of what every byte reads, for all layers of the decoder."""
+    B, Q, k, D = read_BQkD.shape
+    joined_BUD = read_BQkD.reshape(B, Q * k, D)
+
+    def of_layer(cross: Params) -> tuple[jax.Array, jax.Array]:
+        keys, values = decoder_cross(model, cross, joined_BUD, method="keys_values")
+        return keys.reshape(B, Q, k, *keys.shape[2:]), values.reshape(B, Q, k, *values.shape[2:])
+
+    return tuple(of_layer(cross) for cross in view["decoder"]["cross"])
+
+
+def decode_layers(
     model: BltConfig,
     view: Params,
     x_BQD: jax.Array,
-    read: tuple[jax.Array, jax.Array],
+    start_B: jax.Array,
+    memory: Memory,
     caches: tuple[LayerCache, ...],
-    taps: Sequence[int],
-) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[LayerCache, ...]]:
-    """The layers of the decoder. `read` has the position of the first new byte of every row, and the k states of the
-    patch that each byte reads."""
-    start_B, read_BQkD = read
-    B, Q, k, D = read_BQkD.shape
+) -> tuple[tuple[jax.Array, ...], tuple[LayerCache, ...]]:
+    """The layers of the decoder over Q new bytes, of which the first has position start_B[b]: the states at all taps,
+    and the caches."""
+    B, Q = x_BQD.shape[:2]
     block = Block(model.part("decoder"))
     states = [x_BQD]
     written = []
-    layers = zip(view["decoder"]["cross"], view["decoder"]["blocks"], caches, strict=True)
-    for cross, layer, cache in layers:
-        keys, values = decoder_cross(model, cross, read_BQkD.reshape(B, Q * k, D), method="keys_values")
-        k_BQkKH, v_BQkKH = (x.reshape(B, Q, k, *x.shape[2:]) for x in (keys, values))
+    layers = zip(view["decoder"]["cross"], view["decoder"]["blocks"], memory, caches, strict=True)
+    for cross, layer, (k_BQkKH, v_BQkKH), cache in layers:
         q_BQNH = decoder_cross(model, cross, x_BQD, method="queries")
         mixed_BQNH = over_patch(q_BQNH, k_BQkKH, v_BQkKH, jnp.zeros((B, Q), jnp.int32))
         x_BQD = decoder_cross(model, cross, x_BQD, mixed_BQNH, method="finish")
         x_BQD, cache = block.apply(variables(layer), x_BQD, start_B, cache, method="write_read")
         written.append(cache)
         states.append(x_BQD)
-    return x_BQD, tuple(states[tap] for tap in taps), tuple(written)
+    return tuple(states), tuple(written)

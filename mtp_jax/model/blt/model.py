@@ -209,6 +209,13 @@ def run(
     """The whole model over rows: the last state of the decoder, and its states at the taps. Tap 0 is the state after
     the encoder."""
     patches = patches_of(model, params, rows.tokens_BT, rows.segment_ids_BT)
+    return run_patches(model, params, rows, patches, taps)
+
+
+def run_patches(
+    model: BltConfig, params: Params, rows: TokenRows, patches: Patches, taps: Sequence[int]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """`run` with given patches."""
     x_BTD = rows.states_BTD + hashed(model, params, rows.tokens_BT, rows.positions_BT)
     where = (rows.positions_BT, rows.segment_ids_BT)
     h_BTD = lm.run_blocks(model.part("encoder"), params["encoder"]["blocks"], x_BTD, *where)
