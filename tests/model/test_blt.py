@@ -1,6 +1,7 @@
 """The Byte Latent Transformer: what a byte may depend on, and that caches and packing change nothing."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from mtp_jax.cli.common import parse_over
 from mtp_jax.config import Config, PatchRule, from_json, override, to_json
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp, trunk
-from mtp_jax.model.blt.model import entropies, patches_of
+from mtp_jax.model.blt.model import entropies, latents, patches_of
 from mtp_jax.model.blt.slots import in_slots
 from mtp_jax.model.given import NewTokens, TokenRows
 
@@ -24,13 +25,26 @@ PARAMS = blt_params(CONFIG)
 TOKENS = np.random.default_rng(4).integers(0, 256, T).astype(np.int32)
 
 
+class Levels(NamedTuple):
+    """What the model computes on its way, by byte, and by patch."""
+
+    entropy_BT: Any
+    taps: Any
+    """The state of the encoder, and those of the layers of the decoder."""
+    latent_BXkD: Any
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def states(model, params, tokens_BT, positions_BT, segment_ids_BT):
-    """Head 0's states [B, T, D] of the whole forward pass, and the patches."""
+    """Head 0's states [B, T, D] of the whole forward pass, the patches, and the levels."""
     arch = blt_config(model=dict(model)).arch
-    hidden_BTD = mtp.apply(arch, params, tokens_BT, positions_BT, segment_ids_BT)[0]
-    patches = patches_of(arch.model, mtp.with_constants(arch, params), tokens_BT, segment_ids_BT)
-    return hidden_BTD, patches
+    ready = mtp.with_constants(arch, params)
+    given = TokenRows(trunk.embed(arch, ready, tokens_BT), tokens_BT, positions_BT, segment_ids_BT)
+    state_BTD, taps = trunk.run(arch, ready, given, trunk.everywhere(arch))
+    patches = patches_of(arch.model, ready, tokens_BT, segment_ids_BT)
+    entropy_BT = entropies(arch.model, ready, tokens_BT, segment_ids_BT)
+    levels = Levels(entropy_BT, taps, latents(arch.model, ready, taps[0], patches))
+    return trunk.final_norm(arch, ready, state_BTD), patches, levels
 
 
 def whole(tokens_BT, positions_BT=None, segment_ids_BT=None, model=()):
@@ -42,29 +56,35 @@ def whole(tokens_BT, positions_BT=None, segment_ids_BT=None, model=()):
         np.ones((B, T)) if segment_ids_BT is None else segment_ids_BT,
     )
     padded = [np.concatenate([x, np.repeat(x[:1], T + 1 - B, axis=0)]).astype(np.int32) for x in arrays]
-    hidden_BTD, patches = states(model, PARAMS, *padded)
-    return jax.tree.map(lambda x: np.asarray(x)[:B], (hidden_BTD, patches))
+    return jax.tree.map(lambda x: np.asarray(x)[:B], states(model, PARAMS, *padded))
 
 
 def test_no_byte_depends_on_a_later_one():
-    """state[t] of a row = that of the row with byte j changed, for all j > t; byte j itself changes state[j]; and the
-    row has patches of several lengths. Breaks if a byte reads the latent of its own unfinished patch (`ids_BT` in place
-    of `reads_BT`), if a patch attends to all bytes, or if an end reads the entropy of the byte after."""
+    """At every level of a row with byte j changed: entropies, states of the encoder and of all layers of the decoder
+    are those of the row at all t < j, borders at all t <= j, and latents for all patches that ended before j; byte j
+    itself changes state[j]; and the row has patches of several lengths. Breaks if a byte reads the latent of its own
+    unfinished patch, in which its target is, if a patch attends to all bytes, or if an end reads the entropy of the
+    byte after."""
     changed_BT = np.tile(TOKENS, (T + 1, 1))
     changed_BT[np.arange(T), np.arange(T)] = (TOKENS + 101) % 256
-    hidden_BTD, patches = whole(changed_BT)
+    hidden_BTD, patches, levels = whole(changed_BT)
     lengths = np.bincount(patches.ids_BT[-1])
     assert len(set(lengths.tolist())) > 2
     assert (patches.ids_BT[:-1] != patches.ids_BT[-1]).any()
+    assert len(levels.taps) == 3
     for j in range(T):
-        np.testing.assert_allclose(hidden_BTD[j, :j], hidden_BTD[-1, :j], rtol=1e-5, atol=1e-5)
+        for level_BT in (levels.entropy_BT, *levels.taps, hidden_BTD):
+            np.testing.assert_allclose(level_BT[j, :j], level_BT[-1, :j], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(patches.starts_BT[j, : j + 1], patches.starts_BT[-1, : j + 1])
+        done = patches.ids_BT[-1, j] if j else 0
+        np.testing.assert_allclose(levels.latent_BXkD[j, :done], levels.latent_BXkD[-1, :done], rtol=1e-5, atol=1e-5)
         assert np.abs(hidden_BTD[j, j] - hidden_BTD[-1, j]).max() > 1e-3
 
 
 def test_every_byte_sees_the_patches_before_it():
     """A change in byte 0 reaches the last state through the latent transformer: the encoder's window is shorter, and
     without the latents' part the decoder would be the only way. Breaks if `reads_BT` is -1 or 0 everywhere."""
-    _, patches = whole(TOKENS[None])
+    _, patches, _ = whole(TOKENS[None])
     ids_T = patches.ids_BT[0]
     ends_T = np.append(ids_T[1:] > ids_T[:-1], False)
     np.testing.assert_array_equal(patches.reads_BT[0, :-1], np.where(ends_T, ids_T, ids_T - 1)[:-1])
@@ -75,7 +95,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other():
     the encoder or the latent transformer, or with hashes across documents."""
     a, b = TOKENS[:11].tolist(), TOKENS[11:20].tolist()
     packed, *alone = (rows(*documents, length=T) for documents in ((a, b), (a,), (b,)))
-    hidden_BTD, patches = whole(*(np.concatenate(arrays) for arrays in zip(packed, *alone, strict=True)))
+    hidden_BTD, patches, _ = whole(*(np.concatenate(arrays) for arrays in zip(packed, *alone, strict=True)))
     np.testing.assert_allclose(hidden_BTD[0, :11], hidden_BTD[1, :11], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(hidden_BTD[0, 11:20], hidden_BTD[2, :9], rtol=1e-5, atol=1e-5)
     assert patches.ids_BT[0, 11] > patches.ids_BT[0, 10]
@@ -96,7 +116,7 @@ def test_cached_states_are_those_of_the_whole_row():
     of which some ended patches. Breaks with patches that are counted from the round, without the running maximum of
     the bytes before, with the keys of too few bytes, or with a latent that is not written again."""
     tokens_BT = np.stack([TOKENS, TOKENS[::-1]])
-    hidden_BTD, _ = whole(tokens_BT)
+    hidden_BTD, *_ = whole(tokens_BT)
     wrong_BT = (tokens_BT + 77) % 256
     caches = trunk.init_caches(CONFIG.arch, 2, T + Q)
     start_B = np.array([0, 0])
@@ -167,8 +187,8 @@ def test_patches_of_a_written_table():
 def test_too_few_slots_change_no_earlier_byte():
     """state with X = 8 slots = state with T slots, up to the first byte whose patch has none, and is finite after it.
     Breaks if bytes without a slot are added to the last patch."""
-    exact_BTD, patches = whole(TOKENS[None])
-    few_BTD, _ = whole(TOKENS[None], model=(("slots_per_byte", 0.2),))
+    exact_BTD, patches, _ = whole(TOKENS[None])
+    few_BTD, *_ = whole(TOKENS[None], model=(("slots_per_byte", 0.2),))
     assert MODEL.slots(T) == T
     first = int(np.argmax(patches.ids_BT[0] == 8))
     assert 0 < first < T

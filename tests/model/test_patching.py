@@ -8,6 +8,7 @@ import pytest
 
 from mtp_jax.errors import UserError
 from mtp_jax.model.blt.patching import PatchRule, entropy_segments, fit_threshold, patch_ends, patch_ids, patch_starts
+from mtp_jax.model.blt.slots import in_slots
 
 T = 40
 RULES = [
@@ -71,6 +72,20 @@ def test_a_prefix_has_the_patches_of_the_row(rule):
     for i in (1, 2, 7, 23):
         prefix_BT = patch_starts(entropy_BT[:, :i], rule, None, tokens_BT[:, :i])
         np.testing.assert_array_equal(prefix_BT, whole_BT[:, : i + 1])
+
+
+@pytest.mark.parametrize("rule", RULES[2:6:3], ids=str)
+def test_a_row_that_is_cut_reads_what_the_whole_row_reads(rule):
+    """reads(x_<i) = reads(x)_<i, also if byte i - 1 ends no patch: the end of a row is no end of a patch. So the last
+    byte of a prefix reads the same patch in plain decoding, in verification and in training. Breaks if a row that is
+    cut ends its last patch."""
+    entropy_BT, tokens_BT = row(rule)
+    ends_BT = patch_ends(entropy_BT, rule, None, tokens_BT)
+    whole_BT = in_slots(ends_BT, jnp.ones_like(tokens_BT), T).reads_BT
+    for i in np.flatnonzero(~np.asarray(ends_BT)[0])[[1, 6]] + 1:
+        ends_Bi = patch_ends(entropy_BT[:, :i], rule, None, tokens_BT[:, :i])
+        reads_Bi = in_slots(ends_Bi, jnp.ones_like(ends_Bi, int), i).reads_BT
+        np.testing.assert_array_equal(reads_Bi, whole_BT[:, :i])
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

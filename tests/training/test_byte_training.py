@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference.blt import MODEL, blt_config
@@ -14,7 +15,9 @@ from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, ModelConfig, PatchRule
 from mtp_jax.cost.flops import step_flops
 from mtp_jax.errors import UserError
-from mtp_jax.model import lora
+from mtp_jax.losses.targets import make_targets
+from mtp_jax.model import lora, mtp, trunk
+from mtp_jax.model.given import TokenRows
 from mtp_jax.training.step import compile_steps, random_batch
 from mtp_jax.trees import by_path
 
@@ -61,6 +64,33 @@ def test_a_step_over_eight_devices_is_the_step_of_one():
         # The first step of Adam has the size of the learning rate whatever the gradient, so only its sign can differ.
         close = np.isclose(split[path], leaf, rtol=1e-3, atol=1e-4)
         assert close.mean() > 0.995, path
+
+
+@pytest.mark.grid
+def test_the_last_byte_of_a_row_is_learned():
+    """d loss / d state[t] is above 0 for all bytes of a row but its last one, which is the first of the next row: so T
+    bytes have T - 1 targets. Breaks if the last target of a row has no weight, or if the bytes of an unfinished patch
+    read nothing."""
+    arch = CONFIG.arch
+    params = mtp.init(arch, jax.random.key(0))
+    tokens_BT = random_batch(CONFIG)["tokens"]
+    B, T = tokens_BT.shape
+    ones_BT = jnp.ones((B, T), jnp.int32)
+    targets_MBT, weights_MBT = make_targets(tokens_BT, ones_BT, 1)
+
+    @jax.grad
+    def gradient(added_BTD):
+        ready = mtp.with_constants(arch, params)
+        positions_BT = jnp.tile(jnp.arange(T)[None], (B, 1))
+        x_BTD = trunk.embed(arch, ready, tokens_BT) + added_BTD
+        state_BTD, _ = trunk.run(arch, ready, TokenRows(x_BTD, tokens_BT, positions_BT, ones_BT))
+        logprob_BTV = jax.nn.log_softmax(trunk.logits(arch, ready, trunk.final_norm(arch, ready, state_BTD)))
+        ce_BT = -jnp.take_along_axis(logprob_BTV, targets_MBT[0][..., None], axis=-1)[..., 0]
+        return jnp.sum(ce_BT * weights_MBT[0])
+
+    size_BT = jnp.abs(gradient(jnp.zeros((B, T, arch.model.d_model)))).max(axis=-1)
+    assert (size_BT[:, :-1] > 1e-6).all()
+    np.testing.assert_array_equal(size_BT[:, -1], 0)
 
 
 def test_operations_are_counted_by_patch():

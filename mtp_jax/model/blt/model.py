@@ -219,11 +219,11 @@ def run_patches(
     x_BTD = rows.states_BTD + hashed(model, params, rows.tokens_BT, rows.positions_BT)
     where = (rows.positions_BT, rows.segment_ids_BT)
     h_BTD = lm.run_blocks(model.part("encoder"), params["encoder"]["blocks"], x_BTD, *where)
-    latent_BXkD = _latents(model, params, h_BTD, patches)
+    latent_BXkD = latents(model, params, h_BTD, patches)
     return _decoded(model, params, h_BTD, rows, (latent_BXkD, patches.reads_BT), taps)
 
 
-def _latents(model: BltConfig, params: Params, h_BTD: jax.Array, patches: Patches) -> jax.Array:
+def latents(model: BltConfig, params: Params, h_BTD: jax.Array, patches: Patches) -> jax.Array:
     """The k states of every patch that bytes read, [B, X, k, D], from the encoder's states."""
     pool_BXD = jnp.take_along_axis(running_max(h_BTD, patches.starts_BT), patches.end_BX[..., None], axis=1)
     queries = patch_queries(model, params, pool_BXD)
