@@ -16,7 +16,7 @@ from mtp_jax.bench.floor import bytes_touched, measure_bandwidth
 from mtp_jax.config import Arch, Config, MeshConfig
 from mtp_jax.data.loader import heldout_prompts, load_heldout
 from mtp_jax.data.store import open_prepared
-from mtp_jax.decode.drafters import DraftContext, Drafter, Drafts
+from mtp_jax.decode.drafters import FREE, DraftContext, Drafter, Drafts
 from mtp_jax.eval.acceptance import Timed, mismatches, pair, time_sides
 from mtp_jax.loading import LoadedModel
 from mtp_jax.model import mtp
@@ -77,18 +77,19 @@ def measure(
       runs: number of timed runs of each side. The median is used.
 
     Returns:
-      The keys of `mtp bench decode --json`, except `random_weights`.
+      The keys of `mtp bench decode --json`, except `random_weights`. Floors and the bandwidth are None for a model that
+      is no stack of decoder blocks.
     """
     batch_size = len(prompts)
     counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "timed_runs": runs}
     timed = time_sides(lm, prompts, _sides(drafter), **counts)
-    heads = 0 if drafter.name == "lookup" else drafter.num_draft
+    heads = 0 if drafter.name in FREE else drafter.num_draft
     live = len(prompts[0]) + max_new_tokens / 2
-    plain_bytes, draft_bytes = bytes_touched(lm.config, batch_size, live, heads)
-    bandwidth = measure_bandwidth(plain_bytes)
     figures = _figures(timed)
-    figures["plain"]["floor_ms"] = 1e3 * plain_bytes / bandwidth
-    figures["draft"]["floor_ms"] = 1e3 * draft_bytes / bandwidth
+    touched = bytes_touched(lm.config, batch_size, live, heads)
+    bandwidth = None if touched is None else measure_bandwidth(touched[0])
+    for i, side in enumerate(("plain", "draft")):
+        figures[side]["floor_ms"] = None if touched is None else 1e3 * touched[i] / bandwidth
     parting = mismatches(lm, prompts, timed["plain"][0], timed["drafted"][0])
     return figures | {
         "mismatches": {
@@ -97,7 +98,7 @@ def measure(
             "within_margin": parting.within_margin,
             "rows": parting.rows,
         },
-        "bandwidth_gb_per_second": bandwidth / 1e9,
+        "bandwidth_gb_per_second": None if bandwidth is None else bandwidth / 1e9,
         "parameters": mtp.count_params(lm.arch),
         "batch_size": batch_size,
         "draft_with": drafter.name,

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Config
-from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
 from mtp_jax.model.cache import LayerCache
 from mtp_jax.model.heads import FAMILIES
 
 
-def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[float, float]:
+def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[float, float] | None:
     """The smallest number of bytes that a plain step and a round with drafts must read: the weights once, and the used
     slots of the caches.
 
@@ -25,12 +24,11 @@ def bytes_touched(config: Config, batch: int, live: float, heads: int) -> tuple[
 
     Returns:
       Bytes of a step and of a round. The round adds the heads with their caches, and the unembedding: once if all heads
-      draft together, once per head if each reads the draft of the one before.
+      draft together, once per head if each reads the draft of the one before. None if the model is no stack of decoder
+      blocks: its steps may leave parts of it out.
     """
     if not config.model.is_stack:
-        raise UserError(
-            f"model.kind={config.model.kind!r}: the bytes of a step are known for stacks of decoder blocks only"
-        )
+        return None
     c = config.model.block
     size = jnp.dtype(c.dtype).itemsize
     params = mtp.abstract(config.arch)

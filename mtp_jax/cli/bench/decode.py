@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mtp_jax.bench.decode import SIDES, measure, random_model, random_prompts, text_prompts
 from mtp_jax.cli.common import check_least, parse, print_json, read_config
-from mtp_jax.decode.drafters import make_drafter
+from mtp_jax.decode.drafters import FREE, make_drafter
 from mtp_jax.errors import UserError
 from mtp_jax.loading import LoadedModel, load
 from mtp_jax.runs.progress import say
@@ -35,7 +35,8 @@ class Args:
     draft: Literal["heads", "lookup", "heads+lookup", "local", "auto"] = "auto"
     """The drafter. auto means heads, or lookup if the model has no extra heads."""
     num_draft: int = -1
-    """Drafts per round. -1 drafts with every head, or with the default of lookup. num_draft=auto is also measured."""
+    """Drafts per round. -1 drafts with every head, or with the default of lookup or local. num_draft=auto is also
+    measured."""
     dtype: Literal["config", "float32", "bfloat16"] = "config"
     """Dtype of parameters and activations."""
     runs: int = 5
@@ -51,13 +52,13 @@ def main(argv: list[str]) -> None:
     lm = _model(args)
     if args.draft == "auto":
         args = dataclasses.replace(args, draft="heads" if lm.config.heads.num_future > 1 else "lookup")
-    if not lm.config.heads.draft and args.draft != "lookup":
+    if not lm.config.heads.draft and args.draft not in FREE:
         heads = lm.config.heads
         why = "has no extra heads" if heads.num_future == 1 else f"has heads.kind={heads.kind!r}, which has nothing"
         raise UserError(f"{args.source} {why} to draft with; use --draft lookup")
     prompts = _prompts(lm, args)
     num_draft = None if args.num_draft < 0 else args.num_draft
-    if args.draft != "lookup" and num_draft is None:
+    if args.draft not in FREE and num_draft is None:
         num_draft = lm.config.num_draft
     drafter = make_drafter(args.draft, lm.arch, num_draft)
     if not drafter.num_draft:
@@ -90,9 +91,11 @@ def _print(result: dict[str, Any]) -> None:
     parting = result["mismatches"]
     table = Table("", "ms", "floor ms", "ratio", "tokens/s", box=None, padding=(0, 2), header_style="bold")
     for name, side, took in (("plain step", plain, "ms_per_step"), ("drafted round", draft, "ms_per_round")):
-        ratio = side[took] / side["floor_ms"]
-        cells = (f"{side[took]:.3f}", f"{side['floor_ms']:.3f}", f"{ratio:.2f}", f"{side['tokens_per_second']:,.0f}")
-        table.add_row(name, *cells)
+        floor = side["floor_ms"]
+        against = ("-", "-") if floor is None else (f"{floor:.3f}", f"{side[took] / floor:.2f}")
+        table.add_row(name, f"{side[took]:.3f}", *against, f"{side['tokens_per_second']:,.0f}")
+    reading = result["bandwidth_gb_per_second"]
+    read = "" if reading is None else f" reading {reading:.1f} GB/s"
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     console.print(table)
     console.print(
@@ -104,13 +107,20 @@ def _print(result: dict[str, Any]) -> None:
         f"tokens {_agreement(result['identical'], parting)}\n"
         f"{result['parameters'] / 1e6:.1f}M parameters, batch {result['batch_size']}, {result['num_draft']} drafts of "
         f"{result['draft_with']}, {result['dtype']}, "
-        f"{result['device']} reading {result['bandwidth_gb_per_second']:.1f} GB/s, jax {result['jax']}\n"
-        f"the prompts' own pass, {1e3 * result['prefill_seconds']:.1f} ms, is not in these figures\n"
-        "floor: bytes of weights and live cache, counted, over the bandwidth measured on an array of that many bytes; "
-        "where those fit into a processor's cache it is no hard limit"
+        f"{result['device']}{read}, jax {result['jax']}\n"
+        f"the prompts' own pass, {1e3 * result['prefill_seconds']:.1f} ms, is not in these figures\n{_floor(reading)}"
     )
     if result["random_weights"]:
         console.print("random weights: their drafts are hardly ever accepted; compare times with floors, not the gain")
+
+
+def _floor(reading: float | None) -> str:
+    if reading is None:
+        return "there is no floor for this model, because its steps may leave out parts of it"
+    return (
+        "floor: bytes of weights and live cache, counted, over the bandwidth measured on an array of that many bytes; "
+        "where those fit into a processor's cache it is no hard limit"
+    )
 
 
 def _percent(rates: list[float | None]) -> str:
