@@ -143,7 +143,7 @@ def opened(args: Any, name: str, **others: Any) -> LoadedModel:
       UserError: the model cannot be loaded, or it has no tokenizer.
     """
     keep_compiled(own_directory(name))
-    shipped = args.draft not in ("lookup", "none")
+    shipped = args.draft not in ("lookup", "local", "none")
     lm = load(name, decode_only=True, ignore=args.ignore, shipped_heads=shipped, **others)
     if lm.tokenizer is None:
         raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")

@@ -1,6 +1,7 @@
 """What a decoding step must read, counted by hand: the denominator of every ratio to the floor."""
 
 import pytest
+from reference.blt import blt_config
 from reference.models import small_config
 
 from mtp_jax.bench.floor import bytes_touched
@@ -46,3 +47,8 @@ def test_bytes_of_a_round(name):
     plain, drafted = bytes_touched(small_config(heads=heads), 1, 5, count)
     assert plain == 4 * (2 * (BLOCK + CACHE) + TABLE)
     assert drafted - plain == 4 * added
+
+
+def test_a_byte_latent_transformer_has_no_floor():
+    """Its steps may leave out the latent transformer, so bytes are not counted. Breaks without the check."""
+    assert bytes_touched(blt_config(), 1, 5, 0) is None
