@@ -3,7 +3,7 @@
     python benchmarks/bytes.py --workdir runs/bytes_bench
 
 All models have the same width and the same number of floating-point operations for training. They read the standard
-library's source:
+library's source, or the files of --source:
 
     BPE, 4 heads         1,024 tokens of byte-pair encoding; 12 blocks, heads included
     bytes, 1 head        a byte at a time (`configs/bytes_1.py`); 12 blocks
@@ -17,7 +17,7 @@ training of the others, but its passes do.
 The first table has bits per byte of held-out files, clean and with noise, and training FLOPs per byte. The second has
 speed with and without drafts. The third says where the time of a round goes. Stop it at any time; the same command
 continues. With --scale S the width is 64 S, and training takes S^4 times as many operations, so that the tokens per
-parameter stay the same. On a GPU, begin with --scale 4.
+parameter stay the same. For a GPU and ten minutes: `--scale 4 --flops 1e12 --seeds 1`, which is about 2e15 operations.
 """
 
 import dataclasses
@@ -67,6 +67,10 @@ ENTROPY_SHARE = 0.1
 class Args:
     """Arguments of the benchmark."""
 
+    source: str = "stdlib"
+    """Text to learn from: `stdlib`, or a pattern of files."""
+    heldout: str = "stdlib"
+    """Text to measure on: `stdlib` for the files of it that are held out, or a pattern of other files."""
     scale: int = 1
     """Width of all models, in units of 64."""
     flops: float = 4e12
@@ -118,7 +122,7 @@ def _measured(args: Args, name: str, seed: int) -> dict[str, Any]:
     """All figures of a model with one seed."""
     config, steps = _trained(args, _config(args, name), 1.0, seed, _short(name))
     lm = load(args.workdir / f"{_short(name)}_{seed}")
-    text = open_text("stdlib", "stdlib", "text", lm, True, print)
+    text = open_text(args.heldout, args.heldout, "text", lm, True, print)
     size = text.rows.bytes_ / len(text.rows.tokens)
     read = steps * config.train.batch_size * config.data.seq_len * size
     bits = {"clean": _bits(lm, text)} | {one: _bits(lm, noisy(text, one, lm)) for one in args.noise}
@@ -141,7 +145,7 @@ def _config(args: Args, name: str) -> Config:
 def _trained(args: Args, config: Config, share: float, seed: int, name: str) -> tuple[Config, int]:
     """Trains a model, or continues. Returns its whole config, and its number of steps."""
     steps = max(round(share * args.flops * args.scale**4 / per_step(config)), 2)
-    config = override(config, {"train.steps": steps, "train.seed": seed})
+    config = override(config, {"data.source": args.source, "train.steps": steps, "train.seed": seed})
     workdir = args.workdir / f"{name}_{seed}"
     first = args.workdir / f"{name}_0" / "data"
     if seed and first.is_dir() and not workdir.exists():
@@ -241,7 +245,8 @@ def _quality(args: Args, found: dict[str, list[dict[str, Any]]]) -> Report:
         rows.append(cells)
     columns = ("model", "parameters", "training FLOPs per byte", "MB read", "bits per byte", *args.noise)
     note = (
-        f"Width {WIDTH * args.scale}, {args.flops * args.scale**4:.2g} training FLOPs for every model, "
+        f"Trained on {args.source}, measured on {args.heldout}. Width {WIDTH * args.scale}, "
+        f"{args.flops * args.scale**4:.2g} training FLOPs for every model, "
         f"{len(next(iter(found.values())))} seeds: mean (lowest-highest). Noisy text is divided by its own bytes."
     )
     return Report("Bytes and tokens at equal training FLOPs: bits per byte, clean and noisy", columns, rows, note)
