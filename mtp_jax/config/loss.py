@@ -45,10 +45,17 @@ class LossConfig:
     """Weight of the token order loss (TOP). Above 0, the model has one more unembedding, used in training only."""
     order_window: int = 32
     """Number of following positions that the token order loss ranks."""
-    entropy: Literal["none", "keep_top", "drop_top", "soft"] = "none"
-    """Weight the tokens by entropy; experimental, see `losses/entropy.py`."""
+    entropy: Literal["none", "keep_top", "drop_top", "random", "soft"] = "none"
+    """Weight the tokens by entropy: learn from those with the highest entropy, from all others, from tokens drawn at
+    random, or from all with weights that grow with entropy. Experimental, see `losses/entropy.py`."""
     entropy_fraction: float = 0.2
-    """keep_top, drop_top: share of the tokens that are kept or dropped."""
+    """keep_top, drop_top, random: share of the tokens that are kept or dropped."""
+    entropy_selection: Literal["exact", "threshold"] = "exact"
+    """keep_top, drop_top: exact takes exactly that share of the tokens. threshold takes all tokens at or above the
+    quantile of their entropies, ties included."""
+    entropy_scope: Literal["microbatch", "batch"] = "microbatch"
+    """The tokens among which the share is taken, over all devices: those of a micro-batch, or of the batch, which is
+    all micro-batches of a step. With batch and `train.grad_accum` above 1, a step runs the model once more."""
     entropy_source: Literal["own", "next_token"] = "next_token"
     """The distribution that the entropy is computed from. own: that of each head; next_token: that of head 0."""
     entropy_normaliser: Literal["selected", "all"] = "selected"
@@ -92,19 +99,23 @@ class LossConfig:
             f"loss.entropy_temperature={self.entropy_temperature}; it must be at least 1e-6",
         )
         require(
-            (self.entropy, self.entropy_fraction) not in (("keep_top", 0.0), ("drop_top", 1.0)),
+            (self.entropy, self.entropy_fraction) not in (("keep_top", 0.0), ("random", 0.0), ("drop_top", 1.0)),
             f"loss.entropy_fraction={self.entropy_fraction} with loss.entropy={self.entropy!r} leaves nothing to learn",
         )
-        select = self.entropy in ("keep_top", "drop_top")
+        ranked = self.entropy in ("keep_top", "drop_top")
+        select = ranked or self.entropy == "random"
         moves = self.schedule in ("linear", "switch")
         only_with("loss", self, "gather", self.impl == "fused", "loss.impl='fused'")
         only_with("loss", self, "distil_mix", self.distil != "none", "loss.distil")
         only_with("loss", self, "schedule_final", moves, "loss.schedule='linear' or 'switch'")
         only_with("loss", self, "schedule_at", self.schedule == "switch", "loss.schedule='switch'")
         only_with("loss", self, "order_window", self.token_order > 0, "loss.token_order")
-        only_with("loss", self, "entropy_fraction", select, "loss.entropy='keep_top' or 'drop_top'")
+        by_entropy = self.entropy not in ("none", "random")
+        only_with("loss", self, "entropy_fraction", select, "loss.entropy='keep_top', 'drop_top' or 'random'")
+        only_with("loss", self, "entropy_selection", ranked, "loss.entropy='keep_top' or 'drop_top'")
         only_with("loss", self, "entropy_temperature", self.entropy == "soft", "loss.entropy='soft'")
-        only_with("loss", self, "entropy_source entropy_normaliser", self.entropy != "none", "loss.entropy")
+        only_with("loss", self, "entropy_source", by_entropy, "loss.entropy='keep_top', 'drop_top' or 'soft'")
+        only_with("loss", self, "entropy_normaliser entropy_scope", self.entropy != "none", "loss.entropy")
         require(self.teacherless >= -1, f"loss.teacherless={self.teacherless}; give a token id, or -1 to switch it off")
         require(
             not self.head_weights or any(self.head_weights),

@@ -122,7 +122,7 @@ def _loop_over_chunks(
     taught_by = None if teacher is None else teacher.hidden_MBTD
     arrays = (hidden_MBTD, targets, weights_MBT, taught_by)
     flat = jax.tree.map(lambda x: jnp.asarray(x).reshape(U, *x.shape[3:]), arrays)
-    tokens, chunks = _chunks_of(U if wanted_MBT is None else wanted_MBT.reshape(U), C, spec)
+    tokens, chunks = chunks_of(U if wanted_MBT is None else wanted_MBT.reshape(U), C, spec)
 
     def body(i: jax.Array, sums: _Sums) -> _Sums:
         token_C = jax.lax.dynamic_slice_in_dim(tokens, i * C, C)
@@ -213,14 +213,16 @@ def _chunk(
         return chunk
     target_CV = spread(ids_CW - first_id, probs_CW, V)
     dz_CV = weight_C[:, None] * logit_gradient(objective, soft, target_CV, taught, total, vocab)
+    if spec.temperature != 1:
+        dz_CV /= spec.temperature
     if spec.softcap:
-        dz_CV *= 1 - (soft.z_CV / spec.softcap) ** 2
+        dz_CV *= 1 - (soft.z_CV * spec.temperature / spec.softcap) ** 2
     dz_CV = dz_CV.astype(h_CD.dtype)
     dh_CD = jnp.einsum("CV,VD->CD", dz_CV, table_VD, preferred_element_type=jnp.float32)
     return chunk._replace(dz_CV=dz_CV, dh_CD=across(jax.lax.psum, dh_CD, axes).astype(h_CD.dtype))
 
 
-def _chunks_of(wanted_U: jax.Array | int, size: int, spec: XentSpec) -> tuple[jax.Array, jax.Array | int]:
+def chunks_of(wanted_U: jax.Array | int, size: int, spec: XentSpec) -> tuple[jax.Array, jax.Array | int]:
     """The indices of the tokens in all chunks, and the number of chunks.
 
     The last chunk is filled up with indices that are out of range.

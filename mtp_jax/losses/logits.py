@@ -42,6 +42,7 @@ class XentSpec:
       chunk_bytes: most bytes of float32 logits in memory at one time on one device; see `default_chunk_bytes`.
       softcap: c in `c * tanh(logits / c)`; 0 is off.
       z_loss: coefficient of logsumexp^2.
+      temperature: divides the logits, after the soft cap.
       mesh: devices that the arrays are spread over; None for one device.
       batch_axes: mesh axes that split the rows.
       length_axes: mesh axes that split the positions.
@@ -65,6 +66,7 @@ class XentSpec:
     distance: str = "kl"
     mix: float = 0.0
     learn_table: bool = True
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.chunk_bytes < 1:
@@ -78,6 +80,8 @@ class XentSpec:
         for name in ("softcap", "z_loss"):
             if getattr(self, name) < 0:
                 raise UserError(f"XentSpec.{name}={getattr(self, name)} is negative; 0 switches it off")
+        if not self.temperature > 0:
+            raise UserError(f"XentSpec.temperature={self.temperature}; it must be above 0")
 
     def _check_axes(self) -> None:
         mesh = self.mesh
@@ -137,6 +141,8 @@ def gathered(table_VD: jax.Array, spec: XentSpec) -> jax.Array:
 def softmax(spec: XentSpec, vocab_axes: tuple[str, ...], h_CD: jax.Array, table_VD: jax.Array) -> Softmax:
     """Softmax of the logits of a chunk. Sums are over the whole vocabulary, also if it is split."""
     z_CV = cap(products(h_CD, table_VD), spec.softcap)
+    if spec.temperature != 1:
+        z_CV = z_CV / spec.temperature
     max_C = across(jax.lax.pmax, jax.lax.stop_gradient(jnp.max(z_CV, axis=-1)), vocab_axes)
     exp_CV = jnp.exp(z_CV - max_C[:, None])
     sum_C = across(jax.lax.psum, jnp.sum(exp_CV, axis=-1), vocab_axes)

@@ -14,7 +14,7 @@ from reference.jaxprs import results
 from reference.tiers import sampled
 from reference.xent_problems import problem, xent_and_grads
 
-from mtp_jax.losses.fused import _chunks_of
+from mtp_jax.losses.fused import chunks_of
 from mtp_jax.losses.mtp import XENT
 from mtp_jax.losses.xent import XentSpec
 
@@ -207,7 +207,7 @@ def test_only_wanted_tokens_count(impl, count):
     """xent(wanted) = naive with the weights of all other tokens 0, value and gradient, in chunks of 5; and the others
     have a ce and a rank of 0.
 
-    Breaks without `count` in `_chunks_of`, or with `mode="clip"` in the gather or the scatter (the last chunk is
+    Breaks without `count` in `chunks_of`, or with `mode="clip"` in the gather or the scatter (the last chunk is
     ragged), or for remat without either `where`.
     """
     hidden_MBTD, table_VD, targets_MBT, weights_MBT = problem()
@@ -229,11 +229,11 @@ def test_only_wanted_tokens_count(impl, count):
 @pytest.mark.parametrize(("count", "chunks"), [(0, 0), (1, 1), (5, 1), (6, 2), (22, 5)])
 def test_loop_ends_with_the_last_wanted_token(count, chunks):
     """ceil(count / C) turns over chunks of C = 5 hold the wanted tokens in order; what fills them up lies behind all
-    tokens. Breaks if `_chunks_of` returns `most`, or without its `where`.
+    tokens. Breaks if `chunks_of` returns `most`, or without its `where`.
     """
     wanted_N = np.zeros(22, bool)
     wanted_N[np.random.default_rng(count).permutation(22)[:count]] = True
-    index, turns = _chunks_of(jnp.asarray(wanted_N), 5, XentSpec())
+    index, turns = chunks_of(jnp.asarray(wanted_N), 5, XentSpec())
     assert turns == chunks
     np.testing.assert_array_equal(index[:count], np.flatnonzero(wanted_N))
     assert len(set(index.tolist())) == len(index) == 25

@@ -92,7 +92,7 @@ def test_table_gathered_for_every_chunk(name):
 def test_devices_may_want_different_numbers_of_tokens(gather_chunks):
     """The same equation where one device wants no token, another all of its own: 0 to 5 chunks of 7.
 
-    Without `pmax` in `_chunks_of` devices that gather W together would wait for one another for ever.
+    Without `pmax` in `chunks_of` devices that gather W together would wait for one another for ever.
     """
     wanted_MBT = np.arange(8)[None, :, None] * 17 > 7 * np.arange(17)[None, None, :] + np.zeros((2, 1, 1))
     options = {"wanted_MBT": wanted_MBT, "gather_chunks": gather_chunks}
