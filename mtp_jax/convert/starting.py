@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from mtp_jax.config import Config, LoraConfig, OptimConfig, TrainConfig, override
+from mtp_jax.config import Config, LoraConfig, OptimConfig, RLConfig, TrainConfig, override
 from mtp_jax.convert import fetch
 from mtp_jax.convert.adapters import is_adapter
 from mtp_jax.convert.layouts import recognised
@@ -56,7 +56,7 @@ def start_from(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config
     }
     if start.heads.num_future == 1 and "heads" not in sections:
         settled["train"]["init_heads"] = "new"
-    fresh = dataclasses.replace(start, optim=OptimConfig(), train=TrainConfig(), lora=LoraConfig())
+    fresh = dataclasses.replace(start, optim=OptimConfig(), train=TrainConfig(), lora=LoraConfig(), rl=RLConfig())
     changes = {name: settled.get(name, {}) | sections.get(name, {}) for name in (*settled, *sections)}
     flat = {f"{section}.{field}": value for section, fields in changes.items() for field, value in fields.items()}
     return override(fresh, flat)

@@ -22,6 +22,7 @@ import functools
 import math
 import operator
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -185,6 +186,16 @@ def merge(params: Params, config: LoraConfig, *, keep: bool = False) -> Params:
       keep: whether `params` stay usable. If not, each array that changes is given up, so that only one matrix is in
         memory twice at a time.
     """
+    return _merged(params, config, functools.partial(_update, keep))
+
+
+def merge_traced(params: Params, config: LoraConfig) -> Params:
+    """`merge` as a part of a larger program. `params` stay usable."""
+    return _merged(params, config, lambda weights, pair: _updated(weights, pair["a"], pair["b"]))
+
+
+def _merged(params: Params, config: LoraConfig, update: Callable[[jax.Array, Params], jax.Array]) -> Params:
+    """Parameters without adapters. `update` makes the new weights from the weights and the pair of factors."""
     if "lora" not in params:
         return params
     whole = {name: tree for name, tree in params.items() if name != "lora"}
@@ -192,12 +203,12 @@ def merge(params: Params, config: LoraConfig, *, keep: bool = False) -> Params:
         for layer, pairs in _scaled(factors, config.alpha).items():
             for name, pair in pairs.items():
                 blocks = _blocks(whole, stack)
-                changed = blocks[layer] | {name: _update(blocks[layer][name], pair, keep)}
+                changed = blocks[layer] | {name: update(blocks[layer][name], pair)}
                 whole = _with_blocks(whole, stack, blocks | {layer: changed})
     return whole
 
 
-def _update(weights: jax.Array, pair: Params, keep: bool) -> jax.Array:
+def _update(keep: bool, weights: jax.Array, pair: Params) -> jax.Array:
     """`_updated`, on the devices of the weights. They are given up unless `keep`."""
     run = jax.jit(_updated, donate_argnums=() if keep else 0, out_shardings=weights.sharding)
     return run(weights, pair["a"], pair["b"])

@@ -130,6 +130,7 @@ def apply(
     *,
     everywhere: bool = False,
     states_BTU: jax.Array | None = None,
+    detached: bool = False,
 ) -> jax.Array:
     """The states of every head at every position, as input of the unembedding.
 
@@ -141,6 +142,8 @@ def apply(
       segment_ids_BT: document of each token; tokens see only their own document.
       everywhere: whether to compute also the states that training does not use; see `trained`.
       states_BTU: `trunk_states` of the same rows. If given, the trunk does not run.
+      detached: whether the states of extra heads give gradients to parameters of heads alone. Heads that run through
+        the trunk then need a second run of it. A learned mix of tapped states (`heads.tap_mix`) gets no gradient.
 
     Returns:
       hidden_MBTD. Head m's state at t predicts token t+1+m. `logits` gives the logits, and `unembeddings` the tables.
@@ -149,21 +152,30 @@ def apply(
     embedded_BTD = trunk.embed(arch, params, tokens_BT)
     family = FAMILIES[arch.heads.kind]
     rows = (embedded_BTD, positions_BT, segment_ids_BT)
+
+    def still(tree: Any) -> Any:
+        return jax.lax.stop_gradient(tree) if detached else tree
+
+    of_heads = {name: part if name == "heads" else still(part) for name, part in params.items()}
     # Without heads the stack of blocks is cut at the same places as with them, so that rounding is also the same.
     if not arch.heads.facts.in_trunk:
         given = TokenRows(embedded_BTD, tokens_BT, positions_BT, segment_ids_BT)
         known = _trunk(arch, params, given) if states_BTU is None else jnp.split(states_BTU, 2, axis=-1)
         state_BTD, tap_BTD = known
-        states_MBTD = family.train(arch, params, Rows(tap_BTD, *rows)) if "heads" in params else None
+        read = Rows(*still((tap_BTD, *rows)))
+        states_MBTD = family.train(arch, of_heads, read) if "heads" in params else None
     elif "heads" in params:
-        state_BTD, states_MBTD = family.forward(arch, params, tokens_BT, *rows, everywhere=everywhere)
+        forward = functools.partial(family.forward, arch, everywhere=everywhere)
+        state_BTD, states_MBTD = forward(of_heads, tokens_BT, *still(rows))
+        if detached:
+            state_BTD, _ = trunk.run(arch, params, TokenRows(embedded_BTD, tokens_BT, positions_BT, segment_ids_BT))
     else:
         state_BTD, _ = trunk.run(arch, params, TokenRows(embedded_BTD, tokens_BT, positions_BT, segment_ids_BT))
         states_MBTD = None
     hidden_1BTD = trunk.final_norm(arch, params, state_BTD)[None]
     if states_MBTD is None:
         return trunk.scaled(arch, hidden_1BTD)
-    return trunk.scaled(arch, jnp.concatenate([hidden_1BTD, heads.finish(arch, params, states_MBTD)]))
+    return trunk.scaled(arch, jnp.concatenate([hidden_1BTD, heads.finish(arch, of_heads, states_MBTD)]))
 
 
 def trunk_states(

@@ -57,9 +57,10 @@ RUN_FILES = (
 FREE_FIELDS = re.compile(
     r"train\.(log_every|checkpoint_every|keep_checkpoints|eval_every|eval_rows|grad_accum|keep_states)"
     r"|loss\.(impl|chunk_bytes|skip|gather)|model\.(remat|attention)|decode\..*|mesh\..*"
+    r"|rl\.(draft|eval_prompts|eval_samples|formats)"
 )
 """Config fields that may change when a run continues, because they do not change what is learned. One exception:
-`train.grad_accum` matters if `loss.entropy` chooses tokens within a micro-batch."""
+`train.grad_accum` matters if `loss.entropy` or `rl.entropy` chooses tokens within a micro-batch."""
 
 
 def check_run(workdir: pathlib.Path | str, config: Config) -> bool:
@@ -220,7 +221,8 @@ def _check_same(workdir: pathlib.Path, old: Config, new: Config) -> None:
 
 def _may_change(workdir: pathlib.Path, name: str, old: Config, new: Config) -> bool:
     if name == "train.grad_accum":
-        return new.loss.entropy == "none"
+        of_loss = new.loss.entropy != "none" and new.loss.entropy_scope == "microbatch"
+        return not of_loss and (new.rl.entropy == "none" or new.rl.entropy_scope != "microbatch")
     before, now = (paths_in(config).get(name) for config in (old, new))
     if before is None or now is None:
         return FREE_FIELDS.fullmatch(name) is not None

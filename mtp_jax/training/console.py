@@ -40,7 +40,10 @@ class RunConsole:
 
     def update(self, step: int, head_losses: list[float], costs: Mapping[str, float]) -> None:
         """Moves the bar, or prints a line if there is no terminal. `costs` come from `Meter.read`."""
-        status = "  ".join([f"loss by head {' '.join(map(_number, head_losses))}", *_shown(costs)])
+        self.show(step, "  ".join([f"loss by head {' '.join(map(_number, head_losses))}", *_shown(costs)]))
+
+    def show(self, step: int, status: str) -> None:
+        """Moves the bar to a step, or prints a line if there is no terminal."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step, status=status)
             return

@@ -100,6 +100,8 @@ def train(
         with RunConsole() as console:
             return train(config, workdir, console, terms)
     workdir = pathlib.Path(workdir)
+    if config.rl.task:
+        raise UserError(f"rl.task={config.rl.task!r} is for mtp rl; train this config with it, or leave the task out")
     mesh = sharding.mesh_of(config)
     if is_inside(workdir, config.data.source):
         raise UserError(f"--workdir {workdir} is inside data.source={config.data.source!r}; use one outside it")
@@ -119,7 +121,7 @@ def _train(
     write_run(config, workdir, opening)
     corpus = opening.corpus.behind_prompts(config.data.prompt_tokens)
     console.note(f"corpus: {corpus.description}" + (" (reused)" if corpus.reused else ""))
-    console.note(_devices(mesh, steps))
+    console.note(devices_line(mesh, steps.abstract_state.params))
     mine = sharding.rows_here(steps.batch_sharding, config.train.batch_size)
     keep = config.train.keep_checkpoints
     with kept_compiled(workdir), jax.set_mesh(mesh), Checkpoints(workdir, keep, console.note) as checkpoints:
@@ -150,9 +152,9 @@ def _train(
     return TrainResult(state, step, first, finished, corpus, stop.signal_name, patience.over, patience.best_step)
 
 
-def _devices(mesh: Mesh, steps: Steps) -> str:
+def devices_line(mesh: Mesh, params: dict[str, Any]) -> str:
     """A line with the number of parameters, the devices and the mesh."""
-    params = dict(steps.abstract_state.params)
+    params = dict(params)
     teacher = jax.tree.leaves(params.pop(mtp.TEACHER, {}))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in teacher)
     copy = f" + a frozen copy, {size / 1e6:,.1f} MB" if teacher else ""

@@ -90,10 +90,10 @@ class Meter:
             fields["compile_seconds"] = self._compiled
         self._compiled = None
         self._start(step)
-        return fields | _memory(self._devices)
+        return fields | memory_in_use(self._devices)
 
 
-def _memory(devices: list[jax.Device]) -> dict[str, int]:
+def memory_in_use(devices: list[jax.Device]) -> dict[str, int]:
     """Bytes in use now, and the peak so far. They are those of the fullest device, or of the process if devices report
     no memory."""
     stats = [device.memory_stats() for device in devices]

@@ -1,5 +1,6 @@
 """The optimizer of a run: schedule, clipping, weight decay by parameter path, and update rule. All come from optax."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,9 @@ from optax.contrib import (
 from mtp_jax.config import OptimConfig
 from mtp_jax.errors import UserError
 from mtp_jax.training.heads_first import Part, staged
+
+OF_HEADS = ("heads/", "lora/heads/")
+"""How the paths of the parameters of heads begin."""
 
 
 def param_path(path: tuple) -> str:
@@ -101,6 +105,28 @@ def make_optimizer(
         # The averaging is outermost, because `gradient_point` looks for its state there.
         return _averaged(optax.chain(*clip, rule), config, steps)
     return optax.chain(*clip, rule) if clip else rule
+
+
+def apart_optimizer(config: OptimConfig, *given: Any) -> optax.GradientTransformation:
+    """`make_optimizer`, with the gradients of heads and of everything else clipped by one norm each. So no step of the
+    model depends on the heads."""
+    rule = make_optimizer(dataclasses.replace(config, clip_norm=0.0), *given)
+    return optax.chain(_clip_apart(config.clip_norm), rule) if config.clip_norm else rule
+
+
+def _clip_apart(norm: float) -> optax.GradientTransformation:
+    def clipped(grads: Any, _: Any) -> Any:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
+        of_heads = [param_path(path).startswith(OF_HEADS) for path, _ in leaves]
+        found = [leaf for _, leaf in leaves]
+        for which in (True, False):
+            group = [i for i, one in enumerate(of_heads) if one is which]
+            part, _ = optax.clip_by_global_norm(norm).update([found[i] for i in group], optax.EmptyState())
+            for i, leaf in zip(group, part, strict=True):
+                found[i] = leaf
+        return jax.tree.unflatten(structure, found)
+
+    return optax.stateless(clipped)
 
 
 def _times(factors: Any) -> optax.GradientTransformation:

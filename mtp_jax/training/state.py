@@ -12,6 +12,7 @@ from mtp_jax.config import Config
 from mtp_jax.config.trainable import read_rules
 from mtp_jax.errors import UserError
 from mtp_jax.model import mtp
+from mtp_jax.training.optim import OF_HEADS
 from mtp_jax.trees import by_path
 
 
@@ -49,6 +50,7 @@ def _learns(config: Config, path: str) -> bool:
     trunk never change. The running losses of heads are counted."""
     top = path.partition("/")[0]
     fixed = path in ("draft_ids", mtp.HEAD_LOSS) or top == mtp.TEACHER or top in config.model.frozen_models
+    fixed = fixed or (config.heads_stand_still and path.startswith(OF_HEADS))
     return not fixed and config.train.learns(path)
 
 

@@ -22,19 +22,22 @@ from mtp_jax.model.mtp import HEAD_LOSS
 from mtp_jax.training import heads_first, meter
 from mtp_jax.training.objectives import (
     Batch,
+    Objective,
     Parts,
     Targets,
     Term,
     batch_targets,
     drawn,
+    entropy_options,
     head_schedule,
     loss_sums,
     scales,
+    selected,
     terms_of,
     total_loss,
     xent_spec,
 )
-from mtp_jax.training.optim import gradient_point, make_optimizer
+from mtp_jax.training.optim import apart_optimizer, gradient_point, make_optimizer
 from mtp_jax.training.state import (
     TrainState,
     init_params,
@@ -84,14 +87,14 @@ def train_step(
     config: Config,
     spec: XentSpec,
     optimizer: optax.GradientTransformation,
-    terms: Mapping[str, Term],
+    objective: Objective,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, StepMetrics]:
     """One optimizer step.
 
     Args:
-      config, spec, optimizer, terms: static, bound by `compile_steps`.
+      config, spec, optimizer, objective: static, bound by `compile_objective`.
       state: the training state.
       batch: `tokens`, `segment_ids` and `positions`, int32 [B, T] each. If there is `learn`, only tokens where it is 1
         are learned. `weights` (float32 [B, T]), if it is there, has the weight of each token as a target. If there is
@@ -100,28 +103,29 @@ def train_step(
     Returns:
       The next state, and the metrics at the point where the gradient was computed.
     """
-    batch = drawn(config, state.step, batch)
+    batch = objective.prepare(config, spec, state.params, state.step, drawn(config, state.step, batch))
     targets = batch_targets(config, state.params, batch)
-    if "states" in batch:  # Head 0 is not trained.
-        targets = targets._replace(weights_MBT=targets.weights_MBT.at[0].set(0.0))
-    w_M = head_weights(head_schedule(config), state.step)
-    if config.loss.balance:
-        # A head 0 that is not trained does not contribute.
-        counts_M = jnp.arange(len(w_M)) >= config.train.heads_only
-        w_M = balanced(w_M, state.params[HEAD_LOSS], counts_M)
-    scale_M = scales(config, jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
+    if "states" in batch:
+        targets = _without_next_token(targets)
     weight_BT = _shares(targets.weights_MBT[0])
+    if objective.apart is not None:
+        targets = _without_next_token(targets)
+    w_M = _head_weights(config, objective, state)
+    scale_M = scales(config, jnp.sum(targets.weights_MBT, axis=(1, 2)), w_M)
     learned, rest = split_params(config, state.params)
     point = gradient_point(state.opt_state, learned)
+    if config.train.grad_accum > 1 and entropy_options(config).active and entropy_options(config).scope == "batch":
+        by_micro = functools.partial(over_micros, config.train.grad_accum, batch)
+        targets = selected(config, spec, lora.attached(joined(point, rest), config.lora), targets, by_micro)
     given = _Given((batch, targets, weight_BT), scale_M, _noise(config, state.step))
 
     def of_all() -> tuple[tuple[jax.Array, Parts], dict]:
-        return _value_and_grad(config, spec, terms, (point, rest), given)
+        return _value_and_grad(config, spec, objective, (point, rest), given)
 
     def of_heads() -> tuple[tuple[jax.Array, Parts], dict]:
         others = heads_first.of_rest(point)
         parameters = heads_first.of_heads(point), joined(others, rest)
-        value, grads = _value_and_grad(heads_first.stage_of_heads(config), spec, terms, parameters, given)
+        value, grads = _value_and_grad(heads_first.stage_of_heads(config), spec, objective, parameters, given)
         return value, grads | jax.tree.map(jnp.zeros_like, others)
 
     if config.train.heads_first:
@@ -135,8 +139,24 @@ def train_step(
     params = joined(changed, rest)
     if config.loss.balance:
         params[HEAD_LOSS] = running_loss(params[HEAD_LOSS], parts.sums.ce_M, parts.sums.weight_M)
-    metrics = StepMetrics(loss, parts.sums, parts.extras, optax.tree.norm(grads), w_M)
+    metrics = StepMetrics(loss, parts.sums, objective.finish(parts.extras), optax.tree.norm(grads), w_M)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _without_next_token(targets: Targets) -> Targets:
+    """The targets without those of head 0, which is not trained on them."""
+    return targets._replace(weights_MBT=targets.weights_MBT.at[0].set(0.0))
+
+
+def _head_weights(config: Config, objective: Objective, state: TrainState) -> jax.Array:
+    """The weight of every head in this step."""
+    w_M = head_weights(head_schedule(config), state.step)
+    apart = objective.apart is not None
+    if config.loss.balance:
+        # A head 0 that is not trained does not contribute.
+        counts_M = jnp.arange(len(w_M)) >= (config.train.heads_only or apart)
+        w_M = balanced(w_M, state.params[HEAD_LOSS], counts_M)
+    return w_M * objective.apart * (jnp.arange(len(w_M)) > 0) if apart else w_M
 
 
 class _Given(NamedTuple):
@@ -151,12 +171,12 @@ class _Given(NamedTuple):
 
 
 def _value_and_grad(
-    config: Config, spec: XentSpec, terms: Mapping[str, Term], parameters: tuple[dict, dict], given: _Given
+    config: Config, spec: XentSpec, objective: Objective, parameters: tuple[dict, dict], given: _Given
 ) -> tuple[tuple[jax.Array, Parts], dict]:
     """The loss and its parts over all micro-batches, and the gradient of the trained parameters.
 
     Args:
-      config, spec, terms: static.
+      config, spec, objective: static.
       parameters: the trained ones, at the point of the gradient, and all others.
       given: everything else.
     """
@@ -166,7 +186,7 @@ def _value_and_grad(
         def loss(point: Any) -> Any:
             noise = jax.random.fold_in(given.noise, number)
             params = lora.attached(joined(point, rest), config.lora, noise)
-            return total_loss(config, spec, params, *micro, given.scale_M, terms)
+            return total_loss(config, spec, params, *micro, given.scale_M, objective)
 
         return jax.value_and_grad(loss, has_aux=True)(point)
 
@@ -208,6 +228,22 @@ def _split(whole: tuple, count: int) -> tuple:
 
     batch, *others = whole
     return ({name: split(x, 0) for name, x in batch.items()}, *jax.tree.map(split, tuple(others)))
+
+
+def over_micros(count: int, batch: Batch, function: Callable[[Batch], jax.Array]) -> jax.Array:
+    """The results of a function for all micro-batches, one after the other, with their rows in the order of the batch.
+
+    Args:
+      count: A, the number of micro-batches.
+      batch: the whole batch.
+      function: returns an array [..., B / A, T] for a micro-batch of B / A rows.
+    """
+    if count == 1:
+        return function(batch)
+    (micros,) = _split((batch,), count)
+    found = jax.lax.map(function, micros)
+    by_row = jnp.moveaxis(found, 0, -2)
+    return by_row.reshape(*found.shape[1:-2], -1, found.shape[-1])
 
 
 def eval_step(config: Config, spec: XentSpec, params: dict, batch: Batch) -> HeadSums:
@@ -263,8 +299,10 @@ def all_terms(config: Config, own: Mapping[str, Term]) -> dict[str, Term]:
       UserError: a name that the metrics have already, or terms of one's own where no next token is learned.
     """
     terms = terms_of(config)
-    for name in own:
-        if name in RECORDED or name in terms or name.startswith("heldout_"):
+    names = [*own, *(report for term in own.values() for report in term.reports)]
+    for name in names:
+        taken = name in RECORDED or name in terms or names.count(name) > 1
+        if taken or name.startswith("heldout_"):
             raise UserError(f"terms has the name {name!r}, which the metrics of a run have already; take another name")
     if own and config.heads.facts.stands_alone and config.heads.num_future > 1:
         raise UserError(
@@ -289,7 +327,18 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
     Raises:
       UserError: terms that `all_terms` refuses.
     """
-    every_term = all_terms(config, terms or {})
+    return compile_objective(config, mesh, Objective(all_terms(config, terms or {})))
+
+
+def compile_objective(config: Config, mesh: Mesh, objective: Objective, rows: Any = None) -> Steps:
+    """`compile_steps` for an objective that is not only terms.
+
+    Args:
+      config: the run's config.
+      mesh: the devices of the run.
+      objective: what the steps minimise.
+      rows: the shardings of a batch; None if all its arrays are [B, T].
+    """
     if config.model.block.remat == "offload":
         sharding.check_host_memory(mesh)
     abstract_params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -299,19 +348,18 @@ def compile_steps(config: Config, mesh: Mesh, terms: Mapping[str, Term] | None =
 
     factors = rate_factors(config, abstract_params)
     heads_first.check_has_heads(config, select(abstract_params))
-    optimizer = make_optimizer(
-        config.optim, config.train.steps, abstract_params, select, factors, config.train.heads_first
-    )
+    make = make_optimizer if objective.apart is None else apart_optimizer
+    optimizer = make(config.optim, config.optimizer_steps, abstract_params, select, factors, config.train.heads_first)
     spec = xent_spec(config, mesh)
     shardings = state_shardings(config, optimizer, mesh)
-    rows = sharding.batch_sharding(mesh)
+    rows = sharding.batch_sharding(mesh) if rows is None else rows
     everywhere = sharding.replicated(mesh)
     init = functools.partial(init_state, config, optimizer)
     abstract = jax.eval_shape(init, jax.random.key(0))
     return Steps(
         init=jax.jit(init, out_shardings=shardings),
         train=jax.jit(
-            functools.partial(train_step, config, spec, optimizer, every_term),
+            functools.partial(train_step, config, spec, optimizer, objective),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,

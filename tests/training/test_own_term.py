@@ -95,6 +95,34 @@ def refusal(terms, **sections):
     return str(caught.value)
 
 
+def states_and_more(seen):
+    """The term above, and the mean absolute state as a report."""
+    size = jnp.sum(seen.weight_BT * jnp.mean(jnp.abs(seen.hidden_MBTD[0]), axis=-1))
+    return size_of_states(seen), {"mean_state": size}
+
+
+@pytest.mark.grid
+def test_reports():
+    """A term may report further values: they are summed over micro-batches as its own, and do not change the loss.
+    Breaks without `extras |= reports`."""
+    plain, _ = first_step(TERMS)
+    more = {"state_size": Term(0.25, states_and_more, ("mean_state",))}
+    parts, _ = first_step(more, grad_accum=2)
+    whole, _ = first_step(more)
+    assert plain.loss == whole.loss and 0 < whole.extras["mean_state"] < 10
+    np.testing.assert_allclose(parts.extras["mean_state"], whole.extras["mean_state"], rtol=1e-5)
+
+
+def test_names_of_reports_are_checked():
+    """Reports have names of their own, and are those that a term names. Breaks without either check."""
+    taken = Term(0.25, states_and_more, ("grad_norm",))
+    assert "terms has the name 'grad_norm'" in refusal({"state_size": taken})
+    own = Term(0.25, states_and_more, ("state_size",))
+    assert "terms has the name 'state_size'" in refusal({"state_size": own})
+    with pytest.raises(UserError, match=r"the term 'state_size' returns \['mean_state'\]; its reports are \['other'\]"):
+        first_step({"state_size": Term(0.25, states_and_more, ("other",))})
+
+
 @pytest.mark.parametrize("name", ["loss", "step", "tokens_per_second", "heldout_loss", "token_order_loss"])
 def test_a_name_of_the_metrics_is_refused(name):
     """names of terms & names in a record of metrics = {}. Breaks without the first check in `all_terms`."""

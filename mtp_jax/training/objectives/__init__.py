@@ -10,17 +10,23 @@ The functions in `losses/` know only arrays. This package connects them with the
     total     all of it
 """
 
+from mtp_jax.training.objectives.heads import hidden_states as hidden_states
 from mtp_jax.training.objectives.heads import loss_sums as loss_sums
+from mtp_jax.training.objectives.heads import selected as selected
 from mtp_jax.training.objectives.regions import region_loss as region_loss
 from mtp_jax.training.objectives.regions import scales as scales
+from mtp_jax.training.objectives.spec import entropy_options as entropy_options
 from mtp_jax.training.objectives.spec import head_schedule as head_schedule
 from mtp_jax.training.objectives.spec import xent_spec as xent_spec
+from mtp_jax.training.objectives.targets import DRAWS as DRAWS
 from mtp_jax.training.objectives.targets import Batch as Batch
 from mtp_jax.training.objectives.targets import Targets as Targets
 from mtp_jax.training.objectives.targets import batch_targets as batch_targets
 from mtp_jax.training.objectives.targets import drawn as drawn
 from mtp_jax.training.objectives.targets import inputs as inputs
+from mtp_jax.training.objectives.targets import random_draws as random_draws
 from mtp_jax.training.objectives.targets import token_weights as token_weights
+from mtp_jax.training.objectives.terms import Objective as Objective
 from mtp_jax.training.objectives.terms import Seen as Seen
 from mtp_jax.training.objectives.terms import Term as Term
 from mtp_jax.training.objectives.terms import order_loss as order_loss

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.config import Config
+from mtp_jax.losses.entropy import EntropyWeights
 from mtp_jax.losses.logits import default_chunk_bytes
 from mtp_jax.losses.schedules import HeadSchedule
 from mtp_jax.losses.xent import XentSpec
@@ -29,6 +30,20 @@ def xent_spec(config: Config, mesh: Mesh) -> XentSpec:
     )
 
 
+def entropy_options(config: Config) -> EntropyWeights:
+    """How entropy changes the weights of the tokens."""
+    loss = config.loss
+    return EntropyWeights(
+        mode=loss.entropy,
+        fraction=loss.entropy_fraction,
+        source=loss.entropy_source,
+        normaliser=loss.entropy_normaliser,
+        temperature=loss.entropy_temperature,
+        selection=loss.entropy_selection,
+        scope=loss.entropy_scope,
+    )
+
+
 def head_schedule(config: Config) -> HeadSchedule:
     """The schedule of the head weights."""
     loss = config.loss
@@ -41,6 +56,6 @@ def head_schedule(config: Config) -> HeadSchedule:
         final=loss.schedule_final,
         at=loss.schedule_at,
         keep=loss.heads_per_step,
-        steps=config.train.steps,
+        steps=config.optimizer_steps,
         seed=config.train.seed,
     )

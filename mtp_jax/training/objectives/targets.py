@@ -1,5 +1,6 @@
 """The targets of every head, and the input tokens."""
 
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ Batch = dict[str, jax.Array]
 ANCHORS = "region_anchors"
 SPANS = "region_spans"
 """Names of the arrays that `drawn` adds to a batch; see `standalone.Regions`."""
+DRAWS = "draws"
+"""Name of the random numbers that `drawn` adds, for tokens that are selected at random."""
 
 
 class Targets(NamedTuple):
@@ -24,6 +27,10 @@ class Targets(NamedTuple):
     weights_MBT: jax.Array
     outside_MBT: jax.Array | None = None
     """Weights of the targets outside the draft vocabulary, which heads cannot predict; None if there is none."""
+    draws_BT: jax.Array | None = None
+    """A random number for every target of head 0, if tokens are selected at random."""
+    learn_MBT: jax.Array | None = None
+    """The weights of the targets in the loss, if they are known for the whole batch and differ from `weights_MBT`."""
 
 
 def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
@@ -36,7 +43,7 @@ def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
       batch: the batch.
     """
     rows = batch["tokens"], batch["segment_ids"]
-    targets = Targets(*make_targets(*rows, config.heads.num_future, token_weights(batch)))
+    targets = Targets(*make_targets(*rows, config.heads.num_future, token_weights(batch)), draws_BT=batch.get(DRAWS))
     if ANCHORS in batch:
         return at_regions(targets, batch)
     trained_MBT = mtp.trained(config.arch, inputs(config, batch), batch["segment_ids"])
@@ -46,18 +53,26 @@ def batch_targets(config: Config, params: dict, batch: Batch) -> Targets:
         return targets
     place_V = draft_places(config, params["draft_ids"])
     ids_MBT, weights_MBT = draft_targets(*targets[:2], place_V, config.heads.draft_vocab)
-    return Targets(ids_MBT, weights_MBT, targets.weights_MBT - weights_MBT)
+    return targets._replace(ids_MBT=ids_MBT, weights_MBT=weights_MBT, outside_MBT=targets.weights_MBT - weights_MBT)
 
 
 def drawn(config: Config, step: jax.Array, batch: Batch) -> Batch:
-    """The batch with what the objective draws for this step: the regions of a standalone model. The draws depend only
-    on the seed of the run and the step, so a run that continues draws the same."""
+    """The batch with what the objective draws for this step: the regions of a standalone model, or random numbers that
+    select tokens. The draws depend only on the seed of the run and the step, so a run that continues draws the same."""
+    if config.loss.entropy == "random":
+        return batch | {DRAWS: random_draws(config.train.seed, step, batch["tokens"].shape)}
     if not config.heads.facts.stands_alone or config.heads.num_future == 1:
         return batch
     key = jax.random.fold_in(jax.random.key(config.train.seed), step)
     random_span = config.loss.span == "random"
     where = standalone.regions(config.arch, key, *batch["tokens"].shape, random_span=random_span)
     return batch | {ANCHORS: where.anchor_BX, SPANS: where.span_BX}
+
+
+def random_draws(seed: int, step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random numbers in [0, 1) for the tokens of a step."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"entropy.random"))
+    return jax.random.uniform(jax.random.fold_in(key, step), shape)
 
 
 def at_regions(targets: Targets, batch: Batch) -> Targets:

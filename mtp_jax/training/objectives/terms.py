@@ -1,8 +1,8 @@
 """Terms of the loss in addition to the losses of the heads: what a term is, and those of this package."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -33,9 +33,37 @@ class Term(NamedTuple):
 
     weight: float
     """The value of the term is multiplied by this in the loss."""
-    share: Callable[[Seen], jax.Array]
+    share: Callable[[Seen], Any]
     """Computes the micro-batch's share of the value, without the weight. The value is the sum of all shares; metrics
     report it."""
+    reports: tuple[str, ...] = ()
+    """Names of further values for the metrics. If there are any, `share` returns a pair: its value, and a dict of the
+    shares of these."""
+
+
+def _as_they_are(extras: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return extras
+
+
+def _same(config: Config, spec: XentSpec, params: dict, step: jax.Array, batch: Batch) -> Batch:
+    return batch
+
+
+class Objective(NamedTuple):
+    """What the steps of a run minimise, in addition to what the config says."""
+
+    terms: Mapping[str, Term]
+    """Terms of the loss, by their name in the metrics."""
+    apart: float | None = None
+    """None: head 0 learns the next token, and all heads and the model learn together. A number: the model learns from
+    the terms alone, and the extra heads alone learn their own loss, times this number. No gradient of it reaches the
+    model, and gradients of model and heads are clipped apart. With 0 the extra heads are not computed, and their sums
+    are 0."""
+    prepare: Callable[[Config, XentSpec, dict, jax.Array, Batch], Batch] = _same
+    """`(config, spec, params, step, batch) -> batch`: adds arrays that depend on the whole batch, before it is split
+    into micro-batches."""
+    finish: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = _as_they_are
+    """Changes the values of terms and reports for the metrics, after their shares have been summed."""
 
 
 def order_loss(
