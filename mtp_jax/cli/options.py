@@ -33,6 +33,10 @@ class Decoding:
     """Draw from the most likely tokens whose probabilities add up to this."""
     min_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     """Draw only from tokens with at least this fraction of the probability of the most likely token."""
+    hot_temperature: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """A second temperature, for tokens with a distribution of an entropy above --hot-entropy. Needs --temperature."""
+    hot_entropy: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """The entropy in nats above which --hot-temperature is used."""
     seed: int = 0
     """Seed of the random numbers; each prompt gets a seed derived from it. The drafter does not change the tokens."""
     repetition_penalty: float = 1.0
@@ -92,7 +96,8 @@ def options_of(args: Decoding) -> dict[str, Any]:
       UserError: --num-draft is neither a number nor auto, or --tau does not fit.
     """
     names = ("max_new_tokens", "draft", "stop", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty")
-    options = {name: getattr(args, name) for name in names} | {"num_draft": _num_draft(args.num_draft)}
+    hot = ("hot_temperature", "hot_entropy")
+    options = {name: getattr(args, name) for name in (*names, *hot)} | {"num_draft": _num_draft(args.num_draft)}
     options["accept"] = _rule(args)
     idle = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "min_p") if getattr(args, name) is not None]
     if idle and args.temperature == 0:

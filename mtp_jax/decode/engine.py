@@ -112,7 +112,7 @@ def prefill_chunk(
     nothing = Drafts(state.drafts.tokens_BP[:, :0], taken_B=jnp.zeros_like(prompt_len_B))
     choices = _choose(plan, controls, state, logits_B1V, nothing)
     waiting = state._replace(caches=caches, hook_caches=hook_caches, done_B=state.done_B | ~ends_B)
-    emitted, _ = _emit(waiting, choices, records.records_of(own_B1V, choices.tokens_BQ, plan.logprobs))
+    emitted, _ = _emit(waiting, choices, _noted(plan, controls, own_B1V, choices))
     emitted = emitted._replace(done_B=jnp.where(ends_B, emitted.done_B, state.done_B))
     where = _Where(tap_BQD, taps, start_B, index_B, last_B >= 0)
     drafted = _draft(plan, plan.drafter.num_draft, params, controls, emitted, where, choices.sure_B)
@@ -210,7 +210,7 @@ def decode_round(
     logits_BQV, hook_caches = apply_hooks(plan.hooks, controls.hooks, state.hook_caches, own_BQV, seen)
     state = state._replace(hook_caches=hook_caches)
     choices = _choose(plan, controls, state, logits_BQV, drafts._replace(taken_B=taken_B), alone_B)
-    state, accepted = _emit(state, choices, records.records_of(own_BQV, choices.tokens_BQ, plan.logprobs))
+    state, accepted = _emit(state, choices, _noted(plan, controls, own_BQV, choices))
     state = count_round(state, accepted, verified, alone_B)
     index_B = jnp.maximum(accepted.count_B - 1, 0)
     where = _Where(tap_BQD, taps, start_B, index_B, every_B)
@@ -290,6 +290,12 @@ def _choose(
         drafts_BP = jnp.where(alone_B[:, None], NO_TOKEN, drafts_BP)
     own_BQ = own_tokens() if rule.facts.lossy else tokens_BQ
     return _Choices(tokens_BQ, own_BQ, usable_BQ, drafts_BP, sure_B)
+
+
+def _noted(plan: Plan, controls: Controls, own_BQV: jax.Array, choices: _Choices) -> records.Records | None:
+    """The records of the choices."""
+    logits_BQV = own_BQV / controls.temperature if plan.tempered else own_BQV
+    return records.records_of(logits_BQV, choices.tokens_BQ, plan.logprobs)
 
 
 def _emit(state: DecodeState, choices: _Choices, noted: records.Records | None) -> tuple[DecodeState, verify.Accepted]:

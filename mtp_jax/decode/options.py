@@ -53,10 +53,19 @@ class Options:
     `confidence`, which may accept drafts that the model would not have chosen. A `mtp_jax.Rule` sets their thresholds.
     At temperature 0, `typical` uses the model's distribution at temperature 1. For standalone models also `all` and
     `confadapt`, which emit predictions without verification."""
+    hot_temperature: float | None = None
+    """The temperature where the model is unsure: for tokens with a distribution of an entropy above `hot_entropy`. All
+    others have `temperature`. None: all tokens have it."""
+    hot_entropy: float | None = None
+    """The entropy in nats above which `hot_temperature` is used. It is that of the changed logits, at temperature 1 and
+    before `top_k`, `top_p` and `min_p`."""
     logprobs: int | None = None
     """Keeps records of every new token: its log-probability, the entropy of the model's distribution, and this number
     of most likely tokens; 0 keeps the first two only. All are of the model's own logits, before hooks and the settings
     above. None keeps no records."""
+    logprobs_tempered: bool = False
+    """The records are of the model's own logits divided by `temperature`: of the distribution that tokens are drawn
+    from, without filters."""
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, "0 for greedy, or from 1e-6 to 1e6", _is_temperature)
@@ -69,6 +78,7 @@ class Options:
         _number(
             "repetition_penalty", self.repetition_penalty, "from 1e-6 to 1e6; 1 for none", lambda r: 1e-6 <= r <= 1e6
         )
+        self._check_hot()
         if self.logits_fn is not None and not callable(self.logits_fn):
             raise UserError(f"logits_fn={self.logits_fn!r}; it must be a function of (logits, tokens, length)")
         if not isinstance(self.logits_fn, Hashable):
@@ -80,6 +90,28 @@ class Options:
             )
         if self.logprobs is not None:
             whole("logprobs", self.logprobs, "0 or above; 0 gives no other tokens than the chosen ones", _is_count)
+        if self.logprobs_tempered and (self.logprobs is None or self.temperature == 0):
+            raise UserError(
+                f"logprobs_tempered=True with logprobs={self.logprobs} and temperature={self.temperature}; it needs "
+                "logprobs, and a temperature above 0"
+            )
+
+    def _check_hot(self) -> None:
+        """Refuses a second temperature that is not whole, or has no meaning."""
+        names = ("hot_temperature", "hot_entropy")
+        missing = [name for name in names if getattr(self, name) is None]
+        if len(missing) == 2:
+            return
+        if missing:
+            (given,) = set(names) - set(missing)
+            raise UserError(f"{given}={getattr(self, given)!r} needs {missing[0]}, too")
+        _number("hot_temperature", self.hot_temperature, "from 1e-6 to 1e6", lambda t: 1e-6 <= t <= 1e6)
+        _number("hot_entropy", self.hot_entropy, "0 or above, in nats", lambda limit: 0 <= limit < math.inf)
+        if self.temperature == 0:
+            raise UserError(
+                f"hot_temperature={self.hot_temperature!r} at temperature 0, which draws nothing; give a temperature "
+                "above 0"
+            )
 
     @classmethod
     def of(cls, options: "Options | None", keywords: Mapping[str, Any]) -> "Options":
@@ -107,6 +139,7 @@ class Options:
             penalised=self.repetition_penalty != 1,
             biased=self.logit_bias is not None,
             logits_fn=self.logits_fn,
+            two_temperatures=self.hot_temperature is not None,
         )
 
     def check_logprobs(self, vocab_size: int) -> None:
@@ -157,6 +190,8 @@ class Options:
             min_p=number(self.min_p, 0.0),
             penalty=number(self.repetition_penalty, 1.0),
             bias_V=jnp.asarray(bias_V),
+            hot_temperature=number(self.hot_temperature, 1.0),
+            hot_entropy=number(self.hot_entropy, 0.0),
             hooks=tuple(arguments(f"hook {hook.name!r}", hook.params) for hook in self.hooks),
         )
 

@@ -2,7 +2,7 @@
 
 For every emitted token: its log-probability, the entropy of the distribution that it stands in, and the most likely
 tokens with their log-probabilities. They are of the model's own float32 logits over the whole vocabulary, before hooks,
-penalty, bias, temperature and filters.
+penalty, bias, temperature and filters. With `logprobs_tempered` these logits are divided by the temperature first.
 
 A round has the logits of every position that it verifies. So the records of accepted drafts are those of plain
 decoding. They are written at the positions of the tokens. Those of rejected drafts are overwritten, as the tokens are:

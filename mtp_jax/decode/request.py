@@ -83,7 +83,8 @@ class Request:
         drafter = _drafter(lm, draft, num_draft, hooks, passes=len(ids) == 1 and not rule.facts.blind)
         check_rule(rule, lm.arch, drafter, num_draft)
         check_heard(hooks, rule, drafter.num_draft)
-        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks, options.logprobs)
+        records = (options.logprobs, options.logprobs_tempered)
+        self.plan = Plan(lm.arch, static(drafter), options.sampler(), rule, hooks, *records)
         if held is None:
             padded = buckets.padded(int(self.prompt_len_B.max()), engine.CHUNK)
             new = buckets.bucket(int((self.limit_B - self.prompt_len_B).max()))

@@ -19,6 +19,10 @@ order:
     min-p    the largest logit plus log(min_p) (Nguyen et al. 2024)
 
 Tokens that are exactly as likely as the last kept one are also kept, so that the order of ties does not matter.
+
+There may be a second temperature, for positions where the model is unsure: those with an entropy above a limit
+(arXiv:2506.01939, section 3). The entropy is that of the same logits at temperature 1. So it depends on the position's
+logits alone, and drafts change no token.
 """
 
 import dataclasses
@@ -45,6 +49,8 @@ class Sampler:
     biased: bool = False
     logits_fn: LogitsFn | None = None
     candidates: int = CANDIDATES
+    two_temperatures: bool = False
+    """Whether positions with a high entropy have another temperature."""
 
 
 GREEDY = Sampler()
@@ -66,6 +72,10 @@ class Controls(NamedTuple):
     """1 means no penalty."""
     bias_V: jax.Array
     """It is added to the logits. It has size 0 if the sampler has no bias."""
+    hot_temperature: jax.Array
+    """The temperature of positions with a high entropy, if there are two."""
+    hot_entropy: jax.Array
+    """The entropy in nats above which they have it."""
     drafter: Any = ()
     """`Drafter.params`."""
     hooks: tuple = ()
@@ -284,10 +294,14 @@ def uniforms(controls: Controls, vocab_size: int, position_BQ: jax.Array) -> jax
 def _scaled(sampler: Sampler, controls: Controls, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Logits divided by temperature, the largest of them, and their ids."""
     top, top_id = largest(logits, min(sampler.candidates, logits.shape[-1]))
+    temperature = controls.temperature
+    if sampler.two_temperatures:
+        is_hot = entropy(jax.nn.log_softmax(logits, axis=-1)) > controls.hot_entropy
+        temperature = jnp.where(is_hot, controls.hot_temperature, temperature)[..., None]
 
     # Relative to the largest logit, so that a small temperature does not overflow.
     def scale(values: jax.Array) -> jax.Array:
-        return (values - top[..., :1]) / controls.temperature
+        return (values - top[..., :1]) / temperature
 
     return scale(logits), scale(top), top_id
 

@@ -31,6 +31,8 @@ class Plan:
     hooks: Hooks = ()
     logprobs: int | None = None
     """Number of most likely tokens in the records of every token. None if no records are kept."""
+    tempered: bool = False
+    """Whether the records are of the logits divided by the temperature."""
 
 
 class DecodeState(NamedTuple):

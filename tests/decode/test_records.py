@@ -1,6 +1,8 @@
 """Records: log-probabilities, entropies and most likely tokens are those of a whole forward over the row, whoever
 drafts and whatever is rejected, drawn, grown or cut. Each docstring names the line whose deletion breaks the test."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,3 +243,25 @@ def test_wrong_numbers(case):
     options, message = WRONG[case]
     with pytest.raises(UserError, match=message):
         mtp_jax.generate(model("random"), [[1]], max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+def test_records_at_the_temperature_of_the_draw(tempered):
+    """With `logprobs_tempered` the records are log-softmax and entropy of logits / T, otherwise of the logits. Breaks
+    without the division by the temperature in `engine._noted`."""
+    logits_1QV = jnp.array([[[0.0, 1.0, 3.0], [2.0, 2.0, -1.0]]])
+    plan = SimpleNamespace(tempered=tempered, logprobs=0)
+    choices = SimpleNamespace(tokens_BQ=jnp.array([[2, 0]]))
+    found = engine._noted(plan, SimpleNamespace(temperature=jnp.float32(0.5)), logits_1QV, choices)
+    logprob_QV = np.asarray(jax.nn.log_softmax(logits_1QV[0] / (0.5 if tempered else 1.0)), np.float64)
+    np.testing.assert_allclose(found.logprob_BS[0], [logprob_QV[0, 2], logprob_QV[1, 0]], rtol=1e-6)
+    np.testing.assert_allclose(found.entropy_BS[0], -(np.exp(logprob_QV) * logprob_QV).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"temperature": 1.0}, {"logprobs": 0}])
+def test_a_temperature_for_records_is_refused_without_both(given):
+    """logprobs_tempered needs records, and a temperature. Breaks without its check in `Options`."""
+    with pytest.raises(
+        UserError, match=r"^logprobs_tempered=True with logprobs=.*; it needs logprobs, and a temperature"
+    ):
+        Options(logprobs_tempered=True, **given)

@@ -62,6 +62,23 @@ BAD = {
         {"temperature": -0.5},
         "temperature=-0.5; it must be 0 for greedy, or",
     ),
+    "hot temperature alone": ([[1]], {"temperature": 1.0, "hot_temperature": 2.0}, "needs hot_entropy, too"),
+    "hot entropy alone": (
+        [[1]],
+        {"temperature": 1.0, "hot_entropy": 2.0},
+        "hot_entropy=2.0 needs hot_temperature, too",
+    ),
+    "hot temperature of 0": (
+        [[1]],
+        {"temperature": 1.0, "hot_temperature": 0.0, "hot_entropy": 1.0},
+        "hot_temperature=0.0; it must be from 1e-6 to 1e6",
+    ),
+    "negative entropy": (
+        [[1]],
+        {"temperature": 1.0, "hot_temperature": 1.0, "hot_entropy": -1.0},
+        "hot_entropy=-1.0; it must be 0 or above, in nats",
+    ),
+    "hot but greedy": ([[1]], {"hot_temperature": 2.0, "hot_entropy": 1.0}, "at temperature 0, which draws nothing"),
     "temperature nan": ([[1]], {"temperature": float("nan")}, "temperature=nan; it must be"),
     "temperature inf": ([[1]], {"temperature": float("inf")}, "temperature=inf; it must be"),
     "temperature as text": ([[1]], {"temperature": "1"}, "temperature='1'; it must be"),

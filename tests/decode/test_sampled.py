@@ -72,6 +72,24 @@ def test_drafts_change_nothing(name, draft, num_draft, batch):
 
 
 @pytest.mark.grid
+@pytest.mark.parametrize("draft", sampled(["heads", "lookup", "heads+lookup"], "heads", others="slow"))
+def test_two_temperatures(draft):
+    """With two temperatures: drafted = plain = reference, token for token; equal temperatures give the
+    tokens of one. Both are in use. Breaks if the split depends on the drafts."""
+    records = generate(model("random"), PROMPTS, max_new_tokens=NEW, temperature=0.3, seed=7, logprobs=0)
+    limit = float(np.median(np.concatenate(records.entropies)))
+    hot = {"temperature": 0.3, "hot_temperature": 1.5, "hot_entropy": limit, "seed": 7}
+    truth = expected("random", hot)
+    for drafter in (draft, "none"):
+        assert generate(model("random"), PROMPTS, max_new_tokens=NEW, draft=drafter, **hot).tokens == truth
+    for temperature in (0.3, 1.5):
+        one = {"temperature": temperature, "seed": 7}
+        same = one | {"hot_temperature": temperature, "hot_entropy": limit}
+        alone = generate(model("random"), PROMPTS, max_new_tokens=NEW, draft=draft, **one).tokens
+        assert generate(model("random"), PROMPTS, max_new_tokens=NEW, draft=draft, **same).tokens == alone != truth
+
+
+@pytest.mark.grid
 def test_every_accept_length():
     """The same while rounds accept 0, 1, 2 and 3 drafts of 3, in every row in an order of its own."""
     settings = {"temperature": 1.0, "seed": 11}
@@ -157,7 +175,7 @@ def test_no_program_for_another_number():
 @pytest.mark.grid
 def test_streamed():
     """stream = generate with the same settings."""
-    settings = {"temperature": 1.0, "top_k": 100, "seed": 3}
+    settings = {"temperature": 1.0, "top_k": 100, "seed": 3, "hot_temperature": 0.5, "hot_entropy": 2.0}
     *pieces, streamed = stream(chain_model(), ["a", "ab"], max_new_tokens=8, **settings)
     whole = generate(chain_model(), ["a", "ab"], max_new_tokens=8, **settings)
     assert streamed.tokens == whole.tokens

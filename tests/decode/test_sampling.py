@@ -12,6 +12,7 @@ from mtp_jax.decode.sampling import Sampler, greedy, penalise, process, row_keys
 
 choose = jax.jit(sampling.choose, static_argnums=0)
 probabilities = jax.jit(sampling.probabilities, static_argnums=0)
+draw_of = jax.jit(sampling.draw, static_argnums=0)
 
 SHAPES = ((1,), (7,), (3, 1), (4, 40), (2, 3, 40), (3, 2, 5, 11), (2, 0, 5))
 
@@ -90,6 +91,30 @@ def test_law_of_the_draw(candidates, settings):
     probs_V = np.asarray(probabilities(sampler(12), numbers, logits_V))
     assert np.all(share_V[probs_V == 0] == 0)
     assert np.all(np.abs(share_V - probs_V) <= 5 * np.sqrt(probs_V * (1 - probs_V) / count))
+
+
+def test_two_temperatures():
+    """probabilities = softmax(z / T), T = hot_temperature where the entropy of softmax(z) is above the limit, by numpy,
+    with a filter after it. Draws are those of one temperature for each row. Breaks with the entropy of z / T, or with
+    `>` the other way round."""
+    logits_BV = (np.random.default_rng(0).standard_normal((6, 12)) * np.arange(1, 7)[:, None]).astype(np.float32)
+    p_BV = np.exp(logits_BV - logits_BV.max(1, keepdims=True))
+    p_BV /= p_BV.sum(1, keepdims=True)
+    entropy_B = -np.sum(p_BV * np.log(p_BV), axis=1)
+    limit = float(np.median(entropy_B))
+    options = {"temperature": 0.5, "top_p": 0.9}
+    split = Sampler(sampled=True, candidates=4, two_temperatures=True)
+    both = controls(6, **options, hot_temperature=2.0, hot_entropy=limit)
+    temperature_B = np.where(entropy_B > limit, 2.0, 0.5)
+    assert set(temperature_B) == {0.5, 2.0}
+    found_BV = probabilities(split, both, logits_BV)
+    expected_BV = [kept_probabilities(*row, None, 0.9, None) for row in zip(logits_BV, temperature_B, strict=True)]
+    np.testing.assert_allclose(found_BV, expected_BV, rtol=1e-5, atol=1e-7)
+    drawn_B = np.asarray(draw_of(split, both, logits_BV, both.key_B))
+    for temperature in (0.5, 2.0):
+        one = controls(6, **options | {"temperature": temperature})
+        alone_B = np.asarray(draw_of(sampler(4), one, logits_BV, one.key_B))
+        np.testing.assert_array_equal(drawn_B[temperature_B == temperature], alone_B[temperature_B == temperature])
 
 
 def test_draws_at_two_positions_are_independent():
