@@ -161,9 +161,9 @@ def load(
     """Loads a model from a workdir, a Hugging Face directory, a GGUF file or an adapter.
 
     Args:
-      source: the workdir of `mtp train`, `mtp quickstart` or `mtp import`; a Hugging Face directory or hub id; a GGUF
-        file; a directory with an adapter of PEFT; or `smollm2`, which is SmolLM2-135M-Instruct and is fetched the first
-        time.
+      source: the workdir of `mtp train`, `mtp rl`, `mtp quickstart` or `mtp import`, or WORKDIR@STEP for another
+        checkpoint that a run keeps; a Hugging Face directory or hub id; a GGUF file; a directory with an adapter of
+        PEFT; or `smollm2`, which is SmolLM2-135M-Instruct and is fetched the first time.
       dtype: `float32` or `bfloat16`, for parameters and activations. None keeps the dtypes of the config or the files.
       mesh: devices for the parameters, which are placed by the table in `sharding`. None is the default device.
       notify: function that receives a line for each broken checkpoint that is skipped, and for anything unusual in a
@@ -189,12 +189,13 @@ def load(
         options = {"ignore": ignore, "heads_from": heads_from, "shipped_heads": shipped_heads}
         lm = with_adapter(load(own_base, dtype, mesh, notify, **options), source, keep=False)
         return lm.give_up_params() if decode_only else lm
-    if is_run(pathlib.Path(source)):
+    workdir, step = split_step(source)
+    if is_run(workdir):
         if ignore or heads_from is not None:
             raise UserError(
                 f"{source} is a run of mtp_jax; ignore and heads_from are for Hugging Face checkpoints, leave them out"
             )
-        lm = _load_run(pathlib.Path(source), dtype, mesh, notify)
+        lm = _load_run(workdir, step, dtype, mesh, notify)
     else:
         lm = _load_checkpoint(source, dtype, mesh, notify, ignore, heads_from)
         if shipped_heads and not ignore and heads_from is None:
@@ -222,6 +223,15 @@ def is_run(directory: pathlib.Path) -> bool:
     return directory.is_dir() and not is_checkpoint(directory)
 
 
+def split_step(source: str | pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """The directory and the step of `WORKDIR@STEP`. Any other source is its own directory, and has no step."""
+    workdir, at, step = str(source).rpartition("@")
+    named = bool(at) and step.isascii() and step.isdigit() and not pathlib.Path(source).exists()
+    return (
+        (pathlib.Path(workdir), int(step)) if named and is_run(pathlib.Path(workdir)) else (pathlib.Path(source), None)
+    )
+
+
 def _load_checkpoint(
     source: str | pathlib.Path,
     dtype: str | None,
@@ -241,7 +251,9 @@ def _load_checkpoint(
     return LoadedModel(config, read_params(checkpoint, mesh, notify), tokenizer, mesh, origin_of(checkpoint))
 
 
-def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]) -> LoadedModel:
+def _load_run(
+    workdir: pathlib.Path, step: int | None, dtype: str | None, mesh: Mesh, notify: Callable[[str], None]
+) -> LoadedModel:
     # Imported here, because checkpointing and tokenizers are slow to import and `import mtp_jax` shall be fast.
     from mtp_jax.convert.tokenizer import check_size, load_run_tokenizer
     from mtp_jax.runs.checkpoint import restore_params
@@ -252,7 +264,7 @@ def _load_run(workdir: pathlib.Path, dtype: str | None, mesh: Mesh, notify: Call
         config = dataclasses.replace(config, model=model)
     boxed = mtp.abstract(config.arch, token_order=config.has_token_order, adapters=config.lora)
     sharding.check_mesh(mesh, config.arch)
-    params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), notify=notify)
+    params, _ = restore_params(workdir, sharding.abstract_params(mesh, boxed), step, notify=notify)
     params = lora.merge(params, config.lora)
     origin = _origin(workdir, config)
     data = workdir / "data"

@@ -21,6 +21,7 @@ from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, to_json
 from mtp_jax.data.tokenize import bytes_tokenizer
 from mtp_jax.errors import UserError
+from mtp_jax.eval.identity import model_identity
 from mtp_jax.loading import LoadedModel, load
 from mtp_jax.model import mtp, trunk
 from mtp_jax.runs.checkpoint import restore_params
@@ -273,6 +274,18 @@ def test_corrupt_newest_checkpoint(copy, run, lm):
     same_trees(model.params, earlier)
     assert np.any(np.asarray(earlier["embed"]["table"]) != run[2]["embed"]["table"])
     assert sorted(copy.rglob("*")) == before
+
+
+def test_a_step_of_a_run(run, lm):
+    """load(WORKDIR@2) = the parameters of checkpoint 2, and what identifies the model names that step; a step that the
+    run lacks is refused. Breaks if the step does not reach the checkpoints, which would give the newest."""
+    earlier = load(f"{run[0]}@2")
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), lm.params)
+    same_trees(earlier.params, restore_params(run[0], abstract, step=2, notify=pytest.fail)[0])
+    found = [model_identity(lm, name) for name in (f"{run[0]}@2", f"{run[0]}@4", str(run[0]))]
+    assert [one["step"] for one in found] == [2, 4, 4] and found[0] != found[1] == found[2]
+    with pytest.raises(UserError, match="no checkpoint of step 3; it has 2, 4"):
+        load(f"{run[0]}@3")
 
 
 def test_warnings_go_to_standard_error(copy, capsys):

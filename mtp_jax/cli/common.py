@@ -137,9 +137,9 @@ def own_directory(source: str) -> pathlib.Path:
     checkpoint is never changed.
     """
     from mtp_jax.convert import fetch
-    from mtp_jax.loading import is_run
+    from mtp_jax.loading import is_run, split_step
 
-    path = pathlib.Path(source)
+    path, _ = split_step(source)
     if is_run(path):
         return path
     return fetch.cache() / source.strip("/.").replace("/", "--")

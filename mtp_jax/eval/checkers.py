@@ -11,21 +11,24 @@ compares with. `checker(NAME)` gives one of these:
              al. 2021); it runs in a sandbox
     FILE.py:NAME    a function of yours
 
-No answer ends the run: a checker that raises counts as wrong, with that reason.
+No answer ends the run: a checker that raises, hangs or ends its process counts as wrong, with that reason. A function
+of yours runs in another process, which is killed when it hangs.
 """
 
+import contextlib
 import decimal
 import functools
 import math
 import re
-import runpy
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from mtp_jax.errors import UserError
+from mtp_jax.eval.own.function import OwnFunction, Result, split_name
+from mtp_jax.eval.own.worker import plain, text_of
 from mtp_jax.eval.sandbox.outside import Limits, Outcome, run_tests
 
 NUMBER = re.compile(
@@ -72,63 +75,72 @@ def checker(name: str, limits: Limits | None = None) -> Checker:
     plain = {"exact": exact, "contains": contains, "number": number}
     if name in plain:
         return plain[name]
-    file, _, function = name.rpartition(":")
-    if file.endswith(".py"):
-        return _of_file(file, function)
+    own = split_name(name)
+    if own is not None:
+        return OwnFunction(*own, what="checker", usage=f"def {own[1]}(answer, record)")
     known = ", ".join((*plain, *limited))
     raise UserError(f"unknown checker {name!r}; choose one of {known}, or give FILE.py:NAME for a function of yours")
 
 
-def _of_file(file: str, function: str) -> Checker:
-    try:
-        names = runpy.run_path(file)
-    except OSError as error:
-        raise UserError(f"checker file {file} cannot be read: {error.strerror}") from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"checker file {file} failed: {type(error).__name__}: {error}") from error
-    if not callable(names.get(function)):
-        raise UserError(f"{file} defines no function {function!r}; write def {function}(answer, record)")
-    return names[function]
-
-
-def judged(check: Checker, answer: str, record: Mapping[str, Any], seconds: float = 60.0) -> Verdict:
-    """The verdict of a checker. A checker that raises, hangs, or returns something else, counts as wrong.
+def tried(check: Checker, answer: str, record: Mapping[str, Any], seconds: float = 60.0) -> Result:
+    """Calls a checker. Whatever the checker does, this function returns in time.
 
     Args:
       check: the checker.
       answer: the answer.
       record: the record of the task.
-      seconds: time after which a checker counts as hanging. Its thread is left to itself, because Python cannot end it.
+      seconds: time after which a checker counts as hanging. The process of a function of a file is then killed. Any
+        other function is left to itself in its thread, because Python cannot end it.
     """
-    made: list[Any] = []
+    if isinstance(check, OwnFunction):
+        return check.call(answer, dict(record), seconds=seconds)
+    made: list[Result] = []
 
     def run() -> None:
         try:
-            made.append(_as_verdict(check(answer, record)))
+            made.append(Result(plain(check(answer, record))))
         except BaseException as error:  # KeyboardInterrupt too: in this thread it comes from the checker
-            made.append(Verdict(False, f"the checker raised {type(error).__name__}", _text(error)))
+            made.append(Result(None, f"raised {type(error).__name__}", text_of(error)))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not made:
-        return Verdict(False, "the checker took too long", f"{seconds} seconds")
-    return made[0]
+    return made[0] if made else Result(None, "took too long", f"{seconds:g} seconds")
 
 
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)[:200]
-    except BaseException:
-        return "its text cannot be read"
+def all_tried(
+    check: Checker, pairs: Sequence[tuple[str, Mapping[str, Any]]], at_once: int = 1, seconds: float = 60.0
+) -> list[Result]:
+    """Calls a checker on answers, some of them at once. What it prints goes to standard error: the standard output of a
+    command may be one JSON object.
+
+    Args:
+      check: the checker.
+      pairs: an answer and the record of its question, each.
+      at_once: how many calls run at the same time.
+      seconds: time after which a call counts as hanging.
+    """
+    with contextlib.redirect_stdout(sys.stderr), ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda pair: tried(check, *pair, seconds=seconds), pairs))
 
 
-def _as_verdict(verdict: Any) -> Verdict:
-    if isinstance(verdict, bool | np.bool_):
-        return Verdict(bool(verdict), RIGHT if verdict else "wrong")
-    if isinstance(verdict, tuple) and len(verdict) in (2, 3) and isinstance(verdict[0], bool | np.bool_):
-        return Verdict(bool(verdict[0]), *map(str, verdict[1:]))
-    return Verdict(False, "the checker gave no verdict", f"it returned a {type(verdict).__name__}")
+def judged(check: Checker, answer: str, record: Mapping[str, Any], seconds: float = 60.0) -> Verdict:
+    """The verdict of a checker. A checker that raises, hangs, or returns something else, counts as wrong. The arguments
+    are those of `tried`."""
+    return as_verdict(tried(check, answer, record, seconds))
+
+
+def as_verdict(made: Result) -> Verdict:
+    """The verdict in what a call gave."""
+    if made.failed:
+        return Verdict(False, f"the checker {made.failed}", made.detail)
+    value = made.value
+    if isinstance(value, bool):
+        return Verdict(value, RIGHT if value else "wrong")
+    if isinstance(value, list) and len(value) in (2, 3) and isinstance(value[0], bool):
+        return Verdict(*value)
+    kind = value["type"] if isinstance(value, dict) else type(value).__name__
+    return Verdict(False, "the checker gave no verdict", f"it returned a {kind}")
 
 
 def expected(record: Mapping[str, Any]) -> str:

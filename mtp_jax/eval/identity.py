@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from mtp_jax.errors import UserError
-from mtp_jax.loading import LoadedModel, base_of_adapter, is_run
+from mtp_jax.loading import LoadedModel, base_of_adapter, is_run, split_step
 from mtp_jax.runs.workdir import CHECKPOINTS, best_step, saved_steps
 
 BLOCK = 2**16
@@ -25,11 +25,13 @@ def model_identity(lm: LoadedModel, source: str) -> dict[str, Any]:
     base = base_of_adapter(source, None)
     if base is not None:
         return {"files": _files(path)} | {f"base_{name}": one for name, one in model_identity(lm, str(base)).items()}
-    if is_run(path):
-        root = path.absolute() / CHECKPOINTS
+    workdir, step = split_step(source)
+    if is_run(workdir):
+        root = workdir.absolute() / CHECKPOINTS
         best = best_step(root.parent)
-        step = max(saved_steps(root)) if best is None else best
-        return {"step": step, "files": _files(root / str(step)), "config": _digest(path / "config.json")}
+        newest = max(saved_steps(root)) if best is None else best
+        used = newest if step is None else step
+        return {"step": used, "files": _files(root / str(used)), "config": _digest(workdir / "config.json")}
     return {"files": _files(_local(lm, source))}
 
 

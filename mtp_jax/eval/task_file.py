@@ -5,12 +5,15 @@ A record has a prompt and an expected answer or tests. The fields may have the n
     prompt      `messages`, `prompt`, `question`, `problem` or `text`; a text, or a list of messages
     answer      `answer`, `target` or `solution`           checkers exact, contains, number, regex
     tests       `test`, `test_list` or `tests`             checker code, with `entry_point` if there is one
+
+`arithmetic:option=value,...` in place of a file stands for held-out questions of `data.arithmetic`.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from mtp_jax.data import arithmetic
 from mtp_jax.data.chat import check_messages
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import expected, last_number, tests_of, wanted_words
@@ -19,6 +22,8 @@ from mtp_jax.eval.json_lines import read_objects
 PROMPTS = ("messages", "prompt", "question", "problem", "text")
 ANSWERS = ("answer", "target", "solution")
 NEEDS_ANSWER = ("exact", "number", "regex")
+SUMS = 200
+"""Number of questions of `arithmetic`, without a limit."""
 
 
 class Question(NamedTuple):
@@ -45,7 +50,7 @@ def read_task(path: str, checker: str, fields: Fields, limit: int = 0) -> list[Q
     """Reads and checks the questions of a task.
 
     Args:
-      path: the file.
+      path: the file, or `arithmetic:option=value,...`.
       checker: name of the checker, which says what a record must have.
       fields: names of the fields.
       limit: most questions; 0 takes all.
@@ -53,9 +58,33 @@ def read_task(path: str, checker: str, fields: Fields, limit: int = 0) -> list[Q
     Raises:
       UserError: the file cannot be read or has no question, or a line is malformed. The error names the line.
     """
+    if is_arithmetic(path):
+        return sums(path, limit or SUMS, heldout=True)
     return read_objects(
         path, "--task", "questions", lambda line, record: _question(line, record, checker, fields), limit=limit
     )
+
+
+def is_arithmetic(task: str) -> bool:
+    """Whether a task is `arithmetic`, with or without options."""
+    return task.split(":")[0] == arithmetic.NAME
+
+
+def sums(task: str, count: int, heldout: bool, seed: int = 0) -> list[Question]:
+    """Questions of `arithmetic:option=value,...`.
+
+    Args:
+      task: the task.
+      count: number of questions.
+      heldout: whether they are held-out questions, or those of training texts.
+      seed: seed of the draw, with the option `seed` of the task.
+
+    Raises:
+      UserError: an option is unknown, or its value is out of range.
+    """
+    corpus = arithmetic.read_source(f"synthetic:{task}")
+    records = map(arithmetic.record_of, corpus.questions(count, corpus.seed + seed, heldout))
+    return [Question(number, record["prompt"], record) for number, record in enumerate(records, start=1)]
 
 
 def _question(number: int, record: dict[str, Any], checker: str, fields: Fields) -> Question:

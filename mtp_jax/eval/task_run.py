@@ -5,14 +5,11 @@ whole batch. The first line says what the answers were made from; with other set
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +19,7 @@ from mtp_jax.decode.hooks import Hook, HookMaker
 from mtp_jax.decode.memory import CacheTooLarge
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.errors import UserError
-from mtp_jax.eval.checkers import Checker, Verdict, judged
+from mtp_jax.eval.checkers import Checker, Verdict, all_tried, as_verdict
 from mtp_jax.eval.intervals import Interval, Ratio, mean_share
 from mtp_jax.eval.kept import append, open_kept
 from mtp_jax.eval.task_file import Question
@@ -105,6 +102,21 @@ def run_task(
     made_from: dict[str, Any],
     progress: Callable[[str], None] = lambda _: None,
 ) -> TaskResult:
+    """Answers and judges all questions that `path` does not have yet. The arguments are those of `answer_all`."""
+    done = answer_all(lm, questions, check, how, path, made_from=made_from, progress=progress)
+    return _result(done, len(questions), how.samples)
+
+
+def answer_all(
+    lm: LoadedModel,
+    questions: Sequence[Question],
+    check: Checker,
+    how: Answering,
+    path: pathlib.Path,
+    *,
+    made_from: dict[str, Any],
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[tuple[int, int], dict[str, Any]]:
     """Answers and judges all questions that `path` does not have yet.
 
     Args:
@@ -115,6 +127,9 @@ def run_task(
       path: the file for answers and verdicts.
       made_from: what identifies the work besides `how` and the questions: model, checker, hooks.
       progress: is called with a line of text about the progress.
+
+    Returns:
+      The lines of the file, by question and sample: `answer`, `correct`, `reason`, ...
 
     Raises:
       UserError: `path` has answers that were made from something else, or a prompt is refused.
@@ -138,7 +153,7 @@ def run_task(
         done |= {(one["question"], one["sample"]): one for one in records}
         right = sum(one["correct"] for one in done.values())
         progress(f"{len(done)} of {len(jobs)} answers, {right} right")
-    return _result(done, len(questions), how.samples)
+    return done
 
 
 def verdicts(check: Checker, tried: Sequence[tuple[str, Mapping[str, Any]]], how: Answering) -> list[Verdict]:
@@ -149,9 +164,8 @@ def verdicts(check: Checker, tried: Sequence[tuple[str, Mapping[str, Any]]], how
       tried: pairs of an answer and the record of its question.
       how: says how many are judged at once, and for how long.
     """
-    # The standard output may be one JSON object, so what a checker prints goes elsewhere.
-    with contextlib.redirect_stdout(sys.stderr), ThreadPoolExecutor(how.judges) as pool:
-        return list(pool.map(lambda one: judged(check, *one, seconds=how.judge_seconds), tried))
+    made = all_tried(check, tried, how.judges, how.judge_seconds)
+    return [as_verdict(one) for one in made]
 
 
 def matters(how: Answering) -> dict[str, Any]:

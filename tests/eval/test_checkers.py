@@ -1,6 +1,8 @@
 """Checkers say right only for right answers, and no answer or function ends the run."""
 
+import pathlib
 import threading
+import time
 
 import pytest
 
@@ -130,18 +132,63 @@ def test_an_entry_point_may_be_null():
         ("return answer == 'x'", "wrong"),
         ("print('noise'); return (False, 'short')", "short"),
         ("raise KeyboardInterrupt", "the checker raised KeyboardInterrupt"),
+        ("import os; os._exit(0)", "the checker ended its process"),
+        ("import os, sys; os.write(1, b'noise'); sys.exit('noise')", "the checker raised SystemExit"),
+        ("return input()", "the checker raised EOFError"),
+        ("return {'correct': True}", "the checker gave no verdict"),
+        ("return (True, 'right', 'a', 'b')", "the checker gave no verdict"),
         ("return False, type('A', (), {'__str__': lambda self: 1 / 0})()", "the checker raised ZeroDivisionError"),
         ("raise type('E', (Exception,), {'__str__': lambda self: 1 / 0})", "the checker raised E"),
         ("import numpy; return numpy.bool_(False)", "wrong"),
     ],
 )
-def test_functions_of_the_user(tmp_path, made, reason):
-    """A function that raises, leaves or returns something else counts as wrong."""
+def test_functions_of_the_user(tmp_path, made, reason, capfd):
+    """A function that raises, leaves, prints or returns something else counts as wrong, and the next call is answered.
+    Nothing comes to standard output. Breaks if the worker's output stays what its functions print to."""
     path = tmp_path / "mine.py"
-    path.write_text(f"def check(answer, record):\n    {made}\n")
-    verdict = judged(checker(f"{path}:check"), "a", {})
+    path.write_text(f"def check(answer, record):\n    if answer == 'good': return True\n    {made}\n")
+    check = checker(f"{path}:check")
+    verdict = judged(check, "a", {})
     assert (verdict.correct, verdict.reason) == (False, reason)
+    assert judged(check, "good", {}) == Verdict(True, "right")
     assert judged(lambda answer, record: True, "a", {}) == Verdict(True, "right")
+    check.close()
+    assert capfd.readouterr().out == ""
+
+
+def test_a_function_of_a_file_that_hangs_is_stopped(tmp_path):
+    """Its process and what that started are gone after the time, and another call is answered by another process.
+
+    Breaks if the worker is left to itself, or if only the worker is killed.
+    """
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import os, subprocess, sys, time\n"
+        "def check(answer, record):\n"
+        "    if answer == 'good': return True, str(os.getpid())\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "    open(record['path'], 'w').write(f'{os.getpid()} {child.pid}')\n"
+        "    while True: time.sleep(1)\n"
+    )
+    check = checker(f"{path}:check")
+    verdict = judged(check, "a", {"path": str(tmp_path / "pids")}, seconds=1.0)
+    assert (verdict.correct, verdict.reason) == (False, "the checker took too long")
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    until = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert [alive(pid) for pid in pids] == [False, False]
+    good = judged(check, "good", {})
+    assert good.correct and int(good.reason) not in pids
+    check.close()
+
+
+def alive(pid):
+    """Whether a process runs. One that waits for its parent to read its status does not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("answer", ["?", [], ["a word", ""], None, [["a"]]])

@@ -1,0 +1,1 @@
+"""Functions of the user, each in a process that can be stopped."""
