@@ -13,7 +13,8 @@ class DataConfig:
 
     source: str = "stdlib"
     """`stdlib` (the standard library of the running Python), a directory, a glob, a text file, a `.jsonl` or `.json` of
-    records, a `.npy` of token ids, or `synthetic:TASK:option=value,...` (see `data/synthetic.py`)."""
+    records, a `.npy` of token ids, or `synthetic:TASK:option=value,...` (see `data/synthetic.py`, and
+    `data/arithmetic.py` for the text `synthetic:arithmetic`)."""
     text_field: str = "text"
     """The field of a record that holds its text."""
     tokenizer: str = "bpe"

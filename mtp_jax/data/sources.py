@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtp_jax.data import extras, files, synthetic
+from mtp_jax.data import arithmetic, extras, files, synthetic
 from mtp_jax.data.arrays import open_array
 from mtp_jax.data.chat import ChatTemplate
 from mtp_jax.data.files import Document, Records, SourceFile
@@ -31,6 +31,11 @@ _STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test",
 def is_token_file(source: str) -> bool:
     """Whether the source holds token ids, for `read_token_file`, and not text."""
     return source.lower().endswith(".npy") or synthetic.is_synthetic(source)
+
+
+def is_generated(source: str) -> bool:
+    """Whether the source is made by this package, so that it has no files."""
+    return synthetic.is_synthetic(source) or arithmetic.is_arithmetic(source)
 
 
 def list_files(source: str) -> list[SourceFile]:
@@ -92,6 +97,8 @@ def read_documents(source: str, text_field: str, chat: ChatTemplate | None = Non
       UserError: there is nothing to read, or a file or record is not text. It may be raised while iterating.
     """
     _refuse_ids(source)
+    if arithmetic.is_arithmetic(source):
+        return arithmetic.read_source(source).answered()
     return _documents(source, list_files(source), Records(text_field, chat), files.Tally())
 
 
@@ -109,7 +116,10 @@ def scan_documents(source: str, text_field: str, chat: ChatTemplate | None = Non
     """Reads all documents once, for their names and sizes. This finds errors of a source before the long work."""
     _refuse_ids(source)
     tally = files.Tally()
-    documents = _documents(source, list_files(source), Records(text_field, chat), tally)
+    if arithmetic.is_arithmetic(source):
+        documents = arithmetic.read_source(source).answered()
+    else:
+        documents = _documents(source, list_files(source), Records(text_field, chat), tally)
     pairs = [(one.name, len(one.text.encode())) for one in documents]
     return Scan([name for name, _ in pairs], np.array([size for _, size in pairs], np.int64), tally.summary())
 
@@ -137,7 +147,7 @@ def _documents(source: str, found: list[SourceFile], records: Records, tally: fi
 
 def is_inside(path: pathlib.Path, source: str) -> bool:
     """Whether a path is inside the directory that a source names. Files that a run writes must not become its text."""
-    if source == STDLIB or not source or synthetic.is_synthetic(source):
+    if source == STDLIB or not source or is_generated(source):
         return False
     root = pathlib.Path(source).expanduser()
     return root.is_dir() and path.absolute().resolve().is_relative_to(root.resolve())

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from mtp_jax.config import Config
-from mtp_jax.data import chat, marks, sources, synthetic
+from mtp_jax.data import chat, marks, sources
 from mtp_jax.data.extras import extra_file
 from mtp_jax.data.pack import PackedRows, learn_file
 from mtp_jax.data.tokenize import Tokenizer, load_tokenizer, template_of
@@ -76,7 +76,7 @@ def fingerprint(config: Config) -> dict[str, object]:
         del data["noise"]
     if data["source"] == sources.STDLIB:
         content = f"Python {sys.version}"
-    elif synthetic.is_synthetic(data["source"]):
+    elif sources.is_generated(data["source"]):
         content = ""
     else:
         stats = [(file.name, file.path.stat()) for file in sources.read_files(data["source"])]

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mtp_jax.data.arithmetic import NAME as ARITHMETIC
+from mtp_jax.data.arithmetic import is_arithmetic
+from mtp_jax.data.options import read_options
 from mtp_jax.errors import UserError
 
 PREFIX = "synthetic:"
-MOST = 10_000_000
-"""Largest value of an option. This many documents still fit into memory."""
 PRIME = 7
 DEGREE = 5
 
@@ -201,8 +202,8 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def is_synthetic(source: str) -> bool:
-    """Whether the source names a generated task."""
-    return source.startswith(PREFIX)
+    """Whether the source names a generated task of token ids. `arithmetic` is text; see `data.arithmetic`."""
+    return source.startswith(PREFIX) and not is_arithmetic(source)
 
 
 def make(source: str) -> Task:
@@ -236,20 +237,7 @@ def _parse(source: str) -> tuple[Callable[..., Task], dict[str, int]]:
     """The task and the options that a source gives."""
     name, _, given = source.removeprefix(PREFIX).partition(":")
     if name not in TASKS:
-        raise UserError(f"data source {source!r}: no task {name!r}; choose one of {', '.join(TASKS)}")
+        raise UserError(f"data source {source!r}: no task {name!r}; choose one of {', '.join((*TASKS, ARITHMETIC))}")
     task = TASKS[name]
-    options = {}
-    known = task.__code__.co_varnames[: task.__code__.co_argcount]
-    for pair in filter(None, given.split(",")):
-        option, _, value = pair.partition("=")
-        if option not in known:
-            raise UserError(f"data source {source!r}: {name} has no option {option!r}; known: {', '.join(known)}")
-        if not (value.isascii() and value.isdigit()):
-            raise UserError(f"data source {source!r}: {option}={value!r} is not a whole number")
-        if option in options:
-            raise UserError(f"data source {source!r} gives {option} twice")
-        options[option] = int(value)
-        least = 0 if option in ("seed", "exactly") else 1
-        if not least <= options[option] <= MOST:
-            raise UserError(f"data source {source!r}: {option}={value} must be between {least} and {MOST:,}")
+    options = read_options(source, name, given, task, zero=("seed", "exactly"))
     return task, options
