@@ -57,6 +57,7 @@ COPIED = {
     "notebooks/01_train_and_decode.ipynb": "copied/01_train_and_decode.ipynb",
     "notebooks/02_make_a_checkpoint_faster.ipynb": "copied/02_make_a_checkpoint_faster.ipynb",
     "notebooks/03_fine_tune_with_caft.ipynb": "copied/03_fine_tune_with_caft.ipynb",
+    "notebooks/04_reinforce.ipynb": "copied/04_reinforce.ipynb",
     "benchmarks/RESULTS.md": "copied/RESULTS.md",
     "CHANGELOG.md": "copied/CHANGELOG.md",
 }

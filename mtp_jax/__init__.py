@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mtp_jax.config import ModelConfig as ModelConfig
     from mtp_jax.config import OptimConfig as OptimConfig
     from mtp_jax.config import PatchRule as PatchRule
+    from mtp_jax.config import RLConfig as RLConfig
     from mtp_jax.config import TrainConfig as TrainConfig
     from mtp_jax.config import equal_parameter_layers as equal_parameter_layers
     from mtp_jax.config import override as override
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from mtp_jax.eval.report import evaluate as evaluate
     from mtp_jax.loading import LoadedModel as LoadedModel
     from mtp_jax.loading import load as load
+    from mtp_jax.rl.loop import reinforce as reinforce
     from mtp_jax.runs.metrics import read_metrics as read_metrics
     from mtp_jax.training.loop import train as train
 
@@ -67,6 +69,7 @@ _HOMES = {
     "HeadsConfig": "config",
     "LossConfig": "config",
     "LoraConfig": "config",
+    "RLConfig": "config",
     "DataConfig": "config",
     "OptimConfig": "config",
     "MeshConfig": "config",
@@ -98,6 +101,7 @@ _HOMES = {
     "write_page": "eval.page",
     "read_metrics": "runs.metrics",
     "train": "training.loop",
+    "reinforce": "rl.loop",
     "train_heads": "accelerate.whole",
     "HeadTraining": "accelerate.plan",
     "start_from": "convert.starting",

@@ -350,10 +350,10 @@ NAMED = (
     Mutation(
         "head_scale of each micro-batch alone",
         "training/step.py",
-        "total_loss(config, spec, params, *micro, given.scale_M, terms)",
+        "total_loss(config, spec, params, *micro, given.scale_M, objective)",
         "total_loss(config, spec, params, *micro, "
         "scales(config, jnp.sum(micro[1].weights_MBT, axis=(1, 2)), jnp.asarray(config.head_weights))"
-        " / config.train.grad_accum, terms)",
+        " / config.train.grad_accum, objective)",
         "training/test_step.py",
     ),
     Mutation(
@@ -517,7 +517,7 @@ OTHERS = (
     Mutation(
         "no gradient through the soft cap",
         "losses/fused.py",
-        "dz_CV *= 1 - (soft.z_CV / spec.softcap) ** 2",
+        "dz_CV *= 1 - (soft.z_CV * spec.temperature / spec.softcap) ** 2",
         "pass",
         "losses/test_xent.py",
     ),
@@ -538,9 +538,65 @@ OTHERS = (
     Mutation(
         "entropy weights round down",
         "losses/entropy.py",
-        "jnp.ceil(options.fraction * jnp.sum(counted_BT) * (1 - 1e-6))",
-        "jnp.floor(options.fraction * jnp.sum(counted_BT))",
+        "jnp.ceil(fraction * count * (1 - SLACK))",
+        "jnp.floor(fraction * count)",
         "losses/test_entropy.py",
+    ),
+    Mutation(
+        "a quantile without interpolation",
+        "losses/entropy.py",
+        "jnp.where(share > 0, below + share * (above - below), below)",
+        "below",
+        "losses/test_entropy.py",
+    ),
+    Mutation(
+        "each device selects alone",
+        "losses/entropy.py",
+        "jax.lax.all_gather(here_U, axis_name).ravel()",
+        "here_U",
+        "losses/test_entropy.py",
+    ),
+    Mutation(
+        "no gradient through the temperature",
+        "losses/fused.py",
+        "dz_CV /= spec.temperature",
+        "pass",
+        "losses/test_logprobs.py",
+    ),
+    Mutation(
+        "one clip for both sides",
+        "losses/policy.py",
+        "1 + options.clip_high)",
+        "1 + options.clip_low)",
+        "losses/test_policy_loss.py",
+    ),
+    Mutation(
+        "equal rewards have advantages",
+        "losses/policy.py",
+        "equal = np.all(groups == groups[:, :1], axis=1, keepdims=True)",
+        "equal = groups.std(axis=1, keepdims=True) == 0",
+        "losses/test_policy_loss.py",
+    ),
+    Mutation(
+        "KL at the selected tokens alone",
+        "losses/policy.py",
+        "jnp.sum(shares_BT * k3(",
+        "jnp.sum(learned_BT * k3(",
+        "losses/test_policy_loss.py",
+    ),
+    Mutation(
+        "log-probabilities of the token before",
+        "rl/update.py",
+        'Drawn(ahead(batch["logprobs"], 1)',
+        'Drawn(batch["logprobs"]',
+        "rl/test_policy_update.py",
+    ),
+    Mutation(
+        "shares of each micro-batch alone",
+        "rl/update.py",
+        "shares_BT = batch[SHARES]",
+        "shares_BT = token_shares(options, _weights(batch)) / seen.config.train.grad_accum",
+        "rl/test_policy_update.py",
     ),
     Mutation(
         "a token counts twice in its order",
@@ -629,7 +685,7 @@ OTHERS = (
     Mutation(
         "a head that stands still is balanced",
         "training/step.py",
-        "counts_M = jnp.arange(len(w_M)) >= config.train.heads_only",
+        "counts_M = jnp.arange(len(w_M)) >= (config.train.heads_only or apart)",
         "counts_M = jnp.ones(len(w_M), bool)",
         "training/test_balance.py",
     ),
@@ -671,8 +727,8 @@ OTHERS = (
     Mutation(
         "records are of the logits after the hooks",
         "decode/engine.py",
-        "records.records_of(own_BQV, choices.tokens_BQ, plan.logprobs)",
-        "records.records_of(logits_BQV, choices.tokens_BQ, plan.logprobs)",
+        "_noted(plan, controls, own_BQV, choices)",
+        "_noted(plan, controls, logits_BQV, choices)",
         "decode/test_records.py",
     ),
     Mutation(

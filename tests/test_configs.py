@@ -48,11 +48,20 @@ PARAMETERS = {
     "next_token_full": 134_515_008,
     "naive_multi_token": 148_675_392,
     "joint_heads": 148_675_423,
+    "rl_arithmetic_pretrain": 689_568,
+    "rl_arithmetic": 689_568,
+    "rl_grpo": 689_568,
+    "rl_dapo": 689_568,
+    "rl_top_fifth": 689_568,
+    "rl_gsm8k": 134_515_008,
 }
 
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
-ALIKE = ("bench_30m", "bench_1b", "pretrain_13b", "star_graph_2_3", "star_graph_5_3")
+ALIKE = (
+    *("bench_30m", "bench_1b", "pretrain_13b", "star_graph_2_3", "star_graph_5_3"),
+    *("rl_arithmetic", "rl_grpo", "rl_dapo", "rl_top_fifth", "rl_gsm8k"),
+)
 """Configs that differ from another one in their sizes alone."""
 
 

@@ -25,6 +25,7 @@ ALLOWED = {
         "decode",
         "eval",
         "loading",
+        "rl",
         "runs",
         "training",
     },  # names only, imported at first use
@@ -46,12 +47,18 @@ ALLOWED = {
     "convert": {"config", "data", "model", "runs", "sharding", "training", "trees"},
     "loading": {"config", "convert", "data", "model", "runs", "sharding"},
     "eval": {"config", "data", "decode", "loading", "losses", "model", "runs", "sharding", "training"},
+    # convert: the tokenizer of the run that reinforcement starts from
+    "rl": {
+        *("axes", "config", "convert", "data", "decode", "eval", "loading", "losses", "model", "runs", "sharding"),
+        *("training", "trees"),
+    },
     "bench": {"config", "cost", "data", "decode", "eval", "loading", "losses", "model", "runs", "sharding", "training"},
-    "aot": {"axes", "config", "cost", "decode", "model", "sharding", "training"},
+    # rl: its update step is a program of a run, too
+    "aot": {"axes", "config", "cost", "decode", "model", "rl", "sharding", "training"},
     "accelerate": {"config", "convert", "data", "decode", "eval", "loading", "model", "runs", "training"},
     "cli": {
         *("accelerate", "aot", "bench", "config", "convert", "cost", "data", "decode", "eval", "loading", "model"),
-        *("runs", "sharding", "training"),
+        *("rl", "runs", "sharding", "training"),
     },
 }
 

@@ -102,3 +102,23 @@ def test_fine_tune_with_caft(tmp_path):
     text, _ = executed(NOTEBOOKS / "03_fine_tune_with_caft.ipynb", parameters)
     assert "identical: True" in text
     assert re.search(r"caft: held-out next-token loss \d", text)
+
+
+@pytest.mark.grid
+@pytest.mark.filterwarnings("default")
+def test_reinforce(tmp_path):
+    """Every cell runs on a tiny model, both runs finish, tokens with and without drafts are identical, and a plot is
+    shown."""
+    model = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "head_dim": 8, "d_ff": 24}
+    small = {f"model.{name}": value for name, value in model.items()} | {"heads.num_future": 2}
+    learn = small | {"data.source": "synthetic:arithmetic:documents=400", "train.steps": 4, "train.batch_size": 4}
+    reinforce = {"train.steps": 2, "train.batch_size": 4, "train.eval_every": 1, "data.seq_len": 24}
+    reinforce |= {"rl.prompts": 2, "rl.samples": 2, "rl.updates": 1, "rl.max_new_tokens": 12}
+    reinforce |= {"rl.eval_prompts": 2, "rl.eval_samples": 2}
+    settings = {"WORKDIR": str(tmp_path), "LEARN": learn, "REINFORCE": reinforce}
+    text, images = executed(
+        NOTEBOOKS / "04_reinforce.ipynb", "\n".join(f"{name} = {value!r}" for name, value in settings.items())
+    )
+    assert text.count("finished: True") == 2 and "identical: True" in text
+    assert "before: greedy" in text and "after: greedy" in text
+    assert images == 1

@@ -1,4 +1,8 @@
-"""Traces and compiles the real programs of a run, the train step and a round of decoding, without any array."""
+"""Traces and compiles the real programs of a run, the train step and a round of decoding, without any array.
+
+A run of reinforcement has an update step in place of the train step, and rounds that decode its responses. While these
+run, the training state stays in memory.
+"""
 
 import dataclasses
 import functools
@@ -17,6 +21,7 @@ from mtp_jax.decode.options import Options
 from mtp_jax.decode.state import Plan, empty_state, slots_needed
 from mtp_jax.model import lora, mtp
 from mtp_jax.model.cache import LayerCache
+from mtp_jax.rl.update import compile_policy_steps
 from mtp_jax.training.objectives import batch_targets, drawn, total_loss, xent_spec
 from mtp_jax.training.state import joined, split_params
 from mtp_jax.training.step import compile_steps
@@ -31,7 +36,13 @@ class Program(NamedTuple):
     arguments: dict[str, Any]
     """The arguments of the program by kind, as shapes with shardings."""
     kept: int
-    """Bytes, over all devices, that the forward pass keeps for the backward pass."""
+    """Bytes, over all devices, that the forward pass keeps for the backward pass; 0 if it is not known."""
+    beside: Any = ()
+    """Arrays that stay in memory while the program runs, as shapes with shardings."""
+
+
+ROUNDS = ("decode round", "rollout round")
+"""Names of the programs that are a loop over rounds."""
 
 
 class Compiled(NamedTuple):
@@ -93,6 +104,40 @@ def _kept(config: Config, mesh: Mesh, params: Any, batch: dict) -> int:
     return sum(_size(leaf) for leaf in leaves if has_rows(leaf))
 
 
+def update_step(config: Config, mesh: Mesh) -> Program:
+    """The optimizer step of `mtp rl`, with `loss.skip` off as in `train_step`."""
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, skip=False))
+    steps = compile_policy_steps(config, mesh)
+    batch = abstract_rollouts(config, steps.batch_sharding)
+    with jax.set_mesh(mesh):
+        traced = steps.update.trace(steps.abstract_state, batch)
+        lowered = traced.lower()
+    state = steps.abstract_state
+    arguments = {"parameters": state.params, "optimizer": (state.opt_state, state.step), "batch": batch}
+    return Program("update step", traced, lowered, arguments, 0)
+
+
+def abstract_rollouts(config: Config, where: dict[str, jax.sharding.Sharding]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The rollouts of an optimizer step, as shapes. `where` has the sharding of every array."""
+    shape = (config.train.batch_size, config.data.seq_len)
+    whole = ("tokens", "segment_ids", "positions")
+
+    def array(name: str) -> jax.ShapeDtypeStruct:
+        dtype = jnp.int32 if name in whole else jnp.float32
+        return jax.ShapeDtypeStruct(shape[:1] if name == "advantages" else shape, dtype, sharding=where[name])
+
+    return {name: array(name) for name in where}
+
+
+def rollout_round(config: Config, mesh: Mesh) -> Program:
+    """A round in which `mtp rl` decodes all responses of a step, next to the training state."""
+    rl = config.rl
+    options = Options(temperature=rl.temperature, logprobs=0, logprobs_tempered=rl.temperature != 1)
+    drafts = config.num_draft if rl.draft in ("auto", "heads") else 0
+    program = _round("rollout round", config, mesh, (rl.rows, config.data.seq_len, drafts), options)
+    return program._replace(beside=compile_policy_steps(config, mesh).abstract_state)
+
+
 def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
     """A round of `generate` in which all heads draft.
 
@@ -102,12 +147,19 @@ def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
       rows: number of prompts that are decoded together.
       tokens: number of tokens of prompt and output together; the caches have room for this many.
     """
-    drafter = make_drafter("heads" if config.num_draft else "none", config.arch, config.num_draft)
-    plan = Plan(config.arch, drafter, Options().sampler(), Options().rule())
+    return _round("decode round", config, mesh, (rows, tokens, config.num_draft), Options())
+
+
+def _round(name: str, config: Config, mesh: Mesh, sizes: tuple[int, int, int], options: Options) -> Program:
+    """A round of decoding. `sizes` are the rows, the tokens of a row, and the drafts of the heads."""
+    rows, tokens, drafts = sizes
+    drafter = make_drafter("heads" if drafts else "none", config.arch, drafts)
+    records = (options.logprobs, options.logprobs_tempered)
+    plan = Plan(config.arch, drafter, options.sampler(), options.rule(), (), *records)
     vocab = config.model.vocab_size
     params = decode_params(config, mesh)
     everywhere = sharding.replicated(mesh)
-    controls = jax.eval_shape(lambda: Options().controls(rows, vocab))
+    controls = jax.eval_shape(lambda: options.controls(rows, vocab))
     one_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
     ends = jax.ShapeDtypeStruct((1,), jnp.int32)
     slots = slots_needed(tokens, drafter.num_draft)
@@ -123,7 +175,7 @@ def decode_round(config: Config, mesh: Mesh, rows: int, tokens: int) -> Program:
     caches = (state.caches, state.drafter_cache)
     rest = (state._replace(caches=(), drafter_cache=()), put(controls), one)
     arguments = {"parameters": params, "caches": caches, "rows": rest}
-    return Program("decode round", traced, traced.lower(), arguments, 0)
+    return Program(name, traced, traced.lower(), arguments, 0)
 
 
 def decode_params(config: Config, mesh: Mesh) -> Any:

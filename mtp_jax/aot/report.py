@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mtp_jax import sharding
 from mtp_jax.aot import collectives, flops
-from mtp_jax.aot.programs import Compiled, Program, shard_bytes
+from mtp_jax.aot.programs import ROUNDS, Compiled, Program, shard_bytes
 from mtp_jax.config import Config
 from mtp_jax.cost.hardware import Chip, chip
 
@@ -30,11 +30,13 @@ class Memory:
     """Bytes of results that do not reuse the memory of an argument."""
     code_bytes: int | None
     hbm_bytes: int
+    beside_bytes: int = 0
+    """Bytes of other arrays that stay in memory while the program runs."""
 
     @property
     def total(self) -> int | None:
         """Bytes of everything that is in memory at the same time."""
-        parts = (self.argument_bytes, self.temp_bytes, self.output_bytes, self.code_bytes)
+        parts = (self.argument_bytes, self.temp_bytes, self.output_bytes, self.code_bytes, self.beside_bytes)
         return None if None in parts else sum(parts)
 
 
@@ -89,6 +91,7 @@ class Report:
                 "temp_bytes": memory.temp_bytes,
                 "output_bytes": memory.output_bytes,
                 "code_bytes": memory.code_bytes,
+                **({"beside_bytes": memory.beside_bytes} if memory.beside_bytes else {}),
                 "total_bytes": memory.total,
                 "hbm_bytes": memory.hbm_bytes,
             },
@@ -128,7 +131,7 @@ def report(config: Config, mesh: Mesh, program: Program, compiled: Compiled) -> 
     if compiled.executable is not None:
         sent, open_sends = collectives.read(compiled.executable.as_text(), mesh.size)
         open_loops = max(open_loops, open_sends)
-        if program.name == "decode round":
+        if program.name in ROUNDS:
             open_loops -= 1  # the loop over rounds: the report is about one round
         roofline = figures and _roofline(figures, memory, counted.flops / mesh.size, sent)
     fits = memory.total is not None and memory.total <= memory.hbm_bytes
@@ -146,10 +149,11 @@ def _capacity(device: jax.Device, mesh: Mesh, figures: Chip | None) -> int:
 def _memory(mesh: Mesh, program: Program, compiled: Compiled, capacity: int) -> Memory:
     by_kind = {kind: shard_bytes(tree) for kind, tree in program.arguments.items()}
     kept = -(-program.kept // sharding.row_shards(mesh))
+    beside = shard_bytes(program.beside)
     if compiled.executable is None:
         wanted = re.search(r"([\d.]+)([KMGT])\)? exceeds", compiled.error)
         temp = round(float(wanted[1]) * 1024 ** (" KMGT".index(wanted[2]))) if wanted else None
-        return Memory(by_kind, sum(by_kind.values()), temp, kept, None, None, capacity)
+        return Memory(by_kind, sum(by_kind.values()), temp, kept, None, None, capacity, beside)
     stats = compiled.executable.memory_analysis()
     return Memory(
         arguments=by_kind,
@@ -159,6 +163,7 @@ def _memory(mesh: Mesh, program: Program, compiled: Compiled, capacity: int) -> 
         output_bytes=stats.output_size_in_bytes - stats.alias_size_in_bytes,
         code_bytes=stats.generated_code_size_in_bytes,
         hbm_bytes=capacity,
+        beside_bytes=beside,
     )
 
 

@@ -24,9 +24,9 @@ from mtp_jax.sharding import mesh_of
 
 DESCRIPTION = (
     "Compile the train step and the decode round of CONFIG.py for devices that you do not have, and say what the "
-    "programs need. Nothing runs and no parameter is made. Any field of the config can be overridden by its dotted "
-    "path. Usage: mtp "
-    "compile CONFIG.py --topology v5e:16x16 [--program train|decode|both] [--json] [--section.field VALUE ...]"
+    "programs need; with a section rl, the update step and the rollout round of mtp rl. Nothing runs and no parameter "
+    "is made. Any field of the config can be overridden by its dotted path. Usage: mtp compile CONFIG.py --topology "
+    "v5e:16x16 [--program train|decode|both] [--json] [--section.field VALUE ...]"
 )
 GIB = 2**30
 
@@ -50,9 +50,7 @@ class Args(Config):
 def main(argv: list[str]) -> None:
     """Compiles and reports. Exits with 0 whether the programs fit or not; the output says which."""
     path, args, config = parse_run(Args, argv, "mtp compile", DESCRIPTION)
-    for name in ("decode_rows", "decode_tokens"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 0")
+    _check_sizes(args, config)
     if not args.topology:
         raise UserError(f"mtp compile needs --topology, such as {topology.EXAMPLES}")
     topology.prepare(args.topology)
@@ -73,10 +71,24 @@ def main(argv: list[str]) -> None:
     _print(config, facts, reports, chip(mesh.devices.flat[0].device_kind))
 
 
+def _check_sizes(args: Args, config: Config) -> None:
+    for name in ("decode_rows", "decode_tokens"):
+        value = getattr(args, name)
+        option = f"--{name.replace('_', '-')}"
+        if value < 0:
+            raise UserError(f"{option} is {value}; it must be at least 0")
+        if value and config.rl.task:
+            raise UserError(
+                f"{option} {value} has no effect with rl.task={config.rl.task!r}: its rollouts are rl.prompts * "
+                "rl.samples rows of data.seq_len tokens; leave it out"
+            )
+
+
 def _compile(config: Config, mesh: Any, args: Args, which: str) -> Report:
-    began = "train step" if which == "train" else "decode round"
-    say(f"compiling the {began} for {args.topology}; minutes for a large model")
-    if which == "train":
+    say(f"compiling the {_name(config, which)} for {args.topology}; minutes for a large model")
+    if config.rl.task:
+        program = (programs.update_step if which == "train" else programs.rollout_round)(config, mesh)
+    elif which == "train":
         program = programs.train_step(config, mesh)
     else:
         settings = config.decode
@@ -87,12 +99,20 @@ def _compile(config: Config, mesh: Any, args: Args, which: str) -> Report:
     return report(config, mesh, program, programs.compile_program(program))
 
 
+def _name(config: Config, which: str) -> str:
+    """The name of a program."""
+    names = ("update step", "rollout round") if config.rl.task else ("train step", "decode round")
+    return names[which == "decode"]
+
+
 def _json(config: Config, facts: dict[str, Any], reports: list[Report]) -> dict[str, Any]:
-    """The keys of the first program at the top level; those of the decode round (also) under `decode`."""
+    """The keys of the first program at the top level; those of the decode or rollout round (also) under `decode`."""
     result = facts | reports[0].as_json() | {"fits": all(one.fits for one in reports)}
+    if reports[0].name == "update step":
+        result |= {"train_fits": reports[0].fits}
     if reports[0].name == "train step":
         result |= {"train_fits": reports[0].fits, "model_flops": _model_flops(config)}
-    if reports[-1].name == "decode round":
+    if reports[-1].name in programs.ROUNDS:
         result["decode"] = reports[-1].as_json()
     return result
 
@@ -131,6 +151,7 @@ def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures
 def _rows(config: Config, one: Report, figures: Chip | None, devices: int, tokens: int) -> list[tuple[str, str]]:
     memory = one.memory
     rows = [(kind, _size(size)) for kind, size in memory.arguments.items()]
+    rows += [("training state", _size(memory.beside_bytes))] if memory.beside_bytes else []
     kept = memory.kept_bytes
     whole = memory.temp_bytes
     if whole is not None and 0 < kept < whole:

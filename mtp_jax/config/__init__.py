@@ -1,9 +1,9 @@
 """Every setting of a run, with its default and its check. A value that cannot work is refused here.
 
 A run is one `Config`, made of sections. Each section has a file: `model`, `heads`, `loss`, `data`, `optim`, `mesh`,
-`training` (section `train`), `decode` and `lora`. `arch` is the model with its heads. `trunk` says what a model section
-must offer, for any kind of model. `run` checks that settings of different sections fit together. `text` writes a config
-as JSON and reads it back.
+`training` (section `train`), `decode`, `lora` and `rl`. `arch` is the model with its heads. `trunk` says what a model
+section must offer, for any kind of model. `run` checks that settings of different sections fit together. `text` writes
+a config as JSON and reads it back.
 
 Config files are Python files that define `config = Config(...)`. The command line overrides any field by its dotted
 path (`--model.d_model 512`).
@@ -27,6 +27,7 @@ from mtp_jax.config.mesh import MeshConfig as MeshConfig
 from mtp_jax.config.model import ModelConfig as ModelConfig
 from mtp_jax.config.optim import OptimConfig as OptimConfig
 from mtp_jax.config.patching import PatchRule as PatchRule
+from mtp_jax.config.rl import RLConfig as RLConfig
 from mtp_jax.config.run import Config as Config
 from mtp_jax.config.text import differences as differences
 from mtp_jax.config.text import flatten as flatten

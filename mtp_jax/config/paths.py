@@ -12,6 +12,8 @@ WORDS = {
     "data.chat_template": ("", "plain"),
     "train.init_from": ("",),
     "train.entropy_from": ("",),
+    "rl.task": ("", "arithmetic"),
+    "rl.eval_task": ("", "arithmetic"),
 }
 """The fields that may be paths. Each has a list of words that are not paths, also when a colon and more text follow."""
 

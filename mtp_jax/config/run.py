@@ -13,6 +13,7 @@ from mtp_jax.config.loss import LossConfig
 from mtp_jax.config.mesh import MeshConfig
 from mtp_jax.config.model import ModelConfig
 from mtp_jax.config.optim import OptimConfig
+from mtp_jax.config.rl import RLConfig, check_rl
 from mtp_jax.config.standalone import check_standalone
 from mtp_jax.config.trainable import read_rules
 from mtp_jax.config.training import TrainConfig
@@ -35,6 +36,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     decode: DecodeConfig = DecodeConfig()
     lora: LoraConfig = LoraConfig()
+    rl: RLConfig = RLConfig()
 
     @classmethod
     def around(cls, arch: Arch, tokenizer: str) -> "Config":
@@ -63,6 +65,8 @@ class Config:
         self._check_heads_alone()
         self._check_adapters()
         check_standalone(self.heads, self.loss, self.data, self.mesh)
+        check_rl(self.rl, self.heads, self.loss, self.data, self.optim, self.train)
+        self._check_learning_heads()
         self._check_mesh(arch)
 
     def _check_rows(self) -> None:
@@ -235,6 +239,26 @@ class Config:
                 "use 'lora', or ('lora', ...) with further patterns",
             )
 
+    def _check_learning_heads(self) -> None:
+        """Checks that heads which shall learn in reinforcement have a parameter that is trained, and a weight."""
+        if not self.rl.head_loss:
+            return
+        asked = f"rl.head_loss={self.rl.head_loss}"
+        rules = read_rules(self.train.trainable)
+        adapters = self.lora.rank and any(
+            path.startswith("heads/") for path in adapted(self.lora, self.model, self.heads)
+        )
+        require(
+            any(rule.of_heads or rule.pattern.search("heads/") for rule in rules) or bool(adapters),
+            f"{asked}, but train.trainable={self.train.trainable!r} trains no head; add 'heads' to it, or use "
+            "head_loss=0",
+        )
+        require(
+            self._learns_extra,
+            f"{asked}, but loss.head_weights={self.loss.head_weights}, loss.extra_weight={self.loss.extra_weight} and "
+            f"loss.decay={self.loss.decay} switch every extra head off",
+        )
+
     def _check_mesh(self, arch: Arch) -> None:
         """Checks that sizes which are split over devices divide by the number of devices."""
         data = self.data
@@ -260,6 +284,16 @@ class Config:
         return Arch(self.model, self.heads)
 
     @property
+    def optimizer_steps(self) -> int:
+        """Number of optimizer steps of the run. In reinforcement, one of `train.steps` may have several."""
+        return self.train.steps * (self.rl.updates if self.rl.task else 1)
+
+    @property
+    def heads_stand_still(self) -> bool:
+        """Whether the extra heads keep their parameters while the model learns by reinforcement."""
+        return bool(self.rl.task) and self.rl.head_loss == 0
+
+    @property
     def has_token_order(self) -> bool:
         """Whether there is an unembedding for the token order loss, a parameter that only training uses."""
         return self.loss.token_order > 0
@@ -270,11 +304,16 @@ class Config:
         return self.heads.facts.stands_alone and self.heads.num_future > 1 and self.loss.teacher != "none"
 
     @property
+    def has_reference(self) -> bool:
+        """Whether reinforcement keeps its distance from a reference: the trunk at the start of the run."""
+        return bool(self.rl.task) and self.rl.kl > 0
+
+    @property
     def copies_teacher(self) -> bool:
-        """Whether the teacher is a copy, which only training uses. If no rule trains the trunk, the trunk itself is the
-        teacher."""
+        """Whether the teacher or the reference is a copy, which only training uses. If no rule trains the trunk, the
+        trunk itself is the teacher or the reference."""
         rules = read_rules(self.train.trainable)
-        return self.has_teacher and not all(rule.of_heads or rule.of_adapters for rule in rules)
+        return (self.has_teacher or self.has_reference) and not all(rule.of_heads or rule.of_adapters for rule in rules)
 
     @property
     def head_weights(self) -> tuple[float, ...]:

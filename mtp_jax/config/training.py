@@ -16,9 +16,9 @@ class TrainConfig:
     batch_size: int = 16
     """B, number of rows per optimizer step, over all devices and micro-batches."""
     grad_accum: int = 1
-    """Number of micro-batches per optimizer step. It changes the memory use but not the result. `loss.entropy` is an
-    exception, because it selects tokens within a micro-batch. Without `loss.entropy`, grad_accum may change when a run
-    continues."""
+    """Number of micro-batches per optimizer step. It changes the memory use but not the result, so it may change
+    when a run continues. `loss.entropy` with entropy_scope='microbatch' is an exception, because it selects tokens
+    within a micro-batch."""
     trainable: str | tuple[str, ...] = "all"
     """What is trained. Nothing else has a gradient or an optimizer state. Use `all`, or `heads` for the extra heads
     alone (give the trained model with `init_from`), `lora` for the adapters of the `lora` section, or one or several

@@ -177,7 +177,7 @@ def test_generate_samples_the_same_with_any_drafter(quickstart, capsys):
     """The sampling flags reach `generate`; the draw does not depend on --draft or the other prompts."""
     base = ["generate", str(quickstart[0]), "--prompt", "def ", "--max-new-tokens", "16", "--json"]
     base += ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01", "--seed", "7"]
-    base += ["--repetition-penalty", "1.1"]
+    base += ["--repetition-penalty", "1.1", "--hot-temperature", "1.4", "--hot-entropy", "1.5"]
     ways = [[], ["--draft", "none", "--prompt", "if "]]
     drawn = []
     for way in ways:
@@ -185,6 +185,7 @@ def test_generate_samples_the_same_with_any_drafter(quickstart, capsys):
         drawn.append(only_json(capsys)["completions"][0])
     assert drawn[1] == drawn[0]
     options = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 7, "repetition_penalty": 1.1}
+    options |= {"hot_temperature": 1.4, "hot_entropy": 1.5}
     lm = load(quickstart[0])
     assert drawn[0]["tokens"] == generate(lm, ["def "], max_new_tokens=16, **options).tokens[0]
     assert run([*base, "--seed", "8"]) == 0
@@ -369,6 +370,10 @@ BAD = {
     ),
     "no filter": (["generate", "RUN", "--prompt", "x", "--top-p", 0], r"top_p=0.0; it must be above 0, at most 1"),
     "cold": (["generate", "RUN", "--prompt", "x", "--temperature", -1], r"temperature=-1.0; it must be 0 for greedy"),
+    "hot but greedy": (
+        ["generate", "RUN", "--prompt", "x", "--hot-temperature", 2, "--hot-entropy", 1],
+        r"hot_temperature=2.0 at temperature 0, which draws nothing",
+    ),
     "records as text": (["generate", "RUN", "--prompt", "x", "--logprobs", 1], r"--logprobs 1 needs --json"),
     "too many": (["generate", "RUN", "--prompt", "x", "--logprobs", 265, "--json"], r"logprobs=265, but .* 264 tokens"),
     "same samples": (["generate", "RUN", "--prompt", "x", "--n", 2], r"n=2 samples at temperature 0 would all be"),

@@ -25,6 +25,7 @@ from mtp_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    RLConfig,
     TrainConfig,
     differences,
     flatten,
@@ -140,7 +141,97 @@ def test_whole_numbers_are_floats_in_json():
 
 
 STANDALONE = HeadsConfig(kind="standalone")
+RL = functools.partial(RLConfig, task="task.jsonl", reward="number")
+"""A `rl` section that is on."""
+OF_RL = {
+    **{name: -1.0 for name in ("clip_high", "kl", "head_loss")},
+    **{name: -1 for name in ("refills", "overlong_buffer")},
+}
+"""Settings of `rl` that may be 0 and not less."""
 REFUSED = [
+    (lambda: RLConfig(prompts=4), "rl.prompts=4 has no effect without rl.task"),
+    (lambda: RLConfig(task="task.jsonl"), "rl.task='task.jsonl' needs rl.reward, for example rl.reward='number'"),
+    (lambda: RL(samples=1), "rl.samples=1; a group needs 2 or more, because responses are compared with each other"),
+    (lambda: RL(temperature=0.0), "rl.temperature=0.0; it must be above 0"),
+    (lambda: RL(top_p=0.0), "rl.top_p=0.0; it must be above 0 and at most 1"),
+    (lambda: RL(clip_low=1.5), "rl.clip_low=1.5; it must be in [0, 1]"),
+    (lambda: RL(dual_clip=1.0), "rl.dual_clip=1.0; it must be above 1, or 0 to switch it off"),
+    *[(functools.partial(RL, **{name: value}), f"rl.{name}={value!r} is negative") for name, value in OF_RL.items()],
+    (
+        lambda: RL(overlong_buffer=128),
+        "rl.overlong_buffer=128 must be below rl.max_new_tokens=128",
+    ),
+    (lambda: RL(entropy="keep_top", entropy_fraction=1.5), "rl.entropy_fraction=1.5; it must be in [0, 1]"),
+    (
+        lambda: RL(entropy="drop_top", entropy_fraction=1.0),
+        "rl.entropy_fraction=1.0 with rl.entropy='drop_top' leaves nothing to learn",
+    ),
+    *[
+        (functools.partial(RL, **{name: value}), f"rl.{name}={value!r} has no effect without rl.entropy")
+        for name, value in {
+            "entropy_fraction": 0.5,
+            "entropy_scope": "microbatch",
+            "entropy_normaliser": "all",
+        }.items()
+    ],
+    (
+        lambda: RL(entropy="random", entropy_selection="threshold"),
+        "rl.entropy_selection='threshold' has no effect without rl.entropy='keep_top' or 'drop_top'",
+    ),
+    (
+        lambda: Config(rl=RL(), data=DataConfig(seq_len=128)),
+        "rl.max_new_tokens=128 leaves no room for a prompt in rows of data.seq_len=128",
+    ),
+    *[
+        (
+            functools.partial(lambda given, size: Config(rl=RL(**given), train=TrainConfig(batch_size=size)), *case),
+            f"rl.updates={case[0].get('updates', 1)} optimizer steps of train.batch_size={case[1]} responses do not "
+            "take all",
+        )
+        for case in (({}, 4), ({"prompts": 3}, 16), ({"updates": 3}, 8))
+    ],
+    (
+        lambda: Config(rl=RL(), train=TrainConfig(trainable="heads")),
+        "rl.task='task.jsonl' with train.trainable='heads' changes no response; train more than heads",
+    ),
+    *[
+        (
+            functools.partial(lambda name, given: Config(rl=RL(), **{name: given}), section, given),
+            f"{section}.{setting} has no effect in reinforcement (rl.task='task.jsonl'); leave it out",
+        )
+        for section, given, setting in (
+            ("loss", LossConfig(token_order=0.5), "token_order=0.5"),
+            ("loss", LossConfig(entropy="soft"), "entropy='soft'"),
+            ("data", DataConfig(prompt_tokens=4), "prompt_tokens=4"),
+            ("data", DataConfig(noise="case:0.1"), "noise='case:0.1'"),
+            ("train", TrainConfig(heads_first=3), "heads_first=3"),
+            ("train", TrainConfig(eval_rows=3), "eval_rows=3"),
+        )
+    ],
+    (
+        lambda: Config(rl=RL(), optim=OptimConfig(name="schedule_free", schedule="constant")),
+        "optim.name='schedule_free' with rl.task='task.jsonl': its gradients are not those of the parameters that",
+    ),
+    (
+        lambda: Config(rl=RL(), heads=STANDALONE),
+        "rl.task='task.jsonl' with heads.kind='standalone': reinforcement of standalone models is not implemented",
+    ),
+    (
+        lambda: Config(rl=RL(draft="heads"), heads=HeadsConfig(num_future=1)),
+        "rl.draft='heads', but this model has no heads that can draft; use 'auto', 'lookup' or 'none'",
+    ),
+    (
+        lambda: Config(rl=RL(head_loss=1.0), heads=HeadsConfig(num_future=1)),
+        "rl.head_loss=1.0, but heads.num_future=1 has no extra head; use head_loss=0",
+    ),
+    (
+        lambda: Config(rl=RL(head_loss=1.0), lora=LoraConfig(rank=2), train=TrainConfig(trainable="lora")),
+        "rl.head_loss=1.0, but train.trainable='lora' trains no head; add 'heads' to it, or use head_loss=0",
+    ),
+    (
+        lambda: Config(rl=RL(head_loss=1.0), loss=LossConfig(decay=0.0)),
+        "rl.head_loss=1.0, but loss.head_weights=(), loss.extra_weight=1.0 and loss.decay=0.0 switch every extra head",
+    ),
     (
         lambda: DataConfig(noise="typo:0.1"),
         "data.noise='typo:0.1' has the kind of noise 'typo'; use one of case, drop,",
@@ -249,6 +340,19 @@ REFUSED = [
         lambda: LossConfig(entropy="keep_top", entropy_fraction=0.0),
         "loss.entropy_fraction=0.0 with loss.entropy='keep_top' leaves nothing to learn",
     ),
+    (
+        lambda: LossConfig(entropy="random", entropy_fraction=0.0),
+        "loss.entropy_fraction=0.0 with loss.entropy='random' leaves nothing to learn",
+    ),
+    (
+        lambda: LossConfig(entropy="random", entropy_source="own"),
+        "loss.entropy_source='own' has no effect without loss.entropy='keep_top', 'drop_top' or 'soft'",
+    ),
+    (
+        lambda: LossConfig(entropy="soft", entropy_selection="threshold"),
+        "loss.entropy_selection='threshold' has no effect without loss.entropy='keep_top' or 'drop_top'",
+    ),
+    (lambda: LossConfig(entropy_scope="batch"), "loss.entropy_scope='batch' has no effect without loss.entropy"),
     *[
         (functools.partial(LossConfig, **{name: value}), f"loss.{name}={value!r} has no effect without loss.")
         for name, value in (
@@ -527,6 +631,7 @@ POSITIVE = [
     ("loss", LossConfig, "order_window"),
     ("train", TrainConfig, "steps batch_size grad_accum log_every checkpoint_every keep_checkpoints"),
     ("decode", DecodeConfig, "num_prompts prompt_tokens"),
+    ("rl", RL, "prompts max_new_tokens updates eval_prompts eval_samples"),
 ]
 
 

@@ -62,3 +62,13 @@ def run_config(source: str | pathlib.Path = "stdlib", **sections: dict[str, Any]
     compiled in half the time of the other's."""
     small = {"model": {"num_layers": 1}, "heads": {"num_future": 2}}
     return tiny_config(source, **{name: small.get(name, {}) | sections.get(name, {}) for name in small | sections})
+
+
+def rl_config(source: str | pathlib.Path, **sections: dict[str, Any]) -> Config:
+    """The same for reinforcement that starts from the run in `source`: 2 prompts, 4 responses of 8 tokens to each."""
+    settings = {"task": "arithmetic", "reward": "number", "samples": 4, "max_new_tokens": 8}
+    small = {
+        "rl": settings,
+        "train": {"steps": 3, "init_from": str(source), "init_heads": "same", "eval_rows": 0, "checkpoint_every": 1},
+    }
+    return run_config(**{name: small.get(name, {}) | sections.get(name, {}) for name in small | sections})
