@@ -78,9 +78,11 @@ def test_runs_differ_in_their_names(scripts, tmp_path, monkeypatch):
         config = script.config_of(args, 1, changes)
         assert config == script.mtp_jax.override(base, changes) and (config == base) == (name == "all")
     assert base.train.seed == base.data.seed == 1 and base.rl.updates * base.train.batch_size == base.rl.rows
-    made = {"finished": records(0.01), "half": records(0.01)[:15]}
+    unmeasured = [{"step": one["step"], "reward": one.get("reward")} for one in records(0.01)]
+    made = {"finished": records(0.01), "half": records(0.01)[:15], "unmeasured": unmeasured}
     monkeypatch.setattr(script.mtp_jax, "read_metrics", lambda workdir: made[workdir.name.rsplit("_", 1)[0]])
     for name in made:
         (tmp_path / f"{name}_1").mkdir()
     off = script.dataclasses.replace(args, train=False)
     assert script.run(args, "finished", 1, {}) == made["finished"] and script.run(off, "half", 1, {}) == []
+    assert script.run(off, "unmeasured", 1, {}) == []
