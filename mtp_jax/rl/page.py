@@ -135,7 +135,9 @@ def _line(axes: Any, records: Sequence[Mapping[str, Any]], name: str, shown: str
     steps, values = _series(records, name)
     if len(steps):
         marker = "o" if len(steps) < 30 else ""
-        axes.plot(steps, values, color=COLORS[number % len(COLORS)], marker=marker, markersize=3, label=shown)
+        width = 3.2 if number == 0 else 1.4  # so that a line on top of the first one hides no part of it
+        color = COLORS[number % len(COLORS)]
+        axes.plot(steps, values, color=color, linewidth=width, marker=marker, markersize=3, label=shown)
 
 
 def _band(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
