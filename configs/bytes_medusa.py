@@ -1,7 +1,7 @@
 """A byte model with eight cheap heads: drafting is faster than plain decoding by the clock.
 
-    mtp train configs/bytes_medusa.py --workdir runs/bytes_medusa
-    mtp bench decode runs/bytes_medusa --prompt-tokens 128 --max-new-tokens 192
+mtp train configs/bytes_medusa.py --workdir runs/bytes_medusa
+mtp bench decode runs/bytes_medusa --prompt-tokens 128 --max-new-tokens 192
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig, OptimConfig, TrainConfig

@@ -16,7 +16,7 @@ from reference.tiny import tiny_config
 
 from mtp_jax import sharding
 from mtp_jax.cost.flops import step_flops
-from mtp_jax.training.objectives import terms_of, xent_spec
+from mtp_jax.training.objectives import Objective, terms_of, xent_spec
 from mtp_jax.training.state import init_state
 from mtp_jax.training.step import train_step
 
@@ -37,7 +37,7 @@ def traced_flops(config):
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, skip=False))  # a loop of known length
     spec, optimizer = xent_spec(config, sharding.make_mesh(config.mesh)), optax.sgd(0.1)
     state = jax.eval_shape(lambda: init_state(config, optimizer, jax.random.key(0)))
-    step = functools.partial(train_step, config, spec, optimizer, terms_of(config))
+    step = functools.partial(train_step, config, spec, optimizer, Objective(terms_of(config)))
     jaxpr = jax.make_jaxpr(step)(state, batch_of(config)).jaxpr
     return product_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 

@@ -10,6 +10,7 @@ import pytest
 from reference import decoding
 from reference.decoding import CONFIG, NEW, PROMPTS, compilations, loaded, loud_params
 from reference.standalone import row_logits, slow_ahead
+from reference.tiers import sampled
 
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.hooks import Hook
@@ -44,7 +45,7 @@ def passes(rows):
     return tuple(histogram)
 
 
-@pytest.mark.parametrize("tau", [None, 0.45])
+@pytest.mark.parametrize("tau", sampled([None, 0.45], 0.45))
 def test_tokens_are_those_of_the_row(tau):
     """all and confadapt = `slow_ahead`: the same tokens and the same number in every pass, alone and in a batch.
 

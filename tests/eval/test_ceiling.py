@@ -54,6 +54,7 @@ def few_rows():
     return PackedRows(tokens_BT[:3, :25].ravel(), np.array([0, 25, 50]), CONFIG.data.seq_len, 0)
 
 
+@pytest.mark.grid
 def test_every_position():
     """The figures at offset m + 1 are those of head m's own distribution at each position, from `lm.logits` of the
     context alone, and of the renormalised `marginals`; the share is the ratio of right tokens. Breaks if contexts reach

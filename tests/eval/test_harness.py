@@ -55,6 +55,7 @@ def answers(model, manager, tasks, **options):
     return samples, found["results"]
 
 
+@pytest.mark.grid
 def test_answers_are_those_of_hf(lm, hf, manager, monkeypatch, tmp_path):
     """Log-probabilities, choices, bits per byte and generated texts = those of `hf`, with drafts, for prompts that are
     cut on the left, texts of several windows, and empty prompts. Breaks without `_cut`, `make_disjoint_window`,

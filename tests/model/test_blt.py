@@ -135,6 +135,7 @@ def test_cached_states_are_those_of_the_whole_row():
     assert (start_B == T).all()
 
 
+@pytest.mark.grid
 def test_an_entropy_model_that_starts_anew_at_newlines():
     """state(cached) = state(whole) with `reset_at_newline`, in two pieces; and entropies after a newline do not depend
     on the line before. Breaks if a query of the cache sees the bytes before its line, or without `entropy_segments`."""

@@ -158,7 +158,7 @@ def test_accumulated_equals_whole(whole):
 @pytest.mark.parametrize(
     "sections",
     [
-        pytest.param({"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}, id="mesh"),
+        pytest.param({"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}, id="mesh", marks=pytest.mark.grid),
         pytest.param({"model": {"remat": "block"}}, id="remat", marks=pytest.mark.grid),
     ],
 )
@@ -230,6 +230,7 @@ def test_evaluation_has_no_noise(dropped):
     chex.assert_trees_all_close(sums, merged, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.grid
 def test_continued_run_and_its_model(tmp_path):
     """A run that stops after 2 of 4 steps and goes on has the parameters of one that does not stop, bit for bit, with
     dropout. What `load` gives is the merged model: its logits are those of the adapters, and it writes their tokens.

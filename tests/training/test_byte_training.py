@@ -121,6 +121,7 @@ def test_operations_are_counted_by_patch():
         blt_config(mesh={"context": 16})
 
 
+@pytest.mark.grid
 def test_a_run_takes_its_entropy_model_from_another_run(tmp_path):
     """entropy model of the run = model of `train.entropy_from`, before and after training; what does not fit is refused
     in one line. Breaks without `frozen_models` in `read_run`."""

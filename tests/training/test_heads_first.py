@@ -84,6 +84,7 @@ def test_everything_but_heads_stands_still(name):
     np.testing.assert_allclose(metrics.grad_norm, wanted.grad_norm, rtol=1e-5)
 
 
+@pytest.mark.grid
 def test_then_the_rest_begins():
     """Step N+1 moves everything but heads as the first step of a new run from the same parameters does: warm-up and
     moments begin there. Two micro-batches give the same. Breaks if both parts share a count of steps."""
@@ -123,6 +124,7 @@ def losses(workdir):
     return [{name: value for name, value in record.items() if name not in FIELDS} for record in records]
 
 
+@pytest.mark.grid
 def test_stopped_in_the_stage(text, tmp_path, monkeypatch):
     """Stopped after the first of two steps of the stage and continued = not stopped, to the last bit. Breaks if the
     count of the stage is not saved."""

@@ -74,8 +74,8 @@ def test_memory_of_accelerators():
     device = lambda used, most: types.SimpleNamespace(  # noqa: E731
         memory_stats=lambda: {"bytes_in_use": used, "peak_bytes_in_use": most}
     )
-    assert meter._memory([device(3, 9), device(5, 7)]) == {"device_bytes": 5, "device_peak_bytes": 9}
-    process = meter._memory(jax.devices()[:1])
+    assert meter.memory_in_use([device(3, 9), device(5, 7)]) == {"device_bytes": 5, "device_peak_bytes": 9}
+    process = meter.memory_in_use(jax.devices()[:1])
     assert 2**25 < process["process_bytes"] <= process["process_peak_bytes"]
 
 

@@ -119,6 +119,7 @@ def alone(made, tmp_path, monkeypatch):
     made.with_name("gone").rename(made)
 
 
+@pytest.mark.grid
 def test_chains_know_what_they_came_from(before):
     """The import and both runs behind it read `<|im_start|>` as one token, end at both ends, and export a template."""
     for name in ("imported", "first", "second"):

@@ -181,6 +181,7 @@ def test_mask_has_mean_and_variance_of_the_embeddings():
     np.testing.assert_allclose(drawn_ND.std(0), deviation_D, rtol=5 / np.sqrt(2 * 4000))
 
 
+@pytest.mark.grid
 def test_teacher_is_the_start():
     """After some steps the teacher has every bit of the start; it is not learned, so it has no moments.
 
