@@ -41,7 +41,8 @@ class Program(NamedTuple):
     """Arrays that stay in memory while the program runs, as shapes with shardings."""
 
 
-ROUNDS = ("decode round", "rollout round")
+ROLLOUT = "rollout round"
+ROUNDS = ("decode round", ROLLOUT)
 """Names of the programs that are a loop over rounds."""
 
 
@@ -134,7 +135,7 @@ def rollout_round(config: Config, mesh: Mesh) -> Program:
     rl = config.rl
     options = Options(temperature=rl.temperature, logprobs=0, logprobs_tempered=rl.temperature != 1)
     drafts = config.num_draft if rl.draft in ("auto", "heads") else 0
-    program = _round("rollout round", config, mesh, (rl.rows, config.data.seq_len, drafts), options)
+    program = _round(ROLLOUT, config, mesh, (rl.rows, config.data.seq_len, drafts), options)
     return program._replace(beside=compile_policy_steps(config, mesh).abstract_state)
 
 

@@ -122,6 +122,7 @@ def _model_flops(config: Config) -> float:
 
 
 LESS = "to need less memory, raise mesh.fsdp, mesh.tensor or train.grad_accum, or set model.remat"
+FEWER = "to need less memory, raise mesh.tensor, or lower rl.prompts, rl.samples or data.seq_len"
 
 
 def _print(config: Config, facts: dict[str, Any], reports: list[Report], figures: Chip | None) -> None:
@@ -197,7 +198,8 @@ def _size(count: int | None) -> str:
 def _verdict(one: Report) -> str:
     if one.fits:
         return f"the {one.name} fits"
+    remedy = FEWER if one.name == programs.ROLLOUT else LESS
     if one.error:
-        return f"the {one.name} does NOT fit: {one.error}; {LESS}"
+        return f"the {one.name} does NOT fit: {one.error}; {remedy}"
     over = one.memory.total - one.memory.hbm_bytes
-    return f"the {one.name} does NOT fit: {over / GIB:.2f} GiB too much on every device; {LESS}"
+    return f"the {one.name} does NOT fit: {over / GIB:.2f} GiB too much on every device; {remedy}"

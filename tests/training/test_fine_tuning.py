@@ -99,7 +99,6 @@ def test_phase_1(place):
         assert not path.endswith("/q") or np.abs(head - block[2]).max() > 0.01
 
 
-@pytest.mark.grid
 def test_phase_2_with_adapters(place, tmp_path):
     """Adapters learn through frozen heads: the heads keep every bit, the merged blocks of the model change. Step s has
     the weights 1 and 0.01 sin((1 - s/T) pi/2) 0.8^m. Only the assistant's tokens are learned.
