@@ -52,7 +52,6 @@ def test_samples_are_rows(small_steps, draft):
     assert compiled == []
 
 
-@pytest.mark.grid
 def test_one_seed_for_all():
     """With one seed, sample j of prompt i is row i n + j of the batch. Breaks if rows are numbered per prompt."""
     out = mtp_jax.generate(model("random"), PROMPTS, n=2, seed=9, draft="none", **DRAW)
