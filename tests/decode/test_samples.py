@@ -52,6 +52,7 @@ def test_samples_are_rows(small_steps, draft):
     assert compiled == []
 
 
+@pytest.mark.grid
 def test_one_seed_for_all():
     """With one seed, sample j of prompt i is row i n + j of the batch. Breaks if rows are numbered per prompt."""
     out = mtp_jax.generate(model("random"), PROMPTS, n=2, seed=9, draft="none", **DRAW)
@@ -98,8 +99,7 @@ STEPS = mtp_jax.Hook("steps", steps_init, steps_apply)
 MIX = mtp_jax.Hook("mix", embed=lambda params, cache, embedded_B1D, context: 0.5 * embedded_B1D)
 
 
-@pytest.mark.grid
-@pytest.mark.parametrize("hook", [STEPS, MIX], ids=lambda hook: hook.name)
+@pytest.mark.parametrize("hook", sampled([STEPS, MIX], STEPS), ids=lambda hook: hook.name)
 def test_hooks(hook):
     """Samples = rows with a hook that has rows on its second axis and tells prompts from rounds, and with one that
     changes the input, but not that of prompts. Breaks without `axes`, or without `_of_prompt`."""
