@@ -57,7 +57,8 @@ def start(tmp_path_factory):
     [
         ({"reward": "nmber"}, "unknown checker 'nmber'; choose one of exact, contains, number, regex, code"),
         ({"formats": "prose"}, "unknown classifier 'prose'; choose one of"),
-        ({"task": "none.jsonl"}, "none.jsonl cannot be read"),
+        ({"task": "none.jsonl"}, "rl.task none.jsonl cannot be read"),
+        ({"eval_task": "none.jsonl"}, "rl.eval_task none.jsonl cannot be read"),
         ({"task": "arithmetic:digts=2"}, "digts"),
         ({"max_new_tokens": 28}, "has 5 tokens, but data.seq_len=32 has room for 4 before rl.max_new_tokens=28"),
     ],
