@@ -102,12 +102,14 @@ def _reinforce(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunCo
     with kept_compiled(workdir), Checkpoints(workdir, keep, console.note) as checkpoints:
         if opening.restored is not None:
             checkpoints.move_aside(opening.restored)
+        restored = opening.restored is not None
         state, first = _first_state(learner, opening)
         del opening  # This frees the parameters that the run started from.
         if continued:
             done = f"trained already, {first} steps" if first == config.train.steps else f"continuing from step {first}"
             console.note(f"{workdir}: {done}")
-        with MetricsWriter(workdir, resume_step=first if continued else None) as writer, StopRequest() as stop:
+        # Without a checkpoint the run begins anew, perhaps with other settings: no record of an earlier start stays.
+        with MetricsWriter(workdir, resume_step=first if restored else None) as writer, StopRequest() as stop:
             before = read_metrics(workdir)
             parts = _Parts(policy, questions, judging, learner, checkpoints, writer, console, stop, before)
             run = _Run(config, parts)
