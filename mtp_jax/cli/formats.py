@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
         checker(args.checker, Limits(seconds=args.time_limit)), classifier(name), extractor(args.extract, args.checker)
     )
     fields = Fields(args.prompt_field, args.answer_field, args.template)
-    questions = read_task(args.prompts, args.checker, fields, args.limit)
+    questions = read_task(args.prompts, args.checker, fields, args.limit, "--prompts")
     if args.checker in IN_PROCESSES:
         say_isolation()
     directory = pathlib.Path(args.output)

@@ -112,6 +112,11 @@ class Options:
                 f"hot_temperature={self.hot_temperature!r} at temperature 0, which draws nothing; give a temperature "
                 "above 0"
             )
+        if self.logprobs_tempered:
+            raise UserError(
+                f"logprobs_tempered=True with hot_temperature={self.hot_temperature!r}: records are at one "
+                "temperature; leave one of them out"
+            )
 
     @classmethod
     def of(cls, options: "Options | None", keywords: Mapping[str, Any]) -> "Options":

@@ -46,7 +46,7 @@ class Fields(NamedTuple):
     """A text in which `{name}` stands for a field of the record, and `{prompt}` for the prompt; "" is the prompt."""
 
 
-def read_task(path: str, checker: str, fields: Fields, limit: int = 0) -> list[Question]:
+def read_task(path: str, checker: str, fields: Fields, limit: int = 0, option: str = "--task") -> list[Question]:
     """Reads and checks the questions of a task.
 
     Args:
@@ -54,6 +54,7 @@ def read_task(path: str, checker: str, fields: Fields, limit: int = 0) -> list[Q
       checker: name of the checker, which says what a record must have.
       fields: names of the fields.
       limit: most questions; 0 takes all.
+      option: the option or setting that names the file, for errors.
 
     Raises:
       UserError: the file cannot be read or has no question, or a line is malformed. The error names the line.
@@ -61,7 +62,7 @@ def read_task(path: str, checker: str, fields: Fields, limit: int = 0) -> list[Q
     if is_arithmetic(path):
         return sums(path, limit or SUMS, heldout=True)
     return read_objects(
-        path, "--task", "questions", lambda line, record: _question(line, record, checker, fields), limit=limit
+        path, option, "questions", lambda line, record: _question(line, record, checker, fields), limit=limit
     )
 
 

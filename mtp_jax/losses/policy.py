@@ -187,7 +187,10 @@ def policy_loss(
       from).
     """
     advantage_B1 = drawn.advantages_B[:, None]
-    log_ratio_BT = _bounded(logprobs_BT - drawn.logprobs_BT)
+    counted_BT = shares_BT > 0
+    # 0 times infinity is not a number: what stands at other tokens, such as padding, must not reach a sum.
+    logprobs_BT = jnp.where(counted_BT, logprobs_BT, 0)
+    log_ratio_BT = _bounded(logprobs_BT - jnp.where(counted_BT, drawn.logprobs_BT, 0))
     ratio_BT = jnp.exp(log_ratio_BT)
     plain_BT = ratio_BT * advantage_B1
     limited_BT = jnp.clip(ratio_BT, 1 - options.clip_low, 1 + options.clip_high) * advantage_B1
@@ -200,7 +203,7 @@ def policy_loss(
     loss = -jnp.sum(learned_BT * surrogate_BT)
     kl = jnp.float32(0)
     if options.kl:
-        kl = jnp.sum(shares_BT * k3(logprobs_BT, drawn.reference_BT))
+        kl = jnp.sum(shares_BT * k3(logprobs_BT, jnp.where(counted_BT, drawn.reference_BT, 0)))
         loss += options.kl * kl
 
     def mean(x_BT: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.eval.formats import classifier
 from mtp_jax.rl import rewards
 from mtp_jax.rl.evaluation import Evaluation, Judging
-from mtp_jax.rl.opening import Opening, check_can_start, read_run, write_run
+from mtp_jax.rl.opening import Opening, check_can_start, checked_digest, read_run, write_run
 from mtp_jax.rl.questions import Questions, read_questions
 from mtp_jax.rl.records import mean_metrics, of_rollouts, status
 from mtp_jax.rl.rollouts import Policy, Rollouts
@@ -94,7 +94,7 @@ def _reinforce(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunCo
     questions = read_questions(config, policy.empty)
     classify = classifier(config.rl.formats) if config.rl.formats else None
     judging = Judging(rewards.of(config.rl.reward), classify)
-    write_run(config, workdir, opening)
+    write_run(config, workdir, opening, checked_digest(workdir, opening, questions, config.rl.task))
     rl = config.rl
     console.note(f"{rl.task}: {len(questions.learned):,} questions to learn from, {len(questions.heldout):,} held out")
     console.note(devices_line(mesh, learner.abstract_state.params))
@@ -102,12 +102,14 @@ def _reinforce(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunCo
     with kept_compiled(workdir), Checkpoints(workdir, keep, console.note) as checkpoints:
         if opening.restored is not None:
             checkpoints.move_aside(opening.restored)
+        restored = opening.restored is not None
         state, first = _first_state(learner, opening)
         del opening  # This frees the parameters that the run started from.
         if continued:
             done = f"trained already, {first} steps" if first == config.train.steps else f"continuing from step {first}"
             console.note(f"{workdir}: {done}")
-        with MetricsWriter(workdir, resume_step=first if continued else None) as writer, StopRequest() as stop:
+        # Without a checkpoint the run begins anew, perhaps with other settings: no record of an earlier start stays.
+        with MetricsWriter(workdir, resume_step=first if restored else None) as writer, StopRequest() as stop:
             before = read_metrics(workdir)
             parts = _Parts(policy, questions, judging, learner, checkpoints, writer, console, stop, before)
             run = _Run(config, parts)

@@ -4,6 +4,8 @@ A run has the tokenizer of the run in `train.init_from`: its files are copied. O
 not read that run again.
 """
 
+import hashlib
+import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -14,11 +16,12 @@ from mtp_jax.convert.tokenizer import load_run_tokenizer
 from mtp_jax.data import chat
 from mtp_jax.data.store import NEXT_TO_TOKENIZER, new_files, put_in_place
 from mtp_jax.errors import UserError
+from mtp_jax.rl.questions import Questions
 from mtp_jax.runs.ancestry import inherit, origin_folder
 from mtp_jax.runs.checkpoint import Restored, read_latest
-from mtp_jax.runs.integrity import short_reason
+from mtp_jax.runs.integrity import short_reason, write_atomically
 from mtp_jax.runs.metrics import read_metrics
-from mtp_jax.runs.workdir import record_run
+from mtp_jax.runs.workdir import QUESTIONS, record_run
 from mtp_jax.training.start import check_start, parameters_to_start_from, remarks
 from mtp_jax.training.state import TrainState
 from mtp_jax.trees import by_path
@@ -93,8 +96,31 @@ def _tokenizer(config: Config, run: pathlib.Path, origin: pathlib.Path | None) -
     return tokenizer.with_chat(template) if template else tokenizer
 
 
-def write_run(config: Config, workdir: pathlib.Path, run: Opening) -> None:
-    """Writes into the directory what a new run takes from the run that it begins from, and the config.
+def checked_digest(workdir: pathlib.Path, run: Opening, questions: Questions, task: str) -> str:
+    """The digest of the questions that a run learns from.
+
+    Args:
+      workdir: the run's directory.
+      run: what `read_run` has found.
+      questions: the questions of this start.
+      task: `rl.task`, for the error.
+
+    Raises:
+      UserError: the run continues, and learned from other questions until now.
+    """
+    digest = hashlib.blake2b(json.dumps(questions.learned).encode(), digest_size=16).hexdigest()
+    path = workdir / QUESTIONS
+    if run.restored is not None and path.is_file() and path.read_text(encoding="utf-8").strip() != digest:
+        raise UserError(
+            f"rl.task={task!r} has other questions than when the run in --workdir {workdir} began; put them back, or "
+            "use another --workdir"
+        )
+    return digest
+
+
+def write_run(config: Config, workdir: pathlib.Path, run: Opening, digest: str) -> None:
+    """Writes into the directory what a new run takes from the run that it begins from, the digest of the questions, and
+    the config.
 
     Raises:
       UserError: the directory cannot be written.
@@ -103,6 +129,7 @@ def write_run(config: Config, workdir: pathlib.Path, run: Opening) -> None:
         if run.restored is None:
             inherit(workdir, str(run.source.absolute()), run.origin)
             _copy_tokenizer(run, config, workdir / "data")
+        write_atomically(workdir / QUESTIONS, digest + "\n")
         record_run(workdir, config)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written: {short_reason(error)}; use another one") from error

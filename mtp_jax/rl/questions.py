@@ -51,10 +51,11 @@ def read_questions(config: Config, lm: LoadedModel) -> Questions:
     """
     rl = config.rl
     if rl.eval_task or _is_sums(rl.task):
-        learned = _read(rl.task, rl.reward, config.data.seed, heldout=False)
-        heldout = _read(rl.eval_task or rl.task, rl.reward, config.data.seed, heldout=True)
+        learned = _read(rl.task, "rl.task", config, heldout=False)
+        option = "rl.eval_task" if rl.eval_task else "rl.task"
+        heldout = _read(rl.eval_task or rl.task, option, config, heldout=True)
     else:
-        every = _read(rl.task, rl.reward, config.data.seed, heldout=False)
+        every = _read(rl.task, "rl.task", config, heldout=False)
         count = min(max(round(config.data.eval_fraction * len(every)), 1), len(every) - 1)
         order = np.random.default_rng(config.data.seed).permutation(len(every))
         heldout = [every[at] for at in sorted(order[:count])]
@@ -71,11 +72,12 @@ def _is_sums(task: str) -> bool:
     return task.split(":")[0] == arithmetic.NAME
 
 
-def _read(task: str, reward: str, seed: int, heldout: bool) -> list[Question]:
+def _read(task: str, option: str, config: Config, heldout: bool) -> list[Question]:
+    """The questions of a task, which the setting `option` names."""
     if not _is_sums(task):
-        return read_task(task, reward, Fields())
+        return read_task(task, config.rl.reward, Fields(), option=option)
     corpus = arithmetic.read_source(f"synthetic:{task}")
-    sums = corpus.questions(min(MOST_SUMS, corpus.documents), seed, heldout)
+    sums = corpus.questions(min(MOST_SUMS, corpus.documents), config.data.seed, heldout)
     records = map(arithmetic.record_of, sums)
     return [Question(number, record["prompt"], record) for number, record in enumerate(records, start=1)]
 

@@ -63,8 +63,10 @@ def _flat(groups: Sequence[Group], name: str) -> list[Any]:
 
 
 def mean_metrics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The metrics of the updates of a step: means over updates."""
-    return {name: np.mean([one[name] for one in metrics], axis=0).tolist() for name in metrics[0]}
+    """The metrics of the updates of a step: means over updates. A value that an update lacks is nan and left out, such
+    as a loss of heads where no token counts."""
+    values = {name: np.ma.masked_invalid([one[name] for one in metrics]) for name in metrics[0]}
+    return {name: np.ma.filled(found_U.mean(axis=0), np.nan).tolist() for name, found_U in values.items()}
 
 
 def status(record: Mapping[str, Any]) -> str:

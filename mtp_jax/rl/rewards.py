@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtp_jax.errors import UserError
-from mtp_jax.eval.checkers import Checker, all_tried, as_verdict, checker
+from mtp_jax.eval.checkers import Checker, all_tried, checker
 from mtp_jax.eval.own.function import Result
 from mtp_jax.eval.sandbox.outside import Limits
 
@@ -95,8 +95,7 @@ def _scored(made: Result) -> Scored:
         return Scored(0.0, False, made.failed)
     first = made.value[0] if isinstance(made.value, list) else made.value
     if isinstance(first, bool):
-        verdict = as_verdict(made)
-        return Scored(float(verdict.correct), verdict.correct)
+        return Scored(float(first), first)
     if isinstance(first, int | float):
         inside = 0 <= first <= 1  # False for nan
         return Scored(float(first), first == 1) if inside else Scored(0.0, False, NO_REWARD)

@@ -29,6 +29,8 @@ CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 CORPUS = "corpus.json"
+QUESTIONS = "questions.digest"
+"""Digest of the questions that a run of reinforcement learns from."""
 STATES = "states"
 BEST = "best.json"
 """Says which checkpoint had the best held-out loss; see `train.patience`."""
@@ -46,6 +48,8 @@ RUN_FILES = (
         "compiled",
         LOCK,
         CORPUS,
+        QUESTIONS,
+        f"{QUESTIONS}.tmp",
         STATES,
         BEST,
         f"{BEST}.tmp",

@@ -78,6 +78,11 @@ BAD = {
         {"temperature": 1.0, "hot_temperature": 1.0, "hot_entropy": -1.0},
         "hot_entropy=-1.0; it must be 0 or above, in nats",
     ),
+    "hot and tempered": (
+        [[1]],
+        {"temperature": 1.0, "hot_temperature": 2.0, "hot_entropy": 1.0, "logprobs": 0, "logprobs_tempered": True},
+        "records are at one temperature; leave one of them out",
+    ),
     "hot but greedy": ([[1]], {"hot_temperature": 2.0, "hot_entropy": 1.0}, "at temperature 0, which draws nothing"),
     "temperature nan": ([[1]], {"temperature": float("nan")}, "temperature=nan; it must be"),
     "temperature inf": ([[1]], {"temperature": float("inf")}, "temperature=inf; it must be"),

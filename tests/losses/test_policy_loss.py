@@ -162,6 +162,21 @@ def test_on_policy():
     assert np.all(np.isfinite([loss, *reports.values()])) and np.all(np.isfinite(gradient_BT))
 
 
+def test_tokens_that_do_not_count():
+    """Whatever stands at tokens without a share, loss, reports and gradient are those with zeros there, bit for bit.
+    Breaks without `counted_BT`: 0 * (inf - inf) is not a number."""
+    options = PolicyLoss(dual_clip=1.3, normaliser="sequences", kl=0.5)
+    logprobs_BT, old_BT, advantages_B, reference_BT = problem()
+    shares_BT = token_shares(options, jnp.asarray(WEIGHTS_BT))
+    found = []
+    for other in (0.0, -np.inf, np.nan):
+        filled = [np.where(shares_BT > 0, x_BT, np.float32(other)) for x_BT in (logprobs_BT, old_BT, reference_BT)]
+        drawn = Drawn(filled[1], advantages_B, filled[2])
+        found.append(loss_of(options, filled[0], drawn, shares_BT, shares_BT))
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, found[0], other)
+
+
 def test_k3():
     """The mean of k3 over a distribution p is KL(p, q), and no value is negative. Breaks with the ratio the other way
     round."""

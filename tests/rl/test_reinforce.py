@@ -19,6 +19,7 @@ from mtp_jax.cli import run
 from mtp_jax.config import to_json
 from mtp_jax.rl import loop, rollouts, steps
 from mtp_jax.runs.metrics import read_metrics
+from mtp_jax.runs.workdir import record_run
 
 TIMES = ("seconds", "process_")
 """Metrics that are measured, and differ from run to run."""
@@ -196,6 +197,19 @@ def test_a_verifier_that_fails_is_counted(start, tmp_path, no_evaluation):
 
 
 @pytest.mark.grid
+def test_a_run_without_a_checkpoint_keeps_no_record(start, tmp_path, no_evaluation):
+    """A run that was killed before its first checkpoint may begin again from another model. The evaluation of the first
+    model is then dropped and done anew. Breaks if the records at step 0 stay."""
+    config = config_of(start, rl={"updates": 2}, train={"batch_size": 4, "steps": 1, "eval_every": 1})
+    run = tmp_path / "run"
+    run.mkdir()
+    record_run(run, config)
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_greedy": 1.0}\n')
+    mtp_jax.reinforce(config, run)
+    found = [(one["step"], one["eval_greedy"]) for one in read_metrics(run) if "eval_greedy" in one]
+    assert found == [(0, 0.0), (1, 0.0)]
+
+
 def test_equal_rewards_change_nothing(start, tmp_path):
     """With the reward 0.5 for every response the parameters stay as they are, bit for bit, heads included."""
     config = config_of(start, "same", rl={"advantage": "group_mean"})

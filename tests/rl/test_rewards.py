@@ -37,6 +37,7 @@ GIVEN = [
     ("0.25", Scored(0.25, False)),
     ("1", Scored(1.0, True)),
     ("(0.5, 'half')", Scored(0.5, False)),
+    ("[True]", Scored(1.0, True)),
     ("__import__('numpy').float32(0.5)", Scored(0.5, False)),
     ("1.5", Scored(0.0, False, "gave a reward outside 0 to 1")),
     ("float('nan')", Scored(0.0, False, "gave a reward outside 0 to 1")),

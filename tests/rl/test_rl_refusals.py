@@ -11,7 +11,9 @@ from mtp_jax.cli import run
 from mtp_jax.config import to_json
 from mtp_jax.errors import UserError
 from mtp_jax.rl import steps
-from mtp_jax.runs.workdir import _check_same
+from mtp_jax.rl.opening import Opening, checked_digest
+from mtp_jax.rl.questions import Asked, Questions
+from mtp_jax.runs.workdir import QUESTIONS, _check_same
 
 
 def test_train_does_not_take_a_config_of_reinforcement(tmp_path):
@@ -57,7 +59,8 @@ def start(tmp_path_factory):
     [
         ({"reward": "nmber"}, "unknown checker 'nmber'; choose one of exact, contains, number, regex, code"),
         ({"formats": "prose"}, "unknown classifier 'prose'; choose one of"),
-        ({"task": "none.jsonl"}, "none.jsonl cannot be read"),
+        ({"task": "none.jsonl"}, "rl.task none.jsonl cannot be read"),
+        ({"eval_task": "none.jsonl"}, "rl.eval_task none.jsonl cannot be read"),
         ({"task": "arithmetic:digts=2"}, "digts"),
         ({"max_new_tokens": 28}, "has 5 tokens, but data.seq_len=32 has room for 4 before rl.max_new_tokens=28"),
     ],
@@ -74,6 +77,20 @@ def test_the_command_says_it_in_one_line(start, tmp_path, capsys, monkeypatch, r
     assert error.startswith("mtp: error: ")
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_only_with_its_own_questions(tmp_path):
+    """A run that continues refuses a task that was edited, and takes the old one again; a run without a checkpoint may
+    begin with any. Other held-out questions do not matter. Breaks without `checked_digest`."""
+    new = Opening(None, None, None, tmp_path, None)
+    continued = new._replace(restored=object())
+    old, edited = (Questions([Asked([1], {"answer": text})], []) for text in "78")
+    digest = checked_digest(tmp_path, new, old, "sums.jsonl")
+    (tmp_path / QUESTIONS).write_text(digest + "\n")
+    assert checked_digest(tmp_path, continued, old._replace(heldout=edited.learned), "sums.jsonl") == digest
+    assert checked_digest(tmp_path, new, edited, "sums.jsonl") != digest
+    with pytest.raises(UserError, match=r"^rl\.task='sums\.jsonl' has other questions than .*; put them back, or use"):
+        checked_digest(tmp_path, continued, edited, "sums.jsonl")
 
 
 def test_a_run_goes_on_only_with_its_own_settings(tmp_path):

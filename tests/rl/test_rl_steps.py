@@ -12,7 +12,7 @@ from mtp_jax.errors import UserError
 from mtp_jax.rl import loop, page
 from mtp_jax.rl.evaluation import Evaluation, Judging
 from mtp_jax.rl.questions import Asked
-from mtp_jax.rl.records import of_rollouts
+from mtp_jax.rl.records import mean_metrics, of_rollouts
 from mtp_jax.rl.rewards import Reward, Scored
 from mtp_jax.rl.rollouts import Group, Rolled
 from mtp_jax.rl.steps import batch_of, rows_of_updates
@@ -84,6 +84,18 @@ def test_the_record_of_a_step(tmp_path):
         "tokens_per_round": 1.75,
         "accept_at": [0.75],
     }
+
+
+def test_means_over_updates():
+    """Means over the updates that have a value; nan if none has one. Breaks with a plain mean: one update in which no
+    token counts would hide the losses of heads of all others."""
+    found = mean_metrics(
+        [{"loss": 1.0, "head_loss": [2.0, np.nan]}, {"loss": 3.0, "head_loss": [np.nan, np.nan]}],
+    )
+    assert found["loss"] == 2.0 and isinstance(found["loss"], float)
+    np.testing.assert_array_equal(found["head_loss"], [2.0, np.nan])
+    assert np.isnan(mean_metrics([{"loss": np.nan}])["loss"])
+    assert mean_metrics([{"head_loss": []}]) == {"head_loss": []}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run():
