@@ -66,8 +66,7 @@ def with_heads(kind):
     return loaded(config, model("random").params | {"heads": loud_params(config, seed=6)["heads"]})
 
 
-@pytest.mark.grid
-@pytest.mark.parametrize("kind", ["parallel", "sequential", "masks", "medusa"])
+@pytest.mark.parametrize("kind", sampled(["parallel", "sequential", "masks", "medusa"], "sequential"))
 def test_drafts_of_samples(small_steps, kind):
     """Drafts of samples and counts of rounds are those of the batch, after the prompt and two rounds later. Breaks
     without `drafter_cache` in `_first_tokens`, without `_token_of_prompt`, with `verified` masks in place of `width`,
@@ -99,7 +98,8 @@ STEPS = mtp_jax.Hook("steps", steps_init, steps_apply)
 MIX = mtp_jax.Hook("mix", embed=lambda params, cache, embedded_B1D, context: 0.5 * embedded_B1D)
 
 
-@pytest.mark.parametrize("hook", sampled([STEPS, MIX], STEPS), ids=lambda hook: hook.name)
+@pytest.mark.grid
+@pytest.mark.parametrize("hook", [STEPS, MIX], ids=lambda hook: hook.name)
 def test_hooks(hook):
     """Samples = rows with a hook that has rows on its second axis and tells prompts from rounds, and with one that
     changes the input, but not that of prompts. Breaks without `axes`, or without `_of_prompt`."""
