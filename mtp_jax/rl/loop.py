@@ -164,6 +164,8 @@ class _Run:
         self.evaluation.compare_with(parts.before)
         self.whole = True
         """False after a stop has interrupted an evaluation."""
+        self.told: set[str] = set()
+        """The failures of the verifier that were shown."""
 
     def check(self) -> None:
         """Raises `_Stopped` when a signal asks to stop."""
@@ -203,6 +205,7 @@ class _Run:
         began = time.perf_counter()
         rolled = self.rollouts.of_step(self.parts.policy.model(state.params), step)
         record = of_rollouts(self.config, rolled)
+        self.tell(step + 1, rolled.failures)
         updating = time.perf_counter()
         learned = self.parts.learner.learn(state, rolled, step)
         self.check_finite(step + 1, learned.metrics)
@@ -220,6 +223,15 @@ class _Run:
         if (step + 1) % self.config.train.log_every == 0 or step + 1 == self.config.train.steps:
             self.parts.console.show(step + 1, status(record))
         return learned.state
+
+    def tell(self, step: int, failures: dict[str, int]) -> None:
+        """Shows how the verifier failed, each reason once."""
+        new = {reason: count for reason, count in failures.items() if reason not in self.told}
+        self.told |= new.keys()
+        for reason, count in new.items():
+            self.parts.console.note(
+                f"step {step}: rl.reward={self.config.rl.reward!r} {reason} on {count} responses; their reward is 0"
+            )
 
     def check_finite(self, step: int, metrics: list[dict[str, Any]]) -> None:
         """Raises UserError if a loss or gradient is not finite."""

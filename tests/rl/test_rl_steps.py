@@ -98,6 +98,24 @@ def test_means_over_updates():
     assert mean_metrics([{"head_loss": []}]) == {"head_loss": []}
 
 
+def test_each_failure_of_a_verifier_is_said_once(tmp_path):
+    """Without this, a verifier that always fails looks like a model that is never right."""
+    notes = []
+    config = rl_config(tmp_path, rl={"reward": "v.py:f"})
+    run = SimpleNamespace(config=config, parts=SimpleNamespace(console=SimpleNamespace(note=notes.append)), told=set())
+    for step, failures in (
+        (1, {"raised KeyError": 4}),
+        (2, {"raised KeyError": 3}),
+        (3, {"took too long": 1}),
+        (4, {}),
+    ):
+        loop._Run.tell(run, step, failures)
+    assert notes == [
+        "step 1: rl.reward='v.py:f' raised KeyError on 4 responses; their reward is 0",
+        "step 3: rl.reward='v.py:f' took too long on 1 responses; their reward is 0",
+    ]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run():
     """One update of two with a gradient of nan: an error that names the step, the value and the last checkpoint. Breaks
     if only the first update of a step is looked at."""
