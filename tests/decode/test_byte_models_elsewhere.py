@@ -1,4 +1,4 @@
-"""A Byte Latent Transformer with what else decodes and leaves the package: adapters, export."""
+"""A Byte Latent Transformer with what else decodes and leaves the package: adapters, hooks, export."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import mtp_jax
 from mtp_jax.config import LoraConfig, PatchRule
+from mtp_jax.decode.hooks import Hook
 from mtp_jax.errors import UserError
 from mtp_jax.model import lora, mtp
 
@@ -39,6 +40,27 @@ def test_merged_adapters_of_all_three_stacks_decode():
     assert expected != [slow_greedy(CONFIG, blt_params(CONFIG), prompt, NEW) for prompt in PROMPTS]
     lm = loaded(CONFIG, merged)
     assert mtp_jax.generate(lm, PROMPTS, max_new_tokens=NEW, draft="local", num_draft=3).tokens == expected
+
+
+def unchanged(params, cache, logits_BQV, context):
+    """A hook that does nothing."""
+    return logits_BQV, cache
+
+
+@pytest.mark.grid
+def test_hooks_of_logits():
+    """bytes(hook that does nothing) = bytes(plain); and proxy-tuning by another Byte Latent Transformer gives the same
+    bytes with local drafts as plainly, which are not those of the model alone. Breaks if the caches of a second model
+    and of the draft are mixed up."""
+    lm = loaded(CONFIG, blt_params(CONFIG))
+    given = {"max_new_tokens": NEW, "draft": "local", "num_draft": 3}
+    plain = [slow_greedy(CONFIG, lm.params, prompt, NEW) for prompt in PROMPTS]
+    nothing = Hook("nothing", apply=unchanged)
+    assert mtp_jax.generate(lm, PROMPTS, **given, hooks=[nothing]).tokens == plain
+    proxy = mtp_jax.ProxyTuning(loaded(CONFIG, blt_params(CONFIG, seed=1)), loaded(CONFIG, blt_params(CONFIG, seed=2)))
+    steered = mtp_jax.generate(lm, PROMPTS, **given, hooks=[proxy]).tokens
+    assert steered == mtp_jax.generate(lm, PROMPTS, max_new_tokens=NEW, draft="none", hooks=[proxy]).tokens
+    assert steered != plain
 
 
 def test_export_leaves_heads_out_by_name(tmp_path):
