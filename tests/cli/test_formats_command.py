@@ -89,7 +89,7 @@ BAD = {
     "no samples": (["m", "TASKS", "--samples", "0"], "--samples is 0; it must be at least 1"),
     "no vote": (["m", "--prompts", "TASK", "--checker", "contains", "--classifier", "arithmetic"], "give --extract"),
     "no checkpoints": (["m", "TASKS", "--every-checkpoint"], "m is not the workdir of a run with checkpoints"),
-    "no file": (["m", "--prompts", "nowhere", *COMMAND], "--task nowhere cannot be read"),
+    "no file": (["m", "--prompts", "nowhere", *COMMAND], "--prompts nowhere cannot be read"),
     "no such sums": (["m", "--prompts", "arithmetic:digits=7", "--checker", "number"], "digits=7; use 1 to 4"),
     "no such model": (["./nowhere", "TASKS"], r"\./nowhere"),
 }
