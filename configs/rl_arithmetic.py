@@ -1,4 +1,4 @@
-"""Reinforcement on sums and differences, in ten minutes on two cores.
+"""Reinforcement on sums and differences, in ten to twenty minutes on two cores.
 
     mtp train configs/rl_arithmetic_pretrain.py --workdir runs/arithmetic
     mtp rl configs/rl_arithmetic.py --workdir runs/arithmetic_rl

@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
     with new_directories(directory):
         make_directory(directory)
         for source, short in zip(sources, short_names(sources), strict=True):
-            say(f"{source}: {len(questions)} questions of {args.prompts}")
+            say(f"{source}: {len(questions)} questions of {args.prompts}; the first answers wait for the compiler ...")
             first = next(iter(found.values())) if found else None
             found[short] = _measured(args, source, questions, judging, directory / short.replace("/", "--"), first)
         report = page.write_report(directory, f"Formats on {args.prompts}", found, _steps(sources))

@@ -96,7 +96,8 @@ def _reinforce(config: Config, workdir: pathlib.Path, mesh: Mesh, console: RunCo
     judging = Judging(rewards.of(config.rl.reward), classify)
     write_run(config, workdir, opening, checked_digest(workdir, opening, questions, config.rl.task))
     rl = config.rl
-    console.note(f"{rl.task}: {len(questions.learned):,} questions to learn from, {len(questions.heldout):,} held out")
+    held_out = f"{len(questions.heldout):,} held-out questions in each evaluation"
+    console.note(f"{rl.task}: {len(questions.learned):,} questions to learn from, {held_out}")
     console.note(devices_line(mesh, learner.abstract_state.params))
     keep = config.train.keep_checkpoints
     with kept_compiled(workdir), Checkpoints(workdir, keep, console.note) as checkpoints:
@@ -177,8 +178,10 @@ class _Run:
         settings = self.config.train
         saved = step if step else None
         if self.lacks_evaluation(step):
+            self.parts.console.note(f"evaluating step {step}; the first answers wait for the compiler ...")
             self.evaluate(state, step)
-        if step < settings.steps:
+        if step < settings.steps and not self.parts.stop.asked():
+            self.parts.console.note(f"step {step + 1} compiles the rollouts and the update ...")
             self.parts.console.start(settings.steps, step)
         while step < settings.steps and not self.parts.stop.asked():
             try:

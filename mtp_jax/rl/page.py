@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from mtp_jax.errors import UserError
 from mtp_jax.eval.page import COLORS, save_figure, table_lines
@@ -20,7 +21,7 @@ PICTURE = "rl.png"
 FORMAT = "eval_format_"
 """The beginning of the names of the shares of formats, of sampled responses."""
 PANELS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
-    ("Reward", "mean, and spread in a group", {"reward": "reward", "right": "share that is right"}),
+    ("Reward", "mean, and spread in a question", {"reward": "reward", "right": "share that is right"}),
     (
         "Held-out questions",
         "share",
@@ -78,7 +79,11 @@ def write_rl_page(workdir: str | pathlib.Path) -> pathlib.Path:
     rows = _table(records)
     lines = [f"# Reinforcement: {workdir.name}", "", *table_lines(("figure", "first", "last"), rows), ""]
     lines += ["Held-out figures are of evaluations, all others of single steps. The band around the reward is one"]
-    lines += ["standard deviation of the rewards within a group.", "", f"![Curves of the run]({PICTURE})"]
+    lines += [
+        "standard deviation of the rewards of a question. k is rl.eval_samples.",
+        "",
+        f"![Curves of the run]({PICTURE})",
+    ]
     try:
         _plot(workdir / PICTURE, records)
         write_atomically(workdir / PAGE, "\n".join(lines) + "\n")
@@ -119,6 +124,7 @@ def _plot(path: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> None:
 def _panel(axes: Any, title: str, label: str) -> Any:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)

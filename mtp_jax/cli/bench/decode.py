@@ -63,7 +63,9 @@ def main(argv: list[str]) -> None:
     drafter = make_drafter(args.draft, lm.arch, num_draft)
     if not drafter.num_draft:
         raise UserError("there are no drafts to measure beside plain decoding; use --num-draft 1 or more")
-    say(f"decoding {len(prompts)} prompts in {len(SIDES)} ways, {args.runs} timed runs each: {', '.join(SIDES)}")
+    sides = ", ".join(SIDES)
+    say(f"prompts: {len(prompts)}; {len(SIDES)} ways to decode them: {sides}; timed runs of each: {args.runs}")
+    say("each way is compiled before it is timed, which can take a minute or more ...")
     result = measure(lm, prompts, drafter, max_new_tokens=args.max_new_tokens, runs=args.runs)
     result["random_weights"] = _is_random(args)
     print_json(result) if args.json else _print(result)
