@@ -1,7 +1,11 @@
-"""A byte model with eight cheap heads: drafting is faster than plain decoding by the clock.
+"""A byte model with seven cheap heads: a residual layer each, behind a trunk of twelve blocks.
 
-mtp train configs/bytes_medusa.py --workdir runs/bytes_medusa
-mtp bench decode runs/bytes_medusa --prompt-tokens 128 --max-new-tokens 192
+    mtp train configs/bytes_medusa.py --workdir runs/bytes_medusa
+    mtp generate runs/bytes_medusa --prompt "def read(" --draft heads+lookup --num-draft 3
+
+2.1M parameters; 0.8 MB in some fifteen minutes on two busy cores. It then has 2.30 bits per byte. With three drafts of
+heads and lookup a round emits 3.3 bytes, and decoding is 1.45 times as fast as plainly. Heads alone break even: see
+`benchmarks/RESULTS.md`.
 """
 
 from mtp_jax import Config, DataConfig, DecodeConfig, HeadsConfig, ModelConfig, OptimConfig, TrainConfig
