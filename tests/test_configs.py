@@ -34,6 +34,7 @@ PARAMETERS = {
     "bytes_1": 1_305_888,
     "bytes_4": 1_307_616,
     "bytes_8": 1_306_464,
+    "bytes_medusa": 2_117_888,
     "byte_entropy": 1_021_920,
     "blt_tiny": 277_856,
     "blt_entropy": 6_180_864,

@@ -30,6 +30,7 @@ SHOWN = [path for path in CONFIGS if path.stem in ("tiny", "pretrain_7b")]
 # V D (twice if untied) + (L + M - 1) (2 D H (N + K) + 3 D F + 2 D) + D.
 SMOLLM2 = 2 * 576 * 64 * 12 + 3 * 576 * 1536 + 2 * 576
 """Parameters of a block of SmolLM2-135M, and of a head that is one."""
+ARITHMETIC = 258 * 96 + (4 + 2) * (2 * 96 * 32 * 6 + 3 * 96 * 256 + 2 * 96) + 96
 WITH_HEADS = 49_152 * 576 + (30 + 4) * SMOLLM2 + 576
 D, U = 32, 64
 BYTE_BLOCK = 2 * D * 8 * 8 + 3 * D * 64 + 2 * D
@@ -69,7 +70,10 @@ COUNTS = {
     "bytes_1": 258 * 96 + 12 * (2 * 96 * 32 * 6 + 3 * 96 * 242 + 2 * 96) + 96,
     "bytes_4": 4 * 258 * 96 + (9 + 3) * (2 * 96 * 32 * 6 + 3 * 96 * 221 + 2 * 96) + 96,
     "bytes_8": 8 * 258 * 96 + (5 + 7) * (2 * 96 * 32 * 6 + 3 * 96 * 192 + 2 * 96) + 96,
+    "bytes_medusa": 258 * 128 + 12 * (4 * 128 * 128 + 3 * 128 * 256 + 2 * 128) + 128 + 7 * (128 * 128 + 128),
     "byte_entropy": 258 * 96 + 9 * (2 * 96 * 32 * 6 + 3 * 96 * 256 + 2 * 96) + 96,
+    **dict.fromkeys(("rl_arithmetic", "rl_arithmetic_pretrain", "rl_grpo", "rl_dapo", "rl_top_fifth"), ARITHMETIC),
+    "rl_gsm8k": 49_152 * 576 + 30 * SMOLLM2 + 576,
     "sums": 17 * 128 + 4 * (2 * 128 * 32 * 8 + 3 * 128 * 512 + 2 * 128) + 128,
     "standalone": 17 * 128 + 4 * (2 * 128 * 32 * 8 + 3 * 128 * 512 + 2 * 128) + 128 + 128,
     "blt_tiny": sum(BLT_TINY),

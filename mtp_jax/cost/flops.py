@@ -222,9 +222,9 @@ def _logits(config: Config, tokens: int, computed: bool) -> int:
         extra = LEARNED.linear if train.learns("heads/unembed/table") else THROUGH.linear
     if train.heads_only:
         first = READ.linear
-    if computed and config.loss.entropy != "none":
-        first = first + 1
-        extra = extra + 1
+    if computed and config.loss.entropy not in ("none", "random"):
+        first += 1
+        extra += config.loss.entropy_source == "own"
     if computed and config.loss.distil != "none":
         extra += 1
     order = (LEARNED if train.learns("token_order/table") else THROUGH).linear * whole if config.loss.token_order else 0

@@ -359,8 +359,9 @@ def _draft(
     if facts.ahead is not None:
         sure_BQ = sure_B[:, None] if drafts.chosen_BP is None else jnp.column_stack([sure_B, drafts.chosen_BP])
         taken_B = facts.ahead(plan.rule, sure_BQ)
-    caches = checked_caches(plan.drafter, drafts, state.caches)
-    drafts = checked(plan.drafter, drafts, len(state.total_B), plan.arch.model.vocab_size, facts.needs_probs)
+    returned = drafts
+    drafts = checked(plan.drafter, returned, len(state.total_B), plan.arch.model.vocab_size, facts.needs_probs)
+    caches = checked_caches(plan.drafter, returned, state.caches)
     V = plan.arch.model.vocab_size
     P = state.drafts.tokens_BP.shape[1]
     made = drafts.tokens_BP.shape[1]

@@ -68,6 +68,8 @@ OTHERS = {
     "accumulated": {"train": {"grad_accum": 2}},
     "distil": {"loss": {"distil": "kl"}},
     "entropy": {"loss": {"entropy": "keep_top"}},
+    "entropy of each head": {"loss": {"entropy": "keep_top", "entropy_source": "own"}},
+    "tokens at random": {"loss": {"entropy": "random"}},
     "token order": {"loss": {"token_order": 0.5}},
     "heads with own ends, frozen": {"heads": {"unembed": "own"}, "train": {"trainable": "heads"}},
     "attention alone": {"heads": {"num_future": 1}, "train": {"trainable": ("^blocks/attn/", "final_norm")}},
