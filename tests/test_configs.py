@@ -98,7 +98,7 @@ def test_config_builds(name, monkeypatch):
     elif config.heads.num_future > 1 and not config.train.learns("heads/blocks/attn/q"):
         assert 1 < ratio < 1.25  # gradients of frozen matrices are traced, and not compiled
     elif config.lora.rank:
-        assert 1 < ratio < 1.5
+        assert 1 < ratio < (1.5 if config.model.block.remat == "none" else 1.75)  # remat runs the blocks once more
     elif config.model.remat == "none":
         assert ratio == pytest.approx(1)
     elif config.model.remat == "dots":  # scores of attention alone
