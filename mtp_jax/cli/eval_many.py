@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mtp_jax.cli.common import check_least, figure_table, own_directory, print_json
 from mtp_jax.data.synthetic import is_synthetic, with_seed
+from mtp_jax.decode.drafters import FREE
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import checker
 from mtp_jax.eval.comparison import Compared, Plan, compare_models
@@ -143,7 +144,7 @@ def opened(args: Any, name: str, **others: Any) -> LoadedModel:
       UserError: the model cannot be loaded, or it has no tokenizer.
     """
     keep_compiled(own_directory(name))
-    shipped = args.draft not in ("lookup", "local", "none")
+    shipped = args.draft not in (*FREE, "none")
     lm = load(name, decode_only=True, ignore=args.ignore, shipped_heads=shipped, **others)
     if lm.tokenizer is None:
         raise UserError(f"{name} has no tokenizer, so it cannot read the questions; give a model that reads text")

@@ -8,6 +8,7 @@ import tyro
 
 from mtp_jax.cli.common import own_directory
 from mtp_jax.convert.fetch import is_named
+from mtp_jax.decode.drafters import FREE
 from mtp_jax.decode.result import Generation
 from mtp_jax.decode.verify import Rule
 from mtp_jax.errors import UserError
@@ -70,7 +71,7 @@ def open_model(args: Decoding) -> LoadedModel:
     """Loads the model, for decoding only."""
     keep_compiled(own_directory(args.source))
     others = {"ignore": args.ignore, "heads_from": args.heads_from or None}
-    others["shipped_heads"] = args.draft not in ("lookup", "local", "none", "expert")
+    others["shipped_heads"] = args.draft not in (*FREE, "none", "expert")
     dtype = None if args.dtype == "config" else args.dtype
     lm = load(args.source, dtype=dtype, decode_only=True, **others)
     return lm.with_chat_template(args.chat_template) if args.chat_template else lm

@@ -12,6 +12,7 @@ import tyro
 
 from mtp_jax.cli.common import check_least, figure_table, own_directory, parse, print_json
 from mtp_jax.cli.eval_many import default_directory, wide_console
+from mtp_jax.decode.drafters import FREE
 from mtp_jax.errors import UserError
 from mtp_jax.eval.checkers import checker
 from mtp_jax.eval.comparison_page import cell
@@ -134,7 +135,7 @@ def measure(args: Args) -> tuple[Measured, pathlib.Path]:
             args.source,
             decode_only=True,
             ignore=args.ignore,
-            shipped_heads=args.draft not in ("lookup", "local", "none"),
+            shipped_heads=args.draft not in (*FREE, "none"),
         )
         corpus = hashlib.sha256(json.dumps(passages).encode()).hexdigest()
         made_from = {"model": {"source": args.source, "ignore": args.ignore} | model_identity(lm, args.source)}

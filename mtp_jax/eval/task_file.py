@@ -10,7 +10,7 @@ A record has a prompt and an expected answer or tests. The fields may have the n
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from mtp_jax.data import arithmetic
@@ -84,7 +84,12 @@ def sums(task: str, count: int, heldout: bool, seed: int = 0) -> list[Question]:
       UserError: an option is unknown, or its value is out of range.
     """
     corpus = arithmetic.read_source(f"synthetic:{task}")
-    records = map(arithmetic.record_of, corpus.questions(count, corpus.seed + seed, heldout))
+    return questions_of(corpus.questions(count, corpus.seed + seed, heldout))
+
+
+def questions_of(drawn: Iterable[arithmetic.Sum]) -> list[Question]:
+    """Sums as questions, numbered from 1."""
+    records = map(arithmetic.record_of, drawn)
     return [Question(number, record["prompt"], record) for number, record in enumerate(records, start=1)]
 
 

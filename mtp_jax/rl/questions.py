@@ -15,7 +15,7 @@ from mtp_jax.config import Config
 from mtp_jax.data import arithmetic
 from mtp_jax.decode.prompts import prompt_ids
 from mtp_jax.errors import UserError
-from mtp_jax.eval.task_file import Fields, Question, read_task
+from mtp_jax.eval.task_file import Fields, Question, is_arithmetic, questions_of, read_task
 from mtp_jax.loading import LoadedModel
 
 MOST_SUMS = 20_000
@@ -50,7 +50,7 @@ def read_questions(config: Config, lm: LoadedModel) -> Questions:
       UserError: a task cannot be read, has too few questions, or has a prompt that is too long.
     """
     rl = config.rl
-    if rl.eval_task or _is_sums(rl.task):
+    if rl.eval_task or is_arithmetic(rl.task):
         learned = _read(rl.task, "rl.task", config, heldout=False)
         option = "rl.eval_task" if rl.eval_task else "rl.task"
         heldout = _read(rl.eval_task or rl.task, option, config, heldout=True)
@@ -68,18 +68,12 @@ def read_questions(config: Config, lm: LoadedModel) -> Questions:
     return Questions(asked, [_asked(config, lm, rl.eval_task or rl.task, one) for one in heldout[: rl.eval_prompts]])
 
 
-def _is_sums(task: str) -> bool:
-    return task.split(":")[0] == arithmetic.NAME
-
-
 def _read(task: str, option: str, config: Config, heldout: bool) -> list[Question]:
     """The questions of a task, which the setting `option` names."""
-    if not _is_sums(task):
+    if not is_arithmetic(task):
         return read_task(task, config.rl.reward, Fields(), option=option)
     corpus = arithmetic.read_source(f"synthetic:{task}")
-    sums = corpus.questions(min(MOST_SUMS, corpus.documents), config.data.seed, heldout)
-    records = map(arithmetic.record_of, sums)
-    return [Question(number, record["prompt"], record) for number, record in enumerate(records, start=1)]
+    return questions_of(corpus.questions(min(MOST_SUMS, corpus.documents), config.data.seed, heldout))
 
 
 def _asked(config: Config, lm: LoadedModel, task: str, question: Question) -> Asked:
